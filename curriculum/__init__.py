@@ -1,0 +1,1 @@
+"""What to do with the ranks: order demonstrations, order training data."""

@@ -1,0 +1,58 @@
+"""sparsort: rank examples by how sparsely a language model represents them, and order data by that rank.
+
+The public names load on first use, so that `import sparsort` and `sparsort --help` import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparsort.errors import SparsortError as SparsortError
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.demos.order import order_demos as order_demos
+    from sparsort.curriculum.demos.prompt import assemble as assemble
+    from sparsort.curriculum.demos.prompt import build_prompt as build_prompt
+    from sparsort.curriculum.demos.select import select_demos as select_demos
+    from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
+    from sparsort.scoring.baselines import ColumnScorer as ColumnScorer
+    from sparsort.scoring.baselines import CompressionScorer as CompressionScorer
+    from sparsort.scoring.baselines import LengthScorer as LengthScorer
+    from sparsort.scoring.baselines import RandomScorer as RandomScorer
+    from sparsort.scoring.scorers import EntropyScorer as EntropyScorer
+    from sparsort.scoring.scorers import LossScorer as LossScorer
+    from sparsort.scoring.scorers import SparsityScorer as SparsityScorer
+    from sparsort.scoring.scores import Scores as Scores
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ColumnScorer": "scoring.baselines",
+    "CompressionScorer": "scoring.baselines",
+    "EntropyScorer": "scoring.scorers",
+    "LengthScorer": "scoring.baselines",
+    "LossScorer": "scoring.scorers",
+    "RandomScorer": "scoring.baselines",
+    "Scores": "scoring.scores",
+    "SparsityScorer": "scoring.scorers",
+    "assemble": "curriculum.demos.prompt",
+    "build_prompt": "curriculum.demos.prompt",
+    "order_demos": "curriculum.demos.order",
+    "select_demos": "curriculum.demos.select",
+    "sparsity_metrics": "kernels.backend",
+}
+
+__all__ = ["SparsortError", "__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsort' has no attribute {name!r}")
+    value = getattr(import_module(f"sparsort.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

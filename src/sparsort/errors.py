@@ -1,0 +1,30 @@
+"""The one error that sparsort raises on purpose.
+
+Contract: a message says what was given, what was expected, and the next step; the command line prints it without a
+traceback and exits with `exit_code`. Anything else that escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsortError(Exception):
+    """A mistake that the caller can mend. `exit_code` is what the command line returns for it (2: bad input)."""
+
+    exit_code = 2
+
+
+def unknown_choice(kind: str, given: object, choices: Iterable[str]) -> SparsortError:
+    """The error for a name outside a closed set, with the nearest valid name suggested.
+
+    Args:
+        kind: what the name stands for, as the user knows it ("metric", "site", "order").
+        given: what was passed.
+        choices: the valid names.
+    """
+    names = list(choices)
+    near = difflib.get_close_matches(str(given).lower(), [name.lower() for name in names], n=1, cutoff=0.4)
+    hint = next((f" Did you mean {name!r}?" for name in names if near and name.lower() == near[0]), "")
+    return SparsortError(f"unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")
