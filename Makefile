@@ -1,0 +1,56 @@
+# Each target sets up .venv when it is missing or older than pyproject.toml and constraints.txt.
+#
+#   PYTHON=python3.12        the interpreter that .venv is made with
+#   VENV_PYTHON=python3      run with that interpreter as it is, without .venv and without installing anything,
+#                            as on a GPU machine that has torch but no network
+#   ARGS="-k order"          passed on to the command
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+
+ifdef VENV_PYTHON
+READY :=
+RUN := PYTHONPATH=src $(VENV_PYTHON)
+else
+READY := .venv/.ready
+RUN := .venv/bin/python
+endif
+
+.PHONY: help demo test lint bench gpu-check setup clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+demo: $(READY) ## score the shipped examples, order a prompt, save a picture
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: $(READY) ## run all tests
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(READY) ## check style and types
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+
+bench: $(READY) ## measure scoring and the kernels, in a few minutes
+	@$(RUN) benchmarks/scoring.py --quick $(ARGS)
+	@$(RUN) benchmarks/sparsity_kernels.py --quick $(ARGS)
+
+gpu-check: $(READY) ## check and measure the Triton kernels on this machine's GPU
+	@$(RUN) benchmarks/gpu_check.py $(ARGS)
+
+setup: $(READY) ## only set up .venv
+
+clean: ## remove what builds, tests and runs leave; .venv stays
+	@rm -rf dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "sparsort needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=python3.12 …" >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "Installing sparsort and its tools into .venv (minutes the first time) …"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,90 @@
+"""Selection by what the caller names: ids, or an even share of every label."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.curriculum.demos.rows import listed
+from sparsort.errors import SparsortError
+
+
+def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int, str]) -> list[int]:
+    """The positions of the wanted ids, in their order.
+
+    Args:
+        pool_ids: id of every pool row.
+        wanted: ids, compared as text.
+        excluded: rows that may not be chosen, with reasons.
+
+    Raises:
+        SparsortError: an id is unknown, named twice, borne by two rows, or belongs to an excluded row.
+    """
+    names = [str(name) for name in wanted]
+    places: dict[str, list[int]] = {}
+    for position, name in enumerate(pool_ids):
+        places.setdefault(name, []).append(position)
+    for name in names:
+        if name not in places:
+            near = difflib.get_close_matches(name, pool_ids, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SparsortError(f"the pool of {len(pool_ids)} rows has no row with the id {name!r}.{hint}")
+        if names.count(name) > 1:
+            raise SparsortError(
+                f"the id {name!r} is asked for {names.count(name)} times; name each demonstration once."
+            )
+        if len(places[name]) > 1:
+            raise SparsortError(f"{len(places[name])} rows of the pool have the id {name!r}; ids must tell rows apart.")
+        if places[name][0] in excluded:
+            raise SparsortError(
+                f"the demonstration {name!r} cannot be chosen because {excluded[places[name][0]]}. Leave it out; "
+                "where a query may stand among its own demonstrations, pass allow_leaks=True."
+            )
+    return [places[name][0] for name in names]
+
+
+def balanced(values: Sequence[Any], rows: NDArray[np.int64], k: int, *, field: str, seed: int) -> NDArray[np.int64]:
+    """Places in `rows` of k rows, an even share of every label of the pool.
+
+    Every label gets k // L rows; what is left over goes to labels drawn at random among those with a row to spare. With
+    more labels than k, k of them are drawn. The result is shuffled, so that no label stands in a block.
+
+    Args:
+        values: label of every pool row; None where there is none.
+        rows: positions that may be chosen.
+        k: how many.
+        field: the label's field, for errors.
+        seed: of the draws.
+
+    Raises:
+        SparsortError: a row has no label, or a label has too few rows for its share.
+    """
+    unlabelled = [str(position) for position, value in enumerate(values) if value is None]
+    if unlabelled:
+        raise SparsortError(
+            f"{len(unlabelled)} rows of the pool have no value in the label field {field!r}: {listed(unlabelled)} "
+            "(positions from 0). Name the right field with label=, or leave those rows out."
+        )
+    generator = np.random.default_rng(seed)
+    members: dict[str, list[int]] = {str(value): [] for value in values}
+    for place, position in enumerate(rows.tolist()):
+        members[str(values[position])].append(place)
+    share, over = divmod(k, len(members))
+    lacking = [f"{label!r} ({len(found)})" for label, found in members.items() if len(found) < share]
+    spare = [label for label, found in members.items() if len(found) > share]
+    if lacking or len(spare) < over:
+        short = lacking or [f"{label!r} ({len(found)})" for label, found in members.items() if len(found) <= share]
+        raise SparsortError(
+            f"{k} demonstrations over {len(members)} labels need {share}{' or more' if over else ''} of each, but "
+            f"these labels have too few rows to choose from: {listed(short)}. "
+            "Ask for fewer, or add rows of those labels."
+        )
+    extra = {spare[index] for index in generator.permutation(len(spare))[:over].tolist()}
+    chosen: list[int] = []
+    for label, found in members.items():
+        chosen += [found[index] for index in generator.permutation(len(found))[: share + (label in extra)].tolist()]
+    return np.array(chosen, dtype=np.int64)[generator.permutation(k)]

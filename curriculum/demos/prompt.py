@@ -1,0 +1,217 @@
+"""A prompt from ordered demonstrations and a query, as text or chat turns, under a token budget.
+
+Contract: demonstrations keep the order given; a budget only takes some away, by a stated policy, and the report says
+which. Tokens are counted on the whole text as the model gets it, special tokens included, never as a sum of parts. A
+query that is among its own demonstrations is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
+from sparsort.curriculum.demos.pool import input_fields, leaking_rows, only_field
+from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.templates import render
+
+Drop = Literal["farthest", "nearest", "longest", "error"]
+
+_WHICH = {
+    "farthest": "farthest from the query in the order",
+    "nearest": "nearest to the query in the order",
+    "longest": "longest",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A prompt.
+
+    Attributes:
+        text: what the model reads. From a chat template it begins with the special tokens already.
+        add_special_tokens: how to tokenise `text`: False for text from a chat template, else a second BOS is added.
+        messages: the chat turns, or None for plain text.
+        kept: positions in `demos` of the demonstrations in the prompt, in its order.
+        dropped: positions of those that the budget took away.
+        n_tokens: tokens of `text` with its special tokens, or None without a tokenizer.
+        report: one sentence about what is in the prompt and what was dropped.
+    """
+
+    text: str
+    add_special_tokens: bool
+    messages: Messages | None
+    kept: list[int]
+    dropped: list[int]
+    n_tokens: int | None
+    report: str
+
+
+def build_prompt(
+    demos: Sequence[Row],
+    query: Row | str,
+    *,
+    prompt: str,
+    answer: str,
+    system: str | None = None,
+    separator: str = "\n\n",
+    chat: bool = False,
+    max_tokens: int | None = None,
+    tokenizer: Any = None,
+    drop: Drop = "farthest",
+    allow_leaks: bool = False,
+) -> str:
+    """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and says what was dropped."""
+    return assemble(
+        demos,
+        query,
+        prompt=prompt,
+        answer=answer,
+        system=system,
+        separator=separator,
+        chat=chat,
+        max_tokens=max_tokens,
+        tokenizer=tokenizer,
+        drop=drop,
+        allow_leaks=allow_leaks,
+    ).text
+
+
+def assemble(
+    demos: Sequence[Row],
+    query: Row | str,
+    *,
+    prompt: str,
+    answer: str,
+    system: str | None = None,
+    separator: str = "\n\n",
+    chat: bool = False,
+    max_tokens: int | None = None,
+    tokenizer: Any = None,
+    drop: Drop = "farthest",
+    allow_leaks: bool = False,
+) -> Assembled:
+    """Build a few-shot prompt.
+
+    Args:
+        demos: the demonstrations, first to last; the last stands next to the query.
+        query: the row to be answered, or its bare text where the prompt has one field.
+        prompt: format string of a row's question, such as "Question: {question}\\nAnswer:".
+        answer: format string of its answer, such as " {answer}"; it follows the prompt directly.
+        system: an instruction, as it stands: the first block of the text, or the system turn.
+        separator: what stands between blocks of text; not used in chat.
+        chat: make user and assistant turns (answers stripped of the spaces around them) and put them through the
+            tokenizer's chat template.
+        max_tokens: the most tokens that the prompt may have; None for no limit.
+        tokenizer: a transformers tokenizer, the name or folder of a model, or a function from a text to its number of
+            tokens. With `max_tokens` and without a tokenizer, the embedded model's.
+        drop: what goes first when the budget is too small: the demonstrations "farthest" from the query in the order
+            (the first ones), the "nearest", the "longest" (by characters), or "error".
+        allow_leaks: let the query, or its near-duplicate, be among the demonstrations.
+
+    Raises:
+        SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query;
+            chat without a tokenizer that has a chat template; an unknown policy.
+    """
+    if drop not in get_args(Drop):
+        raise unknown_choice("policy for what to drop", drop, get_args(Drop))
+    if max_tokens is not None and max_tokens < 1:
+        raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
+    fields = input_fields(prompt)
+    row = query if isinstance(query, Mapping) else {only_field(fields): query}
+    names = [name_of(demo, position) for position, demo in enumerate(demos)]
+    questions = [render(prompt, demo, where=name) for demo, name in zip(demos, names, strict=True)]
+    answers = [render(answer, demo, where=name) for demo, name in zip(demos, names, strict=True)]
+    asked = render(prompt, row, where="the query")
+    if not allow_leaks:
+        _refuse_leaks(demos, row, fields)
+    reader = load(DEFAULT_MODEL if tokenizer is None and max_tokens is not None else tokenizer)
+
+    def prompt_with(kept: Sequence[int]) -> tuple[str, Messages | None]:
+        shown = [(questions[position], answers[position]) for position in kept]
+        if chat:
+            messages = _turns(shown, asked, system)
+            return chat_text(reader, messages), messages
+        head = [system] if system else []
+        return separator.join([*head, *(question + reply for question, reply in shown), asked]), None
+
+    kept, n_tokens = list(range(len(demos))), None
+    if reader is not None:
+        count = counter(reader, add_special_tokens=not chat)
+        if max_tokens is None:
+            n_tokens = count(prompt_with(kept)[0])
+        else:
+            sizes = [len(question) + len(reply) for question, reply in zip(questions, answers, strict=True)]
+            kept, n_tokens = _fit(sizes, max_tokens, drop, lambda chosen: count(prompt_with(chosen)[0]))
+    text, messages = prompt_with(kept)
+    dropped = [position for position in range(len(demos)) if position not in kept]
+    return Assembled(
+        text=text,
+        add_special_tokens=not chat,
+        messages=messages,
+        kept=kept,
+        dropped=dropped,
+        n_tokens=n_tokens,
+        report=_report([id_of(demo, at) for at, demo in enumerate(demos)], dropped, n_tokens, max_tokens, drop),
+    )
+
+
+def _turns(shown: Sequence[tuple[str, str]], asked: str, system: str | None) -> Messages:
+    messages: Messages = [{"role": "system", "content": system}] if system else []
+    for question, reply in shown:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": reply.strip()})
+    return [*messages, {"role": "user", "content": asked}]
+
+
+def _refuse_leaks(demos: Sequence[Row], query: Row, fields: list[str]) -> None:
+    found = leaking_rows(demos, query, fields)
+    if not found:
+        return
+    who = [
+        name_of(demos[leak.demo], leak.demo)
+        + (" (the same text)" if leak.kind == "exact" else f" (similarity {leak.similarity:.2f})")
+        for leak in found
+    ]
+    raise SparsortError(
+        f"the query is among its own demonstrations, so its answer is given away: {listed(who)}. "
+        "Leave it out of the demonstrations, or pass allow_leaks=True."
+    )
+
+
+def _fit(sizes: list[int], max_tokens: int, drop: Drop, tokens_with: TokensWith) -> tuple[list[int], int]:
+    positions = list(range(len(sizes)))
+    if drop == "nearest":
+        first_to_go = positions[::-1]
+    elif drop == "longest":
+        first_to_go = sorted(positions, key=lambda position: -sizes[position])
+    else:
+        first_to_go = positions
+    if drop == "error":
+        needed = tokens_with(positions)
+        if needed > max_tokens:
+            raise SparsortError(
+                f"the prompt with its {len(sizes)} demonstrations has {needed} tokens, but max_tokens is {max_tokens}. "
+                "Raise it, pass fewer demonstrations, or let some be dropped with drop='farthest'."
+            )
+        return positions, needed
+    kept, n_tokens = fit(first_to_go, max_tokens, tokens_with)
+    if kept is None:
+        raise SparsortError(
+            f"the query alone needs {n_tokens} tokens without any demonstration, but max_tokens is {max_tokens}. "
+            f"Raise max_tokens to at least {n_tokens}, or shorten the query or the template."
+        )
+    return kept, n_tokens
+
+
+def _report(ids: list[str], dropped: list[int], n_tokens: int | None, max_tokens: int | None, drop: Drop) -> str:
+    kept = len(ids) - len(dropped)
+    tokens = "tokens not counted" if n_tokens is None else f"{n_tokens} tokens"
+    if max_tokens is not None:
+        tokens += f" of at most {max_tokens}"
+    if not dropped:
+        return f"Kept all {kept} demonstrations ({tokens})."
+    who = listed([repr(ids[position]) for position in dropped], most=10)
+    return f"Kept {kept} of {len(ids)} demonstrations ({tokens}); dropped the {len(dropped)} {_WHICH[drop]}: {who}."

@@ -1,0 +1,263 @@
+"""Which demonstrations to show: k rows of a pool, with or without a query.
+
+Contract: every method returns exactly k rows or raises, with how many were left and why. Rows that are the query itself
+or nearly so are left out, and so are rows that the method has no embedding or score for; `Selection.excluded` says so.
+Rows come back in the method's own order (nearest first, or easy to hard); `order_demos` puts them in the prompt's.
+No method runs a model: embeddings and scores come in as arrays.
+
+Shapes: N pool rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.curriculum.demos import similarity
+from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
+from sparsort.curriculum.demos.methods import CHOOSE, Task
+from sparsort.curriculum.demos.pool import DemoPool, InputTexts, Query
+from sparsort.curriculum.demos.rows import Row, TextOf
+from sparsort.errors import SparsortError, unknown_choice
+
+Method = Literal[
+    "random",
+    "ids",
+    "first",
+    "balanced",
+    "bm25",
+    "knn",
+    "mmr",
+    "kdpp",
+    "vote_k",
+    "spread",
+    "difficulty_matched",
+]
+METHODS: tuple[str, ...] = get_args(Method)
+
+_EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
+_SCORED = ("spread", "difficulty_matched")
+_BY_QUERY_EMBEDDING = ("knn", "mmr", "kdpp", "difficulty_matched")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excluded:
+    """A pool row that could not be chosen: its position, its id and a sentence."""
+
+    position: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Chosen demonstrations.
+
+    Attributes:
+        demos: copies of the k rows, in the method's order.
+        indices: their positions in the pool.
+        similarity: their similarity to the query (BM25 for "bm25", else cosine where embeddings were given), or None;
+            `order_demos(selection.demos, order="similarity_ascending", similarity=selection.similarity)` takes it.
+        excluded: the rows that were left out, with reasons.
+        method: how they were chosen.
+    """
+
+    demos: list[dict[str, Any]]
+    indices: list[int]
+    similarity: list[float] | None
+    excluded: list[Excluded]
+    method: str
+
+
+def select_demos(
+    pool: DemoPool | Iterable[Row],
+    query: Query | None,
+    k: int | None = None,
+    *,
+    method: str = "random",
+    seed: int = 0,
+    ids: Sequence[Any] | None = None,
+    label: str | None = None,
+    scores: ScoresLike | None = None,
+    query_difficulty: float | None = None,
+    embeddings: Any = None,
+    query_embedding: Any = None,
+    prompt: str | None = None,
+    text: TextOf | None = None,
+    allow_leaks: bool = False,
+    trade_off: float = 0.5,
+    fetch: int | None = None,
+    n_levels: int = 5,
+    neighbours: int = 150,
+) -> Selection:
+    """Choose k demonstrations from a pool.
+
+    The methods:
+        random: seeded. first: the first k. ids: the rows of `ids`, in that order.
+        balanced: as many of each label as k allows, seeded.
+        bm25: by shared words; rows that share none come last, by position.
+        knn: nearest by cosine (KATE, arXiv 2101.06804).
+        mmr: near the query and unlike one another, among the `fetch` nearest (20).
+        kdpp: the same by a determinantal point process (CEIL, arXiv 2302.05698), among the `fetch` nearest (100).
+        vote_k: typical of the pool and unlike one another (arXiv 2209.01975, fast vote-k); needs no query.
+        spread: one per difficulty bin, easy to hard (CDS, arXiv 2411.18126); the nearest of each bin where embeddings
+            of pool and query are given, else a seeded one.
+        difficulty_matched: near the query and of its own difficulty level or the next (arXiv 2603.03415).
+
+    Args:
+        pool: the rows, or a `DemoPool`, which keeps what it computes from one query to the next.
+        query: the row that is to be answered, or its bare text; None where the method needs none, and then nothing is
+            checked for leaks.
+        k: how many; may be left out for "ids".
+        method: one of the names above.
+        seed: of whatever the method draws.
+        ids: for "ids".
+        label: the field that holds the label, for "balanced".
+        scores: a table of scores, a mapping from id, or N numbers; for "spread" and "difficulty_matched".
+        query_difficulty: the query's difficulty by the same score, for "difficulty_matched".
+        embeddings: (N, D), in the pool's order.
+        query_embedding: (D,).
+        prompt: the prompt template: its fields are what the query is compared by. `text`: instead, a function from a
+            row to that text. By default the text fields that query and pool share, without id, label and answer.
+        allow_leaks: keep rows that are the query itself or nearly so.
+        trade_off: λ of "mmr"; 1 is all relevance.
+        fetch: how many neighbours "mmr", "kdpp" and "difficulty_matched" look at; never less than k.
+        n_levels: how many levels "difficulty_matched" cuts the pool into.
+        neighbours: out-degree of the graph of "vote_k".
+
+    Raises:
+        SparsortError: unknown method, a missing input (named), or fewer rows left than asked for.
+    """
+    if method not in METHODS:
+        raise unknown_choice("selection method", method, METHODS)
+    shop = _as_pool(pool, prompt, text, label)
+    label = label or shop.label
+    wanted = _how_many(k, method, ids)
+    if not 0.0 <= trade_off <= 1.0:
+        raise SparsortError(
+            f"trade_off is {trade_off}; a number from 0 (all diversity) to 1 (all relevance) is needed."
+        )
+    _need(
+        method,
+        {
+            "query": (query is not None, ("bm25",)),
+            "embeddings": (embeddings is not None, _EMBEDDED),
+            "query_embedding": (query_embedding is not None, _BY_QUERY_EMBEDDING),
+            "scores": (scores is not None, _SCORED),
+            "query_difficulty": (query_difficulty is not None, ("difficulty_matched",)),
+            "label": (label is not None, ("balanced",)),
+        },
+    )
+    if query_difficulty is not None and not np.isfinite(query_difficulty):
+        raise SparsortError(
+            f"query_difficulty is {query_difficulty}; the query could not be scored, so it has no level."
+        )
+
+    inputs = None if query is None or (allow_leaks and method != "bm25") else shop.input_of(query)
+    unit = None if embeddings is None else similarity.unit_rows(embeddings, len(shop))
+    near = _nearness(method, shop, inputs, unit, query_embedding)
+    difficulty = resolve(scores, shop.rows).values if scores is not None and method in _SCORED else None
+
+    excluded: dict[int, str] = {}
+    if inputs is not None and not allow_leaks:
+        excluded |= {leak.demo: _leak_reason(leak.kind, leak.similarity) for leak in shop.leaks(inputs)}
+    if unit is not None and method in _EMBEDDED:
+        for position in np.flatnonzero(np.isnan(unit).any(axis=1)).tolist():
+            excluded.setdefault(position, "its embedding is zero or not finite")
+    if difficulty is not None:
+        for position in np.flatnonzero(np.isnan(difficulty)).tolist():
+            excluded.setdefault(position, "it has no score (NaN)")
+    rows = np.array([position for position in range(len(shop)) if position not in excluded], dtype=np.int64)
+    if len(rows) < wanted:
+        raise _too_few(wanted, len(shop), excluded)
+
+    task = Task(
+        pool=shop,
+        rows=rows,
+        k=wanted,
+        seed=seed,
+        excluded=excluded,
+        ids=tuple(ids or ()),
+        label=label or "",
+        near=_at(near, rows),
+        unit=_at(unit, rows),
+        difficulty=_at(difficulty, rows),
+        query_difficulty=float("nan") if query_difficulty is None else float(query_difficulty),
+        trade_off=trade_off,
+        fetch=fetch,
+        levels=n_levels,
+        neighbours=neighbours,
+    )
+    chosen = rows[CHOOSE[method](task)].tolist() if wanted else []
+    return Selection(
+        demos=[dict(shop.rows[position]) for position in chosen],
+        indices=chosen,
+        similarity=None if near is None else [float(near[position]) for position in chosen],
+        excluded=[Excluded(position=at, id=shop.ids[at], reason=excluded[at]) for at in sorted(excluded)],
+        method=method,
+    )
+
+
+def _as_pool(pool: DemoPool | Iterable[Row], prompt: str | None, text: TextOf | None, label: str | None) -> DemoPool:
+    if not isinstance(pool, DemoPool):
+        return DemoPool(pool, prompt=prompt, text=text, label=label)
+    if prompt is not None or text is not None:
+        raise SparsortError(
+            "the pool is a DemoPool, which already knows what a query is compared by: give prompt= or text= to it."
+        )
+    return pool
+
+
+def _how_many(k: int | None, method: str, ids: Sequence[Any] | None) -> int:
+    if method == "ids":
+        if ids is None:
+            raise SparsortError(
+                "the selection method 'ids' needs ids=, the ids of the demonstrations in the order wanted."
+            )
+        if k is not None and k != len(ids):
+            raise SparsortError(f"k is {k}, but ids= names {len(ids)} demonstrations. Leave k out, or make them agree.")
+        return len(ids)
+    if k is None or k < 0:
+        raise SparsortError(f"k is {k}; say how many demonstrations to choose, 0 or more.")
+    return int(k)
+
+
+def _need(method: str, inputs: dict[str, tuple[bool, Sequence[str]]]) -> None:
+    absent = [name for name, (is_given, methods) in inputs.items() if method in methods and not is_given]
+    if absent:
+        raise SparsortError(f"the selection method {method!r} needs {' and '.join(f'{name}=' for name in absent)}.")
+
+
+def _nearness(
+    method: str, pool: DemoPool, inputs: InputTexts | None, unit: NDArray[Any] | None, query_embedding: Any
+) -> NDArray[Any] | None:
+    if method == "bm25" and inputs is not None:
+        scores: NDArray[Any] = pool.word_scores(inputs)
+        return scores
+    if unit is not None and query_embedding is not None:
+        return similarity.cosine(query_embedding, unit)
+    return None
+
+
+def _at(values: NDArray[Any] | None, rows: NDArray[np.int64]) -> NDArray[Any]:
+    return np.empty(0) if values is None else values[rows]
+
+
+def _leak_reason(kind: str, score: float) -> str:
+    return "it is the query itself" if kind == "exact" else f"it nearly is the query (similarity {score:.2f})"
+
+
+def _too_few(k: int, count: int, excluded: dict[int, str]) -> SparsortError:
+    reasons: dict[str, int] = {}
+    for reason in excluded.values():
+        short = reason.partition(" (")[0]
+        reasons[short] = reasons.get(short, 0) + 1
+    why = "; ".join(f"{number} left out because {reason}" for reason, number in reasons.items())
+    return SparsortError(
+        f"{k} demonstrations were asked for, but only {count - len(excluded)} of the pool's {count} can be chosen"
+        f"{f' ({why})' if why else ''}. Ask for fewer, or give a larger pool."
+    )

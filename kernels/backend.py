@@ -1,0 +1,219 @@
+"""The one place that chooses what runs, and why: which implementation, which dtype, which device.
+
+Contract: a `Choice` is (value, reason) and `sparsort env` prints both. The environment overrides: `SPARSORT_SPARSITY`
+(auto, triton, torch) and `SPARSORT_DEVICE` (auto, cpu, cuda, cuda:1, …). An override that cannot be met is an error.
+`sparsity_metrics` and `sparsity_rows` answer alike whichever implementation runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.sparsity.contract import FinalNorm as FinalNorm
+from sparsort.kernels.sparsity.contract import GiniMethod as GiniMethod
+from sparsort.kernels.sparsity.contract import RowMetrics as RowMetrics
+from sparsort.kernels.sparsity.contract import check_states
+from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER as HIGHER_IS_SPARSER
+from sparsort.kernels.sparsity.names import METRICS as METRICS
+from sparsort.kernels.sparsity.names import ROW_REASONS as ROW_REASONS
+from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+
+T = TypeVar("T")
+
+_OLDEST_TRITON = (3, 6)
+# The widest row that one program of `rows.py` holds.
+MAX_TRITON_WIDTH = 32768
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """What was chosen, and why."""
+
+    value: T
+    reason: str
+
+
+def default_device() -> Choice[torch.device]:
+    """The device that models run on: `SPARSORT_DEVICE`, else the first CUDA device, else the CPU.
+
+    Raises:
+        SparsortError: `SPARSORT_DEVICE` names a device that is not here.
+    """
+    given = os.environ.get("SPARSORT_DEVICE", "auto").strip() or "auto"
+    if given != "auto":
+        return Choice(_named_device(given), f"SPARSORT_DEVICE={given}")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        return Choice(device, f"CUDA is available ({torch.cuda.get_device_name(device)})")
+    return Choice(torch.device("cpu"), "no CUDA device")
+
+
+def compute_dtype(device: torch.device | str) -> Choice[torch.dtype]:
+    """The dtype of a forward pass on `device`: bfloat16 where its matrix products are native, else float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice(torch.bfloat16, f"{torch.cuda.get_device_name(device)} has native bfloat16")
+        return Choice(torch.float32, f"{torch.cuda.get_device_name(device)} has no native bfloat16")
+    if device.type != "cpu":
+        return Choice(torch.float32, f"bfloat16 is not known to be native on {device.type}")
+    feature = _cpu_bf16_feature()
+    if feature is None:
+        return Choice(
+            torch.float32, f"this {platform.machine()} CPU has no native bfloat16 (AVX512-BF16, AMX or Arm BF16)"
+        )
+    return Choice(torch.bfloat16, f"the CPU has {feature}")
+
+
+def sparsity_implementation(device: torch.device | str) -> Choice[str]:
+    """Which implementation measures rows on `device`: "triton" or "torch".
+
+    Raises:
+        SparsortError: `SPARSORT_SPARSITY` is no known choice, or asks for Triton where it cannot run.
+    """
+    given = os.environ.get("SPARSORT_SPARSITY", "auto").strip().lower() or "auto"
+    if given not in ("auto", "triton", "torch"):
+        raise unknown_choice("value of SPARSORT_SPARSITY", given, ("auto", "triton", "torch"))
+    if given == "torch":
+        return Choice("torch", "SPARSORT_SPARSITY=torch")
+    obstacle = _triton_obstacle(torch.device(device))
+    if given == "triton":
+        if obstacle:
+            raise SparsortError(f"SPARSORT_SPARSITY=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
+        return Choice("triton", "SPARSORT_SPARSITY=triton")
+    if obstacle:
+        return Choice("torch", obstacle)
+    return Choice("triton", f"Triton {version('triton')} on {torch.cuda.get_device_name(device)}")
+
+
+def sparsity_metrics(states: Tensor, *, l0_threshold: float = 1.0) -> dict[str, Tensor]:
+    """Every sparsity metric of every state.
+
+    Args:
+        states: (..., H) floating point, any strides. A gradient flows, but for the L0 counts, which have none.
+        l0_threshold: τ of `l0_absolute`, in the states' own units.
+
+    Returns:
+        Metric name (of `METRICS`) to a tensor of shape (...): float64 for float64 states, else float32. A state that is
+        all zero or not finite has NaN throughout.
+
+    Raises:
+        SparsortError: `states` is not a floating-point tensor with a last axis of at least one coordinate.
+    """
+    check_states(states)
+    values_NM = sparsity_rows(states, l0_threshold=l0_threshold).values_NM
+    return {name: values_NM[:, m].reshape(states.shape[:-1]) for m, name in enumerate(METRICS)}
+
+
+def sparsity_rows(
+    states: Tensor,
+    index: Tensor | None = None,
+    *,
+    dim_scale: Tensor | None = None,
+    norm: FinalNorm | None = None,
+    l0_threshold: float = 1.0,
+    gini: GiniMethod = "exact",
+) -> RowMetrics:
+    """Every metric of chosen rows, read in place.
+
+    Args:
+        states: (N, H), (B, T, H) or more leading axes, any strides; never copied as a whole.
+        index: (N,) token numbers b·T + t; None: every token.
+        dim_scale: (H,), or (2, H) with `norm`: multiplies each coordinate; a zero leaves the dimension out of the row
+            and of its width.
+        norm: the model's final RMS norm; the states are then measured before and after it, from one read.
+        l0_threshold: τ of `l0_absolute`, in the states' own units.
+        gini: "exact", "binned" (with a certified bound beside it), or "none" (NaN).
+
+    Returns:
+        RowMetrics: values (N, 13), reason (N,), Gini's bound (N,) or None; with `norm` each with a leading axis of 2.
+
+    Raises:
+        SparsortError: an argument does not fit; see `sparsity/contract.py`.
+    """
+    check_states(states)
+    run = _runner(states)
+    return run(states, index, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini)
+
+
+def _runner(states: Tensor) -> Callable[..., RowMetrics]:
+    choice = sparsity_implementation(states.device)
+    if choice.value == "torch":
+        return sparsity_rows_ref
+    obstacle = None
+    if states.dtype == torch.float64:
+        obstacle = "float64 states want float64 arithmetic, and the kernel's is float32"
+    elif states.requires_grad and torch.is_grad_enabled():
+        obstacle = "the kernel has no gradient"
+    elif states.shape[-1] > MAX_TRITON_WIDTH:
+        obstacle = f"rows of width {states.shape[-1]} are wider than the kernel's {MAX_TRITON_WIDTH}"
+    if obstacle is None:
+        from sparsort.kernels.sparsity.rows import sparsity_rows_triton
+
+        return sparsity_rows_triton
+    if choice.reason == "SPARSORT_SPARSITY=triton":
+        raise SparsortError(f"SPARSORT_SPARSITY=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
+    return sparsity_rows_ref
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot measure rows on `device`, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"Triton has no {device.type} backend"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "the installed Triton does not tell its version"
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
+        return f"Triton {found} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def _named_device(given: str) -> torch.device:
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise SparsortError(f"SPARSORT_DEVICE={given!r} is no device. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise SparsortError(f"SPARSORT_DEVICE={given} but torch sees {count} CUDA devices. Use cpu, or unset it.")
+    return device
+
+
+@functools.cache
+def _cpu_bf16_feature() -> str | None:
+    """The processor's own bfloat16 matrix arithmetic, by name, or None."""
+    flags = _cpu_flags()
+    for flag, feature in (("amx_bf16", "AMX bfloat16"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "Arm BF16")):
+        if flag in flags:
+            return feature
+    return None
+
+
+def _cpu_flags() -> frozenset[str]:
+    """What the processor says it has: names as in /proc/cpuinfo, from torch where that file does not exist."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                return frozenset(value.split())
+    return frozenset(name for name, has in torch.cpu.get_capabilities().items() if has is True)

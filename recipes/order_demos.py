@@ -1,0 +1,310 @@
+"""Select, order and assemble the demonstrations of a prompt: the recipe behind `sparsort order`.
+
+Contract: the model is loaded at most once, and only if something asked for needs it (scores, embeddings); the demonstrations
+are scored with the very prompt that they will stand in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsort.curriculum.demos.order import order_indices
+from sparsort.curriculum.demos.prompt import assemble
+from sparsort.curriculum.demos.select import select_demos
+from sparsort.errors import SparsortError
+from sparsort.recipes.score import ScorerConfig
+from sparsort.scoring.scores import Scores
+from sparsort.scoring.sources import Row, open_rows
+from sparsort.templates import fields_of
+
+# With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
+_MOST_DEMOS = 64
+_NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
+_NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
+_NEEDS_NO_SCORES = ("given", "random", "similarity_ascending", "similarity_descending", "length_ascending", "length_descending")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    """What to select, how to order it, and how the prompt is put together."""
+
+    select: str = "random"
+    k: int | None = None
+    ids: tuple[str, ...] | None = None
+    label: str | None = None
+    order: str = "sparse_to_dense"
+    max_tokens: int | None = None
+    drop: Any = "farthest"
+    separator: str = "\n\n"
+    allow_leaks: bool = False
+    seed: int = 0
+    prompt: str | None = None
+    answer: str | None = None
+    system: str | None = None
+    chat: bool = False
+    id_column: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderResult:
+    """The prompt, and how it came about."""
+
+    prompt: str
+    messages: list[dict[str, str]] | None
+    order: str
+    demonstrations: list[dict[str, Any]]
+    n_tokens: int | None
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return dict(vars(self))
+
+
+def order_file(
+    file: str | Path,
+    *,
+    query: str | Mapping[str, Any],
+    config: OrderConfig,
+    scorer: ScorerConfig,
+    scores: str | Path | None = None,
+) -> OrderResult:
+    """Read demonstrations from `file`, select and order them for `query`, and assemble the prompt.
+
+    Args:
+        file: the demonstrations or the pool, in any format that `open_rows` reads.
+        query: its fields, a JSON object of them, or the text of the prompt's only field.
+        config: selection, order, assembly.
+        scorer: what ranks the demonstrations, when `scores` is None.
+        scores: scores made before, of these rows.
+
+    Raises:
+        SparsortError: bad input; the message says what to do.
+    """
+    rows = list(open_rows(file, id_column=config.id_column).rows())
+    prompt, answer = _templates(config, rows)
+    asked = _parse_query(query, prompt)
+    session = _Session(rows, prompt, answer, config, scorer, scores)
+    chosen, notes = _select(session, asked)
+    base = config.order.rpartition("reverse:")[2]
+    similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
+    difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
+    places = order_indices(
+        config.order,
+        len(chosen),
+        difficulty=None if base in _NEEDS_NO_SCORES else difficulty,
+        kind=session.kind if base not in _NEEDS_NO_SCORES else None,
+        similarity=similarity,
+        lengths=[len(json.dumps(dict(row.fields), default=str)) for row in chosen],
+        seed=config.seed,
+        names=[row.id for row in chosen],
+    )
+    ordered = [chosen[place] for place in places]
+    made = assemble(
+        [dict(row.fields) for row in ordered],
+        asked,
+        prompt=prompt,
+        answer=answer,
+        system=config.system,
+        separator=config.separator,
+        chat=config.chat,
+        max_tokens=config.max_tokens,
+        tokenizer=session.tokenizer() if config.max_tokens is not None or config.chat else None,
+        drop=config.drop,
+        allow_leaks=config.allow_leaks,
+    )
+    if made.dropped:
+        notes.append(made.report)
+    kept = set(made.kept)
+    demonstrations = [
+        {
+            "id": row.id,
+            "difficulty": None if math.isnan(difficulty[place]) else float(difficulty[place]),
+            "kept": number in kept,
+            "excerpt": _excerpt(row),
+        }
+        for number, (row, place) in enumerate(zip(ordered, places, strict=True))
+    ]
+    return OrderResult(
+        prompt=made.text,
+        messages=made.messages,
+        order=config.order,
+        demonstrations=demonstrations,
+        n_tokens=made.n_tokens,
+        notes=notes,
+        provenance=session.provenance,
+    )
+
+
+class _Session:
+    """The model, the scores and the embeddings of one call, each made at most once."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompt: str,
+        answer: str,
+        config: OrderConfig,
+        scorer: ScorerConfig,
+        scores: str | Path | None,
+    ) -> None:
+        self.rows, self.prompt, self.answer, self.config, self.scorer = rows, prompt, answer, config, scorer
+        self._table = Scores.load(scores) if scores is not None else None
+        self._scorer: Any = None
+        self._loaded: Any = None
+        self._difficulty: dict[str, float] = {}
+        self._vectors: dict[str, Any] = {}
+        self.kind = self._table.kind if self._table is not None else scorer.scorer
+        self.provenance: dict[str, Any] | None = self._table.provenance if self._table is not None else None
+
+    def difficulty(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Difficulty of these rows, from the scores given or scored now."""
+        if self._table is not None:
+            return self._table.difficulty_of([row.fields for row in rows])
+        missing = [row for row in rows if row.id not in self._difficulty]
+        if missing:
+            scored = self._score([row.fields for row in missing])
+            self._difficulty |= {row.id: float(value) for row, value in zip(missing, scored, strict=True)}
+        return np.array([self._difficulty[row.id] for row in rows])
+
+    def query_difficulty(self, query: Mapping[str, Any]) -> float:
+        """Difficulty of the query by the same score."""
+        if self._table is not None:
+            raise SparsortError(
+                "difficulty_matched needs the query's score too, and --scores holds those of the pool only. Leave --scores away, "
+                "so that pool and query are scored alike."
+            )
+        return float(self._score([{**query, **dict.fromkeys(fields_of(self.answer), "")}])[0])
+
+    def vectors(self, rows: Sequence[Row]) -> Any:
+        """(n, H) embeddings of the rows' prompts."""
+        missing = [row for row in rows if row.id not in self._vectors]
+        if missing:
+            found = self._embed([row.fields for row in missing])
+            self._vectors |= {row.id: vector for row, vector in zip(missing, found, strict=True)}
+        return np.stack([self._vectors[row.id] for row in rows])
+
+    def query_vector(self, query: Mapping[str, Any]) -> Any:
+        """(H,) embedding of the query's prompt."""
+        return self._embed([query])[0]
+
+    def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
+        """(n,) cosine similarity of rows and query."""
+        from sparsort.curriculum.demos.similarity import cosine
+
+        return cosine(self.vectors(rows), self.query_vector(query))
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        if self._loaded is not None:
+            return self._loaded.tokenizer
+        from sparsort.scoring.embedded import load_tokenizer
+
+        return load_tokenizer(self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code)
+
+    def _model(self) -> Any:
+        if self._loaded is None:
+            from sparsort.scoring.loading import load_model
+
+            options = self.scorer
+            self._loaded = load_model(
+                options.model,
+                dtype=options.dtype,
+                device=options.device,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+            )
+        return self._loaded
+
+    def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
+        if self._scorer is None:
+            self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
+        needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
+        scores = self._scorer.score(
+            [{key: value for key, value in row.items() if key != "id"} for row in fields],
+            prompt=self.prompt,
+            answer=self.answer if needs_answer else None,
+            system=self.config.system,
+            chat=self.config.chat,
+        )
+        self.provenance = scores.provenance
+        return scores.difficulty
+
+    def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
+        from sparsort.scoring.backbone import Backbone
+        from sparsort.scoring.embedding import embed_rows
+        from sparsort.scoring.prompts import Prompt
+
+        return embed_rows(Backbone(self._model()), fields, Prompt.of(self.prompt))
+
+
+def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
+    config, rows = session.config, session.rows
+    method = "ids" if config.ids is not None else config.select
+    k = config.k if config.k is not None else len(config.ids) if config.ids is not None else None
+    if k is None:
+        if len(rows) > _MOST_DEMOS:
+            raise SparsortError(f"the file holds {len(rows)} rows; pass -k N (--shots) to select N of them, with --select for the method.")
+        return list(rows), []
+    pool = [{**row.fields, "id": row.id} for row in rows]
+    wants_vectors, wants_scores = method in _NEEDS_EMBEDDINGS, method in _NEEDS_POOL_SCORES
+    names = fields_of(session.prompt)
+    chosen = select_demos(
+        pool,
+        query,
+        k,
+        method=method,
+        seed=config.seed,
+        ids=config.ids,
+        label=config.label,
+        scores=session.difficulty(rows) if wants_scores else None,
+        query_difficulty=session.query_difficulty(query) if method == "difficulty_matched" else None,
+        embeddings=session.vectors(rows) if wants_vectors else None,
+        query_embedding=session.query_vector(query) if wants_vectors and method != "vote_k" else None,
+        text=lambda row: " ".join(str(row[name]) for name in names if row.get(name) is not None),
+        allow_leaks=config.allow_leaks,
+    )
+    notes = [str(excluded) for excluded in chosen.excluded]
+    return [rows[index] for index in chosen.indices], notes
+
+
+def _templates(config: OrderConfig, rows: Sequence[Row]) -> tuple[str, str]:
+    """Prompt and answer templates: those given, else those of question and answer columns."""
+    columns = list(rows[0].fields)
+    if config.prompt is None and "question" not in columns:
+        raise SparsortError(f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(columns)}.")
+    if config.answer is None and "answer" not in columns:
+        raise SparsortError(f"which column is the answer? Pass --answer, for example ' {{label}}'; this data has: {', '.join(columns)}.")
+    return config.prompt or "Question: {question}\nAnswer:", config.answer or " {answer}"
+
+
+def _parse_query(query: str | Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    if not isinstance(query, str):
+        return dict(query)
+    names = fields_of(prompt)
+    if query.lstrip().startswith("{"):
+        try:
+            found = json.loads(query)
+        except json.JSONDecodeError as error:
+            raise SparsortError(f"the query looks like JSON but does not read as such: {error}. Quote it for your shell.") from None
+        if isinstance(found, dict):
+            return found
+    if not query.strip():
+        raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
+    if len(names) != 1:
+        shown = json.dumps({name: "…" for name in names}, ensure_ascii=False)
+        raise SparsortError(f"the prompt has the columns {', '.join(names)}, so the query must be a JSON object: --query '{shown}'.")
+    return {names[0]: query}
+
+
+def _excerpt(row: Row) -> str:
+    text = " ".join(" ".join(str(value).split()) for key, value in row.fields.items() if key != "id")
+    return text if len(text) <= 80 else f"{text[:79]}…"

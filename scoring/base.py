@@ -1,0 +1,152 @@
+"""What every scorer shares: the request, the job that scores shards, and `score`, which runs the one over the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import sparsort
+from sparsort.errors import SparsortError
+from sparsort.progress import progress
+from sparsort.scoring import engine
+from sparsort.scoring.prompts import Prompt, Truncation, Turns
+from sparsort.scoring.sources import Row, RowSource, open_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from sparsort.scoring.scores import Scores
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a caller asks to have scored, apart from the data."""
+
+    prompt_or_none: Prompt | None
+    truncation: Truncation
+    max_length: int | None
+    id_column: str | None
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt; `need_prompt` has made sure that there is one."""
+        if self.prompt_or_none is None:
+            raise SparsortError("this scorer reads text. Pass prompt='…' (--prompt), for example 'Question: {question}\\nAnswer:'.")
+        return self.prompt_or_none
+
+    def need_prompt(self, source: RowSource) -> Prompt:
+        """The prompt, or an error that shows which columns there are to put into one."""
+        if self.prompt_or_none is None:
+            first = next(iter(source.rows()), None)
+            columns = ", ".join(map(str, first.fields)) if first else "none"
+            raise SparsortError(
+                f"this scorer reads text. Pass prompt='…' (--prompt) with columns in braces; this data has: {columns}."
+            )
+        return self.prompt_or_none
+
+    def provenance(self, kind: str, orientation: dict[str, int]) -> dict[str, Any]:
+        """The part of the provenance that every scorer records."""
+        return {
+            "scorer": kind,
+            "orientation": orientation,
+            "prompt": self.prompt_or_none.describe() if self.prompt_or_none else None,
+            "id_column": self.id_column,
+        }
+
+
+class Job(ABC):
+    """Scores shards of one source under one request: what `engine.run` drives."""
+
+    provenance: dict[str, Any]
+    metrics: Sequence[str]
+
+    @abstractmethod
+    def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
+        """One table row a row, in order."""
+
+
+class Scorer(ABC):
+    """Ranks examples by difficulty. `kind` names what the difficulty is."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+        """The job for this source. `previous` is the provenance of a run that `out` holds already."""
+
+    def score(
+        self,
+        data: Any,
+        prompt: str | Turns | None = None,
+        *,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
+        truncation: Truncation = "error",
+        max_length: int | None = None,
+        id_column: str | None = None,
+        out: str | Path | None = None,
+        shard_rows: int = 2048,
+    ) -> Scores:
+        """Score every row of `data`.
+
+        Args:
+            data: a path (.jsonl, .json, .csv, .tsv, .parquet, a saved `datasets` folder), a `datasets.Dataset`, or a list of
+                dicts.
+            prompt: format string over the columns, or chat turns (see `Prompt.of`).
+            answer: format string of the answer behind the prompt; None to read the prompt alone.
+            system: system turn, with `chat`.
+            chat: put the prompt into the model's chat template.
+            truncation: what happens to a text over the limit: "error" leaves the row unscored with a reason; "left" and
+                "right" cut that end of the prompt and count what was cut.
+            max_length: limit in tokens; None for the model's own context.
+            id_column: column that identifies a row; None for "id" if there is one, else the row's position.
+            out: folder for durable shards; run again after a kill it goes on where it was. None keeps all in memory.
+            shard_rows: rows of one shard, the unit that is kept or redone. Does not change a score beyond rounding.
+
+        Returns:
+            One row an id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
+
+        Raises:
+            SparsortError: bad input; the message says what to do.
+        """
+        source = open_rows(data, id_column=id_column)
+        request = Request(
+            prompt_or_none=Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None,
+            truncation=truncation,
+            max_length=max_length,
+            id_column=id_column,
+        )
+        job = self.prepare(source, request, _previous(out))
+        with progress("scoring", source.count()) as advance:
+            return engine.run(source, job, out=Path(out) if out is not None else None, shard_rows=shard_rows, advance=advance)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a score."""
+    found = {"sparsort": sparsort.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "numpy"):
+        with contextlib.suppress(ModuleNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _previous(out: str | Path | None) -> dict[str, Any] | None:
+    """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot."""
+    manifest = Path(out) / "manifest.json" if out is not None else None
+    if manifest is None or not manifest.is_file():
+        return None
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,168 @@
+"""Scorers without a forward pass: length, compression, a column that is there already, chance.
+
+They are the confounds and controls that a sparsity score is measured against, under the same interface.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
+from sparsort.scoring.embedded import load_tokenizer
+from sparsort.scoring.prompts import Encoder
+from sparsort.scoring.scores import score_table
+from sparsort.scoring.sources import Row, RowSource
+
+
+class _RowJob(Job):
+    """Scores each row by itself with `scorer.value`."""
+
+    def __init__(self, scorer: _RowScorer, request: Request) -> None:
+        self._scorer, self._request = scorer, request
+        self.metrics = (scorer.kind,)
+        self.provenance = request.provenance(scorer.kind, {scorer.kind: 1}) | {
+            "metric": scorer.kind,
+            "options": scorer.options(),
+            "environment": versions(),
+        }
+
+    def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
+        texts = [self._text(row) for row in rows] if self._scorer.reads_text else [None] * len(rows)
+        found = [("empty", math.nan) if text == "" else self._scorer.value(row, text) for row, text in zip(rows, texts, strict=True)]
+        advance(len(rows))
+        values = np.array([value for _, value in found])
+        return score_table(
+            rows,
+            difficulty=values,
+            status=[status for status, _ in found],
+            reason=[_REASONS[status] for status, _ in found],
+            n_tokens=[0] * len(rows),
+            n_truncated=[0] * len(rows),
+            metrics={self._scorer.kind: values},
+        )
+
+    def _text(self, row: Row) -> str:
+        rendered = self._request.prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=None)
+        return "" if rendered.blank else rendered.text
+
+
+_REASONS = {"ok": "", "empty": "the fields of the prompt are empty or null", "not_finite": "the column holds no finite number"}
+
+
+class _RowScorer(Scorer):
+    reads_text: ClassVar[bool] = True
+
+    def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+        if self.reads_text:
+            request.need_prompt(source)
+        return _RowJob(self, request)
+
+    def options(self) -> dict[str, Any]:
+        """What to record besides the request."""
+        return {}
+
+    def value(self, row: Row, text: str | None) -> tuple[str, float]:
+        """(status, difficulty) of one row; `text` is the rendered prompt and answer."""
+        raise NotImplementedError
+
+
+class LengthScorer(_RowScorer):
+    """Ranks examples by length: the confound of every difficulty score.
+
+    Args:
+        unit: "tokens" (of `model`'s tokenizer) or "characters".
+        model: whose tokenizer counts; unused for characters.
+    """
+
+    kind: ClassVar[str] = "length"
+
+    def __init__(self, unit: Literal["tokens", "characters"] = "tokens", *, model: str = "demo", trust_remote_code: bool = False) -> None:
+        if unit not in ("tokens", "characters"):
+            raise unknown_choice("unit", unit, ("tokens", "characters"))
+        self.unit, self.model = unit, model
+        self._encoder = None
+        if unit == "tokens":
+            self._encoder = Encoder(load_tokenizer(model, trust_remote_code=trust_remote_code), max_length=None)
+
+    def options(self) -> dict[str, Any]:
+        return {"unit": self.unit, "model": self.model if self.unit == "tokens" else None}
+
+    def value(self, row: Row, text: str | None) -> tuple[str, float]:
+        if self._encoder is None:
+            return "ok", float(len(text or ""))
+        return "ok", float(self._encoder.count(text or ""))
+
+
+class CompressionScorer(_RowScorer):
+    """Ranks examples by how little they compress: compressed bytes over bytes (zlib, level 9), higher for denser text.
+
+    Short texts do not compress (a ratio above 1 is the format's overhead), so this too carries length.
+    """
+
+    kind: ClassVar[str] = "compression"
+
+    def value(self, row: Row, text: str | None) -> tuple[str, float]:
+        raw = (text or "").encode()
+        return "ok", len(zlib.compress(raw, 9)) / len(raw)
+
+
+class RandomScorer(_RowScorer):
+    """Ranks examples by chance: uniform in [0, 1) from (seed, id), the same whatever the order of the data.
+
+    Args:
+        seed: any integer.
+    """
+
+    kind: ClassVar[str] = "random"
+    reads_text: ClassVar[bool] = False
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def options(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def value(self, row: Row, text: str | None) -> tuple[str, float]:
+        draw = hashlib.blake2b(f"{self.seed}\0{row.id}".encode(), digest_size=8).digest()
+        return "ok", (int.from_bytes(draw, "big") >> 11) / 2**53
+
+
+class ColumnScorer(_RowScorer):
+    """Ranks examples by a number that the data holds already, such as a human level or another tool's score.
+
+    Args:
+        column: name of the column.
+        descending: the column falls with difficulty.
+    """
+
+    kind: ClassVar[str] = "column"
+    reads_text: ClassVar[bool] = False
+
+    def __init__(self, column: str, *, descending: bool = False) -> None:
+        self.column, self.descending = column, descending
+
+    def options(self) -> dict[str, Any]:
+        return {"column": self.column, "descending": self.descending}
+
+    def value(self, row: Row, text: str | None) -> tuple[str, float]:
+        if self.column not in row.fields:
+            raise unknown_choice(f"column (row {row.position}, id {row.id!r})", self.column, map(str, row.fields))
+        given = row.fields[self.column]
+        if given is None:
+            return "not_finite", math.nan
+        try:
+            number = float(given)
+        except (TypeError, ValueError):
+            raise SparsortError(
+                f"column {self.column!r} of row {row.position} (id {row.id!r}) holds {given!r}; expected a number. "
+                "Name a numeric column, or convert it first."
+            ) from None
+        return ("ok", -number if self.descending else number) if math.isfinite(number) else ("not_finite", math.nan)

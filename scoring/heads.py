@@ -1,0 +1,74 @@
+"""Reads the language-model head at chosen positions only: losses of given tokens, entropy of the next.
+
+Contract: logits are those of the model's own forward pass. The head's matrix alone does not make them for every model
+(Gemma caps them, Granite and Cohere scale them), so what follows the matrix is applied too and the result is checked
+against the model once; a model that does something else to its logits is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsort.errors import SparsortError
+
+# Positions whose logits stand in memory at once: 128 × 262144 × 4 bytes are 134 MB.
+_POSITIONS_AT_ONCE = 128
+
+
+class Head:
+    """The head of a causal language model, applied to `post_norm` states.
+
+    Raises:
+        SparsortError: no output embedding, or logits that cannot be made from it.
+    """
+
+    def __init__(self, model: Any, config: Any, name: str) -> None:
+        self._matrix = model.get_output_embeddings()
+        if self._matrix is None:
+            raise SparsortError(f"{name!r} has no language-model head, so it gives no loss and no entropy.")
+        # A cap hardly shows on the small logits of the check below, so one that is not known is refused by its name.
+        caps = [key for key, value in vars(config).items() if "softcap" in key.replace("_", "") and value]
+        if unknown := [key for key in caps if key not in ("final_logit_softcapping", "attn_logit_softcapping")]:
+            raise SparsortError(f"{name!r} caps its logits in a way that sparsort does not know ({unknown[0]}). Use another scorer.")
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self._check(model, name)
+
+    def logits(self, states_NH: Tensor) -> Tensor:
+        """(N, vocabulary) fp32 logits."""
+        logits = self._matrix(states_NH).float() * self._scale
+        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+
+    @torch.inference_mode()
+    def losses(self, states_NH: Tensor, targets_N: Tensor) -> Tensor:
+        """(N,) negative log-likelihood in nats of `targets_N`, each predicted from its state."""
+        parts = zip(states_NH.split(_POSITIONS_AT_ONCE), targets_N.split(_POSITIONS_AT_ONCE), strict=True)
+        losses = [torch.nn.functional.cross_entropy(self.logits(states), targets, reduction="none") for states, targets in parts]
+        return torch.cat(losses).double()
+
+    @torch.inference_mode()
+    def entropies(self, states_NH: Tensor) -> Tensor:
+        """(N,) entropy in nats of the next token's distribution."""
+        entropies = []
+        for states in states_NH.split(_POSITIONS_AT_ONCE):
+            log_p = self.logits(states).log_softmax(dim=-1)
+            entropies.append(-(log_p.exp() * log_p).nan_to_num().sum(dim=-1))
+        return torch.cat(entropies).double()
+
+    @torch.inference_mode()
+    def _check(self, model: Any, name: str) -> None:
+        device = next(model.parameters()).device
+        ids = torch.arange(3, device=device)[None]
+        result = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        ours = self.logits(result.hidden_states[-1][0])
+        theirs = result.logits[0].float()
+        # One rounding of the model's dtype at the logits' size is what a different order of the same steps may cost.
+        tolerance = 8 * torch.finfo(result.logits.dtype).eps * max(1.0, float(theirs.abs().max()))
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True):
+            raise SparsortError(
+                f"{name!r} changes its logits after the head in a way that sparsort does not know, so losses and entropies would "
+                "be wrong. Use a sparsity, length or compression scorer, and report the model."
+            )

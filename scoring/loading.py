@@ -1,0 +1,149 @@
+"""Loads a causal language model and its tokenizer, and says exactly which ones they are.
+
+Contract: any transformers causal language model, by hub id, folder, GGUF file, the name `demo`, or as an object. Every
+failure that a user can cause is a `SparsortError` that names the model. Weights are known by a SHA-256 of their files (or
+the hub's commit), tokenizers by one of their definition, so that scores of another model never pass for these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.backend import Choice, compute_dtype, default_device
+from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
+
+_WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, with where it came from and why it runs as it does."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    device: Choice[torch.device]
+    dtype: Choice[torch.dtype]
+    weights: str
+    tokenizer_hash: str
+
+
+def load_model(
+    model: Any = "demo",
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load `model` for inference.
+
+    Args:
+        model: hub id, folder, `.gguf` file, "demo", or a transformers model (then `tokenizer` is required).
+        tokenizer: a transformers tokenizer; None for the model's own.
+        dtype: "auto" (bf16 where the processor has it, else fp32), or a torch dtype's name.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        revision: hub revision.
+        trust_remote_code: run code that ships with the model; never without being asked.
+
+    Raises:
+        SparsortError: no such model, a folder without one, an unknown dtype or device, weights that are not finite.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise unknown_choice("dtype", dtype, ("auto", *_DTYPES))
+    try:
+        where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
+        torch.empty(0, device=where.value)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise SparsortError(f"cannot use the device {device!r}: {first} Use 'auto', 'cpu' or 'cuda'.") from None
+    kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    if not isinstance(model, (str, Path)):
+        return _adopt(model, tokenizer)
+    resolved = resolve_model(str(model))
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": kind.value, "revision": revision, "trust_remote_code": trust_remote_code}
+    if resolved.gguf_file:
+        from transformers import GgufConfig
+
+        options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(resolved.folder_or_id, **options)
+            loaded = loaded.to(where.value).eval()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SparsortError(
+            f"cannot load the model {str(model)!r}: {first} "
+            "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
+        ) from error
+    tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    return LoadedModel(
+        name=str(model),
+        model=loaded,
+        tokenizer=tokenizer,
+        device=where,
+        dtype=kind,
+        weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
+        tokenizer_hash=_hash_tokenizer(tokenizer),
+    )
+
+
+def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
+    if not isinstance(model, torch.nn.Module):
+        raise SparsortError(f"model is {model!r}; expected a hub id, a folder, a .gguf file, 'demo' or a transformers model.")
+    if tokenizer is None:
+        raise SparsortError("a model object needs its tokenizer: pass tokenizer=….")
+    weight = next(model.parameters())
+    return LoadedModel(
+        name=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        model=model.eval(),
+        tokenizer=tokenizer,
+        device=Choice(weight.device, "the model object's own"),
+        dtype=Choice(weight.dtype, "the model object's own"),
+        weights=_hash_parameters(model),
+        tokenizer_hash=_hash_tokenizer(tokenizer),
+    )
+
+
+def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
+    folder = Path(folder_or_id)
+    if not folder.is_dir():
+        commit = getattr(model.config, "_commit_hash", None)
+        return f"hub:{folder_or_id}@{commit}" if commit else _hash_parameters(model)
+    files = [folder / gguf_file] if gguf_file else []
+    for pattern in _WEIGHT_FILES:
+        files = files or sorted(folder.glob(pattern))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    config = folder / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hash_parameters(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    template = json.dumps(getattr(tokenizer, "chat_template", None))
+    return f"sha256:{hashlib.sha256((body + template).encode()).hexdigest()}"

@@ -1,0 +1,222 @@
+"""From the states of every token to one number a metric and row: the poolings, and the outlier rules fitted on a sample.
+
+| pooling | value |
+| --- | --- |
+| `last` | metrics of the last token's state |
+| `mean_metric` | mean over the text's tokens of each token's metrics |
+| `mean_state` | metrics of the mean of the text's states |
+| `answer` | `mean_metric` over the answer's tokens |
+
+The tokenizer's own special tokens in front are left out of every mean: their state is the same for every row and carries
+the model's massive activations.
+
+| outlier rule | what is done to a state before its metrics |
+| --- | --- |
+| `none` | nothing |
+| `drop:n` | the n dimensions of largest RMS over a sample are left out; the width counts without them |
+| `rms` | every dimension is divided by its RMS over a sample |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.backend import sparsity_rows
+from sparsort.kernels.sparsity.names import ROW_REASONS
+from sparsort.scoring.backbone import Piece
+from sparsort.scoring.batching import Plan
+from sparsort.scoring.prompts import Encoded
+
+Pooling = Literal["last", "mean_metric", "mean_state", "answer"]
+
+# Most token rows that one call of the metrics takes: bounds the fp64 copies of the CPU path.
+_ROWS_AT_ONCE = 4096
+_OUTLIER_RULE = re.compile(r"none|rms|drop:[1-9]\d*")
+
+
+def check_pooling(pooling: str) -> Pooling:
+    """`pooling`, if there is one of that name."""
+    if pooling not in get_args(Pooling):
+        raise unknown_choice("pooling", pooling, get_args(Pooling))
+    return pooling  # type: ignore[return-value]
+
+
+def check_outlier_rule(rule: str) -> str:
+    """`rule`, if it reads as one."""
+    if not _OUTLIER_RULE.fullmatch(rule):
+        raise SparsortError(f"unknown outlier rule {rule!r}. Choose 'none', 'rms' or 'drop:n' with n the number of dimensions.")
+    return rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierFit:
+    """A fitted outlier rule: a factor for every dimension (0 leaves it out), and what to record of it."""
+
+    scale_H: Tensor | None
+    record: dict[str, object]
+
+
+def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -> OutlierFit:
+    """Fit `drop:n` or `rms` on the mean square of every dimension over a sample of states.
+
+    Raises:
+        SparsortError: more dimensions to drop than there are, or a sample without a state.
+    """
+    if n_states == 0:
+        raise SparsortError(f"the outlier rule {rule!r} needs states to be fitted on, and no row of the sample could be scored.")
+    width = len(mean_square_H)
+    if rule == "rms":
+        rms = np.sqrt(mean_square_H)
+        # A dimension that is zero all over the sample says nothing of spread: it is left out.
+        scale = np.divide(1.0, rms, out=np.zeros(width), where=rms > 0).astype(np.float32)
+        record = {"rule": rule, "n_states": n_states, "scale": [float(value) for value in scale]}
+        return OutlierFit(scale_H=torch.from_numpy(scale), record=record)
+    count = int(rule.partition(":")[2])
+    if count >= width:
+        raise SparsortError(f"the outlier rule {rule!r} drops every one of the {width} dimensions. Drop fewer.")
+    widest = np.argsort(-mean_square_H, kind="stable")[:count]
+    return _drop(rule, [int(d) for d in widest], width, n_states)
+
+
+def restore_outliers(record: dict[str, object], width: int) -> OutlierFit:
+    """A fit as it was recorded, so that a resumed run uses the very same."""
+    if record["rule"] == "rms":
+        scale = torch.tensor(record["scale"], dtype=torch.float32)
+        return OutlierFit(scale_H=scale, record=record)
+    return _drop(str(record["rule"]), list(record["dims"]), width, int(record["n_states"]))  # type: ignore[call-overload]
+
+
+def _drop(rule: str, dims: list[int], width: int, n_states: int) -> OutlierFit:
+    scale = torch.ones(width)
+    scale[dims] = 0.0
+    return OutlierFit(scale_H=scale, record={"rule": rule, "n_states": n_states, "dims": dims})
+
+
+class Collector:
+    """Gathers the pieces of one shard into one row of numbers an example.
+
+    Args:
+        pooling: which tokens, and in which order mean and metric come.
+        encoded: the shard's rows as ids, in the order of the plan; with pooling `answer` each has an answer, and the plan's
+            shared head ends before it.
+        how: the plan.
+        site: the site to read from the pieces.
+        scale_H: the outlier rule's factors, or None.
+        l0_threshold: threshold of `l0_absolute`.
+    """
+
+    def __init__(
+        self,
+        pooling: Pooling,
+        encoded: Sequence[Encoded],
+        how: Plan,
+        *,
+        site: str,
+        scale_H: Tensor | None = None,
+        l0_threshold: float = 1.0,
+    ) -> None:
+        self.pooling, self._site, self._how = pooling, site, how
+        self._scale_H, self._threshold = scale_H, l0_threshold
+        lengths = np.array([len(row.ids) for row in encoded], dtype=np.int64)
+        first = np.array([row.answer_start if pooling == "answer" else row.n_lead for row in encoded], dtype=np.int64)
+        self._first = lengths - 1 if pooling == "last" else first
+        self._counts = lengths - self._first
+        # Rows of one head agree on its special tokens in front, so any of them tells where the head's text begins.
+        self._head_first = np.zeros(len(how.heads), dtype=np.int64)
+        self._shares = how.head_of >= 0
+        self._head_first[how.head_of[self._shares]] = np.minimum(self._first, how.depth)[self._shares]
+        self._sums: dict[bool, Tensor] = {}
+        self._reasons = {False: torch.zeros(len(encoded)).long(), True: torch.zeros(len(how.heads)).long()}
+
+    def pick(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(batch index, token index) of the states in `piece` that the pooling reads."""
+        begin = (self._head_first if piece.is_head else self._first)[piece.rows]
+        positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
+        end = piece.start + piece.lengths
+        batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
+        return batch, token
+
+    def add(self, piece: Piece) -> None:
+        """Take in one piece's states."""
+        states_BTH = piece.states[self._site]
+        batch, token = self.pick(piece)
+        if not len(batch):
+            return
+        target = torch.from_numpy(piece.rows[batch])
+        if self.pooling == "mean_state":
+            values, reasons = finite_states(states_BTH, batch, token)
+        else:
+            values, reasons = self._metrics(states_BTH, batch, token)
+        side = piece.is_head
+        if side not in self._sums:
+            self._sums[side] = torch.zeros(len(self._reasons[side]), values.shape[1], dtype=torch.float64, device=values.device)
+        self._sums[side].index_add_(0, target.to(values.device), values)
+        self._reasons[side].scatter_reduce_(0, target, reasons.cpu().long(), "amax")
+
+    def means(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """(n, metrics or width) mean over each row's tokens, and each row's reason code."""
+        total, reasons = self._sums[False], self._reasons[False]
+        if True in self._sums:
+            rows = torch.from_numpy(np.flatnonzero(self._shares))
+            heads = torch.from_numpy(self._how.head_of[self._shares])
+            total = total.index_add(0, rows.to(total.device), self._sums[True][heads.to(total.device)])
+            reasons = reasons.index_put((rows,), torch.maximum(reasons[rows], self._reasons[True][heads]))
+        return total.cpu().numpy() / self._counts[:, None], reasons.numpy()
+
+    def finish(self) -> tuple[NDArray[np.float64], list[str]]:
+        """(n, 13) metrics in the order of `METRICS`, NaN where there is none, and each row's reason ("" for ok)."""
+        values, reasons = self.means()
+        if self.pooling == "mean_state":
+            pooled = sparsity_rows(torch.from_numpy(values), dim_scale=self._scale_H, l0_threshold=self._threshold)
+            values, reasons = pooled.values_NM.double().numpy(), np.maximum(reasons, pooled.reason_N.long().numpy())
+        values[reasons > 0] = np.nan
+        return values, [ROW_REASONS[code] for code in reasons]
+
+    def _metrics(self, states_BTH: Tensor, batch: NDArray[np.int64], token: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        index_N = torch.from_numpy(batch * states_BTH.shape[1] + token).to(states_BTH.device)
+        scale = self._scale_H.to(states_BTH.device) if self._scale_H is not None else None
+        parts = [
+            sparsity_rows(states_BTH, part, dim_scale=scale, l0_threshold=self._threshold)
+            for part in index_N.split(_ROWS_AT_ONCE)
+        ]
+        # NaN rows are known by their reason; a zero keeps them from spreading within the sum of another row.
+        return torch.cat([part.values_NM for part in parts]).double().nan_to_num(), torch.cat([part.reason_N for part in parts])
+
+
+def finite_states(states_BTH: Tensor, batch: NDArray[np.int64], token: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """(N, width) fp64 states at the given places, zeros where one is not finite, and their reason codes."""
+    picked = states_BTH[torch.from_numpy(batch).to(states_BTH.device), torch.from_numpy(token).to(states_BTH.device)].double()
+    finite = torch.isfinite(picked).all(dim=1)
+    return torch.where(finite[:, None], picked, 0.0), (~finite).long() * ROW_REASONS.index("not_finite")
+
+
+class MeanSquare:
+    """Mean square of every dimension over the states that a pooling reads: what the outlier rules are fitted on."""
+
+    def __init__(self, collector: Collector, site: str) -> None:
+        self._collector, self._site = collector, site
+        self._sum_H: Tensor | None = None
+        self.count = 0
+
+    def add(self, piece: Piece) -> None:
+        """Take in one piece's states; a shared head counts once."""
+        batch, token = self._collector.pick(piece)
+        if not len(batch):
+            return
+        states, reasons = finite_states(piece.states[self._site], batch, token)
+        squares = states.square().sum(dim=0).cpu()
+        self._sum_H = squares if self._sum_H is None else self._sum_H + squares
+        self.count += int((reasons == 0).sum())
+
+    def value_H(self) -> NDArray[np.float64]:
+        """(width,) mean square; empty when no state was seen."""
+        return (self._sum_H / max(self.count, 1)).numpy() if self._sum_H is not None else np.zeros(0)

@@ -1,0 +1,396 @@
+"""Scorers that run a language model: activation sparsity, and the losses and entropy that it is measured against.
+
+Contract: `score` takes data and a prompt and gives `Scores`; `difficulty` rises with what the scorer calls hard (sparser,
+higher loss, higher entropy). The table keeps every metric of the pass; another one is a column away (`Scores.by`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.backend import sparsity_implementation
+from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.scoring.backbone import Backbone, Piece
+from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
+from sparsort.scoring.batching import Plan
+from sparsort.scoring.heads import Head
+from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.pooling import (
+    Collector,
+    MeanSquare,
+    OutlierFit,
+    check_outlier_rule,
+    check_pooling,
+    fit_outliers,
+    restore_outliers,
+)
+from sparsort.scoring.prompts import Encoded, Encoder
+from sparsort.scoring.scores import score_table
+from sparsort.scoring.sources import Row, RowSource
+
+# Rows of the sample on which an outlier rule is fitted.
+_SAMPLE_ROWS = 256
+
+
+class ModelScorer(Scorer):
+    """What the model scorers share: the model, loaded once at construction.
+
+    Args:
+        model: hub id, folder, `.gguf` file, "demo" (the embedded model), or a transformers model with its `tokenizer`.
+        tokenizer: None for the model's own.
+        dtype: "auto" (bf16 where the hardware has it, else fp32) or a torch dtype's name.
+        device: "auto", "cpu", "cuda", …
+        token_budget: tokens of one batch, padding included; None for the device's default. Changes speed, not scores.
+        revision: hub revision.
+        trust_remote_code: run code that ships with the model.
+    """
+
+    def __init__(
+        self,
+        model: Any = "demo",
+        *,
+        tokenizer: Any = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        token_budget: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if isinstance(model, LoadedModel):
+            self.loaded = model
+        else:
+            self.loaded = load_model(
+                model,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+        self.backbone = Backbone(self.loaded, token_budget=token_budget)
+
+    def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
+        """The job that scores this source's shards."""
+        limit = request.max_length
+        own = self.backbone.max_length
+        if limit is None:
+            limit = own
+        elif own is not None and limit > own:
+            raise SparsortError(f"max_length is {limit}, but {self.loaded.name!r} was made for {own} tokens. Pass at most {own}.")
+        encoder = Encoder(
+            self.loaded.tokenizer, max_length=limit, truncation=request.truncation, chat=request.need_prompt(source).is_chat
+        )
+        return self._job(source, request, encoder, previous)
+
+    @abstractmethod
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob: ...
+
+    def _provenance(self, request: Request, encoder: Encoder, orientation: dict[str, int]) -> dict[str, Any]:
+        loaded = self.loaded
+        return request.provenance(self.kind, orientation) | {
+            "weights": loaded.weights,
+            "tokenizer": loaded.tokenizer_hash,
+            "dtype": str(loaded.dtype.value).removeprefix("torch."),
+            "max_length": encoder.max_length,
+            "truncation": encoder.truncation,
+            "environment": versions()
+            | {
+                "model": loaded.name,
+                "device": str(loaded.device.value),
+                "dtype_reason": loaded.dtype.reason,
+                "token_budget": self.backbone.token_budget,
+                "prefix_sharing": self.backbone.can_continue,
+            },
+        }
+
+
+class ModelJob(Job):
+    """Scores shards of rows with a model: text, ids, plan, forward passes, a table."""
+
+    def __init__(self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], metrics: Sequence[str]) -> None:
+        self.backbone = scorer.backbone
+        self.request = request
+        self.encoder = encoder
+        self.provenance = provenance
+        self.metrics = tuple(metrics)
+
+    def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
+        """One table row a row, in order, whatever became of it."""
+        encoded = self.encode(rows)
+        todo = [number for number, item in enumerate(encoded) if item.problem is None]
+        values = np.full((len(rows), len(self.metrics)), np.nan)
+        status = [item.problem[0] if item.problem else "ok" for item in encoded]
+        reason = [item.problem[1] if item.problem else "" for item in encoded]
+        advance(len(rows) - len(todo))
+        if todo:
+            kept = [encoded[number] for number in todo]
+            found, reasons = self.read(kept, self.plan(kept), advance)
+            values[todo] = found
+            for number, why in zip(todo, reasons, strict=True):
+                if why:
+                    status[number], reason[number] = why, _SENTENCES[why]
+        sign = self.provenance["orientation"][self.provenance["metric"]]
+        return score_table(
+            rows,
+            difficulty=sign * values[:, self.metrics.index(self.provenance["metric"])],
+            status=status,
+            reason=reason,
+            n_tokens=[len(item.ids) for item in encoded],
+            n_truncated=[item.n_dropped for item in encoded],
+            metrics={name: values[:, column] for column, name in enumerate(self.metrics)},
+        )
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Token ids of the rows; an answer that is wanted and empty is a problem of the row."""
+        prompt = self.request.prompt
+        rendered = [
+            prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=self.encoder.tokenizer) for row in rows
+        ]
+        encoded = self.encoder.encode(rendered)
+        if not self.wants_answer:
+            return encoded
+        return [
+            Encoded(ids=e.ids, n_lead=e.n_lead, answer_start=e.answer_start, problem=("empty", "the answer is empty"))
+            if e.problem is None and e.answer_start >= len(e.ids)
+            else e
+            for e in encoded
+        ]
+
+    wants_answer = False
+
+    def plan(self, encoded: Sequence[Encoded]) -> Plan:
+        """The plan of a shard's rows; every token is computed somewhere, in a shared head or in the row."""
+        return self.backbone.plan([item.ids for item in encoded])
+
+    @abstractmethod
+    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+        """(n, metrics) values and each row's reason code name ("" for ok)."""
+
+
+_SENTENCES = {
+    "zero": "every coordinate of the state is zero, so it has no sparsity",
+    "not_finite": "the model's state or loss is NaN or infinite",
+}
+
+
+class SparsityScorer(ModelScorer):
+    """Ranks examples by how sparse the model's hidden state is: the sparser, the harder (arXiv 2603.03415).
+
+    Args:
+        model: see `ModelScorer`, with its other arguments.
+        site: "pre_norm", "post_norm", "mlp", "mlp:N" or "layer:N" (see `sparsort.scoring.sites`).
+        pooling: "last", "mean_metric", "mean_state" or "answer" (see `sparsort.scoring.pooling`).
+        metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.names.METRICS`.
+        outliers: "none", "drop:n" (leave out the n widest dimensions) or "rms" (standardise each), fitted on a sample.
+        l0_threshold: threshold of `l0_absolute`, in the units of the state.
+
+    Example:
+        >>> scorer = SparsityScorer("demo", site="pre_norm", pooling="last", metric="gini")
+        >>> scores = scorer.score(rows, prompt="Question: {question}\\nAnswer:")
+    """
+
+    kind: ClassVar[str] = "sparsity"
+
+    def __init__(
+        self,
+        model: Any = "demo",
+        *,
+        site: str = "pre_norm",
+        pooling: str = "last",
+        metric: str = "gini",
+        outliers: str = "none",
+        l0_threshold: float = 1.0,
+        **model_options: Any,
+    ) -> None:
+        if metric not in METRICS:
+            raise unknown_choice("metric", metric, METRICS)
+        if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
+            raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
+        self.pooling = check_pooling(pooling)
+        self.outliers = check_outlier_rule(outliers)
+        self.metric = metric
+        self.l0_threshold = l0_threshold
+        check_site(site)
+        super().__init__(model, **model_options)
+        self.site = self.backbone.site(site)
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        if self.pooling == "answer" and request.prompt.answer is None:
+            raise SparsortError("pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'.")
+        orientation = {name: 1 if higher else -1 for name, higher in HIGHER_IS_SPARSER.items()}
+        provenance = self._provenance(request, encoder, orientation) | {
+            "metric": self.metric,
+            "site": self.site.name,
+            "pooling": self.pooling,
+            "outliers": {"rule": "none"},
+            "l0_threshold": self.l0_threshold,
+        }
+        provenance["environment"]["sparsity"] = str(sparsity_implementation(self.backbone.device).value)
+        job = _SparsityJob(self, request, encoder, provenance)
+        if self.outliers != "none":
+            job.outliers = self._fit(job, source, (previous or {}).get("outliers"))
+            provenance["outliers"] = job.outliers.record
+        return job
+
+    def _fit(self, job: _SparsityJob, source: RowSource, recorded: dict[str, Any] | None) -> OutlierFit:
+        """The outlier rule as a run in the same folder has recorded it, or fitted on rows spread over the source."""
+        if recorded and recorded.get("rule") == self.outliers:
+            return restore_outliers(recorded, self.backbone.width(self.site))
+        kept = [item for item in job.encode(source.sample(_SAMPLE_ROWS)) if item.problem is None]
+        how = job.plan(kept)
+        square = MeanSquare(Collector(self.pooling, kept, how, site=self.site.name), self.site.name)
+        if kept:
+            for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
+                square.add(piece)
+        return fit_outliers(self.outliers, square.value_H(), square.count)
+
+
+class _SparsityJob(ModelJob):
+    """Reads the sparsity metrics of one site."""
+
+    def __init__(self, scorer: SparsityScorer, request: Request, encoder: Encoder, provenance: dict[str, Any]) -> None:
+        super().__init__(scorer, request, encoder, provenance, METRICS)
+        self.site, self.pooling, self.threshold = scorer.site, scorer.pooling, scorer.l0_threshold
+        self.wants_answer = scorer.pooling == "answer"
+        self.outliers = OutlierFit(scale_H=None, record={"rule": "none"})
+
+    def plan(self, encoded: Sequence[Encoded]) -> Plan:
+        # A shared head must not reach into an answer, whose tokens are read row by row.
+        depth = min((item.answer_start for item in encoded), default=0) if self.wants_answer else None
+        return self.backbone.plan([item.ids for item in encoded], max_depth=depth)
+
+    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+        collector = Collector(
+            self.pooling, encoded, how, site=self.site.name, scale_H=self.outliers.scale_H, l0_threshold=self.threshold
+        )
+        ids = [item.ids for item in encoded]
+        for piece in self.backbone.walk(ids, how, [self.site]):
+            collector.add(piece)
+            advance(_finished(piece, ids))
+        return collector.finish()
+
+
+class LossScorer(ModelScorer):
+    """Ranks examples by the model's own loss: mean negative log-likelihood in nats a token.
+
+    Args:
+        model: see `ModelScorer`, with its other arguments.
+        on: "answer" (its tokens given the prompt; needs `answer=`) or "prompt" (every token of the text but the first).
+    """
+
+    def __init__(self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **model_options: Any) -> None:
+        if on not in ("answer", "prompt"):
+            raise unknown_choice("part of the text", on, ("answer", "prompt"))
+        self.on = on
+        super().__init__(model, **model_options)
+        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """`answer_loss` or `prompt_loss`."""
+        return f"{self.on}_loss"
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        if self.on == "answer" and request.prompt.answer is None:
+            raise SparsortError("the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'.")
+        return _HeadJob(self, request, encoder, self._provenance(request, encoder, {self.kind: 1}) | {"metric": self.kind}, self.head)
+
+
+class EntropyScorer(ModelScorer):
+    """Ranks examples by the entropy in nats of the model's next-token distribution after the text.
+
+    Args:
+        model: see `ModelScorer`, with its other arguments.
+    """
+
+    kind: ClassVar[str] = "entropy"
+
+    def __init__(self, model: Any = "demo", **model_options: Any) -> None:
+        super().__init__(model, **model_options)
+        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        provenance = self._provenance(request, encoder, {"entropy": 1}) | {"metric": "entropy"}
+        return _HeadJob(self, request, encoder, provenance, self.head)
+
+
+class _HeadJob(ModelJob):
+    """Reads the head at the positions that a loss or an entropy needs."""
+
+    def __init__(self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], head: Head) -> None:
+        super().__init__(scorer, request, encoder, provenance, [scorer.kind])
+        self.kind, self.head = scorer.kind, head
+        self.wants_answer = scorer.kind == "answer_loss"
+        # The last hidden state is what the head reads, whether or not the model has a final norm.
+        self.site = scorer.backbone.site("post_norm" if scorer.backbone.final_norm is not None else "pre_norm")
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        too_short = ("empty", "a single token has nothing to be predicted from")
+        return [
+            Encoded(ids=e.ids, n_lead=e.n_lead, answer_start=e.answer_start, problem=too_short)
+            if e.problem is None and self.kind != "entropy" and len(e.ids) < 2
+            else e
+            for e in super().encode(rows)
+        ]
+
+    def plan(self, encoded: Sequence[Encoded]) -> Plan:
+        # The state that predicts the first wanted token must be computed in the row itself.
+        first = min((self._span(item)[0] for item in encoded), default=0)
+        return self.backbone.plan([item.ids for item in encoded], max_depth=first)
+
+    def _span(self, item: Encoded) -> tuple[int, int]:
+        """Positions whose states are read: from, to (exclusive)."""
+        if self.kind == "entropy":
+            return len(item.ids) - 1, len(item.ids)
+        first = item.answer_start if self.kind == "answer_loss" else max(item.n_lead, 1)
+        return max(first - 1, 0), len(item.ids) - 1
+
+    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+        ids = [item.ids for item in encoded]
+        spans = np.array([self._span(item) for item in encoded], dtype=np.int64)
+        total = np.zeros(len(ids))
+        for piece in self.backbone.walk(ids, how, [self.site]):
+            advance(_finished(piece, ids))
+            if piece.is_head:
+                continue
+            positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
+            begin, end = spans[piece.rows, 0], np.minimum(spans[piece.rows, 1], piece.start + piece.lengths)
+            batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
+            if len(batch):
+                states = piece.states[self.site.name]
+                picked = states[torch.from_numpy(batch).to(states.device), torch.from_numpy(token).to(states.device)]
+                np.add.at(total, piece.rows[batch], self._values(picked, ids, piece, batch, token))
+        means = total / np.maximum(spans[:, 1] - spans[:, 0], 1)
+        reasons = ["" if math.isfinite(value) else "not_finite" for value in means]
+        means[~np.isfinite(means)] = np.nan
+        return means[:, None], reasons
+
+    def _values(
+        self, picked_NH: torch.Tensor, ids: Sequence[Sequence[int]], piece: Piece, batch: NDArray[np.int64], token: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        if self.kind == "entropy":
+            return self.head.entropies(picked_NH).cpu().numpy()
+        targets = [ids[row][position + 1] for row, position in zip(piece.rows[batch], piece.start + token, strict=True)]
+        return self.head.losses(picked_NH, torch.tensor(targets, device=picked_NH.device)).cpu().numpy()
+
+
+def check_site(name: str) -> None:
+    """Catch a misspelt site before a model is loaded for it."""
+    if name not in ("pre_norm", "post_norm", "mlp") and not name.startswith(("layer:", "mlp:")):
+        raise unknown_choice("site", name, ("pre_norm", "post_norm", "mlp", "mlp:N", "layer:N"))
+
+
+def _finished(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
+    """How many rows end in this piece."""
+    if piece.is_head:
+        return 0
+    return int(sum(piece.start < len(ids[row]) <= piece.start + length for row, length in zip(piece.rows, piece.lengths, strict=True)))

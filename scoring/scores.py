@@ -1,0 +1,356 @@
+"""Scores: one row per example, and how every number in it came to be.
+
+Contract: a score is the pair (table, provenance). The table has the columns of `scores_schema`: who the row is, its
+`difficulty` (rises with what the scorer holds to be harder; NaN where there is no score, with a `status` and a
+`reason`) and every metric that was measured. It survives Parquet, JSONL, `datasets.Dataset` and a score folder to the
+last bit.
+
+Where provenance rides: Parquet, the schema metadata under `sparsort`; a folder, its manifest; JSONL, the file
+`NAME.provenance.json` beside it, so that every line of `NAME.jsonl` stays a row for other tools; `Dataset`, the text of
+`info.description`, which `map`, `select` and `save_to_disk` keep. Where it was lost, what is read says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.files import write_atomically, write_json
+from sparsort.scoring.sources import Row, digest_of, open_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+# "missing": the row lacks the number that a column scorer reads. Every other name says what the text or the state was.
+STATUSES = ("ok", "empty", "too_long", "zero", "not_finite", "missing")
+
+_BASE = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("id", pa.string()),
+        ("difficulty", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("n_tokens", pa.int32()),
+        ("n_truncated", pa.int32()),
+        ("digest", pa.string()),
+    ]
+)
+_METADATA = b"sparsort"
+_SHOWN = 5  # rows named in an error before it says "and n more"
+
+
+class Columns(Protocol):
+    """What `Scores` needs of a table; `pyarrow.Table` has it."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def column_names(self) -> list[str]: ...
+
+    def select(self, columns: list[str]) -> pa.Table: ...
+
+
+class Scores:
+    """Scored rows, in the order of their source.
+
+    Args:
+        table: columns of `scores_schema`; a complete `shards.ShardStore` does as well and is read a column at a time.
+        provenance: JSON values. Used here: `scorer` (the kind), `metric` (behind `difficulty`), `orientation`
+            ({metric: +1 where a higher value is harder, else -1}), `id_column` (None where ids are positions).
+    """
+
+    def __init__(self, table: pa.Table | Columns, provenance: Mapping[str, Any]) -> None:
+        self._columns: Columns = _checked(table) if isinstance(table, pa.Table) else table
+        _need_columns(self._columns.column_names)
+        self.provenance = dict(provenance)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The whole table; one on disk is read on first use."""
+        return self._columns.select(self._columns.column_names)
+
+    @property
+    def kind(self) -> str:
+        """The scorer that made them: "sparsity", "answer_loss", "prompt_loss", "entropy", "length", "random", …"""
+        return str(self.provenance.get("scorer", "unknown"))
+
+    def __len__(self) -> int:
+        return int(self._columns.num_rows)
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} rows, {self.kind}, metrics: {', '.join(self.metrics)})"
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._column("id").to_pylist())
+
+    @property
+    def difficulty(self) -> NDArray[np.float64]:
+        """(N,) float64; NaN where `status` is not "ok"."""
+        return self.column("difficulty")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metric columns."""
+        return [name for name in self._columns.column_names if name not in _BASE.names]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One column, (N,): float64 for a metric, object for text."""
+        if name not in self._columns.column_names:
+            raise unknown_choice("column", name, self._columns.column_names)
+        column = self._column(name)
+        return np.asarray(column.to_pylist(), dtype=object) if pa.types.is_string(column.type) else column.to_numpy()
+
+    def counts(self, name: str) -> dict[str, int]:
+        """How often each value of a text column occurs."""
+        return {item["values"]: item["counts"] for item in pc.value_counts(self._column(name)).to_pylist()}
+
+    def by(self, metric: str) -> Scores:
+        """The same rows with `difficulty` taken from another metric, turned so that it rises with what is harder."""
+        orientation = self.provenance.get("orientation", {})
+        choices = [name for name in self.metrics if name in orientation]
+        if metric not in choices:
+            raise unknown_choice("metric", metric, choices)
+        values = self.column(metric) * float(orientation[metric])
+        values[self.column("status") != "ok"] = np.nan
+        index = self.table.schema.get_field_index("difficulty")
+        table = self.table.set_column(index, "difficulty", pa.array(values, pa.float64()))
+        return Scores(table, {**self.provenance, "metric": metric})
+
+    def difficulty_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        """The difficulty of each of `rows`, (len(rows),) float64, NaN where it has no score.
+
+        A row is found by its id where it has the id field of the scored source, else by its content.
+
+        Raises:
+            SparsortError: some rows were not scored.
+        """
+        column = self.provenance.get("id_column")
+        found, difficulty, absent = np.full(len(rows), np.nan), self.difficulty, []
+        for place, row in enumerate(rows):
+            name = row.get(column) if column else None
+            index = self._by_digest.get(digest_of(row)) if name is None else self._by_id.get(str(name))
+            if index is None:
+                absent.append(
+                    f"row {place} ({'looked up by its content' if name is None else f'{column} {str(name)!r}'})"
+                )
+            else:
+                found[place] = difficulty[index]
+        if absent:
+            more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+            raise SparsortError(
+                f"{len(absent)} of {len(rows)} rows have no score: {', '.join(absent[:_SHOWN])}{more}. "
+                "Score the file that holds them (sparsort score), or pass the rows as they were when they were scored."
+            )
+        return found
+
+    def order(self, *, descending: bool = False) -> NDArray[np.int64]:
+        """Row numbers of the table by difficulty, (N,): ties by id, rows without a score last, either way."""
+        keys = pa.table({"difficulty": self._column("difficulty"), "id": self._column("id")})
+        direction = "descending" if descending else "ascending"
+        # Arrow sorts NaN behind every number in both directions.
+        indices = pc.sort_indices(keys, sort_keys=[("difficulty", direction), ("id", "ascending")])
+        return np.asarray(indices.to_numpy(), dtype=np.int64)
+
+    def ranked(self, *, descending: bool = False) -> list[str]:
+        """Ids by difficulty: see `order`."""
+        return list(self._column("id").take(pa.array(self.order(descending=descending))).to_pylist())
+
+    def to_dataset(self) -> datasets.Dataset:
+        """A `datasets.Dataset` with the columns of `scores_schema`."""
+        import datasets
+
+        info = datasets.DatasetInfo(description=json.dumps({"sparsort": self.provenance}, ensure_ascii=False))
+        return datasets.Dataset(datasets.table.InMemoryTable(self.table), info=info)
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.Dataset) -> Scores:
+        """What `to_dataset` gave, also after `map`, `select` or `save_to_disk`."""
+        table = dataset.with_format("arrow")[:]
+        try:
+            provenance = json.loads(dataset.info.description)["sparsort"]
+        except (ValueError, KeyError, TypeError):
+            provenance = _unknown("a dataset whose description holds no provenance")
+        return cls(table, provenance)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write one Parquet file, atomically."""
+        metadata = {_METADATA: json.dumps(self.provenance, ensure_ascii=False).encode()}
+        with write_atomically(Path(path)) as temporary:
+            pq.write_table(self.table.replace_schema_metadata(metadata), temporary, compression="zstd")
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> Scores:
+        """What `to_parquet` wrote."""
+        try:
+            table = pq.read_table(path, partitioning=None)
+        except (pa.ArrowException, OSError) as error:
+            raise SparsortError(f"{path} cannot be read as Parquet: {error}.") from error
+        metadata = (table.schema.metadata or {}).get(_METADATA)
+        provenance = (
+            json.loads(metadata)
+            if metadata
+            else _unknown(f"{Path(path).name}, a Parquet file that holds no provenance")
+        )
+        return cls(table.replace_schema_metadata(None), provenance)
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write one JSON object a row, and the provenance beside it. NaN is null, an infinity is a text."""
+        write_json(_beside(Path(path)), self.provenance)
+        with write_atomically(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as handle:
+            for batch in self.table.to_batches(max_chunksize=1024):
+                for row in batch.to_pylist():
+                    row = {name: _to_json(value) for name, value in row.items()}
+                    handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> Scores:
+        """What `to_jsonl` wrote."""
+        beside = _beside(Path(path))
+        fields = [row.fields for row in open_rows(path).rows()]
+        names = [name for name in fields[0] if name not in _BASE.names]
+        schema = scores_schema(names)
+        _need_columns(fields[0])
+        columns = [
+            pa.array(
+                [
+                    _from_json(row.get(field.name)) if pa.types.is_floating(field.type) else row.get(field.name)
+                    for row in fields
+                ],
+                field.type,
+            )
+            for field in schema
+        ]
+        try:
+            provenance = json.loads(beside.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            provenance = _unknown(f"{Path(path).name} without {beside.name}")
+        return cls(pa.Table.from_arrays(columns, schema=schema), provenance)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a score folder, as `sparsort score --out` does."""
+        from sparsort.scoring.shards import ShardStore, rows_digest
+
+        store = ShardStore.open(Path(folder), provenance=self.provenance, shard_rows=max(1, len(self)))
+        store.write(0, self.table, rows_digest(zip(self.ids, self.table["digest"].to_pylist(), strict=True)))
+        store.finish(len(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a score folder, a `.parquet` or `.jsonl` file of scores, or a saved `Dataset` of them."""
+        path = Path(path).expanduser()
+        if path.suffix == ".parquet" and path.is_file():
+            return cls.from_parquet(path)
+        if path.suffix == ".jsonl" and path.is_file():
+            return cls.from_jsonl(path)
+        if (path / "dataset_info.json").exists():
+            import datasets
+
+            return cls.from_dataset(datasets.load_from_disk(str(path)))
+        from sparsort.scoring.shards import ShardStore
+
+        store = ShardStore.complete(path)
+        return cls(store, store.provenance)
+
+    @cached_property
+    def _by_id(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.ids)}
+
+    @cached_property
+    def _by_digest(self) -> dict[str, int]:
+        digests = self._column("digest").to_pylist()
+        return {digest: index for index, digest in reversed(list(enumerate(digests)))}  # the first of equal rows
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return (self.table if "table" in self.__dict__ else self._columns.select([name])).column(name)
+
+
+def scores_schema(metrics: Iterable[str]) -> pa.Schema:
+    """The columns of a table of scores: the fixed ones, then one float64 a metric."""
+    return pa.schema([*_BASE, *(pa.field(name, pa.float64()) for name in metrics)])
+
+
+def score_table(
+    rows: Sequence[Row],
+    difficulty: NDArray[np.floating[Any]],
+    status: Sequence[str],
+    reason: Sequence[str],
+    n_tokens: Sequence[int] | NDArray[np.integer[Any]],
+    n_truncated: Sequence[int] | NDArray[np.integer[Any]],
+    metrics: Mapping[str, NDArray[np.floating[Any]]],
+) -> pa.Table:
+    """The table of scores of `rows`; every other argument has one value a row.
+
+    Raises:
+        SparsortError: a row is "ok" without a finite difficulty, or has a difficulty without being "ok".
+    """
+    if unknown := set(status) - set(STATUSES):
+        raise unknown_choice("status", min(unknown), STATUSES)
+    values = np.asarray(difficulty, dtype=np.float64)
+    scored = np.array([state == "ok" for state in status], dtype=bool)
+    wrong = np.flatnonzero(np.where(scored, ~np.isfinite(values), ~np.isnan(values)))
+    if wrong.size:
+        row = int(wrong[0])
+        raise SparsortError(
+            f"row {rows[row].position} has status {status[row]!r} and difficulty {values[row]}: "
+            "a row has a finite difficulty exactly when its status is 'ok'. This is a fault of the scorer."
+        )
+    columns = [
+        pa.array([row.position for row in rows], pa.int64()),
+        pa.array([row.id for row in rows], pa.string()),
+        pa.array(values),
+        pa.array(list(status), pa.string()),
+        pa.array(list(reason), pa.string()),
+        pa.array(np.asarray(n_tokens, dtype=np.int32)),
+        pa.array(np.asarray(n_truncated, dtype=np.int32)),
+        pa.array([row.digest for row in rows], pa.string()),
+        *(pa.array(np.asarray(column, dtype=np.float64)) for column in metrics.values()),
+    ]
+    return pa.Table.from_arrays(columns, schema=scores_schema(metrics))
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """The columns of the schema, in its order and types; other columns that are no numbers are left out."""
+    _need_columns(table.column_names)
+    extra = [field.name for field in table.schema if field.name not in _BASE.names and pa.types.is_floating(field.type)]
+    schema = scores_schema(extra)
+    return table.select(schema.names).cast(schema)
+
+
+def _need_columns(names: Iterable[str]) -> None:
+    if missing := set(_BASE.names) - set(names):
+        raise SparsortError(
+            f"this is not a table of scores, it lacks the column(s) {', '.join(sorted(missing))}. "
+            "Make one with sparsort score."
+        )
+
+
+def _unknown(what: str) -> dict[str, Any]:
+    return {"scorer": "unknown", "note": f"read from {what}; how these numbers were made is not known"}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.provenance.json")
+
+
+def _to_json(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def _from_json(value: Any) -> float:
+    return math.nan if value is None else float(value)

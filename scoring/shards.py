@@ -1,0 +1,349 @@
+"""The score folder: one Parquet file a shard, written whole or not at all, under a manifest of the settings.
+
+Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` reads, its row count is right
+and the digest it carries is that of its rows; a damaged one is scored again. `manifest.json` holds what was asked
+(`provenance`, `shard_rows`) and is written once, before the first shard. Which shards are done is read from the files,
+so that two processes that score disjoint shards never write the same file; `finish` adds the list of shards when all
+are there, and every process that gets to it writes the same list. Two processes on the same shard would do its work
+twice, but the file would be whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsort.errors import SparsortError
+from sparsort.files import disk_error, write_atomically, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = "sparsort-scores"
+VERSION = 1
+# Recorded, but no reason to refuse: they do not change a score, or the digests of the rows guard what they stand for.
+NOT_COMPARED = ("environment", "source")
+
+_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
+_TEMPORARY = re.compile(
+    r"\.(manifest\.json|shard-(\d{5,})\.parquet)\.(\d+)\.tmp"
+)  # the names that `write_atomically` makes
+
+
+class ShardStore:
+    """A score folder. Make one with `open` (to score into) or `complete` (to read).
+
+    Attributes:
+        folder: where it is.
+        provenance: the settings in its manifest.
+        shard_rows: rows a shard.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.provenance: dict[str, Any] = manifest["provenance"]
+        self.shard_rows: int = manifest["shard_rows"]
+        self._rows = int(manifest.get("rows", 0))
+        self._anew = f"Choose another folder for the changed data, or delete {folder} to score it anew."
+        self._settings = _settings_digest(self.provenance, self.shard_rows)
+
+    @classmethod
+    def open(
+        cls, folder: Path, *, provenance: Mapping[str, Any], shard_rows: int, part: tuple[int, int] = (0, 1)
+    ) -> ShardStore:
+        """Make the folder, or take up the run that began in it.
+
+        Args:
+            folder: a folder that is new, empty, or holds a run with the same settings.
+            provenance: JSON values; all but the keys `NOT_COMPARED` have to be those of the run that began.
+            shard_rows: rows a shard, at least 1.
+            part: (k, n) where this process writes the shards k, k + n, …; leftovers of those alone are cleared away.
+
+        Raises:
+            SparsortError: the settings differ, the folder is not ours, or it cannot be written.
+        """
+        if shard_rows < 1:
+            raise SparsortError(f"shard_rows is {shard_rows}; expected at least 1.")
+        manifest = {"format": FORMAT, "version": VERSION, "shard_rows": shard_rows, "provenance": _as_json(provenance)}
+        try:
+            if not (folder / MANIFEST).exists():
+                _refuse_foreign(folder)
+            if not (folder / MANIFEST).exists():
+                write_json(folder / MANIFEST, manifest)
+            else:
+                _probe(folder)
+            _clear(folder, part)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+        # What was just written is read back too: of two processes that begin at once, one finds the other's settings.
+        began = _read_manifest(folder)
+        _refuse_other_settings(folder, began, manifest)
+        return cls(folder, began)
+
+    @classmethod
+    def complete(cls, folder: Path) -> ShardStore:
+        """The finished run in `folder`.
+
+        Raises:
+            SparsortError: there is none, or it is not finished.
+        """
+        manifest = _read_manifest(folder)
+        store = cls(folder, manifest)
+        if "shards" not in manifest:
+            done = len(store.indices())
+            raise SparsortError(
+                f"the scores in {folder} are not complete ({done} shard(s) so far). Run the same command again."
+            )
+        if missing := [shard["file"] for shard in manifest["shards"] if not (folder / shard["file"]).exists()]:
+            raise SparsortError(f"{folder} lacks {', '.join(missing[:5])}. Run the command that made them again.")
+        return store
+
+    def path(self, index: int) -> Path:
+        """The file of shard `index`."""
+        return self.folder / f"shard-{index:05d}.parquet"
+
+    def indices(self) -> list[int]:
+        """The shards that have a file, in order."""
+        matches = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def is_done(self, index: int, digest: str, note: Callable[[str], None]) -> bool:
+        """Whether shard `index` is there, whole, and of the rows with this `rows_digest`; `note` is told of damage.
+
+        Raises:
+            SparsortError: it is whole, but of other rows or other settings; or the disk cannot read it.
+        """
+        path = self.path(index)
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                metadata, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
+                readable = file.read().num_rows == rows
+        except FileNotFoundError:
+            return False
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if getattr(error, "errno", None):  # of the disk, not of the content
+                raise SparsortError(f"cannot read {path}: {error}.") from error
+            note(f"{path.name} is damaged ({str(error).splitlines()[0]}); its rows are scored again.")
+            return False
+        if not readable or not {b"sparsort.digest", b"sparsort.settings"} <= set(metadata):
+            note(f"{path.name} is not a shard of scores as sparsort writes them; its rows are scored again.")
+            return False
+        if metadata[b"sparsort.settings"].decode() != self._settings:
+            raise SparsortError(
+                f"{path} was scored with other settings than {MANIFEST} beside it. "
+                f"Delete {self.folder}, or choose another folder."
+            )
+        if metadata[b"sparsort.digest"].decode() != digest:
+            begin = index * self.shard_rows
+            raise SparsortError(
+                f"the data has changed since {path.name} was scored: rows {begin} to {begin + rows - 1} "
+                f"are not the ones in it. {self._anew}"
+            )
+        return True
+
+    def write(self, index: int, table: pa.Table, digest: str) -> None:
+        """Write shard `index`, durably: after this returns, no kill and no power cut loses it."""
+        metadata = {"sparsort.digest": digest, "sparsort.settings": self._settings}
+        with write_atomically(self.path(index)) as temporary:
+            pq.write_table(
+                table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True
+            )
+
+    def refuse_beyond(self, total: int) -> None:
+        """Refuse a folder with shards beyond the data.
+
+        Raises:
+            SparsortError: there are more shards than `total` rows fill.
+        """
+        expected, present = -(-total // self.shard_rows), self.indices()
+        if present and present[-1] >= expected:
+            raise SparsortError(
+                f"the data has become shorter: {self.folder} holds scores up to {self.path(present[-1]).name}, "
+                f"but {total} rows fill {expected} shard(s). {self._anew}"
+            )
+
+    def finish(self, total: int) -> bool:
+        """List the shards in the manifest if all those of `total` rows are there, and say whether they are."""
+        self.refuse_beyond(total)
+        present = self.indices()
+        if len(present) < -(-total // self.shard_rows):
+            return False
+        manifest = _read_manifest(self.folder)
+        shards = [self._entry(index) for index in present]
+        if manifest.get("shards") != shards:
+            write_json(self.folder / MANIFEST, {**manifest, "rows": total, "shards": shards})
+        return True
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the finished run, 0 while it is not finished."""
+        return self._rows
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of every shard."""
+        with self._open(self.path(self.indices()[0])) as file:
+            return list(file.schema_arrow.names)
+
+    def select(self, columns: list[str]) -> pa.Table:
+        """The named columns of all shards, in the order of the rows; the others are not read."""
+        return pa.concat_tables(self.tables(columns))
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The shards one after the other, without holding more than one."""
+        for index in self.indices():
+            yield self._read(index, columns)
+
+    def _read(self, index: int, columns: list[str] | None) -> pa.Table:
+        with self._open(self.path(index)) as file:
+            return file.read(columns=columns).replace_schema_metadata(None)
+
+    def _entry(self, index: int) -> dict[str, Any]:
+        path = self.path(index)
+        with self._open(path) as file:
+            digest = file.schema_arrow.metadata[b"sparsort.digest"].decode()
+            return {"index": index, "file": path.name, "rows": file.metadata.num_rows, "digest": digest}
+
+    @contextlib.contextmanager
+    def _open(self, path: Path) -> Iterator[pq.ParquetFile]:
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise SparsortError(
+                f"{path} cannot be read: {error}. Run the command that made these scores again, it mends them."
+            ) from error
+
+
+def rows_digest(rows: Iterable[tuple[str, str]]) -> str:
+    """128 bits over the (id, digest) of consecutive rows, as hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, digest in rows:
+        state.update(f"{len(name)}:{name}{digest}".encode())
+    return state.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SparsortError(
+            f"{folder} is no score folder: it has no {MANIFEST}. Make one with sparsort score --out {folder}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SparsortError(
+            f"{path} cannot be read ({error}). Delete {folder} to score anew, or choose another folder."
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise SparsortError(f"{path} was not written by sparsort score. Choose another folder.")
+    if manifest.get("version") != VERSION:
+        raise SparsortError(
+            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {VERSION}. "
+            "Update sparsort, or choose another folder."
+        )
+    if not isinstance(manifest.get("provenance"), dict) or not isinstance(manifest.get("shard_rows"), int):
+        raise SparsortError(
+            f"{path} lacks the settings of the run. Delete {folder} to score anew, or choose another folder."
+        )
+    return manifest
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Shard files without a manifest count as foreign: nothing says what settings made them."""
+    if folder.exists():
+        names = sorted(child.name for child in folder.iterdir())
+        foreign = [name for name in names if not _TEMPORARY.fullmatch(name)]
+        if foreign and MANIFEST not in foreign:
+            held = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+            raise SparsortError(
+                f"{folder} is no score folder: it holds {held}, but no {MANIFEST}. Choose a new folder."
+            )
+
+
+def _refuse_other_settings(folder: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, after = ({"shard_rows": side["shard_rows"], **_compared(side["provenance"])} for side in (began, now))
+    keys = dict.fromkeys([*before, *after])
+    changed = [
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        for key in keys
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+    if changed:
+        raise SparsortError(
+            f"{folder} holds scores made with other settings:\n  " + "\n  ".join(changed) + "\n"
+            "Choose another folder (--out), run with the settings that began it, or delete it to score anew."
+        )
+
+
+def _probe(folder: Path) -> None:
+    """Find out before any work, not after the first shard, that the folder cannot be written."""
+    probe = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()
+
+
+def _clear(folder: Path, part: tuple[int, int]) -> None:
+    """Remove what killed runs left half written, but nothing that another process may be writing now."""
+    for file in folder.iterdir():
+        match = _TEMPORARY.fullmatch(file.name)
+        if match is None or _alive(int(match[3])):
+            continue
+        if part[1] == 1 or (match[2] is not None and int(match[2]) % part[1] == part[0]):
+            with contextlib.suppress(FileNotFoundError):
+                file.unlink()
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid() or sys.platform == "win32":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _settings_digest(provenance: Mapping[str, Any], shard_rows: int) -> str:
+    text = json.dumps({"shard_rows": shard_rows, **_compared(provenance)}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(_flat({key: value for key, value in provenance.items() if key not in NOT_COMPARED}))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as `outliers.n`, so that a difference is named where it is."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _as_json(provenance: Mapping[str, Any]) -> Any:
+    """What the manifest will hold, so that a tuple equals the list it is read back as."""
+    try:
+        return json.loads(json.dumps(dict(provenance), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SparsortError(
+            f"the scorer's provenance is not made of JSON values ({error}). This is a fault of the scorer."
+        ) from error
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key], ensure_ascii=False) if key in settings else "absent"
+
+
+_ABSENT = object()
