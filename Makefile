@@ -18,6 +18,7 @@ READY := .venv/.ready
 RUN := .venv/bin/python
 endif
 
+# -P with -m: the root stays off the path, where its folder `kernels` would answer for Hugging Face's distribution.
 .PHONY: help demo test lint bench gpu-check setup clean
 
 help: ## list the targets
@@ -27,12 +28,12 @@ demo: $(READY) ## score the shipped examples, order a prompt, save a picture
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY) ## run all tests
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -P -m pytest $(ARGS)
 
 lint: $(READY) ## check style and types
-	@$(RUN) -m ruff check
-	@$(RUN) -m ruff format --check
-	@$(RUN) -m mypy
+	@$(RUN) -P -m ruff check
+	@$(RUN) -P -m ruff format --check
+	@$(RUN) -P -m mypy
 
 bench: $(READY) ## measure scoring and the kernels, in a few minutes
 	@$(RUN) benchmarks/scoring.py --quick $(ARGS)

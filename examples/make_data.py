@@ -2,12 +2,14 @@
 
 Contract: the same seed gives the same bytes. Every answer is computed along with its question, and `steps` counts the
 operations that lead to it. Sentences that have nothing to do with the question pad the easy ones, so that a question's
-length says little of its steps (Spearman's ρ 0.18 at seed 0); without them a score of length would pass for one of difficulty.
+length says little of its steps (Spearman's ρ 0.18 at seed 0); otherwise a score of length would pass for one of
+difficulty.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -66,7 +68,7 @@ def weekday(rng: random.Random, steps: int) -> Puzzle:
     events = rng.sample(["picnic", "concert", "exam", "wedding", "meeting", "party", "race", "market"], steps + 1)
     day = rng.randrange(7)
     facts = [f"The {events[0]} is on a {days[day]}."]
-    for known, new in zip(events, events[1:], strict=False):
+    for known, new in itertools.pairwise(events):
         n, sign = rng.randint(1, 6), rng.choice([1, -1])
         day = (day + sign * n) % 7
         facts.append(f"The {new} is {n} {'day' if n == 1 else 'days'} {'after' if sign > 0 else 'before'} the {known}.")
@@ -86,7 +88,7 @@ def ranking(rng: random.Random, steps: int) -> Puzzle:
     people = rng.sample(["Ana", "Ben", "Carla", "David", "Elif", "Felix", "Greta", "Hugo", "Ines", "Jonas"], steps + 1)
     facts = [
         f"{high} is {more} than {low}." if rng.random() < 0.5 else f"{low} is {less} than {high}."
-        for high, low in zip(people, people[1:], strict=False)
+        for high, low in itertools.pairwise(people)
     ]
     rng.shuffle(facts)
     if rng.random() < 0.5:
@@ -97,7 +99,20 @@ def ranking(rng: random.Random, steps: int) -> Puzzle:
 def letters(rng: random.Random, steps: int) -> Puzzle:
     """A word is changed letter by letter."""
     word = rng.choice(
-        ["planet", "garden", "silver", "window", "basket", "orange", "pocket", "winter", "castle", "forest", "marble", "dragon"]
+        [
+            "planet",
+            "garden",
+            "silver",
+            "window",
+            "basket",
+            "orange",
+            "pocket",
+            "winter",
+            "castle",
+            "forest",
+            "marble",
+            "dragon",
+        ]
     )
     facts = [f'Write down the word "{word}".']
     last = ""
@@ -174,9 +189,27 @@ def _padded(rng: random.Random, puzzle: Puzzle, steps: int) -> str:
 
 
 PRODUCTS = [
-    "kettle", "backpack", "lamp", "keyboard", "umbrella", "headset", "blender", "tent", "notebook", "chair",
-    "speaker", "jacket", "bicycle pump", "coffee mill", "desk fan", "camera", "suitcase", "toaster", "watch", "pillow",
-]  # fmt: skip
+    "kettle",
+    "backpack",
+    "lamp",
+    "keyboard",
+    "umbrella",
+    "headset",
+    "blender",
+    "tent",
+    "notebook",
+    "chair",
+    "speaker",
+    "jacket",
+    "bicycle pump",
+    "coffee mill",
+    "desk fan",
+    "camera",
+    "suitcase",
+    "toaster",
+    "watch",
+    "pillow",
+]
 OPENINGS = [
     "I bought this {product} {when}.",
     "This {product} was a present from {giver}.",
@@ -195,26 +228,54 @@ SLOTS = {
     "place": ["the office", "our small kitchen", "the garden house", "my daughter's room"],
 }
 GOOD = [
-    "It does exactly what it should.", "The material feels solid and is easy to clean.", "Setting it up took no time at all.",
-    "Even after heavy use nothing has come loose.", "The colours are as warm as in the picture.", "It is quiet and quick.",
-    "Customer service answered within the hour.", "Every detail seems well thought out.", "It is lighter than I had hoped.",
-    "The handle fits my hand perfectly.", "It arrived early and well packed.", "For the price I have seen nothing finer.",
-]  # fmt: skip
+    "It does exactly what it should.",
+    "The material feels solid and is easy to clean.",
+    "Setting it up took no time at all.",
+    "Even after heavy use nothing has come loose.",
+    "The colours are as warm as in the picture.",
+    "It is quiet and quick.",
+    "Customer service answered within the hour.",
+    "Every detail seems well thought out.",
+    "It is lighter than I had hoped.",
+    "The handle fits my hand perfectly.",
+    "It arrived early and well packed.",
+    "For the price I have seen nothing finer.",
+]
 BAD = [
-    "It stopped working without any warning.", "The material feels thin and smells of glue.", "Setting it up cost me a whole evening.",
-    "A screw came loose on the very first day.", "The colours look nothing like the picture.", "It is loud and painfully slow.",
-    "Customer service never wrote back.", "Hardly anything about it seems thought through.", "It is far heavier than promised.",
-    "The handle cuts into my hand.", "It arrived late, with a crack in the side.", "For that price I had expected much more.",
-]  # fmt: skip
+    "It stopped working without any warning.",
+    "The material feels thin and smells of glue.",
+    "Setting it up cost me a whole evening.",
+    "A screw came loose on the very first day.",
+    "The colours look nothing like the picture.",
+    "It is loud and painfully slow.",
+    "Customer service never wrote back.",
+    "Hardly anything about it seems thought through.",
+    "It is far heavier than promised.",
+    "The handle cuts into my hand.",
+    "It arrived late, with a crack in the side.",
+    "For that price I had expected much more.",
+]
 VERDICTS = {
-    "positive": ["I would buy it again.", "A clear recommendation.", "I am very happy with it.", "It has earned its place.", "Well done."],
-    "negative": ["I am sending it back.", "I cannot recommend it.", "What a waste of money.", "Never again.", "I regret the purchase."],
-}  # fmt: skip
-LEAST_DIFFERENT = 0.4
+    "positive": [
+        "I would buy it again.",
+        "A clear recommendation.",
+        "I am very happy with it.",
+        "It has earned its place.",
+        "Well done.",
+    ],
+    "negative": [
+        "I am sending it back.",
+        "I cannot recommend it.",
+        "What a waste of money.",
+        "Never again.",
+        "I regret the purchase.",
+    ],
+}
+TOO_ALIKE = 0.4
 
 
 def reviews(seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with `id`, `text` and `label`, shuffled; no two share more than a part `LEAST_DIFFERENT` of their word triples."""
+    """Rows with `id`, `text` and `label`, shuffled; no two share a part `TOO_ALIKE` of their word triples."""
     rng = random.Random(f"reviews {seed}")
     rows: list[dict[str, Any]] = []
     taken: list[set[tuple[str, ...]]] = []
@@ -223,7 +284,7 @@ def reviews(seed: int) -> Iterator[dict[str, Any]]:
             text = _review(rng, label)
             words = text.lower().split()
             triples = set(zip(words, words[1:], words[2:], strict=False))
-            if all(len(triples & other) < LEAST_DIFFERENT * len(triples | other) for other in taken):
+            if all(len(triples & other) < TOO_ALIKE * len(triples | other) for other in taken):
                 break
         taken.append(triples)
         rows.append({"text": text, "label": label})

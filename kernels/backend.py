@@ -88,13 +88,16 @@ def sparsity_implementation(device: torch.device | str) -> Choice[str]:
         raise unknown_choice("value of SPARSORT_SPARSITY", given, ("auto", "triton", "torch"))
     if given == "torch":
         return Choice("torch", "SPARSORT_SPARSITY=torch")
-    obstacle = _triton_obstacle(torch.device(device))
+    device = torch.device(device)
+    obstacle = _triton_obstacle(device)
     if given == "triton":
         if obstacle:
             raise SparsortError(f"SPARSORT_SPARSITY=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
         return Choice("triton", "SPARSORT_SPARSITY=triton")
     if obstacle:
         return Choice("torch", obstacle)
+    if torch.device(device).type != "cuda":
+        return Choice("torch", "Triton's interpreter is for tests; ask for it with SPARSORT_SPARSITY=triton")
     return Choice("triton", f"Triton {version('triton')} on {torch.cuda.get_device_name(device)}")
 
 
@@ -170,7 +173,8 @@ def _runner(states: Tensor) -> Callable[..., RowMetrics]:
 
 def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton cannot measure rows on `device`, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # The interpreter runs kernels on a CPU, a thousand times slower: for tests, and only when asked for by name.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SPARSORT_SPARSITY") == "triton"
     if device.type != "cuda" and not interpreted:
         return f"Triton has no {device.type} backend"
     if importlib.util.find_spec("triton") is None:

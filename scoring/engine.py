@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.scores import STATUSES, Scores, scores_schema
-from sparsort.scoring.shards import ShardStore, rows_digest
+from sparsort.scoring.shards import ShardStore, as_json, rows_digest
 from sparsort.scoring.sources import Row, RowSource
 
 SHARD_ROWS = 2048
@@ -146,4 +146,4 @@ def _score(scorer: ShardScorer, rows: Sequence[Row], advance: Callable[[int], No
 
 
 def _provenance(source: RowSource, scorer: ShardScorer) -> dict[str, Any]:
-    return {**scorer.provenance, "source": source.name, "id_column": source.id_column}
+    return as_json({**scorer.provenance, "source": source.name, "id_column": source.id_column})

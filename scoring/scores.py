@@ -241,9 +241,15 @@ class Scores:
         return cls(pa.Table.from_arrays(columns, schema=schema), provenance)
 
     def save(self, folder: str | Path) -> None:
-        """Write a score folder, as `sparsort score --out` does."""
-        from sparsort.scoring.shards import ShardStore, rows_digest
+        """Write a new score folder, such as `sparsort score --out` makes.
 
+        Raises:
+            SparsortError: the folder is not empty, or the disk refuses.
+        """
+        from sparsort.scoring.shards import MANIFEST, ShardStore, rows_digest
+
+        if (Path(folder) / MANIFEST).exists():
+            raise SparsortError(f"{folder} already holds scores. Choose another folder, or delete it.")
         store = ShardStore.open(Path(folder), provenance=self.provenance, shard_rows=max(1, len(self)))
         store.write(0, self.table, rows_digest(zip(self.ids, self.table["digest"].to_pylist(), strict=True)))
         store.finish(len(self))

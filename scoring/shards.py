@@ -1,11 +1,11 @@
 """The score folder: one Parquet file a shard, written whole or not at all, under a manifest of the settings.
 
-Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` reads, its row count is right
-and the digest it carries is that of its rows; a damaged one is scored again. `manifest.json` holds what was asked
-(`provenance`, `shard_rows`) and is written once, before the first shard. Which shards are done is read from the files,
-so that two processes that score disjoint shards never write the same file; `finish` adds the list of shards when all
-are there, and every process that gets to it writes the same list. Two processes on the same shard would do its work
-twice, but the file would be whole.
+Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` reads (its pages carry
+checksums), its row count is right and the digest it carries is that of its rows; a damaged one is scored again.
+`manifest.json` holds what was asked (`provenance`, `shard_rows`) and is written once, before the first shard. Which
+shards are done is read from the files, so that two processes that score disjoint shards never write the same file;
+`finish` adds the list of shards when all are there, and every process that gets to it writes the same list. Two
+processes on the same shard would do its work twice, but the file would be whole.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ShardStore:
         """
         if shard_rows < 1:
             raise SparsortError(f"shard_rows is {shard_rows}; expected at least 1.")
-        manifest = {"format": FORMAT, "version": VERSION, "shard_rows": shard_rows, "provenance": _as_json(provenance)}
+        manifest = {"format": FORMAT, "version": VERSION, "shard_rows": shard_rows, "provenance": as_json(provenance)}
         try:
             if not (folder / MANIFEST).exists():
                 _refuse_foreign(folder)
@@ -231,6 +231,20 @@ def rows_digest(rows: Iterable[tuple[str, str]]) -> str:
     return state.hexdigest()
 
 
+def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance as the manifest gives it back, so that a tuple equals the list that it becomes.
+
+    Raises:
+        SparsortError: a value is none of JSON's, such as NaN or an object.
+    """
+    try:
+        return dict(json.loads(json.dumps(dict(provenance), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise SparsortError(
+            f"the scorer's provenance is not made of JSON values ({error}). This is a fault of the scorer."
+        ) from error
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -330,16 +344,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner
-
-
-def _as_json(provenance: Mapping[str, Any]) -> Any:
-    """What the manifest will hold, so that a tuple equals the list it is read back as."""
-    try:
-        return json.loads(json.dumps(dict(provenance), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise SparsortError(
-            f"the scorer's provenance is not made of JSON values ({error}). This is a fault of the scorer."
-        ) from error
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

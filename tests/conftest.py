@@ -21,11 +21,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-_TEXT = """A question has an answer. How many apples are left when two of the seven apples are eaten? The answer is five.
+_TEXT = """A question has an answer. How many apples are left when two of seven apples are eaten? The answer is five.
 Question: What is 2 + 3? Answer: 5. Review: The screen is bright and the battery lasts. Label: positive.
-Problem: A train leaves at 9:40 and arrives at 11:05. Solution: It travels for 85 minutes, which is 1 hour and 25 minutes.
-Sparse states, dense states; 0 1 2 3 4 5 6 7 8 9 10 20 30 100 1000. Paris is the capital of France, and Rome of Italy."""
-_CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+Problem: A train leaves at 9:40 and arrives at 11:05. Solution: It travels for 85 minutes, which is an hour and 25.
+Sparse states, dense states; 0 1 2 3 4 5 6 7 8 9 10 20 30 100 1000. Paris is the capital of France, Rome of Italy."""
+_CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 _SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -104,7 +107,9 @@ def _global_random_state_is_left_alone() -> Iterator[None]:
     for name in moved:
         before[name][1]()
     if moved:
-        pytest.fail(f"the test moved the global random state of {', '.join(moved)}: use a generator of its own.", pytrace=False)
+        pytest.fail(
+            f"the test moved the global random state of {', '.join(moved)}: use a generator of its own.", pytrace=False
+        )
 
 
 def _random_states() -> dict[str, tuple[Any, Callable[[], None]]]:
@@ -121,8 +126,9 @@ def _random_states() -> dict[str, tuple[Any, Callable[[], None]]]:
 
 def _save_tiny_model(folder: Path, family: str, overrides: dict[str, Any]) -> None:
     import torch
-    from sparsort.scoring.embedded import quiet_transformers
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsort.scoring.embedded import quiet_transformers
 
     tokenizer = _tiny_tokenizer()
     model_type, options = _FAMILIES[family]
@@ -158,6 +164,8 @@ def _tiny_tokenizer() -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", backend.token_to_id("<bos>"))]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
     tokenizer.chat_template = _CHAT
     return tokenizer

@@ -73,7 +73,10 @@ def test_the_reviews_are_balanced_and_no_two_nearly_the_same() -> None:
     assert len(rows) >= 120
     assert len(set(collections.Counter(row["label"] for row in rows).values())) == 1
     assert len({row["id"] for row in rows}) == len(rows)
-    triples = [{tuple(words[i : i + 3]) for i in range(len(words) - 2)} for words in (row["text"].lower().split() for row in rows)]
+    triples = [
+        {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+        for words in (row["text"].lower().split() for row in rows)
+    ]
     for i, one in enumerate(triples):
         assert all(len(one & other) / len(one | other) < 0.5 for other in triples[:i]), rows[i]
 

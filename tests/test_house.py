@@ -40,7 +40,9 @@ def _files() -> list[Path]:
     if listed.returncode == 0:
         paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
-        paths = [path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+        paths = [
+            path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        ]
     return sorted(path for path in paths if path.is_file() and not path.is_symlink())
 
 
@@ -64,7 +66,12 @@ def _without_type_checking(tree: ast.Module) -> ast.Module:
 
 def _run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
@@ -130,7 +137,10 @@ _NO_TORCH = "heavy = {'torch', 'transformers', 'datasets', 'triton'} & set(sys.m
     "start",
     [
         "import sparsort; dir(sparsort)",
-        "from sparsort.__main__ import main\nsys.argv = ['sparsort', '--help']\ntry: main()\nexcept SystemExit as done: assert not done.code, done.code",
+        "from sparsort.__main__ import main\n"
+        "sys.argv = ['sparsort', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code, done.code",
     ],
     ids=["import sparsort", "sparsort --help"],
 )
@@ -145,7 +155,9 @@ def test_nothing_runs_code_out_of_data() -> None:
     wrong = []
     for path in _sources(*FOLDERS, "src", "examples", "benchmarks"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        wrong += [f"{_where(path, node)} imports {name}" for name, node in _imports(tree) if name.split(".")[0] in PICKLES]
+        wrong += [
+            f"{_where(path, node)} imports {name}" for name, node in _imports(tree) if name.split(".")[0] in PICKLES
+        ]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
@@ -163,7 +175,11 @@ def test_nothing_runs_code_out_of_data() -> None:
 
 
 def test_no_file_is_longer_than_500_lines() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in _files() if path.suffix == ".py"}
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in _files()
+        if path.suffix == ".py"
+    }
     assert {name: length for name, length in lengths.items() if length > 500} == {}
 
 
@@ -211,35 +227,45 @@ def test_the_import_root_links_to_the_real_folders(folder: str) -> None:
     assert str(link.readlink()) == f"../../{folder}"
 
 
+def test_importing_transformers_at_the_root_does_not_import_our_folder() -> None:
+    _run("-c", "import sys, transformers\nassert 'kernels' not in sys.modules, sys.modules['kernels']")
+
+
 _LOAD_A_MODEL = """
 import sys
-import transformers.modeling_utils, transformers.integrations.hub_kernels
-from transformers.utils.import_utils import is_kernels_available
-is_kernels_available()
+import transformers.integrations.hub_kernels
 from transformers import LlamaConfig, LlamaForCausalLM
-LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8))
+from transformers.utils.import_utils import is_kernels_available
+size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+LlamaForCausalLM(LlamaConfig(**size))
 import sparsort.kernels.backend
-found = sys.modules.get("kernels")
+assert not is_kernels_available()
 """
-_NOT_OURS = f"assert found is None or {str(ROOT / 'kernels')!r} not in list(found.__path__), found\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("started_as", ["python -c", "pytest"])
-def test_transformers_never_takes_our_folder_for_its_own(started_as: str, tmp_path: Path) -> None:
-    if started_as == "python -c":
-        _run("-c", _LOAD_A_MODEL + _NOT_OURS)
-        return
-    body = "".join(f"    {line}\n" for line in (_LOAD_A_MODEL + _NOT_OURS).splitlines())
+def test_loading_a_model_at_the_root_takes_our_folder_for_absent() -> None:
+    # With the root itself on the path, as `python -c` has it, transformers imports the bare folder to find its version.
+    # No code of ours runs: it is a namespace without contents, which transformers knows and leaves alone.
+    names = "vars(sys.modules['kernels']) if 'kernels' in sys.modules else ()"
+    _run("-c", f"{_LOAD_A_MODEL}assert all(name[0] == '_' for name in {names})")
+
+
+@pytest.mark.slow
+def test_loading_a_model_under_pytest_does_not_import_our_folder(tmp_path: Path) -> None:
+    body = "".join(f"    {line}\n" for line in (_LOAD_A_MODEL + "assert 'kernels' not in sys.modules").splitlines())
     (tmp_path / "test_it.py").write_text(f"def test_it():\n{body}")
-    _run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), str(tmp_path / "test_it.py"))
+    options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"))
+    _run("-P", "-m", "pytest", *options, str(tmp_path / "test_it.py"))
 
 
 def test_an_installed_distribution_called_kernels_wins_over_our_folder(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.10.0'\n")
     (tmp_path / "kernels-0.10.0.dist-info").mkdir()
-    (tmp_path / "kernels-0.10.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n")
+    (tmp_path / "kernels-0.10.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n"
+    )
     script = (
         "import kernels, sparsort.kernels.sparsity.names as ours\n"
         f"assert kernels.__file__.startswith({str(tmp_path)!r}), kernels.__file__\n"
@@ -258,12 +284,14 @@ def test_the_wheel_built_from_the_sdist_holds_and_imports_every_module(tmp_path:
     expected = {f"sparsort/{path.relative_to(ROOT).as_posix()}" for path in _sources(*FOLDERS)}
     expected |= {path.relative_to(ROOT / "src").as_posix() for path in _sources("src")}
     assert held == expected
-    modules = sorted(name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in held if "__main__" not in name)
+    modules = sorted(
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in held if "__main__" not in name
+    )
     script = (
         f"import importlib\nfor name in {modules}: importlib.import_module(name)\n"
         "import sparsort, sparsort.scoring, sparsort.kernels\n"
         f"assert sparsort.__file__.startswith({str(tmp_path)!r}), sparsort.__file__\n"
-        f"assert all(path.startswith({str(tmp_path)!r}) for path in sparsort.kernels.__path__), sparsort.kernels.__path__\n"
+        f"assert all(path.startswith({str(tmp_path)!r}) for path in sparsort.kernels.__path__)\n"
     )
     _run("-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 

@@ -32,7 +32,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def _make(folder: Path, *targets: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VENV_PYTHON"}}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VENV_PYTHON"}
+    }
     return subprocess.run(
         ["make", "PYTHON=./python", *targets], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -7,8 +7,6 @@ Shapes: N candidates, D embedding width, k chosen.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -117,8 +115,12 @@ def vote_k(unit_ND: Floats, k: int, *, neighbours: int = 150, discount: float = 
     is_chosen = np.zeros(count, dtype=bool)
     chosen: list[int] = []
     for _ in range(k):
-        weight: NDArray[Any] = np.where(is_chosen, 0.0, discount ** -is_chosen[graph].sum(axis=1).astype(np.float64))
-        votes = np.bincount(graph.ravel(), weights=np.repeat(weight, graph.shape[1]), minlength=count)
+        # Counted by level first: sums of powers added in another order would break ties by rounding.
+        level = is_chosen[graph].sum(axis=1)
+        n_levels = int(level.max(initial=0)) + 1
+        ballots = (graph * n_levels + level[:, None])[~is_chosen]
+        counts = np.bincount(ballots.ravel(), minlength=count * n_levels).reshape(count, n_levels)
+        votes = (counts * discount ** -np.arange(n_levels, dtype=np.float64)).sum(axis=1)
         best = int(np.argmax(np.where(is_chosen, -np.inf, votes)))
         is_chosen[best] = True
         chosen.append(best)

@@ -25,7 +25,7 @@ def all_permutations(n: int) -> NDArray[np.int64]:
             f"all permutations of {n} items were asked for; only up to {MOST_EXHAUSTIVE} (4 items) are enumerated. "
             "Sample some with random_permutations(n, count, seed)."
         )
-    return np.array(list(itertools.permutations(range(n))), dtype=np.int64).reshape(-1, n)
+    return np.array(list(itertools.permutations(range(n))), dtype=np.int64)
 
 
 def random_permutations(n: int, count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -43,9 +43,9 @@ def random_permutations(n: int, count: int, seed: int = 0) -> NDArray[np.int64]:
     generator = np.random.default_rng(seed)
     if n <= _ENUMERABLE:
         # Rejection would stall when nearly all orders are asked for; here they are few enough to draw from a list.
-        every = np.array(list(itertools.permutations(range(n))), dtype=np.int64).reshape(-1, n)
+        every = np.array(list(itertools.permutations(range(n))), dtype=np.int64)
         return every[generator.choice(len(every), size=count, replace=False)]
     distinct: dict[tuple[int, ...], None] = {}
     while len(distinct) < count:
         distinct[tuple(generator.permutation(n).tolist())] = None
-    return np.array(list(distinct), dtype=np.int64).reshape(-1, n)
+    return np.array(list(distinct), dtype=np.int64).reshape(count, n)

@@ -211,7 +211,9 @@ def _report(ids: list[str], dropped: list[int], n_tokens: int | None, max_tokens
     tokens = "tokens not counted" if n_tokens is None else f"{n_tokens} tokens"
     if max_tokens is not None:
         tokens += f" of at most {max_tokens}"
+    if not ids:
+        return f"No demonstrations ({tokens})."
     if not dropped:
-        return f"Kept all {kept} demonstrations ({tokens})."
+        return f"Kept all demonstrations, {kept} ({tokens})."
     who = listed([repr(ids[position]) for position in dropped], most=10)
     return f"Kept {kept} of {len(ids)} demonstrations ({tokens}); dropped the {len(dropped)} {_WHICH[drop]}: {who}."

@@ -1,15 +1,15 @@
 """Gini's sum Σ (2i − d − 1)·a_(i) of a row in registers: exact by a sort, or within a certified bound by a histogram.
 
-The histogram has 256 bins of the float's bits, 16 to an octave, in the 16 octaves up to the row's largest coordinate; what
-is smaller falls into bin 0. Every coordinate takes the mean rank of its bin, so the histogram's sum T errs only by the
-order inside bins, which for a bin of n coordinates, r their ranks, m its mean rank and w its width, adds
+The histogram has 256 bins of the float's bits, 16 to an octave, in the 16 octaves up to the row's largest coordinate;
+what is smaller falls into bin 0. Every coordinate takes the mean rank of its bin, so the histogram's sum T errs only by
+the order inside bins, which for a bin of n coordinates, r their ranks, m its mean rank and w its width, adds
 
     0 ≤ Σ 2(r − m)·a ≤ w·Σ_(r > m) 2(r − m) = w·⌊n²/4⌋,
 
-not negative because a rises with r (Chebyshev), and largest when the upper half of the ranks stands at the bin's upper edge and
-the lower half at its lower one. In bin 0, where w can exceed what is there, it is also at most (n − 1)·(mass of the
-bin), as 2(r − m) ≤ n − 1. Exact zeros add nothing and are counted apart. So the truth lies in [T, T + s] with s the sum of
-these, the value is T + s/2 and the bound s/2, both over d·Σa: about 1e-4 for a Gaussian row.
+not negative because a rises with r (Chebyshev), and largest when the upper half of the ranks stands at the bin's upper
+edge and the lower half at its lower one. In bin 0, where w can exceed what is there, it is also at most (n − 1)·(the
+bin's mass), as 2(r − m) ≤ n − 1. Exact zeros add nothing and are counted apart. So the truth lies in [T, T + s] with s the
+sum of these, the value is T + s/2 and the bound s/2, both over d·Σa: about 1e-4 for a Gaussian row.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"

@@ -1,14 +1,14 @@
 """Where the k largest of a row end, found without a sort.
 
-Non-negative floats order as their bits do. With n(t) the number of coordinates whose bits are at least t, the search keeps
-lo and hi with n(lo) ≥ k > n(hi) and closes in until n(lo) = k, when the k largest are exactly those from lo up, or until
-hi = lo + 1, when lo is the k-th largest and ties fill the rest: the sum is that of the coordinates from hi up and
+Non-negative floats order as their bits do. With n(t) the number of coordinates whose bits are at least t, the search
+keeps lo and hi with n(lo) ≥ k > n(hi) and closes in until n(lo) = k, when the k largest are just those from lo up, or
+until hi = lo + 1, when lo is the k-th largest and ties fill the rest: the sum is that of the coordinates from hi up and
 (k − n(hi)) times the value of lo. Either way the result is exact, whatever thresholds were tried.
 
-A threshold is tried where the logarithm of the count, taken as linear between lo and hi, reaches k; every fourth time (once
-that has had its chance) it halves the interval of bits instead, which bounds the steps. The counts of three k run in the same
-pass. Simulated at d = 4096, steps until all three end: Gaussian 6 (fp32) or 4 (bf16), with massive activations 8 or 6,
-Cauchy 16 or 12; bisection alone takes 31 or 15.
+A threshold is tried where the logarithm of the count, taken as linear between lo and hi, reaches k; every fourth time,
+once that has had its chance, the interval of bits is halved instead, which bounds the steps. The counts of three k run
+in the same pass. Simulated at d = 4096, steps until all three end: Gaussian 7 (fp32) or 5 (bf16), with massive
+activations 9 or 7, Cauchy 18 or 14; bisection alone takes 31 or 15.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -16,6 +16,32 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+# The interpreter knows no libdevice.
+_FAST_LOG = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def fast_log2(x):
+    """log2 by the special function unit (within 2⁻²² relative), one instruction where tl.log2 is 17."""
+    if _FAST_LOG:  # noqa: SIM108, Triton folds the statement, not the expression
+        y = libdevice.fast_log2f(x)
+    else:
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def _count(bits, least):
+    """How many of the bits, none negative, are at least `least`: the sign bits of what is left without them."""
+    return tl.sum((least - 1 - bits).to(tl.uint32, bitcast=True) >> 31, 0).to(tl.int32)
+
+
+@triton.jit
+def count_above(a, limit):
+    """How many of the float32 magnitudes are above `limit`, which is not negative."""
+    return _count(a.to(tl.int32, bitcast=True), limit.to(tl.int32, bitcast=True) + 1)
 
 
 @triton.jit
@@ -23,9 +49,9 @@ def _threshold(lo, hi, n_lo, n_hi, k, first, step, SHIFT: tl.constexpr):
     """The next key to try, strictly between lo and hi (or lo itself, which changes nothing, once they are adjacent)."""
     low = (lo << SHIFT).to(tl.float32, bitcast=True)
     high = (hi << SHIFT).to(tl.float32, bitcast=True)
-    log_lo = tl.log2(n_lo.to(tl.float32))
-    log_hi = tl.log2(tl.maximum(n_hi.to(tl.float32), 0.5))
-    secant = low + (high - low) * ((log_lo - tl.log2(k.to(tl.float32))) / (log_lo - log_hi))
+    log_lo = fast_log2(n_lo.to(tl.float32))
+    log_hi = fast_log2(tl.maximum(n_hi.to(tl.float32), 0.5))
+    secant = low + (high - low) * ((log_lo - fast_log2(k.to(tl.float32))) / (log_lo - log_hi))
     key = secant.to(tl.int32, bitcast=True) >> SHIFT
     key = tl.where((step % 4 == 3) & (step > 4), lo + ((hi - lo) >> 1), key)
     key = tl.where(step == 0, first, key)
@@ -44,12 +70,12 @@ def _narrow(lo, hi, n_lo, n_hi, k, key, n):
 
 
 @triton.jit
-def _sums_above(a, key, lo, hi, n_lo, n_hi, k, SHIFT: tl.constexpr):
+def _sums_above(a, bits, lo, hi, n_lo, n_hi, k, SHIFT: tl.constexpr):
     """Sums of the k largest of `a` and of their squares, from a search that has ended."""
     cut = tl.where(n_lo == k, lo, hi)
     tied = tl.where(n_lo == k, 0, k - n_hi).to(tl.float32)
     value = (lo << SHIFT).to(tl.float32, bitcast=True)
-    above = tl.where(key >= cut, a, 0.0)
+    above = tl.where(bits >= cut << SHIFT, a, 0.0)
     return tl.sum(above, 0) + tied * value, tl.sum(above * above, 0) + tied * value * value
 
 
@@ -63,14 +89,14 @@ def top_sums(a, d, mean, SHIFT: tl.constexpr):
         mean: the mean of `a` over the row, where the search starts from.
         SHIFT: how many low bits of every coordinate are zero (16 for values that came from bfloat16).
     """
-    key = a.to(tl.int32, bitcast=True) >> SHIFT
+    bits = a.to(tl.int32, bitcast=True)
     k1 = tl.maximum(d // 100, 1)
     k5 = tl.maximum(d * 5 // 100, 1)
     k10 = tl.maximum(d * 10 // 100, 1)
     lo1 = d * 0
     lo5 = d * 0
     lo10 = d * 0
-    hi1 = tl.max(key, 0) + 1
+    hi1 = (tl.max(bits, 0) >> SHIFT) + 1
     hi5 = hi1
     hi10 = hi1
     at1 = d
@@ -89,9 +115,9 @@ def top_sums(a, d, mean, SHIFT: tl.constexpr):
         key1 = _threshold(lo1, hi1, at1, over1, k1, first1, step, SHIFT)
         key5 = _threshold(lo5, hi5, at5, over5, k5, first5, step, SHIFT)
         key10 = _threshold(lo10, hi10, at10, over10, k10, first10, step, SHIFT)
-        n1 = tl.sum((key >= key1).to(tl.int32), 0)
-        n5 = tl.sum((key >= key5).to(tl.int32), 0)
-        n10 = tl.sum((key >= key10).to(tl.int32), 0)
+        n1 = _count(bits, key1 << SHIFT)
+        n5 = _count(bits, key5 << SHIFT)
+        n10 = _count(bits, key10 << SHIFT)
         lo1, hi1, at1, over1 = _narrow(lo1, hi1, at1, over1, k1, key1, n1)
         lo5, hi5, at5, over5 = _narrow(lo5, hi5, at5, over5, k5, key5, n5)
         lo10, hi10, at10, over10 = _narrow(lo10, hi10, at10, over10, k10, key10, n10)
@@ -100,7 +126,7 @@ def top_sums(a, d, mean, SHIFT: tl.constexpr):
         open5 = (hi5 - lo5 > 1) & (at5 != k5)
         open10 = (hi10 - lo10 > 1) & (at10 != k10)
         searching = open1 | open5 | open10
-    magnitude1, energy1 = _sums_above(a, key, lo1, hi1, at1, over1, k1, SHIFT)
-    magnitude5, energy5 = _sums_above(a, key, lo5, hi5, at5, over5, k5, SHIFT)
-    magnitude10, energy10 = _sums_above(a, key, lo10, hi10, at10, over10, k10, SHIFT)
+    magnitude1, energy1 = _sums_above(a, bits, lo1, hi1, at1, over1, k1, SHIFT)
+    magnitude5, energy5 = _sums_above(a, bits, lo5, hi5, at5, over5, k5, SHIFT)
+    magnitude10, energy10 = _sums_above(a, bits, lo10, hi10, at10, over10, k10, SHIFT)
     return magnitude1, energy1, magnitude5, energy5, magnitude10, energy10

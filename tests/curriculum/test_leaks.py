@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sparsort.curriculum.demos.fingerprints import fingerprints, tokens
 from sparsort.curriculum.demos.leaks import find_leaks
 from sparsort.curriculum.demos.minhash import signatures
 from sparsort.curriculum.demos.pool import leaking_rows
 from sparsort.errors import SparsortError
 
-WORDS = st.lists(st.sampled_from("alpha beta gamma delta rho tau mu nu".split()), max_size=40).map(" ".join)
+WORDS = st.lists(st.sampled_from(["alpha", "beta", "gamma", "delta", "rho", "tau", "mu", "nu"]), max_size=40).map(
+    " ".join
+)
 
 
 def shingle_set(text: str) -> set[tuple[str, ...]]:
@@ -70,9 +73,7 @@ def test_jaccard_against_sets(left: str, right: str) -> None:
 
 @settings(max_examples=30)
 @given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=6), st.sampled_from([0.5, 0.8, 1.0]))
-def test_no_false_positive_and_no_exact_duplicate_missed(
-    queries: list[str], pool: list[str], threshold: float
-) -> None:
+def test_no_false_positive_and_no_exact_duplicate_missed(queries: list[str], pool: list[str], threshold: float) -> None:
     expected = {
         (at, to)
         for at, query in enumerate(queries)
@@ -138,7 +139,11 @@ def test_every_input_field_must_leak() -> None:
 
 
 def test_blank_fields_neither_leak_nor_save() -> None:
-    demos = [{"context": "", "question": "Who?"}, {"context": "", "question": "Where?"}, {"context": "x", "question": "Who?"}]
+    demos = [
+        {"context": "", "question": "Who?"},
+        {"context": "", "question": "Where?"},
+        {"context": "x", "question": "Who?"},
+    ]
     found = leaking_rows(demos, {"context": "", "question": "who"}, ["context", "question"])
     assert [leak.demo for leak in found] == [0]
 

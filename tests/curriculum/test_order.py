@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from sparsort.curriculum.demos.order import ORDERS, order_demos, order_indices
 from sparsort.curriculum.demos.permutations import all_permutations, random_permutations
 from sparsort.errors import SparsortError
@@ -42,9 +43,7 @@ def ids(rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("order", ORDERS)
 @given(key=KEYS, seed=st.integers(0, 5))
-def test_every_order_is_a_permutation_and_reverse_is_its_exact_reverse(
-    order: str, key: list[float], seed: int
-) -> None:
+def test_every_order_is_a_permutation_and_reverse_is_its_exact_reverse(order: str, key: list[float], seed: int) -> None:
     forward = indices(order, key, seed=seed)
     assert sorted(forward) == list(range(len(key)))
     assert indices(f"reverse:{order}", key, seed=seed) == forward[::-1]
@@ -61,7 +60,13 @@ def test_the_scale_of_the_key_does_not_matter(order: str, key: list[int], scale:
 def test_ascending_and_descending_orders(key: list[float]) -> None:
     rising = sorted(range(len(key)), key=lambda place: key[place])
     falling = sorted(range(len(key)), key=lambda place: -key[place])
-    for order in ("easy_to_hard", "dense_to_sparse", "similarity_ascending", "length_ascending", "perplexity_ascending"):
+    for order in (
+        "easy_to_hard",
+        "dense_to_sparse",
+        "similarity_ascending",
+        "length_ascending",
+        "perplexity_ascending",
+    ):
         assert indices(order, key) == rising
     for order in ("hard_to_easy", "sparse_to_dense", "similarity_descending", "length_descending"):
         assert indices(order, key) == falling

@@ -111,7 +111,7 @@ def test_the_columns_are_those_of_the_schema() -> None:
     assert scores.column("status").tolist() == ["ok", "zero"]
     assert scores.counts("status") == {"ok": 1, "zero": 1}
     assert repr(scores) == "Scores(2 rows, sparsity, metrics: gini)"
-    with pytest.raises(SparsortError, match="unknown column 'statsu'. Did you mean 'status'"):
+    with pytest.raises(SparsortError, match=r"unknown column 'statsu'. Did you mean 'status'"):
         scores.column("statsu")
 
 
@@ -146,7 +146,9 @@ def test_jsonl_is_strict_json_a_row_a_line(tmp_path: Path) -> None:
     def refuse(text: str) -> None:
         raise AssertionError(text)
 
-    first, second = (json.loads(line, parse_constant=refuse) for line in (tmp_path / "a.jsonl").open(encoding="utf-8"))
+    first, second = (
+        json.loads(line, parse_constant=refuse) for line in (tmp_path / "a.jsonl").read_text().splitlines()
+    )
     assert (first["gini"], second["gini"], second["difficulty"]) == ("inf", None, None)
 
 
@@ -157,7 +159,7 @@ def test_by_turns_another_metric_so_that_it_rises_with_difficulty() -> None:
     assert other.provenance["metric"] == "l0_relative"
     np.testing.assert_array_equal(other.by("gini").difficulty, scores.difficulty)
     assert scores.provenance["metric"] == "gini"
-    with pytest.raises(SparsortError, match="unknown metric 'ginni'. Did you mean 'gini'"):
+    with pytest.raises(SparsortError, match=r"unknown metric 'ginni'. Did you mean 'gini'"):
         scores.by("ginni")
     with pytest.raises(SparsortError, match="unknown metric 'l1'"):
         scores.by("l1")
@@ -187,7 +189,9 @@ def test_equal_rows_without_ids_share_the_first_score() -> None:
 def test_ranked_is_by_difficulty_then_id_with_unscored_rows_last(difficulty: list[float]) -> None:
     scores = make(difficulty)
     for sign, ranked in ((1, scores.ranked()), (-1, scores.ranked(descending=True))):
-        keys = {name: (v != v, 0.0 if v != v else sign * v, name) for name, v in zip(scores.ids, difficulty, strict=True)}
+        keys = {
+            name: (v != v, 0.0 if v != v else sign * v, name) for name, v in zip(scores.ids, difficulty, strict=True)
+        }
         assert ranked == sorted(scores.ids, key=lambda name: keys[name])
     assert [scores.ids[i] for i in scores.order()] == scores.ranked()
 
@@ -197,7 +201,7 @@ def test_a_plausible_number_without_a_score_is_refused() -> None:
     for value, status in ((0.5, "zero"), (math.nan, "ok"), (math.inf, "ok"), (math.inf, "empty")):
         with pytest.raises(SparsortError, match="fault of the scorer"):
             score_table(rows, np.array([value]), [status], [""], [1], [0], {})
-    with pytest.raises(SparsortError, match="unknown status 'okay'. Did you mean 'ok'"):
+    with pytest.raises(SparsortError, match=r"unknown status 'okay'. Did you mean 'ok'"):
         score_table(rows, np.array([1.0]), ["okay"], [""], [1], [0], {})
     assert STATUSES[0] == "ok"
 

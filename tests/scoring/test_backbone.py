@@ -1,0 +1,164 @@
+"""The backbone against the plain loop: one row at a time, `output_hidden_states=True`, no cache, no padding."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparsort.errors import SparsortError
+from sparsort.scoring import backbone as backbone_module
+from sparsort.scoring.backbone import Backbone
+from sparsort.scoring.loading import LoadedModel, load_model
+
+FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt"]
+
+
+def _load(folder: Path, **options: Any) -> LoadedModel:
+    return load_model(str(folder), dtype="float32", device="cpu", **options)
+
+
+def _rows(vocabulary: int, *, lengths: list[int], shared: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    heads = rng.integers(3, vocabulary, (2, shared)).tolist()
+    return [heads[number % 2] + rng.integers(3, vocabulary, length).tolist() for number, length in enumerate(lengths)]
+
+
+def _collect(body: Backbone, ids: list[list[int]], sites: list[str], **options: Any) -> dict[str, list[torch.Tensor]]:
+    """Every real token's state, row by row, put together from the pieces."""
+    found = [body.site(name) for name in sites]
+    how = body.plan(ids, **options)
+    rows = {name: [torch.full((len(row), body.width(site)), torch.nan) for row in ids] for name, site in zip(sites, found, strict=True)}
+    for piece in body.walk(ids, how, found):
+        for place, number in enumerate(piece.rows):
+            targets = np.flatnonzero(how.head_of == number) if piece.is_head else [number]
+            span = slice(piece.start, piece.start + int(piece.lengths[place]))
+            for name in sites:
+                for target in targets:
+                    rows[name][target][span] = piece.states[name][place, : piece.lengths[place]].float()
+    return rows
+
+
+@torch.inference_mode()
+def _plain(loaded: LoadedModel, body: Backbone, ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+    caught: dict[str, torch.Tensor] = {}
+    handle = body.blocks[-1].register_forward_hook(
+        lambda _m, _a, out: caught.__setitem__("block", out[0] if isinstance(out, tuple) else out)
+    )
+    rows: dict[str, list[torch.Tensor]] = {"pre_norm": [], "post_norm": [], "layer:0": []}
+    for row in ids:
+        result = loaded.model(torch.tensor([row]), output_hidden_states=True, use_cache=False)
+        rows["post_norm"].append(result.hidden_states[-1][0])
+        rows["layer:0"].append(result.hidden_states[1][0])
+        rows["pre_norm"].append(caught["block"][0].clone())
+    handle.remove()
+    return rows
+
+
+def _assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.isfinite(one).all(), "a token was never computed"
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", [0, 11])
+def test_states_are_those_of_the_plain_loop(family: str, shared: int, make_tiny_model: Callable[..., Path]) -> None:
+    loaded = _load(make_tiny_model(family))
+    body = Backbone(loaded, token_budget=96)
+    # Lengths around the window of 8, of one token, and longer than the budget.
+    ids = _rows(loaded.model.config.vocab_size, lengths=[1, 3, 7, 8, 9, 30, 31, 120, 2, 2, 5, 6], shared=shared)
+    ours = _collect(body, ids, ["pre_norm", "post_norm", "layer:0"])
+    theirs = _plain(loaded, body, ids)
+    assert bool(body.plan(ids).depth) == bool(shared)
+    for site in theirs:
+        _assert_close(ours[site], theirs[site])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_long_row_in_chunks_is_the_row_whole(
+    family: str, make_tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = _load(make_tiny_model(family))
+    body = Backbone(loaded)
+    ids = _rows(loaded.model.config.vocab_size, lengths=[100, 97, 33, 16, 15, 4], shared=6)
+    theirs = _plain(loaded, body, ids)
+    monkeypatch.setattr(backbone_module, "_CHUNK", 16)
+    for site in theirs:
+        _assert_close(_collect(body, ids, [site])[site], theirs[site])
+
+
+def test_a_row_does_not_depend_on_its_mates(make_tiny_model: Callable[..., Path]) -> None:
+    loaded = _load(make_tiny_model("gemma3"))
+    body = Backbone(loaded, token_budget=400)
+    ids = _rows(loaded.model.config.vocab_size, lengths=[20, 19, 18, 20, 17], shared=0)
+    together = _collect(body, ids, ["post_norm"])["post_norm"]
+    alone = [_collect(body, [row], ["post_norm"])["post_norm"][0] for row in ids]
+    _assert_close(together, alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlp_site_is_the_input_of_the_down_projection(family: str, make_tiny_model: Callable[..., Path]) -> None:
+    loaded = _load(make_tiny_model(family))
+    body = Backbone(loaded)
+    names = {"gpt2": "c_proj", "gpt_neox": "dense_4h_to_h", "opt": "fc2"}
+    expected = [m for path, m in body.blocks[-1].named_modules() if path.endswith(names.get(family, "down_proj")) and "attn" not in path]
+    assert body.site("mlp").module is expected[-1]
+    assert body.width(body.site("mlp")) == (256 if family == "gpt2" else 128)
+    ids = _rows(loaded.model.config.vocab_size, lengths=[5, 6], shared=0)
+    assert all(torch.isfinite(states).all() for states in _collect(body, ids, ["mlp", "mlp:0"])["mlp"])
+
+
+def test_a_model_without_a_final_norm(make_tiny_model: Callable[..., Path]) -> None:
+    body = Backbone(_load(make_tiny_model("no_norm")))
+    assert body.final_norm is None
+    assert body.site("pre_norm").reads == "output"
+    with pytest.raises(SparsortError, match="no final norm.*pre_norm"):
+        body.site("post_norm")
+
+
+@pytest.mark.parametrize(("name", "message"), [("prenorm", "Did you mean 'pre_norm'"), ("layer:9", "3 blocks"), ("layer:x", "unknown site")])
+def test_sites_that_are_not_there(name: str, message: str, make_tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(SparsortError, match=message):
+        Backbone(_load(make_tiny_model("llama"))).site(name)
+
+
+def test_a_checkpoint_with_nan_weights_names_them(make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    shutil.copytree(make_tiny_model("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SparsortError, match=f"not finite.*{name}"):
+        Backbone(_load(folder))
+
+
+def test_a_model_that_sees_later_tokens_is_refused(make_tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(SparsortError, match="not a causal decoder"):
+        Backbone(_load(make_tiny_model("gemma3", use_bidirectional_attention=True)))
+
+
+def test_rotary_embeddings_that_follow_the_length_turn_sharing_off(make_tiny_model: Callable[..., Path]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    folder = make_tiny_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    body = Backbone(_load(folder))
+    ids = _rows(body.config.vocab_size, lengths=[4, 40, 6, 30, 7, 3], shared=5)
+    # A fresh model a row: transformers keeps the frequencies of the longest row that a model has seen.
+    fresh = [(loaded := _load(folder)) and _plain(loaded, Backbone(loaded), [row])["post_norm"][0] for row in ids]
+    _assert_close(_collect(body, ids, ["post_norm"])["post_norm"], fresh)
+    assert body.plan(ids).depth == 0
+    assert body.chunk is None
+
+
+@pytest.mark.parametrize("given", [{"dtype": "bf16x"}, {"device": "gpu"}, {"device": "cuda:99"}])
+def test_bad_dtype_and_device(given: dict[str, str], make_tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(SparsortError, match=next(iter(given.values()))):
+        load_model(str(make_tiny_model("llama")), **{"device": "cpu", **given})

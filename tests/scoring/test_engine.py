@@ -1,0 +1,340 @@
+"""`scoring.engine`: streamed, durable, resumable; killed at any moment, nothing is lost, doubled or done twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sparsort.errors import SparsortError
+from sparsort.scoring.engine import Coverage, run, run_part, summarise
+from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.readers import SequenceReader
+from sparsort.scoring.sources import Row, RowSource, open_rows
+
+SHARD = 25
+ROWS = [{"id": f"q{i}", "text": "x" * (i % 13)} for i in range(390)]
+
+
+class Lengths:
+    """A scorer that costs nothing: the length of the text, none for an empty one. Notes the first row of every call."""
+
+    metrics: Sequence[str] = ("length", "minus")
+
+    def __init__(self, **settings: Any) -> None:
+        orientation = {"length": 1, "minus": -1}
+        self.provenance = {"scorer": "length", "metric": "length", "orientation": orientation, **settings}
+        self.calls: list[int] = []
+        self.before: Callable[[Sequence[Row]], None] = lambda rows: None
+
+    def score_rows(self, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
+        self.before(rows)
+        self.calls.append(rows[0].position)
+        lengths = np.array([len(row.fields["text"]) or np.nan for row in rows], dtype=np.float64)
+        status = ["empty" if np.isnan(length) else "ok" for length in lengths]
+        reason = ["the text is empty" if state == "empty" else "" for state in status]
+        for _ in rows:
+            advance(1)
+        zeros = np.zeros(len(rows), dtype=np.int32)
+        return score_table(rows, lengths, status, reason, zeros, zeros, {"length": lengths, "minus": -lengths})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_memory_and_folder_give_the_same_scores(tmp_path: Path) -> None:
+    scorer, ticks = Lengths(environment={"threads": 2}), []
+    kept = run(open_rows(ROWS), scorer, out=None, shard_rows=SHARD, advance=ticks.append)
+    stored = run(open_rows(ROWS), scorer, out=tmp_path / "out", shard_rows=SHARD)
+    assert sum(ticks) == len(ROWS)
+    assert scorer.calls == 2 * list(range(0, 390, SHARD))
+    assert repr(stored.table.to_pylist()) == repr(kept.table.to_pylist())  # NaN is not equal to itself
+    assert (
+        stored.provenance == kept.provenance == {**scorer.provenance, "source": "list of 390 rows", "id_column": "id"}
+    )
+    assert len(stored) == 390
+    assert summarise(stored) == summarise(kept) == {"ok": 360, "empty": 30}
+    np.testing.assert_array_equal(stored.by("minus").difficulty, kept.difficulty)
+    assert Scores.load(tmp_path / "out").ranked() == kept.ranked()
+
+
+def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = run(open_rows(ROWS), Lengths(), out=tmp_path / "out", shard_rows=100)
+    read: list[Any] = []
+    real = pq.ParquetFile.read
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, columns=None: read.append(columns) or real(self, columns))
+    assert len(scores) == 390
+    assert scores.metrics == ["length", "minus"]
+    assert scores.difficulty[1] == 1.0
+    assert read == [["difficulty"]] * 4
+
+
+def test_a_second_run_does_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    first, second, ticks = Lengths(), Lengths(), []
+    run(open_rows(ROWS), first, out=tmp_path / "out", shard_rows=SHARD)
+    before = contents(tmp_path / "out")
+    run(open_rows(ROWS), second, out=tmp_path / "out", shard_rows=SHARD, advance=ticks.append)
+    assert second.calls == []
+    assert sum(ticks) == len(ROWS)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_moved_file_goes_on_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    def write(name: str, rows: list[dict[str, Any]]) -> Path:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    out = tmp_path / "out"
+    run(open_rows(write("a.jsonl", ROWS)), Lengths(), out=out, shard_rows=SHARD)
+    moved = Lengths()
+    run(open_rows(write("b.jsonl", ROWS)), moved, out=out, shard_rows=SHARD)
+    assert moved.calls == []
+    changed = [*ROWS[:60], {**ROWS[60], "text": "other"}, *ROWS[61:]]
+    with pytest.raises(SparsortError, match=r"has changed since shard-00002.parquet was scored: rows 50 to 74"):
+        run(open_rows(write("c.jsonl", changed)), Lengths(), out=out, shard_rows=SHARD)
+    with pytest.raises(SparsortError, match=r"has changed since shard-00015.parquet"):
+        run(open_rows(write("d.jsonl", [*ROWS, {"id": "new", "text": ""}])), Lengths(), out=out, shard_rows=SHARD)
+    with pytest.raises(SparsortError, match="has become shorter"):
+        run(open_rows(write("e.jsonl", ROWS[:375])), Lengths(), out=out, shard_rows=SHARD)
+    with pytest.raises(SparsortError, match=r'prompt: absent → "{text}"'):
+        run(open_rows(write("a.jsonl", ROWS)), Lengths(prompt="{text}"), out=out, shard_rows=SHARD)
+
+
+def test_a_damaged_shard_is_scored_again_and_said(tmp_path: Path) -> None:
+    run(open_rows(ROWS), Lengths(), out=tmp_path, shard_rows=SHARD)
+    before = contents(tmp_path)
+    path = tmp_path / "shard-00003.parquet"
+    path.write_bytes(path.read_bytes()[:-30])
+    (tmp_path / "shard-00007.parquet").unlink()
+    scorer, notes = Lengths(), []
+    run(open_rows(ROWS), scorer, out=tmp_path, shard_rows=SHARD, note=notes.append)
+    assert scorer.calls == [75, 175]
+    assert len(notes) == 1
+    assert "shard-00003.parquet is damaged" in notes[0]
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), MemoryError()])
+def test_what_was_finished_before_an_interruption_stays(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Lengths()
+    real = pq.write_table
+
+    def stop(table: pa.Table, *rest: Any, **options: Any) -> None:
+        if table["position"][0].as_py() == 75:
+            raise error
+        real(table, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", stop)
+        expected = SparsortError if isinstance(error, OSError) else type(error)
+        with pytest.raises(expected):
+            run(open_rows(ROWS), scorer, out=tmp_path, shard_rows=SHARD)
+    assert sorted(contents(tmp_path)) == ["manifest.json", *(f"shard-0000{i}.parquet" for i in range(3))]
+    with pytest.raises(SparsortError, match="not complete"):
+        Scores.load(tmp_path)
+    scorer.calls.clear()
+    scores = run(open_rows(ROWS), scorer, out=tmp_path, shard_rows=SHARD)
+    assert scorer.calls == list(range(75, 390, SHARD))
+    assert scores.ids == [row["id"] for row in ROWS]
+
+
+def test_parts_together_make_the_whole(tmp_path: Path) -> None:
+    run(open_rows(ROWS), Lengths(), out=tmp_path / "whole", shard_rows=SHARD)
+    scorer = Lengths()
+    covered = [
+        run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=(k, 3), shard_rows=SHARD) for k in (2, 0, 1)
+    ]
+    assert covered == [
+        Coverage(scored=5, kept=0, complete=False),
+        Coverage(scored=6, kept=0, complete=False),
+        Coverage(scored=5, kept=0, complete=True),
+    ]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    again = run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=(1, 3), shard_rows=SHARD)
+    assert again == Coverage(scored=0, kept=5, complete=True)
+    assert len(scorer.calls) == 16
+    alone = run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=(20, 30), shard_rows=SHARD)
+    assert alone == Coverage(scored=0, kept=0, complete=True)
+    for part in ((3, 3), (-1, 2), (0, 0)):
+        with pytest.raises(SparsortError, match="expected \\(k, n\\) with 0 <= k < n"):
+            run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=part, shard_rows=SHARD)
+
+
+def test_one_shard_of_rows_is_held_at_a_time(tmp_path: Path) -> None:
+    class Fields(dict[str, Any]):
+        """A dict that can be watched, so that those alive can be counted."""
+
+    class Made:
+        """A sequence that makes its rows when they are asked for."""
+
+        def __len__(self) -> int:
+            return 7800
+
+        def __getitem__(self, position: int) -> Fields:
+            fields = Fields(text="x" * (position % 13), n=position)
+            alive[id(fields)] = fields
+            return fields
+
+    alive: weakref.WeakValueDictionary[int, Fields] = weakref.WeakValueDictionary()
+    scorer, held = Lengths(), []
+    scorer.before = lambda _rows: held.append(len(alive))
+    run(RowSource(SequenceReader("made", Made())), scorer, out=tmp_path / "out", shard_rows=300)
+    assert len(held) == 26
+    assert max(held) <= 2 * 300
+
+
+def test_a_scorer_that_gives_another_table_is_refused() -> None:
+    class Short(Lengths):
+        def score_rows(self, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
+            return super().score_rows(rows, advance).slice(1)
+
+    class Backwards(Lengths):
+        def score_rows(self, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
+            return super().score_rows(rows[::-1], advance)
+
+    class Bare(Lengths):
+        metrics = ("length",)
+
+    for scorer in (Short(), Backwards(), Bare()):
+        with pytest.raises(SparsortError, match=rf"{type(scorer).__name__}\.score_rows.*fault of the scorer"):
+            run(open_rows(ROWS), scorer, out=None, shard_rows=SHARD)
+    with pytest.raises(SparsortError, match="shard_rows is 0"):
+        run(open_rows(ROWS), Lengths(), out=None, shard_rows=0)
+
+
+# A process that scores rows.jsonl in its folder and notes every call of the scorer; argv: folder, out, part, n, pause.
+_PROCESS = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from sparsort.scoring.engine import run_part
+from sparsort.scoring.scores import score_table
+from sparsort.scoring.sources import open_rows
+
+folder, out, k, n, pause = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+
+class Scorer:
+    provenance = {"scorer": "length", "metric": "length", "orientation": {"length": 1}}
+    metrics = ("length",)
+    def score_rows(self, rows, advance):
+        with (folder / "calls.log").open("a") as log:
+            log.write(f"{rows[0].position}\\n")
+        time.sleep(pause)
+        lengths = np.array([len(row.fields["text"]) for row in rows], dtype=float)
+        zeros = np.zeros(len(rows), dtype=np.int32)
+        return score_table(rows, lengths, ["ok"] * len(rows), [""] * len(rows), zeros, zeros, {"length": lengths})
+
+print(run_part(open_rows(folder / "rows.jsonl"), Scorer(), out=out, part=(k, n), shard_rows=25))
+"""
+
+
+def start(folder: Path, out: str, part: tuple[int, int] = (0, 1), pause: float = 0.0) -> subprocess.Popen[str]:
+    (folder / "calls.log").touch()
+    arguments = [str(folder), str(folder / out), str(part[0]), str(part[1]), str(pause)]
+    return subprocess.Popen([sys.executable, "-c", _PROCESS, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def write_rows(folder: Path, count: int) -> None:
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": "x" * (i % 13), "n": i}) + "\n" for i in range(count))
+    )
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
+    write_rows(tmp_path, 25 * 120)
+    log, out, chance = tmp_path / "calls.log", tmp_path / "out", random.Random(7)
+    done: set[int] = set()
+    kills = 0
+    for _attempt in range(12):
+        called = len(log.read_text().split()) if log.exists() else 0
+        process = start(tmp_path, "out", pause=0.005)
+        wanted = called + chance.randint(1, 9)
+        while process.poll() is None and len(log.read_text().split()) < wanted:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        # Nothing that was done at the last kill was scored since, and it is all still there.
+        assert done.isdisjoint(map(int, log.read_text().split()[called:]))
+        now = {25 * int(file.stem.removeprefix("shard-")) for file in out.glob("shard-*.parquet")}
+        assert done <= now
+        done = now
+    assert kills >= 10
+    assert 0 < len(done) < 120
+    called = len(log.read_text().split())
+    assert start(tmp_path, "out").communicate()[0].endswith("complete=True)\n")
+    assert sorted(map(int, log.read_text().split()[called:])) == sorted(set(range(0, 3000, 25)) - done)
+    assert start(tmp_path, "whole").communicate()[0].startswith("Coverage(scored=120, kept=0")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert Scores.load(out).ids == [str(i) for i in range(3000)]
+
+
+def test_processes_that_score_parts_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    write_rows(tmp_path, 25 * 40)
+    processes = [start(tmp_path, "out", (k, 4)) for k in range(4)]
+    said = [process.communicate()[0] for process in processes]
+    assert all(sentence.startswith("Coverage(scored=10, kept=0") for sentence in said)
+    assert any("complete=True" in sentence for sentence in said)
+    assert sorted(map(int, (tmp_path / "calls.log").read_text().split())) == list(range(0, 1000, 25))
+    start(tmp_path, "whole").communicate()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+_MILLION = """
+import json, sys, threading, time
+from pathlib import Path
+import numpy as np, psutil
+from sparsort.scoring.engine import run, summarise
+from sparsort.scoring.scores import score_table
+from sparsort.scoring.sources import open_rows
+
+class Scorer:
+    provenance = {"scorer": "length", "metric": "length", "orientation": {"length": 1}}
+    metrics = tuple("abcdefghijklm")
+    def score_rows(self, rows, advance):
+        lengths = np.array([len(row.fields["text"]) for row in rows], dtype=float)
+        zeros = np.zeros(len(rows), dtype=np.int32)
+        metrics = {name: lengths for name in self.metrics}
+        return score_table(rows, lengths, ["ok"] * len(rows), [""] * len(rows), zeros, zeros, metrics)
+
+folder, rss = Path(sys.argv[1]), psutil.Process().memory_info
+start, peak = rss().rss, 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, rss().rss)
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+scores = run(open_rows(folder / "rows.jsonl"), Scorer(), out=folder / "out")
+counts = summarise(scores)
+print(json.dumps({"rows": len(scores), "counts": counts, "grown": peak - start, "hardest": scores.difficulty.max()}))
+"""
+
+
+@pytest.mark.slow
+def test_a_million_rows_do_not_need_a_million_rows_of_memory(tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for i in range(1_000_000):
+            file.write(f'{{"id": "example-{i}", "text": "What is {i} + {i}?"}}\n')
+    command = [sys.executable, "-c", _MILLION, str(tmp_path)]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert said["rows"] == 1_000_000
+    assert said["counts"] == {"ok": 1_000_000}
+    assert said["grown"] < 300 * 2**20
