@@ -19,7 +19,6 @@ from typer.core import TyperGroup
 from sparsort.errors import SparsortError
 
 
-
 class _Commands(TyperGroup):
     """Turns the errors that a user can mend, and an interrupt, into one message and an exit code."""
 
@@ -50,23 +49,45 @@ _TEXT = "Text"
 _SCORER = "Scorer"
 _MODEL = "Model"
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.", rich_help_panel=_MODEL)]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.", rich_help_panel=_MODEL)
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", rich_help_panel=_MODEL)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)]
 RevisionOption = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=_MODEL)]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.", rich_help_panel=_MODEL)]
-BudgetOption = Annotated[int | None, typer.Option(help="Tokens of one batch. Changes speed only.", rich_help_panel=_MODEL)]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.", rich_help_panel=_MODEL)
+]
+BudgetOption = Annotated[
+    int | None, typer.Option(help="Tokens of one batch. Changes speed only.", rich_help_panel=_MODEL)
+]
 PromptOption = Annotated[
     str | None,
-    typer.Option("--prompt", "-p", help=r"Format string over the columns; \n and \t are read as newline and tab.", rich_help_panel=_TEXT),
+    typer.Option(
+        "--prompt",
+        "-p",
+        help=r"Format string over the columns; \n and \t are read as newline and tab.",
+        rich_help_panel=_TEXT,
+    ),
 ]
-AnswerOption = Annotated[str | None, typer.Option("--answer", "-a", help="Format string of the answer behind the prompt.", rich_help_panel=_TEXT)]
+AnswerOption = Annotated[
+    str | None,
+    typer.Option("--answer", "-a", help="Format string of the answer behind the prompt.", rich_help_panel=_TEXT),
+]
 SystemOption = Annotated[str | None, typer.Option(help="System turn; with --chat.", rich_help_panel=_TEXT)]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TEXT)]
-IdOption = Annotated[str | None, typer.Option("--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=_TEXT)]
+IdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=_TEXT
+    ),
+]
 ScorerOption = Annotated[
     str,
-    typer.Option(help="sparsity, answer_loss, prompt_loss, entropy, length, compression, random or column.", rich_help_panel=_SCORER),
+    typer.Option(
+        help="sparsity, answer_loss, prompt_loss, entropy, length, compression, random or column.",
+        rich_help_panel=_SCORER,
+    ),
 ]
 SiteOption = Annotated[str, typer.Option(help="pre_norm, post_norm, mlp, mlp:N or layer:N.", rich_help_panel=_SCORER)]
 PoolingOption = Annotated[str, typer.Option(help="last, mean_metric, mean_state or answer.", rich_help_panel=_SCORER)]
@@ -90,20 +111,28 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Rank examples by how sparsely a language model represents them, and order prompts and data by that rank."""
 
 
 @app.command(epilog=r"Example: `sparsort score questions.jsonl --prompt 'Question: {question}\nAnswer:' --out scores/`")
 def score(
-    file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")],
+    file: Annotated[
+        Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
+    ],
     prompt: PromptOption = None,
     answer: AnswerOption = None,
     system: SystemOption = None,
     chat: ChatOption = False,
-    truncation: Annotated[str, typer.Option(help="error, left or right: what happens to a text over the limit.", rich_help_panel=_TEXT)] = "error",
-    max_length: Annotated[int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=_TEXT)] = None,
+    truncation: Annotated[
+        str, typer.Option(help="error, left or right: what happens to a text over the limit.", rich_help_panel=_TEXT)
+    ] = "error",
+    max_length: Annotated[
+        int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=_TEXT)
+    ] = None,
     id_column: IdOption = None,
     scorer: ScorerOption = "sparsity",
     site: SiteOption = "pre_norm",
@@ -111,8 +140,12 @@ def score(
     metric: MetricOption = "gini",
     outliers: OutliersOption = "none",
     l0_threshold: Annotated[float, typer.Option(help="Threshold of l0_absolute.", rich_help_panel=_SCORER)] = 1.0,
-    column: Annotated[str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)] = None,
-    descending: Annotated[bool, typer.Option("--descending", help="The column falls with difficulty.", rich_help_panel=_SCORER)] = False,
+    column: Annotated[
+        str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)
+    ] = None,
+    descending: Annotated[
+        bool, typer.Option("--descending", help="The column falls with difficulty.", rich_help_panel=_SCORER)
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the scorer 'random'.", rich_help_panel=_SCORER)] = 0,
     model: ModelOption = "demo",
     dtype: DtypeOption = "auto",
@@ -120,7 +153,9 @@ def score(
     token_budget: BudgetOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the scores; run again to go on after a stop.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the scores; run again to go on after a stop.")
+    ] = None,
     shard_rows: Annotated[int, typer.Option(help="Rows of one shard, the unit that is kept or redone.")] = 2048,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a row has no score.")] = False,
     as_json: JsonOption = False,
@@ -163,7 +198,10 @@ def score(
         _print_scores(report.scores, summary)
     if unscored:
         reasons = ", ".join(f"{count} {status}" for status, count in summary["status"].items() if status != "ok")
-        typer.echo(f"{unscored} of {summary['rows']} rows have no score: {reasons}. Their reasons stand in the column 'reason'.", err=True)
+        typer.echo(
+            f"{unscored} of {summary['rows']} rows have no score: {reasons}. Their reasons stand in the column 'reason'.",
+            err=True,
+        )
         if strict:
             raise typer.Exit(3)
 
@@ -171,28 +209,43 @@ def score(
 @app.command(epilog="Example: `sparsort order demos.jsonl --query 'What is 2 + 3?' --order sparse_to_dense`")
 def order(
     file: Annotated[Path, typer.Argument(help="Demonstrations, or the pool to select them from.")],
-    query: Annotated[str, typer.Option("--query", "-q", help="The query: its text, or a JSON object with the prompt's columns.")],
+    query: Annotated[
+        str, typer.Option("--query", "-q", help="The query: its text, or a JSON object with the prompt's columns.")
+    ],
     prompt: PromptOption = None,
     answer: AnswerOption = None,
     system: SystemOption = None,
     chat: ChatOption = False,
     id_column: IdOption = None,
-    k: Annotated[int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE].")] = None,
-    select: Annotated[str, typer.Option(help="random, first, ids, balanced, bm25, knn, mmr, kdpp, vote_k, spread or difficulty_matched.")] = "random",
+    k: Annotated[
+        int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE].")
+    ] = None,
+    select: Annotated[
+        str,
+        typer.Option(help="random, first, ids, balanced, bm25, knn, mmr, kdpp, vote_k, spread or difficulty_matched."),
+    ] = "random",
     ids: Annotated[str | None, typer.Option(help="Comma-separated ids, for --select ids.")] = None,
     label: Annotated[str | None, typer.Option(help="Label column, for --select balanced.")] = None,
-    order: Annotated[str, typer.Option("--order", help="sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:<order>.")] = "sparse_to_dense",
-    scores: Annotated[Path | None, typer.Option(help="Scores made by 'sparsort score' [default: score now].", rich_help_panel=_SCORER)] = None,
+    order: Annotated[
+        str, typer.Option("--order", help="sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:<order>.")
+    ] = "sparse_to_dense",
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores made by 'sparsort score' [default: score now].", rich_help_panel=_SCORER)
+    ] = None,
     scorer: ScorerOption = "sparsity",
     site: SiteOption = "pre_norm",
     pooling: PoolingOption = "last",
     metric: MetricOption = "gini",
     outliers: OutliersOption = "none",
-    column: Annotated[str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Token budget of the whole prompt.")] = None,
     drop: Annotated[str, typer.Option(help="What a budget drops: farthest, nearest, longest or error.")] = "farthest",
     separator: Annotated[str, typer.Option(help=r"Between demonstrations.")] = r"\n\n",
-    allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow the query among its own demonstrations.")] = False,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Allow the query among its own demonstrations.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of random selection and order.")] = 0,
     model: ModelOption = "demo",
     dtype: DtypeOption = "auto",
@@ -273,7 +326,7 @@ def env(as_json: JsonOption = False) -> None:
 
 def _print_scores(scores: Any, summary: dict[str, Any]) -> None:
     table = _table("rank", "id", "difficulty", "tokens", title="easiest and hardest by this score")
-    places = scores.ranked()
+    places = scores.order()
     known = [place for place in places if math.isfinite(scores.difficulty[place])]
     shown = [*enumerate(known)] if len(known) <= 10 else [*enumerate(known[:5]), *enumerate(known[-5:], len(known) - 5)]
     ids, tokens = scores.column("id"), scores.column("n_tokens")
@@ -281,7 +334,9 @@ def _print_scores(scores: Any, summary: dict[str, Any]) -> None:
         table.add_row(str(rank + 1), str(ids[place]), f"{scores.difficulty[place]:.4f}", str(tokens[place]))
     _console().print(table)
     rate = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0
-    typer.echo(f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored in {summary['seconds']:.1f} s ({rate:.0f} tokens/s, loading included).")
+    typer.echo(
+        f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored in {summary['seconds']:.1f} s ({rate:.0f} tokens/s, loading included)."
+    )
     if summary["out"]:
         typer.echo(f"Scores: {summary['out']}")
 
@@ -305,7 +360,9 @@ def _table(*columns: str, title: str | None = None) -> Any:
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="right" if name in ("rank", "place", "difficulty", "tokens") else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if name in ("rank", "place", "difficulty", "tokens") else "left", overflow="fold"
+        )
     return table
 
 

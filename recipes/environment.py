@@ -24,7 +24,7 @@ def describe_environment() -> dict[str, Any]:
     torch_device = torch.device(device.value)
     dtype, sparsity = compute_dtype(torch_device), sparsity_implementation(torch_device)
     try:
-        folder, why = str(demo_folder()), f"embedded model, {LICENCE}"
+        folder, why = str(demo_folder()), f"embedded model, under the {LICENCE['name']}, {LICENCE['url']}"
     except SparsortError as error:
         folder, why = None, str(error)
     return {

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from sparsort.curriculum.demos.order import order_indices
+from sparsort.curriculum.demos.order import ORDERS, order_indices
 from sparsort.curriculum.demos.prompt import assemble
-from sparsort.curriculum.demos.select import select_demos
-from sparsort.errors import SparsortError
+from sparsort.curriculum.demos.select import METHODS, select_demos
+from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.score import ScorerConfig
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
@@ -28,7 +28,14 @@ from sparsort.templates import fields_of
 _MOST_DEMOS = 64
 _NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
 _NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
-_NEEDS_NO_SCORES = ("given", "random", "similarity_ascending", "similarity_descending", "length_ascending", "length_descending")
+_NEEDS_NO_SCORES = (
+    "given",
+    "random",
+    "similarity_ascending",
+    "similarity_descending",
+    "length_ascending",
+    "length_descending",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +96,17 @@ def order_file(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
+    base = config.order.rpartition("reverse:")[2]
+    # Names first: a misspelt one should not cost the loading of a model.
+    if base not in ORDERS:
+        raise unknown_choice("order", config.order, (*ORDERS, "reverse:<any of these>"))
+    if config.select not in METHODS:
+        raise unknown_choice("selection method", config.select, METHODS)
     rows = list(open_rows(file, id_column=config.id_column).rows())
     prompt, answer = _templates(config, rows)
     asked = _parse_query(query, prompt)
     session = _Session(rows, prompt, answer, config, scorer, scores)
     chosen, notes = _select(session, asked)
-    base = config.order.rpartition("reverse:")[2]
     similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
     difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
     places = order_indices(
@@ -198,9 +210,9 @@ class _Session:
 
     def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
         """(n,) cosine similarity of rows and query."""
-        from sparsort.curriculum.demos.similarity import cosine
+        from sparsort.curriculum.demos.similarity import cosine, unit_rows
 
-        return cosine(self.vectors(rows), self.query_vector(query))
+        return cosine(self.query_vector(query), unit_rows(self.vectors(rows)))
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -208,7 +220,9 @@ class _Session:
             return self._loaded.tokenizer
         from sparsort.scoring.embedded import load_tokenizer
 
-        return load_tokenizer(self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code)
+        return load_tokenizer(
+            self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
+        )
 
     def _model(self) -> Any:
         if self._loaded is None:
@@ -252,11 +266,12 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
     k = config.k if config.k is not None else len(config.ids) if config.ids is not None else None
     if k is None:
         if len(rows) > _MOST_DEMOS:
-            raise SparsortError(f"the file holds {len(rows)} rows; pass -k N (--shots) to select N of them, with --select for the method.")
+            raise SparsortError(
+                f"the file holds {len(rows)} rows; pass -k N (--shots) to select N of them, with --select for the method."
+            )
         return list(rows), []
     pool = [{**row.fields, "id": row.id} for row in rows]
     wants_vectors, wants_scores = method in _NEEDS_EMBEDDINGS, method in _NEEDS_POOL_SCORES
-    names = fields_of(session.prompt)
     chosen = select_demos(
         pool,
         query,
@@ -269,10 +284,10 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
         query_difficulty=session.query_difficulty(query) if method == "difficulty_matched" else None,
         embeddings=session.vectors(rows) if wants_vectors else None,
         query_embedding=session.query_vector(query) if wants_vectors and method != "vote_k" else None,
-        text=lambda row: " ".join(str(row[name]) for name in names if row.get(name) is not None),
+        prompt=session.prompt,
         allow_leaks=config.allow_leaks,
     )
-    notes = [str(excluded) for excluded in chosen.excluded]
+    notes = [f"left out {item.id}: {item.reason}" for item in chosen.excluded]
     return [rows[index] for index in chosen.indices], notes
 
 
@@ -280,9 +295,13 @@ def _templates(config: OrderConfig, rows: Sequence[Row]) -> tuple[str, str]:
     """Prompt and answer templates: those given, else those of question and answer columns."""
     columns = list(rows[0].fields)
     if config.prompt is None and "question" not in columns:
-        raise SparsortError(f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(columns)}.")
+        raise SparsortError(
+            f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(columns)}."
+        )
     if config.answer is None and "answer" not in columns:
-        raise SparsortError(f"which column is the answer? Pass --answer, for example ' {{label}}'; this data has: {', '.join(columns)}.")
+        raise SparsortError(
+            f"which column is the answer? Pass --answer, for example ' {{label}}'; this data has: {', '.join(columns)}."
+        )
     return config.prompt or "Question: {question}\nAnswer:", config.answer or " {answer}"
 
 
@@ -294,14 +313,18 @@ def _parse_query(query: str | Mapping[str, Any], prompt: str) -> dict[str, Any]:
         try:
             found = json.loads(query)
         except json.JSONDecodeError as error:
-            raise SparsortError(f"the query looks like JSON but does not read as such: {error}. Quote it for your shell.") from None
+            raise SparsortError(
+                f"the query looks like JSON but does not read as such: {error}. Quote it for your shell."
+            ) from None
         if isinstance(found, dict):
             return found
     if not query.strip():
         raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
     if len(names) != 1:
-        shown = json.dumps({name: "…" for name in names}, ensure_ascii=False)
-        raise SparsortError(f"the prompt has the columns {', '.join(names)}, so the query must be a JSON object: --query '{shown}'.")
+        shown = json.dumps(dict.fromkeys(names, "…"), ensure_ascii=False)
+        raise SparsortError(
+            f"the prompt has the columns {', '.join(names)}, so the query must be a JSON object: --query '{shown}'."
+        )
     return {names[0]: query}
 
 

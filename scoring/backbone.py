@@ -161,11 +161,15 @@ class Backbone:
                 # OPT flattens batch and tokens for its MLP.
                 caught[name] = states.view(batch, width, -1)
             elif states.dim() != 3:
-                raise SparsortError(f"site {name!r} holds states of shape {tuple(states.shape)}; expected (batch, tokens, width). Use 'pre_norm'.")
+                raise SparsortError(
+                    f"site {name!r} holds states of shape {tuple(states.shape)}; expected (batch, tokens, width). Use 'pre_norm'."
+                )
         return caught, getattr(result, "past_key_values", None) if keep else None
 
     def _call(self, ids_BT: Tensor, cache: Any = None, *, keep: bool = False) -> Any:
-        return self.decoder(input_ids=ids_BT.to(self.device), past_key_values=cache, use_cache=keep or cache is not None)
+        return self.decoder(
+            input_ids=ids_BT.to(self.device), past_key_values=cache, use_cache=keep or cache is not None
+        )
 
     @torch.inference_mode()
     def _probe(self) -> tuple[nn.Module | None, bool]:
@@ -196,23 +200,27 @@ class Backbone:
         half = _PROBE // 2
         changed = ids_BT.clone()
         changed[:, half:] = ids_BT[:, half:].flip(1)
-        near = _closeness(whole_BTH)
-        if not torch.allclose(self._call(changed).last_hidden_state[:, :half], whole_BTH[:, :half], **near):
-            raise SparsortError(f"{name!r} is not a causal decoder: its tokens see later ones. Use a causal language model.")
-        return (norms[-1] if norms else None), self._continues(ids_BT, whole_BTH, near)
+        tolerance = _tolerance(whole_BTH)
+        if not torch.allclose(
+            self._call(changed).last_hidden_state[:, :half], whole_BTH[:, :half], rtol=0.0, atol=tolerance
+        ):
+            raise SparsortError(
+                f"{name!r} is not a causal decoder: its tokens see later ones. Use a causal language model."
+            )
+        return (norms[-1] if norms else None), self._continues(ids_BT, whole_BTH, tolerance)
 
-    def _continues(self, ids_BT: Tensor, whole_BTH: Tensor, near: dict[str, float]) -> bool:
+    def _continues(self, ids_BT: Tensor, whole_BTH: Tensor, tolerance: float) -> bool:
         """Whether head and tail through a gathered cache give what the whole gives, and the cache is of a kind that can be gathered."""
         from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
         half = _PROBE // 2
         cache = getattr(self._call(ids_BT[:, :half], keep=True), "past_key_values", None)
         plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-        if type(cache) is not DynamicCache or not all(type(layer) in plain for layer in cache.layers):
+        if cache is None or type(cache) is not DynamicCache or not all(type(layer) in plain for layer in cache.layers):
             return False
         gathered = _Heads([cache], [np.arange(1)]).gather(np.zeros(2, dtype=np.int64), self.device)
         tails = self._call(ids_BT[:, half:].repeat(2, 1), gathered).last_hidden_state
-        return torch.allclose(tails, whole_BTH[:, half:].expand_as(tails), **near)
+        return torch.allclose(tails, whole_BTH[:, half:].expand_as(tails), rtol=0.0, atol=tolerance)
 
 
 # Tokens of the probe: two halves of four.
@@ -227,13 +235,14 @@ def _decoder_of(model: Any) -> Any:
 
 
 def _same(output: Any, last: Tensor) -> bool:
-    return isinstance(output, Tensor) and output.numel() == last.numel() and torch.equal(output.reshape(last.shape), last)
+    return (
+        isinstance(output, Tensor) and output.numel() == last.numel() and torch.equal(output.reshape(last.shape), last)
+    )
 
 
-def _closeness(states: Tensor) -> dict[str, float]:
-    """Tolerance of two ways to compute one state: rounding of the dtype, well below what another context would change."""
-    eps = torch.finfo(states.dtype).eps
-    return {"rtol": 0.0, "atol": 16 * eps * float(states.abs().amax())}
+def _tolerance(states: Tensor) -> float:
+    """How far two ways to compute one state may lie apart: rounding of the dtype, well below what other context changes."""
+    return 16 * torch.finfo(states.dtype).eps * float(states.abs().amax())
 
 
 class _Heads:

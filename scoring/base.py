@@ -40,7 +40,9 @@ class Request:
     def prompt(self) -> Prompt:
         """The prompt; `need_prompt` has made sure that there is one."""
         if self.prompt_or_none is None:
-            raise SparsortError("this scorer reads text. Pass prompt='…' (--prompt), for example 'Question: {question}\\nAnswer:'.")
+            raise SparsortError(
+                "this scorer reads text. Pass prompt='…' (--prompt), for example 'Question: {question}\\nAnswer:'."
+            )
         return self.prompt_or_none
 
     def need_prompt(self, source: RowSource) -> Prompt:
@@ -128,7 +130,9 @@ class Scorer(ABC):
         )
         job = self.prepare(source, request, _previous(out))
         with progress("scoring", source.count()) as advance:
-            return engine.run(source, job, out=Path(out) if out is not None else None, shard_rows=shard_rows, advance=advance)
+            return engine.run(
+                source, job, out=Path(out) if out is not None else None, shard_rows=shard_rows, advance=advance
+            )
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,10 @@ class _RowJob(Job):
 
     def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
         texts = [self._text(row) for row in rows] if self._scorer.reads_text else [None] * len(rows)
-        found = [("empty", math.nan) if text == "" else self._scorer.value(row, text) for row, text in zip(rows, texts, strict=True)]
+        found = [
+            ("empty", math.nan) if text == "" else self._scorer.value(row, text)
+            for row, text in zip(rows, texts, strict=True)
+        ]
         advance(len(rows))
         values = np.array([value for _, value in found])
         return score_table(
@@ -54,7 +57,11 @@ class _RowJob(Job):
         return "" if rendered.blank else rendered.text
 
 
-_REASONS = {"ok": "", "empty": "the fields of the prompt are empty or null", "not_finite": "the column holds no finite number"}
+_REASONS = {
+    "ok": "",
+    "empty": "the fields of the prompt are empty or null",
+    "not_finite": "the column holds no finite number",
+}
 
 
 class _RowScorer(Scorer):
@@ -84,7 +91,9 @@ class LengthScorer(_RowScorer):
 
     kind: ClassVar[str] = "length"
 
-    def __init__(self, unit: Literal["tokens", "characters"] = "tokens", *, model: str = "demo", trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, unit: Literal["tokens", "characters"] = "tokens", *, model: str = "demo", trust_remote_code: bool = False
+    ) -> None:
         if unit not in ("tokens", "characters"):
             raise unknown_choice("unit", unit, ("tokens", "characters"))
         self.unit, self.model = unit, model

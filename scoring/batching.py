@@ -80,7 +80,7 @@ def plan(ids: Sequence[Sequence[int]], limits: Limits) -> Plan:
     heads = np.zeros((0, depth), dtype=np.int64)
     sharing = np.flatnonzero(lengths > depth) if depth else np.zeros(0, dtype=np.int64)
     if depth:
-        heads, which = np.unique(np.array([ids[row][:depth] for row in sharing], dtype=np.int64), axis=0, return_inverse=True)
+        heads, which = np.unique(_cut_heads(ids, sharing, depth), axis=0, return_inverse=True)
         head_of[sharing] = which.reshape(-1)
     whole = np.flatnonzero((head_of < 0) & ~alone)
     return Plan(
@@ -98,6 +98,10 @@ def plan(ids: Sequence[Sequence[int]], limits: Limits) -> Plan:
     )
 
 
+def _cut_heads(ids: Sequence[Sequence[int]], rows: NDArray[np.int64], depth: int) -> NDArray[np.int64]:
+    return np.array([ids[row][:depth] for row in rows.tolist()], dtype=np.int64)
+
+
 def _best_depth(ids: Sequence[Sequence[int]], lengths: NDArray[np.int64], most: int) -> int:
     """The head length that computes the fewest tokens; 0 when none pays."""
     if len(ids) < 2:
@@ -106,7 +110,7 @@ def _best_depth(ids: Sequence[Sequence[int]], lengths: NDArray[np.int64], most: 
     limit = min(most, int(np.quantile(lengths, _SHORT_ROWS)) - 1)
     if limit < 1:
         return 0
-    heads = np.array([ids[row][:limit] for row in np.flatnonzero(lengths > limit)], dtype=np.int64)
+    heads = _cut_heads(ids, np.flatnonzero(lengths > limit), limit)
     heads = heads[np.lexsort(heads.T[::-1])]
     differs = heads[1:] != heads[:-1]
     # Neighbours in sorted order first differ at this column (`limit`: not at all): a cut at depth p has one head more

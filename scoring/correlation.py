@@ -60,11 +60,15 @@ def spearman(
     if fixed is not None:
         columns.append(np.asarray(fixed, dtype=np.float64))
     if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
-        raise SparsortError(f"correlation of shapes {[column.shape for column in columns]}; expected equal one-dimensional lengths.")
+        raise SparsortError(
+            f"correlation of shapes {[column.shape for column in columns]}; expected equal one-dimensional lengths."
+        )
     data = np.stack(columns, axis=1)
     data = data[np.isfinite(data).all(axis=1)]
     if len(data) < 4 or any(np.ptp(data[:, side]) == 0 for side in (0, 1)):
-        raise SparsortError(f"a rank correlation needs at least 4 pairs that vary on both sides; {len(data)} finite pairs were given.")
+        raise SparsortError(
+            f"a rank correlation needs at least 4 pairs that vary on both sides; {len(data)} finite pairs were given."
+        )
     rng = np.random.default_rng(seed)
     draws = np.array([_partial(data[rng.integers(len(data), size=len(data))]) for _ in range(n_boot)])
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])

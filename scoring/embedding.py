@@ -35,7 +35,9 @@ def embed_rows(backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Pr
     encoded = encoder.encode(rendered)
     for number, item in enumerate(encoded):
         if item.problem is not None:
-            raise SparsortError(f"{_name(number, rows[number])} cannot be embedded: {item.problem[1]}. Leave it out of the pool.")
+            raise SparsortError(
+                f"{_name(number, rows[number])} cannot be embedded: {item.problem[1]}. Leave it out of the pool."
+            )
     if not encoded:
         return np.zeros((0, backbone.hidden_size), dtype=np.float32)
     site = backbone.site("post_norm" if backbone.final_norm is not None else "pre_norm")

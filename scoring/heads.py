@@ -32,28 +32,35 @@ class Head:
         # A cap hardly shows on the small logits of the check below, so one that is not known is refused by its name.
         caps = [key for key, value in vars(config).items() if "softcap" in key.replace("_", "") and value]
         if unknown := [key for key in caps if key not in ("final_logit_softcapping", "attn_logit_softcapping")]:
-            raise SparsortError(f"{name!r} caps its logits in a way that sparsort does not know ({unknown[0]}). Use another scorer.")
+            raise SparsortError(
+                f"{name!r} caps its logits in a way that sparsort does not know ({unknown[0]}). Use another scorer."
+            )
         self._cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         self._check(model, name)
 
     def logits(self, states_NH: Tensor) -> Tensor:
         """(N, vocabulary) fp32 logits."""
-        logits = self._matrix(states_NH).float() * self._scale
-        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+        logits: Tensor = self._matrix(states_NH).float() * self._scale
+        return (torch.tanh(logits / self._cap) * self._cap) if self._cap else logits
 
     @torch.inference_mode()
     def losses(self, states_NH: Tensor, targets_N: Tensor) -> Tensor:
         """(N,) negative log-likelihood in nats of `targets_N`, each predicted from its state."""
-        parts = zip(states_NH.split(_POSITIONS_AT_ONCE), targets_N.split(_POSITIONS_AT_ONCE), strict=True)
-        losses = [torch.nn.functional.cross_entropy(self.logits(states), targets, reduction="none") for states, targets in parts]
+        parts = zip(torch.split(states_NH, _POSITIONS_AT_ONCE), torch.split(targets_N, _POSITIONS_AT_ONCE), strict=True)
+        losses = [
+            torch.nn.functional.cross_entropy(self.logits(states), targets, reduction="none")
+            for states, targets in parts
+        ]
         return torch.cat(losses).double()
 
     @torch.inference_mode()
     def entropies(self, states_NH: Tensor) -> Tensor:
         """(N,) entropy in nats of the next token's distribution."""
         entropies = []
-        for states in states_NH.split(_POSITIONS_AT_ONCE):
+        for states in torch.split(states_NH, _POSITIONS_AT_ONCE):
             log_p = self.logits(states).log_softmax(dim=-1)
             entropies.append(-(log_p.exp() * log_p).nan_to_num().sum(dim=-1))
         return torch.cat(entropies).double()

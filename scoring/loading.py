@@ -101,7 +101,9 @@ def load_model(
 
 def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
     if not isinstance(model, torch.nn.Module):
-        raise SparsortError(f"model is {model!r}; expected a hub id, a folder, a .gguf file, 'demo' or a transformers model.")
+        raise SparsortError(
+            f"model is {model!r}; expected a hub id, a folder, a .gguf file, 'demo' or a transformers model."
+        )
     if tokenizer is None:
         raise SparsortError("a model object needs its tokenizer: pass tokenizer=….")
     weight = next(model.parameters())

@@ -53,7 +53,9 @@ def check_pooling(pooling: str) -> Pooling:
 def check_outlier_rule(rule: str) -> str:
     """`rule`, if it reads as one."""
     if not _OUTLIER_RULE.fullmatch(rule):
-        raise SparsortError(f"unknown outlier rule {rule!r}. Choose 'none', 'rms' or 'drop:n' with n the number of dimensions.")
+        raise SparsortError(
+            f"unknown outlier rule {rule!r}. Choose 'none', 'rms' or 'drop:n' with n the number of dimensions."
+        )
     return rule
 
 
@@ -72,7 +74,9 @@ def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -
         SparsortError: more dimensions to drop than there are, or a sample without a state.
     """
     if n_states == 0:
-        raise SparsortError(f"the outlier rule {rule!r} needs states to be fitted on, and no row of the sample could be scored.")
+        raise SparsortError(
+            f"the outlier rule {rule!r} needs states to be fitted on, and no row of the sample could be scored."
+        )
     width = len(mean_square_H)
     if rule == "rms":
         rms = np.sqrt(mean_square_H)
@@ -158,7 +162,9 @@ class Collector:
             values, reasons = self._metrics(states_BTH, batch, token)
         side = piece.is_head
         if side not in self._sums:
-            self._sums[side] = torch.zeros(len(self._reasons[side]), values.shape[1], dtype=torch.float64, device=values.device)
+            self._sums[side] = torch.zeros(
+                len(self._reasons[side]), values.shape[1], dtype=torch.float64, device=values.device
+            )
         self._sums[side].index_add_(0, target.to(values.device), values)
         self._reasons[side].scatter_reduce_(0, target, reasons.cpu().long(), "amax")
 
@@ -186,15 +192,19 @@ class Collector:
         scale = self._scale_H.to(states_BTH.device) if self._scale_H is not None else None
         parts = [
             sparsity_rows(states_BTH, part, dim_scale=scale, l0_threshold=self._threshold)
-            for part in index_N.split(_ROWS_AT_ONCE)
+            for part in torch.split(index_N, _ROWS_AT_ONCE)
         ]
         # NaN rows are known by their reason; a zero keeps them from spreading within the sum of another row.
-        return torch.cat([part.values_NM for part in parts]).double().nan_to_num(), torch.cat([part.reason_N for part in parts])
+        return torch.cat([part.values_NM for part in parts]).double().nan_to_num(), torch.cat(
+            [part.reason_N for part in parts]
+        )
 
 
 def finite_states(states_BTH: Tensor, batch: NDArray[np.int64], token: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """(N, width) fp64 states at the given places, zeros where one is not finite, and their reason codes."""
-    picked = states_BTH[torch.from_numpy(batch).to(states_BTH.device), torch.from_numpy(token).to(states_BTH.device)].double()
+    picked = states_BTH[
+        torch.from_numpy(batch).to(states_BTH.device), torch.from_numpy(token).to(states_BTH.device)
+    ].double()
     finite = torch.isfinite(picked).all(dim=1)
     return torch.where(finite[:, None], picked, 0.0), (~finite).long() * ROW_REASONS.index("not_finite")
 

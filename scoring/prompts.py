@@ -62,7 +62,9 @@ class Prompt:
     answer: str | None = None
 
     @classmethod
-    def of(cls, prompt: str | Turns, *, answer: str | None = None, system: str | None = None, chat: bool = False) -> Prompt:
+    def of(
+        cls, prompt: str | Turns, *, answer: str | None = None, system: str | None = None, chat: bool = False
+    ) -> Prompt:
         """Build a prompt from what a user passes.
 
         Args:
@@ -84,7 +86,9 @@ class Prompt:
                     raise unknown_choice("role", role, _ROLES)
         if system is not None:
             if turns[0][0] == "text":
-                raise SparsortError("a system turn was given with a plain prompt. Pass chat=True (--chat) to use the chat template.")
+                raise SparsortError(
+                    "a system turn was given with a plain prompt. Pass chat=True (--chat) to use the chat template."
+                )
             turns.insert(0, ("system", system))
         if not any(fields_of(template) for _, template in turns):
             shown = turns[-1][1] if turns else ""
@@ -126,10 +130,7 @@ class Prompt:
         fields = {**fields, **dict.fromkeys(nulls, "")} if nulls else fields
         filled = [(role, render(template, fields, where=where)) for role, template in self.turns]
         blank = bool(nulls) or not any(str(fields[name]).strip() for name in used)
-        if self.is_chat:
-            text = _apply_chat_template(tokenizer, filled)
-        else:
-            text = filled[0][1]
+        text = _apply_chat_template(tokenizer, filled) if self.is_chat else filled[0][1]
         answer = render(self.answer, fields, where=where) if self.answer is not None else ""
         return Rendered(text=text + answer, answer_start=len(text), blank=blank)
 
@@ -145,7 +146,9 @@ class Encoder:
         chat: the text comes from a chat template, which has put its special tokens itself.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int | None, truncation: Truncation = "error", chat: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, *, max_length: int | None, truncation: Truncation = "error", chat: bool = False
+    ) -> None:
         if truncation not in get_args(Truncation):
             raise unknown_choice("truncation", truncation, get_args(Truncation))
         if max_length is not None and max_length < 1:
@@ -179,7 +182,9 @@ class Encoder:
                     offsets = batch["offset_mapping"][number]
                     start = next((i for i, (_, end) in enumerate(offsets) if end > item.answer_start), len(ids))
                 else:
-                    head = self.tokenizer(item.text[: item.answer_start], add_special_tokens=False, verbose=False)["input_ids"]
+                    head = self.tokenizer(item.text[: item.answer_start], add_special_tokens=False, verbose=False)[
+                        "input_ids"
+                    ]
                     start = _common_prefix(ids, head)
             encoded.append(self._finish(item, ids, start))
         return encoded
@@ -194,7 +199,12 @@ class Encoder:
         ids, start = lead + ids, start + len(lead)
         n_lead = len(self._lead) if has_lead or lead else 0
         if item.blank or len(ids) == n_lead:
-            return Encoded(ids=ids, n_lead=n_lead, answer_start=start, problem=("empty", "the fields of the prompt are empty or null"))
+            return Encoded(
+                ids=ids,
+                n_lead=n_lead,
+                answer_start=start,
+                problem=("empty", "the fields of the prompt are empty or null"),
+            )
         limit = self.max_length
         if limit is None or len(ids) <= limit:
             return Encoded(ids=ids, n_lead=n_lead, answer_start=start)

@@ -85,14 +85,21 @@ class ModelScorer(Scorer):
         if limit is None:
             limit = own
         elif own is not None and limit > own:
-            raise SparsortError(f"max_length is {limit}, but {self.loaded.name!r} was made for {own} tokens. Pass at most {own}.")
+            raise SparsortError(
+                f"max_length is {limit}, but {self.loaded.name!r} was made for {own} tokens. Pass at most {own}."
+            )
         encoder = Encoder(
-            self.loaded.tokenizer, max_length=limit, truncation=request.truncation, chat=request.need_prompt(source).is_chat
+            self.loaded.tokenizer,
+            max_length=limit,
+            truncation=request.truncation,
+            chat=request.need_prompt(source).is_chat,
         )
         return self._job(source, request, encoder, previous)
 
     @abstractmethod
-    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob: ...
+    def _job(
+        self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None
+    ) -> ModelJob: ...
 
     def _provenance(self, request: Request, encoder: Encoder, orientation: dict[str, int]) -> dict[str, Any]:
         loaded = self.loaded
@@ -116,7 +123,14 @@ class ModelScorer(Scorer):
 class ModelJob(Job):
     """Scores shards of rows with a model: text, ids, plan, forward passes, a table."""
 
-    def __init__(self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], metrics: Sequence[str]) -> None:
+    def __init__(
+        self,
+        scorer: ModelScorer,
+        request: Request,
+        encoder: Encoder,
+        provenance: dict[str, Any],
+        metrics: Sequence[str],
+    ) -> None:
         self.backbone = scorer.backbone
         self.request = request
         self.encoder = encoder
@@ -153,7 +167,8 @@ class ModelJob(Job):
         """Token ids of the rows; an answer that is wanted and empty is a problem of the row."""
         prompt = self.request.prompt
         rendered = [
-            prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=self.encoder.tokenizer) for row in rows
+            prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=self.encoder.tokenizer)
+            for row in rows
         ]
         encoded = self.encoder.encode(rendered)
         if not self.wants_answer:
@@ -225,7 +240,9 @@ class SparsityScorer(ModelScorer):
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         if self.pooling == "answer" and request.prompt.answer is None:
-            raise SparsortError("pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'.")
+            raise SparsortError(
+                "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
+            )
         orientation = {name: 1 if higher else -1 for name, higher in HIGHER_IS_SPARSER.items()}
         provenance = self._provenance(request, encoder, orientation) | {
             "metric": self.metric,
@@ -287,7 +304,9 @@ class LossScorer(ModelScorer):
         on: "answer" (its tokens given the prompt; needs `answer=`) or "prompt" (every token of the text but the first).
     """
 
-    def __init__(self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **model_options: Any) -> None:
+    def __init__(
+        self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **model_options: Any
+    ) -> None:
         if on not in ("answer", "prompt"):
             raise unknown_choice("part of the text", on, ("answer", "prompt"))
         self.on = on
@@ -301,8 +320,16 @@ class LossScorer(ModelScorer):
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         if self.on == "answer" and request.prompt.answer is None:
-            raise SparsortError("the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'.")
-        return _HeadJob(self, request, encoder, self._provenance(request, encoder, {self.kind: 1}) | {"metric": self.kind}, self.head)
+            raise SparsortError(
+                "the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'."
+            )
+        return _HeadJob(
+            self,
+            request,
+            encoder,
+            self._provenance(request, encoder, {self.kind: 1}) | {"metric": self.kind},
+            self.head,
+        )
 
 
 class EntropyScorer(ModelScorer):
@@ -326,7 +353,9 @@ class EntropyScorer(ModelScorer):
 class _HeadJob(ModelJob):
     """Reads the head at the positions that a loss or an entropy needs."""
 
-    def __init__(self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], head: Head) -> None:
+    def __init__(
+        self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], head: Head
+    ) -> None:
         super().__init__(scorer, request, encoder, provenance, [scorer.kind])
         self.kind, self.head = scorer.kind, head
         self.wants_answer = scorer.kind == "answer_loss"
@@ -375,7 +404,12 @@ class _HeadJob(ModelJob):
         return means[:, None], reasons
 
     def _values(
-        self, picked_NH: torch.Tensor, ids: Sequence[Sequence[int]], piece: Piece, batch: NDArray[np.int64], token: NDArray[np.int64]
+        self,
+        picked_NH: torch.Tensor,
+        ids: Sequence[Sequence[int]],
+        piece: Piece,
+        batch: NDArray[np.int64],
+        token: NDArray[np.int64],
     ) -> NDArray[np.float64]:
         if self.kind == "entropy":
             return self.head.entropies(picked_NH).cpu().numpy()
@@ -393,4 +427,9 @@ def _finished(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
     """How many rows end in this piece."""
     if piece.is_head:
         return 0
-    return int(sum(piece.start < len(ids[row]) <= piece.start + length for row, length in zip(piece.rows, piece.lengths, strict=True)))
+    return int(
+        sum(
+            piece.start < len(ids[row]) <= piece.start + length
+            for row, length in zip(piece.rows, piece.lengths, strict=True)
+        )
+    )

@@ -39,7 +39,9 @@ def blocks_of(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
-    raise SparsortError(f"{type(decoder).__name__} has no list of {n_layers} blocks; this architecture is not supported.")
+    raise SparsortError(
+        f"{type(decoder).__name__} has no list of {n_layers} blocks; this architecture is not supported."
+    )
 
 
 def norm_candidates(decoder: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
@@ -60,14 +62,20 @@ def find_site(name: str, *, blocks: nn.ModuleList, final_norm: nn.Module | None,
         return Site(name=name, module=final_norm or blocks[last], reads="input" if final_norm else "output")
     if name == "post_norm":
         if final_norm is None:
-            raise SparsortError("this model has no final norm, so it has no site 'post_norm'. Use 'pre_norm', the last block's output.")
+            raise SparsortError(
+                "this model has no final norm, so it has no site 'post_norm'. Use 'pre_norm', the last block's output."
+            )
         return Site(name=name, module=final_norm, reads="output")
     match = _SITE.fullmatch(name)
     if not match and name != "mlp":
-        raise unknown_choice("site", name, ("pre_norm", "post_norm", "mlp", f"mlp:0 … mlp:{last}", f"layer:0 … layer:{last}"))
+        raise unknown_choice(
+            "site", name, ("pre_norm", "post_norm", "mlp", f"mlp:0 … mlp:{last}", f"layer:0 … layer:{last}")
+        )
     number = int(match["number"]) if match else last
     if not -len(blocks) <= number <= last:
-        raise SparsortError(f"site {name!r}: the model has {len(blocks)} blocks, numbered 0 to {last} (or -1 to -{len(blocks)}).")
+        raise SparsortError(
+            f"site {name!r}: the model has {len(blocks)} blocks, numbered 0 to {last} (or -1 to -{len(blocks)})."
+        )
     if match and match["kind"] == "layer":
         return Site(name=name, module=blocks[number], reads="output")
     return Site(name=name, module=_down_projection(blocks[number], name, hidden_size), reads="input")
@@ -79,12 +87,19 @@ def _down_projection(block: nn.Module, name: str, hidden_size: int) -> nn.Module
     found = [
         (path, module)
         for path, module in block.named_modules()
-        if _out_features(module) == hidden_size and not any(path.startswith(f"{head}.") or path == head for head in attention)
+        if _out_features(module) == hidden_size
+        and not any(path.startswith(f"{head}.") or path == head for head in attention)
     ]
     experts = sum("expert" in path for path, _ in found)
     if not found or experts:
-        what = "a mixture of experts" if experts or any("expert" in path for path, _ in block.named_modules()) else "no plain MLP"
-        raise SparsortError(f"site {name!r}: this block has {what}, so there is no single inner activation. Use 'pre_norm' or 'post_norm'.")
+        what = (
+            "a mixture of experts"
+            if experts or any("expert" in path for path, _ in block.named_modules())
+            else "no plain MLP"
+        )
+        raise SparsortError(
+            f"site {name!r}: this block has {what}, so there is no single inner activation. Use 'pre_norm' or 'post_norm'."
+        )
     return found[-1][1]
 
 

@@ -247,7 +247,7 @@ assert not is_kernels_available()
 def test_loading_a_model_at_the_root_takes_our_folder_for_absent() -> None:
     # With the root itself on the path, as `python -c` has it, transformers imports the bare folder to find its version.
     # No code of ours runs: it is a namespace without contents, which transformers knows and leaves alone.
-    names = "vars(sys.modules['kernels']) if 'kernels' in sys.modules else ()"
+    names = "(vars(sys.modules['kernels']) if 'kernels' in sys.modules else ())"
     _run("-c", f"{_LOAD_A_MODEL}assert all(name[0] == '_' for name in {names})")
 
 

@@ -55,9 +55,9 @@ class RowMetrics(NamedTuple):
         gini_bound_N: with gini="binned", what |gini − exact Gini| cannot exceed beyond rounding; else None.
     """
 
-    values_NM: Tensor  # noqa: N815
-    reason_N: Tensor  # noqa: N815
-    gini_bound_N: Tensor | None  # noqa: N815
+    values_NM: Tensor
+    reason_N: Tensor
+    gini_bound_N: Tensor | None
 
 
 def check_states(states: object) -> Tensor:

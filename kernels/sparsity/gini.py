@@ -8,7 +8,7 @@ the order inside bins, which for a bin of n coordinates, r their ranks, m its me
 
 not negative because a rises with r (Chebyshev), and largest when the upper half of the ranks stands at the bin's upper
 edge and the lower half at its lower one. In bin 0, where w can exceed what is there, it is also at most (n − 1)·(the
-bin's mass), as 2(r − m) ≤ n − 1. Exact zeros add nothing and are counted apart. So the truth lies in [T, T + s] with s the
+bin's mass), as 2(r − m) ≤ n − 1. Exact zeros add nothing and are counted apart. So the truth lies in [T, T + s], s the
 sum of these, the value is T + s/2 and the bound s/2, both over d·Σa: about 1e-4 for a Gaussian row.
 """
 

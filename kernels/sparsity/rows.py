@@ -292,30 +292,32 @@ def sparsity_rows_triton(
     if N:
         block = max(128, triton.next_power_of_2(H))
         scaled = dim_scale is not None
-        _rows_kernel[(N,)](
-            states_BTH,
-            index.to(states.device).contiguous() if index is not None else reason_SN,
-            dim_scale.float().expand(sites, H).contiguous() if dim_scale is not None else values_SNM,
-            norm.weight.float().contiguous() if norm is not None else values_SNM,
-            values_SNM,
-            reason_SN,
-            bound_SN,
-            N,
-            tokens,
-            states_BTH.shape[1],
-            *states_BTH.stride(),
-            _float32_not_above(l0_threshold),
-            0.0 if norm is None else norm.eps,
-            0.0 if norm is None else norm.offset,
-            H=H,
-            BLOCK=block,
-            SHIFT=0 if scaled else _ZERO_BITS[states.dtype],
-            GINI=("none", "exact", "binned").index(gini),
-            HAS_INDEX=index is not None,
-            HAS_SCALE=scaled,
-            HAS_NORM=norm is not None,
-            num_warps=_warps(block),
-        )
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device_of(states):
+            _rows_kernel[(N,)](
+                states_BTH,
+                index.to(states.device).contiguous() if index is not None else reason_SN,
+                dim_scale.float().expand(sites, H).contiguous() if dim_scale is not None else values_SNM,
+                norm.weight.float().contiguous() if norm is not None else values_SNM,
+                values_SNM,
+                reason_SN,
+                bound_SN,
+                N,
+                tokens,
+                states_BTH.shape[1],
+                *states_BTH.stride(),
+                _float32_not_above(l0_threshold),
+                0.0 if norm is None else norm.eps,
+                0.0 if norm is None else norm.offset,
+                H=H,
+                BLOCK=block,
+                SHIFT=0 if scaled else _ZERO_BITS[states.dtype],
+                GINI=("none", "exact", "binned").index(gini),
+                HAS_INDEX=index is not None,
+                HAS_SCALE=scaled,
+                HAS_NORM=norm is not None,
+                num_warps=_warps(block),
+            )
     bound = bound_SN if gini == "binned" else None
     if norm is None:
         return RowMetrics(values_SNM[0], reason_SN[0], None if bound is None else bound[0])

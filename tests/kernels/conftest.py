@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy import stats
+import torch
 
 
 def _plain_metrics(row: np.ndarray, tau: float = 1.0) -> dict[str, float]:
     """Each metric of one row in float64 as its definition reads, sharing no code or formula with the library."""
+    from scipy import stats
+
     h = np.asarray(row, dtype=np.float64)
     a = np.abs(h)
     d = len(a)
@@ -67,3 +69,10 @@ def plain_metrics() -> Callable[..., dict[str, float]]:
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[[int], dict[str, np.ndarray]]:
     return _rows
+
+
+@pytest.fixture
+def normal() -> Callable[..., torch.Tensor]:
+    """Normal numbers of a shape, from a generator that each test starts anew."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -30,8 +30,8 @@ def test_every_metric_agrees_with_the_oracle(width, dtype, make_rows, plain_metr
         np.testing.assert_allclose(row, [wanted[name] for name in METRICS], rtol=1e-6, atol=1e-6, err_msg=kind)
 
 
-def test_gaussian_rows_have_the_known_values():
-    states = torch.randn(200, 3584, generator=torch.Generator().manual_seed(0))
+def test_gaussian_rows_have_the_known_values(normal):
+    states = normal(200, 3584)
     mean = dict(zip(METRICS, sparsity_rows_ref(states).values_NM.mean(0).tolist(), strict=True))
     known = {
         "top10_magnitude": 0.26,
@@ -82,8 +82,8 @@ def test_float64_rows_at_the_ends_of_the_range(factor):
     assert values[0, -1].item() == pytest.approx(6 * factor)
 
 
-def test_index_reads_tokens_in_place_of_any_strides():
-    whole = torch.randn(3, 5, 12, 2)
+def test_index_reads_tokens_in_place_of_any_strides(normal):
+    whole = normal(3, 5, 12, 2)
     index = torch.tensor([14, 0, 7, 7])
     for states in (whole[..., 0], whole[..., 1].transpose(0, 1), whole[:, ::2, :, 0], whole[:, :, 3, :]):
         tokens = states.shape[0] * states.shape[1]
@@ -93,10 +93,10 @@ def test_index_reads_tokens_in_place_of_any_strides():
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
-def test_zero_in_the_scale_leaves_the_dimension_out():
-    states = torch.randn(4, 10)
+def test_zero_in_the_scale_leaves_the_dimension_out(normal):
+    states = normal(4, 10)
     states[0, 2] = torch.nan
-    scale = torch.rand(10) + 0.5
+    scale = normal(10).abs() + 0.5
     scale[[2, 5]] = 0.0
     kept = scale.nonzero().squeeze(1)
     ours = sparsity_rows_ref(states, dim_scale=scale)
@@ -108,10 +108,10 @@ def test_zero_in_the_scale_leaves_the_dimension_out():
     assert none_left.values_NM.isnan().all()
 
 
-def test_final_norm_measures_before_and_after():
-    states = torch.randn(4, 10) * torch.tensor([[1e-30], [1.0], [1e3], [1e30]])
-    norm = FinalNorm(weight=torch.rand(10), eps=1e-6, offset=1.0)
-    scale = torch.stack([torch.ones(10), torch.rand(10) + 0.1])
+def test_final_norm_measures_before_and_after(normal):
+    states = normal(4, 10) * torch.tensor([[1e-30], [1.0], [1e3], [1e30]])
+    norm = FinalNorm(weight=normal(10).abs(), eps=1e-6, offset=1.0)
+    scale = torch.stack([torch.ones(10), normal(10).abs() + 0.1])
     scale[1, 3] = 0.0
     values, reason, bound = sparsity_rows_ref(states, norm=norm, dim_scale=scale, gini="binned")
     assert values.shape == (2, 4, 13)
@@ -125,16 +125,15 @@ def test_final_norm_measures_before_and_after():
     assert zero.reason_N.tolist() == [[1], [1]]
 
 
-def test_gradients():
-    torch.manual_seed(0)
-    states = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
-    norm = FinalNorm(weight=torch.rand(12, dtype=torch.float64))
+def test_gradients(normal):
+    states = normal(3, 12, dtype=torch.float64).requires_grad_()
+    norm = FinalNorm(weight=normal(12, dtype=torch.float64))
 
     def smooth(x):
         return sparsity_rows_ref(x, norm=norm).values_NM[..., SMOOTH]
 
     assert torch.autograd.gradcheck(smooth, (states,))
-    with_bad_rows = torch.randn(3, 6, dtype=torch.float64)
+    with_bad_rows = normal(3, 6, dtype=torch.float64)
     with_bad_rows[0] = 0.0
     with_bad_rows[1, 1] = torch.nan
     with_bad_rows.requires_grad_()
@@ -143,8 +142,8 @@ def test_gradients():
     assert with_bad_rows.grad[2].isfinite().all()
 
 
-def test_chunks_do_not_show(monkeypatch):
-    states = torch.randn(37, 64)
+def test_chunks_do_not_show(monkeypatch, normal):
+    states = normal(37, 64)
     whole = sparsity_rows_ref(states)
     monkeypatch.setattr("sparsort.kernels.sparsity.reference._CHUNK_ELEMENTS", 64 * 5)
     torch.testing.assert_close(sparsity_rows_ref(states).values_NM, whole.values_NM, rtol=0, atol=0)

@@ -33,7 +33,10 @@ def _collect(body: Backbone, ids: list[list[int]], sites: list[str], **options: 
     """Every real token's state, row by row, put together from the pieces."""
     found = [body.site(name) for name in sites]
     how = body.plan(ids, **options)
-    rows = {name: [torch.full((len(row), body.width(site)), torch.nan) for row in ids] for name, site in zip(sites, found, strict=True)}
+    rows = {
+        name: [torch.full((len(row), body.width(site)), torch.nan) for row in ids]
+        for name, site in zip(sites, found, strict=True)
+    }
     for piece in body.walk(ids, how, found):
         for place, number in enumerate(piece.rows):
             targets = np.flatnonzero(how.head_of == number) if piece.is_head else [number]
@@ -107,7 +110,11 @@ def test_mlp_site_is_the_input_of_the_down_projection(family: str, make_tiny_mod
     loaded = _load(make_tiny_model(family))
     body = Backbone(loaded)
     names = {"gpt2": "c_proj", "gpt_neox": "dense_4h_to_h", "opt": "fc2"}
-    expected = [m for path, m in body.blocks[-1].named_modules() if path.endswith(names.get(family, "down_proj")) and "attn" not in path]
+    expected = [
+        m
+        for path, m in body.blocks[-1].named_modules()
+        if path.endswith(names.get(family, "down_proj")) and "attn" not in path
+    ]
     assert body.site("mlp").module is expected[-1]
     assert body.width(body.site("mlp")) == (256 if family == "gpt2" else 128)
     ids = _rows(loaded.model.config.vocab_size, lengths=[5, 6], shared=0)
@@ -122,7 +129,9 @@ def test_a_model_without_a_final_norm(make_tiny_model: Callable[..., Path]) -> N
         body.site("post_norm")
 
 
-@pytest.mark.parametrize(("name", "message"), [("prenorm", "Did you mean 'pre_norm'"), ("layer:9", "3 blocks"), ("layer:x", "unknown site")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("prenorm", "Did you mean 'pre_norm'"), ("layer:9", "3 blocks"), ("layer:x", "unknown site")]
+)
 def test_sites_that_are_not_there(name: str, message: str, make_tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(SparsortError, match=message):
         Backbone(_load(make_tiny_model("llama"))).site(name)

@@ -40,7 +40,9 @@ def test_compression_is_zlibs_ratio() -> None:
 def test_random_depends_on_seed_and_id_only() -> None:
     forward = sparsort.RandomScorer(1).score(ROWS)
     backward = sparsort.RandomScorer(1).score(ROWS[::-1])
-    assert dict(zip(forward.ids, forward.difficulty, strict=True)) == dict(zip(backward.ids, backward.difficulty, strict=True))
+    assert dict(zip(forward.ids, forward.difficulty, strict=True)) == dict(
+        zip(backward.ids, backward.difficulty, strict=True)
+    )
     assert (sparsort.RandomScorer(2).score(ROWS).difficulty != forward.difficulty).all()
     many = sparsort.RandomScorer(0).score([{"n": n} for n in range(4000)]).difficulty
     assert abs(many.mean() - 0.5) < 4 * np.sqrt(1 / 12 / 4000)

@@ -56,7 +56,10 @@ def test_one_short_row_does_not_keep_the_others_from_sharing() -> None:
 
 
 def test_nothing_is_shared_where_it_does_not_pay() -> None:
-    assert plan([[1, *range(10 * row, 10 * row + 40)] for row in range(50)], Limits(tokens=512, kept=8192, depth=32)).depth == 0
+    assert (
+        plan([[1, *range(10 * row, 10 * row + 40)] for row in range(50)], Limits(tokens=512, kept=8192, depth=32)).depth
+        == 0
+    )
     assert plan([[1, 2, 3]], Limits(tokens=512, kept=8192, depth=32)).depth == 0
 
 

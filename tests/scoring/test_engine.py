@@ -21,8 +21,8 @@ import pytest
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.engine import Coverage, run, run_part, summarise
-from sparsort.scoring.scores import Scores, score_table
 from sparsort.scoring.readers import SequenceReader
+from sparsort.scoring.scores import Scores, score_table
 from sparsort.scoring.sources import Row, RowSource, open_rows
 
 SHARD = 25

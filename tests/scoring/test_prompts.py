@@ -111,7 +111,10 @@ def test_values_are_never_read_as_templates(tokenizer: Any) -> None:
         (lambda: Prompt.of("no field"), "uses no field"),
         (lambda: Prompt.of("{a}", system="x"), "chat=True"),
         (lambda: Prompt.of([{"role": "users", "content": "{a}"}]), "Did you mean 'user'"),
-        (lambda: PLAIN.render({"questoin": "x", "answer": "y"}, where="row 3"), "row 3 has no field 'question'.*questoin"),
+        (
+            lambda: PLAIN.render({"questoin": "x", "answer": "y"}, where="row 3"),
+            "row 3 has no field 'question'.*questoin",
+        ),
         (lambda: Encoder(None, max_length=None, truncation="middle"), "unknown truncation"),  # type: ignore[arg-type]
     ],
 )

@@ -17,25 +17,46 @@ from sparsort.scoring.loading import load_model
 
 PROMPT = "Question: {question}\nAnswer:"
 ANSWER = " {answer}"
-WORDS = "apples seven train Paris five battery bright minutes left eaten review France".split()
+WORDS = [
+    "apples",
+    "seven",
+    "train",
+    "Paris",
+    "five",
+    "battery",
+    "bright",
+    "minutes",
+    "left",
+    "eaten",
+    "review",
+    "France",
+]
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     return [
-        {"id": f"q{n}", "question": " ".join(rng.choice(WORDS, rng.integers(1, 14))), "answer": str(rng.integers(0, 30))}
+        {
+            "id": f"q{n}",
+            "question": " ".join(rng.choice(WORDS, rng.integers(1, 14))),
+            "answer": str(rng.integers(0, 30)),
+        }
         for n in range(40)
     ]
 
 
 @torch.inference_mode()
-def _plain_states(folder: Path, rows: list[dict[str, Any]], *, answer: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+def _plain_states(
+    folder: Path, rows: list[dict[str, Any]], *, answer: bool
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
     """(ids, states before the norm, logits, index of the answer's first token) of every row, one at a time."""
     loaded = load_model(str(folder), dtype="float32", device="cpu")
     caught: dict[str, torch.Tensor] = {}
     blocks = loaded.model.get_decoder().layers
-    blocks[-1].register_forward_hook(lambda _m, _a, out: caught.__setitem__("h", out[0] if isinstance(out, tuple) else out))
+    blocks[-1].register_forward_hook(
+        lambda _m, _a, out: caught.__setitem__("h", out[0] if isinstance(out, tuple) else out)
+    )
     found = []
     for row in rows:
         head = loaded.tokenizer(PROMPT.format(**row))["input_ids"]
@@ -72,11 +93,15 @@ def test_poolings_are_the_plain_ones(
         assert scores.column("n_tokens")[place] == len(ids)
         for name in scores.metrics:
             step = 2 / states.shape[1] if name.startswith("l0") else 0
-            assert scores.column(name)[place] == pytest.approx(expected[name].item(), rel=2e-4, abs=max(1e-5, step)), name
+            assert scores.column(name)[place] == pytest.approx(expected[name].item(), rel=2e-4, abs=max(1e-5, step)), (
+                name
+            )
 
 
 @pytest.mark.parametrize("rule", ["drop:3", "rms"])
-def test_outlier_rules_are_the_plain_ones(rule: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> None:
+def test_outlier_rules_are_the_plain_ones(
+    rule: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
     folder = make_tiny_model("llama")
     scores = _scorer(folder, outliers=rule).score(rows, PROMPT)
     last = torch.stack([states[-1] for _, states, _, _ in _plain_states(folder, rows, answer=False)])
@@ -89,7 +114,9 @@ def test_outlier_rules_are_the_plain_ones(rule: str, make_tiny_model: Callable[.
     assert rule == "rms" or set(record["dims"]) == set(rms.topk(3).indices.tolist())
 
 
-def test_difficulty_rises_with_sparsity_for_every_metric(make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> None:
+def test_difficulty_rises_with_sparsity_for_every_metric(
+    make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
     scores = _scorer(make_tiny_model("llama"), metric="effective_rank_energy").score(rows, PROMPT)
     np.testing.assert_array_equal(scores.difficulty, -scores.column("effective_rank_energy"))
     np.testing.assert_array_equal(scores.by("gini").difficulty, scores.column("gini"))
@@ -97,7 +124,9 @@ def test_difficulty_rises_with_sparsity_for_every_metric(make_tiny_model: Callab
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_losses_and_entropy_are_the_models_own(family: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> None:
+def test_losses_and_entropy_are_the_models_own(
+    family: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
     options = {"final_logit_softcapping": 5.0} if family == "gemma3" else {}
     folder = make_tiny_model(family, **options)
     model = {"dtype": "float32", "device": "cpu", "token_budget": 64}
@@ -164,7 +193,9 @@ def test_a_run_in_a_folder_goes_on_and_refuses_other_settings(
     with pytest.raises(SparsortError, match="site"):
         _scorer(folder, outliers="rms", site="post_norm").score(rows, PROMPT, shard_rows=7, out=tmp_path / "s")
     with pytest.raises(SparsortError, match="weights"):
-        _scorer(make_tiny_model("llama", rms_norm_eps=1e-3), outliers="rms").score(rows, PROMPT, shard_rows=7, out=tmp_path / "s")
+        _scorer(make_tiny_model("llama", rms_norm_eps=1e-3), outliers="rms").score(
+            rows, PROMPT, shard_rows=7, out=tmp_path / "s"
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,12 +210,16 @@ def test_a_run_in_a_folder_goes_on_and_refuses_other_settings(
         ({"pooling": "answer"}, "--answer"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> None:
+def test_bad_options(
+    options: dict[str, Any], message: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
     with pytest.raises(SparsortError, match=message):
         _scorer(make_tiny_model("llama"), **options).score(rows, PROMPT)
 
 
-def test_a_prompt_is_asked_for_with_the_columns_at_hand(make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> None:
+def test_a_prompt_is_asked_for_with_the_columns_at_hand(
+    make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
     with pytest.raises(SparsortError, match="id, question, answer"):
         _scorer(make_tiny_model("llama")).score(rows)
     with pytest.raises(SparsortError, match="made for 1024 tokens"):

@@ -1,0 +1,211 @@
+"""What every benchmark shares: the machine in words, fair timing, and figures as a table, as JSON, and on disk.
+
+A benchmark makes one `Report`, adds figures, and ends with `report.finish(arguments)`. A figure may have a floor, the number
+that it must not fall below (or rise above, where lower is better). Baseline and ours are timed alternately in one run
+and compared by the median of the ratios, so that a machine that slows down half-way slows down both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparsort.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: ends within two minutes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--save", action="store_true", help="write the JSON object to benchmarks/results/ too")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine that a number was measured on."""
+    packages = {}
+    for name in ("torch", "triton", "transformers", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    described = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+    if device.type == "cuda":
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of two functions timed alternately, and how many times as fast the second is."""
+
+    baseline_s: float
+    ours_s: float
+    ratio: float
+    lowest_ratio: float
+    highest_ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}x ({self.lowest_ratio:.2f} to {self.highest_ratio:.2f})"
+
+
+def compare(
+    baseline: Callable[[], Any],
+    ours: Callable[[], Any],
+    rounds: int,
+    seconds: Callable[[Callable[[], Any]], float] | None = None,
+) -> Comparison:
+    """Time `baseline` and `ours` alternately, after one untimed call of each.
+
+    Args:
+        rounds: pairs of timed calls; which of the two goes first alternates.
+        seconds: runs a function and returns how long it took; by default the wall clock.
+    """
+    seconds = seconds or wall_seconds
+    baseline()
+    ours()
+    pairs = []
+    for number in range(rounds):
+        if number % 2:
+            b = seconds(ours)
+            a = seconds(baseline)
+        else:
+            a = seconds(baseline)
+            b = seconds(ours)
+        pairs.append((a, b))
+    ratios = [a / b for a, b in pairs]
+    return Comparison(
+        baseline_s=statistics.median(a for a, _ in pairs),
+        ours_s=statistics.median(b for _, b in pairs),
+        ratio=statistics.median(ratios),
+        lowest_ratio=min(ratios),
+        highest_ratio=max(ratios),
+    )
+
+
+def wall_seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call, with the garbage collector held still and CUDA waited for."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number. `note` says what the JSON's reader could not guess, such as the spread."""
+
+    value: float
+    unit: str
+    floor: float | None
+    better: Literal["higher", "lower"]
+    note: str = ""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the floor is met; None without one."""
+        if self.floor is None:
+            return None
+        return self.value >= self.floor if self.better == "higher" else self.value <= self.floor
+
+
+@dataclass
+class Report:
+    """The figures of one benchmark."""
+
+    name: str
+    device: torch.device
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        *,
+        floor: float | None = None,
+        better: Literal["higher", "lower"] = "higher",
+        note: str = "",
+    ) -> None:
+        self.figures[name] = Figure(float(value), unit, floor, better, note)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "benchmark": self.name,
+            "figures": {name: asdict(figure) for name, figure in self.figures.items()},
+            "machine": machine(self.device),
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def path(self) -> Path:
+        """Where `--save` writes: the benchmark and the device (a CPU by its name) in the file's name."""
+        described = machine(self.device)
+        device = described["device"] if self.device.type == "cuda" else f"cpu-{described['cpu']}-{described['cores']}"
+        return RESULTS / f"{self.name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+    def finish(self, arguments: argparse.Namespace) -> None:
+        """Print the figures as a table or as JSON, and save them where that was asked for."""
+        if arguments.json:
+            print(json.dumps(self.to_json(), indent=2))
+        else:
+            self.print_table()
+        if arguments.save:
+            write_json(self.path(), self.to_json())
+            print(f"saved to {self.path()}", file=sys.stderr)
+
+    def print_table(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        described = machine(self.device)
+        title = f"{self.name}: {described['device']}, {described['cpu']} ({described['cores']} cores)"
+        table = Table(title=f"{title}, torch {described['packages']['torch']}")
+        for column in ("figure", "value", "unit", "floor", "holds", "note"):
+            table.add_column(column, justify="right" if column in ("value", "floor") else "left", overflow="fold")
+        for name, figure in self.figures.items():
+            floor = "" if figure.floor is None else f"{'≥' if figure.better == 'higher' else '≤'} {figure.floor:g}"
+            holds = {None: "", True: "yes", False: "NO"}[figure.holds]
+            table.add_row(name, f"{figure.value:.4g}", figure.unit, floor, holds, figure.note)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
