@@ -40,7 +40,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The machine that a number was measured on."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "triton", "transformers", "numpy"):
         try:
             packages[name] = version(name)

@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from common import Report, add_output_options, compare
 from torch import Tensor
 
-from sparsort.kernels.backend import METRICS, default_device, sparsity_rows
+from sparsort.kernels.backend import METRICS, GiniMethod, default_device, sparsity_rows
 from sparsort.kernels.sparsity.reference import sparsity_rows_ref, top_counts
 
+FULL_METRICS: tuple[GiniMethod, ...] = ("exact", "binned")
 _L0 = [METRICS.index("l0_relative"), METRICS.index("l0_absolute")]
 
 
@@ -51,10 +53,10 @@ def measure_cpu(report: Report, quick: bool) -> None:
     for N, H in ((2048, 4096), (8192, 640)):
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(N, H, generator=generator)
-        eager = compare(lambda s=states: eager_metrics(s), lambda s=states: sparsity_rows_ref(s), rounds)
+        eager = compare(partial(eager_metrics, states), partial(sparsity_rows_ref, states), rounds)
         single = compare(
-            lambda s=states: sparsity_rows_ref(s),
-            lambda s=states: sparsity_rows_ref(s, compute_dtype=torch.float32),
+            partial(sparsity_rows_ref, states),
+            partial(sparsity_rows_ref, states, compute_dtype=torch.float32),
             rounds,
         )
         size = f"{N}x{H}"
@@ -71,24 +73,24 @@ def measure_cuda(report: Report, device: torch.device, quick: bool) -> None:
     seconds = _cold_timer(device)
     copy = _copy_bandwidth(device, seconds, rounds)
     report.add("copy_bandwidth", copy / 1e9, "GB/s")
-    floors = {"none": 0.8, "binned": 0.4, "exact": 0.4}
+    floors: dict[GiniMethod, float] = {"none": 0.8, "binned": 0.4, "exact": 0.4}
     sizes = [(8192, 4096, torch.bfloat16), (8192, 4096, torch.float32), (65536, 640, torch.bfloat16)]
     for N, H, dtype in sizes[:1] if quick else sizes:
         states = torch.randn(N, H, device=device).to(dtype)
         size = f"{N}x{H}_{str(dtype).removeprefix('torch.')}"
         moved = N * (H * states.element_size() + len(METRICS) * 4 + 1)
         for gini, floor in floors.items():
-            call = lambda s=states, g=gini: sparsity_rows(s, gini=g)  # noqa: E731
+            call = partial(sparsity_rows, states, gini=gini)
             call()
             took = statistics.median(seconds(call) for _ in range(rounds))
             share = moved / took / copy
             note = f"{took * 1e6:.0f} us, {moved / took / 1e9:.0f} GB/s"
             judged = floor if (H, dtype) == (4096, torch.bfloat16) else None
             report.add(f"share_of_copy_gini_{gini}_{size}", share, "share", floor=judged, note=note)
-        for gini in ("exact", "binned"):
+        for gini in FULL_METRICS:
             against = compare(
-                lambda s=states: eager_metrics(s),
-                lambda s=states, g=gini: sparsity_rows(s, gini=g),
+                partial(eager_metrics, states),
+                partial(sparsity_rows, states, gini=gini),
                 max(3, rounds // 5),
                 seconds,
             )

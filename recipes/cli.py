@@ -334,9 +334,8 @@ def _print_scores(scores: Any, summary: dict[str, Any]) -> None:
         table.add_row(str(rank + 1), str(ids[place]), f"{scores.difficulty[place]:.4f}", str(tokens[place]))
     _console().print(table)
     rate = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0
-    typer.echo(
-        f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored in {summary['seconds']:.1f} s ({rate:.0f} tokens/s, loading included)."
-    )
+    scored = f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored"
+    typer.echo(f"{scored} in {summary['seconds']:.1f} s ({rate:.0f} tokens/s, loading included).")
     if summary["out"]:
         typer.echo(f"Scores: {summary['out']}")
 

@@ -210,7 +210,7 @@ class Backbone:
         return (norms[-1] if norms else None), self._continues(ids_BT, whole_BTH, tolerance)
 
     def _continues(self, ids_BT: Tensor, whole_BTH: Tensor, tolerance: float) -> bool:
-        """Whether head and tail through a gathered cache give what the whole gives, and the cache is of a kind that can be gathered."""
+        """Whether the cache is of a kind that can be gathered, and head and tail through it give what the whole gives."""
         from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
         half = _PROBE // 2

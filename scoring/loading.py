@@ -79,7 +79,9 @@ def load_model(
         options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(resolved.folder_or_id, **options)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                resolved.folder_or_id, output_loading_info=True, **options
+            )
             loaded = loaded.to(where.value).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -87,6 +89,13 @@ def load_model(
             f"cannot load the model {str(model)!r}: {first} "
             "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
         ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random numbers, and the scores would look like any others.
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise SparsortError(
+            f"the checkpoint {str(model)!r} lacks weights: {', '.join(missing[:3])}{more}. "
+            "Copy or download it again, whole."
+        )
     tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
     return LoadedModel(
         name=str(model),

@@ -100,7 +100,8 @@ def _down_projection(block: nn.Module, name: str, hidden_size: int) -> nn.Module
         raise SparsortError(
             f"site {name!r}: this block has {what}, so there is no single inner activation. Use 'pre_norm' or 'post_norm'."
         )
-    return found[-1][1]
+    module: nn.Module = found[-1][1]
+    return module
 
 
 def _label(path: str, module: nn.Module) -> str:

@@ -113,7 +113,7 @@ def check_arguments(
                 f"{tuple(states.shape)} have tokens 0 to {tokens - 1}."
             )
     if dim_scale is not None:
-        shapes = [(H,)] if norm is None else [(H,), (2, H)]
+        shapes: list[tuple[int, ...]] = [(H,)] if norm is None else [(H,), (2, H)]
         _check_vector("dim_scale", dim_scale, states, shapes)
     if norm is not None:
         _check_vector("the final norm's weight", norm.weight, states, [(H,)])

@@ -13,7 +13,8 @@ Gini, Roy and Vetterli 2007 for the effective rank):
 
 - top-p share: the k = max(1, ⌊p·d⌋) largest of e (or a) over the sum of e (or a);
 - relative L0: share of a > mean(a) + std(a), the unbiased deviation. A constant row has none such, and so has d = 1,
-  where the deviation does not exist and is taken as 0;
+  where the deviation does not exist and is taken as 0. Its threshold moves with the spread, so that it alone can read
+  evened-out mass as sparser: (0, 0, 2) has 1/3, (1, 0, 1) has 0;
 - absolute L0: share of a > τ, in the states' own units;
 - Hoyer: (√d − L1/L2) / (√d − 1); at d = 1, where that is 0/0, it is 0, as Gini is there;
 - Gini: Σ (2i − d − 1)·a_(i) / (d·Σa), a ascending, i = 1..d, which is 2·Σ i·a_(i) / (d·Σa) − (d + 1)/d without its

@@ -62,7 +62,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Where sparsort keeps what it can make again: `$SPARSORT_CACHE`, else `$XDG_CACHE_HOME/sparsort`, else `~/.cache/sparsort`."""
+    """Where sparsort keeps what it can make again: `$SPARSORT_CACHE`, else `sparsort` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if given := os.environ.get("SPARSORT_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsort"

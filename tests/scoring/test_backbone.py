@@ -125,7 +125,7 @@ def test_a_model_without_a_final_norm(make_tiny_model: Callable[..., Path]) -> N
     body = Backbone(_load(make_tiny_model("no_norm")))
     assert body.final_norm is None
     assert body.site("pre_norm").reads == "output"
-    with pytest.raises(SparsortError, match="no final norm.*pre_norm"):
+    with pytest.raises(SparsortError, match=r"no final norm.*pre_norm"):
         body.site("post_norm")
 
 
@@ -171,3 +171,15 @@ def test_rotary_embeddings_that_follow_the_length_turn_sharing_off(make_tiny_mod
 def test_bad_dtype_and_device(given: dict[str, str], make_tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(SparsortError, match=next(iter(given.values()))):
         load_model(str(make_tiny_model("llama")), **{"device": "cpu", **given})
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "half"
+    shutil.copytree(make_tiny_model("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SparsortError, match=r"lacks weights: model\.layers\.1\.mlp\.up_proj\.weight"):
+        _load(folder)

@@ -55,7 +55,7 @@ def test_column_takes_numbers_and_says_where_there_are_none() -> None:
     assert sparsort.ColumnScorer("level", descending=True).score(ROWS).difficulty[0] == -3
     with pytest.raises(SparsortError, match="Did you mean 'level'"):
         sparsort.ColumnScorer("levle").score(ROWS)
-    with pytest.raises(SparsortError, match="row 0 .*expected a number"):
+    with pytest.raises(SparsortError, match=r"row 0 .*expected a number"):
         sparsort.ColumnScorer("text").score(ROWS)
 
 
