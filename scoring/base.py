@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 
+_LOG = logging.getLogger("sparsort")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -34,7 +37,6 @@ class Request:
     prompt_or_none: Prompt | None
     truncation: Truncation
     max_length: int | None
-    id_column: str | None
 
     @property
     def prompt(self) -> Prompt:
@@ -61,7 +63,6 @@ class Request:
             "scorer": kind,
             "orientation": orientation,
             "prompt": self.prompt_or_none.describe() if self.prompt_or_none else None,
-            "id_column": self.id_column,
         }
 
 
@@ -84,6 +85,10 @@ class Scorer(ABC):
     @abstractmethod
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
         """The job for this source. `previous` is the provenance of a run that `out` holds already."""
+
+    def content(self, prompt: Prompt | None) -> Sequence[str] | None:
+        """The fields whose values decide a row's score; None where all of them count."""
+        return prompt.fields if prompt is not None else None
 
     def score(
         self,
@@ -121,18 +126,13 @@ class Scorer(ABC):
         Raises:
             SparsortError: bad input; the message says what to do.
         """
-        source = open_rows(data, id_column=id_column)
-        request = Request(
-            prompt_or_none=Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None,
-            truncation=truncation,
-            max_length=max_length,
-            id_column=id_column,
-        )
+        asked = Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None
+        source = open_rows(data, id_column=id_column, content=self.content(asked))
+        request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length)
         job = self.prepare(source, request, _previous(out))
         with progress("scoring", source.count()) as advance:
-            return engine.run(
-                source, job, out=Path(out) if out is not None else None, shard_rows=shard_rows, advance=advance
-            )
+            folder = Path(out) if out is not None else None
+            return engine.run(source, job, out=folder, shard_rows=shard_rows, advance=advance, note=_LOG.warning)
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
 from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.prompts import Encoder
+from sparsort.scoring.prompts import Encoder, Prompt
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import Row, RowSource
 
@@ -60,7 +60,7 @@ class _RowJob(Job):
 _REASONS = {
     "ok": "",
     "empty": "the fields of the prompt are empty or null",
-    "not_finite": "the column holds no finite number",
+    "missing": "the column holds no finite number",
 }
 
 
@@ -158,6 +158,9 @@ class ColumnScorer(_RowScorer):
     def __init__(self, column: str, *, descending: bool = False) -> None:
         self.column, self.descending = column, descending
 
+    def content(self, prompt: Prompt | None) -> list[str]:
+        return [self.column]
+
     def options(self) -> dict[str, Any]:
         return {"column": self.column, "descending": self.descending}
 
@@ -166,7 +169,7 @@ class ColumnScorer(_RowScorer):
             raise unknown_choice(f"column (row {row.position}, id {row.id!r})", self.column, map(str, row.fields))
         given = row.fields[self.column]
         if given is None:
-            return "not_finite", math.nan
+            return "missing", math.nan
         try:
             number = float(given)
         except (TypeError, ValueError):
@@ -174,4 +177,4 @@ class ColumnScorer(_RowScorer):
                 f"column {self.column!r} of row {row.position} (id {row.id!r}) holds {given!r}; expected a number. "
                 "Name a numeric column, or convert it first."
             ) from None
-        return ("ok", -number if self.descending else number) if math.isfinite(number) else ("not_finite", math.nan)
+        return ("ok", -number if self.descending else number) if math.isfinite(number) else ("missing", math.nan)

@@ -146,4 +146,6 @@ def _score(scorer: ShardScorer, rows: Sequence[Row], advance: Callable[[int], No
 
 
 def _provenance(source: RowSource, scorer: ShardScorer) -> dict[str, Any]:
-    return as_json({**scorer.provenance, "source": source.name, "id_column": source.id_column})
+    return as_json(
+        {**scorer.provenance, "source": source.name, "id_column": source.id_column, "content": source.content}
+    )

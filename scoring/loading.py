@@ -78,7 +78,8 @@ def load_model(
 
         options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        with quiet_transformers():
+        # transformers draws random numbers for weights that a checkpoint lacks; the caller's generator is not its to move.
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 resolved.folder_or_id, output_loading_info=True, **options
             )

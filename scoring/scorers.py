@@ -152,10 +152,15 @@ class ModelJob(Job):
             for number, why in zip(todo, reasons, strict=True):
                 if why:
                     status[number], reason[number] = why, _SENTENCES[why]
-        sign = self.provenance["orientation"][self.provenance["metric"]]
+        metric = self.provenance["metric"]
+        difficulty = self.provenance["orientation"][metric] * values[:, self.metrics.index(metric)]
+        for number in np.flatnonzero(np.isinf(difficulty)).tolist():
+            # A sum such as L1 can overflow where the state itself is finite.
+            difficulty[number], status[number] = np.nan, "not_finite"
+            reason[number] = f"{metric} of this state is beyond the numbers that can be held"
         return score_table(
             rows,
-            difficulty=sign * values[:, self.metrics.index(self.provenance["metric"])],
+            difficulty=difficulty,
             status=status,
             reason=reason,
             n_tokens=[len(item.ids) for item in encoded],

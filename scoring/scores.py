@@ -133,16 +133,23 @@ class Scores:
     def difficulty_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
         """The difficulty of each of `rows`, (len(rows),) float64, NaN where it has no score.
 
-        A row is found by its id where it has the id field of the scored source, else by its content.
+        A row is found by its id where it has the id field of the scored source, else by its content: the fields that
+        the scorer read.
 
         Raises:
-            SparsortError: some rows were not scored.
+            SparsortError: some rows were not scored, or an id now stands for another content.
         """
-        column = self.provenance.get("id_column")
+        column, content = self.provenance.get("id_column"), self.provenance.get("content")
         found, difficulty, absent = np.full(len(rows), np.nan), self.difficulty, []
         for place, row in enumerate(rows):
             name = row.get(column) if column else None
-            index = self._by_digest.get(digest_of(row)) if name is None else self._by_id.get(str(name))
+            digest = digest_of(row, content)
+            index = self._by_digest.get(digest) if name is None else self._by_id.get(str(name))
+            if index is not None and content is not None and self._digests[index] != digest:
+                raise SparsortError(
+                    f"row {place} ({column} {str(name)!r}) is not the row that was scored under this id: "
+                    f"{', '.join(content)} differ. Score the rows that you have (sparsort score)."
+                )
             if index is None:
                 absent.append(
                     f"row {place} ({'looked up by its content' if name is None else f'{column} {str(name)!r}'})"
@@ -276,9 +283,12 @@ class Scores:
         return {name: index for index, name in enumerate(self.ids)}
 
     @cached_property
+    def _digests(self) -> list[str]:
+        return list(self._column("digest").to_pylist())
+
+    @cached_property
     def _by_digest(self) -> dict[str, int]:
-        digests = self._column("digest").to_pylist()
-        return {digest: index for index, digest in reversed(list(enumerate(digests)))}  # the first of equal rows
+        return {digest: index for index, digest in reversed(list(enumerate(self._digests)))}  # the first of equal rows
 
     def _column(self, name: str) -> pa.ChunkedArray:
         return (self.table if "table" in self.__dict__ else self._columns.select([name])).column(name)

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _NEXT_STEP = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example. `position` counts from 0; `id` is unique in its source; `digest` is `digest_of(fields)`."""
+    """One example. `position` counts from 0; `id` is unique in its source; `digest` that of its content."""
 
     position: int
     id: str
@@ -52,9 +52,11 @@ class RowSource:
         reader: where the records come from.
         id_column: the field that holds the id of a row. None: the field "id" where the first row has it, else a row's
             position is its id.
+        content: the fields that a row's digest is taken over, such as those that a prompt reads; None for all.
     """
 
-    def __init__(self, reader: Reader, id_column: str | None = None) -> None:
+    def __init__(self, reader: Reader, id_column: str | None = None, content: Sequence[str] | None = None) -> None:
+        self.content = tuple(sorted(content)) if content is not None else None
         self._reader = reader
         self._count: int | None = None
         self._id_column = id_column
@@ -130,7 +132,7 @@ class RowSource:
         return total
 
     def _row(self, position: int, line: int, fields: Mapping[str, Any]) -> Row:
-        return Row(position, self._identity(position, line, fields), fields, digest_of(fields))
+        return Row(position, self._identity(position, line, fields), fields, digest_of(fields, self.content))
 
     def _identity(self, position: int, line: int, fields: Mapping[str, Any]) -> str:
         if self._id_column is None:
@@ -155,13 +157,17 @@ class RowSource:
         return SparsortError(f"{where}: there is no field {column!r}{why}.{hint} The fields are: {', '.join(fields)}.")
 
 
-def digest_of(fields: Mapping[str, Any]) -> str:
+def digest_of(fields: Mapping[str, Any], content: Collection[str] | None = None) -> str:
     """A row's content as 32 hexadecimal digits: 128 bits of BLAKE2b over its JSON with sorted keys.
+
+    Args:
+        fields: the row.
+        content: the fields that count, None for all.
 
     A field that is null counts as absent, because a table has to fill in what a JSON line may leave out. Bytes, arrays
     and images count by their content.
     """
-    present = {key: value for key, value in fields.items() if value is not None}
+    present = {key: value for key, value in fields.items() if value is not None and (content is None or key in content)}
     try:
         text = _ENCODER.encode(present)
     except TypeError:  # keys that are no text, or of several types, deeper in the row
@@ -169,7 +175,7 @@ def digest_of(fields: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def open_rows(source: Any, *, id_column: str | None = None) -> RowSource:
+def open_rows(source: Any, *, id_column: str | None = None, content: Sequence[str] | None = None) -> RowSource:
     """The rows of `source`.
 
     Args:
@@ -177,13 +183,14 @@ def open_rows(source: Any, *, id_column: str | None = None) -> RowSource:
             (these also gzipped), `.parquet`, `.arrow`, a folder of Parquet files or one that `Dataset.save_to_disk`
             wrote; a `datasets.Dataset`; a `pyarrow.Table`; a list of dicts; or a `RowSource`, returned as it is.
         id_column: see `RowSource`.
+        content: see `RowSource`.
 
     Raises:
         SparsortError: the path is missing, the format is not known, or the source cannot be read twice.
     """
     if isinstance(source, RowSource):
         return source
-    return RowSource(_reader(source), id_column)
+    return RowSource(_reader(source), id_column, content)
 
 
 def _reader(source: Any) -> Reader:

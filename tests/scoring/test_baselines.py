@@ -51,7 +51,7 @@ def test_random_depends_on_seed_and_id_only() -> None:
 def test_column_takes_numbers_and_says_where_there_are_none() -> None:
     scores = sparsort.ColumnScorer("level").score(ROWS)
     assert scores.difficulty.tolist()[:2] == [3, 1]
-    assert list(scores.column("status")) == ["ok", "ok", "not_finite"]
+    assert list(scores.column("status")) == ["ok", "ok", "missing"]
     assert sparsort.ColumnScorer("level", descending=True).score(ROWS).difficulty[0] == -3
     with pytest.raises(SparsortError, match="Did you mean 'level'"):
         sparsort.ColumnScorer("levle").score(ROWS)

@@ -63,9 +63,8 @@ def test_memory_and_folder_give_the_same_scores(tmp_path: Path) -> None:
     assert sum(ticks) == len(ROWS)
     assert scorer.calls == 2 * list(range(0, 390, SHARD))
     assert repr(stored.table.to_pylist()) == repr(kept.table.to_pylist())  # NaN is not equal to itself
-    assert (
-        stored.provenance == kept.provenance == {**scorer.provenance, "source": "list of 390 rows", "id_column": "id"}
-    )
+    added = {"source": "list of 390 rows", "id_column": "id", "content": None}
+    assert stored.provenance == kept.provenance == {**scorer.provenance, **added}
     assert len(stored) == 390
     assert summarise(stored) == summarise(kept) == {"ok": 360, "empty": 30}
     np.testing.assert_array_equal(stored.by("minus").difficulty, kept.difficulty)

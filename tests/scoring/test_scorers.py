@@ -233,3 +233,20 @@ def test_scores_of_the_embedded_model_do_not_depend_on_batches(demo_model: Path,
     alone = sparsort.SparsityScorer(loaded, token_budget=1).score(rows, PROMPT, shard_rows=1)
     # fp32: another batch shape is another order of summation, no more.
     np.testing.assert_allclose(together.difficulty, alone.difficulty, rtol=1e-5)
+
+
+def test_a_demonstration_finds_its_score_by_what_the_prompt_reads(make_tiny_model: Callable[..., Path]) -> None:
+    data = [{"question": "Paris", "note": "x"}, {"question": "seven apples", "note": None}]
+    scores = _scorer(make_tiny_model("llama")).score(data, PROMPT)
+    # Without ids the content decides, and an id that comes from elsewhere is no position.
+    asked = [{"question": "seven apples", "id": "0", "label": 3}, {"question": "Paris"}]
+    np.testing.assert_array_equal(scores.difficulty_of(asked), scores.difficulty[::-1])
+    with pytest.raises(SparsortError, match="1 of 1 rows have no score"):
+        scores.difficulty_of([{"question": "Rome"}])
+
+
+def test_an_id_that_now_stands_for_another_text_is_refused(make_tiny_model: Callable[..., Path]) -> None:
+    scores = _scorer(make_tiny_model("llama")).score([{"id": 7, "question": "Paris"}], PROMPT)
+    assert scores.difficulty_of([{"id": 7, "question": "Paris", "label": "x"}]) == scores.difficulty
+    with pytest.raises(SparsortError, match="not the row that was scored under this id"):
+        scores.difficulty_of([{"id": 7, "question": "Rome"}])
