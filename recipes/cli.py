@@ -320,8 +320,9 @@ def env(as_json: JsonOption = False) -> None:
             table.add_row(name, version, "")
     table.add_row("threads", str(found["threads"]), "")
     table.add_row("cache", found["cache"], "set SPARSORT_CACHE to move it")
-    table.add_row("demo_model", found["demo_model"] or "none", found["demo_model_note"])
     _console().print(table)
+    # Not in the table, which would break a path over several lines.
+    typer.echo(f"demo_model  {found['demo_model'] or 'none'}\n            {found['demo_model_note']}")
 
 
 def _print_scores(scores: Any, summary: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ class _Session:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
         needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
         scores = self._scorer.score(
-            [{key: value for key, value in row.items() if key != "id"} for row in fields],
+            list(fields),
             prompt=self.prompt,
             answer=self.answer if needs_answer else None,
             system=self.config.system,

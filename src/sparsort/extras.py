@@ -24,4 +24,6 @@ def need(module: str, extra: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise SparsortError(f"{module} is needed for {purpose}. Install it with: pip install 'sparsort[{extra}]'.") from error
+        raise SparsortError(
+            f"{module} is needed for {purpose}. Install it with: pip install 'sparsort[{extra}]'."
+        ) from error
