@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rich.style  # draws from the global random state once, at its import
+import rich.style  # noqa: F401  it draws from the global random state once, at its import
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
