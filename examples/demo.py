@@ -38,7 +38,9 @@ def main() -> None:
 
     demos = sparsort.select_demos(rows, QUERY, 8, method="random", seed=0, prompt=PROMPT).demos
     ordered = sparsort.order_demos(demos, scores, order="sparse_to_dense")
-    text = sparsort.build_prompt(ordered, QUERY, prompt=PROMPT, answer=ANSWER, max_tokens=1024)
+    text = sparsort.build_prompt(
+        ordered, QUERY, prompt=PROMPT, answer=ANSWER, max_tokens=1024, tokenizer=scorer.loaded.tokenizer
+    )
 
     console.print(_table(ordered, scores.difficulty_of(ordered)))
     console.print(text)
