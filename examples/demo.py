@@ -52,6 +52,18 @@ def main() -> None:
     picture = _draw(scores.difficulty, steps, found, OUT / "difficulty.png")
     console.print(f"Picture: {picture}")
     console.print(_verdict(found, beside_length))
+    console.print(_reviews(scorer))
+
+
+def _reviews(scorer: sparsort.SparsityScorer) -> str:
+    """The labelled reviews: here sparsity should not know the answer, and the sentence says whether it does."""
+    file = HERE / "reviews.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    scores = scorer.score(file, "Review: {text}\nLabel:", out=OUT / "review-scores")
+    positive = [row["label"] == "positive" for row in rows]
+    found = spearman(scores.difficulty, positive, fixed=scores.column("n_tokens"))
+    verdict = "differs between" if found.excludes_zero else "does not tell apart"
+    return f"On {len(rows)} labelled reviews sparsity {verdict} the two labels ({found} with length held fixed)."
 
 
 def _table(ordered: list[dict[str, Any]], difficulty: np.ndarray) -> Table:

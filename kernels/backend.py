@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.sparsity.contract import MAX_TRITON_WIDTH, check_states
 from sparsort.kernels.sparsity.contract import FinalNorm as FinalNorm
 from sparsort.kernels.sparsity.contract import GiniMethod as GiniMethod
 from sparsort.kernels.sparsity.contract import RowMetrics as RowMetrics
-from sparsort.kernels.sparsity.contract import check_states
 from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER as HIGHER_IS_SPARSER
 from sparsort.kernels.sparsity.names import METRICS as METRICS
 from sparsort.kernels.sparsity.names import ROW_REASONS as ROW_REASONS
@@ -33,8 +33,6 @@ from sparsort.kernels.sparsity.reference import sparsity_rows_ref
 T = TypeVar("T")
 
 _OLDEST_TRITON = (3, 6)
-# The widest row that one program of `rows.py` holds.
-MAX_TRITON_WIDTH = 32768
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def sparsity_implementation(device: torch.device | str) -> Choice[str]:
         return Choice("torch", obstacle)
     if torch.device(device).type != "cuda":
         return Choice("torch", "Triton's interpreter is for tests; ask for it with SPARSORT_SPARSITY=triton")
-    return Choice("triton", f"Triton {version('triton')} on {torch.cuda.get_device_name(device)}")
+    return Choice("triton", f"Triton {_triton().value} on {torch.cuda.get_device_name(device)}")
 
 
 def sparsity_metrics(states: Tensor, *, l0_threshold: float = 1.0) -> dict[str, Tensor]:
@@ -147,11 +145,11 @@ def sparsity_rows(
         SparsortError: an argument does not fit; see `sparsity/contract.py`.
     """
     check_states(states)
-    run = _runner(states)
+    run = _runner(states, gini)
     return run(states, index, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini)
 
 
-def _runner(states: Tensor) -> Callable[..., RowMetrics]:
+def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
     choice = sparsity_implementation(states.device)
     if choice.value == "torch":
         return sparsity_rows_ref
@@ -162,6 +160,8 @@ def _runner(states: Tensor) -> Callable[..., RowMetrics]:
         obstacle = "the kernel has no gradient"
     elif states.shape[-1] > MAX_TRITON_WIDTH:
         obstacle = f"rows of width {states.shape[-1]} are wider than the kernel's {MAX_TRITON_WIDTH}"
+    elif gini == "exact":
+        obstacle = _sort_obstacle(states)
     if obstacle is None:
         from sparsort.kernels.sparsity.rows import sparsity_rows_triton
 
@@ -177,17 +177,39 @@ def _triton_obstacle(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SPARSORT_SPARSITY") == "triton"
     if device.type != "cuda" and not interpreted:
         return f"Triton has no {device.type} backend"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernel calls NVIDIA's libdevice, and this torch is built for ROCm"
+    triton = _triton()
+    if triton.value is None:
+        return triton.reason
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _triton() -> Choice[str | None]:
+    """The version of the installed Triton, or None and why it cannot be used. Cached: it reads files."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+        return Choice(None, "Triton is not installed")
     try:
         found = version("triton")
     except PackageNotFoundError:
-        return "the installed Triton does not tell its version"
+        return Choice(None, "the installed Triton does not tell its version")
     if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
-        return f"Triton {found} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+        return Choice(None, f"Triton {found} is older than {'.'.join(map(str, _OLDEST_TRITON))}")
+    return Choice(found, "installed")
+
+
+def _sort_obstacle(states: Tensor) -> str | None:
+    """Why this device cannot sort these rows, or None: a sort holds the row in shared memory, as float32."""
+    if states.device.type != "cuda":
+        return None
+    needs = 4 * max(128, 1 << (states.shape[-1] - 1).bit_length())
+    has = torch.cuda.get_device_properties(states.device).shared_memory_per_block_optin
+    if needs <= has:
+        return None
+    return f"the exact Gini of rows of width {states.shape[-1]} takes {needs} bytes of shared memory, the GPU has {has}"
 
 
 def _named_device(given: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 Contract: results on stdout, progress and warnings on stderr; `--json` prints one object and nothing else. Exit codes: 0 done;
 2 a mistake in the call or the input, told in one message; 3 done, but rows have no score and `--strict` was given;
-130 interrupted, with finished work kept.
+130 interrupted, with the shards that are finished kept where there is a folder for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Commands(TyperGroup):
         except SparsortError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted. Finished work is kept: run the same command again to go on.", 130)
+            _fail("interrupted. Run the same command again; with --out it goes on behind the last finished shard.", 130)
         except BrokenPipeError:
             # The reader of our output went away (`| head`); nothing is left to say to it.
             sys.stderr.close()
@@ -94,11 +94,6 @@ PoolingOption = Annotated[str, typer.Option(help="last, mean_metric, mean_state 
 MetricOption = Annotated[str, typer.Option(help="Metric behind the difficulty.", rich_help_panel=_SCORER)]
 OutliersOption = Annotated[str, typer.Option(help="none, drop:n or rms.", rich_help_panel=_SCORER)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def main() -> None:
-    """Run the command line and exit."""
-    app()
 
 
 def _version(wanted: bool) -> None:
@@ -240,9 +235,19 @@ def order(
     column: Annotated[
         str | None, typer.Option(help="Numeric column, for the scorer 'column'.", rich_help_panel=_SCORER)
     ] = None,
+    l0_threshold: Annotated[float, typer.Option(help="Threshold of l0_absolute.", rich_help_panel=_SCORER)] = 1.0,
+    descending: Annotated[
+        bool, typer.Option("--descending", help="The column falls with difficulty.", rich_help_panel=_SCORER)
+    ] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Token budget of the whole prompt.")] = None,
     drop: Annotated[str, typer.Option(help="What a budget drops: farthest, nearest, longest or error.")] = "farthest",
     separator: Annotated[str, typer.Option(help=r"Between demonstrations.")] = r"\n\n",
+    missing: Annotated[
+        str, typer.Option(help="What happens to a demonstration without a score: error, first, last or drop.")
+    ] = "error",
+    embedder: Annotated[
+        str | None, typer.Option(help="Sentence embedder for knn and the like [default: the model's own states].")
+    ] = None,
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Allow the query among its own demonstrations.")
     ] = False,
@@ -267,6 +272,8 @@ def order(
         order=order,
         max_tokens=max_tokens,
         drop=drop,
+        missing=missing,
+        embedder=embedder,
         separator=_unescape(separator) or "",
         allow_leaks=allow_leaks,
         seed=seed,
@@ -283,7 +290,9 @@ def order(
         pooling=pooling,
         metric=metric,
         outliers=outliers,
+        l0_threshold=l0_threshold,
         column=column,
+        descending=descending,
         seed=seed,
         dtype=dtype,
         device=device,
@@ -327,16 +336,16 @@ def env(as_json: JsonOption = False) -> None:
 
 def _print_scores(scores: Any, summary: dict[str, Any]) -> None:
     table = _table("rank", "id", "difficulty", "tokens", title="easiest and hardest by this score")
-    places = scores.order()
-    known = [place for place in places if math.isfinite(scores.difficulty[place])]
+    # Columns of a run on disk are read when they are asked for: once each.
+    difficulty, ids, tokens = scores.difficulty, scores.column("id"), scores.column("n_tokens")
+    known = [place for place in scores.order() if math.isfinite(difficulty[place])]
     shown = [*enumerate(known)] if len(known) <= 10 else [*enumerate(known[:5]), *enumerate(known[-5:], len(known) - 5)]
-    ids, tokens = scores.column("id"), scores.column("n_tokens")
     for rank, place in shown:
-        table.add_row(str(rank + 1), str(ids[place]), f"{scores.difficulty[place]:.4f}", str(tokens[place]))
+        table.add_row(str(rank + 1), str(ids[place]), f"{difficulty[place]:.4f}", str(tokens[place]))
     _console().print(table)
-    rate = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0
+    rate = f" ({summary['tokens'] / summary['seconds']:.0f} tokens/s, loading included)" if summary["tokens"] else ""
     scored = f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored"
-    typer.echo(f"{scored} in {summary['seconds']:.1f} s ({rate:.0f} tokens/s, loading included).")
+    typer.echo(f"{scored} in {summary['seconds']:.1f} s{rate}.")
     if summary["out"]:
         typer.echo(f"Scores: {summary['out']}")
 

@@ -20,9 +20,10 @@ from sparsort.curriculum.demos.prompt import assemble
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.score import ScorerConfig
+from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
-from sparsort.templates import fields_of
+from sparsort.templates import fields_of, render
 
 # With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
 _MOST_DEMOS = 64
@@ -57,6 +58,8 @@ class OrderConfig:
     system: str | None = None
     chat: bool = False
     id_column: str | None = None
+    missing: Any = "error"
+    embedder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +105,23 @@ def order_file(
         raise unknown_choice("order", config.order, (*ORDERS, "reverse:<any of these>"))
     if config.select not in METHODS:
         raise unknown_choice("selection method", config.select, METHODS)
+    if config.ids is not None and config.select not in ("random", "ids"):
+        raise SparsortError(f"ids were given, and select is {config.select!r}. Pass one of the two.")
+    if config.k is None and config.ids is None and config.select != "random":
+        raise SparsortError(
+            f"selection by {config.select!r} needs the number of demonstrations (-k) or, for 'ids', the --ids."
+        )
+    if scores is None:
+        # With nothing to order, this checks that the order goes with the scorer.
+        order_indices(
+            config.order, 0, difficulty=[], kind=scorer.scorer, similarity=[], lengths=[], missing=config.missing
+        )
     rows = list(open_rows(file, id_column=config.id_column).rows())
     prompt, answer = _templates(config, rows)
     asked = _parse_query(query, prompt)
     session = _Session(rows, prompt, answer, config, scorer, scores)
     chosen, notes = _select(session, asked)
+    notes = [*session.notes, *notes]
     similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
     difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
     places = order_indices(
@@ -115,8 +130,9 @@ def order_file(
         difficulty=None if base in _NEEDS_NO_SCORES else difficulty,
         kind=session.kind if base not in _NEEDS_NO_SCORES else None,
         similarity=similarity,
-        lengths=[len(json.dumps(dict(row.fields), default=str)) for row in chosen],
+        lengths=[len(session.text_of(row)) for row in chosen] if base.startswith("length") else None,
         seed=config.seed,
+        missing=config.missing,
         names=[row.id for row in chosen],
     )
     ordered = [chosen[place] for place in places]
@@ -171,9 +187,17 @@ class _Session:
         self.rows, self.prompt, self.answer, self.config, self.scorer = rows, prompt, answer, config, scorer
         self._table = Scores.load(scores) if scores is not None else None
         self._scorer: Any = None
+        self._table_fit: Scores | None = None
         self._loaded: Any = None
         self._difficulty: dict[str, float] = {}
         self._vectors: dict[str, Any] = {}
+        self._queries: dict[str, Any] = {}
+        self._backbone: Any = None
+        self._read = Prompt.of(prompt, system=config.system, chat=config.chat)
+        self.notes: list[str] = []
+        before = self._table.provenance.get("prompt") if self._table is not None else None
+        if before is not None and before.get("turns") != [list(turn) for turn in self._read.turns]:
+            self.notes.append(f"the scores are of another prompt: {before['turns'][-1][1]!r}.")
         self.kind = self._table.kind if self._table is not None else scorer.scorer
         self.provenance: dict[str, Any] | None = self._table.provenance if self._table is not None else None
 
@@ -189,12 +213,11 @@ class _Session:
 
     def query_difficulty(self, query: Mapping[str, Any]) -> float:
         """Difficulty of the query by the same score."""
-        if self._table is not None:
+        if self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer":
             raise SparsortError(
-                "difficulty_matched needs the query's score too, and --scores holds those of the pool only. Leave --scores away, "
-                "so that pool and query are scored alike."
+                "the query has no answer yet, so it has no score of one. Match by a score of the prompt alone."
             )
-        return float(self._score([{**query, **dict.fromkeys(fields_of(self.answer), "")}])[0])
+        return float(self._score([query])[0])
 
     def vectors(self, rows: Sequence[Row]) -> Any:
         """(n, H) embeddings of the rows' prompts."""
@@ -206,7 +229,14 @@ class _Session:
 
     def query_vector(self, query: Mapping[str, Any]) -> Any:
         """(H,) embedding of the query's prompt."""
-        return self._embed([query])[0]
+        key = json.dumps(query, sort_keys=True, default=str)
+        if key not in self._queries:
+            self._queries[key] = self._embed([query])[0]
+        return self._queries[key]
+
+    def text_of(self, row: Row) -> str:
+        """The demonstration as it will stand in the prompt, chat markers apart."""
+        return render(self.prompt, row.fields, where=row.id) + render(self.answer, row.fields, where=row.id)
 
     def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
         """(n,) cosine similarity of rows and query."""
@@ -239,25 +269,34 @@ class _Session:
         return self._loaded
 
     def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
+        needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
+        asked = {
+            "prompt": self.prompt,
+            "answer": self.answer if needs_answer else None,
+            "system": self.config.system,
+            "chat": self.config.chat,
+        }
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
-        needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
-        scores = self._scorer.score(
-            list(fields),
-            prompt=self.prompt,
-            answer=self.answer if needs_answer else None,
-            system=self.config.system,
-            chat=self.config.chat,
-        )
+            if self._table is None and self.scorer.outliers != "none":
+                # Fitted once, on the whole pool: neither the few that were chosen nor a query alone say what is wide.
+                self._table_fit = self._scorer.score([row.fields for row in self.rows], **asked)
+        scores = self._scorer.score(list(fields), **asked, like=self._table or self._table_fit)
         self.provenance = scores.provenance
         return scores.difficulty
 
     def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
+        if self.config.embedder is not None:
+            from sparsort.curriculum.demos.similarity import sentence_embeddings
+
+            texts = [render(self.prompt, row, where=f"row {number}") for number, row in enumerate(fields)]
+            return sentence_embeddings(texts, self.config.embedder)
         from sparsort.scoring.backbone import Backbone
         from sparsort.scoring.embedding import embed_rows
-        from sparsort.scoring.prompts import Prompt
 
-        return embed_rows(Backbone(self._model()), fields, Prompt.of(self.prompt))
+        if self._backbone is None:
+            self._backbone = Backbone(self._model())
+        return embed_rows(self._backbone, fields, self._read)
 
 
 def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], list[str]]:

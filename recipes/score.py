@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.sparsity.names import METRICS
+from sparsort.scoring.sources import open_rows
 
 if TYPE_CHECKING:
     from sparsort.scoring.base import Scorer
+    from sparsort.scoring.prompts import Prompt
     from sparsort.scoring.scores import Scores
 
 ScorerName = Literal["sparsity", "answer_loss", "prompt_loss", "entropy", "length", "compression", "random", "column"]
@@ -45,6 +48,38 @@ class ScorerConfig:
         if self.scorer == "column" and self.column is None:
             raise SparsortError("the scorer 'column' needs the name of a numeric column. Pass --column NAME.")
 
+    def check(self, text: TextConfig, shard_rows: int = 1) -> None:
+        """Find what is wrong with the options before a model is loaded for them.
+
+        Raises:
+            SparsortError: an unknown name, a number out of range, an answer that is needed and not given.
+        """
+        from sparsort.scoring.loading import check_dtype
+        from sparsort.scoring.pooling import check_outlier_rule, check_pooling
+        from sparsort.scoring.prompts import check_truncation
+        from sparsort.scoring.sites import check_site
+
+        if self.metric not in METRICS:
+            raise unknown_choice("metric", self.metric, METRICS)
+        check_site(self.site)
+        check_pooling(self.pooling)
+        check_outlier_rule(self.outliers)
+        check_dtype(self.dtype)
+        check_truncation(text.truncation)
+        numbers = {"shard_rows": shard_rows, "token_budget": self.token_budget, "max_length": text.max_length}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise SparsortError(f"{name} is {number}; it must be at least 1.")
+        if text.answer is None and (
+            self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer")
+        ):
+            raise SparsortError("this score reads the answer's tokens. Pass --answer, for example ' {answer}'.")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the score is one of a text, and needs a prompt."""
+        return self.scorer not in ("random", "column")
+
     @property
     def runs_model(self) -> bool:
         """Whether scoring runs a forward pass."""
@@ -52,7 +87,7 @@ class ScorerConfig:
 
     def load(self, loaded: Any = None) -> Scorer:
         """Build the scorer; `loaded` is a model that stands in memory already."""
-        from sparsort.scoring import baselines, scorers
+        from sparsort.scoring import baselines, losses, scorers
 
         if self.runs_model:
             options: dict[str, Any] = {"token_budget": self.token_budget}
@@ -71,10 +106,12 @@ class ScorerConfig:
                     **options,
                 )
             if self.scorer == "entropy":
-                return scorers.EntropyScorer(model, **options)
-            return scorers.LossScorer(model, on="answer" if self.scorer == "answer_loss" else "prompt", **options)
+                return losses.EntropyScorer(model, **options)
+            return losses.LossScorer(model, on="answer" if self.scorer == "answer_loss" else "prompt", **options)
         if self.scorer == "length":
-            return baselines.LengthScorer(self.unit, model=self.model, trust_remote_code=self.trust_remote_code)
+            return baselines.LengthScorer(
+                self.unit, model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
         if self.scorer == "compression":
             return baselines.CompressionScorer()
         if self.scorer == "random":
@@ -94,6 +131,14 @@ class TextConfig:
     max_length: int | None = None
     id_column: str | None = None
 
+    def read(self) -> Prompt | None:
+        """The prompt, if one was given."""
+        from sparsort.scoring.prompts import Prompt
+
+        if self.prompt is None:
+            return None
+        return Prompt.of(self.prompt, answer=self.answer, system=self.system, chat=self.chat)
+
     def options(self) -> dict[str, Any]:
         """The arguments of `Scorer.score`."""
         return dict(vars(self))
@@ -109,7 +154,7 @@ class ScoreReport:
     counts: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """The report as JSON values; tokens are those of the rows that were scored."""
         difficulty = self.scores.difficulty
         known = difficulty[np.isfinite(difficulty)]
         quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(known) else None
@@ -119,7 +164,7 @@ class ScoreReport:
             "rows": len(self.scores),
             "status": self.counts,
             "difficulty_quantiles": quantiles,
-            "tokens": int(tokens.sum()),
+            "tokens": int(tokens[np.isfinite(difficulty)].sum()),
             "truncated_rows": int((self.scores.column("n_truncated") > 0).sum()),
             "seconds": round(self.seconds, 3),
             "provenance": self.scores.provenance,
@@ -136,11 +181,20 @@ def score_file(
 ) -> ScoreReport:
     """Score every row of `file`; see `Scorer.score`."""
     start = time.perf_counter()
+    scorer.check(text, shard_rows)
+    # What is wrong with the data or the prompt should not cost the loading of a model.
+    prompt = text.read()
+    source = open_rows(file, id_column=text.id_column)
+    if prompt is not None:
+        source.require(prompt.fields)
+    elif scorer.reads_text:
+        raise SparsortError(
+            f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(source.columns())}."
+        )
     scores = scorer.load().score(file, out=out, shard_rows=shard_rows, **text.options())
-    statuses, counts = np.unique(scores.column("status"), return_counts=True)
     return ScoreReport(
         scores=scores,
         seconds=time.perf_counter() - start,
         out=str(out) if out is not None else None,
-        counts={str(status): int(count) for status, count in zip(statuses, counts, strict=True)},
+        counts=scores.counts("status"),
     )

@@ -192,10 +192,7 @@ class Backbone:
             for handle in handles:
                 handle.remove()
         if not torch.isfinite(whole_BTH).all():
-            raise SparsortError(
-                f"{name!r} computes states that are not finite. {_culprits(self.loaded.model)} "
-                "Check the checkpoint, or try dtype='float32'."
-            )
+            raise SparsortError(f"{name!r} computes states that are not finite. {_culprits(self.loaded.model)}")
         norms = [module for key, module in enumerate(candidates) if key in outputs and _same(outputs[key], whole_BTH)]
         half = _PROBE // 2
         changed = ids_BT.clone()
@@ -303,5 +300,6 @@ def _hook(site: Site, caught: dict[str, Tensor]) -> Any:
 def _culprits(model: nn.Module) -> str:
     bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if not bad:
-        return "Its weights are finite, so the arithmetic overflows in this dtype."
-    return f"Weights with NaN or infinity: {', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}."
+        return "Its weights are finite, so the arithmetic overflows: try dtype='float32' (--dtype float32)."
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"Weights with NaN or infinity: {', '.join(bad[:3])}{more}. Copy or download the checkpoint again."

@@ -103,6 +103,7 @@ class Scorer(ABC):
         id_column: str | None = None,
         out: str | Path | None = None,
         shard_rows: int = 2048,
+        like: Scores | None = None,
     ) -> Scores:
         """Score every row of `data`.
 
@@ -119,6 +120,8 @@ class Scorer(ABC):
             id_column: column that identifies a row; None for "id" if there is one, else the row's position.
             out: folder for durable shards; run again after a kill it goes on where it was. None keeps all in memory.
             shard_rows: rows of one shard, the unit that is kept or redone. Does not change a score beyond rounding.
+            like: scores made before, to be comparable with: what was fitted for them (an outlier rule) is used again,
+                and a setting that differs from theirs is refused.
 
         Returns:
             One row an id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
@@ -128,10 +131,14 @@ class Scorer(ABC):
         """
         asked = Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None
         source = open_rows(data, id_column=id_column, content=self.content(asked))
+        if asked is not None:
+            source.require(asked.fields)
         request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length)
-        job = self.prepare(source, request, _previous(out))
+        folder = Path(out).expanduser() if out is not None else None
+        job = self.prepare(source, request, like.provenance if like is not None else _previous(folder))
+        if like is not None:
+            _refuse_unlike(like.provenance, job.provenance)
         with progress("scoring", source.count()) as advance:
-            folder = Path(out) if out is not None else None
             return engine.run(source, job, out=folder, shard_rows=shard_rows, advance=advance, note=_LOG.warning)
 
 
@@ -144,9 +151,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _previous(out: str | Path | None) -> dict[str, Any] | None:
+def _refuse_unlike(before: dict[str, Any], now: dict[str, Any]) -> None:
+    # As JSON, the form in which the former have been kept.
+    settings = {key: json.loads(json.dumps(value)) for key, value in now.items() if key != "environment"}
+    differing = sorted(key for key, value in settings.items() if before.get(key) != value)
+    if differing:
+        shown = ", ".join(f"{key}: {before.get(key)!r} → {settings[key]!r}" for key in differing)
+        raise SparsortError(f"these scores would not compare with those given: {shown}. Score both alike.")
+
+
+def _previous(out: Path | None) -> dict[str, Any] | None:
     """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot."""
-    manifest = Path(out) / "manifest.json" if out is not None else None
+    manifest = out / "manifest.json" if out is not None else None
     if manifest is None or not manifest.is_file():
         return None
     try:

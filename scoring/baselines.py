@@ -17,7 +17,7 @@ import pyarrow as pa
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
 from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.prompts import Encoder, Prompt
+from sparsort.scoring.prompts import Encoder, Prompt, hash_tokenizer
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import Row, RowSource
 
@@ -35,11 +35,7 @@ class _RowJob(Job):
         }
 
     def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
-        texts = [self._text(row) for row in rows] if self._scorer.reads_text else [None] * len(rows)
-        found = [
-            ("empty", math.nan) if text == "" else self._scorer.value(row, text)
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        found = [self._value(row) for row in rows]
         advance(len(rows))
         values = np.array([value for _, value in found])
         return score_table(
@@ -47,29 +43,37 @@ class _RowJob(Job):
             difficulty=values,
             status=[status for status, _ in found],
             reason=[_REASONS[status] for status, _ in found],
-            n_tokens=[0] * len(rows),
+            n_tokens=np.nan_to_num(values).astype(int) if self._scorer.counts_tokens else [0] * len(rows),
             n_truncated=[0] * len(rows),
             metrics={self._scorer.kind: values},
         )
 
-    def _text(self, row: Row) -> str:
-        rendered = self._request.prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=None)
-        return "" if rendered.blank else rendered.text
+    def _value(self, row: Row) -> tuple[str, float]:
+        if not self._scorer.reads_text:
+            return self._scorer.value(row, None)
+        where = f"row {row.position} (id {row.id!r})"
+        rendered = self._request.prompt.render(row.fields, where=where, tokenizer=self._scorer.tokenizer)
+        if rendered.problem is not None:
+            return rendered.problem[0], math.nan
+        return self._scorer.value(row, rendered.text)
 
 
 _REASONS = {
     "ok": "",
     "empty": "the fields of the prompt are empty or null",
+    "invalid": "the text holds half of a surrogate pair, which is no character",
     "missing": "the column holds no finite number",
 }
 
 
 class _RowScorer(Scorer):
     reads_text: ClassVar[bool] = True
+    counts_tokens = False
+    tokenizer: Any = None
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
-        if self.reads_text:
-            request.need_prompt(source)
+        if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
+            raise SparsortError(f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away.")
         return _RowJob(self, request)
 
     def options(self) -> dict[str, Any]:
@@ -92,17 +96,30 @@ class LengthScorer(_RowScorer):
     kind: ClassVar[str] = "length"
 
     def __init__(
-        self, unit: Literal["tokens", "characters"] = "tokens", *, model: str = "demo", trust_remote_code: bool = False
+        self,
+        unit: Literal["tokens", "characters"] = "tokens",
+        *,
+        model: str = "demo",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if unit not in ("tokens", "characters"):
             raise unknown_choice("unit", unit, ("tokens", "characters"))
         self.unit, self.model = unit, model
-        self._encoder = None
-        if unit == "tokens":
-            self._encoder = Encoder(load_tokenizer(model, trust_remote_code=trust_remote_code), max_length=None)
+        self.counts_tokens = unit == "tokens"
+        if self.counts_tokens:
+            self.tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+            self._hash = hash_tokenizer(self.tokenizer)
 
     def options(self) -> dict[str, Any]:
-        return {"unit": self.unit, "model": self.model if self.unit == "tokens" else None}
+        return {"unit": self.unit, "tokenizer": self._hash if self.counts_tokens else None}
+
+    def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+        job = super().prepare(source, request, previous)
+        self._encoder = (
+            Encoder(self.tokenizer, max_length=None, chat=request.prompt.is_chat) if self.counts_tokens else None
+        )
+        return job
 
     def value(self, row: Row, text: str | None) -> tuple[str, float]:
         if self._encoder is None:

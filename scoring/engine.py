@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.scores import STATUSES, Scores, scores_schema
+from sparsort.scoring.scores import Scores, scores_schema
 from sparsort.scoring.shards import ShardStore, as_json, rows_digest
 from sparsort.scoring.sources import Row, RowSource
 
@@ -113,12 +113,6 @@ def run_part(
             store.write(index, _score(scorer, rows, advance), digest)
             scored += 1
     return Coverage(scored=scored, kept=kept, complete=store.finish(source.count()))
-
-
-def summarise(scores: Scores) -> dict[str, int]:
-    """How many rows have each status, "ok" first; of scores on disk it reads that column only."""
-    counts = scores.counts("status")
-    return {status: counts[status] for status in STATUSES if status in counts}
 
 
 def _shards(source: RowSource, shard_rows: int, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, list[Row]]]:

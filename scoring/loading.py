@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.prompts import hash_tokenizer
 
 _WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+# Keys of a configuration that do not change what the model computes.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -58,14 +62,13 @@ def load_model(
     Raises:
         SparsortError: no such model, a folder without one, an unknown dtype or device, weights that are not finite.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise unknown_choice("dtype", dtype, ("auto", *_DTYPES))
+    check_dtype(dtype)
     try:
         where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
         torch.empty(0, device=where.value)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise SparsortError(f"cannot use the device {device!r}: {first} Use 'auto', 'cpu' or 'cuda'.") from None
+        first = str(error).splitlines()[0].rstrip(".")
+        raise SparsortError(f"cannot use the device {device!r}: {first}. Use 'auto', 'cpu' or 'cuda'.") from None
     kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
     if not isinstance(model, (str, Path)):
         return _adopt(model, tokenizer)
@@ -84,7 +87,7 @@ def load_model(
                 resolved.folder_or_id, output_loading_info=True, **options
             )
             loaded = loaded.to(where.value).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SparsortError(
             f"cannot load the model {str(model)!r}: {first} "
@@ -105,8 +108,14 @@ def load_model(
         device=where,
         dtype=kind,
         weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
-        tokenizer_hash=_hash_tokenizer(tokenizer),
+        tokenizer_hash=hash_tokenizer(tokenizer),
     )
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a name that is neither "auto" nor a dtype to compute in."""
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise unknown_choice("dtype", dtype, ("auto", *_DTYPES))
 
 
 def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
@@ -124,7 +133,7 @@ def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
         device=Choice(weight.device, "the model object's own"),
         dtype=Choice(weight.dtype, "the model object's own"),
         weights=_hash_parameters(model),
-        tokenizer_hash=_hash_tokenizer(tokenizer),
+        tokenizer_hash=hash_tokenizer(tokenizer),
     )
 
 
@@ -151,11 +160,6 @@ def _hash_parameters(model: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _hash_tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    template = json.dumps(getattr(tokenizer, "chat_template", None))
-    return f"sha256:{hashlib.sha256((body + template).encode()).hexdigest()}"

@@ -149,6 +149,12 @@ class Collector:
         batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
         return batch, token
 
+    def shares(self, piece: Piece) -> NDArray[np.int64]:
+        """(B,) how many examples each row of a piece stands for: more than one in a shared head."""
+        if not piece.is_head:
+            return np.ones(len(piece.rows), dtype=np.int64)
+        return np.bincount(self._how.head_of[self._shares], minlength=len(self._how.heads))[piece.rows]
+
     def add(self, piece: Piece) -> None:
         """Take in one piece's states."""
         states_BTH = piece.states[self._site]
@@ -195,7 +201,7 @@ class Collector:
             for part in torch.split(index_N, _ROWS_AT_ONCE)
         ]
         # NaN rows are known by their reason; a zero keeps them from spreading within the sum of another row.
-        return torch.cat([part.values_NM for part in parts]).double().nan_to_num(), torch.cat(
+        return torch.cat([part.values_NM for part in parts]).double().nan_to_num(nan=0.0, posinf=torch.inf), torch.cat(
             [part.reason_N for part in parts]
         )
 
@@ -218,14 +224,15 @@ class MeanSquare:
         self.count = 0
 
     def add(self, piece: Piece) -> None:
-        """Take in one piece's states; a shared head counts once."""
+        """Take in one piece's states; those of a shared head count for every row that has it."""
         batch, token = self._collector.pick(piece)
         if not len(batch):
             return
         states, reasons = finite_states(piece.states[self._site], batch, token)
-        squares = states.square().sum(dim=0).cpu()
+        weights = (reasons == 0) * torch.from_numpy(self._collector.shares(piece)[batch]).to(states.device)
+        squares = (states.square() * weights[:, None]).sum(dim=0).cpu()
         self._sum_H = squares if self._sum_H is None else self._sum_H + squares
-        self.count += int((reasons == 0).sum())
+        self.count += int(weights.sum())
 
     def value_H(self) -> NDArray[np.float64]:
         """(width,) mean square; empty when no state was seen."""

@@ -8,8 +8,10 @@ A row that cannot be encoded is returned with a `problem`; only a mistake in the
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from sparsort.errors import SparsortError, unknown_choice
@@ -23,11 +25,17 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
-    """One row as text. `text` is prompt and answer; the answer starts at character `answer_start`."""
+    """One row as text.
+
+    Attributes:
+        text: prompt and answer.
+        answer_start: the character at which the answer starts.
+        problem: `(status, reason)` of a row that has no text to score, else None.
+    """
 
     text: str
     answer_start: int
-    blank: bool
+    problem: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,10 +137,14 @@ class Prompt:
         nulls = {name for name in self.fields if name in fields and fields[name] is None}
         fields = {**fields, **dict.fromkeys(nulls, "")} if nulls else fields
         filled = [(role, render(template, fields, where=where)) for role, template in self.turns]
-        blank = bool(nulls) or not any(str(fields[name]).strip() for name in used)
+        problem = None
+        if nulls or not any(str(fields[name]).strip() for name in used):
+            problem = ("empty", "the fields of the prompt are empty or null")
         text = _apply_chat_template(tokenizer, filled) if self.is_chat else filled[0][1]
         answer = render(self.answer, fields, where=where) if self.answer is not None else ""
-        return Rendered(text=text + answer, answer_start=len(text), blank=blank)
+        if any("\ud800" <= letter <= "\udfff" for letter in text + answer):
+            problem = ("invalid", "the text holds half of a surrogate pair, which is no character")
+        return Rendered(text=text + answer, answer_start=len(text), problem=problem)
 
 
 class Encoder:
@@ -149,8 +161,12 @@ class Encoder:
     def __init__(
         self, tokenizer: Any, *, max_length: int | None, truncation: Truncation = "error", chat: bool = False
     ) -> None:
-        if truncation not in get_args(Truncation):
-            raise unknown_choice("truncation", truncation, get_args(Truncation))
+        check_truncation(truncation)
+        if chat and truncation != "error":
+            raise SparsortError(
+                f"truncation {truncation!r} would cut the markers of the chat template. Shorten the columns instead, "
+                "or use a plain prompt."
+            )
         if max_length is not None and max_length < 1:
             raise SparsortError(f"max_length is {max_length}; it must be at least 1 token.")
         self.tokenizer = tokenizer
@@ -163,6 +179,8 @@ class Encoder:
         """Token ids of every row, in order."""
         if not rendered:
             return []
+        # A text that cannot be scored may be one that the tokenizer cannot read either.
+        rendered = [item if item.problem is None else replace(item, text="", answer_start=0) for item in rendered]
         texts = [item.text for item in rendered]
         fast = bool(getattr(self.tokenizer, "is_fast", False))
         has_answer = any(item.answer_start < len(item.text) for item in rendered)
@@ -191,20 +209,16 @@ class Encoder:
 
     def count(self, text: str) -> int:
         """Tokens of one text, special tokens in front included."""
-        return len(self.encode([Rendered(text=text, answer_start=len(text), blank=False)])[0].ids)
+        return len(self.encode([Rendered(text=text, answer_start=len(text))])[0].ids)
 
     def _finish(self, item: Rendered, ids: list[int], start: int) -> Encoded:
         has_lead = bool(self._lead) and ids[: len(self._lead)] == self._lead
         lead = [] if has_lead or not self._prepend else self._lead
         ids, start = lead + ids, start + len(lead)
         n_lead = len(self._lead) if has_lead or lead else 0
-        if item.blank or len(ids) == n_lead:
-            return Encoded(
-                ids=ids,
-                n_lead=n_lead,
-                answer_start=start,
-                problem=("empty", "the fields of the prompt are empty or null"),
-            )
+        if item.problem is not None or len(ids) == n_lead:
+            problem = item.problem or ("empty", "the text has no tokens")
+            return Encoded(ids=ids, n_lead=n_lead, answer_start=start, problem=problem)
         limit = self.max_length
         if limit is None or len(ids) <= limit:
             return Encoded(ids=ids, n_lead=n_lead, answer_start=start)
@@ -212,12 +226,28 @@ class Encoder:
         if self.truncation == "error":
             reason = f"{len(ids)} tokens, the limit is {limit}; pass truncation 'left' or 'right' to cut"
             return Encoded(ids=ids, n_lead=n_lead, answer_start=start, problem=("too_long", reason))
-        if start - n_lead <= over:
+        if start - n_lead <= over and start < len(ids):
             reason = f"the answer's {len(ids) - start} tokens leave no room for the prompt under the limit of {limit}"
             return Encoded(ids=ids, n_lead=n_lead, answer_start=start, problem=("too_long", reason))
         cut = slice(n_lead, n_lead + over) if self.truncation == "left" else slice(start - over, start)
         del ids[cut]
         return Encoded(ids=ids, n_lead=n_lead, answer_start=start - over, n_dropped=over)
+
+
+def check_truncation(truncation: str) -> None:
+    """Refuse a name that is none of `Truncation`."""
+    if truncation not in get_args(Truncation):
+        raise unknown_choice("truncation", truncation, get_args(Truncation))
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does: its definition and its chat template, as it renders today."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    template = getattr(tokenizer, "chat_template", None)
+    # Some templates insert the date: what they render is part of what is scored.
+    shown = _apply_chat_template(tokenizer, [("user", "x")]) if isinstance(template, str) else ""
+    return f"sha256:{hashlib.sha256((body + json.dumps(template) + shown).encode()).hexdigest()}"
 
 
 def leading_specials(tokenizer: Any) -> list[int]:

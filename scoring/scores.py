@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import datasets
 
 # "missing": the row lacks the number that a column scorer reads. Every other name says what the text or the state was.
-STATUSES = ("ok", "empty", "too_long", "zero", "not_finite", "missing")
+STATUSES = ("ok", "empty", "invalid", "too_long", "zero", "not_finite", "missing")
 
 _BASE = pa.schema(
     [

@@ -2,7 +2,8 @@
 
 Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` reads (its pages carry
 checksums), its row count is right and the digest it carries is that of its rows; a damaged one is scored again.
-`manifest.json` holds what was asked (`provenance`, `shard_rows`) and is written once, before the first shard. Which
+`manifest.json` holds what was asked (`provenance`, `shard_rows`) and is made before the first shard, by exactly one of
+the processes that begin at once; the others take up its run, or are refused where their settings differ. Which
 shards are done is read from the files, so that two processes that score disjoint shards never write the same file;
 `finish` adds the list of shards when all are there, and every process that gets to it writes the same list. Two
 processes on the same shard would do its work twice, but the file would be whole.
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,8 @@ VERSION = 1
 NOT_COMPARED = ("environment", "source")
 
 _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
-_TEMPORARY = re.compile(
-    r"\.(manifest\.json|shard-(\d{5,})\.parquet)\.(\d+)\.tmp"
-)  # the names that `write_atomically` makes
+# The names that `write_atomically` and `_create` make.
+_TEMPORARY = re.compile(r"\.(manifest\.json|shard-(\d{5,})\.parquet)\.(\d+)(?:\.[0-9a-f]{32})?\.tmp")
 
 
 class ShardStore:
@@ -77,13 +78,13 @@ class ShardStore:
             if not (folder / MANIFEST).exists():
                 _refuse_foreign(folder)
             if not (folder / MANIFEST).exists():
-                write_json(folder / MANIFEST, manifest)
+                _create(folder / MANIFEST, manifest)
             else:
                 _probe(folder)
             _clear(folder, part)
         except OSError as error:
             raise disk_error(folder, error) from error
-        # What was just written is read back too: of two processes that begin at once, one finds the other's settings.
+        # Read back even where this process meant to make it: another that began at once may have been first.
         began = _read_manifest(folder)
         _refuse_other_settings(folder, began, manifest)
         return cls(folder, began)
@@ -136,11 +137,7 @@ class ShardStore:
         if not readable or not {b"sparsort.digest", b"sparsort.settings"} <= set(metadata):
             note(f"{path.name} is not a shard of scores as sparsort writes them; its rows are scored again.")
             return False
-        if metadata[b"sparsort.settings"].decode() != self._settings:
-            raise SparsortError(
-                f"{path} was scored with other settings than {MANIFEST} beside it. "
-                f"Delete {self.folder}, or choose another folder."
-            )
+        self._refuse_settings(path, metadata)
         if metadata[b"sparsort.digest"].decode() != digest:
             begin = index * self.shard_rows
             raise SparsortError(
@@ -171,7 +168,11 @@ class ShardStore:
             )
 
     def finish(self, total: int) -> bool:
-        """List the shards in the manifest if all those of `total` rows are there, and say whether they are."""
+        """List the shards in the manifest if all those of `total` rows are there, and say whether they are.
+
+        Raises:
+            SparsortError: a shard has other settings than the manifest, or cannot be read; see also `refuse_beyond`.
+        """
         self.refuse_beyond(total)
         present = self.indices()
         if len(present) < -(-total // self.shard_rows):
@@ -209,8 +210,16 @@ class ShardStore:
     def _entry(self, index: int) -> dict[str, Any]:
         path = self.path(index)
         with self._open(path) as file:
-            digest = file.schema_arrow.metadata[b"sparsort.digest"].decode()
-            return {"index": index, "file": path.name, "rows": file.metadata.num_rows, "digest": digest}
+            metadata, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
+        self._refuse_settings(path, metadata)
+        return {"index": index, "file": path.name, "rows": rows, "digest": metadata[b"sparsort.digest"].decode()}
+
+    def _refuse_settings(self, path: Path, metadata: Mapping[bytes, bytes]) -> None:
+        if metadata.get(b"sparsort.settings", b"").decode() != self._settings:
+            raise SparsortError(
+                f"{path} was scored with other settings than {MANIFEST} beside it. "
+                f"Delete {self.folder}, or choose another folder."
+            )
 
     @contextlib.contextmanager
     def _open(self, path: Path) -> Iterator[pq.ParquetFile]:
@@ -243,6 +252,39 @@ def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
         raise SparsortError(
             f"the scorer's provenance is not made of JSON values ({error}). This is a fault of the scorer."
         ) from error
+
+
+def _create(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest unless there is one: of processes that do so at once, one makes it, whole, and the rest none.
+
+    Where the disk has no hard links, the file itself is opened exclusively: one process makes it there too, but a kill
+    in the middle leaves a part of it, which `_read_manifest` refuses. The first shard's write syncs the folder.
+    """
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write_new(temporary, text)
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:
+                _write_new(path, text)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as handle:
+        try:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -81,6 +81,12 @@ def find_site(name: str, *, blocks: nn.ModuleList, final_norm: nn.Module | None,
     return Site(name=name, module=_down_projection(blocks[number], name, hidden_size), reads="input")
 
 
+def check_site(name: str) -> None:
+    """Catch a misspelt site before a model is loaded for it."""
+    if name not in ("pre_norm", "post_norm", "mlp") and not name.startswith(("layer:", "mlp:")):
+        raise unknown_choice("site", name, ("pre_norm", "post_norm", "mlp", "mlp:N", "layer:N"))
+
+
 def _down_projection(block: nn.Module, name: str, hidden_size: int) -> nn.Module:
     """The last projection outside attention that comes back to the model's width."""
     attention = [path for path, module in block.named_modules() if path and "attn" in _label(path, module)]

@@ -25,7 +25,8 @@ import numpy as np
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.columnar import arrow_reader, dataset_reader, merge, parquet_reader, table_reader
-from sparsort.scoring.readers import Delimited, JsonLines, Reader, SequenceReader, json_reader
+from sparsort.scoring.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader, json_reader
+from sparsort.templates import missing_field
 
 _NEXT_STEP = {
     "IterableDataset": "Save it first, as JSONL or with datasets.Dataset.from_generator(lambda: iter(stream)).",
@@ -88,6 +89,25 @@ class RowSource:
         if self._count is None:
             self._count = self._check()
         return self._count
+
+    def columns(self) -> list[str]:
+        """The fields of the first row."""
+        return [str(name) for name in next(self._reader.records())[1]] if self.count() else []
+
+    def require(self, fields: Sequence[str]) -> None:
+        """Make sure that every row has these fields, so that the last one cannot stop a run that has gone on for hours.
+
+        Raises:
+            SparsortError: one is missing; names the row, the nearest field, and what there is.
+        """
+        # A table has the same columns in every row; elsewhere each row may lack its own.
+        alike = not isinstance(self._reader, (SequenceReader, TextReader))
+        for position, (line, record) in enumerate(self._reader.records()):
+            for name in fields:
+                if name not in record:
+                    raise missing_field(name, record, f"{self.name}: {_place(position, line)}")
+            if alike:
+                return
 
     def sample(self, n: int) -> list[Row]:
         """`n` rows evenly spaced over the source, all of them where there are fewer."""

@@ -110,8 +110,12 @@ def vote_k(unit_ND: Floats, k: int, *, neighbours: int = 150, discount: float = 
         neighbours: out-degree of the graph; 150 in the paper.
         discount: ρ; 10 in the paper.
     """
-    count = len(unit_ND)
-    graph = neighbour_graph(unit_ND, neighbours)
+    return vote_k_of(neighbour_graph(unit_ND, neighbours), k, discount=discount)
+
+
+def vote_k_of(graph: NDArray[np.int64], k: int, *, discount: float = 10.0) -> NDArray[np.int64]:
+    """`vote_k` of a pool whose `neighbour_graph` is known."""
+    count = len(graph)
     is_chosen = np.zeros(count, dtype=bool)
     chosen: list[int] = []
     for _ in range(k):

@@ -4,7 +4,9 @@ Contract: two texts leak when they are equal once folded (see `fingerprints.toke
 their word 3-shingles is at least 0.8. Short texts (under 32 tokens) that differ in their numbers or operators are
 different questions however alike they look: "What is 2 + 3?" is not "What is 2 + 4?". Only input is compared, never
 the constant words of a template nor the answer, and of several input fields every one must leak: two questions about
-the same passage are two questions. Every near-duplicate reported was verified on the shingles themselves.
+the same passage are two questions. (A pool that was not told its template asks for less, see `pool`.) One query, as in
+`select_demos` and `build_prompt`, is compared with every text of the pool; only `find_leaks`, which takes many queries,
+lets MinHash propose the pairs of a large set, and every near-duplicate it reports was verified on the shingles.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ class Leak:
         demo: position of the demonstration's text.
         similarity: Jaccard similarity of their word 3-shingles; 1 for an exact leak.
         kind: "exact" (equal once folded) or "near".
+        field: the one field that leaks, where the rest of the input does not; None where all of it does.
     """
 
     query: int
     demo: int
     similarity: float
     kind: Kind
+    field: str | None = None
 
 
 def find_leaks(

@@ -1,8 +1,9 @@
 """Selection by difficulty level: a spread over all levels, or the query's own level and its neighbours.
 
-Contract: pure functions of arrays; difficulty is a number and rises from easy (dense) to hard (sparse); positions come
-back easy to hard. Levels are looked up by difficulty itself, never by a raw metric, so a metric in which high means
-easy cannot turn the look-up round.
+Contract: pure functions of arrays; difficulty is a number and rises from easy (dense) to hard (sparse). `spread` gives
+positions easy to hard; `difficulty_matched` gives its lower level first, except in places that it had to fill with rows
+of whatever level was left. Levels are looked up by difficulty itself, never by a raw metric, so a metric in which high
+means easy cannot turn the look-up round.
 """
 
 from __future__ import annotations

@@ -92,7 +92,12 @@ def _kdpp(task: Task) -> Places:
 
 
 def _vote_k(task: Task) -> Places:
-    return diversity.vote_k(task.unit, task.k, neighbours=task.neighbours)
+    def graph() -> Places:
+        return diversity.neighbour_graph(task.unit, task.neighbours)
+
+    # Rows that are left out change with the query; the graph of all rows does not.
+    whole = len(task.rows) == len(task.pool)
+    return diversity.vote_k_of(task.pool.kept("graph", task.unit, graph, task.neighbours) if whole else graph(), task.k)
 
 
 def _spread(task: Task) -> Places:

@@ -3,14 +3,20 @@
 Contract: rows are copied at the start and do not change. What a query is compared by is its input: the fields of the
 prompt template where one is given; else a function of the row; else the text fields that the query and the pool share,
 without `id`, `label` and `answer`. The answer takes no part, so a query that carries its own cannot find its way by it.
+
+Leaks: of a template's fields every one must leak. Without a template nothing says which field is the question, so one
+is enough: a row is left out where any of its text fields is a bare query, or where a text field that it shares with a
+query is the same or nearly so. Not told apart by such a field, and so passed over unless all fields leak: a field that
+is the same in every row, and in a query with fields a value of under three words, such as a category.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from sparsort.curriculum.demos.fingerprints import Fingerprints, fingerprints
+from sparsort.curriculum.demos.fingerprints import Fingerprints, fingerprints, tokens
 from sparsort.curriculum.demos.leaks import Leak, leaks_of
 from sparsort.curriculum.demos.rows import ANSWER_FIELDS, Row, TextOf, id_of, name_of, text_fields, text_of
 from sparsort.curriculum.demos.similarity import WordIndex
@@ -19,13 +25,18 @@ from sparsort.templates import fields_of
 
 Query = Mapping[str, Any] | str
 InputTexts = dict[str, str]
+T = TypeVar("T")
 
 # A function's result has no field name; no template can name this.
 _WHOLE = ""
+# A value of fewer says what kind of row it is ("math", "grade 3"), not which.
+_TELLING_WORDS = 3
 
 
 class DemoPool:
     """Rows to choose demonstrations from. Keep one for many queries: `select_demos(pool, query, k)`.
+
+    Embeddings and scores that are given again as the same object are read once, so do not change them in between.
 
     Args:
         rows: the rows, as a list or a dataset.
@@ -50,6 +61,8 @@ class DemoPool:
         self._texts: dict[str, list[str]] = {}
         self._prints: dict[str, Fingerprints] = {}
         self._words: dict[tuple[str, ...], WordIndex] = {}
+        self._columns: dict[str, Fingerprints] | None = None
+        self._kept: dict[str, tuple[object, tuple[Hashable, ...], Any]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,8 +83,7 @@ class DemoPool:
             return {_WHOLE: self._text(query)}
         fields = self._fields
         if fields is None:
-            hidden = {*ANSWER_FIELDS, *([self.label] if self.label else [])}
-            fields = [name for name in text_fields(query, hidden) if not self.rows or name in self.rows[0]]
+            fields = [name for name in text_fields(query, self._hidden()) if not self.rows or name in self.rows[0]]
         if not fields:
             has = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
             raise SparsortError(
@@ -81,8 +93,21 @@ class DemoPool:
         return {field: field_text(query, field, "the query") for field in fields}
 
     def leaks(self, inputs: InputTexts) -> list[Leak]:
-        """The rows that are the query itself or nearly so."""
-        return leaks_of([(fingerprints([text]), 0, self._fingerprints(field)) for field, text in inputs.items()])
+        """The rows that are the query itself or nearly so, or without a template one field of it."""
+        found = {leak.demo: leak for leak in self._leaks_of_all(inputs)}
+        if self._fields is None and self._text is None:
+            for field, text, prints in self._single_fields(inputs):
+                for leak in leaks_of([(fingerprints([text]), 0, prints)]):
+                    found.setdefault(leak.demo, dataclasses.replace(leak, field=field))
+        return [found[demo] for demo in sorted(found)]
+
+    def kept(self, name: str, source: object, make: Callable[[], T], *options: Hashable) -> T:
+        """What `make` gives for `source`, made again only for another object or other options; the last one is held."""
+        held = self._kept.get(name)
+        if held is None or held[0] is not source or held[1] != options:
+            held = self._kept[name] = (source, options, make())
+        value: T = held[2]
+        return value
 
     def word_scores(self, inputs: InputTexts) -> Any:
         """BM25 of every row for the query, (N,)."""
@@ -92,6 +117,36 @@ class DemoPool:
             self._words[fields] = WordIndex(["\n".join(parts) for parts in zip(*columns, strict=True)])
         return self._words[fields].scores("\n".join(inputs.values()))
 
+    def _leaks_of_all(self, inputs: InputTexts) -> list[Leak]:
+        return leaks_of([(fingerprints([text]), 0, self._fingerprints(field)) for field, text in inputs.items()])
+
+    def _single_fields(self, inputs: InputTexts) -> list[tuple[str, str, Fingerprints]]:
+        """The fields that can give a query away alone: name, the query's text for it, the pool's fingerprints."""
+        if _WHOLE in inputs:
+            single = [(field, inputs[_WHOLE], prints) for field, prints in self._text_columns().items()]
+        else:
+            single = [
+                (field, text, self._fingerprints(field))
+                for field, text in inputs.items()
+                if len(tokens(text)) >= _TELLING_WORDS
+            ]
+        return [
+            (field, text, prints)
+            for field, text, prints in single
+            if len(prints) == 1 or (prints.exact != prints.exact[:1]).any()
+        ]
+
+    def _text_columns(self) -> dict[str, Fingerprints]:
+        """The fingerprints of every text field that some row has, blank where a row has none."""
+        if self._columns is None:
+            texts = [{field: str(row[field]) for field in text_fields(row, self._hidden())} for row in self.rows]
+            names = dict.fromkeys(field for fields in texts for field in fields)
+            self._columns = {name: fingerprints([fields.get(name, "") for fields in texts]) for name in names}
+        return self._columns
+
+    def _hidden(self) -> set[str]:
+        return {*ANSWER_FIELDS, *([self.label] if self.label else [])}
+
     def _column(self, field: str) -> list[str]:
         if field not in self._texts:
             if field != _WHOLE:
@@ -99,8 +154,7 @@ class DemoPool:
             elif self._text is not None:
                 texts = [self._text(row) for row in self.rows]
             else:
-                hidden = {*ANSWER_FIELDS, *([self.label] if self.label else [])}
-                texts = [text_of(row, position, hidden) for position, row in enumerate(self.rows)]
+                texts = [text_of(row, position, self._hidden()) for position, row in enumerate(self.rows)]
             self._texts[field] = texts
         return self._texts[field]
 

@@ -7,6 +7,7 @@ query that is among its own demonstrations is refused.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -63,8 +64,11 @@ def build_prompt(
     drop: Drop = "farthest",
     allow_leaks: bool = False,
 ) -> str:
-    """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and says what was dropped."""
-    return assemble(
+    """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and returns what was dropped.
+
+    What a budget drops is logged as a warning (logger "sparsort"), which Python prints on stderr by default.
+    """
+    made = assemble(
         demos,
         query,
         prompt=prompt,
@@ -76,7 +80,10 @@ def build_prompt(
         tokenizer=tokenizer,
         drop=drop,
         allow_leaks=allow_leaks,
-    ).text
+    )
+    if made.dropped:
+        logging.getLogger("sparsort").warning("%s", made.report)
+    return made.text
 
 
 def assemble(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
+from sparsort.curriculum.demos.leaks import Leak
 from sparsort.curriculum.demos.methods import CHOOSE, Task
 from sparsort.curriculum.demos.pool import DemoPool, InputTexts, Query
 from sparsort.curriculum.demos.rows import Row, TextOf
@@ -109,7 +110,9 @@ def select_demos(
         difficulty_matched: near the query and of its own difficulty level or the next (arXiv 2603.03415).
 
     Args:
-        pool: the rows, or a `DemoPool`, which keeps what it computes from one query to the next.
+        pool: the rows, or a `DemoPool`, which keeps from one query to the next what it computes of the rows, and of
+            embeddings and scores that are the same objects: unit rows, difficulty, and the graph of "vote_k" where no
+            row is left out.
         query: the row that is to be answered, or its bare text; None where the method needs none, and then nothing is
             checked for leaks.
         k: how many; may be left out for "ids".
@@ -122,7 +125,8 @@ def select_demos(
         embeddings: (N, D), in the pool's order.
         query_embedding: (D,).
         prompt: the prompt template: its fields are what the query is compared by. `text`: instead, a function from a
-            row to that text. By default the text fields that query and pool share, without id, label and answer.
+            row to that text. By default the text fields that query and pool share, without id, label and answer; any
+            one of three words or more that is the query's then makes a row a leak, as nothing says which is the question.
         allow_leaks: keep rows that are the query itself or nearly so.
         trade_off: λ of "mmr"; 1 is all relevance.
         fetch: how many neighbours "mmr", "kdpp" and "difficulty_matched" look at; never less than k.
@@ -158,13 +162,21 @@ def select_demos(
         )
 
     inputs = None if query is None or (allow_leaks and method != "bm25") else shop.input_of(query)
-    unit = None if embeddings is None else similarity.unit_rows(embeddings, len(shop))
+    unit = (
+        None
+        if embeddings is None
+        else shop.kept("unit", embeddings, lambda: similarity.unit_rows(embeddings, len(shop)))
+    )
     near = _nearness(method, shop, inputs, unit, query_embedding)
-    difficulty = resolve(scores, shop.rows).values if scores is not None and method in _SCORED else None
+    difficulty = (
+        shop.kept("difficulty", scores, lambda: resolve(scores, shop.rows).values)
+        if scores is not None and method in _SCORED
+        else None
+    )
 
     excluded: dict[int, str] = {}
     if inputs is not None and not allow_leaks:
-        excluded |= {leak.demo: _leak_reason(leak.kind, leak.similarity) for leak in shop.leaks(inputs)}
+        excluded |= {leak.demo: _leak_reason(leak) for leak in shop.leaks(inputs)}
     if unit is not None and method in _EMBEDDED:
         for position in np.flatnonzero(np.isnan(unit).any(axis=1)).tolist():
             excluded.setdefault(position, "its embedding is zero or not finite")
@@ -244,11 +256,16 @@ def _nearness(
 
 
 def _at(values: NDArray[Any] | None, rows: NDArray[np.int64]) -> NDArray[Any]:
-    return np.empty(0) if values is None else values[rows]
+    if values is None:
+        return np.empty(0)
+    return values if len(rows) == len(values) else values[rows]
 
 
-def _leak_reason(kind: str, score: float) -> str:
-    return "it is the query itself" if kind == "exact" else f"it nearly is the query (similarity {score:.2f})"
+def _leak_reason(leak: Leak) -> str:
+    what, whose = ("it", "the query") if leak.field is None else (f"its {leak.field!r}", "the query's")
+    if leak.kind == "exact":
+        return f"{what} is {whose}{' itself' if leak.field is None else ''}"
+    return f"{what} nearly is {whose} (similarity {leak.similarity:.2f})"
 
 
 def _too_few(k: int, count: int, excluded: dict[int, str]) -> SparsortError:

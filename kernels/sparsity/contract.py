@@ -28,6 +28,9 @@ from sparsort.errors import SparsortError, unknown_choice
 
 GiniMethod = Literal["exact", "binned", "none"]
 
+# The widest row that one program of `rows.py` holds.
+MAX_TRITON_WIDTH = 32768
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,7 +53,8 @@ class RowMetrics(NamedTuple):
     """The metrics of N rows; with a final norm every tensor has a leading axis of 2 (before, after).
 
     Attributes:
-        values_NM: (N, 13) in the order of `METRICS`; float64 for float64 states, else float32.
+        values_NM: (N, 13) in the order of `METRICS`; float64 for float64 states, else float32. `l1` alone may be
+            infinite: a row of finite numbers can sum to more than float32 holds.
         reason_N: int8 codes of `ROW_REASONS`; where it is not 0 the row's values are NaN.
         gini_bound_N: with gini="binned", what |gini − exact Gini| cannot exceed beyond rounding; else None.
     """

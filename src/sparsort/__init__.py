@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sparsort.scoring.baselines import CompressionScorer as CompressionScorer
     from sparsort.scoring.baselines import LengthScorer as LengthScorer
     from sparsort.scoring.baselines import RandomScorer as RandomScorer
-    from sparsort.scoring.scorers import EntropyScorer as EntropyScorer
-    from sparsort.scoring.scorers import LossScorer as LossScorer
+    from sparsort.scoring.losses import EntropyScorer as EntropyScorer
+    from sparsort.scoring.losses import LossScorer as LossScorer
     from sparsort.scoring.scorers import SparsityScorer as SparsityScorer
     from sparsort.scoring.scores import Scores as Scores
 
@@ -30,9 +30,9 @@ __version__ = "0.1.0"
 _HOME = {
     "ColumnScorer": "scoring.baselines",
     "CompressionScorer": "scoring.baselines",
-    "EntropyScorer": "scoring.scorers",
+    "EntropyScorer": "scoring.losses",
     "LengthScorer": "scoring.baselines",
-    "LossScorer": "scoring.scorers",
+    "LossScorer": "scoring.losses",
     "RandomScorer": "scoring.baselines",
     "Scores": "scoring.scores",
     "SparsityScorer": "scoring.scorers",

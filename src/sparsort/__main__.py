@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from sparsort.recipes.cli import main
+import sys
+
+
+def main() -> None:
+    """Run the command line; an interrupt while it is still being loaded is no traceback either."""
+    try:
+        from sparsort.recipes.cli import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

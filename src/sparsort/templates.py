@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import string
+import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -50,15 +51,16 @@ def render(template: str, fields: Mapping[str, Any], *, where: str) -> str:
             continue
         value = fields.get(field)
         if value is None:
-            raise _no_value(field, fields, where)
+            raise missing_field(field, fields, where)
         if type(value) is str and not spec and conversion is None:
             parts.append(value)
             continue
         try:
             parts.append(format(_FORMATTER.convert_field(value, conversion), spec))
         except (TypeError, ValueError) as error:
+            shown = textwrap.shorten(repr(value), 60, placeholder=" …")
             raise SparsortError(
-                f"{where}: the value {value!r} of the field {field!r} does not take the format {spec!r} ({error}). "
+                f"{where}: the value {shown} of the field {field!r} does not take the format {spec!r} ({error}). "
                 f"Change the template {template!r} or the value."
             ) from error
     return "".join(parts)
@@ -100,7 +102,8 @@ def _check(template: str, field: str, spec: str, conversion: str | None) -> None
         raise SparsortError(f"the template {template!r} asks for the conversion !{conversion}; choose !r, !s or !a.")
 
 
-def _no_value(field: str, fields: Mapping[str, Any], where: str) -> SparsortError:
+def missing_field(field: str, fields: Mapping[str, Any], where: str) -> SparsortError:
+    """The error for a row whose `field` is absent or null, with the nearest name suggested."""
     names = [str(name) for name in fields]
     if field in fields:
         return SparsortError(f"{where} has null in the field {field!r}. Give it a value, or leave the row out.")

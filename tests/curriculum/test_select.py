@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsort.curriculum.demos import diversity, similarity
 from sparsort.curriculum.demos.pool import DemoPool
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.curriculum.demos.similarity import WordIndex, sentence_embeddings
@@ -261,6 +262,93 @@ def test_a_pool_is_made_once_for_many_queries() -> None:
             assert choose(method, pool=pool, query=query) == choose(method, query=query, prompt="{question}")
     with pytest.raises(SparsortError, match="already knows"):
         choose("random", pool=pool, prompt="{question}")
+
+
+CRAWLED = [
+    {
+        "url": f"https://example.org/{at}",
+        "kind": "math" if at % 2 else "geography",
+        "task": "Answer the question in one word.",
+        **row,
+    }
+    for at, row in enumerate(POOL)
+]
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_without_a_prompt_one_leaking_field_is_enough(at: int) -> None:
+    question = TEXTS[at].upper()
+    mapping = {"url": "https://elsewhere.net/a/b", "kind": "math", "task": CRAWLED[0]["task"], "question": question}
+    for query in (question, mapping):
+        excluded = select_demos(CRAWLED, query, 7).excluded
+        assert [row.position for row in excluded] == [at]
+        assert "its 'question' is the query's" in excluded[0].reason
+    long = "A train with many a passenger leaves the old station at noon and arrives at four; how long does it travel?"
+    crawled = [*CRAWLED, {**CRAWLED[0], "id": "long", "question": long}]
+    for query in (long.removeprefix("A "), {**mapping, "question": long.removeprefix("A ")}):
+        reasons = {row.position: row.reason for row in select_demos(crawled, query, 8).excluded}
+        assert list(reasons) == [8]
+        assert "its 'question' nearly is the query's (similarity 0." in reasons[8]
+
+
+def test_what_many_rows_share_is_no_leak() -> None:
+    new = {
+        "url": "https://elsewhere.net/a/b",
+        "kind": "math",
+        "task": CRAWLED[0]["task"],
+        "question": "A new one here?",
+    }
+    for query in (new, new["question"], new["task"]):
+        assert select_demos(CRAWLED, query, 8).excluded == []
+    copies = [{"id": "a", "question": "Who is it?", "url": "x/1"}, {"id": "b", "question": "Who is it?", "url": "x/1"}]
+    assert len(select_demos(copies, {"question": "who is it", "url": "x/1"}, 0).excluded) == 2
+    passages = [{"passage": "One long passage for all to read.", "question": text} for text in TEXTS]
+    passages.append({"passage": "Quite another passage stands here.", "question": "Where?"})
+    query = {"passage": passages[0]["passage"], "question": "What does it say?"}
+    assert select_demos(passages, query, 9, prompt="{passage} {question}").excluded == []
+    assert [row.position for row in select_demos(passages, query, 1).excluded] == list(range(8))
+
+
+def test_rows_of_different_fields_are_compared_by_those_they_have() -> None:
+    rows = [{"text": TEXTS[0]}, {"question": TEXTS[1], "number": 3}, {"question": TEXTS[2], "text": "More."}]
+    assert [row.position for row in select_demos(rows, TEXTS[1], 2).excluded] == [1]
+    assert [row.position for row in select_demos(rows, TEXTS[2], 2).excluded] == [2]
+
+
+def test_embeddings_and_scores_are_read_once_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls[name] += len(args) > 1  # a query's embedding comes alone
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    class Table:
+        kind = "length"
+
+        def difficulty_of(self, rows: Any) -> Any:
+            calls["difficulty_of"] += 1
+            return np.arange(float(len(rows)))
+
+    counted(similarity, "unit_rows")
+    counted(diversity, "neighbour_graph")
+    pool, scores, other = DemoPool(POOL, prompt="{question}"), Table(), EMBEDDINGS[::-1].copy()
+    for query in (QUERY, {"question": "What is the capital of Spain?"}, POOL[4]):
+        for method in ("vote_k", "knn", "spread"):
+            expected = choose(method, query=query, prompt="{question}", scores=np.arange(8.0), embeddings=EMBEDDINGS)
+            assert choose(method, pool=pool, query=query, scores=scores, embeddings=EMBEDDINGS) == expected
+    calls.clear()
+    choose("vote_k", pool=pool, embeddings=EMBEDDINGS)
+    choose("spread", pool=pool, scores=scores)
+    assert calls["unit_rows"] == calls["neighbour_graph"] == calls["difficulty_of"] == 0
+    assert choose("vote_k", pool=pool, embeddings=other) == choose("vote_k", embeddings=other)
+    assert choose("vote_k", pool=pool, embeddings=other, neighbours=2) == choose(
+        "vote_k", embeddings=other, neighbours=2
+    )
 
 
 class FakeSentenceTransformer:

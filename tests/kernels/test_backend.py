@@ -19,6 +19,9 @@ CPU = torch.device("cpu")
 def _no_overrides(monkeypatch):
     monkeypatch.delenv("SPARSORT_SPARSITY", raising=False)
     monkeypatch.delenv("SPARSORT_DEVICE", raising=False)
+    backend._triton.cache_clear()
+    yield
+    backend._triton.cache_clear()
 
 
 def pretend_cuda(monkeypatch, capability=(9, 0), bf16=True):
@@ -30,6 +33,7 @@ def pretend_cuda(monkeypatch, capability=(9, 0), bf16=True):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _name: SimpleNamespace())
     monkeypatch.setattr(backend, "version", lambda _name: "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", None)
 
 
 def test_sparsity_metrics_keeps_leading_axes():
@@ -87,9 +91,46 @@ def test_cuda_falls_back_with_the_reason(monkeypatch):
     assert backend.compute_dtype("cuda") == backend.Choice(torch.float32, "Pretend GPU has no native bfloat16")
     assert "older than compute capability 8.0" in backend.sparsity_implementation("cuda").reason
     monkeypatch.setattr(backend, "version", lambda _name: "3.5.1+git")
+    backend._triton.cache_clear()
     assert backend.sparsity_implementation("cuda") == backend.Choice("torch", "Triton 3.5.1+git is older than 3.6")
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _name: None)
+    backend._triton.cache_clear()
     assert backend.sparsity_implementation("cuda") == backend.Choice("torch", "Triton is not installed")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "built for ROCm" in backend.sparsity_implementation("cuda").reason
+
+
+@pytest.mark.parametrize(
+    ("width", "shared", "gini", "falls_back"),
+    [
+        (32768, 101_376, "exact", True),
+        (16385, 101_376, "exact", True),
+        (16384, 101_376, "exact", False),
+        (32768, 101_376, "binned", False),
+        (32768, 232_448, "exact", False),
+    ],
+)
+def test_a_sort_that_shared_memory_cannot_hold_falls_back(width, shared, gini, falls_back, monkeypatch):
+    pretend_cuda(monkeypatch)
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device=None: properties)
+    states = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.bfloat16, requires_grad=False, shape=torch.Size([2, width])
+    )
+    assert (backend._runner(states, gini) is backend.sparsity_rows_ref) == falls_back
+    monkeypatch.setenv("SPARSORT_SPARSITY", "triton")
+    if falls_back:
+        with pytest.raises(SparsortError, match=f"width {width} takes 131072 bytes of shared memory, the GPU has 101376"):
+            backend._runner(states, gini)
+
+
+def test_the_version_of_triton_is_looked_up_once(monkeypatch):
+    pretend_cuda(monkeypatch)
+    calls = []
+    monkeypatch.setattr(backend, "version", lambda name: calls.append(name) or "3.6.0")
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        assert backend.sparsity_implementation(device).value == "triton"
+    assert calls == ["triton"]
 
 
 def test_overrides(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from sparsort.errors import SparsortError
 from sparsort.kernels import backend
-from sparsort.kernels.sparsity.contract import FinalNorm
+from sparsort.kernels.sparsity.contract import MAX_TRITON_WIDTH, FinalNorm
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.kernels.sparsity.reference import sparsity_rows_ref
 
@@ -22,7 +22,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.sparsity.rows import MAX_WIDTH, _float32_not_above, sparsity_rows_triton  # noqa: E402
+from sparsort.kernels.sparsity.rows import _float32_not_above, sparsity_rows_triton  # noqa: E402
 
 # In the interpreter NumPy warns where a row that gets NaN divides by zero on the way; a GPU has no such warning.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -232,7 +232,7 @@ def test_no_rows():
 
 
 def test_what_the_kernel_does_not_take_is_refused():
-    for states in (torch.ones(2, 3, dtype=torch.float64), torch.ones(1, MAX_WIDTH + 1)):
+    for states in (torch.ones(2, 3, dtype=torch.float64), torch.ones(1, MAX_TRITON_WIDTH + 1)):
         with pytest.raises(SparsortError, match="torch reference"):
             sparsity_rows_triton(states.to(DEVICE))
 

@@ -175,7 +175,7 @@ def slow(self, row, text):
     time.sleep(0.02)
     return plain(self, row, text)
 baselines.CompressionScorer.value = slow
-from sparsort.recipes.cli import main
+from sparsort.__main__ import main
 main()
 """
 
@@ -209,7 +209,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_same_command_goes_on(file: Path
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "run the same command again" in errors
+    assert "goes on behind the last finished shard" in errors
     assert "Traceback" not in errors
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
     assert 2 <= len(before) < 6
@@ -222,3 +222,46 @@ def test_a_reader_that_goes_away_is_no_error(file: Path) -> None:
     command = f"{sys.executable} -m sparsort score --help | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--select", "knn"], "needs the number of demonstrations"),
+        (["--select", "knn", "--ids", "q1"], "one of the two"),
+        (["--scorer", "length"], "length"),
+        (["--select", "knnn", "-k", "2"], "Did you mean 'knn'"),
+        (["--order", "random:reverse"], "unknown order"),
+    ],
+)
+def test_mistakes_in_order(arguments: list[str], message: str, file: Path, model: str) -> None:
+    assert message in _run("order", file, "--model", model, "-q", "How many pears?", *arguments, code=2).stderr
+
+
+def test_selection_by_a_fitted_score_fits_on_the_pool(file: Path, model: str) -> None:
+    asked = ["order", file, "--model", model, "-q", "How many pears are left?", "--outliers", "rms", "--json"]
+    everything = json.loads(_run(*asked).stdout)
+    of_all = {demo["id"]: demo["difficulty"] for demo in everything["demonstrations"]}
+    few = json.loads(_run(*asked, "-k", 3, "--select", "difficulty_matched").stdout)
+    for demo in few["demonstrations"]:
+        assert demo["difficulty"] == pytest.approx(of_all[demo["id"]], rel=1e-3)
+
+
+def test_scores_of_another_prompt_are_told(file: Path, model: str, tmp_path: Path) -> None:
+    _run("score", file, "--scorer", "random", "--prompt", "{question}", "--out", tmp_path / "s")
+    found = json.loads(
+        _run(
+            "order", file, "-q", "How many pears?", "--scores", tmp_path / "s", "--order", "easy_to_hard", "--json"
+        ).stdout
+    )
+    assert "another prompt" in found["notes"][0]
+
+
+def test_the_length_order_is_that_of_the_demonstration_in_the_prompt(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": "long-id-" * 9, "question": "a", "answer": "b"}, {"id": "x", "question": "Paris is", "answer": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = json.loads(
+        _run("order", path, "--model", model, "-q", "Rome?", "--order", "length_ascending", "--json").stdout
+    )
+    assert [demo["id"] for demo in found["demonstrations"]] == ["long-id-" * 9, "x"]

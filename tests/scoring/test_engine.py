@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.engine import Coverage, run, run_part, summarise
+from sparsort.scoring.engine import Coverage, run, run_part
 from sparsort.scoring.readers import SequenceReader
 from sparsort.scoring.scores import Scores, score_table
 from sparsort.scoring.sources import Row, RowSource, open_rows
@@ -66,7 +66,7 @@ def test_memory_and_folder_give_the_same_scores(tmp_path: Path) -> None:
     added = {"source": "list of 390 rows", "id_column": "id", "content": None}
     assert stored.provenance == kept.provenance == {**scorer.provenance, **added}
     assert len(stored) == 390
-    assert summarise(stored) == summarise(kept) == {"ok": 360, "empty": 30}
+    assert stored.counts("status") == kept.counts("status") == {"ok": 360, "empty": 30}
     np.testing.assert_array_equal(stored.by("minus").difficulty, kept.difficulty)
     assert Scores.load(tmp_path / "out").ranked() == kept.ranked()
 
@@ -300,7 +300,7 @@ _MILLION = """
 import json, sys, threading, time
 from pathlib import Path
 import numpy as np, psutil
-from sparsort.scoring.engine import run, summarise
+from sparsort.scoring.engine import run
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import open_rows
 
@@ -322,7 +322,7 @@ def watch():
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
 scores = run(open_rows(folder / "rows.jsonl"), Scorer(), out=folder / "out")
-counts = summarise(scores)
+counts = scores.counts("status")
 print(json.dumps({"rows": len(scores), "counts": counts, "grown": peak - start, "hardest": scores.difficulty.max()}))
 """
 

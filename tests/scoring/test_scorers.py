@@ -250,3 +250,51 @@ def test_an_id_that_now_stands_for_another_text_is_refused(make_tiny_model: Call
     assert scores.difficulty_of([{"id": 7, "question": "Paris", "label": "x"}]) == scores.difficulty
     with pytest.raises(SparsortError, match="not the row that was scored under this id"):
         scores.difficulty_of([{"id": 7, "question": "Rome"}])
+
+
+@pytest.mark.parametrize("pooling", ["mean_metric", "mean_state"])
+def test_a_fit_does_not_depend_on_what_is_shared(
+    pooling: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
+    head = "Question: " + "seven apples in Paris " * 8
+    shared = _scorer(make_tiny_model("llama"), outliers="rms", pooling=pooling)
+    whole = _scorer(make_tiny_model("llama"), outliers="rms", pooling=pooling)
+    whole.backbone.can_continue = False
+    one, other = (scorer.score(rows, head + "{question}") for scorer in (shared, whole))
+    assert one.provenance["outliers"]["n_states"] == other.provenance["outliers"]["n_states"]
+    np.testing.assert_allclose(one.difficulty, other.difficulty, rtol=1e-4)
+
+
+def test_like_takes_over_the_fit_and_refuses_other_settings(
+    make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
+    scorer = _scorer(make_tiny_model("llama"), outliers="rms")
+    pool = scorer.score(rows, PROMPT)
+    alone = scorer.score(rows[:1], PROMPT, like=pool)
+    assert alone.difficulty[0] == pytest.approx(pool.difficulty[0], rel=1e-4)
+    with pytest.raises(SparsortError, match=r"would not compare.*prompt"):
+        scorer.score(rows[:1], "{question}", like=pool)
+
+
+def test_prompt_loss_does_not_read_an_answer_behind_it(
+    make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
+) -> None:
+    scorer = sparsort.LossScorer(str(make_tiny_model("llama")), on="prompt", dtype="float32", device="cpu")
+    with_answer = scorer.score(rows, PROMPT, answer=ANSWER)
+    np.testing.assert_allclose(with_answer.difficulty, scorer.score(rows, PROMPT).difficulty, rtol=1e-5)
+
+
+def test_half_a_surrogate_pair_is_a_row_with_a_reason(make_tiny_model: Callable[..., Path]) -> None:
+    data = [{"question": "half \ud83d"}, {"question": "Paris"}]
+    for scorer in (_scorer(make_tiny_model("llama")), sparsort.CompressionScorer()):
+        assert list(scorer.score(data, PROMPT).column("status")) == ["invalid", "ok"]
+
+
+def test_a_missing_field_is_found_before_anything_is_scored(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a"}\n{"question": "b"}\n{"questoin": "c"}\n', encoding="utf-8")
+    with pytest.raises(SparsortError, match=r"line 3\) has no field 'question'. Did you mean 'questoin'"):
+        _scorer(make_tiny_model("llama")).score(file, PROMPT, shard_rows=1, out=tmp_path / "s")
+    assert not (tmp_path / "s").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
+from sparsort.scoring import shards
 from sparsort.scoring.shards import ShardStore, rows_digest
 
 PROVENANCE: dict[str, Any] = {
@@ -193,6 +196,89 @@ def test_a_killed_first_start_is_taken_up(tmp_path: Path) -> None:
     (tmp_path / f".manifest.json.{DEAD}.tmp").write_text("{")
     begin(tmp_path)
     assert names(tmp_path) == ["manifest.json"]
+
+
+def no_links(*_paths: Any) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_one_who_comes_second_is_refused(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    real = shards._refuse_foreign
+
+    def first(folder: Path) -> None:
+        """Another process makes the manifest after this one has seen that there is none."""
+        monkeypatch.setattr(shards, "_refuse_foreign", real)
+        begin(folder, scorer="entropy")
+
+    monkeypatch.setattr(shards, "_refuse_foreign", first)
+    real_exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: self.name != "manifest.json" and real_exists(self))
+    with pytest.raises(SparsortError, match='scorer: "entropy" → "sparsity"'):
+        begin(tmp_path)
+    assert begin(tmp_path, scorer="entropy").provenance["scorer"] == "entropy"
+    assert names(tmp_path) == ["manifest.json"]
+
+
+# Two such processes begin in the same 30 folders, each at the same moment; argv: folder, own name, the other's, links.
+_RACER = """
+import os, sys, time
+from pathlib import Path
+from sparsort.errors import SparsortError
+from sparsort.scoring.shards import ShardStore
+
+folder, own, other, has_links = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "True"
+
+def no_links(*paths):
+    raise OSError(1, "Operation not permitted")
+
+if not has_links:
+    os.link = no_links
+for at in range(30):
+    (folder / f"{own}.{at}").touch()
+    while not (folder / f"{other}.{at}").exists():
+        time.sleep(0)
+    try:
+        ShardStore.open(folder / f"out{at}", provenance={"scorer": own}, shard_rows=100)
+        print(own)
+    except SparsortError as error:
+        print("refused")
+"""
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_that_begin_at_once_one_wins(has_links: bool, tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RACER, str(tmp_path), own, other, str(has_links)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for own, other in (("a", "b"), ("b", "a"))
+    ]
+    said = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    assert [len(lines) for lines in said] == [30, 30]
+    for at, pair in enumerate(zip(*said, strict=True)):
+        assert pair in (("a", "refused"), ("refused", "b"))
+        manifest = json.loads((tmp_path / f"out{at}" / "manifest.json").read_text())
+        assert manifest["provenance"]["scorer"] in pair
+        assert names(tmp_path / f"out{at}") == ["manifest.json"]
+
+
+def test_shards_of_other_settings_are_not_finished(tmp_path: Path) -> None:
+    ours, other = begin(tmp_path / "a"), begin(tmp_path / "b", scorer="entropy")
+    ours.write(0, TABLE, "d0")
+    other.write(1, TABLE, "d1")
+    ours.path(1).write_bytes(other.path(1).read_bytes())
+    with pytest.raises(SparsortError, match=r"shard-00001.parquet was scored with other settings"):
+        ours.finish(200)
+    pq.write_table(TABLE, ours.path(1))
+    with pytest.raises(SparsortError, match=r"shard-00001.parquet was scored with other settings"):
+        ours.finish(200)
+    with pytest.raises(SparsortError, match="not complete"):
+        ShardStore.complete(tmp_path / "a")
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,146 @@
+"""Scorers that read the language-model head: the model's own loss, and its entropy.
+
+They are what a sparsity score is measured against: difficulty as the model itself has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.backbone import Piece
+from sparsort.scoring.base import Advance, Request
+from sparsort.scoring.batching import Plan
+from sparsort.scoring.heads import Head
+from sparsort.scoring.prompts import Encoded, Encoder
+from sparsort.scoring.scorers import ModelJob, ModelScorer, finished_rows
+from sparsort.scoring.sources import Row, RowSource
+
+
+class LossScorer(ModelScorer):
+    """Ranks examples by the model's own loss: mean negative log-likelihood in nats a token.
+
+    Args:
+        model: see `ModelScorer`, with its other arguments.
+        on: "answer" (its tokens given the prompt; needs `answer=`) or "prompt" (its tokens but the first; an answer behind it is
+            not read).
+    """
+
+    def __init__(
+        self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **model_options: Any
+    ) -> None:
+        if on not in ("answer", "prompt"):
+            raise unknown_choice("part of the text", on, ("answer", "prompt"))
+        self.on = on
+        super().__init__(model, **model_options)
+        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """`answer_loss` or `prompt_loss`."""
+        return f"{self.on}_loss"
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        if self.on == "answer" and request.prompt.answer is None:
+            raise SparsortError(
+                "the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'."
+            )
+        return _HeadJob(
+            self,
+            request,
+            encoder,
+            self._provenance(request, encoder, {self.kind: 1}) | {"metric": self.kind},
+            self.head,
+        )
+
+
+class EntropyScorer(ModelScorer):
+    """Ranks examples by the entropy in nats of the model's next-token distribution after the text.
+
+    Args:
+        model: see `ModelScorer`, with its other arguments.
+    """
+
+    kind: ClassVar[str] = "entropy"
+
+    def __init__(self, model: Any = "demo", **model_options: Any) -> None:
+        super().__init__(model, **model_options)
+        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        provenance = self._provenance(request, encoder, {"entropy": 1}) | {"metric": "entropy"}
+        return _HeadJob(self, request, encoder, provenance, self.head)
+
+
+class _HeadJob(ModelJob):
+    """Reads the head at the positions that a loss or an entropy needs."""
+
+    def __init__(
+        self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], head: Head
+    ) -> None:
+        super().__init__(scorer, request, encoder, provenance, [scorer.kind])
+        self.kind, self.head = scorer.kind, head
+        self.wants_answer = scorer.kind == "answer_loss"
+        # The last hidden state is what the head reads, whether or not the model has a final norm.
+        self.site = scorer.backbone.site("post_norm" if scorer.backbone.final_norm is not None else "pre_norm")
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        too_short = ("empty", "a single token has nothing to be predicted from")
+        return [
+            Encoded(ids=e.ids, n_lead=e.n_lead, answer_start=e.answer_start, problem=too_short)
+            if e.problem is None and self._span(e)[0] >= self._span(e)[1]
+            else e
+            for e in super().encode(rows)
+        ]
+
+    def plan(self, encoded: Sequence[Encoded]) -> Plan:
+        # The state that predicts the first wanted token must be computed in the row itself.
+        first = min((self._span(item)[0] for item in encoded), default=0)
+        return self.backbone.plan([item.ids for item in encoded], max_depth=first)
+
+    def _span(self, item: Encoded) -> tuple[int, int]:
+        """Positions whose states are read, from and to (exclusive); each predicts the token behind it."""
+        if self.kind == "entropy":
+            return len(item.ids) - 1, len(item.ids)
+        if self.kind == "answer_loss":
+            return max(item.answer_start - 1, 0), len(item.ids) - 1
+        return max(item.n_lead - 1, 0), item.answer_start - 1
+
+    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+        ids = [item.ids for item in encoded]
+        spans = np.array([self._span(item) for item in encoded], dtype=np.int64)
+        total = np.zeros(len(ids))
+        for piece in self.backbone.walk(ids, how, [self.site]):
+            advance(finished_rows(piece, ids))
+            if piece.is_head:
+                continue
+            positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
+            begin, end = spans[piece.rows, 0], np.minimum(spans[piece.rows, 1], piece.start + piece.lengths)
+            batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
+            if len(batch):
+                states = piece.states[self.site.name]
+                picked = states[torch.from_numpy(batch).to(states.device), torch.from_numpy(token).to(states.device)]
+                np.add.at(total, piece.rows[batch], self._values(picked, ids, piece, batch, token))
+        means = total / np.maximum(spans[:, 1] - spans[:, 0], 1)
+        reasons = ["" if math.isfinite(value) else "not_finite" for value in means]
+        means[~np.isfinite(means)] = np.nan
+        return means[:, None], reasons
+
+    def _values(
+        self,
+        picked_NH: torch.Tensor,
+        ids: Sequence[Sequence[int]],
+        piece: Piece,
+        batch: NDArray[np.int64],
+        token: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        if self.kind == "entropy":
+            return self.head.entropies(picked_NH).cpu().numpy()
+        targets = [ids[row][position + 1] for row, position in zip(piece.rows[batch], piece.start + token, strict=True)]
+        return self.head.losses(picked_NH, torch.tensor(targets, device=picked_NH.device)).cpu().numpy()
