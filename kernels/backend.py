@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -206,7 +206,9 @@ def _sort_obstacle(states: Tensor) -> str | None:
     if states.device.type != "cuda":
         return None
     needs = 4 * max(128, 1 << (states.shape[-1] - 1).bit_length())
-    has = torch.cuda.get_device_properties(states.device).shared_memory_per_block_optin
+    # Any: torch's stubs lack the attribute.
+    properties: Any = torch.cuda.get_device_properties(states.device)
+    has = properties.shared_memory_per_block_optin
     if needs <= has:
         return None
     return f"the exact Gini of rows of width {states.shape[-1]} takes {needs} bytes of shared memory, the GPU has {has}"

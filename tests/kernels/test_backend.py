@@ -120,7 +120,9 @@ def test_a_sort_that_shared_memory_cannot_hold_falls_back(width, shared, gini, f
     assert (backend._runner(states, gini) is backend.sparsity_rows_ref) == falls_back
     monkeypatch.setenv("SPARSORT_SPARSITY", "triton")
     if falls_back:
-        with pytest.raises(SparsortError, match=f"width {width} takes 131072 bytes of shared memory, the GPU has 101376"):
+        with pytest.raises(
+            SparsortError, match=f"width {width} takes 131072 bytes of shared memory, the GPU has 101376"
+        ):
             backend._runner(states, gini)
 
 
