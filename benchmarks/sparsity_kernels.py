@@ -193,7 +193,10 @@ def main(argv: list[str] | None = None) -> Report:
     device = torch.device(arguments.device) if arguments.device else default_device().value
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here. Leave it out, or give cpu.")
-    given = [] if arguments.data is None else [("data", _states_of(arguments.data))]
+    try:
+        given = [] if arguments.data is None else [("data", _states_of(arguments.data))]
+    except SparsortError as error:
+        parser.error(str(error))
     sizes = chain(_random_sizes(device.type == "cuda", arguments.quick), given)
     report = Report("sparsity_kernels", device)
     if device.type == "cuda":
