@@ -10,6 +10,7 @@ prints the table and the prompt, and draws the scores against the known number o
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,4 +126,7 @@ def _draw(difficulty: np.ndarray, steps: np.ndarray, found: Correlation, path: P
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except sparsort.SparsortError as error:
+        sys.exit(f"demo: {error}")
