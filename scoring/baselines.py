@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -80,9 +81,9 @@ class _RowScorer(Scorer):
         """What to record besides the request."""
         return {}
 
+    @abstractmethod
     def value(self, row: Row, text: str | None) -> tuple[str, float]:
         """(status, difficulty) of one row; `text` is the rendered prompt and answer."""
-        raise NotImplementedError
 
 
 class LengthScorer(_RowScorer):
