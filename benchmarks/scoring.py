@@ -64,7 +64,7 @@ def tasks(data: Path | None, quick: bool) -> list[Task]:
     if not quick:
         return found
     return [
-        Task(t.name, t.rows[:: max(1, len(t.rows) // 100)][:100], t.prompt, t.floor_same, t.floor_fp32) for t in found
+        Task(t.name, t.rows[:: max(1, len(t.rows) // 40)][:40], t.prompt, t.floor_same, t.floor_fp32) for t in found
     ]
 
 
@@ -91,7 +91,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
     for task in found:
         texts = [task.prompt.format(**row) for row in task.rows]
         # The loop is slow and steady: an even sample of its rows stands for all of them.
-        sample = texts[:: max(1, len(texts) // (20 if quick else 100))]
+        sample = texts[:: max(1, len(texts) // (10 if quick else 100))]
         counts = {text: len(loaded.tokenizer(text)["input_ids"]) for text in texts}
         total, sampled = sum(counts[text] for text in texts), sum(counts[text] for text in sample)
         scale = total / sampled
@@ -129,7 +129,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
             floor=task.floor_fp32,
             note=f"{mixed.lowest_ratio * scale:.1f} to {mixed.highest_ratio * scale:.1f}",
         )
-        bare = compare(ours, lambda i=ids, h=how: _walk(scorer, i, h), max(rounds, 3))
+        bare = compare(ours, lambda i=ids, h=how: _walk(scorer, i, h), 1 if quick else 3)
         report.add(f"{task.name}_time_over_bare_backbone", bare.ratio, "x", floor=1.05, better="lower", note=str(bare))
 
 
@@ -138,11 +138,11 @@ def _walk(scorer: sparsort.SparsityScorer, ids: list[list[int]], how: Any) -> No
         pass
 
 
-def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task]) -> None:
+def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], quick: bool) -> None:
     """Rank agreement of the default dtype with fp32, and of a row alone with the row in a batch."""
     in_fp32 = load_model(loaded.name, dtype="float32")
     for task in found[:2]:
-        for site in ("pre_norm", "post_norm"):
+        for site in ("pre_norm",) if quick else ("pre_norm", "post_norm"):
             # The threshold of the absolute count is the mean magnitude of the site: at 1, before the norm, every
             # coordinate counts and nothing is ranked.
             first = sparsort.SparsityScorer(loaded, site=site).score(task.rows[:50], task.prompt)
@@ -161,7 +161,7 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task]) ->
                 note=f"lowest, {lowest}; without the L0 counts {min(v for k, v in agreement.items() if 'l0' not in k):.4f}; "
                 f"gini {agreement['gini']:.4f}, relative L0 {agreement['l0_relative']:.3f}",
             )
-    rows = found[0].rows[:100]
+    rows = found[0].rows[: 20 if quick else 100]
     together = sparsort.SparsityScorer(loaded).score(rows, found[0].prompt).difficulty
     alone = sparsort.SparsityScorer(loaded, token_budget=1).score(rows, found[0].prompt, shard_rows=1).difficulty
     spread = float(np.std(together))
@@ -176,12 +176,12 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task]) ->
 
 def measure_memory(report: Report, quick: bool) -> None:
     """Peak memory beyond the model for a million short rows, through the whole pipeline with a very small model."""
-    count = _MILLION // 50 if quick else _MILLION
+    count = _MILLION // 100 if quick else _MILLION
     code = _MEMORY.replace("COUNT", str(count))
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = json.loads(output.splitlines()[-1])
     report.add(
-        "memory_beyond_model" if not quick else "memory_beyond_model_20k_rows",
+        "memory_beyond_model" if not quick else "memory_beyond_model_10k_rows",
         found["beyond"] / 2**30,
         "GiB",
         floor=1.0 if not quick else None,
@@ -269,7 +269,7 @@ def main() -> None:
     loaded = load_model(arguments.model)
     measure_help(report)
     measure_speed(report, loaded, found, arguments.quick)
-    measure_agreement(report, loaded, found)
+    measure_agreement(report, loaded, found, arguments.quick)
     measure_memory(report, arguments.quick)
     report.finish(arguments)
 

@@ -184,14 +184,16 @@ def score_file(
     scorer.check(text, shard_rows)
     # What is wrong with the data or the prompt should not cost the loading of a model.
     prompt = text.read()
-    source = open_rows(file, id_column=text.id_column)
+    reads_column = scorer.scorer == "column" and scorer.column is not None
+    content = [str(scorer.column)] if reads_column else prompt.fields if prompt is not None else None
+    source = open_rows(file, id_column=text.id_column, content=content)
     if prompt is not None:
         source.require(prompt.fields)
     elif scorer.reads_text:
         raise SparsortError(
             f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(source.columns())}."
         )
-    scores = scorer.load().score(file, out=out, shard_rows=shard_rows, **text.options())
+    scores = scorer.load().score(source, out=out, shard_rows=shard_rows, **text.options())
     return ScoreReport(
         scores=scores,
         seconds=time.perf_counter() - start,

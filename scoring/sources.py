@@ -60,6 +60,7 @@ class RowSource:
         self.content = tuple(sorted(content)) if content is not None else None
         self._reader = reader
         self._count: int | None = None
+        self._required: set[str] = set()
         self._id_column = id_column
         self._explicit = id_column is not None
 
@@ -100,6 +101,8 @@ class RowSource:
         Raises:
             SparsortError: one is missing; names the row, the nearest field, and what there is.
         """
+        if set(fields) <= self._required:
+            return
         # A table has the same columns in every row; elsewhere each row may lack its own.
         alike = not isinstance(self._reader, (SequenceReader, TextReader))
         for position, (line, record) in enumerate(self._reader.records()):
@@ -107,7 +110,8 @@ class RowSource:
                 if name not in record:
                     raise missing_field(name, record, f"{self.name}: {_place(position, line)}")
             if alike:
-                return
+                break
+        self._required |= set(fields)
 
     def sample(self, n: int) -> list[Row]:
         """`n` rows evenly spaced over the source, all of them where there are fewer."""
