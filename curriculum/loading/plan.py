@@ -1,0 +1,321 @@
+"""CurriculumPlan: every batch of a training run, by its number.
+
+Contract: `plan.batch(number, epoch)` is a pure function of the plan: the ordered rows of one global batch, whoever asks,
+in whatever order. Saved, a plan is a folder of `plan.json` and `.npy` arrays that every process maps; a sequence that
+belongs to one epoch is written there when it is first needed, by whoever needs it, and is the same whoever does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsort.curriculum.loading import pool
+from sparsort.curriculum.loading.building import base_order, changes_with_epoch, one_pass, warm_place
+from sparsort.curriculum.loading.plan_files import map_array, read_plan, write_array, write_plan
+from sparsort.curriculum.loading.ranking import Rows, row_type
+from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.shuffling import key_of, permute
+from sparsort.errors import SparsortError
+
+_KEPT = 2  # epochs whose sequence is held
+
+
+class CurriculumPlan:
+    """Made by `plan_curriculum`, or read with `open`.
+
+    Attributes:
+        settings: what was asked for.
+        n_rows: rows of the data.
+        stage_edges: number of each stage's first batch, from 0; the last is the number of batches.
+        stage_places: in one pass, the place of each stage's first row in the sequence; the last is the number of rows.
+        smallest_batch: items of the smallest global batch.
+        notes: JSON values of how it was made: counts of rows without a score and of cut rows, groups, provenance.
+        revision: of a plan made by `revised`: {"number", "epoch", "start"}; else None.
+        fingerprint: of everything that decides a batch.
+        folder: where it is saved, or None.
+    """
+
+    def __init__(
+        self,
+        settings: CurriculumSettings,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        n_rows: int,
+        stage_edges: list[int],
+        stage_places: list[int],
+        smallest_batch: int,
+        notes: Mapping[str, Any],
+        revision: Mapping[str, int] | None = None,
+        fingerprint: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.settings = settings
+        self.n_rows = n_rows
+        self.stage_edges = stage_edges
+        self.stage_places = stage_places
+        self.smallest_batch = smallest_batch
+        self.notes = dict(notes)
+        self.revision = dict(revision) if revision else None
+        self.folder = folder
+        self._arrays = dict(arrays)
+        self._epochs: dict[int, Rows] = {}
+        self.fingerprint = fingerprint or self._digest()
+
+    def __repr__(self) -> str:
+        what = "pool" if self.settings.mode == "pool" else self.settings.schedule
+        return (
+            f"CurriculumPlan({self.n_rows} rows, {self.n_batches} batches an epoch, {what}, {self.settings.direction})"
+        )
+
+    @property
+    def n_batches(self) -> int:
+        """Global batches of one epoch, the same in every epoch."""
+        return self.stage_edges[-1]
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.stage_edges) - 1
+
+    @property
+    def difficulty(self) -> NDArray[np.float32]:
+        """(N,) by row; NaN where there is no score."""
+        return self._arrays["difficulty"]
+
+    @property
+    def lengths(self) -> NDArray[np.int32] | None:
+        """(N,) tokens by row, after max_length; None where the plan was made without."""
+        return self._arrays.get("lengths")
+
+    @property
+    def groups(self) -> NDArray[np.int32] | None:
+        """(N,) group of each row, numbering notes["groups"]; None without groups."""
+        return self._arrays.get("groups")
+
+    @property
+    def order(self) -> Rows:
+        """(N,) rows from the beginning of the curriculum to its end, before stages and pacing; by group with quotas."""
+        return self._arrays["order"] if "order" in self._arrays else np.arange(self.n_rows, dtype=row_type(self.n_rows))
+
+    def batch(self, number: int, epoch: int = 0) -> NDArray[np.int64]:
+        """The ordered rows of a global batch.
+
+        Raises:
+            SparsortError: there is no such batch, or a revised plan does not reach back to it.
+        """
+        self._check(number, epoch)
+        if self.settings.mode == "pool":
+            return self._draw(number, epoch)
+        first, last = self._places(number, epoch)
+        if "order" not in self._arrays and "sequence" not in self._arrays:
+            return np.arange(first, last, dtype=np.int64)
+        return self._sequence(epoch)[first:last].astype(np.int64)
+
+    def bins(self, number: int, epoch: int = 0) -> list[NDArray[np.int64]]:
+        """The items of a global batch: the rows of each packed sequence, or one row each without packing."""
+        rows = self.batch(number, epoch)
+        if "item_edges" not in self._arrays:
+            return [rows[i : i + 1] for i in range(len(rows))]
+        number = self._turned(number, epoch)
+        edges = self._arrays["item_edges"][self._edge(number) : self._edge(number + 1) + 1]
+        return np.split(rows, edges[1:-1] - edges[0])
+
+    def stage(self, number: int) -> int:
+        """The stage of a batch, from 0."""
+        return int(np.searchsorted(self.stage_edges, number, side="right")) - 1
+
+    def share(self, number: int, epoch: int = 0) -> float:
+        """Share of the examples that a batch could be drawn from; 1 where the schedule sets no such limit."""
+        settings = self.settings
+        if settings.mode == "pool":
+            return float(self._arrays["available"][number]) / self.n_rows
+        if settings.schedule != "sorted" or (epoch > 0 and settings.later_epochs == "shuffle"):
+            return 1.0
+        first, last = self._places(number, epoch)
+        if last > warm_place(settings, self.n_rows):
+            return 1.0
+        if settings.stages is None:
+            return last / self.n_rows
+        stage = int(np.searchsorted(self.stage_places, first, side="right")) - 1
+        limits = self._arrays.get("available", self.stage_places[1:])
+        return float(limits[stage]) / self.n_rows
+
+    def prepare(self, epoch: int = 0) -> None:
+        """Have the epoch's sequence at hand (made, or mapped), so that no batch waits for it."""
+        if self.settings.mode == "one_pass" and "order" in self._arrays:
+            self._sequence(epoch)
+
+    def revised(self, difficulty: ArrayLike, *, epoch: int = 0, start: int = 0) -> CurriculumPlan:
+        """The same curriculum over other difficulties, from batch `start` of `epoch` on.
+
+        Args:
+            difficulty: (N,) by row.
+
+        Raises:
+            SparsortError: difficulties that do not fit; one pass in the middle of an epoch, or without an easy and a
+                hard end; batches that depend on lengths, of which there would be another number.
+        """
+        values = np.asarray(difficulty)
+        settings = self.settings
+        if values.shape != (self.n_rows,):
+            raise SparsortError(f"a revision needs one difficulty a row, ({self.n_rows},), not {values.shape}.")
+        if settings.mode == "one_pass" and (start or settings.schedule in ("shuffle", "as_given")):
+            raise SparsortError(
+                f"in one pass a curriculum is revised between epochs, not at batch {start} of the schedule "
+                f"{settings.schedule!r}. Use mode='pool' to revise between stages."
+            )
+        if "batch_edges" in self._arrays:
+            raise SparsortError(
+                "batches by tokens and packed sequences are cut for the order that the plan was made with. A plan that is "
+                "to be revised needs batch_size and no packing."
+            )
+        kept = ("ids", "lengths", "groups", "available")
+        arrays: dict[str, NDArray[Any]] = {name: array for name, array in self._arrays.items() if name in kept}
+        arrays.update(base_order(values, settings, arrays.get("ids"), arrays.get("groups")))
+        return CurriculumPlan(
+            settings,
+            {**arrays, "difficulty": values.astype(np.float32)},
+            n_rows=self.n_rows,
+            stage_edges=self.stage_edges,
+            stage_places=self.stage_places,
+            smallest_batch=self.smallest_batch,
+            notes={**self.notes, "revises": self.notes.get("revises", self.fingerprint)},
+            revision={"number": (self.revision or {}).get("number", 0) + 1, "epoch": epoch, "start": start},
+        )
+
+    def save(self, folder: str | Path) -> CurriculumPlan:
+        """Write the plan as a folder and return it mapped from there. Saving the same plan again changes nothing.
+
+        Raises:
+            SparsortError: the folder holds another plan, or the disk refuses.
+        """
+        folder = Path(folder)
+        facts = {
+            name: getattr(self, name) for name in ("stage_edges", "stage_places", "smallest_batch", "revision", "notes")
+        }
+        described = {
+            "fingerprint": self.fingerprint,
+            "settings": self.settings.to_json(),
+            "n_rows": self.n_rows,
+            **facts,
+        }
+        write_plan(folder, described, self._arrays)
+        return CurriculumPlan.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> CurriculumPlan:
+        """Map a plan that `save` wrote.
+
+        Raises:
+            SparsortError: no plan is there, another version wrote it, or a file is missing or has another length.
+        """
+        folder = Path(folder).expanduser()
+        found, arrays = read_plan(folder)
+        settings = CurriculumSettings.from_json(found.pop("settings"))
+        return cls(settings, arrays, folder=folder.resolve(), **found)
+
+    # A worker process maps the files again instead of receiving the arrays.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}, "_epochs": {}} if self.folder else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.folder is not None:
+            self._arrays = read_plan(self.folder)[1]
+
+    def _check(self, number: int, epoch: int) -> None:
+        if not 0 <= number < self.n_batches or epoch < 0:
+            raise SparsortError(
+                f"there is no batch {number} of epoch {epoch}: an epoch has {self.n_batches}, from 0 to {self.n_batches - 1}."
+            )
+        if self.revision and (epoch, number) < (self.revision["epoch"], self.revision["start"]):
+            raise SparsortError(
+                f"this plan was revised at batch {self.revision['start']} of epoch {self.revision['epoch']} and does not "
+                f"reach back to batch {number} of epoch {epoch}. Ask the plan that came before."
+            )
+
+    def _draw(self, number: int, epoch: int) -> NDArray[np.int64]:
+        settings, held = self.settings, int(self._arrays["available"][number])
+        key = key_of(settings.seed, epoch, "pool", number)
+        order = self._arrays["order"]
+        if settings.token_budget is not None:
+            return pool.draw_tokens(order, held, settings.token_budget, self._arrays["lengths"], key)
+        size = settings.batch_size or 0
+        if settings.quotas is None:
+            return pool.draw(order, held, size, key)
+        shares = np.array([settings.quotas[name] for name in self.notes["groups"]])
+        return pool.draw_quotas(order, self._arrays["group_edges"], shares, held, size, key)
+
+    def _edge(self, number: int) -> int:
+        """The item with which batch `number` begins."""
+        if "batch_edges" in self._arrays:
+            return int(self._arrays["batch_edges"][number])
+        return number * self.n_rows // self.n_batches
+
+    def _places(self, number: int, epoch: int) -> tuple[int, int]:
+        """The places of the sequence that a batch takes, from and to."""
+        number = self._turned(number, epoch)
+        first, last = self._edge(number), self._edge(number + 1)
+        if "item_edges" in self._arrays:
+            first, last = (int(edge) for edge in self._arrays["item_edges"][[first, last]])
+        return first, last
+
+    def _turned(self, number: int, epoch: int) -> int:
+        """Batches that were cut once, by tokens or bins, change places within their stage from epoch to epoch."""
+        settings = self.settings
+        if epoch == 0 or "batch_edges" not in self._arrays or not changes_with_epoch(settings):
+            return number
+        if settings.later_epochs == "shuffle" or settings.schedule == "shuffle" or settings.stages is None:
+            return int(permute(number, self.n_batches, key_of(settings.seed, epoch, "turn")))
+        stage = self.stage(number)
+        first, last = self.stage_edges[stage], self.stage_edges[stage + 1]
+        return first + int(permute(number - first, last - first, key_of(settings.seed, epoch, "turn", stage)))
+
+    def _sequence(self, epoch: int) -> Rows:
+        """The rows of an epoch in the order of places."""
+        if "sequence" in self._arrays:
+            return self._arrays["sequence"]
+        if not changes_with_epoch(self.settings):
+            epoch = 0
+            if self.settings.schedule == "sorted":
+                return self._arrays["order"]
+        if epoch not in self._epochs:
+            if self.folder is None:
+                found = self._make(epoch)
+            else:
+                path = self.folder / f"epoch-{epoch:05d}.npy"
+                if not path.exists():
+                    write_array(path, self._make(epoch))
+                found = map_array(path, str(self._arrays["order"].dtype), self.n_rows)
+            while len(self._epochs) >= _KEPT:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = found
+        return self._epochs[epoch]
+
+    def _make(self, epoch: int) -> Rows:
+        return one_pass(
+            self.settings,
+            self._arrays["order"],
+            ids=self._arrays.get("ids"),
+            stage_places=np.array(self.stage_places, dtype=np.int64),
+            limits=self._arrays.get("available"),
+            epoch=epoch,
+            lengths=self.lengths,
+            batch_places=np.arange(self.n_batches + 1, dtype=np.int64) * self.n_rows // self.n_batches,
+        )
+
+    def _digest(self) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        settings = json.dumps(self.settings.to_json(), sort_keys=True)
+        found.update(f"{settings}\n{self.n_rows}\n{self.stage_edges}\n{self.revision}".encode())
+        found.update(json.dumps(self.notes.get("groups")).encode())
+        for name in sorted(self._arrays):
+            found.update(f"\n{name} {self._arrays[name].dtype} {self._arrays[name].shape}\n".encode())
+            found.update(np.ascontiguousarray(self._arrays[name]).data.cast("B"))
+        return found.hexdigest()

@@ -1,0 +1,95 @@
+"""The folder of a plan: `plan.json`, written last, and one `.npy` file an array, mapped and never loaded.
+
+Contract: each file is whole or absent. A folder without `plan.json` is no plan, whatever lies in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.errors import SparsortError
+from sparsort.files import write_atomically, write_json
+
+FORMAT = "sparsort-curriculum"
+VERSION = 1
+_FILE = "plan.json"
+
+
+def write_plan(folder: Path, described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write a plan, or leave the same one as it is.
+
+    Raises:
+        SparsortError: the folder holds another plan, or the disk refuses.
+    """
+    if (folder / _FILE).exists():
+        if read_description(folder)["fingerprint"] != described["fingerprint"]:
+            raise SparsortError(f"{folder} already holds another plan. Choose another folder, or delete it.")
+        return
+    for name, array in arrays.items():
+        write_array(folder / f"{name}.npy", array)
+    shapes = {name: [str(array.dtype), len(array)] for name, array in arrays.items()}
+    write_json(folder / _FILE, {"format": FORMAT, "version": VERSION, **described, "arrays": shapes})
+
+
+def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """What `write_plan` was given, the arrays mapped.
+
+    Raises:
+        SparsortError: no plan is there, another version wrote it, or a file is missing or has another length.
+    """
+    found = read_description(folder)
+    arrays = {name: map_array(folder / f"{name}.npy", *shape) for name, shape in found.pop("arrays").items()}
+    del found["format"], found["version"]
+    return found, arrays
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The JSON of a plan, checked for format and version."""
+    path = folder / _FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise SparsortError(
+            f"{folder} holds no curriculum plan. Make one with: sparsort plan SCORES --out {folder}."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SparsortError(f"{path} cannot be read ({error}). Make the plan again with sparsort plan.") from error
+    given = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
+    if given != (FORMAT, VERSION):
+        raise SparsortError(
+            f"{path} is version {given[1]!r} of {given[0]!r}, and this sparsort reads version {VERSION} of {FORMAT!r}. "
+            "Make the plan again with sparsort plan."
+        )
+    return dict(found)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """One array as .npy, whole or not at all."""
+    with write_atomically(path) as temporary, temporary.open("wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
+    """A 1-D array of a known type and length, mapped read-only.
+
+    Raises:
+        SparsortError: it is missing or is another array.
+    """
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SparsortError(
+            f"{path} is missing or damaged ({error}). Make the plan again with sparsort plan."
+        ) from error
+    if str(found.dtype) != dtype or found.shape != (length,):
+        raise SparsortError(
+            f"{path} holds {found.dtype} of shape {found.shape}, and the plan says {dtype} of ({length},). "
+            "Make the plan again with sparsort plan."
+        )
+    return found

@@ -1,0 +1,280 @@
+"""plan_curriculum: scores, of some rows or of a data set, into a plan.
+
+Contract: difficulty, length and group are brought into the order of the rows first; whatever does not fit is refused
+with its name; everything that is decided for the user (rows without a score, rows that are cut, scores that no row
+uses) is counted in the plan's notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsort.curriculum.loading import batches
+from sparsort.curriculum.loading.building import available, base_order, cut, one_pass
+from sparsort.curriculum.loading.combine import Combination, combine
+from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.curriculum.loading.ranking import by_id, row_type
+from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.scores import Scores
+
+Given = Scores | str | Path | ArrayLike
+_SHOWN = 5
+
+
+def plan_curriculum(
+    scores: Given | Mapping[str, Given],
+    *,
+    data: Sequence[Mapping[str, Any]] | None = None,
+    ids: Sequence[str] | None = None,
+    groups: str | Sequence[Any] | None = None,
+    lengths: ArrayLike | None = None,
+    combination: Combination = "rank_average",
+    weights: Mapping[str, float] | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> CurriculumPlan:
+    """Plan every batch of a training run.
+
+    Args:
+        scores: `Scores`, a path that `Scores.load` reads, or one difficulty a row, (N,); or several by name, combined.
+        data: the rows to train on, as a `datasets.Dataset` or a sequence of mappings: scores are matched to them by id or
+            content. Without, row i of the data is row i of the scores.
+        ids: of the rows; ties in difficulty break by them. Taken from scores that have an id column.
+        groups: the group of each row, or the name of the field of `data` that tells it. A curriculum then takes each
+            group's easiest together, so that none is starved.
+        lengths: tokens of each row; scores that count tokens bring their own.
+        combination: of several scores: "rank_average", "lexicographic" or "intersection" (`combine`).
+        weights: of the scores in "rank_average".
+        out: folder to save the plan in; it is then mapped from there.
+        settings: of `CurriculumSettings`; a pacing may be given as text, such as "root:start=0.2,until=0.5".
+
+    Raises:
+        SparsortError: scores, rows, groups and lengths that do not fit together, no rows, or settings without meaning.
+    """
+    if isinstance(groups, str) and data is None:
+        raise SparsortError(f"groups={groups!r} names a field of the data: pass data too, or one group a row.")
+    asked = CurriculumSettings.from_json(settings)
+    read = _read(scores)
+    difficulty, notes = _difficulty(read, data, combination, weights)
+    n = len(difficulty)
+    if n == 0:
+        raise SparsortError("there are no rows to plan for. Give at least one scored row.")
+    _check_size(asked, n)
+    notes["unscored"] = int(np.count_nonzero(np.isnan(difficulty)))
+    if notes["unscored"] and asked.unscored == "error":
+        raise SparsortError(
+            f"{notes['unscored']} of {n} rows have no score (NaN), such as row {int(np.flatnonzero(np.isnan(difficulty))[0])}. "
+            "Say where they stand with unscored='last' or 'first', or leave them out of the data."
+        )
+    if asked.schedule not in ("shuffle", "as_given") and asked.direction != "random":
+        _check_spread(difficulty)
+    arrays: dict[str, NDArray[Any]] = {"difficulty": np.asarray(difficulty, dtype=np.float32)}
+    if (order := _ids(read, data, ids, n)) is not None:
+        arrays["ids"] = order
+    if groups is not None or asked.quotas is not None:
+        arrays["groups"], notes["groups"] = _groups(groups, data, n, asked)
+    if (found := _lengths(read, data, lengths, n, needed=asked.needs_lengths)) is not None:
+        limit = asked.pack_length or asked.token_budget
+        what = "a packed sequence" if asked.pack_length else "a batch"
+        arrays["lengths"], notes["cut"] = batches.cut_lengths(found, asked.max_length, limit, what)
+    plan = _assemble(asked, arrays, difficulty, notes, n)
+    return plan if out is None else plan.save(out)
+
+
+def _assemble(
+    asked: CurriculumSettings, arrays: dict[str, NDArray[Any]], difficulty: NDArray[Any], notes: dict[str, Any], n: int
+) -> CurriculumPlan:
+    ids, lengths = arrays.get("ids"), arrays.get("lengths")
+    arrays |= base_order(difficulty, asked, ids, arrays.get("groups"))
+    stages = asked.n_stages
+    if asked.mode == "pool":
+        k = asked.steps or 0
+        edges = [s * k // stages for s in range(stages + 1)]
+        smallest = asked.batch_size or (asked.token_budget or 0) // int(lengths.max() if lengths is not None else 1)
+        places = [0, n]
+    elif asked.token_budget is None and asked.packing == "none":
+        k = -(-n // (asked.batch_size or 1))
+        edges = [s * k // stages for s in range(stages + 1)]
+        places = [edge * n // k for edge in edges]
+        smallest = n // k
+    else:
+        places = [s * n // stages for s in range(stages + 1)]
+        order = arrays.pop("order") if "order" in arrays else np.arange(n, dtype=row_type(n))
+        at = np.array(places, dtype=np.int64)
+        if lengths is None:
+            raise SparsortError("batches by tokens and packed sequences need lengths.")
+        limits = available(asked, n, at)
+        sequence = one_pass(asked, order, ids=ids, stage_places=at, limits=limits, epoch=0, lengths=lengths)
+        made, edges = cut(asked, sequence, lengths, at)
+        arrays |= made
+        smallest = int(np.diff(made["batch_edges"]).min())
+    if (held := available(asked, n, np.array(places, dtype=np.int64))) is not None:
+        arrays["available"] = held
+    return CurriculumPlan(
+        asked, arrays, n_rows=n, stage_edges=edges, stage_places=places, smallest_batch=smallest, notes=notes
+    )
+
+
+def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any]]:
+    named = dict(scores) if isinstance(scores, Mapping) else {"difficulty": scores}
+    if not named:
+        raise SparsortError("no scores were given. Pass a score folder, Scores, or one difficulty a row.")
+    found: dict[str, Scores | NDArray[Any]] = {}
+    for name, given in named.items():
+        if isinstance(given, (str, Path)):
+            given = Scores.load(given)
+        if not isinstance(given, Scores):
+            given = np.asanyarray(given)
+            if given.ndim != 1 or given.dtype.kind not in "fiu":
+                raise SparsortError(
+                    f"{name} must be one number a row, (N,), not {given.dtype} of shape {given.shape}. "
+                    "Pass Scores, the path of a score folder, or an array of difficulties."
+                )
+        found[name] = given
+    return found
+
+
+def _difficulty(
+    read: Mapping[str, Scores | NDArray[Any]],
+    data: Sequence[Mapping[str, Any]] | None,
+    combination: Combination,
+    weights: Mapping[str, float] | None,
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    """One difficulty a row, and the notes on where it comes from."""
+    columns: dict[str, NDArray[Any]] = {}
+    notes: dict[str, Any] = {"scores": {}, "unused_scores": 0}
+    for name, given in read.items():
+        if isinstance(given, Scores):
+            columns[name] = given.difficulty if data is None else given.difficulty_of(data)
+            notes["scores"][name] = given.provenance
+            if data is not None:
+                notes["unused_scores"] = max(notes["unused_scores"], len(given) - len(columns[name]))
+        else:
+            columns[name] = given
+            notes["scores"][name] = {"scorer": "array"}
+    sizes = {name: len(column) for name, column in columns.items()}
+    if data is not None:
+        sizes["data"] = len(data)
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise SparsortError(
+            f"the numbers of rows differ: {told}. Pass one difficulty for each row, or Scores together with the data, "
+            "which are matched by id."
+        )
+    if len(columns) == 1:
+        return next(iter(columns.values())), notes
+    return combine(columns, combination, weights=weights), notes
+
+
+def _ids(
+    read: Mapping[str, Scores | NDArray[Any]],
+    data: Sequence[Mapping[str, Any]] | None,
+    ids: Sequence[str] | None,
+    n: int,
+) -> NDArray[Any] | None:
+    if ids is None:
+        first = next(iter(read.values()))
+        column = first.provenance.get("id_column") if isinstance(first, Scores) else None
+        if not isinstance(first, Scores) or column is None:
+            return None
+        ids = first.ids if data is None else [str(row[column]) for row in data]
+    if len(ids) != n:
+        raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id a row, or none.")
+    order = by_id(ids)
+    return None if np.array_equal(order, np.arange(n)) else order
+
+
+def _groups(
+    groups: str | Sequence[Any] | None, data: Sequence[Mapping[str, Any]] | None, n: int, asked: CurriculumSettings
+) -> tuple[NDArray[np.int32], list[str]]:
+    if groups is None:
+        raise SparsortError(
+            "quotas need the group of each row: pass groups, one a row or the name of a field of the data."
+        )
+    if isinstance(groups, str):
+        rows = data if data is not None else []
+        if absent := [place for place, row in enumerate(rows) if row.get(groups) is None]:
+            raise SparsortError(
+                f"{len(absent)} of {n} rows have no {groups!r}, such as row {absent[0]}: a group is needed of every row."
+            )
+        groups = [row[groups] for row in rows]
+    if len(groups) != n:
+        raise SparsortError(f"{len(groups)} groups for {n} rows: pass one group a row.")
+    names, codes = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
+    found = [str(name) for name in names]
+    for name, share in (asked.quotas or {}).items():
+        if name not in found:
+            raise unknown_choice("group in quotas, it has no examples:", name, found)
+        held = int(np.count_nonzero(codes == found.index(name)))
+        if (want := int(np.ceil(share * (asked.batch_size or 0) - 1e-9)) + 1) > held + 1:
+            raise SparsortError(
+                f"the quota {share:g} of group {name!r} is up to {want - 1} examples of a batch of {asked.batch_size}, and the "
+                f"group has {held}. Lower the quota or the batch size."
+            )
+    if asked.quotas is not None and (left := set(found) - set(asked.quotas)):
+        raise SparsortError(
+            f"quotas say nothing of the group(s) {', '.join(sorted(left)[:_SHOWN])}, which would never be seen. "
+            "Give every group a share, or leave its rows out of the data."
+        )
+    return codes.astype(np.int32), found
+
+
+def _lengths(
+    read: Mapping[str, Scores | NDArray[Any]],
+    data: Sequence[Mapping[str, Any]] | None,
+    lengths: ArrayLike | None,
+    n: int,
+    *,
+    needed: bool,
+) -> NDArray[Any] | None:
+    if lengths is not None:
+        found = np.asarray(lengths)
+        if found.shape != (n,):
+            raise SparsortError(f"lengths must be one number of tokens a row, ({n},), not of shape {found.shape}.")
+        return found
+    if not needed:
+        return None
+    for given in read.values():
+        if isinstance(given, Scores) and data is None:
+            found = given.column("n_tokens")
+            if found.size and found.min() >= 1:
+                return found
+    raise SparsortError(
+        "batches by tokens, packing and grouping by length need the length of each row, and the scores do not tell it for "
+        "these rows. Pass lengths, one number of tokens a row."
+    )
+
+
+def _check_size(asked: CurriculumSettings, n: int) -> None:
+    if asked.batch_size is not None and asked.packing == "none" and asked.batch_size > n:
+        raise SparsortError(
+            f"batch_size={asked.batch_size} is above the {n} rows of the data. Choose batch_size ≤ {n}, or use more data."
+        )
+    k = (
+        asked.steps
+        if asked.mode == "pool"
+        else -(-n // asked.batch_size)
+        if asked.batch_size and asked.packing == "none"
+        else n
+    )
+    if asked.n_stages > (k or 0) and not (asked.mode == "pool" and asked.stages is None):
+        raise SparsortError(f"{asked.n_stages} stages do not fit in an epoch of {k} batches. Choose stages ≤ {k}.")
+    if asked.schedule in ("folded", "interleaved") and asked.folds > n:
+        raise SparsortError(f"{asked.folds} folds need at least as many rows, and there are {n}. Choose folds ≤ {n}.")
+
+
+def _check_spread(difficulty: NDArray[Any]) -> None:
+    scored = difficulty[~np.isnan(difficulty)] if difficulty.dtype.kind == "f" else difficulty
+    if scored.size == 0:
+        raise SparsortError("no row has a score: every difficulty is NaN. Score the rows first (sparsort score).")
+    if len(difficulty) > 1 and bool(np.all(scored == scored[0])):
+        raise SparsortError(
+            f"every scored row has the same difficulty, {scored[0]}: there is no easy and no hard. Use another score, or "
+            "schedule='shuffle' for a plain shuffle."
+        )
