@@ -66,7 +66,7 @@ def changes_with_epoch(settings: CurriculumSettings) -> bool:
 def available(settings: CurriculumSettings, n: int, stage_places: Places) -> Places | None:
     """How many of the first rows of the order may be shown: by each batch of a pool, (K,), by each stage of one pass, (S,).
 
-    A plan keeps these whole numbers, because the pacing's exponentials may differ in their last bit between processors.
+    A plan keeps these whole numbers, so that drawing a batch looks one up.
     """
     if settings.pacing is None:
         return None

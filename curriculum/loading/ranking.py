@@ -101,7 +101,8 @@ def _sort_packed(values: NDArray[Any], unscored: Unscored) -> Rows:
     exact = True
     for begin in range(0, n, _CHUNK):
         chunk = values[begin : begin + _CHUNK]
-        narrow = chunk.astype(np.float32)
+        with np.errstate(over="ignore"):  # what overflows is not exact, and takes the long way
+            narrow = chunk.astype(np.float32)
         exact = exact and bool(np.all((narrow == chunk) | np.isnan(chunk)))
         if not exact:
             break

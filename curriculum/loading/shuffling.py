@@ -39,10 +39,11 @@ def uniform(key: int) -> float:
 
 def permute(places: ArrayLike, n: int, key: int) -> Places:
     """Where the permutation of [0, n) under `key` sends each of `places`, the same shape, int64."""
-    given = np.asarray(places, dtype=np.uint64)
+    shape = np.shape(places)
+    given = np.atleast_1d(np.asarray(places, dtype=np.uint64))
     if n <= SORTED_UP_TO:
         hashed = _mix(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
-        return np.argsort(hashed, kind="stable")[given.astype(np.int64)]
+        return np.argsort(hashed, kind="stable")[given.astype(np.int64)].reshape(shape)
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
     keys = _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(key))
@@ -50,7 +51,7 @@ def permute(places: ArrayLike, n: int, key: int) -> Places:
     # Cells beyond n walk on along their cycle until it comes back in; fewer than one in √n do.
     while (outside := np.flatnonzero(found >= n)).size:
         found[outside] = _network(found[outside], rows, columns, keys)
-    return found.astype(np.int64)
+    return found.astype(np.int64).reshape(shape)
 
 
 def permutation(n: int, key: int, *, dtype: Any = np.int64) -> NDArray[Any]:
