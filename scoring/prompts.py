@@ -269,5 +269,14 @@ def _apply_chat_template(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
         raise SparsortError(
             "this model's tokenizer has no chat template (a base model?). Use a plain prompt, without chat=True (--chat)."
         )
+    from jinja2 import TemplateError
+
     messages = [{"role": role, "content": content} for role, content in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = ", ".join(role for role, _ in turns)
+        raise SparsortError(
+            f"this model's chat template refuses the turns {roles}: {error}. Leave out the system turn, or use a plain "
+            "prompt, without chat=True (--chat)."
+        ) from error

@@ -248,7 +248,12 @@ class Collector:
             correct = predicted == data.gold_index
         fixed = all(len(order) == 1 and one.showing.fixed for order, (one, _) in zip(orders, sets, strict=True))
         n = len(data.test_texts)
-        tokens = [one.prefix_tokens() / (n if fixed else 1) + one.tokens["test"] for one, _ in sets]
+        # Content-free queries, each about as long as a query, are read once behind every prefix.
+        free = next(len(read.content_free[0]) for read in reads if read.content_free is not None) if rule else 0
+        tokens = [
+            (one.prefix_tokens() + free * one.tokens["test"]) / (n if fixed else 1) + one.tokens["test"]
+            for one, _ in sets
+        ]
         same = all(len(order) == 1 for order in orders)
         return Arm(
             name=name,

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from sparsort.curriculum.demos.prompt import assemble as assemble
     from sparsort.curriculum.demos.prompt import build_prompt as build_prompt
     from sparsort.curriculum.demos.select import select_demos as select_demos
+    from sparsort.curriculum.loading.loader import CurriculumLoader as CurriculumLoader
+    from sparsort.curriculum.loading.online import OnlineDifficulty as OnlineDifficulty
+    from sparsort.curriculum.loading.pacing import Pacing as Pacing
+    from sparsort.curriculum.loading.plan import CurriculumPlan as CurriculumPlan
+    from sparsort.curriculum.loading.planning import plan_curriculum as plan_curriculum
+    from sparsort.curriculum.loading.trainer import CurriculumTrainer as CurriculumTrainer
     from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
     from sparsort.recipes.ablate import ablate as ablate
     from sparsort.recipes.calibrate import calibrate as calibrate
@@ -42,6 +48,12 @@ _HOME = {
     "RandomScorer": "scoring.baselines",
     "Scores": "scoring.scores",
     "SparsityScorer": "scoring.scorers",
+    "CurriculumLoader": "curriculum.loading.loader",
+    "CurriculumPlan": "curriculum.loading.plan",
+    "CurriculumTrainer": "curriculum.loading.trainer",
+    "OnlineDifficulty": "curriculum.loading.online",
+    "Pacing": "curriculum.loading.pacing",
+    "plan_curriculum": "curriculum.loading.planning",
     "ablate": "recipes.ablate",
     "Calibration": "scoring.calibration",
     "CalibratedScorer": "scoring.calibrated",

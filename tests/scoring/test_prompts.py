@@ -128,3 +128,10 @@ def test_chat_without_a_template(make_tiny_model: Callable[..., Path]) -> None:
     tokenizer.chat_template = None
     with pytest.raises(SparsortError, match="no chat template"):
         Prompt.of("{question}", chat=True).render(ROW, where="row 0", tokenizer=tokenizer)
+
+
+def test_a_chat_template_that_refuses_the_turns_is_an_error_of_ours(make_tiny_model: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(str(make_tiny_model("llama")))
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(SparsortError, match="refuses the turns user: System role not supported"):
+        Prompt.of("{question}", chat=True).render(ROW, where="row 0", tokenizer=tokenizer)
