@@ -306,7 +306,7 @@ def _number(name: str, value: object) -> float:
 def _share(name: str, value: object, meaning: str, example: float) -> float:
     number = _number(name, value)
     if not 0 < number <= 1:
-        hint = f" For {number:g} percent write {number / 100:g}." if 1 < number <= 100 else ""
+        hint = f" For {number:g} percent write {number / 100:g}." if 2 <= number <= 100 else ""
         raise SparsortError(
             f"a pacing has {name} = {number!r}. It is {meaning}, above 0 and at most 1: "
             f"{name}={example} means {example:.0%}.{hint}"

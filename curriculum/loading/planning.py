@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.curriculum.loading import batches
 from sparsort.curriculum.loading.building import available, base_order, cut, one_pass
-from sparsort.curriculum.loading.combine import Combination, combine
+from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combine
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.ranking import by_id, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
@@ -167,7 +167,11 @@ def _difficulty(
             f"the numbers of rows differ: {told}. Pass one difficulty for each row, or Scores together with the data, "
             "which are matched by id."
         )
+    if combination not in COMBINATIONS:
+        raise unknown_choice("combination", combination, COMBINATIONS)
     if len(columns) == 1:
+        if weights is not None:
+            raise SparsortError("weights weigh several scores against each other, and one was given. Leave weights out.")
         return next(iter(columns.values())), notes
     return combine(columns, combination, weights=weights), notes
 

@@ -122,6 +122,8 @@ def test_rows_without_a_score_stand_where_they_are_put(unscored, place):
         ([1.0, 2.0], {"batch_size": 1, "groups": ["a"]}, "1 groups for 2 rows"),
         ([1.0, 2.0], {"batch_size": 1, "ids": ["a"]}, "1 ids for 2 rows"),
         ([1.0, 2.0], {"batch_size": 1, "ids": ["a", "a"]}, "'a': an id names one row"),
+        ([1.0, 2.0], {"batch_size": 1, "combination": "rank"}, r"unknown combination 'rank'. Did you mean 'rank_average'"),
+        ([1.0, 2.0], {"batch_size": 1, "weights": {"difficulty": 2}}, "weights weigh several scores"),
         ([[1.0], [2.0]], {"batch_size": 1}, r"one number a row, \(N,\), not float64 of shape \(2, 1\)"),
     ],
 )

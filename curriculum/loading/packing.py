@@ -1,0 +1,105 @@
+"""Rows of a bin → one packed sequence; bins → a padded batch; and the cut at a maximum length.
+
+Contract: a packed sequence is its documents end to end. `position_ids` begin at 0 with each document and the label of
+each document's first token is -100, since that token would be predicted from another document. There is no
+`attention_mask`: transformers reads the documents' borders off `position_ids`, and only in its absence (and without a
+cache, so the batch says `use_cache=False`); attention then stays inside each document under eager, sdpa and flash
+attention alike. Padding tokens all have position 0, which makes each one a document of its own, and label -100.
+
+Only token fields can be put end to end: a packed sequence has `input_ids`, `labels` and `position_ids`, and other
+columns of the examples are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsort.errors import SparsortError
+
+SEQUENCE_FIELDS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
+IGNORED = -100  # the label that the losses of torch and transformers leave out
+
+
+def cut(example: Any, max_length: int) -> Any:
+    """The example with its token fields (`SEQUENCE_FIELDS`) cut to the first `max_length` tokens.
+
+    An example that is no mapping is left as it is: what a token is in it, only its collator knows.
+    """
+    if not isinstance(example, Mapping):
+        return example
+    long = {
+        name: example[name][:max_length]
+        for name in SEQUENCE_FIELDS
+        if hasattr(example.get(name), "__len__") and len(example[name]) > max_length
+    }
+    return {**example, **long} if long else example
+
+
+def pack(examples: Sequence[Any]) -> dict[str, list[int]]:
+    """Documents end to end.
+
+    Args:
+        examples: mappings with `input_ids` (n,), and `labels` (n,) where they differ from `input_ids`.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids`, each as long as all documents together.
+
+    Raises:
+        SparsortError: an example has no input_ids, is padded, or has labels of another length.
+    """
+    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for example in examples:
+        ids, labels = _tokens(example)
+        packed["input_ids"] += ids
+        packed["labels"] += [IGNORED, *labels[1:]]
+        packed["position_ids"] += range(len(ids))
+    return packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCollator:
+    """Packed sequences → tensors (B, L) int64 of the batch's longest, padded on the right.
+
+    Attributes:
+        pad_token_id: what stands in the padding; nothing attends to it and it has no label.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, sequences: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
+        import torch
+
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0}
+        longest = max(len(sequence["input_ids"]) for sequence in sequences)
+        batch: dict[str, Any] = {
+            name: torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in sequences])
+            for name, fill in padding.items()
+        }
+        return {**batch, "use_cache": False}
+
+
+def _tokens(example: Any) -> tuple[list[int], list[int]]:
+    if not isinstance(example, Mapping) or "input_ids" not in example:
+        has = f"columns {', '.join(map(str, example))}" if isinstance(example, Mapping) else type(example).__name__
+        raise SparsortError(
+            f"packing puts token ids end to end, and an example has no input_ids (it has {has}). Tokenise the data "
+            "first, or plan without packing."
+        )
+    ids = _plain(example["input_ids"])
+    mask = example.get("attention_mask")
+    if mask is not None and not all(_plain(mask)):
+        raise SparsortError(
+            "packing needs examples without padding, and one has zeros in its attention_mask. Tokenise with padding=False."
+        )
+    labels = ids if example.get("labels") is None else _plain(example["labels"])
+    if len(labels) != len(ids):
+        raise SparsortError(
+            f"packing needs a label for every token; an example has {len(ids)} input_ids and {len(labels)} labels."
+        )
+    return ids, labels
+
+
+def _plain(values: Any) -> list[int]:
+    return list(values.tolist() if hasattr(values, "tolist") else values)

@@ -1,0 +1,257 @@
+"""A curriculum inside transformers' Trainer: the plan's batches, on any number of processes, resumed exactly.
+
+Contract: optimiser step s trains on global batch s of the plan, whatever the number of processes, data workers and
+accumulation steps that make it up; `resume_from_checkpoint` goes on with the next one, at once. Trainer's own ordering
+options (`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, accelerate's `even_batches`) have no effect: the
+loader is sharded already and never passes through `accelerator.prepare`, whose wrap-around would show the easiest
+examples again after the hardest.
+
+The one thing changed in the caller's arguments is `ignore_data_skip`, which is on while `train` runs (Trainer would
+otherwise walk over the data up to the checkpoint) and as it was when `train` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
+
+from sparsort.curriculum.loading.fetching import Part
+from sparsort.curriculum.loading.loader import CurriculumLoader
+from sparsort.curriculum.loading.packing import PackedCollator
+from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.curriculum.loading.trainer_callback import CurriculumCallback
+from sparsort.curriculum.loading.trainer_callback import last_whole_checkpoint as last_whole_checkpoint
+from sparsort.errors import SparsortError
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.online import OnlineDifficulty
+    from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
+
+_ONLINE = "curriculum"  # folder of a checkpoint
+
+
+class CurriculumMixin(Trainer):  # type: ignore[misc]
+    """Trains in the order of a plan. Put it before any subclass of Trainer: `class Mine(CurriculumMixin, SFTTrainer)`.
+
+    Logs that carry a loss gain, for every target of `report_to`: `curriculum/stage` and `curriculum/share` (of the
+    examples that are available) at the last step, and `curriculum/difficulty`, the mean over all examples trained on
+    since the last such log, on all processes.
+
+    Args:
+        curriculum: the plan of the training data's rows, or the folder that `plan.save` wrote.
+        online: measure the difficulty of the examples while training on them, and plan anew from it at the edges of stages
+            (`OnlineCurriculum`). The checkpoints then hold a folder `curriculum` with what was learnt.
+        args, kwargs: of the Trainer beside it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        curriculum: CurriculumPlan | str | Path,
+        online: OnlineDifficulty | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.online = online
+        self._learning: OnlineCurriculum | None = None
+        self._resumed_from: Path | None = None
+        self._micro = 0
+        self.curriculum = (
+            curriculum if isinstance(curriculum, CurriculumPlan) else CurriculumPlan.open(Path(curriculum))
+        )
+        super().__init__(*args, **kwargs)
+        # The first to be called, so that the others see the epoch that it puts right.
+        self.callback_handler.callbacks.insert(0, CurriculumCallback())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does. With `resume_from_checkpoint=True`, a checkpoint that a kill left half written is passed over.
+
+        Raises:
+            SparsortError: the checkpoint is not of this plan over this data, or was written without a curriculum.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        skip = self.args.ignore_data_skip
+        self.args.ignore_data_skip = True
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.ignore_data_skip = skip
+            self._resumed_from = None
+            self._stop_learning()
+
+    def get_train_dataloader(self) -> CurriculumLoader:
+        """This process's share of the plan's batches, with the columns, the collator and the workers that Trainer would use.
+
+        Where the plan packs and no `data_collator` is given, it is `PackedCollator`.
+
+        Raises:
+            SparsortError: the arguments do not make up the plan's global batch, or ask for a parallelism under which
+                several processes share a batch.
+        """
+        args = self.args
+        if self.train_dataset is None:
+            raise SparsortError("training needs train_dataset=, the data that the plan was made for.")
+        self._check_parallelism()
+        if self.curriculum.settings.batch_size is not None:
+            check_global_batch(
+                self.curriculum.settings.batch_size,
+                args.per_device_train_batch_size,
+                args.gradient_accumulation_steps,
+                args.world_size,
+            )
+        dataset, collate = self._as_the_model_takes_it()
+        loader = CurriculumLoader(
+            self.curriculum,
+            dataset,
+            collate_fn=collate,
+            rank=args.process_index,
+            world_size=args.world_size,
+            micro_batches=args.gradient_accumulation_steps,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        self._learn(loader)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one step; none when training is over, where Trainer would take one step more on resuming."""
+        self._micro = 0
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        samples: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, as Trainer or the class beside computes it; with `online`, the micro-batch is measured on the way."""
+        learning = self._learning
+        if learning is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        learning.online.begin()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        plan, (epoch, number) = learning.loader.plan, learning.loader.latest or (0, 0)
+        # Trainer has taken all micro-batches of the step by now, so the loader cannot tell which of them this is.
+        rows = self._part().of(plan.batch(number, epoch), self._micro)
+        learning.online.collect(rows, epoch * plan.n_batches + number)
+        self._micro += 1
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Report `logs`, with what the curriculum did where they carry a training loss."""
+        if "loss" in logs:
+            callback = next(held for held in self.callback_handler.callbacks if isinstance(held, CurriculumCallback))
+            logs = {**logs, **callback.measures()}
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # All processes are here; a callback's state is asked for in the first one only. Trainer's own state is written
+        # after this, so a checkpoint that has it has all.
+        if self._learning is not None:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / _ONLINE
+            self._learning.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _learn(self, loader: CurriculumLoader) -> None:
+        self._stop_learning()
+        saved = self._resumed_from / _ONLINE if self._resumed_from else None
+        if self.online is None:
+            if saved is not None and saved.exists():
+                raise SparsortError(
+                    f"{saved.parent} was written while the difficulty was measured online. Resume with online=, as before."
+                )
+            return
+        if self.args.enable_jit_checkpoint:
+            raise SparsortError(
+                "enable_jit_checkpoint=True saves in the middle of a step, when the online difficulty has seen half of it. "
+                "Leave it out, and save often (save_steps)."
+            )
+        from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
+
+        self._learning = OnlineCurriculum(self.model, loader, online=self.online, automatic=False)
+        if saved is not None:
+            self._learning.load(saved)
+
+    def _stop_learning(self) -> None:
+        if self._learning is not None:
+            self._learning.close()
+            self._learning = None
+
+    def _part(self) -> Part:
+        args = self.args
+        return Part(rank=args.process_index, world_size=args.world_size, micro_batches=args.gradient_accumulation_steps)
+
+    def _as_the_model_takes_it(self) -> tuple[Any, Callable[[list[Any]], Any]]:
+        collate = self.data_collator
+        by_default = collate is default_data_collator or type(collate) is DataCollatorWithPadding
+        if by_default and self.curriculum.settings.packing != "none":
+            collate = PackedCollator(pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0)
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), collate
+        return self.train_dataset, self._get_collator_with_removed_columns(collate, description="training")
+
+    def _check_parallelism(self) -> None:
+        shared = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
+        if asked := [f"{kind} parallelism over {size}" for kind, size in shared.items() if size > 1]:
+            raise SparsortError(
+                f"{' and '.join(asked)} processes: several processes would share a batch, and the curriculum gives "
+                "each process its own. Use data parallelism (DDP, FSDP or ZeRO), or your own loop with "
+                "CurriculumLoader(rank=…, world_size=…) counted over the data-parallel groups."
+            )
+        if self.args.n_gpu > 1:
+            raise SparsortError(
+                f"{self.args.n_gpu} GPUs in one process would be used through DataParallel, which cuts batches by itself. "
+                f"Start one process for each GPU (torchrun --nproc-per-node {self.args.n_gpu} …), or show it only one "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.args.accelerator_config, name):
+                raise SparsortError(
+                    f"accelerator_config's {name}=True has accelerate divide batches among processes; here each process "
+                    "loads its own part of the global batch. Leave it out."
+                )
+        if self.args.auto_find_batch_size:
+            raise SparsortError(
+                "auto_find_batch_size=True changes the batch while training, and the plan's batches are fixed. Leave it "
+                "out; where memory is short, halve per_device_train_batch_size and double gradient_accumulation_steps."
+            )
+
+
+class CurriculumTrainer(CurriculumMixin):
+    """transformers' Trainer in the order of a plan: `CurriculumTrainer(model, args, curriculum=plan, train_dataset=data)`."""
+
+
+def check_global_batch(batch_size: int, per_device: int, accumulation: int, processes: int) -> None:
+    """Refuse arguments that make up another global batch than the plan's, with those that would.
+
+    Args:
+        batch_size: examples (or packed sequences) of the plan's global batch. A plan by tokens has none: there, the
+            plan alone decides what a step holds and `per_device_train_batch_size` is not looked at.
+
+    Raises:
+        SparsortError: per_device × accumulation × processes is not `batch_size`.
+    """
+    asked = per_device * accumulation * processes
+    if asked == batch_size:
+        return
+    message = (
+        f"per_device_train_batch_size={per_device} × gradient_accumulation_steps={accumulation} × {processes} "
+        f"process{'es' if processes > 1 else ''} make a global batch of {asked}; the plan's is {batch_size}. "
+    )
+    each, left = divmod(batch_size, processes)
+    if left:
+        raise SparsortError(
+            f"{message}{batch_size} does not divide among {processes} processes: make the plan with batch_size={asked}, "
+            "or use another number of processes."
+        )
+    fits = max(size for size in range(1, min(per_device, each) + 1) if each % size == 0)
+    raise SparsortError(
+        f"{message}Use per_device_train_batch_size={fits} with gradient_accumulation_steps={each // fits}, or make the "
+        f"plan with batch_size={asked}."
+    )

@@ -1,0 +1,311 @@
+"""The command `sparsort plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsort.errors import SparsortError
+from sparsort.recipes.options import JsonOption, console, print_json, table
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.summary import PlanSummary
+
+ORDER_PANEL = "Order"
+BATCH_PANEL = "Batches"
+POOL_PANEL = "Pool mode"
+
+EXAMPLE = (
+    "Example: `sparsort score examples/graded.jsonl --scorer column --column steps --out scores`, then "
+    "`sparsort plan scores --data examples/graded.jsonl --batch-size 8 --stages 4 --show-groups kind --draw plan.png`"
+)
+
+
+def plan(
+    scores: Annotated[
+        list[str], typer.Argument(help="Score folders or files; several are combined. PATH or NAME=PATH.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to train on, matched to the scores [default: the scored rows].")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples of a global batch (of all devices).", rich_help_panel=BATCH_PANEL)
+    ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(help="Instead: tokens of a global batch, padding included.", rich_help_panel=BATCH_PANEL),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="one_pass: each example once an epoch; pool: drawn from the available share.")
+    ] = "one_pass",
+    schedule: Annotated[
+        str, typer.Option(help="sorted, folded, interleaved, shuffle or as_given.", rich_help_panel=ORDER_PANEL)
+    ] = "sorted",
+    direction: Annotated[
+        str, typer.Option(help="easy_to_hard, hard_to_easy or random.", rich_help_panel=ORDER_PANEL)
+    ] = "easy_to_hard",
+    pacing: Annotated[
+        str | None,
+        typer.Option(
+            help="Share available over training, such as root:start=0.2,until=0.5.", rich_help_panel=ORDER_PANEL
+        ),
+    ] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Pieces of an epoch, shuffled within.", rich_help_panel=ORDER_PANEL)
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Of folded and interleaved.", rich_help_panel=ORDER_PANEL)] = 4,
+    warm_up: Annotated[
+        float | None,
+        typer.Option(help="After this share of an epoch the rest comes shuffled.", rich_help_panel=ORDER_PANEL),
+    ] = None,
+    later_epochs: Annotated[
+        str, typer.Option(help="repeat the curriculum, or shuffle.", rich_help_panel=ORDER_PANEL)
+    ] = "repeat",
+    unscored: Annotated[
+        str, typer.Option(help="Rows without a score: last, first or error.", rich_help_panel=ORDER_PANEL)
+    ] = "last",
+    seed: Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=ORDER_PANEL)] = 0,
+    combination: Annotated[
+        str,
+        typer.Option(help="Of scores: rank_average, lexicographic or intersection.", rich_help_panel=ORDER_PANEL),
+    ] = "rank_average",
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight", help="NAME=2: of a score in rank_average; once for each.", rich_help_panel=ORDER_PANEL
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Field of the data; each group's easiest come together.", rich_help_panel=ORDER_PANEL),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Batches of an epoch.", rich_help_panel=POOL_PANEL)] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quota", help="GROUP=0.7: its share of every batch; once for each group.", rich_help_panel=POOL_PANEL
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of the data with the tokens of a row [default: as the scores counted].",
+            rich_help_panel=BATCH_PANEL,
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens at which a row is cut.", rich_help_panel=BATCH_PANEL)
+    ] = None,
+    group_by_length: Annotated[
+        bool,
+        typer.Option(
+            "--group-by-length", help="Like lengths share a batch, within a stage.", rich_help_panel=BATCH_PANEL
+        ),
+    ] = False,
+    packing: Annotated[
+        str, typer.Option(help="none, next_fit (keeps the order) or best_fit.", rich_help_panel=BATCH_PANEL)
+    ] = "none",
+    pack_length: Annotated[
+        int | None, typer.Option(help="Tokens of a packed sequence.", rich_help_panel=BATCH_PANEL)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the plan, to train with.")] = None,
+    draw: Annotated[Path | None, typer.Option("--draw", help="File for the figure: .png, .pdf or .svg.")] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option("--beside", help="Saved plan to draw beside this one: PATH or NAME=PATH; may be repeated."),
+    ] = None,
+    show_groups: Annotated[
+        str | None, typer.Option(help="Field whose shares are shown, without changing the plan.")
+    ] = None,
+    epoch: Annotated[int, typer.Option(help="The epoch to show, from 0.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan the batches of a training run from SCORES, and show what they hold: a curriculum before it is trained on."""
+    from sparsort.curriculum.loading.settings import CurriculumSettings
+    from sparsort.recipes.plan import make_plan
+
+    settings = CurriculumSettings.from_json(
+        {
+            "batch_size": batch_size,
+            "token_budget": token_budget,
+            "mode": mode,
+            "schedule": schedule,
+            "direction": direction,
+            "pacing": pacing,
+            "stages": stages,
+            "folds": folds,
+            "warm_up": warm_up,
+            "later_epochs": later_epochs,
+            "steps": steps,
+            "quotas": _numbers(quota, "--quota"),
+            "group_by_length": group_by_length,
+            "max_length": max_length,
+            "packing": packing,
+            "pack_length": pack_length,
+            "unscored": unscored,
+            "seed": seed,
+        }
+    )
+    made = make_plan(
+        named_paths(scores),
+        settings=settings,
+        data=data,
+        groups=groups,
+        show_groups=show_groups,
+        lengths=lengths,
+        combination=combination,  # type: ignore[arg-type]
+        weights=_numbers(weight, "--weight"),
+        epoch=epoch,
+        out=out,
+        draw=draw,
+        beside=named_paths(beside or [], "plans"),
+    )
+    if as_json:
+        print_json(made.to_json())
+        return
+    _print(made.summary, combination)
+    if out is not None:
+        typer.echo(f"Plan: {out}")
+    if draw is not None:
+        typer.echo(f"Figure: {draw}")
+
+
+def named_paths(given: Sequence[str], what: str = "scores") -> dict[str, str]:
+    """Paths by name, from PATH or NAME=PATH each; a path without a name has that of its file.
+
+    Raises:
+        SparsortError: two have one name.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name or Path(text).exists():
+            name, path = Path(text).stem or text, text
+        if name in found:
+            raise SparsortError(
+                f"two {what} are called {name!r}: {found[name]} and {path}. Name them, as in first={found[name]} second={path}."
+            )
+        found[name] = path
+    return found
+
+
+def _numbers(given: Sequence[str] | None, option: str) -> dict[str, float] | None:
+    """NAME=NUMBER, each name once."""
+    if not given:
+        return None
+    found: dict[str, float] = {}
+    for text in given:
+        name, equals, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise SparsortError(f"{option} {text!r} is not NAME=NUMBER, as in {option} {name or text or 'web'}=0.7.")
+        if name in found:
+            raise SparsortError(f"{option} gives {name!r} twice. Give it once.")
+        found[name] = number
+    return found
+
+
+def _print(summary: PlanSummary, combination: str) -> None:
+    typer.echo(f"{summary.what}; {_size(summary)}")
+    about = "" if summary.exact else "≈"
+    typer.echo(
+        f"{summary.rows:,} rows in {summary.batches:,} batches, "
+        f"{about}{sum(part.examples for part in summary.parts) / summary.batches:,.1f} examples each"
+        + (f"; epoch {summary.epoch}" if summary.epoch else "")
+    )
+    if summary.scores:
+        how = f", {combination} of their percentiles" if len(summary.scores) > 1 else ""
+        named = [
+            scorer if len(summary.scores) == 1 else f"{name} ({scorer})" for name, scorer in summary.scores.items()
+        ]
+        typer.echo(f"difficulty: {', '.join(named)}{how}")
+    _table(summary)
+    if summary.group_names:
+        held = _shares(summary.group_names, summary.group_shares, most=10)
+        typer.echo(f"groups in the data: {held}")
+    stand = {"last": "they stand last", "first": "they stand first"}.get(summary.settings["unscored"], "")
+    typer.echo(f"rows without a score: {summary.unscored:,}{f' ({stand})' if summary.unscored and stand else ''}")
+    if summary.cut is not None:
+        typer.echo(f"rows cut: {summary.cut:,}")
+    typer.echo(f"scores of no row: {summary.unused_scores:,}")
+    typer.echo(_seen(summary))
+    if not summary.exact:
+        looked = sum(part.looked_at for part in summary.parts)
+        typer.echo(f"≈ from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
+    typer.echo(f"fingerprint: {summary.fingerprint}")
+
+
+def _size(summary: PlanSummary) -> str:
+    size, budget = summary.settings["batch_size"], summary.settings["token_budget"]
+    if summary.settings["packing"] != "none":
+        return f"batches of {size} packed sequences"
+    return f"batches of {budget} tokens" if size is None else f"batch size {size}"
+
+
+def _seen(summary: PlanSummary) -> str:
+    seen = summary.coverage
+    if summary.settings["mode"] == "one_pass":
+        return "every example is seen once an epoch"
+    never = f"{100 * seen.never:.2f} % of the examples are never seen in an epoch"
+    how = "counted" if seen.exact else "expected value"
+    most = "" if seen.most is None else f", at most {seen.most:,} times"
+    return f"{never} ({how}); an example is seen {seen.mean:.2f} times on average{most}"
+
+
+def _table(summary: PlanSummary) -> None:
+    parts, about = summary.parts, "" if summary.exact else "≈"
+    whole = len(parts) > 1 and parts[-1].stages[1] > 0
+    columns: dict[str, list[str]] = {
+        "stage" if whole else "part": [
+            _span(*part.stages, 1) if whole else str(place) for place, part in enumerate(parts, 1)
+        ],
+        "batches": [_span(*part.batches, 0) for part in parts],
+        "examples": [f"{part.examples:,}" for part in parts],
+        "available": [_percents(part.share) for part in parts],
+        "difficulty": [f"{about}{part.difficulty.mean:.4g}" if part.difficulty else "–" for part in parts],
+        "from … to": [
+            f"{part.difficulty.lowest:.4g} … {part.difficulty.highest:.4g}" if part.difficulty else "–"
+            for part in parts
+        ],
+    }
+    if any(part.unscored for part in parts):
+        columns["no score"] = [f"{100 * part.unscored:.0f} %" for part in parts]
+    if any(part.length for part in parts):
+        columns["tokens"] = [f"{about}{part.length.mean:,.1f}" if part.length else "–" for part in parts]
+        columns["padding"] = ["–" if part.padding is None else f"{100 * part.padding:.0f} %" for part in parts]
+    if len(summary.group_names) > 1:
+        columns["groups"] = [_shares(summary.group_names, part.groups or [], most=5) for part in parts]
+    shown = table(*columns)
+    for column in shown.columns:
+        column.justify, column.no_wrap = ("left", False) if column.header == "groups" else ("right", True)
+    for line in zip(*columns.values(), strict=True):
+        shown.add_row(*line)
+    printer: Any = console()
+    # A table in a file or a pipe is not cut to a terminal that is not there.
+    printer.width = printer.width if printer.is_terminal else _WIDTH
+    printer.print(shown)
+
+
+_WIDTH = 150
+
+
+def _span(first: int, last: int, origin: int) -> str:
+    return f"{first + origin:,}" if first == last else f"{first + origin:,}–{last + origin:,}"
+
+
+def _percents(pair: tuple[float, float]) -> str:
+    first, last = (f"{100 * share:.3g}" for share in pair)
+    return f"{first} %" if first == last else f"{first}–{last} %"
+
+
+def _shares(names: Sequence[str], shares: Sequence[float], most: int) -> str:
+    """The largest first."""
+    ranked = sorted(zip(shares, names, strict=False), key=lambda pair: -pair[0])
+    said = [f"{name} {100 * share:.0f} %" for share, name in ranked[:most]]
+    return ", ".join(said) + (f", {len(ranked) - most} more" if len(ranked) > most else "")
