@@ -1,4 +1,4 @@
-"""The command line: `sparsort score`, `order`, `calibrate`, `ablate`, `report` and `env`.
+"""The command line: `sparsort score`, `order`, `calibrate`, `ablate`, `report`, `plan`, `train` and `env`.
 
 Contract: results on stdout, progress and warnings on stderr; `--json` prints one object and nothing else. Exit codes: 0 done;
 2 a mistake in the call or the input, told in one message; 3 done, but rows have no score and `--strict` was given;
@@ -18,7 +18,11 @@ from typer.core import TyperGroup
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli_ablate import ablate
 from sparsort.recipes.cli_calibrate import calibrate
+from sparsort.recipes.cli_plan import EXAMPLE as PLAN_EXAMPLE
+from sparsort.recipes.cli_plan import plan
 from sparsort.recipes.cli_report import report
+from sparsort.recipes.cli_train import EXAMPLE as TRAIN_EXAMPLE
+from sparsort.recipes.cli_train import train
 from sparsort.recipes.options import (
     SCORER_PANEL,
     TEXT_PANEL,
@@ -306,6 +310,8 @@ app.command(
 
 
 app.command(epilog="Example: `sparsort report my-ablation --figures figures`")(report)
+app.command(epilog=PLAN_EXAMPLE)(plan)
+app.command(epilog=TRAIN_EXAMPLE)(train)
 app.command(
     epilog=r"Example: `sparsort calibrate data.jsonl -p 'Question: {question}\nAnswer:' -a ' {answer}' --out calibration.json`"
 )(calibrate)

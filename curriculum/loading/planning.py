@@ -7,7 +7,8 @@ uses) is counted in the plan's notes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsort.curriculum.loading.ranking import by_id, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.scores import Scores
+from sparsort.scoring.sources import digest_of
 
 Given = Scores | str | Path | ArrayLike
 _SHOWN = 5
@@ -167,13 +169,36 @@ def _difficulty(
             f"the numbers of rows differ: {told}. Pass one difficulty for each row, or Scores together with the data, "
             "which are matched by id."
         )
+    first = next(iter(read.values()))
+    if isinstance(first, Scores):
+        notes["content"] = _content(first, data)
     if combination not in COMBINATIONS:
         raise unknown_choice("combination", combination, COMBINATIONS)
     if len(columns) == 1:
         if weights is not None:
-            raise SparsortError("weights weigh several scores against each other, and one was given. Leave weights out.")
+            raise SparsortError(
+                "weights weigh several scores against each other, and one was given. Leave weights out."
+            )
         return next(iter(columns.values())), notes
     return combine(columns, combination, weights=weights), notes
+
+
+def content_digest(rows: Iterable[Mapping[str, Any]], fields: Sequence[str] | None) -> str:
+    """The content of rows in their order: what of it `fields` name, None for all. A plan notes it of the rows it is for."""
+    return _digest_of_all(digest_of(row, fields) for row in rows)
+
+
+def _content(scores: Scores, data: Iterable[Mapping[str, Any]] | None) -> dict[str, Any]:
+    fields = scores.provenance.get("content")
+    digests = scores.column("digest") if data is None else (digest_of(row, fields) for row in data)
+    return {"fields": fields, "digest": _digest_of_all(digests)}
+
+
+def _digest_of_all(digests: Iterable[str]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for digest in digests:
+        found.update(f"{digest}\n".encode())
+    return found.hexdigest()
 
 
 def _ids(

@@ -3,7 +3,7 @@ import pytest
 
 import sparsort
 from sparsort import SparsortError
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.planning import content_digest, plan_curriculum
 from sparsort.curriculum.loading.settings import CurriculumSettings
 
 ROWS = [
@@ -42,6 +42,15 @@ def test_scores_that_miss_rows_are_refused_and_more_of_them_are_counted(scores):
     assert (plan.n_rows, plan.notes["unused_scores"]) == (35, 5)
     with pytest.raises(SparsortError, match="is not the row that was scored under this id"):
         plan_curriculum(scores, data=[{**ROWS[0], "text": "changed"}, *ROWS[1:]], batch_size=8)
+
+
+def test_a_plan_notes_the_content_of_its_rows(scores):
+    noted = plan_curriculum(scores, batch_size=8).notes["content"]
+    assert noted["fields"] == ["text"]
+    assert noted == plan_curriculum(scores, data=ROWS, batch_size=8).notes["content"]
+    assert noted["digest"] == content_digest(ROWS, ["text"])
+    for other in (ROWS[::-1], [{**ROWS[0], "text": "changed"}, *ROWS[1:]]):
+        assert content_digest(other, ["text"]) != noted["digest"]
 
 
 def test_a_dataset_is_matched_as_rows_are(scores, tmp_path):
@@ -122,7 +131,11 @@ def test_rows_without_a_score_stand_where_they_are_put(unscored, place):
         ([1.0, 2.0], {"batch_size": 1, "groups": ["a"]}, "1 groups for 2 rows"),
         ([1.0, 2.0], {"batch_size": 1, "ids": ["a"]}, "1 ids for 2 rows"),
         ([1.0, 2.0], {"batch_size": 1, "ids": ["a", "a"]}, "'a': an id names one row"),
-        ([1.0, 2.0], {"batch_size": 1, "combination": "rank"}, r"unknown combination 'rank'. Did you mean 'rank_average'"),
+        (
+            [1.0, 2.0],
+            {"batch_size": 1, "combination": "rank"},
+            r"unknown combination 'rank'. Did you mean 'rank_average'",
+        ),
         ([1.0, 2.0], {"batch_size": 1, "weights": {"difficulty": 2}}, "weights weigh several scores"),
         ([[1.0], [2.0]], {"batch_size": 1}, r"one number a row, \(N,\), not float64 of shape \(2, 1\)"),
     ],

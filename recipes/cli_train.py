@@ -1,0 +1,237 @@
+"""The command `sparsort train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsort.recipes.options import MODEL_PANEL, TEXT_PANEL, IdOption, JsonOption, console, print_json, table, unescape
+
+if TYPE_CHECKING:
+    from sparsort.recipes.train import TrainResult
+
+_CURRICULUM = "Curriculum"
+_TRAINING = "Training"
+EXAMPLE = r"Example: `sparsort train data.jsonl --text '{question}\n{answer}' --scores scores/ --stages 10 --out run/`"
+_WORK = "How the work is divided"
+
+
+def train(
+    file: Annotated[
+        Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
+    ],
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            "-t",
+            help=r"Format string over the columns, such as '{question}\n{answer}'. An empty text is an error.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan made by 'sparsort plan' of these rows.", rich_help_panel=_CURRICULUM)
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Scores made by 'sparsort score', to plan here.", rich_help_panel=_CURRICULUM),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="sorted, folded, interleaved, shuffle or as_given [default: sorted].", rich_help_panel=_CURRICULUM
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="one_pass or pool [default: one_pass].", rich_help_panel=_CURRICULUM)
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(help="easy_to_hard, hard_to_easy or random [default: easy_to_hard].", rich_help_panel=_CURRICULUM),
+    ] = None,
+    pacing: Annotated[
+        str | None, typer.Option(help="Such as root:start=0.2,until=0.5.", rich_help_panel=_CURRICULUM)
+    ] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Pieces of an epoch, each shuffled.", rich_help_panel=_CURRICULUM)
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Of folded and interleaved [default: 4].", rich_help_panel=_CURRICULUM)
+    ] = None,
+    warm_up: Annotated[
+        float | None,
+        typer.Option(help="Share of an epoch after which the rest comes shuffled.", rich_help_panel=_CURRICULUM),
+    ] = None,
+    later_epochs: Annotated[
+        str | None, typer.Option(help="repeat or shuffle [default: repeat].", rich_help_panel=_CURRICULUM)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples of a global batch [default: per-device batch × accumulate × processes].",
+            rich_help_panel=_CURRICULUM,
+        ),
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of a global batch, instead.", rich_help_panel=_CURRICULUM)
+    ] = None,
+    packing: Annotated[
+        str | None, typer.Option(help="none, next_fit or best_fit [default: none].", rich_help_panel=_CURRICULUM)
+    ] = None,
+    pack_length: Annotated[
+        int | None, typer.Option(help="Tokens of a packed sequence.", rich_help_panel=_CURRICULUM)
+    ] = None,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Like lengths together in a stage.", rich_help_panel=_CURRICULUM)
+    ] = False,
+    unscored: Annotated[
+        str | None,
+        typer.Option(help="Rows without a score: last, first or error [default: last].", rich_help_panel=_CURRICULUM),
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Column whose groups keep their share.", rich_help_panel=_CURRICULUM)
+    ] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Learn the difficulty in training.", rich_help_panel=_CURRICULUM)
+    ] = False,
+    online_metric: Annotated[
+        str, typer.Option(help="Sparsity metric of --online.", rich_help_panel=_CURRICULUM)
+    ] = "hoyer",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="tiny or small (from scratch, over bytes), hub id, folder, .gguf file or 'demo'.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = "tiny",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.", rich_help_panel=MODEL_PANEL)] = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 1,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead.", rich_help_panel=_TRAINING)] = None,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Its peak.", rich_help_panel=_TRAINING)] = 5e-4,
+    lr_schedule: Annotated[
+        str, typer.Option(help="constant, linear, cosine or wsd.", rich_help_panel=_TRAINING)
+    ] = "cosine",
+    warmup_steps: Annotated[int, typer.Option(help="In which the learning rate rises.", rich_help_panel=_TRAINING)] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.", rich_help_panel=TEXT_PANEL)] = 1024,
+    id_column: IdOption = None,
+    eval_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the rows to hold out [default: 0.1 with --scores].", rich_help_panel=_TRAINING),
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="File of held-out rows, instead.", rich_help_panel=_TRAINING)
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between held-out losses [default: at the end].", rich_help_panel=_TRAINING)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of weights, dropout, held-out rows and plan.", rich_help_panel=_TRAINING)
+    ] = 0,
+    per_device_batch: Annotated[
+        int | None,
+        typer.Option(help="Examples a device sees at once [default: what fits, else 8].", rich_help_panel=_WORK),
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches in a step.", rich_help_panel=_WORK)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that load data.", rich_help_panel=_WORK)] = 0,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_WORK)] = 500,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard, or another tracker of transformers.", rich_help_panel=_WORK)
+    ] = "none",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a causal language model on FILE under a curriculum.
+
+    Also in several processes: `torchrun --nproc-per-node 2 -m sparsort train …`, or `accelerate launch -m sparsort train …`.
+    """
+    from sparsort.recipes.train import train as run
+    from sparsort.recipes.train_config import TrainConfig
+
+    curriculum: dict[str, Any] = {
+        "schedule": schedule,
+        "mode": mode,
+        "direction": direction,
+        "pacing": pacing,
+        "stages": stages,
+        "folds": folds,
+        "warm_up": warm_up,
+        "later_epochs": later_epochs,
+        "batch_size": batch_size,
+        "token_budget": token_budget,
+        "packing": packing,
+        "pack_length": pack_length,
+        "group_by_length": group_by_length or None,
+        "unscored": unscored,
+    }
+    config = TrainConfig(
+        model=model,
+        dtype=dtype,  # type: ignore[arg-type]
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        lr_schedule=lr_schedule,  # type: ignore[arg-type]
+        warmup_steps=warmup_steps,
+        max_length=max_length,
+        eval_share=eval_share,
+        eval_steps=eval_steps,
+        online=online,
+        online_metric=online_metric,
+        seed=seed,
+        per_device_batch=per_device_batch,
+        accumulate=accumulate,
+        workers=workers,
+        save_steps=save_steps,
+        report_to=report_to,
+    )
+    result = run(
+        file,
+        unescape(text) or "",
+        out=out,
+        plan=plan,
+        scores=scores,
+        curriculum={name: value for name, value in curriculum.items() if value is not None},
+        groups=groups,
+        eval_data=eval_data,
+        id_column=id_column,
+        config=config,
+    )
+    _leave()
+    # The other processes of a distributed run have the same result.
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json(result.summary())
+    else:
+        _print(result)
+
+
+def _leave() -> None:
+    """Part from the other processes, which NCCL otherwise complains about."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _print(result: TrainResult) -> None:
+    rows = table("", "value")
+    for name in ("loss", "eval_loss"):
+        value = getattr(result, name)
+        rows.add_row(name.replace("eval_", "held-out "), "not there" if value is None else f"{value:.4f}")
+    rows.add_row("steps", str(result.steps))
+    rows.add_row("rows", f"{result.rows} trained on, {result.eval_rows} held out")
+    rows.add_row("tokens", str(result.tokens))
+    rows.add_row("parameters", str(result.parameters))
+    console().print(rows)
+    for note in result.notes:
+        typer.echo(f"note: {note}", err=True)
+    if result.resumed == result.steps:
+        typer.echo("The run was finished before; this is its result.")
+    elif result.resumed:
+        typer.echo(f"Went on from step {result.resumed}.")
+    typer.echo(f"Model: {result.model}\nLosses: {result.history}")

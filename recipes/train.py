@@ -1,0 +1,159 @@
+"""Train a causal language model on a file of rows under a curriculum. The recipe behind `sparsort train`.
+
+Contract: everything lies in one folder: `run.json` as it was asked for, `plan/`, `tokens/`, `checkpoints/`, `history.jsonl`
+and, at the end, `model/` and `result.json`. Killed at any time and called again with the same arguments, it goes on from
+the last whole checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
+over a finished folder give the result again; other arguments are refused with what differs. Under torchrun or
+`accelerate launch` every process calls it.
+
+Trainer seeds the global generators of torch, NumPy and `random`; they are put back, like transformers' verbosity, when
+`train` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsort.extras import need
+from sparsort.recipes.train_config import TrainConfig, make_config
+from sparsort.recipes.train_run import Run
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.scoring.sources import RowSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        loss: of the last step's tokens; None where it is not finite.
+        eval_loss: mean over the tokens of the held-out rows at the end; None without such rows.
+        steps: optimiser steps of the whole run.
+        rows, eval_rows: trained on and held out.
+        tokens: of the rows trained on, each counted once.
+        parameters: of the model.
+        out: the folder.
+        model: where the model and its tokenizer are, for `from_pretrained`.
+        history: JSON lines: step, loss, learning rate, and what the curriculum did.
+        plan: the fingerprint of the plan.
+        notes: what a reader should know of the data and the run, one sentence each.
+        resumed: the step that this call went on from: 0 for a run from the start, `steps` for one that was finished.
+        seconds: of this call.
+    """
+
+    loss: float | None
+    eval_loss: float | None
+    steps: int
+    rows: int
+    eval_rows: int
+    tokens: int
+    parameters: int
+    out: str
+    model: str
+    history: str
+    plan: str
+    notes: list[str] = field(default_factory=list)
+    resumed: int = 0
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def train(
+    data: Any,
+    text: str,
+    *,
+    out: str | Path,
+    plan: str | Path | CurriculumPlan | None = None,
+    scores: Any = None,
+    curriculum: Mapping[str, Any] | None = None,
+    groups: str | None = None,
+    eval_data: Any = None,
+    id_column: str | None = None,
+    config: TrainConfig | None = None,
+    **changes: Any,
+) -> TrainResult:
+    """Train a language model on the rows of `data`, in the order of a plan.
+
+    Args:
+        data: rows, as `open_rows` takes them: a path, a list of dicts, a `datasets.Dataset`.
+        text: format string over their columns. An end-of-text token follows each text. A row whose text is empty is
+            refused, not left out.
+        out: the folder to work in; called again it goes on where it was.
+        plan: a plan of exactly these rows, in their order.
+        scores: instead of a plan: `Scores` or their path, several by name, or one difficulty a row, (N,). They are matched
+            to the rows by id or content. Not needed where the curriculum does not look at them.
+        curriculum: with scores, the settings of `CurriculumSettings`. `batch_size` is per_device_batch × accumulate ×
+            processes unless given; a pool has as many steps as the run.
+        groups: with scores, the column that names each row's group.
+        eval_data: held-out rows, of the same columns.
+        id_column: the column that identifies a row.
+        config: how to train; `changes` are fields of it that differ.
+
+    Raises:
+        SparsortError: rows, texts, scores, plan and settings that do not fit; a folder with another run; no model.
+        KeyboardInterrupt: it was interrupted; a checkpoint of the last step was written, unless there are several processes.
+    """
+    begin = time.perf_counter()
+    run = Run(
+        config=make_config(config, **changes),
+        out=Path(out).expanduser(),
+        source=_open(data, text, id_column),
+        text=text,
+        held=None if eval_data is None else _open(eval_data, text, id_column),
+        curriculum=dict(curriculum or {}),
+        groups=groups,
+        plan=plan,
+        scores=scores,
+    )
+    run.check()
+    need("accelerate", "train", "training")
+    with _global_state_kept():
+        result = run.result()
+    return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
+
+
+def _open(data: Any, text: str, id_column: str | None) -> RowSource:
+    from sparsort.recipes.train_text import check_template
+    from sparsort.scoring.sources import open_rows
+
+    source = open_rows(data, id_column=id_column)
+    check_template(text, source)
+    return source
+
+
+@contextlib.contextmanager
+def _global_state_kept() -> Iterator[None]:
+    """Put back what transformers moves: the global generators, its verbosity and its bars."""
+    import random
+
+    import torch
+    from transformers.utils import logging as told
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    verbosity, bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    told.set_verbosity_error()
+    told.disable_progress_bar()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+        told.set_verbosity(verbosity)
+        if bars:
+            told.enable_progress_bar()

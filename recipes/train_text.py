@@ -1,0 +1,197 @@
+"""Rows → texts → token ids, on disk: what a language model trains on, in the order of the rows.
+
+Contract: row i of the result is the i-th row that was kept. A text is its template filled from the row, read by the
+tokenizer with its own special tokens, an end-of-text token behind it where the tokenizer has one, and cut at
+`max_length` tokens; how many were cut is told. No row is left out in silence: one whose text is empty, or too short to
+have a token to predict, stops the run before it begins, by name.
+
+The ids lie in one Arrow file, which every process maps. Its name holds a digest of the texts and of how they are read, so
+that the same data is not tokenised twice and other data is never taken for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
+from sparsort.errors import SparsortError
+from sparsort.files import write_atomically
+from sparsort.progress import progress
+from sparsort.scoring.prompts import hash_tokenizer
+from sparsort.scoring.sources import Row, RowSource
+from sparsort.templates import fields_of, render
+
+_CHUNK = 512  # texts that are tokenised at once
+_SHOWN = 5
+# n_tokens: before the cut.
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("n_tokens", pa.int32())])
+# Changed when the same texts and tokenizer would give other ids.
+_VERSION = 1
+
+
+class Kept(Sequence[Mapping[str, Any]]):
+    """Some rows of a source as `plan_curriculum` takes them, streamed whenever they are gone through.
+
+    Args:
+        source: all rows.
+        keep: (N,) bool, which of them.
+    """
+
+    def __init__(self, source: RowSource, keep: NDArray[np.bool_]) -> None:
+        self.source, self.keep = source, keep
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self.keep))
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (row.fields for row in self.rows())
+
+    @overload
+    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        if isinstance(place, slice):
+            return list(itertools.islice(self, *place.indices(len(self))))
+        position = int(np.flatnonzero(self.keep)[place])
+        return next(self.source.rows(position)).fields
+
+    def rows(self) -> Iterator[Row]:
+        """The rows with their ids and positions."""
+        return (row for row in self.source.rows() if self.keep[row.position])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokenised rows.
+
+    Attributes:
+        dataset: a memory-mapped `datasets.Dataset` with the column `input_ids`.
+        lengths: (N,) int64 tokens of each row.
+        cut: rows that were longer than `max_length`.
+        digest: of the texts, the tokenizer and the cut: equal where the ids are.
+    """
+
+    dataset: Any
+    lengths: NDArray[np.int64]
+    cut: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCollator:
+    """Rows of `input_ids` → tensors (B, L) padded on the right; packed sequences as `PackedCollator` makes them.
+
+    Attributes:
+        pad_token_id: what stands in the padding, which nothing attends to and has no label. Labels follow the length of a
+            row and not this id, so that an end-of-text token that also pads is learnt all the same.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if "position_ids" in examples[0]:
+            return PackedCollator(pad_token_id=self.pad_token_id)(examples)
+        import torch
+
+        rows = [example["input_ids"] for example in examples]
+        longest = max(map(len, rows))
+
+        def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in values])
+
+        return {
+            "input_ids": padded(rows, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in rows], 0),
+            "labels": padded(rows, IGNORED),
+        }
+
+
+def check_template(text: str, source: RowSource) -> None:
+    """Refuse a template that cannot be filled from every row.
+
+    Raises:
+        SparsortError: it names no field, or one that a row lacks.
+    """
+    fields = fields_of(text)
+    if not fields:
+        raise SparsortError(
+            f"the text {text!r} uses no field of the data, so every row would be the same. Name columns in braces; "
+            f"{source.name} has: {', '.join(source.columns())}."
+        )
+    source.require(fields)
+
+
+def tokenise(rows: Kept, text: str, tokenizer: Any, *, max_length: int, folder: Path) -> Tokens:
+    """The token ids of rows, from `folder` where they are there already.
+
+    Raises:
+        SparsortError: rows whose text is empty or gives fewer than two tokens, with their names; a full disk.
+    """
+    import datasets
+
+    digest = _digest(rows, text, f"{_VERSION} {hash_tokenizer(tokenizer)} {max_length}")
+    path = folder / f"tokens-{digest}.arrow"
+    if not path.exists():
+        _write(rows, text, tokenizer, max_length, path)
+    dataset = datasets.Dataset.from_file(str(path))
+    lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+    cut = np.count_nonzero(dataset.data.column("n_tokens").to_numpy() > lengths)
+    return Tokens(dataset=dataset, lengths=lengths, cut=int(cut), digest=digest)
+
+
+def _digest(rows: Kept, text: str, how: str) -> str:
+    """Of every text and how it is read; the same pass finds the empty ones."""
+    found = hashlib.blake2b(how.encode(), digest_size=16)
+    empty: list[str] = []
+    for row in rows.rows():
+        filled = _fill(rows, row, text)
+        if not filled.strip():
+            empty.append(row.id)
+        part = filled.encode("utf-8", "surrogatepass")
+        found.update(len(part).to_bytes(8, "little") + part)
+    _refuse(rows, empty, "have an empty text")
+    return found.hexdigest()
+
+
+def _write(rows: Kept, text: str, tokenizer: Any, max_length: int, path: Path) -> None:
+    short: list[str] = []
+    end = tokenizer.eos_token_id
+    left = rows.rows()
+    with write_atomically(path) as temporary, progress("tokenising", len(rows)) as advance:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+            while chunk := list(itertools.islice(left, _CHUNK)):
+                found = [list(ids) for ids in tokenizer([_fill(rows, row, text) for row in chunk])["input_ids"]]
+                for row, ids in zip(chunk, found, strict=True):
+                    if end is not None and ids[-1:] != [end]:
+                        ids.append(end)
+                    if len(ids) < 2:
+                        short.append(row.id)
+                columns = [[ids[:max_length] for ids in found], [len(ids) for ids in found]]
+                arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+                advance(len(chunk))
+        _refuse(rows, short, "have a text of one token at most, with none to predict")
+
+
+def _fill(rows: Kept, row: Row, text: str) -> str:
+    return render(text, row.fields, where=f"{rows.source.name}: row {row.position} ({row.id!r})")
+
+
+def _refuse(rows: Kept, ids: list[str], what: str) -> None:
+    if ids:
+        named = ", ".join(map(repr, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+        raise SparsortError(
+            f"{len(ids)} of {len(rows)} rows of {rows.source.name} {what}: {named}. "
+            "Leave them out of the file, or change the template (--text)."
+        )
