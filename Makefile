@@ -35,11 +35,12 @@ lint: $(READY) ## check style and types
 	@$(RUN) -P -m ruff format --check
 	@$(RUN) -P -m mypy
 
-bench: $(READY) ## measure scoring, kernels, calibration and the ablation, in some minutes
+bench: $(READY) ## measure scoring, kernels, calibration, the ablation and the loader, in some minutes
 	@$(RUN) benchmarks/scoring.py --quick $(ARGS)
 	@$(RUN) benchmarks/sparsity_kernels.py --quick $(ARGS)
 	@$(RUN) benchmarks/calibration.py --quick $(ARGS)
 	@$(RUN) benchmarks/ablation.py --quick $(ARGS)
+	@$(RUN) benchmarks/loader.py --quick $(ARGS)
 
 gpu-check: $(READY) ## check and measure the Triton kernels on this machine's GPU
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)

@@ -102,7 +102,7 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
                 if unit % turns == turn:
                     yield self._micro(batch, number, micro, first=rows[0])
                 unit += 1
-        if examples is not None and place == self.plan.n_rows and next(examples, self) is not self:
+        if examples is not None and next(examples, self) is not self:
             raise SparsortError(
                 f"the stream goes on after the {self.plan.n_rows} rows that the plan was made for. Plan anew for all of "
                 "its rows, or cut it (stream.take)."

@@ -396,6 +396,15 @@ def test_a_hook_set_later_is_not_bypassed_by_workers_that_were_kept() -> None:
     assert read(loader) == [*planned(plan, 1)[:2], revised.batch(2, 1).tolist(), revised.batch(3, 1).tolist()]
 
 
+def test_workers_that_were_kept_follow_a_plan_that_replaces_theirs() -> None:
+    plan, other = (plan_curriculum(difficulties(24), batch_size=6, stages=2, seed=seed) for seed in (0, 1))
+    options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    loader = CurriculumLoader(plan, rows_of(24), **options)
+    assert read(loader) == planned(plan)
+    loader.replace_plan(other)
+    assert read(loader) == planned(other, 1) != planned(plan, 1)
+
+
 # What it refuses
 
 

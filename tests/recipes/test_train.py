@@ -233,6 +233,16 @@ def test_a_plan_of_these_rows_is_followed(data: Path, whole: Path, tmp_path: Pat
     assert _losses(tmp_path) == _losses(whole)
 
 
+def test_a_plan_of_rows_that_changed_since_is_refused(data: Path, tmp_path: Path) -> None:
+    plan_curriculum(data / "scores", batch_size=4, out=tmp_path / "plan")
+    lines = (data / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    changed = lines[3].replace("?", "!")
+    for rows in ([*lines[:3], changed, *lines[4:]], lines[::-1]):
+        (tmp_path / "changed.jsonl").write_text("".join(rows), encoding="utf-8")
+        asked = (tmp_path / "changed.jsonl", "--text", TEXT, "--plan", tmp_path / "plan", "--out", tmp_path / "run")
+        assert "differ or stand in another order" in " ".join(_cli(*asked, code=2).output.split())
+
+
 @pytest.mark.parametrize(
     "curriculum",
     [
