@@ -4,7 +4,7 @@
 
 Everything that has to do with `--rows` runs in processes of its own, so that the peak of memory is theirs:
 `index_seconds` and `index_peak_gib` are plan_curriculum from float32 difficulties on disk (memory-mapped) to a saved plan
-whose first epoch is ready, for a sorted order in stages; the same for a plain shuffle, a pacing, and float64. Peak is the
+whose first batch was drawn, for a sorted order in stages; the same for a plain shuffle, a pacing, and float64. Peak is the
 resident set, mapped files included. `first_batch_seconds` goes from CurriculumPlan.open to the first batch in hand, in a new
 process (imports not counted), at the beginning, near the end and at random positions; the slowest is reported.
 
@@ -48,7 +48,7 @@ import numpy as np
 from sparsort import plan_curriculum
 source, folder, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 began = time.perf_counter()
-plan_curriculum(np.load(source, mmap_mode="r"), out=folder, batch_size=512, **settings).prepare()
+plan_curriculum(np.load(source, mmap_mode="r"), out=folder, batch_size=512, **settings).batch(0)
 seconds = time.perf_counter() - began
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(json.dumps({"seconds": seconds, "peak": peak}))

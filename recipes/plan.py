@@ -113,7 +113,7 @@ def make_plan(
         source.require([field for field in fields.values() if field is not None])
     read = {name: Scores.load(path) for name, path in paths.items()}
     rows = None if source is None else _Rows(source)
-    tokens = _field_numbers(rows, lengths) if lengths and rows else _counted_tokens(read, rows)
+    tokens = _field_numbers(rows, lengths) if lengths and rows else _counted(read, rows)
     # Lengths are a part of a plan only where they decide something, so that the same call in Python makes the same plan.
     decide = settings.needs_lengths or settings.max_length is not None
     plan = plan_curriculum(
@@ -191,20 +191,9 @@ def _field_numbers(rows: _Rows, field: str) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 
-def _counted_tokens(read: Mapping[str, Scores], rows: _Rows | None) -> NDArray[Any] | None:
-    """Tokens of each row as the scorer counted them; None where none of the scores counted every row's."""
-    import pyarrow as pa
+def _counted(read: Mapping[str, Scores], rows: _Rows | None) -> NDArray[Any] | None:
+    """Tokens of each row, of the first scores that counted them."""
+    from sparsort.curriculum.loading.planning import counted_tokens
 
-    from sparsort.scoring.scores import Scores
-
-    for scores in read.values():
-        tokens = scores.column("n_tokens")
-        if not tokens.size or tokens.min() < 1:
-            continue
-        if rows is None:
-            return tokens
-        # Scores find a row's difficulty by its id or content; here its tokens stand in that place.
-        place = scores.table.schema.get_field_index("difficulty")
-        table = scores.table.set_column(place, "difficulty", pa.array(tokens, pa.float64()))
-        return Scores(table, scores.provenance).difficulty_of(rows).astype(np.int64)
-    return None
+    found = (counted_tokens(scores, rows) for scores in read.values())
+    return next((tokens for tokens in found if tokens is not None), None)

@@ -28,7 +28,7 @@ VERSION = 1
 LOCK = ".lock"
 
 _LOG = logging.getLogger("sparsort")
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\..+\.\d+(?:\.[0-9a-f]{32})?\.tmp")
 _KEPT = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _STALE_S = 3600.0  # a temporary file of this age is no write in progress, which takes under a second
 _LONGEST_NAME = 200

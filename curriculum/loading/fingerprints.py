@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 import struct
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.sources import digest_of
 
 Fingerprint = str | dict[str, Any]
 
@@ -43,9 +45,32 @@ def fingerprint_of(dataset: Any, columns: Sequence[str] | None = None) -> dict[s
     Raises:
         SparsortError: a column is not there.
     """
-    n = len(dataset)
-    places = sorted({i * (n - 1) // (MOST_ROWS - 1) for i in range(MOST_ROWS)}) if n else []
-    return {"rows": n, "columns": _columns(lambda: [dataset[place] for place in places], columns)}
+    places = places_of(len(dataset))
+    return {"rows": len(dataset), "columns": _columns(lambda: [dataset[place] for place in places], columns)}
+
+
+def places_of(n: int) -> list[int]:
+    """The rows that stand for n: the first, the last, and evenly between, at most 16."""
+    return sorted({i * (n - 1) // (MOST_ROWS - 1) for i in range(MOST_ROWS)}) if n else []
+
+
+def unplanned(noted: Mapping[str, Any] | None, dataset: Any) -> str | None:
+    """Which row is not the one that a plan was made for, in words; None where none of those that were noted is.
+
+    Args:
+        noted: "content" of the plan's notes, where it was made from scores of named fields.
+        dataset: with `[row]`. Rows that are no mappings, or lack those fields (tokenised ones), tell nothing.
+    """
+    if not noted or noted["fields"] is None:
+        return None
+    with _random_state_put_back():
+        for place, digest in noted["sample"].items():
+            row = dataset[int(place)]
+            if not isinstance(row, Mapping) or any(field not in row for field in noted["fields"]):
+                return None
+            if digest_of(row, noted["fields"]) != digest:
+                return f"row {place} has another {' and '.join(noted['fields'])}"
+    return None
 
 
 def fingerprint_of_stream(stream: Iterable[Any], n_rows: int) -> dict[str, Any]:
@@ -56,7 +81,7 @@ def fingerprint_of_stream(stream: Iterable[Any], n_rows: int) -> dict[str, Any]:
 def difference(saved: Any, current: Fingerprint) -> str | None:
     """How the data that a fingerprint was `saved` for differs from the current data; None where it does not.
 
-    Columns that both have are compared. Where there is none, only the number of rows is.
+    Columns that both have are compared, and there must be one, unless one of the two has none at all.
     """
     if isinstance(saved, str) or isinstance(current, str):
         return None if saved == current else f"it was saved as {_named(saved)} and this is {_named(current)}"
@@ -64,6 +89,8 @@ def difference(saved: Any, current: Fingerprint) -> str | None:
         rows = saved.get("rows") if isinstance(saved, Mapping) else saved
         return f"it had {rows} rows and this has {current['rows']}"
     before, now = saved.get("columns", {}), current["columns"]
+    if before and now and not set(before) & set(now):
+        return f"it had the columns {', '.join(before)} and this has {', '.join(now)}"
     changed = [name for name in now if name in before and before[name] != now[name]]
     return f"other values in {', '.join(name or 'its examples' for name in changed)}" if changed else None
 
@@ -93,7 +120,7 @@ def _digests(examples: list[Any], columns: Sequence[str] | None) -> dict[str, st
 
 
 def _short(name: str) -> str:
-    return name if len(name.encode()) <= _LONGEST_NAME else f"#{_digest(name)}"
+    return name if len(json.dumps(name)) - 2 <= _LONGEST_NAME else f"#{_digest(name)}"
 
 
 def _digest(value: Any) -> str:

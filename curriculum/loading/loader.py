@@ -11,7 +11,8 @@ It holds a torch DataLoader but is none, so that accelerate and Trainer use it a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +20,15 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from sparsort.curriculum.loading.fetching import Fetcher, Key, Part
-from sparsort.curriculum.loading.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream
+from sparsort.curriculum.loading.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream, unplanned
 from sparsort.curriculum.loading.packing import PackedCollator
+from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.resuming import make_state, position_of
 from sparsort.curriculum.loading.shuffling import key_of
 from sparsort.curriculum.loading.streams import StreamFetcher, check_stream, is_stream
 from sparsort.errors import SparsortError
 
-if TYPE_CHECKING:
-    from sparsort.curriculum.loading.plan import CurriculumPlan
-
-Hook = Callable[["CurriculumLoader", int], "CurriculumPlan | None"]
+Hook = Callable[["CurriculumLoader", int], CurriculumPlan | None]
 
 
 class CurriculumLoader:
@@ -39,7 +38,7 @@ class CurriculumLoader:
     the micro-batches of a whole epoch on this rank.
 
     Args:
-        plan: of `plan_curriculum`.
+        plan: of `plan_curriculum`, or the folder that it was saved in.
         dataset: the rows that the plan was made for: anything with `len` and `[row]` (`__getitems__` is used where
             there is one, as `datasets.Dataset` has), or a stream in the plan's own order (see `streams`).
         collate_fn: list of examples → batch; torch's default, or `PackedCollator` where the plan packs.
@@ -71,7 +70,7 @@ class CurriculumLoader:
 
     def __init__(
         self,
-        plan: CurriculumPlan,
+        plan: CurriculumPlan | str | Path,
         dataset: Any,
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -87,6 +86,15 @@ class CurriculumLoader:
         timeout: float = 0,
         fingerprint: str | None = None,
     ) -> None:
+        if isinstance(plan, (str, Path)):
+            plan = CurriculumPlan.open(plan)
+        if not isinstance(plan, CurriculumPlan):
+            raise SparsortError(
+                f"a loader follows a plan, not {type(plan).__name__}: pass what plan_curriculum returned, or the folder that it "
+                "was saved in."
+            )
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None
@@ -108,6 +116,11 @@ class CurriculumLoader:
             "timeout": timeout,
         }
         self._fingerprint: Fingerprint | None = fingerprint
+        if fingerprint is None and not self._is_stream and (other := unplanned(plan.notes.get("content"), dataset)):
+            raise SparsortError(
+                f"these are not the rows that the plan was made for, or they stand in another order: {other} than was scored. "
+                "Load the data that was planned, or plan anew with plan_curriculum(scores, data=…)."
+            )
         self._epoch = self._batch = 0
         self._run = 0  # which iterator may move the position: the one made last, until the position is set
         self._latest: tuple[CurriculumPlan, Key] | None = None
@@ -167,8 +180,14 @@ class CurriculumLoader:
         return self._walk(self._run)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to the beginning of an epoch. Within the current one the position stays: it may just have been loaded."""
-        if epoch != self._epoch:
+        """Move to the beginning of an epoch. Within the current one the position stays: it may just have been loaded.
+
+        Raises:
+            SparsortError: no whole number of at least 0.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise SparsortError(f"epochs are whole numbers from 0, not {epoch!r}.")
+        if epoch != self._epoch or self._batch >= self._plan.n_batches:
             self._move(epoch, 0)
 
     def replace_plan(self, plan: CurriculumPlan) -> None:
@@ -208,7 +227,6 @@ class CurriculumLoader:
                 self._check_current(run)
                 stop = next(edge for edge in (*self._plan.stage_edges, stop) if edge > start)
             plan = self._plan
-            plan.prepare(epoch)
             batches = self._load(epoch, start, stop)
             for key in self._keys.all(epoch, start, stop):
                 # No name holds the batch here: its memory is free for the next as soon as the caller lets go of it.

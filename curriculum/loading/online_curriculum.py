@@ -156,7 +156,10 @@ class OnlineCurriculum:
         try:
             about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SparsortError(f"cannot read an online curriculum from {folder / _FILE}: {error}.") from error
+            raise SparsortError(
+                f"cannot read an online curriculum from {folder / _FILE}: {error}. The checkpoint was written without one, or in "
+                "part: resume without online=, or from another checkpoint."
+            ) from error
         if about.get("format") != _FORMAT or about.get("version") != _VERSION:
             raise SparsortError(
                 f"{folder / _FILE} is version {about.get('version')!r} of {about.get('format')!r}; expected version "
@@ -174,7 +177,8 @@ class OnlineCurriculum:
             )
         self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
         if about["plan"] is not None:
-            self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]))
+            # Not mapped from the checkpoint, which may be rotated away while it is followed.
+            self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]).in_memory())
         self.loader.load_state_dict(about["loader"])
         self.online.drain()
         self._pending, self._measured = Observations.join([]), None

@@ -1,15 +1,19 @@
 """CurriculumPlan: every batch of a training run, by its number.
 
 Contract: `plan.batch(number, epoch)` is a pure function of the plan: the ordered rows of one global batch, whoever asks,
-in whatever order. Saved, a plan is a folder of `plan.json` and `.npy` arrays that every process maps; a sequence that
-belongs to one epoch is written there when it is first needed, by whoever needs it, and is the same whoever does.
+in whatever order. Saved, a plan is a folder of `plan.json` and `.npy` arrays that every process maps and none writes to.
+
+Trade-off: an epoch's sequence is never made whole. Its rows are worked out in blocks of 32768 places when a batch asks for
+one of them (5 ms a block), so that an epoch begins, or goes on anywhere, at once at any size. Grouping by length needs the
+stage as a whole, once an epoch.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsort.curriculum.loading import pool
-from sparsort.curriculum.loading.building import base_order, changes_with_epoch, one_pass, warm_place
-from sparsort.curriculum.loading.plan_files import map_array, read_plan, write_array, write_plan
+from sparsort.curriculum.loading.batches import WINDOW
+from sparsort.curriculum.loading.building import Spans, base_order, rows_at, warm_place
+from sparsort.curriculum.loading.plan_files import read_plan, write_plan
 from sparsort.curriculum.loading.ranking import Rows, row_type
+from sparsort.curriculum.loading.sequences import like_lengths
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.curriculum.loading.shuffling import key_of, permute
 from sparsort.errors import SparsortError
 
-_KEPT = 2  # epochs whose sequence is held
+_FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
+_BLOCK = 1 << 15
+_KEPT = 4  # blocks, or stages, that are held
 
 
 class CurriculumPlan:
@@ -35,6 +43,7 @@ class CurriculumPlan:
         n_rows: rows of the data.
         stage_edges: number of each stage's first batch, from 0; the last is the number of batches.
         stage_places: in one pass, the place of each stage's first row in the sequence; the last is the number of rows.
+        turn_spans: of batches that were cut by length: which of them change places from epoch to epoch, from and to.
         smallest_batch: items of the smallest global batch.
         notes: JSON values of how it was made: counts of rows without a score and of cut rows, groups, provenance.
         revision: of a plan made by `revised`: {"number", "epoch", "start"}; else None.
@@ -51,6 +60,7 @@ class CurriculumPlan:
         stage_edges: list[int],
         stage_places: list[int],
         smallest_batch: int,
+        turn_spans: Spans | None = None,
         notes: Mapping[str, Any],
         revision: Mapping[str, int] | None = None,
         fingerprint: str | None = None,
@@ -65,7 +75,8 @@ class CurriculumPlan:
         self.revision = dict(revision) if revision else None
         self.folder = folder
         self._arrays = dict(arrays)
-        self._epochs: dict[int, Rows] = {}
+        self.turn_spans = [(int(first), int(last)) for first, last in turn_spans or ()]
+        self._made: dict[tuple[int, int], NDArray[np.int64]] = {}
         self.fingerprint = fingerprint or self._digest()
 
     def __repr__(self) -> str:
@@ -113,9 +124,15 @@ class CurriculumPlan:
         if self.settings.mode == "pool":
             return self._draw(number, epoch)
         first, last = self._places(number, epoch)
-        if "order" not in self._arrays and "sequence" not in self._arrays:
-            return np.arange(first, last, dtype=np.int64)
-        return self._sequence(epoch)[first:last].astype(np.int64)
+        if "sequence" in self._arrays:
+            return self._arrays["sequence"][first:last].astype(np.int64)
+        if self._groups_by_length(epoch):
+            return self._like_lengths(first, last, epoch)
+        begin, end = first // _BLOCK, (last - 1) // _BLOCK
+        if begin == end:
+            return self._block(begin, epoch)[first - begin * _BLOCK : last - begin * _BLOCK]
+        rows = np.concatenate([self._block(block, epoch) for block in range(begin, end + 1)])
+        return rows[first - begin * _BLOCK : last - begin * _BLOCK]
 
     def bins(self, number: int, epoch: int = 0) -> list[NDArray[np.int64]]:
         """The items of a global batch: the rows of each packed sequence, or one row each without packing."""
@@ -131,7 +148,10 @@ class CurriculumPlan:
         return int(np.searchsorted(self.stage_edges, number, side="right")) - 1
 
     def share(self, number: int, epoch: int = 0) -> float:
-        """Share of the examples that a batch could be drawn from; 1 where the schedule sets no such limit."""
+        """Share of the examples that a batch could be drawn from; 1 where the schedule sets no such limit.
+
+        With quotas it is the share of each group, of which a batch gets its quota even where that is more.
+        """
         settings = self.settings
         if settings.mode == "pool":
             return float(self._arrays["available"][number]) / self.n_rows
@@ -141,15 +161,12 @@ class CurriculumPlan:
         if last > warm_place(settings, self.n_rows):
             return 1.0
         if settings.stages is None:
-            return last / self.n_rows
+            # Best fit takes rows from anywhere in its window.
+            reach = -(-last // WINDOW) * WINDOW if settings.packing == "best_fit" else last
+            return min(reach, self.n_rows) / self.n_rows
         stage = int(np.searchsorted(self.stage_places, first, side="right")) - 1
         limits = self._arrays.get("available", self.stage_places[1:])
         return float(limits[stage]) / self.n_rows
-
-    def prepare(self, epoch: int = 0) -> None:
-        """Have the epoch's sequence at hand (made, or mapped), so that no batch waits for it."""
-        if self.settings.mode == "one_pass" and "order" in self._arrays:
-            self._sequence(epoch)
 
     def revised(self, difficulty: ArrayLike, *, epoch: int = 0, start: int = 0) -> CurriculumPlan:
         """The same curriculum over other difficulties, from batch `start` of `epoch` on.
@@ -177,6 +194,8 @@ class CurriculumPlan:
             )
         kept = ("ids", "lengths", "groups", "available")
         arrays: dict[str, NDArray[Any]] = {name: array for name, array in self._arrays.items() if name in kept}
+        if settings.unscored == "error" and np.isnan(values).any():
+            raise SparsortError(f"{np.count_nonzero(np.isnan(values))} rows have no difficulty, and unscored='error'.")
         arrays.update(base_order(values, settings, arrays.get("ids"), arrays.get("groups")))
         return CurriculumPlan(
             settings,
@@ -196,9 +215,7 @@ class CurriculumPlan:
             SparsortError: the folder holds another plan, or the disk refuses.
         """
         folder = Path(folder)
-        facts = {
-            name: getattr(self, name) for name in ("stage_edges", "stage_places", "smallest_batch", "revision", "notes")
-        }
+        facts = {name: getattr(self, name) for name in _FACTS}
         described = {
             "fingerprint": self.fingerprint,
             "settings": self.settings.to_json(),
@@ -220,9 +237,16 @@ class CurriculumPlan:
         settings = CurriculumSettings.from_json(found.pop("settings"))
         return cls(settings, arrays, folder=folder.resolve(), **found)
 
+    def in_memory(self) -> CurriculumPlan:
+        """The same plan, independent of the folder that it was read from."""
+        held = copy.copy(self)
+        held.folder, held._made = None, {}
+        held._arrays = {name: np.array(array) for name, array in self._arrays.items()}
+        return held
+
     # A worker process maps the files again instead of receiving the arrays.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": {}, "_epochs": {}} if self.folder else self.__dict__
+        return {**self.__dict__, "_made": {}, **({"_arrays": {}} if self.folder else {})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -250,6 +274,7 @@ class CurriculumPlan:
         if settings.quotas is None:
             return pool.draw(order, held, size, key)
         shares = np.array([settings.quotas[name] for name in self.notes["groups"]])
+        shares /= shares.sum()
         return pool.draw_quotas(order, self._arrays["group_edges"], shares, held, size, key)
 
     def _edge(self, number: int) -> int:
@@ -267,48 +292,56 @@ class CurriculumPlan:
         return first, last
 
     def _turned(self, number: int, epoch: int) -> int:
-        """Batches that were cut once, by tokens or bins, change places within their stage from epoch to epoch."""
-        settings = self.settings
-        if epoch == 0 or "batch_edges" not in self._arrays or not changes_with_epoch(settings):
-            return number
-        if settings.later_epochs == "shuffle" or settings.schedule == "shuffle" or settings.stages is None:
-            return int(permute(number, self.n_batches, key_of(settings.seed, epoch, "turn")))
-        stage = self.stage(number)
-        first, last = self.stage_edges[stage], self.stage_edges[stage + 1]
-        return first + int(permute(number - first, last - first, key_of(settings.seed, epoch, "turn", stage)))
+        """Batches that were cut once, by tokens or bins, change places within their span from epoch to epoch."""
+        if epoch > 0:
+            for first, last in self.turn_spans:
+                if first <= number < last:
+                    key = key_of(self.settings.seed, epoch, "turn", first)
+                    return first + int(permute(number - first, last - first, key))
+        return number
 
-    def _sequence(self, epoch: int) -> Rows:
-        """The rows of an epoch in the order of places."""
-        if "sequence" in self._arrays:
-            return self._arrays["sequence"]
-        if not changes_with_epoch(self.settings):
-            epoch = 0
-            if self.settings.schedule == "sorted":
-                return self._arrays["order"]
-        if epoch not in self._epochs:
-            if self.folder is None:
-                found = self._make(epoch)
-            else:
-                path = self.folder / f"epoch-{epoch:05d}.npy"
-                if not path.exists():
-                    write_array(path, self._make(epoch))
-                found = map_array(path, str(self._arrays["order"].dtype), self.n_rows)
-            while len(self._epochs) >= _KEPT:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch] = found
-        return self._epochs[epoch]
+    def _block(self, block: int, epoch: int) -> NDArray[np.int64]:
+        """The rows at the places of one block."""
+        places = np.arange(block * _BLOCK, min(self.n_rows, (block + 1) * _BLOCK), dtype=np.int64)
+        return self._keep((epoch, block), lambda: self._at(places, epoch))
 
-    def _make(self, epoch: int) -> Rows:
-        return one_pass(
+    def _like_lengths(self, first: int, last: int, epoch: int) -> NDArray[np.int64]:
+        """The rows at places of one stage, after those of like length were put together."""
+        stage = int(np.searchsorted(self.stage_places, first, side="right")) - 1
+        begin, end = self.stage_places[stage], self.stage_places[stage + 1]
+
+        def make() -> NDArray[np.int64]:
+            rows = self._at(np.arange(begin, end, dtype=np.int64), epoch)
+            numbers = np.arange(self.stage_edges[stage], self.stage_edges[stage + 1] + 1)
+            edges = numbers * self.n_rows // self.n_batches - begin
+            key = key_of(self.settings.seed, epoch, "lengths", stage)
+            return like_lengths(rows, self._arrays["lengths"], edges, key)
+
+        return self._keep((epoch, stage), make)[first - begin : last - begin]
+
+    def _at(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        rows = rows_at(
             self.settings,
-            self._arrays["order"],
+            places,
+            order=self._arrays.get("order"),
             ids=self._arrays.get("ids"),
             stage_places=np.array(self.stage_places, dtype=np.int64),
             limits=self._arrays.get("available"),
             epoch=epoch,
-            lengths=self.lengths,
-            batch_places=np.arange(self.n_batches + 1, dtype=np.int64) * self.n_rows // self.n_batches,
         )
+        return rows.astype(np.int64)
+
+    def _groups_by_length(self, epoch: int) -> bool:
+        return self.settings.group_by_length and not (epoch > 0 and self.settings.later_epochs == "shuffle")
+
+    def _keep(self, name: tuple[int, int], make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+        found = self._made.get(name)
+        if found is None:
+            found = make()
+            found.flags.writeable = False
+            made = dict(list(self._made.items())[-_KEPT + 1 :])
+            self._made = {**made, name: found}  # one assignment, so that threads see a whole dictionary
+        return found
 
     def _digest(self) -> str:
         found = hashlib.blake2b(digest_size=16)

@@ -5,6 +5,7 @@ Contract: each file is whole or absent. A folder without `plan.json` is no plan,
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,14 +28,21 @@ def write_plan(folder: Path, described: Mapping[str, Any], arrays: Mapping[str, 
     Raises:
         SparsortError: the folder holds another plan, or the disk refuses.
     """
+    shapes = {name: [str(array.dtype), len(array)] for name, array in arrays.items()}
+    whole = {"format": FORMAT, "version": VERSION, **described, "arrays": shapes}
     if (folder / _FILE).exists():
         if read_description(folder)["fingerprint"] != described["fingerprint"]:
             raise SparsortError(f"{folder} already holds another plan. Choose another folder, or delete it.")
         return
+    if folder.is_dir() and (
+        others := sorted(path.name for path in folder.iterdir() if path.suffix not in (".npy", ".tmp"))
+    ):
+        raise SparsortError(
+            f"{folder} holds other files, such as {others[0]}. A plan has a folder of its own: choose a new one."
+        )
     for name, array in arrays.items():
-        write_array(folder / f"{name}.npy", array)
-    shapes = {name: [str(array.dtype), len(array)] for name, array in arrays.items()}
-    write_json(folder / _FILE, {"format": FORMAT, "version": VERSION, **described, "arrays": shapes})
+        _write_array(folder / f"{name}.npy", array)
+    write_json(folder / _FILE, {**whole, "digest": _digest(whole)})
 
 
 def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -44,8 +52,8 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         SparsortError: no plan is there, another version wrote it, or a file is missing or has another length.
     """
     found = read_description(folder)
-    arrays = {name: map_array(folder / f"{name}.npy", *shape) for name, shape in found.pop("arrays").items()}
-    del found["format"], found["version"]
+    arrays = {name: _map_array(folder / f"{name}.npy", *shape) for name, shape in found.pop("arrays").items()}
+    del found["format"], found["version"], found["digest"]
     return found, arrays
 
 
@@ -66,16 +74,22 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} is version {given[1]!r} of {given[0]!r}, and this sparsort reads version {VERSION} of {FORMAT!r}. "
             "Make the plan again with sparsort plan."
         )
+    if found.get("digest") != _digest({name: value for name, value in found.items() if name != "digest"}):
+        raise SparsortError(f"{path} was changed after it was written. Make the plan again with sparsort plan.")
     return dict(found)
 
 
-def write_array(path: Path, array: NDArray[Any]) -> None:
+def _digest(described: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
     """One array as .npy, whole or not at all."""
     with write_atomically(path) as temporary, temporary.open("wb") as handle:
         np.save(handle, array, allow_pickle=False)
 
 
-def map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
+def _map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
     """A 1-D array of a known type and length, mapped read-only.
 
     Raises:

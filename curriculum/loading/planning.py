@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsort.curriculum.loading import batches
-from sparsort.curriculum.loading.building import available, base_order, cut, one_pass
+from sparsort.curriculum.loading.building import Spans, available, base_order, cut, fewest, rows_at
 from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combine
+from sparsort.curriculum.loading.fingerprints import places_of
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.ranking import by_id, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
@@ -76,7 +77,11 @@ def plan_curriculum(
         )
     if asked.schedule not in ("shuffle", "as_given") and asked.direction != "random":
         _check_spread(difficulty)
-    arrays: dict[str, NDArray[Any]] = {"difficulty": np.asarray(difficulty, dtype=np.float32)}
+    # A copy where the caller could change it; a memory map that is read-only stays one.
+    shown = np.asarray(difficulty, dtype=np.float32)
+    arrays: dict[str, NDArray[Any]] = {
+        "difficulty": shown.copy() if shown is difficulty and shown.flags.writeable else shown
+    }
     if (order := _ids(read, data, ids, n)) is not None:
         arrays["ids"] = order
     if groups is not None or asked.quotas is not None:
@@ -93,33 +98,40 @@ def _assemble(
     asked: CurriculumSettings, arrays: dict[str, NDArray[Any]], difficulty: NDArray[Any], notes: dict[str, Any], n: int
 ) -> CurriculumPlan:
     ids, lengths = arrays.get("ids"), arrays.get("lengths")
+    longest = None if lengths is None else int(lengths.max())
     arrays |= base_order(difficulty, asked, ids, arrays.get("groups"))
     stages = asked.n_stages
+    spans: Spans = []
+    by_count = asked.mode == "one_pass" and asked.token_budget is None and asked.packing == "none"
     if asked.mode == "pool":
-        k = asked.steps or 0
-        edges = [s * k // stages for s in range(stages + 1)]
-        smallest = asked.batch_size or (asked.token_budget or 0) // int(lengths.max() if lengths is not None else 1)
-        places = [0, n]
-    elif asked.token_budget is None and asked.packing == "none":
+        edges = [s * (asked.steps or 0) // stages for s in range(stages + 1)]
+        places, smallest = [0, n], fewest(asked, n, longest)
+    elif by_count:
         k = -(-n // (asked.batch_size or 1))
         edges = [s * k // stages for s in range(stages + 1)]
-        places = [edge * n // k for edge in edges]
-        smallest = n // k
+        places, smallest = [edge * n // k for edge in edges], n // k
     else:
-        places = [s * n // stages for s in range(stages + 1)]
-        order = arrays.pop("order") if "order" in arrays else np.arange(n, dtype=row_type(n))
-        at = np.array(places, dtype=np.int64)
-        if lengths is None:
-            raise SparsortError("batches by tokens and packed sequences need lengths.")
-        limits = available(asked, n, at)
-        sequence = one_pass(asked, order, ids=ids, stage_places=at, limits=limits, epoch=0, lengths=lengths)
-        made, edges = cut(asked, sequence, lengths, at)
+        places, smallest = [s * n // stages for s in range(stages + 1)], 0
+    at = np.array(places, dtype=np.int64)
+    limits = available(asked, n, at, longest)
+    if lengths is not None and asked.mode == "one_pass" and not by_count:
+        order = arrays.pop("order", None)
+        every = np.arange(n, dtype=np.int64)
+        sequence = rows_at(asked, every, order=order, ids=ids, stage_places=at, limits=limits, epoch=0)
+        made, edges, spans = cut(asked, sequence.astype(row_type(n)), lengths, at)
         arrays |= made
         smallest = int(np.diff(made["batch_edges"]).min())
-    if (held := available(asked, n, np.array(places, dtype=np.int64))) is not None:
-        arrays["available"] = held
+    if limits is not None:
+        arrays["available"] = limits
     return CurriculumPlan(
-        asked, arrays, n_rows=n, stage_edges=edges, stage_places=places, smallest_batch=smallest, notes=notes
+        asked,
+        arrays,
+        n_rows=n,
+        stage_edges=edges,
+        stage_places=places,
+        smallest_batch=smallest,
+        turn_spans=spans,
+        notes=notes,
     )
 
 
@@ -130,9 +142,19 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
     found: dict[str, Scores | NDArray[Any]] = {}
     for name, given in named.items():
         if isinstance(given, (str, Path)):
-            given = Scores.load(given)
+            path = str(given)
+            try:
+                given = Scores.load(path)
+            except SparsortError as error:
+                raise error if path in str(error) else SparsortError(f"{path}: {error}") from error
         if not isinstance(given, Scores):
-            given = np.asanyarray(given)
+            try:
+                given = np.asanyarray(given)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise SparsortError(
+                    f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
+                    "row; of a tensor, tensor.detach().float().numpy()."
+                ) from error
             if given.ndim != 1 or given.dtype.kind not in "fiu":
                 raise SparsortError(
                     f"{name} must be one number a row, (N,), not {given.dtype} of shape {given.shape}. "
@@ -190,8 +212,9 @@ def content_digest(rows: Iterable[Mapping[str, Any]], fields: Sequence[str] | No
 
 def _content(scores: Scores, data: Iterable[Mapping[str, Any]] | None) -> dict[str, Any]:
     fields = scores.provenance.get("content")
-    digests = scores.column("digest") if data is None else (digest_of(row, fields) for row in data)
-    return {"fields": fields, "digest": _digest_of_all(digests)}
+    digests = list(scores.column("digest") if data is None else (digest_of(row, fields) for row in data))
+    sample = {str(place): digests[place] for place in places_of(len(digests))}
+    return {"fields": fields, "digest": _digest_of_all(digests), "sample": sample}
 
 
 def _digest_of_all(digests: Iterable[str]) -> str:
@@ -212,7 +235,10 @@ def _ids(
         column = first.provenance.get("id_column") if isinstance(first, Scores) else None
         if not isinstance(first, Scores) or column is None:
             return None
-        ids = first.ids if data is None else [str(row[column]) for row in data]
+        named = first.ids if data is None else [row.get(column) for row in data]
+        if any(name is None for name in named):  # rows that were found by their content have their place alone
+            return None
+        ids = [str(name) for name in named]
     if len(ids) != n:
         raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id a row, or none.")
     order = by_id(ids)
@@ -270,14 +296,27 @@ def _lengths(
     if not needed:
         return None
     for given in read.values():
-        if isinstance(given, Scores) and data is None:
-            found = given.column("n_tokens")
-            if found.size and found.min() >= 1:
-                return found
+        if isinstance(given, Scores) and (counted := counted_tokens(given, data)) is not None:
+            return counted
     raise SparsortError(
         "batches by tokens, packing and grouping by length need the length of each row, and the scores do not tell it for "
-        "these rows. Pass lengths, one number of tokens a row."
+        "these rows. Pass lengths, one number of tokens a row (--lengths FIELD)."
     )
+
+
+def counted_tokens(scores: Scores, data: Sequence[Mapping[str, Any]] | None = None) -> NDArray[np.int64] | None:
+    """Tokens of each row as the scorer counted them, (N,); None where it did not count every row's."""
+    import pyarrow as pa
+
+    tokens = scores.column("n_tokens")
+    if not tokens.size or tokens.min() < 1:
+        return None
+    if data is not None:
+        # Scores find a row's difficulty by its id or content; here its tokens stand in that place.
+        place = scores.table.schema.get_field_index("difficulty")
+        table = scores.table.set_column(place, "difficulty", pa.array(tokens, pa.float64()))
+        tokens = Scores(table, scores.provenance).difficulty_of(data)
+    return tokens.astype(np.int64)
 
 
 def _check_size(asked: CurriculumSettings, n: int) -> None:

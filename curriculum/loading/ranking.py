@@ -98,8 +98,8 @@ def spread_groups(order: Rows, codes: NDArray[np.integer[Any]], n_groups: int) -
 def _sort_packed(values: NDArray[Any], unscored: Unscored) -> Rows:
     n = len(values)
     keys = np.empty(n, dtype=np.uint64)
-    exact = True
-    for begin in range(0, n, _CHUNK):
+    exact = values.dtype.kind == "f"  # whole numbers may be beyond what a float tells apart
+    for begin in range(0, n if exact else 0, _CHUNK):
         chunk = values[begin : begin + _CHUNK]
         with np.errstate(over="ignore"):  # what overflows is not exact, and takes the long way
             narrow = chunk.astype(np.float32)
@@ -113,8 +113,12 @@ def _sort_packed(values: NDArray[Any], unscored: Unscored) -> Rows:
         )
     if exact:
         return _rows_of(keys)
-    bits = _ordered(values.astype(np.float64), np.uint64)
-    bits[np.isnan(values)] = 0 if unscored == "first" else np.uint64(0xFFFFFFFFFFFFFFFF)
+    if values.dtype.kind == "f":
+        bits = _ordered(values.astype(np.float64), np.uint64)
+        bits[np.isnan(values)] = 0 if unscored == "first" else np.uint64(0xFFFFFFFFFFFFFFFF)
+    else:
+        sign = np.uint64(0 if values.dtype.kind == "u" else 1 << 63)
+        bits = values.astype(np.uint64 if values.dtype.kind == "u" else np.int64).view(np.uint64) ^ sign
     # Least significant half first; the second sort keeps the order of the first, since it packs places.
     places = np.arange(n, dtype=np.uint64)
     first = _rows_of(((bits & _LOW) << _SHIFT) | places)

@@ -1,13 +1,12 @@
-"""The sequence of rows of one pass.
+"""The sequence of one pass, place by place: which rank of the order stands at which place of an epoch.
 
-Contract: every function returns a permutation of the order that it is given, as a pure function of it, the edges of the
-stages and a key for each draw. `edges` (S + 1,) are places: stage s holds places edges[s] … edges[s + 1] − 1 of the
-sequence, and a stage is never crossed by what happens inside it.
+Contract: every function maps places in [0, n) to different ranks in [0, n), as a pure function of its arguments, for any
+part of the places in time and memory of that part, so that nothing of the size of the data is made for an epoch and no
+place costs more than another. `edges` (S + 1,) are places, from 0 to n: stage s holds places edges[s] … edges[s + 1] − 1.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,74 +19,73 @@ Rows = NDArray[Any]
 Places = NDArray[np.int64]
 KeyOf = Callable[[int], int]
 
-_CHUNK = 1 << 20
-
-
-def shuffled(order: Rows, key: int) -> Rows:
-    """A plain shuffle."""
-    sequence = np.empty_like(order)
-    for begin in range(0, len(order), _CHUNK):
-        end = min(len(order), begin + _CHUNK)
-        sequence[begin:end] = order[permute(np.arange(begin, end), len(order), key)]
-    return sequence
-
-
-def staged(order: Rows, edges: Places, key_of_stage: KeyOf) -> Rows:
-    """Shuffled within each stage, one after the other: baby steps without repetition (Bengio et al. 2009)."""
-    parts = [shuffled(order[edges[s] : edges[s + 1]], key_of_stage(s)) for s in range(len(edges) - 1)]
-    return np.concatenate(parts) if parts else order
-
 
 def available(shares: NDArray[np.float64], edges: Places) -> Places:
-    """How many of the easiest each stage draws from, (S,): ceil(share · N), and never fewer than must be shown by its end.
+    """How many of the easiest each stage draws from, (S,): ceil(share · n), and never fewer than must be shown by its end.
 
     Args:
-        shares: (S,) pacing at each stage's first batch.
+        shares: (S,) pacing at each stage's first place.
     """
     n = int(edges[-1])
     return np.maximum(np.minimum(n, np.ceil(shares * n - 1e-9)), edges[1:]).astype(np.int64)
 
 
-def paced(order: Rows, edges: Places, limits: Places, key_of_stage: KeyOf) -> Rows:
-    """Stage s draws without replacement from what is unseen among the first limits[s] of `order`, all alike likely.
+def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -> Places:
+    """Stage s draws without replacement from what is unseen among the first limits[s] ranks, all alike likely.
 
-    Time and memory are O(N): the chosen leave the pool, and its tail fills their places.
+    With limits = edges[1:] that is a shuffle inside each stage: baby steps without repetition (Bengio et al. 2009).
+
+    Method: the pool of a stage is what the one before left, in the order of its permutation, then what is new. So a drawn
+    thing is new, or stands at a known place behind what the stage before showed of its own pool, and is followed back.
     """
-    sequence, pool = np.empty_like(order), np.empty_like(order)
-    held = arrived = 0
-    for s, limit in enumerate(limits):
-        new = order[arrived:limit]
-        pool[held : held + len(new)] = new
-        held, arrived = held + len(new), max(arrived, int(limit))
-        size = int(edges[s + 1] - edges[s])
-        chosen = permute(np.arange(size), held, key_of_stage(s)) if size else np.empty(0, dtype=np.int64)
-        sequence[edges[s] : edges[s + 1]] = pool[chosen]
-        held -= size
-        holes = np.sort(chosen[chosen < held])
-        keep = np.ones(size, dtype=bool)
-        keep[chosen[chosen >= held] - held] = False
-        pool[holes] = pool[held : held + size][keep]
-    return sequence
+    sizes = np.diff(edges)
+    arrived = np.maximum.accumulate(limits)
+    pool = arrived - edges[:-1]
+    stage = np.searchsorted(edges, places, side="right") - 1
+    position = places - edges[stage]
+    ranks = np.empty_like(places)
+    for s in range(int(stage.max(initial=-1)), -1, -1):
+        here = np.flatnonzero(stage == s)
+        if not here.size:
+            continue
+        drawn = permute(position[here], int(pool[s]), key_of_stage(s))
+        left, before = (int(pool[s - 1] - sizes[s - 1]), int(arrived[s - 1])) if s else (0, 0)
+        is_new = drawn >= left
+        ranks[here[is_new]] = drawn[is_new] - left + before
+        older = here[~is_new]
+        stage[older] = s - 1
+        position[older] = drawn[~is_new] + (sizes[s - 1] if s else 0)
+    return ranks
 
 
-def folded(order: Rows, folds: int) -> Rows:
-    """order[k::folds] for k < folds, one after the other: as many short curricula."""
-    return np.concatenate([order[k::folds] for k in range(folds)])
+def folded(places: Places, n: int, folds: int) -> Places:
+    """Ranks k, k + folds, k + 2·folds, … for each k < folds, one after the other: as many short curricula."""
+    starts = np.concatenate([[0], np.cumsum((n - np.arange(folds) + folds - 1) // folds)])
+    fold = np.searchsorted(starts, places, side="right") - 1
+    found: Places = fold + folds * (places - starts[fold])
+    return found
 
 
-def interleaved(order: Rows, folds: int) -> Rows:
-    """One row of each of `folds` equal levels in turn, each level from its own beginning."""
-    n = len(order)
+def interleaved(places: Places, n: int, folds: int) -> Places:
+    """One rank of each of `folds` equal levels in turn, each level from its own beginning."""
     starts = np.arange(folds + 1) * n // folds
-    turns = np.arange(math.ceil(n / folds))
-    places = starts[None, :-1] + turns[:, None]
-    sequence: Rows = order[places[places < starts[None, 1:]]]
-    return sequence
+    turns = n // folds
+    turn, level = np.divmod(places, folds)
+    # Levels differ by at most one: the longer ones have one more turn.
+    longer = np.flatnonzero(np.diff(starts) > turns)
+    last = places >= turns * folds
+    level[last] = longer[places[last] - turns * folds]
+    turn[last] = turns
+    found: Places = starts[level] + turn
+    return found
 
 
-def warmed_up(sequence: Rows, until: int, key: int) -> Rows:
-    """The first `until` places as they are, then the rest shuffled (arXiv 2506.11300, curriculum as a warm-up)."""
-    return np.concatenate([sequence[:until], shuffled(sequence[until:], key)])
+def warmed_up(places: Places, n: int, until: int, key: int) -> Places:
+    """Places before `until` as they are, the rest shuffled (arXiv 2506.11300, a curriculum as a warm-up)."""
+    moved = places.copy()
+    late = places >= until
+    moved[late] = until + permute(places[late] - until, n - until, key)
+    return moved
 
 
 def like_lengths(sequence: Rows, lengths: NDArray[Any], batch_edges: Places, key: int, *, window: int = 50) -> Rows:

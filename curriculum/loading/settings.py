@@ -6,10 +6,11 @@ scores with equal settings are the same plan. Combinations that have no meaning 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from sparsort.curriculum.loading.pacing import Pacing
 from sparsort.errors import SparsortError, unknown_choice
@@ -82,6 +83,14 @@ class CurriculumSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.integer | np.floating):
+                object.__setattr__(self, field.name, value.item())
+        if isinstance(self.quotas, Mapping):
+            plain = {
+                str(name): getattr(share, "item", lambda share=share: share)() for name, share in self.quotas.items()
+            }
+            object.__setattr__(self, "quotas", plain)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
@@ -96,6 +105,10 @@ class CurriculumSettings:
                 raise SparsortError(f"{name} must be a whole number of at least 1, not {value!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise SparsortError(f"seed must be a whole number, not {self.seed!r}.")
+        if not isinstance(self.pacing, Pacing | None):
+            raise SparsortError(
+                f"pacing must be a Pacing or its text, such as 'linear:start=0.2,until=0.8', not {self.pacing!r}."
+            )
         self._check_mode()
         self._check_lengths()
         self._check_quotas()
@@ -135,7 +148,7 @@ class CurriculumSettings:
             if self.pacing is None or self.steps is None:
                 raise SparsortError(
                     "pool mode needs a pacing (the share to draw from) and steps (batches to draw), such as "
-                    "pacing=Pacing(kind='linear', start=0.1), steps=1000."
+                    "pacing='linear:start=0.1', steps=1000 (--pacing linear:start=0.1 --steps 1000)."
                 )
             return
         self._refuse(
@@ -155,7 +168,10 @@ class CurriculumSettings:
                 f"the schedule {self.schedule!r} has no easy and hard end",
                 direction=self.direction != "easy_to_hard",
                 warm_up=self.warm_up is not None,
+                later_epochs=self.later_epochs != "repeat",
             )
+        if self.group_by_length:
+            self._refuse("after a warm-up there are no stages to group lengths in", warm_up=self.warm_up is not None)
         if self.pacing is not None and self.stages is None:
             raise SparsortError(
                 "one pass with a pacing needs stages, the number of times the pacing is looked at in an epoch, "
@@ -165,7 +181,7 @@ class CurriculumSettings:
             raise SparsortError(
                 "group_by_length reorders within a stage, and there are no stages. Give stages, such as stages=10."
             )
-        if self.warm_up is not None and not (math.isfinite(self.warm_up) and 0 < self.warm_up < 1):
+        if self.warm_up is not None and not (isinstance(self.warm_up, float | int) and 0 < self.warm_up < 1):
             raise SparsortError(f"warm_up is the share of an epoch, between 0 and 1, not {self.warm_up!r}.")
 
     def _check_lengths(self) -> None:
@@ -186,10 +202,11 @@ class CurriculumSettings:
     def _check_quotas(self) -> None:
         if self.quotas is None:
             return
-        shares = list(self.quotas.values())
-        if not shares or any(not 0 < share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        shares = list(self.quotas.values()) if isinstance(self.quotas, Mapping) else []
+        numbers = all(isinstance(share, float | int) and 0 < share <= 1 for share in shares)
+        if not shares or not numbers or abs(sum(shares) - 1) > 1e-6:
             raise SparsortError(
-                f"quotas are shares above 0 that sum to 1, such as web=0.7, code=0.3; got {dict(self.quotas)}."
+                f"quotas are shares above 0 that sum to 1, such as web=0.7, code=0.3; got {self.quotas!r}."
             )
         if self.batch_size is None:
             raise SparsortError("quotas count examples of a batch: give batch_size, not token_budget.")

@@ -1,8 +1,9 @@
 import copy
 import itertools
 import json
-import multiprocessing
 import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -228,24 +229,92 @@ def test_any_number_of_rows(n, size, stages, epoch, seed):
     assert plan.smallest_batch + (n % plan.n_batches > 0) <= size
 
 
-def _epoch_in_a_process(folder, queue):
-    plan = CurriculumPlan.open(folder)
-    queue.put([plan.batch(number, 2).tolist() for number in range(plan.n_batches)])
+def test_a_plan_folder_is_only_read(tmp_path):
+    folder = tmp_path / "plan"
+    for name in ("paced", "lengths", "shuffle"):
+        plan_of(name).save(folder)
+        held = sorted(path.name for path in folder.iterdir())
+        assert sequence(CurriculumPlan.open(folder), 2) == sequence(plan_of(name), 2)
+        assert sorted(path.name for path in folder.iterdir()) == held
+        shutil.rmtree(folder)
 
 
-def test_processes_that_need_an_epoch_at_once_agree(tmp_path):
-    plan = plan_of("paced").save(tmp_path / "plan")
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=_epoch_in_a_process, args=(tmp_path / "plan", queue)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    found = [queue.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert all(batches == sequence(plan_of("paced"), 2) for batches in found)
-    assert [path.name for path in (tmp_path / "plan").glob("*.tmp")] == []
-    assert plan.batch(0, 2).tolist() == found[0][0]
+def test_a_plan_has_a_folder_of_its_own(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(SparsortError, match=r"holds other files, such as manifest\.json"):
+        plan_of("sorted").save(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    np.save(tmp_path / "order.npy", np.arange(3))  # left by a kill
+    assert sequence(plan_of("sorted").save(tmp_path)) == sequence(plan_of("sorted"))
+
+
+def test_an_edited_plan_is_refused(tmp_path):
+    plan_of("sorted").save(tmp_path)
+    path = tmp_path / "plan.json"
+    path.write_text(path.read_text().replace('"batch_size": 8', '"batch_size": 4'))
+    with pytest.raises(SparsortError, match="was changed after it was written"):
+        CurriculumPlan.open(tmp_path)
+
+
+def test_in_memory_it_outlives_its_folder(tmp_path):
+    plan = plan_of("lengths").save(tmp_path / "plan").in_memory()
+    shutil.rmtree(tmp_path / "plan")
+    assert sequence(copy.deepcopy(plan), 1) == sequence(plan_of("lengths"), 1)
+
+
+def test_threads_on_one_plan_agree(tmp_path):
+    plan = plan_curriculum(np.random.default_rng(0).random(200_000), batch_size=1000, stages=7)
+    wanted = [plan.batch(number, 1).tolist() for number in range(0, 200, 9)]
+    shared = copy.deepcopy(plan)
+    with ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda number: shared.batch(number, 1).tolist(), list(range(0, 200, 9)) * 4)
+        assert list(found) == wanted * 4
+
+
+def test_batches_cross_the_borders_of_blocks():
+    n = 100_000  # blocks hold 32768 places
+    plan = plan_curriculum(np.arange(n)[::-1].astype(float), batch_size=3001)
+    assert list(itertools.chain(*sequence(plan))) == list(range(n))[::-1]
+    wide = plan_curriculum(np.arange(n).astype(float), batch_size=70_000, schedule="shuffle")
+    assert sorted(itertools.chain(*sequence(wide, 3))) == list(range(n))
+
+
+def test_a_pool_by_tokens_never_draws_less_than_it_says():
+    plan = plan_curriculum(
+        DIFFICULTY, mode="pool", steps=20, pacing="linear:start=0.01", token_budget=100, lengths=np.full(N, 10)
+    )
+    assert {len(rows) for rows in sequence(plan)} == {10}
+    assert plan.smallest_batch == 10
+
+
+@pytest.mark.parametrize("more", [{}, {"stages": 4}, {"schedule": "folded"}])
+def test_a_warm_up_keeps_its_curriculum_in_later_epochs_of_cut_batches(more):
+    plan = plan_of("tokens", warm_up=0.5, **more)
+    plain = plan_of("tokens", **more)
+    warm = round(0.5 * N)
+    for epoch in range(3):
+        early = list(itertools.chain(*sequence(plan, epoch)))[:warm]
+        if not more.get("stages"):
+            assert early == list(itertools.chain(*sequence(plan, 0)))[:warm]
+        assert set(early) == set(list(itertools.chain(*sequence(plan, 0)))[:warm])
+        assert sorted(itertools.chain(*sequence(plan, epoch))) == list(range(N))
+    assert sequence(plan, 1) != sequence(plan, 2)
+    assert plain.n_batches <= plan.n_batches  # a batch more where the warm-up ends
+
+
+def test_a_share_of_best_fit_reaches_its_window():
+    n = 3000
+    lengths = np.random.default_rng(0).integers(1, 100, n)
+    plan = plan_curriculum(np.arange(n) * 1.0, batch_size=8, packing="best_fit", pack_length=128, lengths=lengths)
+    assert all(plan.batch(number).max() < round(plan.share(number) * n) for number in range(plan.n_batches))
+    assert plan.share(0) == 1024 / n
+
+
+def test_an_array_that_changes_later_does_not_change_the_plan():
+    difficulty = DIFFICULTY.astype(np.float32)
+    plan = plan_curriculum(difficulty, batch_size=8)
+    difficulty[:] = 0
+    assert plan.difficulty.tolist() == DIFFICULTY.astype(np.float32).tolist()
 
 
 def test_a_revision_takes_over_from_its_batch_on():

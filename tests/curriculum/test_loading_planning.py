@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,8 @@ def test_lengths_come_with_the_scores(scores):
     counted = sparsort.RandomScorer().score(ROWS, prompt="{text}")
     with pytest.raises(SparsortError, match="need the length of each row"):
         plan_curriculum(counted, data=ROWS, token_budget=64)
+    known = plan_curriculum(scores, data=ROWS[::-1], token_budget=64)
+    assert known.lengths.tolist() == scores.column("n_tokens")[::-1].tolist()
     plan = plan_curriculum(counted, data=ROWS, token_budget=64, lengths=[len(row["text"]) for row in ROWS])
     assert all(
         max(len(ROWS[row]["text"]) for row in plan.batch(k)) * len(plan.batch(k)) <= 64 for k in range(plan.n_batches)
@@ -136,6 +140,9 @@ def test_rows_without_a_score_stand_where_they_are_put(unscored, place):
             {"batch_size": 1, "combination": "rank"},
             r"unknown combination 'rank'. Did you mean 'rank_average'",
         ),
+        ([1.0, 2.0], {"batch_size": 1, "schedule": "as_given", "later_epochs": "shuffle"}, "no easy and hard end"),
+        ([1.0, 2.0], {"batch_size": 1, "pacing": 0.2, "stages": 1}, "pacing must be a Pacing or its text"),
+        ([1.0, 2.0], {"batch_size": 1, "warm_up": "0.3"}, "between 0 and 1, not '0.3'"),
         ([1.0, 2.0], {"batch_size": 1, "weights": {"difficulty": 2}}, "weights weigh several scores"),
         ([[1.0], [2.0]], {"batch_size": 1}, r"one number a row, \(N,\), not float64 of shape \(2, 1\)"),
     ],
@@ -152,6 +159,8 @@ POOL = {"mode": "pool", "steps": 5, "pacing": "linear", "batch_size": 4}
     ("quotas", "message"),
     [
         ({"a": 0.5, "c": 0.5}, "no examples.* 'c'"),
+        ([0.5, 0.5], "shares above 0 that sum to 1"),
+        ({"a": "0.5", "b": 0.5}, "shares above 0 that sum to 1"),
         ({"a": 1.0}, r"say nothing of the group\(s\) b"),
         ({"a": 0.5, "b": 0.4}, "sum to 1"),
         ({"a": 0.2, "b": 0.8}, "the quota 0.8 of group 'b' is up to 4 examples of a batch of 4, and the group has 2"),
@@ -173,7 +182,29 @@ def test_one_row_is_a_plan():
 
 
 def test_settings_survive_json():
-    import json
-
     asked = CurriculumSettings.from_json({**POOL, "quotas": {"a": 0.5, "b": 0.5}, "pacing": "root:start=0.2,power=3"})
     assert CurriculumSettings.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+
+
+def test_numbers_of_numpy_are_numbers():
+    plan = plan_curriculum(np.arange(10.0), batch_size=np.int64(4), warm_up=np.float32(0.5), seed=np.int32(1))
+    assert json.loads(json.dumps(plan.settings.to_json()))["batch_size"] == 4
+
+
+def test_rows_without_the_id_are_found_by_content(scores):
+    bare = [{"text": row["text"] + row["id"]} for row in ROWS]
+    scored = sparsort.LengthScorer().score([{**row, "id": str(n)} for n, row in enumerate(bare)], prompt="{text}")
+    assert plan_curriculum(scored, data=bare, batch_size=8).n_rows == 40
+
+
+def test_a_tensor_that_numpy_cannot_read_is_refused_in_words():
+    import torch
+
+    with pytest.raises(SparsortError, match=r"cannot be read as numbers .*tensor\.detach\(\)\.float\(\)\.numpy\(\)"):
+        plan_curriculum(torch.ones(4, dtype=torch.bfloat16), batch_size=2)
+
+
+def test_a_path_that_holds_no_scores_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(SparsortError, match=r"rows\.jsonl"):
+        plan_curriculum(tmp_path / "rows.jsonl", batch_size=1)

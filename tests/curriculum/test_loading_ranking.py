@@ -36,6 +36,13 @@ def test_differences_beyond_float32_count():
     assert rank_rows(values).tolist() == np.argsort(values, kind="stable").tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int8])
+def test_whole_numbers_that_no_float_tells_apart_are_ordered(dtype):
+    top = int(np.iinfo(dtype).max)
+    values = np.array([top, int(np.iinfo(dtype).min), top - 2, top - 1, 0], dtype=dtype)
+    assert rank_rows(values).tolist() == sorted(range(5), key=lambda row: (int(values[row]), row))
+
+
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 50))
 def test_the_order_of_shards_does_not_matter(seed, n):
     generator = np.random.default_rng(seed)

@@ -14,22 +14,27 @@ def edges_of(n, stages):
     return np.array([s * n // stages for s in range(stages + 1)])
 
 
-def order_of(n, seed=0):
-    return np.random.default_rng(seed).permutation(n).astype(np.uint32)
+def whole(function, n, *arguments):
+    """All places at once, after checking that a part of them alone gives the same."""
+    places = np.arange(n)
+    ranks = function(places, *arguments)
+    part = np.random.default_rng(n).permutation(n)[: n // 2 + 1]
+    assert function(part, *arguments).tolist() == ranks[part].tolist()
+    return ranks.tolist()
 
 
 @given(n=st.integers(1, 300), stages=st.integers(1, 12), seed=st.integers(0, 1000))
-def test_a_stage_holds_its_own_rows_and_is_shuffled(n, stages, seed):
-    stages = min(stages, n)
-    order, edges = order_of(n, seed), edges_of(n, stages)
-    sequence = sequences.staged(order, edges, lambda s: key_of(seed, s))
+def test_a_stage_holds_its_own_ranks_and_is_shuffled(n, stages, seed):
+    edges = edges_of(n, min(stages, n))
+    sequence = whole(sequences.staged, n, edges, edges[1:], lambda s: key_of(seed, s))
     for first, last in itertools.pairwise(edges):
-        assert set(sequence[first:last].tolist()) == set(order[first:last].tolist())
-    assert len(sequence) == n
+        assert sorted(sequence[first:last]) == list(range(first, last))
+    if n / len(edges) > 20:
+        assert sequence != list(range(n))
 
 
-def paced_plainly(n, edges, limits, chosen_of):
-    """Draw one row after the other from a list, as one would by hand; ranks stand for rows."""
+def drawn_by_hand(edges, limits, chosen_of):
+    """Draw one after the other from a list of what is unseen."""
     seen, drawn = set(), []
     for s, limit in enumerate(limits):
         for _ in range(int(edges[s + 1] - edges[s])):
@@ -46,37 +51,39 @@ def paced_plainly(n, edges, limits, chosen_of):
     start=st.floats(0.01, 1),
     seed=st.integers(0, 1000),
 )
-def test_paced_is_a_permutation_that_keeps_its_bounds(n, stages, kind, start, seed):
-    stages = min(stages, n)
-    edges, order = edges_of(n, stages), np.arange(n, dtype=np.uint32)
+def test_a_pacing_gives_a_permutation_that_keeps_its_bounds(n, stages, kind, start, seed):
+    edges = edges_of(n, min(stages, n))
     limits = sequences.available(Pacing(kind=kind, start=start, until=0.6).share(edges[:-1], n), edges)
-    sequence = sequences.paced(order, edges, limits, lambda s: key_of(seed, s)).tolist()
+    sequence = whole(sequences.staged, n, edges, limits, lambda s: key_of(seed, s))
     assert sorted(sequence) == list(range(n))
     for s, limit in enumerate(limits):
         assert all(rank < limit for rank in sequence[edges[s] : edges[s + 1]])
         assert limit >= edges[s + 1]
 
 
-def test_paced_draws_all_that_is_unseen_alike():
-    """The share of draws in which each rank comes in each stage is that of drawing from a list by hand."""
+def test_a_pacing_draws_all_that_is_unseen_alike():
+    """How often each rank comes in each stage, and with which other, is as when drawing from a list by hand."""
     n, edges, limits = 12, np.array([0, 4, 8, 12]), np.array([6, 9, 12])
     trials = 6000
     ours, plain = np.zeros((3, n)), np.zeros((3, n))
+    together = np.zeros(2)
     generator = np.random.default_rng(0)
     for trial in range(trials):
-        sequence = sequences.paced(np.arange(n, dtype=np.uint32), edges, limits, lambda s, t=trial: key_of(t, s))
-        by_hand = paced_plainly(n, edges, limits, generator.choice)
+        sequence = sequences.staged(np.arange(n), edges, limits, lambda s, t=trial: key_of(t, s))
+        by_hand = np.array(drawn_by_hand(edges, limits, generator.choice))
         for s in range(3):
             ours[s, sequence[edges[s] : edges[s + 1]]] += 1 / trials
             plain[s, by_hand[edges[s] : edges[s + 1]]] += 1 / trials
+        for which, drawn in enumerate((sequence, by_hand)):
+            together[which] += {3, 5} <= set(drawn[4:8].tolist())
     assert np.abs(ours - plain).max() < 0.04  # 4 standard errors of a difference of two shares
+    assert abs(together[0] - together[1]) / trials < 0.04
 
 
 @given(n=st.integers(1, 100), folds=st.integers(1, 10))
 def test_folds_are_strided_slices_one_after_the_other(n, folds):
-    order = order_of(n).tolist()
-    wanted = [row for k in range(folds) for row in order[k::folds]]
-    assert sequences.folded(np.array(order), folds).tolist() == wanted
+    order = list(range(n))
+    assert whole(sequences.folded, n, n, folds) == [row for k in range(folds) for row in order[k::folds]]
 
 
 @given(n=st.integers(1, 100), folds=st.integers(1, 10))
@@ -85,17 +92,17 @@ def test_interleaved_takes_one_of_each_level_in_turn(n, folds):
     order = list(range(n))
     levels = [order[level * n // folds : (level + 1) * n // folds] for level in range(folds)]
     wanted = [level[turn] for turn in range(n) for level in levels if turn < len(level)]
-    assert sequences.interleaved(np.array(order), folds).tolist() == wanted
+    assert whole(sequences.interleaved, n, n, folds) == wanted
 
 
 @given(n=st.integers(2, 100), seed=st.integers(0, 100))
 def test_a_warm_up_keeps_its_beginning_and_shuffles_the_unseen(n, seed):
-    order, until = order_of(n, seed), n // 3
-    sequence = sequences.warmed_up(order, until, key_of(seed)).tolist()
-    assert sequence[:until] == order[:until].tolist()
-    assert sorted(sequence[until:]) == sorted(order[until:].tolist())
+    until = n // 3
+    sequence = whole(sequences.warmed_up, n, n, until, key_of(seed))
+    assert sequence[:until] == list(range(until))
+    assert sorted(sequence[until:]) == list(range(until, n))
     if n > 60:
-        assert sequence[until:] != order[until:].tolist()
+        assert sequence[until:] != list(range(until, n))
 
 
 @pytest.mark.parametrize(("n", "size"), [(400, 8), (403, 8), (5, 8), (1, 1)])
