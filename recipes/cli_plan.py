@@ -235,6 +235,10 @@ def _print(summary: PlanSummary, combination: str) -> None:
         typer.echo(f"rows cut: {summary.cut:,}")
     typer.echo(f"scores of no row: {summary.unused_scores:,}")
     typer.echo(_seen(summary))
+    if summary.below_batch:
+        typer.echo(
+            f"the pacing allows less than a batch needs in {summary.below_batch:,} batches, which draw from just enough"
+        )
     if not summary.exact:
         looked = sum(part.looked_at for part in summary.parts)
         typer.echo(f"≈ from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
@@ -263,7 +267,7 @@ def _table(summary: PlanSummary) -> None:
     whole = len(parts) > 1 and parts[-1].stages[1] > 0
     columns: dict[str, list[str]] = {
         "stage" if whole else "part": [
-            _span(*part.stages, 1) if whole else str(place) for place, part in enumerate(parts, 1)
+            _span(*part.stages, 0) if whole else str(place) for place, part in enumerate(parts, 1)
         ],
         "batches": [_span(*part.batches, 0) for part in parts],
         "examples": [f"{part.examples:,}" for part in parts],

@@ -122,7 +122,7 @@ def train(
     id_column: IdOption = None,
     eval_share: Annotated[
         float | None,
-        typer.Option(help="Share of the rows to hold out [default: 0.1 with --scores].", rich_help_panel=_TRAINING),
+        typer.Option(help="Share of the rows to hold out [default: 0.1, none with --plan].", rich_help_panel=_TRAINING),
     ] = None,
     eval_data: Annotated[
         Path | None, typer.Option(help="File of held-out rows, instead.", rich_help_panel=_TRAINING)

@@ -7,14 +7,16 @@ finished. Both are whole or absent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_json
+from sparsort.locks import locked
 
 FORMAT, VERSION = "sparsort-train", 1
 _RUN, _RESULT = "run.json", "result.json"
@@ -25,6 +27,25 @@ _WHAT = {
 }
 # Follow from what else differs.
 _DIGESTS = tuple(_WHAT)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder while the block runs.
+
+    Raises:
+        SparsortError: one is training there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    with locked(folder / ".lock", wait=False) as ours:
+        if not ours:
+            raise SparsortError(
+                f"another process is training in {folder}. Wait for it, or choose another folder with out (--out)."
+            )
+        yield
 
 
 def claim(folder: Path, asked: Mapping[str, Any], *, write: bool) -> None:

@@ -7,6 +7,7 @@ loss; `result.json` is written when all else is there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +98,14 @@ class Run:
         from sparsort.recipes.train_loop import arguments
 
         args = arguments(self.checkpoints, self.config)
-        # The first process writes tokens and plan, and the others map them.
-        with args.main_process_first(local=False):
-            prepared = self._prepare(args)
-        found = train_folder.result_of(self.out)
-        if found is None:
-            return self._train(args, prepared)
-        return {**found, **self._places(), "resumed": found["steps"]}
+        with train_folder.held(self.out) if args.should_save else contextlib.nullcontext():
+            # The first process writes tokens and plan, and the others map them.
+            with args.main_process_first(local=False):
+                prepared = self._prepare(args)
+            found = train_folder.result_of(self.out)
+            if found is None:
+                return self._train(args, prepared)
+            return {**found, **self._places(), "resumed": found["steps"]}
 
     def _prepare(self, args: Any) -> Prepared:
         from sparsort.recipes.train_text import Kept, tokenise

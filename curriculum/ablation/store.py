@@ -40,7 +40,6 @@ from sparsort.curriculum.ablation.store_folder import (
     clear_stale,
     file_name,
     listed,
-    locked,
     make_folder,
     name_of_file,
     open_manifest,
@@ -49,6 +48,7 @@ from sparsort.curriculum.ablation.store_folder import (
 )
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_atomically, write_json
+from sparsort.locks import locked
 
 __all__ = ["OutcomeStore", "Outcomes", "Pair", "Summary"]
 

@@ -1,4 +1,4 @@
-"""The folder of a result store: its manifest, file names that stand for any name, locks, and damage set aside.
+"""The folder of a result store: its manifest, file names that stand for any name, and damage set aside.
 
 Contract: what is made here is on the disk when the call returns. Of processes that make one store at once, one makes it
 and the others find it. Nothing is deleted but temporary files that no write can still be using.
@@ -7,20 +7,19 @@ and the others find it. Nothing is deleted but temporary files that no write can
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_json
+from sparsort.locks import locked
 
 MANIFEST = "store.json"
 FORMAT = "sparsort-outcomes"
@@ -32,7 +31,6 @@ _TEMPORARY = re.compile(r"\..+\.\d+(?:\.[0-9a-f]{32})?\.tmp")
 _KEPT = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _STALE_S = 3600.0  # a temporary file of this age is no write in progress, which takes under a second
 _LONGEST_NAME = 200
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def file_name(name: str, kind: str) -> str:
@@ -114,34 +112,6 @@ def make_folder(folder: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         raise disk_error(folder, error) from error
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock file while the block runs, and say whether it is held: with `wait` always."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    try:
-        yield _take(path, descriptor, wait)
-    finally:
-        # Before the close: a forked child may share the lock, and would keep it.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
-
-
-def _take(path: Path, descriptor: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise disk_error(path, error) from error
-        _LOG.warning("%s: this file system knows no locks; processes on one store may do work twice.", path)
-    return True
 
 
 def clear_stale(folder: Path) -> None:

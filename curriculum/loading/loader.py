@@ -93,7 +93,7 @@ class CurriculumLoader:
                 f"a loader follows a plan, not {type(plan).__name__}: pass what plan_curriculum returned, or the folder that it "
                 "was saved in."
             )
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
         self.dataset = dataset
         self.num_workers = num_workers

@@ -23,16 +23,22 @@ IGNORED = -100  # the label that the losses of torch and transformers leave out
 
 
 def cut(example: Any, max_length: int) -> Any:
-    """The example with its token fields (`SEQUENCE_FIELDS`) cut to the first `max_length` tokens.
+    """The example with its token fields cut to the first `max_length` tokens.
 
-    An example that is no mapping is left as it is: what a token is in it, only its collator knows.
+    Those are `SEQUENCE_FIELDS`, and other lists and arrays that are as long as `input_ids`. An example that is no mapping is
+    left as it is: what a token is in it, only its collator knows.
     """
     if not isinstance(example, Mapping):
         return example
+    ids: Any = example.get("input_ids")
+    tokens = len(ids) if hasattr(ids, "__len__") else -1
     long = {
-        name: example[name][:max_length]
-        for name in SEQUENCE_FIELDS
-        if hasattr(example.get(name), "__len__") and len(example[name]) > max_length
+        name: value[:max_length]
+        for name, value in example.items()
+        if hasattr(value, "__len__")
+        and not isinstance(value, str | bytes)
+        and len(value) > max_length
+        and (name in SEQUENCE_FIELDS or len(value) == tokens)
     }
     return {**example, **long} if long else example
 

@@ -106,6 +106,9 @@ def _assemble(
     if asked.mode == "pool":
         edges = [s * (asked.steps or 0) // stages for s in range(stages + 1)]
         places, smallest = [0, n], fewest(asked, n, longest)
+        if asked.pacing is not None:
+            wanted = asked.pacing.share(np.arange(edges[-1]), max(1, edges[-1])) * n
+            notes["below_batch"] = int(np.count_nonzero(np.ceil(wanted - 1e-9) < smallest))
     elif by_count:
         k = -(-n // (asked.batch_size or 1))
         edges = [s * k // stages for s in range(stages + 1)]

@@ -42,6 +42,7 @@ from sparsort.files import write_atomically
 _KIND, _VERSION = "sparsort running difficulty", 1
 # Beyond four deviations of its contemporaries a value says no more than "very hard", and must not own the average.
 _CLIP = 4.0
+_LARGEST = 1e100  # whose square a float64 still holds
 _LAST_STEP = np.iinfo(np.int32).max
 
 Floats = NDArray[np.float64]
@@ -90,11 +91,11 @@ class RunningDifficulty:
             raise SparsortError(f"prior has shape {given.shape}; expected one difficulty a row, ({n_rows},).")
         self.fingerprint = fingerprint
         self._settings: dict[str, Any] = {
-            "decay": decay,
-            "half_life_steps": half_life_steps,
-            "window": window,
-            "prior_weight": prior_weight,
-            "prior_trust": prior_trust,
+            "decay": float(decay),
+            "half_life_steps": None if half_life_steps is None else float(half_life_steps),
+            "window": float(window),
+            "prior_weight": float(prior_weight),
+            "prior_trust": float(prior_trust),
         }
         self._prior = standard_ranks(given)
         self._value = np.zeros(n_rows, np.float32)
@@ -221,10 +222,11 @@ class RunningDifficulty:
     def _standardise(self, found: Observations) -> tuple[Floats, NDArray[np.bool_]]:
         """Values on the common scale, and which of them say anything; moves the window on. `found` is ordered."""
         prior = self._prior[found.rows].astype(np.float64)
+        values = np.clip(found.values, -_LARGEST, _LARGEST)
         starts = np.flatnonzero(np.diff(found.steps, prepend=-1))
         group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(found)))
         count = np.bincount(group).astype(np.float64)
-        moments = [count, *_mean_and_square(group, count, found.values), *_mean_and_square(group, count, prior)]
+        moments = [count, *_mean_and_square(group, count, values), *_mean_and_square(group, count, prior)]
         after = np.empty((len(starts), 5))
         window, recent = self._settings["window"], tuple(self._recent.tolist())
         for number, step in enumerate(zip(*(moment.tolist() for moment in moments), strict=True)):
@@ -238,7 +240,7 @@ class RunningDifficulty:
         trust = self._settings["prior_trust"] if self._prior.any() else 0.0
         centre = trust * prior_mean
         spread = np.sqrt(trust * trust * (prior_square / weight) + (1.0 - trust * trust))
-        z = (found.values - mean[group]) / np.where(says, deviation, 1.0)[group]
+        z = (values - mean[group]) / np.where(says, deviation, 1.0)[group]
         return centre[group] + spread[group] * np.clip(z, -_CLIP, _CLIP), says[group]
 
     def _update(self, rows: Integers, steps: Integers, standard: Floats) -> None:

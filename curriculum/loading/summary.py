@@ -82,6 +82,7 @@ class PlanSummary:
         unscored: rows without a score.
         cut: rows longer than max_length; None where lengths play no part in the plan.
         unused_scores: scores that no row of the data has.
+        below_batch: batches of a pool for which the pacing allows less than they need.
         group_names: with their shares of the data in `group_shares`; empty without groups.
         coverage: how often the epoch shows an example.
         parts: stage by stage; stages are put together where they are many, and an epoch of one stage is cut in ten.
@@ -98,6 +99,7 @@ class PlanSummary:
     unscored: int
     cut: int | None
     unused_scores: int
+    below_batch: int
     group_names: list[str]
     group_shares: list[float]
     coverage: Coverage
@@ -182,6 +184,7 @@ def summarise(
         unscored=int(np.count_nonzero(np.isnan(plan.difficulty))),
         cut=plan.notes.get("cut"),
         unused_scores=int(plan.notes.get("unused_scores", 0)),
+        below_batch=plan.notes.get("below_batch", 0),
         group_names=shown.names,
         group_shares=[] if held is None else held.tolist(),
         coverage=coverage_of(plan, epoch, edges[0], None if everything else sample),

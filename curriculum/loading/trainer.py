@@ -55,6 +55,14 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         online: OnlineDifficulty | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(curriculum, (CurriculumPlan, str, Path)):
+            raise SparsortError(
+                f"curriculum= is a plan of plan_curriculum, or the folder that it was saved in, not {type(curriculum).__name__}."
+            )
+        if online is not None and not hasattr(online, "attach"):
+            raise SparsortError(
+                f"online= is an OnlineDifficulty, such as OnlineDifficulty(metric='hoyer'), not {online!r}."
+            )
         self.online = online
         self._learning: OnlineCurriculum | None = None
         self._resumed_from: Path | None = None
@@ -74,6 +82,11 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
+        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
+            raise SparsortError(
+                f"there is no checkpoint {resume_from_checkpoint}. Give a folder that training wrote, or "
+                "resume_from_checkpoint=True for the newest whole one in output_dir."
+            )
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         skip = self.args.ignore_data_skip
         self.args.ignore_data_skip = True
@@ -216,6 +229,16 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
                     f"accelerator_config's {name}=True has accelerate divide batches among processes; here each process "
                     "loads its own part of the global batch. Leave it out."
                 )
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise SparsortError(
+                f"train_sampling_strategy={self.args.train_sampling_strategy!r} would order the data, and the plan does. Leave "
+                "it out; to put like lengths together, plan with group_by_length=True."
+            )
+        if self.args.dataloader_drop_last:
+            raise SparsortError(
+                "dataloader_drop_last=True would leave examples out; the plan's batches differ by at most one, so there is no "
+                "last one to drop. Leave it out."
+            )
         if self.args.auto_find_batch_size:
             raise SparsortError(
                 "auto_find_batch_size=True changes the batch while training, and the plan's batches are fixed. Leave it "

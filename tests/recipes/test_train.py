@@ -28,6 +28,7 @@ from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli import app
 from sparsort.recipes.train import train
+from sparsort.recipes.train_folder import held
 from sparsort.recipes.train_model import make_model, make_tokenizer
 from sparsort.recipes.train_text import TextCollator
 from sparsort.scoring.scores import Scores
@@ -223,6 +224,13 @@ def test_a_folder_with_another_run_is_refused_with_what_differs(data: Path, whol
     with pytest.raises(SparsortError, match="training texts"):
         again(fewer)
     assert again(save_steps=7, per_device_batch=1, accumulate=4).resumed == STEPS
+
+
+def test_a_folder_that_is_trained_in_is_left_alone(data: Path, tmp_path: Path) -> None:
+    asked = (data / "rows.jsonl", "--text", TEXT, "--schedule", "shuffle", "--out", tmp_path, "--max-steps", 1)
+    with held(tmp_path):
+        assert "another process is training" in " ".join(_cli(*asked, code=2).output.split())
+    _cli(*asked, "--model", "tiny", "--max-length", 8)
 
 
 def test_a_plan_of_these_rows_is_followed(data: Path, whole: Path, tmp_path: Path) -> None:
