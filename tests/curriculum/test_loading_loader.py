@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterable
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from sparsort.curriculum.loading.loader import CurriculumLoader
 from sparsort.curriculum.loading.pacing import Pacing
 from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError
-from sparsort.scoring.baselines import LengthScorer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
@@ -434,33 +432,6 @@ def _loader(n: int = 12, **options: Any) -> CurriculumLoader:
 def test_what_cannot_be_loaded_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         make()
-
-
-def test_rows_in_another_order_than_planned_are_refused() -> None:
-    rows = [{"id": str(n), "text": "so it goes " * (1 + n % 9)} for n in range(30)]
-    plan = plan_curriculum(LengthScorer().score(rows, prompt="{text}"), data=rows, batch_size=4)
-    assert len(flat(read_texts(CurriculumLoader(plan, rows)))) == 30
-    assert len(CurriculumLoader(plan, [{"input_ids": [1]} for _ in rows])) == 8  # tokenised, the text is gone
-    for other in (rows[::-1], [{**row, "text": "other"} for row in rows]):
-        with pytest.raises(SparsortError, match=r"not the rows that the plan was made for.* row \d+ has another text"):
-            CurriculumLoader(plan, other)
-    assert len(CurriculumLoader(plan, rows[::-1], fingerprint="mine")) == 8
-
-
-def read_texts(loader: CurriculumLoader) -> list[list[str]]:
-    return [batch["text"] for batch in loader]
-
-
-def test_a_plan_is_taken_from_its_folder(tmp_path: Path) -> None:
-    plan = plan_curriculum(difficulties(12), batch_size=3, out=tmp_path / "plan")
-    assert read(CurriculumLoader(tmp_path / "plan", rows_of(12))) == read(CurriculumLoader(plan, rows_of(12)))
-
-
-def test_set_epoch_begins_an_epoch_that_was_consumed_again() -> None:
-    loader = CurriculumLoader(plan_curriculum(difficulties(12), batch_size=3, stages=2), rows_of(12))
-    first = list(islice(iter(loader), 4))
-    loader.set_epoch(0)
-    assert read(loader) == [plain(batch) for batch in first]
 
 
 def test_without_torch_distributed_ranks_of_none_are_one_process() -> None:
