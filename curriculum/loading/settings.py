@@ -168,7 +168,7 @@ class CurriculumSettings:
                 f"the schedule {self.schedule!r} has no easy and hard end",
                 direction=self.direction != "easy_to_hard",
                 warm_up=self.warm_up is not None,
-                later_epochs=self.later_epochs != "repeat",
+                later_epochs=self.schedule == "as_given" and self.later_epochs != "repeat",
             )
         if self.group_by_length:
             self._refuse("after a warm-up there are no stages to group lengths in", warm_up=self.warm_up is not None)
