@@ -10,12 +10,30 @@ import typer
 
 from sparsort.errors import SparsortError
 from sparsort.recipes.options import JsonOption, console, print_json, table
+from sparsort.recipes.options_curriculum import (
+    BATCH_PANEL,
+    ORDER_PANEL,
+    BatchSizeOption,
+    DirectionOption,
+    FoldsOption,
+    GroupByLengthOption,
+    GroupsOption,
+    LaterEpochsOption,
+    ModeOption,
+    PacingOption,
+    PackingOption,
+    PackLengthOption,
+    ScheduleOption,
+    StagesOption,
+    TokenBudgetOption,
+    UnscoredOption,
+    WarmUpOption,
+    given,
+)
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.summary import PlanSummary
 
-ORDER_PANEL = "Order"
-BATCH_PANEL = "Batches"
 POOL_PANEL = "Pool mode"
 
 EXAMPLE = (
@@ -31,42 +49,18 @@ def plan(
     data: Annotated[
         Path | None, typer.Option(help="Rows to train on, matched to the scores [default: the scored rows].")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples of a global batch (of all devices).", rich_help_panel=BATCH_PANEL)
-    ] = None,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(help="Instead: tokens of a global batch, padding included.", rich_help_panel=BATCH_PANEL),
-    ] = None,
-    mode: Annotated[
-        str, typer.Option(help="one_pass: each example once an epoch; pool: drawn from the available share.")
-    ] = "one_pass",
-    schedule: Annotated[
-        str, typer.Option(help="sorted, folded, interleaved, shuffle or as_given.", rich_help_panel=ORDER_PANEL)
-    ] = "sorted",
-    direction: Annotated[
-        str, typer.Option(help="easy_to_hard, hard_to_easy or random.", rich_help_panel=ORDER_PANEL)
-    ] = "easy_to_hard",
-    pacing: Annotated[
-        str | None,
-        typer.Option(
-            help="Share available over training, such as root:start=0.2,until=0.5.", rich_help_panel=ORDER_PANEL
-        ),
-    ] = None,
-    stages: Annotated[
-        int | None, typer.Option(help="Pieces of an epoch, shuffled within.", rich_help_panel=ORDER_PANEL)
-    ] = None,
-    folds: Annotated[int, typer.Option(help="Of folded and interleaved.", rich_help_panel=ORDER_PANEL)] = 4,
-    warm_up: Annotated[
-        float | None,
-        typer.Option(help="After this share of an epoch the rest comes shuffled.", rich_help_panel=ORDER_PANEL),
-    ] = None,
-    later_epochs: Annotated[
-        str, typer.Option(help="repeat the curriculum, or shuffle.", rich_help_panel=ORDER_PANEL)
-    ] = "repeat",
-    unscored: Annotated[
-        str, typer.Option(help="Rows without a score: last, first or error.", rich_help_panel=ORDER_PANEL)
-    ] = "last",
+    batch_size: BatchSizeOption = None,
+    token_budget: TokenBudgetOption = None,
+    mode: ModeOption = None,
+    schedule: ScheduleOption = None,
+    direction: DirectionOption = None,
+    pacing: PacingOption = None,
+    stages: StagesOption = None,
+    folds: FoldsOption = None,
+    warm_up: WarmUpOption = None,
+    later_epochs: LaterEpochsOption = None,
+    unscored: UnscoredOption = None,
+    groups: GroupsOption = None,
     seed: Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=ORDER_PANEL)] = 0,
     combination: Annotated[
         str,
@@ -77,10 +71,6 @@ def plan(
         typer.Option(
             "--weight", help="NAME=2: of a score in rank_average; once for each.", rich_help_panel=ORDER_PANEL
         ),
-    ] = None,
-    groups: Annotated[
-        str | None,
-        typer.Option(help="Field of the data; each group's easiest come together.", rich_help_panel=ORDER_PANEL),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Batches of an epoch.", rich_help_panel=POOL_PANEL)] = None,
     quota: Annotated[
@@ -99,18 +89,9 @@ def plan(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens at which a row is cut.", rich_help_panel=BATCH_PANEL)
     ] = None,
-    group_by_length: Annotated[
-        bool,
-        typer.Option(
-            "--group-by-length", help="Like lengths share a batch, within a stage.", rich_help_panel=BATCH_PANEL
-        ),
-    ] = False,
-    packing: Annotated[
-        str, typer.Option(help="none, next_fit (keeps the order) or best_fit.", rich_help_panel=BATCH_PANEL)
-    ] = "none",
-    pack_length: Annotated[
-        int | None, typer.Option(help="Tokens of a packed sequence.", rich_help_panel=BATCH_PANEL)
-    ] = None,
+    group_by_length: GroupByLengthOption = False,
+    packing: PackingOption = None,
+    pack_length: PackLengthOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the plan, to train with.")] = None,
     draw: Annotated[Path | None, typer.Option("--draw", help="File for the figure: .png, .pdf or .svg.")] = None,
     beside: Annotated[
@@ -128,26 +109,26 @@ def plan(
     from sparsort.recipes.plan import make_plan
 
     settings = CurriculumSettings.from_json(
-        {
-            "batch_size": batch_size,
-            "token_budget": token_budget,
-            "mode": mode,
-            "schedule": schedule,
-            "direction": direction,
-            "pacing": pacing,
-            "stages": stages,
-            "folds": folds,
-            "warm_up": warm_up,
-            "later_epochs": later_epochs,
-            "steps": steps,
-            "quotas": _numbers(quota, "--quota"),
-            "group_by_length": group_by_length,
-            "max_length": max_length,
-            "packing": packing,
-            "pack_length": pack_length,
-            "unscored": unscored,
-            "seed": seed,
-        }
+        given(
+            batch_size=batch_size,
+            token_budget=token_budget,
+            mode=mode,
+            schedule=schedule,
+            direction=direction,
+            pacing=pacing,
+            stages=stages,
+            folds=folds,
+            warm_up=warm_up,
+            later_epochs=later_epochs,
+            steps=steps,
+            quotas=_numbers(quota, "--quota"),
+            group_by_length=group_by_length,
+            max_length=max_length,
+            packing=packing,
+            pack_length=pack_length,
+            unscored=unscored,
+            seed=seed,
+        )
     )
     made = make_plan(
         named_paths(scores),
@@ -173,14 +154,14 @@ def plan(
         typer.echo(f"Figure: {draw}")
 
 
-def named_paths(given: Sequence[str], what: str = "scores") -> dict[str, str]:
+def named_paths(texts: Sequence[str], what: str = "scores") -> dict[str, str]:
     """Paths by name, from PATH or NAME=PATH each; a path without a name has that of its file.
 
     Raises:
         SparsortError: two have one name.
     """
     found: dict[str, str] = {}
-    for text in given:
+    for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not name or Path(text).exists():
             name, path = Path(text).stem or text, text
@@ -192,12 +173,12 @@ def named_paths(given: Sequence[str], what: str = "scores") -> dict[str, str]:
     return found
 
 
-def _numbers(given: Sequence[str] | None, option: str) -> dict[str, float] | None:
+def _numbers(texts: Sequence[str] | None, option: str) -> dict[str, float] | None:
     """NAME=NUMBER, each name once."""
-    if not given:
+    if not texts:
         return None
     found: dict[str, float] = {}
-    for text in given:
+    for text in texts:
         name, equals, value = text.rpartition("=")
         try:
             number = float(value)

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsort.recipes.options import MODEL_PANEL, TEXT_PANEL, IdOption, JsonOption, console, print_json, table, unescape
+from sparsort.recipes.options_curriculum import (
+    BatchSizeOption,
+    DirectionOption,
+    FoldsOption,
+    GroupByLengthOption,
+    GroupsOption,
+    LaterEpochsOption,
+    ModeOption,
+    PacingOption,
+    PackingOption,
+    PackLengthOption,
+    ScheduleOption,
+    StagesOption,
+    TokenBudgetOption,
+    UnscoredOption,
+    WarmUpOption,
+    given,
+)
 
 if TYPE_CHECKING:
     from sparsort.recipes.train import TrainResult
@@ -40,61 +58,21 @@ def train(
         Path | None,
         typer.Option(help="Scores made by 'sparsort score', to plan here.", rich_help_panel=_CURRICULUM),
     ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="sorted, folded, interleaved, shuffle or as_given [default: sorted].", rich_help_panel=_CURRICULUM
-        ),
-    ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="one_pass or pool [default: one_pass].", rich_help_panel=_CURRICULUM)
-    ] = None,
-    direction: Annotated[
-        str | None,
-        typer.Option(help="easy_to_hard, hard_to_easy or random [default: easy_to_hard].", rich_help_panel=_CURRICULUM),
-    ] = None,
-    pacing: Annotated[
-        str | None, typer.Option(help="Such as root:start=0.2,until=0.5.", rich_help_panel=_CURRICULUM)
-    ] = None,
-    stages: Annotated[
-        int | None, typer.Option(help="Pieces of an epoch, each shuffled.", rich_help_panel=_CURRICULUM)
-    ] = None,
-    folds: Annotated[
-        int | None, typer.Option(help="Of folded and interleaved [default: 4].", rich_help_panel=_CURRICULUM)
-    ] = None,
-    warm_up: Annotated[
-        float | None,
-        typer.Option(help="Share of an epoch after which the rest comes shuffled.", rich_help_panel=_CURRICULUM),
-    ] = None,
-    later_epochs: Annotated[
-        str | None, typer.Option(help="repeat or shuffle [default: repeat].", rich_help_panel=_CURRICULUM)
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Examples of a global batch [default: per-device batch × accumulate × processes].",
-            rich_help_panel=_CURRICULUM,
-        ),
-    ] = None,
-    token_budget: Annotated[
-        int | None, typer.Option(help="Tokens of a global batch, instead.", rich_help_panel=_CURRICULUM)
-    ] = None,
-    packing: Annotated[
-        str | None, typer.Option(help="none, next_fit or best_fit [default: none].", rich_help_panel=_CURRICULUM)
-    ] = None,
-    pack_length: Annotated[
-        int | None, typer.Option(help="Tokens of a packed sequence.", rich_help_panel=_CURRICULUM)
-    ] = None,
-    group_by_length: Annotated[
-        bool, typer.Option("--group-by-length", help="Like lengths together in a stage.", rich_help_panel=_CURRICULUM)
-    ] = False,
-    unscored: Annotated[
-        str | None,
-        typer.Option(help="Rows without a score: last, first or error [default: last].", rich_help_panel=_CURRICULUM),
-    ] = None,
-    groups: Annotated[
-        str | None, typer.Option(help="Column whose groups keep their share.", rich_help_panel=_CURRICULUM)
-    ] = None,
+    schedule: ScheduleOption = None,
+    mode: ModeOption = None,
+    direction: DirectionOption = None,
+    pacing: PacingOption = None,
+    stages: StagesOption = None,
+    folds: FoldsOption = None,
+    warm_up: WarmUpOption = None,
+    later_epochs: LaterEpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    token_budget: TokenBudgetOption = None,
+    packing: PackingOption = None,
+    pack_length: PackLengthOption = None,
+    group_by_length: GroupByLengthOption = False,
+    unscored: UnscoredOption = None,
+    groups: GroupsOption = None,
     online: Annotated[
         bool, typer.Option("--online", help="Learn the difficulty in training.", rich_help_panel=_CURRICULUM)
     ] = False,
@@ -152,22 +130,22 @@ def train(
     from sparsort.recipes.train import train as run
     from sparsort.recipes.train_config import TrainConfig
 
-    curriculum: dict[str, Any] = {
-        "schedule": schedule,
-        "mode": mode,
-        "direction": direction,
-        "pacing": pacing,
-        "stages": stages,
-        "folds": folds,
-        "warm_up": warm_up,
-        "later_epochs": later_epochs,
-        "batch_size": batch_size,
-        "token_budget": token_budget,
-        "packing": packing,
-        "pack_length": pack_length,
-        "group_by_length": group_by_length or None,
-        "unscored": unscored,
-    }
+    curriculum = given(
+        schedule=schedule,
+        mode=mode,
+        direction=direction,
+        pacing=pacing,
+        stages=stages,
+        folds=folds,
+        warm_up=warm_up,
+        later_epochs=later_epochs,
+        batch_size=batch_size,
+        token_budget=token_budget,
+        packing=packing,
+        pack_length=pack_length,
+        group_by_length=group_by_length,
+        unscored=unscored,
+    )
     config = TrainConfig(
         model=model,
         dtype=dtype,  # type: ignore[arg-type]
@@ -194,7 +172,7 @@ def train(
         out=out,
         plan=plan,
         scores=scores,
-        curriculum={name: value for name, value in curriculum.items() if value is not None},
+        curriculum=curriculum,
         groups=groups,
         eval_data=eval_data,
         id_column=id_column,
