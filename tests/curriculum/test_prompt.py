@@ -62,7 +62,7 @@ def test_budget(drop: str, kept: dict[int, list[int]]) -> None:
     st.lists(st.integers(1, 30), max_size=12), st.integers(4, 120), st.sampled_from(["farthest", "nearest", "longest"])
 )
 def test_a_budget_is_kept_and_one_more_would_not_fit(sizes: list[int], max_tokens: int, drop: str) -> None:
-    demos = [{"question": " ".join([f"w{at}"] * size), "answer": "y"} for at, size in enumerate(sizes)]
+    demos = [{"question": " ".join([f"w{at:02d}"] * size), "answer": "y"} for at, size in enumerate(sizes)]
     calls = []
 
     def count(text: str) -> int:
