@@ -46,6 +46,8 @@ class Part:
 
     def of(self, batch: Items, micro: int) -> Items:
         """The items of one micro-batch, in order."""
+        if self.world_size == self.micro_batches == 1:
+            return batch
         mine = batch[self.rank :: self.world_size]
         size, larger = divmod(len(mine), self.micro_batches)
         begin = micro * size + min(micro, larger)
@@ -58,6 +60,7 @@ class Fetcher(torch.utils.data.Dataset[Any]):
     def __init__(self, plan: CurriculumPlan, dataset: Any, part: Part) -> None:
         self.plan, self.dataset, self.part = plan, dataset, part
         self.packs = plan.settings.packing != "none"
+        self.as_they_are = not self.packs and plan.settings.max_length is None and plan.settings.token_budget is None
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         ((epoch, number, micro),) = keys
@@ -73,7 +76,7 @@ class Fetcher(torch.utils.data.Dataset[Any]):
         except Exception as error:
             note(error, epoch, number, rows)
             raise
-        return prepared(self.plan, examples, rows, bins)
+        return examples if self.as_they_are else prepared(self.plan, examples, rows, bins)
 
     def _examples(self, rows: list[int]) -> list[Any]:
         if getters := getattr(self.dataset, "__getitems__", None):

@@ -3,9 +3,9 @@
 Contract: `plan.batch(number, epoch)` is a pure function of the plan: the ordered rows of one global batch, whoever asks,
 in whatever order. Saved, a plan is a folder of `plan.json` and `.npy` arrays that every process maps and none writes to.
 
-Trade-off: an epoch's sequence is never made whole. Its rows are worked out in blocks of 32768 places when a batch asks for
-one of them (5 ms a block), so that an epoch begins, or goes on anywhere, at once at any size. Grouping by length needs the
-stage as a whole, once an epoch.
+Trade-off: an epoch's sequence is never made whole. Its rows are worked out in blocks of 8192 places when a batch asks for
+one of them (a fifth of a millisecond), so that an epoch begins, or goes on anywhere, at once at any size. Grouping by length
+needs the stage as a whole, once an epoch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from sparsort.curriculum.loading.shuffling import key_of, permute
 from sparsort.errors import SparsortError
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
-_BLOCK = 1 << 15
+_BLOCK = 1 << 13
 _KEPT = 4  # blocks, or stages, that are held
 
 
@@ -77,6 +77,9 @@ class CurriculumPlan:
         self._arrays = dict(arrays)
         self.turn_spans = [(int(first), int(last)) for first, last in turn_spans or ()]
         self._made: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._n_batches = stage_edges[-1]
+        # Batches by count in one pass, the common case, whose rows are looked up in blocks.
+        self._is_flat = settings.mode == "one_pass" and "sequence" not in arrays and not settings.group_by_length
         self.fingerprint = fingerprint or self._digest()
 
     def __repr__(self) -> str:
@@ -88,7 +91,7 @@ class CurriculumPlan:
     @property
     def n_batches(self) -> int:
         """Global batches of one epoch, the same in every epoch."""
-        return self.stage_edges[-1]
+        return self._n_batches
 
     @property
     def n_stages(self) -> int:
@@ -120,19 +123,17 @@ class CurriculumPlan:
         Raises:
             SparsortError: there is no such batch, or a revised plan does not reach back to it.
         """
-        self._check(number, epoch)
-        if self.settings.mode == "pool":
-            return self._draw(number, epoch)
-        first, last = self._places(number, epoch)
-        if "sequence" in self._arrays:
-            return self._arrays["sequence"][first:last].astype(np.int64)
-        if self._groups_by_length(epoch):
-            return self._like_lengths(first, last, epoch)
-        begin, end = first // _BLOCK, (last - 1) // _BLOCK
-        if begin == end:
-            return self._block(begin, epoch)[first - begin * _BLOCK : last - begin * _BLOCK]
-        rows = np.concatenate([self._block(block, epoch) for block in range(begin, end + 1)])
-        return rows[first - begin * _BLOCK : last - begin * _BLOCK]
+        if not self._is_flat or not 0 <= number < self._n_batches or epoch < 0 or self.revision:
+            self._check(number, epoch)
+            if not self._is_flat:
+                return self._other_batch(number, epoch)
+        first, last = number * self.n_rows // self._n_batches, (number + 1) * self.n_rows // self._n_batches
+        block = first // _BLOCK
+        rows = self._made.get((epoch, block))
+        if rows is None or last > (block + 1) * _BLOCK:
+            blocks = [self._block(number, epoch) for number in range(block, (last - 1) // _BLOCK + 1)]
+            rows = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return rows[first - block * _BLOCK : last - block * _BLOCK]
 
     def bins(self, number: int, epoch: int = 0) -> list[NDArray[np.int64]]:
         """The items of a global batch: the rows of each packed sequence, or one row each without packing."""
@@ -253,6 +254,17 @@ class CurriculumPlan:
         if self.folder is not None:
             self._arrays = read_plan(self.folder)[1]
 
+    def _other_batch(self, number: int, epoch: int) -> NDArray[np.int64]:
+        """A batch that is drawn, or was cut by length, or is put together by length."""
+        if self.settings.mode == "pool":
+            return self._draw(number, epoch)
+        first, last = self._places(number, epoch)
+        if "sequence" in self._arrays:
+            return self._arrays["sequence"][first:last].astype(np.int64)
+        if epoch > 0 and self.settings.later_epochs == "shuffle":
+            return self._at(np.arange(first, last, dtype=np.int64), epoch)
+        return self._like_lengths(first, last, epoch)
+
     def _check(self, number: int, epoch: int) -> None:
         if not 0 <= number < self.n_batches or epoch < 0:
             raise SparsortError(
@@ -302,22 +314,24 @@ class CurriculumPlan:
 
     def _block(self, block: int, epoch: int) -> NDArray[np.int64]:
         """The rows at the places of one block."""
-        places = np.arange(block * _BLOCK, min(self.n_rows, (block + 1) * _BLOCK), dtype=np.int64)
-        return self._keep((epoch, block), lambda: self._at(places, epoch))
+        found = self._made.get((epoch, block))
+        if found is None:
+            places = np.arange(block * _BLOCK, min(self.n_rows, (block + 1) * _BLOCK), dtype=np.int64)
+            found = self._keep((epoch, block), self._at(places, epoch))
+        return found
 
     def _like_lengths(self, first: int, last: int, epoch: int) -> NDArray[np.int64]:
         """The rows at places of one stage, after those of like length were put together."""
         stage = int(np.searchsorted(self.stage_places, first, side="right")) - 1
         begin, end = self.stage_places[stage], self.stage_places[stage + 1]
-
-        def make() -> NDArray[np.int64]:
+        found = self._made.get((epoch, stage))
+        if found is None:
             rows = self._at(np.arange(begin, end, dtype=np.int64), epoch)
             numbers = np.arange(self.stage_edges[stage], self.stage_edges[stage + 1] + 1)
             edges = numbers * self.n_rows // self.n_batches - begin
             key = key_of(self.settings.seed, epoch, "lengths", stage)
-            return like_lengths(rows, self._arrays["lengths"], edges, key)
-
-        return self._keep((epoch, stage), make)[first - begin : last - begin]
+            found = self._keep((epoch, stage), like_lengths(rows, self._arrays["lengths"], edges, key))
+        return found[first - begin : last - begin]
 
     def _at(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         rows = rows_at(
@@ -331,17 +345,11 @@ class CurriculumPlan:
         )
         return rows.astype(np.int64)
 
-    def _groups_by_length(self, epoch: int) -> bool:
-        return self.settings.group_by_length and not (epoch > 0 and self.settings.later_epochs == "shuffle")
-
-    def _keep(self, name: tuple[int, int], make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-        found = self._made.get(name)
-        if found is None:
-            found = make()
-            found.flags.writeable = False
-            made = dict(list(self._made.items())[-_KEPT + 1 :])
-            self._made = {**made, name: found}  # one assignment, so that threads see a whole dictionary
-        return found
+    def _keep(self, name: tuple[int, int], made: NDArray[np.int64]) -> NDArray[np.int64]:
+        made.flags.writeable = False
+        # One assignment, so that threads see a whole dictionary.
+        self._made = {**dict(list(self._made.items())[1 - _KEPT :]), name: made}
+        return made
 
     def _digest(self) -> str:
         found = hashlib.blake2b(digest_size=16)

@@ -41,20 +41,37 @@ def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -
     sizes = np.diff(edges)
     arrived = np.maximum.accumulate(limits)
     pool = arrived - edges[:-1]
+    if not places.size:
+        return places
+    first, last = int(places[0]), int(places[-1])
+    lowest, highest = (int(s) - 1 for s in np.searchsorted(edges, (first, last), side="right"))
+    if np.array_equal(pool[lowest : highest + 1], sizes[lowest : highest + 1]) and bool((np.diff(places) == 1).all()):
+        # A run of places in stages that leave nothing behind, as most are: no need to ask of each place where it belongs.
+        cuts = np.clip(edges[lowest : highest + 2], first, last + 1)
+        parts = [
+            permute(np.arange(begin - edges[s], end - edges[s]), int(sizes[s]), key_of_stage(s)) + edges[s]
+            for s, begin, end in zip(range(lowest, highest + 1), cuts[:-1], cuts[1:], strict=True)
+        ]
+        return np.concatenate(parts)
+    highest = int(np.searchsorted(edges, places.max(), side="right")) - 1
     stage = np.searchsorted(edges, places, side="right") - 1
     position = places - edges[stage]
     ranks = np.empty_like(places)
-    for s in range(int(stage.max(initial=-1)), -1, -1):
+    for s in range(highest, -1, -1):
         here = np.flatnonzero(stage == s)
         if not here.size:
             continue
         drawn = permute(position[here], int(pool[s]), key_of_stage(s))
         left, before = (int(pool[s - 1] - sizes[s - 1]), int(arrived[s - 1])) if s else (0, 0)
+        if not left:
+            drawn += before
+            ranks[here] = drawn
+            continue
         is_new = drawn >= left
         ranks[here[is_new]] = drawn[is_new] - left + before
         older = here[~is_new]
         stage[older] = s - 1
-        position[older] = drawn[~is_new] + (sizes[s - 1] if s else 0)
+        position[older] = drawn[~is_new] + sizes[s - 1]
     return ranks
 
 

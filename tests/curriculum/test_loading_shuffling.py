@@ -31,7 +31,7 @@ def test_it_never_changes(n, key, images):
 
 
 # Small n is sorted by hashes, large n goes through the network: both must be fair.
-@pytest.mark.parametrize("n", [6, SORTED_UP_TO, 1500, 10**7])
+@pytest.mark.parametrize("n", [6, SORTED_UP_TO, SORTED_UP_TO + 1, 1500, 10**7])
 def test_places_pairs_and_distances_are_uniform(n):
     images = np.array([permute(np.arange(min(n, 3)), n, key_of("fair", key)) for key in range(6000)])
     cells = min(n, 24)
