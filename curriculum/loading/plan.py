@@ -3,8 +3,8 @@
 Contract: `plan.batch(number, epoch)` is a pure function of the plan: the ordered rows of one global batch, whoever asks,
 in whatever order. Saved, a plan is a folder of `plan.json` and `.npy` arrays that every process maps and none writes to.
 
-Trade-off: an epoch's sequence is never made whole. Its rows are worked out in blocks of 8192 places when a batch asks for
-one of them (a fifth of a millisecond), so that an epoch begins, or goes on anywhere, at once at any size. Grouping by length
+Trade-off: an epoch's sequence is never made whole. Its rows are worked out in blocks of 32768 places when a batch asks for
+one of them (a millisecond), so that an epoch begins, or goes on anywhere, at once at any size. Grouping by length
 needs the stage as a whole, once an epoch.
 """
 
@@ -31,7 +31,7 @@ from sparsort.curriculum.loading.shuffling import key_of, permute
 from sparsort.errors import SparsortError
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
-_BLOCK = 1 << 13
+_BLOCK = 1 << 15
 _KEPT = 4  # blocks, or stages, that are held
 
 

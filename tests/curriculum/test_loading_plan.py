@@ -272,7 +272,7 @@ def test_threads_on_one_plan_agree(tmp_path):
 
 
 def test_batches_cross_the_borders_of_blocks():
-    n = 100_000  # blocks hold 8192 places
+    n = 100_000  # blocks hold 32768 places
     plan = plan_curriculum(np.arange(n)[::-1].astype(float), batch_size=3001)
     assert list(itertools.chain(*sequence(plan))) == list(range(n))[::-1]
     wide = plan_curriculum(np.arange(n).astype(float), batch_size=70_000, schedule="shuffle")
