@@ -44,7 +44,7 @@ class CurriculumSettings:
         schedule: one pass only. "sorted"; "folded", sorted[k::folds] one after the other for k < folds;
             "interleaved", one example of each of `folds` levels in turn; "shuffle", the plain control; "as_given", the
             order of the rows.
-        direction: "easy_to_hard"; "hard_to_easy", the exact reverse order; "random", a random order under the same
+        direction: "easy_to_hard"; "hard_to_easy", the same order reversed; "random", a random order under the same
             pacing, stages and sizes.
         pacing: share of the examples that is available as training goes on. Needed in pool mode.
         stages: pieces of an epoch. One pass: the sorted order is shuffled within each. Pool: where an online
