@@ -1,0 +1,111 @@
+"""How many blocks a query token may have: from block scores to a selection.
+
+Contract: the block that a query stands in is always taken and uses one of its slots; blocks it cannot see are never taken;
+ties go to the lower block; a score that is no finite number (NaN, ±∞) is the lowest there is. A query that sees fewer blocks
+than its budget takes them all. `choose` knows nothing of where scores come from.
+
+Legend: t queries (any leading axes), N blocks, K slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparsort.errors import SparsortError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedBudget:
+    """The `blocks` highest, the local block among them (MSA, arXiv 2606.13392)."""
+
+    blocks: int
+
+    def __post_init__(self) -> None:
+        _check_count("blocks", self.blocks)
+
+    @property
+    def slots(self) -> int:
+        return self.blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdBudget:
+    """Every block whose share of the softmax over the visible blocks' scores is at least `threshold`; at most `most`."""
+
+    threshold: float
+    most: int
+
+    def __post_init__(self) -> None:
+        _check_count("most", self.most)
+        if not 0 <= self.threshold <= 1:
+            raise SparsortError(f"threshold is {self.threshold}; expected a share between 0 and 1.")
+
+    @property
+    def slots(self) -> int:
+        return self.most
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopPBudget:
+    """The fewest highest blocks whose shares of the softmax sum to `p` or more, the local one counted first; at most `most`."""
+
+    p: float
+    most: int
+
+    def __post_init__(self) -> None:
+        _check_count("most", self.most)
+        if not 0 < self.p <= 1:
+            raise SparsortError(f"p is {self.p}; expected a share above 0 and at most 1.")
+
+    @property
+    def slots(self) -> int:
+        return self.most
+
+
+Budget: TypeAlias = FixedBudget | ThresholdBudget | TopPBudget
+
+
+def choose(scores: Tensor, own: Tensor, budget: Budget) -> Tensor:
+    """The blocks of each query.
+
+    Args:
+        scores: (..., t, N) floating point.
+        own: (t,) or anything that broadcasts to (..., t), whole numbers: the block each query stands in; −1 for a query that
+            sees nothing.
+        budget: how many.
+
+    Returns:
+        (..., t, K) int32 with K = min(budget's slots, N), highest score first after the local block, −1 in unused slots.
+    """
+    own = own.expand(scores.shape[:-1]).to(torch.int64)
+    numbers = torch.arange(scores.shape[-1], device=scores.device)
+    visible, local = numbers <= own[..., None], numbers == own[..., None]
+    lowest = torch.finfo(scores.dtype).min
+    known = torch.where(visible & scores.isfinite(), scores.detach(), lowest)
+    # The local block above all, what is visible by score, what is not below all; a stable sort keeps the lower block first.
+    ranked = torch.where(visible, known, -torch.inf).masked_fill(local, torch.inf)
+    slots = min(budget.slots, scores.shape[-1])
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
+    taken = order <= own[..., None]
+    if not isinstance(budget, FixedBudget):
+        share = torch.where(visible, known, -torch.inf).softmax(dim=-1).gather(-1, order)
+        taken = taken & _enough(share, budget)
+    return torch.where(taken, order, -1).to(torch.int32)
+
+
+def _enough(share: Tensor, budget: ThresholdBudget | TopPBudget) -> Tensor:
+    """(..., t, K) bool: which slots, the local block's first, the budget still wants."""
+    # Of p, a block is needed while those before it do not reach it.
+    before = share.cumsum(dim=-1) - share
+    wanted = share >= budget.threshold if isinstance(budget, ThresholdBudget) else before < budget.p
+    wanted[..., :1] = True
+    return wanted
+
+
+def _check_count(name: str, given: int) -> None:
+    if given < 1:
+        raise SparsortError(f"{name} is {given}; expected 1 or more: the local block takes one.")

@@ -1,0 +1,130 @@
+"""Which blocks of keys each query token may see: the one contract between choosing and attending.
+
+Contract: `blocks[b, g, t]` lists the numbers of distinct key blocks, counted in the token's own sequence, for every head of
+group g; −1 stands in slots that are not used, anywhere in the row. A query sees the keys of these blocks up to its own
+position; a row without any sees nothing: its output is 0 and its log-sum-exp −∞. Rows of padding hold −1 throughout.
+
+Legend: B batch, G groups (key/value heads), T query columns, K slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsort.errors import SparsortError
+from sparsort.kernels.blocksparse.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """Key blocks of every query token.
+
+    Attributes:
+        blocks: (B, G, T, K) int32, distinct, −1 in slots that are not used.
+        block_size: keys of a block.
+
+    Raises:
+        SparsortError: another dtype or shape, or a block size below 1.
+    """
+
+    blocks: Tensor
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.blocks.ndim != 4 or self.blocks.dtype != torch.int32:
+            raise SparsortError(
+                f"selected blocks are {self.blocks.dtype} of shape {tuple(self.blocks.shape)}; expected int32 of shape "
+                "(batch, groups, queries, slots)."
+            )
+        if self.block_size < 1:
+            raise SparsortError(f"block_size is {self.block_size}; expected 1 or more.")
+
+    @property
+    def counts(self) -> Tensor:
+        """(B, G, T) int32: blocks of each query token."""
+        return (self.blocks >= 0).sum(dim=-1, dtype=torch.int32)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse numbers that no query of the layout may hold. For tests and for selections made by hand: it reads them all.
+
+        Raises:
+            SparsortError: a block above the query's own, a number below −1, one twice in a row, or one in a row of padding.
+        """
+        blocks = self.blocks
+        if (blocks.shape[0], blocks.shape[2]) != (layout.batch, layout.queries):
+            raise SparsortError(
+                f"the selection is of {blocks.shape[0]} rows of {blocks.shape[2]} queries and the layout of {layout.batch} of "
+                f"{layout.queries}."
+            )
+        # Floor division takes padding's −1 to −1, so that nothing but −1 is allowed there.
+        own = torch.div(layout.position(blocks.device), self.block_size, rounding_mode="floor")
+        wrong = (blocks < -1) | (blocks > own[:, None, :, None])
+        ordered = blocks.sort(dim=-1).values
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        for found, what in ((wrong, "is not a block that its query can see"), (twice, "stands twice in its row")):
+            if found.any():
+                place = tuple(found.nonzero()[0].tolist())
+                source = ordered[..., 1:] if found is twice else blocks
+                raise SparsortError(f"block {int(source[place])} of (row, group, query) {place[:3]} {what}.")
+
+
+def every_block(layout: Layout, groups: int, block_size: int, device: torch.device | str = "cpu") -> Selection:
+    """Every block that a query can see, at least in part: full causal attention. K is the longest sequence's blocks."""
+    own = torch.div(layout.position(device), block_size, rounding_mode="floor")
+    numbers = torch.arange(layout.blocks(block_size), dtype=torch.int32, device=device)
+    blocks = torch.where(numbers <= own[..., None], numbers, -1)
+    return Selection(blocks=blocks[:, None].expand(-1, groups, -1, -1), block_size=block_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reverse:
+    """The queries that chose each block: the reverse of a selection, in compressed rows.
+
+    Attributes:
+        query: (E,) int64: query columns, ascending within a block.
+        slot: (E,) int64: the slot of that query's row in which the block stands.
+        start: (B · G · blocks + 1,) int64: where the queries of (row, group, block) start; a block is numbered across the
+            sequences of its row, by `first_block` of its sequence and its number there.
+        first_block: (n,) of each sequence in the layout, the number of its first block in its row.
+        blocks: of the row with most.
+    """
+
+    query: Tensor
+    slot: Tensor
+    start: Tensor
+    first_block: tuple[int, ...]
+    blocks: int
+
+
+def reverse(selection: Selection, layout: Layout) -> Reverse:
+    """The queries of every block, for going through the keys block by block (MSA, arXiv 2606.13392, its backward pass)."""
+    chosen = selection.blocks
+    batch, groups, queries, slots = chosen.shape
+    next_block = [0] * layout.batch
+    first_block = []
+    for span in layout.spans:
+        first_block.append(next_block[span.row])
+        next_block[span.row] += -(-span.keys // selection.block_size)
+    most = max(next_block, default=0)
+    first = torch.tensor([*first_block, 0], dtype=torch.int64, device=chosen.device)
+    # Padding has span −1, which reads the 0 at the end; its slots are all −1 and fall out.
+    shift = first[layout.span_of_query(chosen.device).long()]
+    row = torch.arange(batch * groups, device=chosen.device).view(batch, groups, 1, 1) * most
+    # (row, group, slot, query): a stable sort then keeps queries ascending within a block.
+    key = (row + shift[:, None, :, None] + chosen).transpose(2, 3).flatten()
+    place = (chosen >= 0).transpose(2, 3).flatten().nonzero().flatten()
+    query = place % queries if queries else place
+    # Within a block a query stands once, so ordering by (block, query) is a total order.
+    order = (key[place] * max(queries, 1) + query).argsort()
+    place, query = place[order], query[order]
+    edges = torch.arange(batch * groups * most + 1, device=chosen.device)
+    return Reverse(
+        query=query,
+        slot=(place // max(queries, 1)) % max(slots, 1),
+        start=torch.searchsorted(key[place].contiguous(), edges),
+        first_block=tuple(first_block),
+        blocks=most,
+    )
