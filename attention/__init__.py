@@ -1,1 +1,1 @@
-"""Sparse attention that is trained in. Nothing stands here yet: see the changelog for what has landed."""
+"""Sparse attention that is trained in: selectors, and how they join the models of transformers."""

@@ -5,8 +5,8 @@ for a sample of queries spread over each sequence, and only of those that had to
 sees would raise both for nothing.
 
 - mass: share of the heads' dense attention that falls on the chosen blocks, mean over heads and queries.
-- recall: |chosen ∩ top| / |chosen|, top being as many blocks with the most dense attention, mean over the group's heads
-  (MSA's block recall, arXiv 2606.13392).
+- recall: |chosen ∩ top| / |chosen|; top is the query's own block, which every selector takes, and those of the others with the
+  most dense attention (mean over the group's heads), as many as were chosen (MSA's block recall, arXiv 2606.13392).
 - dead: share of the blocks that some later block's query could have taken and none did.
 """
 
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsort.kernels.blocksparse.layout import Layout
+from sparsort.attention.selectors.chunks import full_precision
+from sparsort.kernels.blocksparse.layout import Layout, Span
 from sparsort.kernels.blocksparse.selection import Selection
 
 
@@ -54,55 +55,51 @@ def report_selection(
         sample: queries of each sequence to compare with dense attention, evenly spread. Cost: sample × S scores a head.
     """
     counts = selection.counts[layout.position(query.device)[:, None].expand_as(selection.counts) >= 0]
-    masses, recalls = [], []
-    for row, queries, positions, keys in _sampled(layout, sample):
-        chosen = selection.blocks[row][:, queries].long()  # (G, t, K)
-        share = _block_shares(query[row][:, queries], key[row, :, keys], positions.to(query.device), scale, selection)
-        # (G, t): where there was something to choose from.
-        own = torch.div(positions.to(query.device), selection.block_size, rounding_mode="floor")
-        taken = (chosen >= 0).sum(dim=-1)
-        open_to = taken < own + 1
-        picked = torch.zeros_like(share, dtype=torch.bool)
-        # A slot of −1 marks an extra column that is dropped.
-        picked = torch.nn.functional.pad(picked, (0, 1))
-        picked.scatter_(-1, torch.where(chosen >= 0, chosen, share.shape[-1]), True)
-        picked = picked[..., :-1]
-        rank = share.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
-        best = rank < taken[..., None]
-        masses.append((share * picked).sum(dim=-1)[open_to])
-        recalls.append(((best & picked).sum(dim=-1) / taken.clamp(min=1))[open_to & (taken > 0)])
-    mass = torch.cat(masses) if masses else torch.zeros(0)
-    recall = torch.cat(recalls) if recalls else torch.zeros(0)
+    with full_precision(query.device):
+        caught = [_caught(query, key, selection, span, scale, sample) for span in layout.spans]
+    none = torch.zeros(0, device=query.device)
+    mass, recall = torch.cat([none, *(mass for mass, _ in caught)]), torch.cat([none, *(found for _, found in caught)])
     return SelectionReport(
         mass=float(mass.double().mean()),
         recall=float(recall.double().mean()),
         mean_blocks=float(counts.double().mean()),
         most_blocks=int(counts.max()) if counts.numel() else 0,
         dead=_dead(selection, layout),
-        sampled=int(mass.numel()),
+        sampled=mass.numel(),
     )
 
 
-def _sampled(layout: Layout, sample: int) -> list[tuple[int, Tensor, Tensor, slice]]:
-    """(row, query columns, their positions, key columns) of each sequence."""
-    found = []
-    for span in layout.spans:
-        steps = torch.linspace(0, span.queries - 1, min(sample, span.queries)).round().long()
-        positions = steps + span.keys - span.queries
-        found.append((span.row, steps + span.query_start, positions, slice(span.key_start, span.key_start + span.keys)))
-    return found
+def _caught(
+    query: Tensor, key: Tensor, selection: Selection, span: Span, scale: float, sample: int
+) -> tuple[Tensor, Tensor]:
+    """Mass and recall of the sampled queries of one sequence that had to choose."""
+    offsets = torch.linspace(0, span.queries - 1, min(sample, span.queries)).round().long().to(query.device)
+    columns, positions = offsets + span.query_start, offsets + span.keys - span.queries
+    chosen = selection.blocks[span.row][:, columns].long()  # (G, t, K)
+    keys = key[span.row, :, span.key_start : span.key_start + span.keys]
+    share = _block_shares(query[span.row][:, columns], keys, positions, scale, selection.block_size)
+    own = torch.div(positions, selection.block_size, rounding_mode="floor").expand(share.shape[:-1])
+    taken = (chosen >= 0).sum(dim=-1)
+    # One column more, for the −1 of unused slots.
+    picked = torch.zeros(*share.shape[:-1], share.shape[-1] + 1, dtype=torch.bool, device=share.device)
+    picked = picked.scatter(-1, torch.where(chosen >= 0, chosen, share.shape[-1]), True)[..., :-1]
+    ranked = share.scatter(-1, own[..., None], torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    top = ranked.argsort(dim=-1) < taken[..., None]
+    had_to = (taken > 0) & (taken < own + 1)
+    mass = (share * picked).sum(dim=-1)[had_to]
+    recall = ((top & picked).sum(dim=-1) / taken.clamp(min=1))[had_to]
+    return mass, recall
 
 
-def _block_shares(query: Tensor, key: Tensor, positions: Tensor, scale: float, selection: Selection) -> Tensor:
+def _block_shares(query: Tensor, key: Tensor, positions: Tensor, scale: float, block_size: int) -> Tensor:
     """(G, t, N) float32: dense attention on each block, mean over the group's heads. query (H, t, D), key (G, S, D)."""
     groups, keys, width = key.shape
     grouped = query.float().reshape(groups, -1, len(positions), width)
     scores = torch.einsum("grtd,gsd->grts", grouped, key.float()) * scale
     seen = torch.arange(keys, device=key.device) <= positions[:, None]
     shares = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).mean(dim=1)
-    block = selection.block_size
-    padded: Tensor = torch.nn.functional.pad(shares, (0, -keys % block))
-    return padded.reshape(groups, len(positions), -1, block).sum(dim=-1)
+    padded: Tensor = torch.nn.functional.pad(shares, (0, -keys % block_size))
+    return padded.reshape(groups, len(positions), -1, block_size).sum(dim=-1)
 
 
 def _dead(selection: Selection, layout: Layout) -> float:

@@ -38,8 +38,10 @@ class SparseSchedule:
                 f"start={self.start!r} and anneal_steps={self.anneal_steps!r} belong together: the budget goes from start to the "
                 "configured one in so many steps. Give both, or neither."
             )
-        if self.start is not None and not (math.isfinite(self.start) and self.start > 0):
-            raise SparsortError(f"start must be a number above 0, not {self.start!r}.")
+        start = self.start
+        number = isinstance(start, int | float) and not isinstance(start, bool)
+        if start is not None and not (number and 0 < start < math.inf):
+            raise SparsortError(f"start must be a number above 0, not {start!r}.")
 
     def full(self, step: int) -> bool:
         """Whether every visible block is taken at optimiser step `step`, counted from 0."""
@@ -51,9 +53,10 @@ class SparseSchedule:
         Raises:
             SparsortError: `start` is nothing that this budget can be.
         """
-        if self.start is None:
+        behind = step - self.warmup_steps
+        if self.start is None or behind >= self.anneal_steps:
             return final
-        done = min(1.0, max(0, step - self.warmup_steps) / self.anneal_steps)
+        done = max(0, behind) / self.anneal_steps
         if isinstance(final, FixedBudget):
             if self.start < 1:
                 raise SparsortError(f"start={self.start!r} is no number of blocks; expected 1 or more.")

@@ -1,8 +1,8 @@
 """The one place that chooses what runs, and why: which implementation, which dtype, which device.
 
-Contract: a `Choice` is (value, reason) and `sparsort env` prints both. The environment overrides: `SPARSORT_SPARSITY`
-(auto, triton, torch) and `SPARSORT_DEVICE` (auto, cpu, cuda, cuda:1, …). An override that cannot be met is an error.
-`sparsity_metrics` and `sparsity_rows` answer alike whichever implementation runs.
+Contract: a `Choice` is (value, reason) and `sparsort env` prints both. The environment overrides: `SPARSORT_SPARSITY` and
+`SPARSORT_BLOCKSPARSE` (auto, triton, torch) and `SPARSORT_DEVICE` (auto, cpu, cuda, cuda:1, …). An override that cannot be
+met is an error. `sparsity_metrics` and `sparsity_rows` answer alike whichever implementation runs.
 """
 
 from __future__ import annotations
@@ -81,22 +81,16 @@ def sparsity_implementation(device: torch.device | str) -> Choice[str]:
     Raises:
         SparsortError: `SPARSORT_SPARSITY` is no known choice, or asks for Triton where it cannot run.
     """
-    given = os.environ.get("SPARSORT_SPARSITY", "auto").strip().lower() or "auto"
-    if given not in ("auto", "triton", "torch"):
-        raise unknown_choice("value of SPARSORT_SPARSITY", given, ("auto", "triton", "torch"))
-    if given == "torch":
-        return Choice("torch", "SPARSORT_SPARSITY=torch")
-    device = torch.device(device)
-    obstacle = _triton_obstacle(device)
-    if given == "triton":
-        if obstacle:
-            raise SparsortError(f"SPARSORT_SPARSITY=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
-        return Choice("triton", "SPARSORT_SPARSITY=triton")
-    if obstacle:
-        return Choice("torch", obstacle)
-    if torch.device(device).type != "cuda":
-        return Choice("torch", "Triton's interpreter is for tests; ask for it with SPARSORT_SPARSITY=triton")
-    return Choice("triton", f"Triton {_triton().value} on {torch.cuda.get_device_name(device)}")
+    return _implementation("SPARSORT_SPARSITY", torch.device(device))
+
+
+def blocksparse_implementation(device: torch.device | str) -> Choice[str]:
+    """Which implementation selects, attends and aligns on `device`: "triton" or "torch".
+
+    Raises:
+        SparsortError: `SPARSORT_BLOCKSPARSE` is no known choice, or asks for Triton where it cannot run.
+    """
+    return _implementation("SPARSORT_BLOCKSPARSE", torch.device(device))
 
 
 def sparsity_metrics(states: Tensor, *, l0_threshold: float = 1.0) -> dict[str, Tensor]:
@@ -171,14 +165,31 @@ def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
     return sparsity_rows_ref
 
 
-def _triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot measure rows on `device`, or None."""
+def _implementation(variable: str, device: torch.device) -> Choice[str]:
+    """Triton on a GPU that can, else torch, unless the environment variable names one."""
+    given = os.environ.get(variable, "auto").strip().lower() or "auto"
+    if given not in ("auto", "triton", "torch"):
+        raise unknown_choice(f"value of {variable}", given, ("auto", "triton", "torch"))
+    if given == "torch":
+        return Choice("torch", f"{variable}=torch")
     # The interpreter runs kernels on a CPU, a thousand times slower: for tests, and only when asked for by name.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SPARSORT_SPARSITY") == "triton"
+    interpreted = given == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    obstacle = _triton_obstacle(device, interpreted)
+    if given == "triton":
+        if obstacle:
+            raise SparsortError(f"{variable}=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
+        return Choice("triton", f"{variable}=triton")
+    if obstacle:
+        return Choice("torch", obstacle)
+    return Choice("triton", f"Triton {_triton().value} on {torch.cuda.get_device_name(device)}")
+
+
+def _triton_obstacle(device: torch.device, interpreted: bool) -> str | None:
+    """Why Triton cannot run on `device`, or None."""
     if device.type != "cuda" and not interpreted:
         return f"Triton has no {device.type} backend"
     if device.type == "cuda" and torch.version.hip is not None:
-        return "the kernel calls NVIDIA's libdevice, and this torch is built for ROCm"
+        return "the kernels are written for NVIDIA GPUs, and this torch is built for ROCm"
     triton = _triton()
     if triton.value is None:
         return triton.reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,11 +33,17 @@ if TYPE_CHECKING:
 
 _CURRICULUM = "Curriculum"
 _TRAINING = "Training"
-EXAMPLE = r"Example: `sparsort train data.jsonl --text '{question}\n{answer}' --scores scores/ --stages 10 --out run/`"
+_SPARSE = "Sparse attention"
+EXAMPLE = (
+    r"Example: `sparsort train data.jsonl --text '{question}\n{answer}' --scores scores/ --stages 10 --out run/`"
+    "\n\n"
+    r"Sparse: `sparsort train examples/graded.jsonl --text '{question}\n{answer}' --recipe sparse --schedule shuffle --out run/`"
+)
 _WORK = "How the work is divided"
 
 
 def train(
+    context: typer.Context,
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
@@ -79,6 +85,13 @@ def train(
     online_metric: Annotated[
         str, typer.Option(help="Sparsity metric of --online.", rich_help_panel=_CURRICULUM)
     ] = "hoyer",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="sparse, sparse_retrofit, sparse_moba, sparse_nsa, sparse_window, or a .toml file; other options go before it.",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -128,7 +141,6 @@ def train(
     Also in several processes: `torchrun --nproc-per-node 2 -m sparsort train …`, or `accelerate launch -m sparsort train …`.
     """
     from sparsort.recipes.train import train as run
-    from sparsort.recipes.train_config import TrainConfig
 
     curriculum = given(
         schedule=schedule,
@@ -146,13 +158,14 @@ def train(
         group_by_length=group_by_length,
         unscored=unscored,
     )
-    config = TrainConfig(
+    settings = _chosen(
+        context,
         model=model,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         epochs=epochs,
         max_steps=max_steps,
         learning_rate=learning_rate,
-        lr_schedule=lr_schedule,  # type: ignore[arg-type]
+        lr_schedule=lr_schedule,
         warmup_steps=warmup_steps,
         max_length=max_length,
         eval_share=eval_share,
@@ -176,7 +189,8 @@ def train(
         groups=groups,
         eval_data=eval_data,
         id_column=id_column,
-        config=config,
+        recipe=recipe,
+        **settings,
     )
     _leave()
     # The other processes of a distributed run have the same result.
@@ -186,6 +200,15 @@ def train(
         print_json(result.summary())
     else:
         _print(result)
+
+
+def _chosen(context: typer.Context, **options: Any) -> dict[str, Any]:
+    """Those that were given on the command line; a recipe, or the configuration's own defaults, stand for the others."""
+    return {
+        name: value
+        for name, value in options.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    }
 
 
 def _leave() -> None:
@@ -201,6 +224,8 @@ def _print(result: TrainResult) -> None:
     for name in ("loss", "eval_loss"):
         value = getattr(result, name)
         rows.add_row(name.replace("eval_", "held-out "), "not there" if value is None else f"{value:.4f}")
+    if result.sparse is not None:
+        _add_sparse(rows, result.sparse)
     rows.add_row("steps", str(result.steps))
     rows.add_row("rows", f"{result.rows} trained on, {result.eval_rows} held out")
     rows.add_row("tokens", str(result.tokens))
@@ -213,3 +238,15 @@ def _print(result: TrainResult) -> None:
     elif result.resumed:
         typer.echo(f"Went on from step {result.resumed}.")
     typer.echo(f"Model: {result.model}\nLosses: {result.history}")
+
+
+def _add_sparse(rows: Any, sparse: dict[str, float | None]) -> None:
+    """What sparse attention came to, over the last tenth of the run."""
+    if (kl := sparse["kl"]) is not None:
+        rows.add_row("selector's loss (KL)", f"{kl:.4f}")
+    chosen = {"attention mass caught": sparse["mass"], "block recall": sparse["recall"]}
+    for name, value in chosen.items():
+        rows.add_row(name, "no query had to choose" if value is None else f"{value:.3f}")
+    if (saving := sparse["saving"]) is not None:
+        told = f"{saving:.2f} times fewer than" if saving >= 1 else f"{1 / saving:.2f} times as many as"
+        rows.add_row("attention FLOPs", f"{told} dense attention takes, by formula, with choosing")

@@ -16,13 +16,19 @@ def describe_environment() -> dict[str, Any]:
     """
     import torch
 
-    from sparsort.kernels.backend import compute_dtype, default_device, sparsity_implementation
+    from sparsort.kernels.backend import (
+        blocksparse_implementation,
+        compute_dtype,
+        default_device,
+        sparsity_implementation,
+    )
     from sparsort.scoring.base import versions
     from sparsort.scoring.embedded import LICENCE, demo_folder
 
     device = default_device()
     torch_device = torch.device(device.value)
     dtype, sparsity = compute_dtype(torch_device), sparsity_implementation(torch_device)
+    blocksparse = blocksparse_implementation(torch_device)
     try:
         folder, why = str(demo_folder()), f"embedded model, under the {LICENCE['name']}, {LICENCE['url']}"
     except SparsortError as error:
@@ -38,5 +44,6 @@ def describe_environment() -> dict[str, Any]:
             "device": {"value": str(device.value), "reason": device.reason},
             "dtype": {"value": str(dtype.value).removeprefix("torch."), "reason": dtype.reason},
             "sparsity": {"value": str(sparsity.value), "reason": sparsity.reason},
+            "blocksparse": {"value": str(blocksparse.value), "reason": blocksparse.reason},
         },
     }

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.recipes.train_config import TrainConfig, make_config
+from sparsort.recipes.train_recipe import read_recipe
 from sparsort.recipes.train_run import Run
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        loss: of the last step's tokens; None where it is not finite.
+        loss: of the last step's tokens, with the selector's where there is one; None where it is not finite.
         eval_loss: mean over the tokens of the held-out rows at the end; None without such rows.
         steps: optimiser steps of the whole run.
         rows, eval_rows: trained on and held out.
@@ -45,6 +47,7 @@ class TrainResult:
         model: where the model and its tokenizer are, for `from_pretrained`.
         history: JSON lines: step, loss, learning rate, and what the curriculum did.
         plan: the fingerprint of the plan.
+        sparse: what sparse attention came to, as `train_sparse.summary` gives it; None for dense attention.
         notes: what a reader should know of the data and the run, one sentence each.
         resumed: the step that this call went on from: 0 for a run from the start, `steps` for one that was finished.
         seconds: of this call.
@@ -61,6 +64,7 @@ class TrainResult:
     model: str
     history: str
     plan: str
+    sparse: dict[str, float | None] | None = None
     notes: list[str] = field(default_factory=list)
     resumed: int = 0
     seconds: float = 0.0
@@ -82,6 +86,7 @@ def train(
     eval_data: Any = None,
     id_column: str | None = None,
     config: TrainConfig | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> TrainResult:
     """Train a language model on the rows of `data`, in the order of a plan.
@@ -100,22 +105,35 @@ def train(
         eval_data: held-out rows, of the same columns.
         id_column: the column that identifies a row.
         config: how to train; `changes` are fields of it that differ.
+        recipe: "sparse" or another of `RECIPES`, a TOML file, or tables as it has them: settings of training, curriculum and
+            sparse attention, which `curriculum` and `changes` go before. Its [train] stands for `config`. Its order of batches
+            is left out where `curriculum` names another schedule or mode, and its whole curriculum with a plan.
 
     Raises:
         SparsortError: rows, texts, scores, plan and settings that do not fit; a folder with another run; no model.
         KeyboardInterrupt: it was interrupted; a checkpoint of the last step was written, unless there are several processes.
     """
     begin = time.perf_counter()
+    curriculum = dict(curriculum or {})
+    given = {name for name, value in {"plan": plan, "eval_data": eval_data}.items() if value is not None}
+    asked = read_recipe(recipe).without({*given, *curriculum, *changes})
+    if config is not None and asked.train:
+        raise SparsortError(
+            f"the recipe sets {', '.join(asked.train)}, and config would set all of training. Give what differs from the recipe "
+            "by name instead, such as learning_rate=1e-3."
+        )
+    config = make_config(config, **{**asked.train, **changes})
     run = Run(
-        config=make_config(config, **changes),
+        config=config,
         out=Path(out).expanduser(),
         source=_open(data, text, id_column),
         text=text,
         held=None if eval_data is None else _open(eval_data, text, id_column),
-        curriculum=dict(curriculum or {}),
+        curriculum={**asked.curriculum, **curriculum},
         groups=groups,
         plan=plan,
         scores=scores,
+        sparse=asked.sparse and asked.sparse.seeded(config.seed),
     )
     run.check()
     need("accelerate", "train", "training")

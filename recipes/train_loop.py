@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, SchedulerType, TrainerCallback, TrainingArguments
@@ -34,6 +34,9 @@ from sparsort.files import write_atomically
 from sparsort.progress import progress
 from sparsort.recipes.train_config import TrainConfig
 from sparsort.recipes.train_text import TextCollator
+
+if TYPE_CHECKING:
+    from sparsort.attention.callback import SparseAttentionCallback
 
 _KEPT = 2  # checkpoints: a kill may leave the last one half written
 _DECAY = 0.2  # share of a run over which "wsd" lets the learning rate fall
@@ -123,6 +126,7 @@ def run_trainer(
     rows: Any,
     held: Any | None,
     history: Path,
+    sparse: SparseAttentionCallback | None = None,
 ) -> tuple[TextTrainer, int]:
     """Train to the end, from the last whole checkpoint where there is one.
 
@@ -131,6 +135,7 @@ def run_trainer(
         per_device: examples of a micro-batch.
         rows, held: tokenised datasets.
         history: the file of the losses.
+        sparse: of a model with sparse attention.
 
     Returns:
         The trainer as it stands at the end, and the step that it went on from.
@@ -165,6 +170,8 @@ def run_trainer(
             f"report_to={config.report_to!r} cannot be used: {error} Install it, or leave it out."
         ) from error
     trainer.remove_callback(PrinterCallback)
+    if sparse is not None:
+        sparse.join(trainer)
     checkpoint = _last_checkpoint(Path(args.output_dir))
     resumed = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     alone = args.world_size == 1

@@ -19,6 +19,7 @@ from sparsort.errors import SparsortError
 from sparsort.recipes import train_folder
 from sparsort.recipes.train_config import IDENTITY, TrainConfig
 from sparsort.recipes.train_model import make_tokenizer
+from sparsort.recipes.train_sparse import SparseTraining, identity, refuse_to_drop, summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,6 +57,7 @@ class Run:
     groups: str | None
     plan: str | Path | CurriculumPlan | None
     scores: Any
+    sparse: SparseTraining | None = None
 
     @property
     def eval_share(self) -> float:
@@ -110,10 +112,14 @@ class Run:
     def _prepare(self, args: Any) -> Prepared:
         from sparsort.recipes.train_text import Kept, tokenise
 
-        known = {"text": self.text, **{name: getattr(self.config, name) for name in IDENTITY}}
+        known = {"text": self.text, **{name: getattr(self.config, name) for name in IDENTITY}, **identity(self.sparse)}
         # Before tokens are written into the folder of another run.
         train_folder.compare(self.out, known)
         tokenizer = make_tokenizer(self.config.model)
+        if self.sparse is None:
+            refuse_to_drop(self.config.model)
+        else:
+            self.sparse.check(self.config.model)
         options: dict[str, Any] = {"max_length": self.config.max_length, "folder": self.out / "tokens"}
         out_of_data = _held_out(self.source.count(), self.eval_share, self.config.seed)
         rows = Kept(self.source, ~out_of_data)
@@ -180,6 +186,7 @@ class Run:
         config = self.config
         lengths = [found.lengths.max() for found in (prepared.tokens, prepared.held) if found is not None]
         model = make_model(config.model, prepared.tokenizer, config.seed, longest=int(max(lengths)))
+        sparse = None if self.sparse is None else self.sparse.attach(model, config.model, prepared.steps)
         trainer, resumed = run_trainer(
             model,
             args,
@@ -191,6 +198,7 @@ class Run:
             rows=prepared.tokens.dataset,
             held=None if prepared.held is None else prepared.held.dataset,
             history=self.out / "history.jsonl",
+            sparse=sparse,
         )
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         last = losses(trainer.state.log_history)
@@ -203,6 +211,7 @@ class Run:
             "tokens": int(prepared.tokens.lengths.sum()),
             "parameters": sum(weight.numel() for weight in weights.values()),
             "plan": prepared.plan.fingerprint,
+            "sparse": None if sparse is None else summary(last),
             "notes": _notes(
                 prepared, set_aside=0 if self.held or prepared.held is None else len(prepared.held.lengths)
             ),

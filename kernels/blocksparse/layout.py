@@ -10,10 +10,10 @@ Legend: B batch, T query columns, S key columns, n sequences.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Layout:
     batch: int
     queries: int
     keys: int
+    _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ends: dict[int, tuple[int, int]] = {}
@@ -87,16 +88,18 @@ class Layout:
             SparsortError: a row with padding between its tokens, or a mask of another size.
         """
         mask = mask.detach().bool()
-        keys = int(mask.shape[-1]) if keys is None else keys
-        if mask.ndim != 2 or not queries <= mask.shape[1] <= keys:
+        seen = mask.shape[1] if mask.ndim == 2 else -1
+        keys = seen if keys is None else keys
+        if not queries <= seen <= keys:
             raise SparsortError(
                 f"the padding mask has shape {tuple(mask.shape)}; expected (batch, columns) with {queries} ≤ columns ≤ {keys}."
             )
-        seen = mask.shape[1]
+        if seen == 0:
+            return cls(spans=(), batch=mask.shape[0], queries=queries, keys=keys)
         found = mask.cpu()
         filled = found.sum(dim=1).tolist()
         first = found.int().argmax(dim=1).tolist()
-        last = (seen - found.flip(1).int().argmax(dim=1)).tolist() if seen else [0] * len(filled)
+        last = (seen - found.flip(1).int().argmax(dim=1)).tolist()
         spans = []
         for row, (count, start, end) in enumerate(zip(filled, first, last, strict=True)):
             if count == 0:
@@ -113,20 +116,35 @@ class Layout:
         return cls(spans=tuple(spans), batch=len(filled), queries=queries, keys=keys)
 
     @classmethod
-    def packed(cls, position_ids: Tensor) -> Layout:
+    def packed(cls, position_ids: Tensor, batch: int | None = None) -> Layout:
         """Sequences packed in rows: one starts wherever a position is not one more than the position before it.
 
+        Several sequences of one token at the end of a row are padding: so packing writes it (positions 0, 0, …), and nothing
+        could be learnt of a token without a next one.
+
         Args:
-            position_ids: (B, T) whole numbers.
+            position_ids: (B or 1, T) whole numbers.
+            batch: B, where one row of positions stands for all.
+
+        Raises:
+            SparsortError: positions of another shape.
         """
         found = position_ids.detach().cpu()
+        if found.ndim != 2 or (batch is not None and found.shape[0] not in (1, batch)):
+            raise SparsortError(
+                f"position_ids have shape {tuple(found.shape)}; expected ({'batch' if batch is None else batch}, tokens)."
+            )
+        columns = found.shape[1]
         starts = torch.ones_like(found, dtype=torch.bool)
         starts[:, 1:] = found[:, 1:] != found[:, :-1] + 1
-        columns = found.shape[1]
         lengths = []
         for row in starts:
             edges = [*row.nonzero().flatten().tolist(), columns]
-            lengths.append([end - start for start, end in itertools.pairwise(edges)])
+            sizes = [end - start for start, end in itertools.pairwise(edges)]
+            ones = next((n for n, size in enumerate(reversed(sizes)) if size != 1), len(sizes))
+            lengths.append(sizes[: len(sizes) - ones] if 1 < ones < len(sizes) else sizes)
+        if batch is not None and len(lengths) == 1:
+            lengths *= batch
         return cls.from_lengths(lengths, columns)
 
     @classmethod
@@ -158,29 +176,32 @@ class Layout:
 
     def table(self, device: torch.device | str) -> Tensor:
         """(n, 5) int32: row, query_start, queries, key_start, keys of each sequence."""
-        return _table(self, torch.device(device))
+        rows = [[span.row, span.query_start, span.queries, span.key_start, span.keys] for span in self.spans]
+        return self._kept("table", device, lambda: torch.tensor(rows, dtype=torch.int32).reshape(-1, 5))
 
     def span_of_query(self, device: torch.device | str) -> Tensor:
         """(B, T) int32: the number of the sequence that a query belongs to, −1 for padding."""
-        return _places(self, torch.device(device))[0]
+        return self._kept("span", device, lambda: self._by_query(lambda n, span: torch.tensor(n)))
 
     def position(self, device: torch.device | str) -> Tensor:
         """(B, T) int32: the position of each query among its sequence's keys, −1 for padding."""
-        return _places(self, torch.device(device))[1]
+        return self._kept(
+            "position",
+            device,
+            lambda: self._by_query(lambda n, span: torch.arange(span.keys - span.queries, span.keys)),
+        )
 
+    def _by_query(self, values: Callable[[int, Span], Tensor]) -> Tensor:
+        found = torch.full((self.batch, self.queries), -1, dtype=torch.int32)
+        for n, span in enumerate(self.spans):
+            found[span.row, span.query_start : span.query_start + span.queries] = values(n, span).int()
+        return found
 
-@functools.lru_cache(maxsize=16)
-def _table(layout: Layout, device: torch.device) -> Tensor:
-    rows = [[span.row, span.query_start, span.queries, span.key_start, span.keys] for span in layout.spans]
-    return torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 5)
-
-
-@functools.lru_cache(maxsize=16)
-def _places(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    number = torch.full((layout.batch, layout.queries), -1, dtype=torch.int32)
-    position = torch.full((layout.batch, layout.queries), -1, dtype=torch.int32)
-    for n, span in enumerate(layout.spans):
-        columns = slice(span.query_start, span.query_start + span.queries)
-        number[span.row, columns] = n
-        position[span.row, columns] = torch.arange(span.keys - span.queries, span.keys, dtype=torch.int32)
-    return number.to(device), position.to(device)
+    def _kept(self, name: str, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
+        """Made once for a device: every layer of a pass asks."""
+        key = (name, str(device))
+        if key not in self._tables:
+            # What is kept serves training too, which takes no tensor that was made in inference mode.
+            with torch.inference_mode(False):
+                self._tables[key] = make().to(device)
+        return self._tables[key]

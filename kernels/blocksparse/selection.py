@@ -39,8 +39,9 @@ class Selection:
                 f"selected blocks are {self.blocks.dtype} of shape {tuple(self.blocks.shape)}; expected int32 of shape "
                 "(batch, groups, queries, slots)."
             )
-        if self.block_size < 1:
-            raise SparsortError(f"block_size is {self.block_size}; expected 1 or more.")
+        size = self.block_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise SparsortError(f"block_size is {size!r}; expected a whole number of 1 or more.")
 
     @property
     def counts(self) -> Tensor:
@@ -113,18 +114,15 @@ def reverse(selection: Selection, layout: Layout) -> Reverse:
     # Padding has span −1, which reads the 0 at the end; its slots are all −1 and fall out.
     shift = first[layout.span_of_query(chosen.device).long()]
     row = torch.arange(batch * groups, device=chosen.device).view(batch, groups, 1, 1) * most
-    # (row, group, slot, query): a stable sort then keeps queries ascending within a block.
-    key = (row + shift[:, None, :, None] + chosen).transpose(2, 3).flatten()
-    place = (chosen >= 0).transpose(2, 3).flatten().nonzero().flatten()
-    query = place % queries if queries else place
-    # Within a block a query stands once, so ordering by (block, query) is a total order.
-    order = (key[place] * max(queries, 1) + query).argsort()
-    place, query = place[order], query[order]
-    edges = torch.arange(batch * groups * most + 1, device=chosen.device)
+    key = (row + shift[:, None, :, None] + chosen).flatten()
+    place = (chosen >= 0).flatten().nonzero().flatten()
+    # Places ascend with queries, and a stable sort keeps them so within a block.
+    key, order = key[place].sort(stable=True)
+    place = place[order]
     return Reverse(
-        query=query,
-        slot=(place // max(queries, 1)) % max(slots, 1),
-        start=torch.searchsorted(key[place].contiguous(), edges),
+        query=place // max(slots, 1) % max(queries, 1),
+        slot=place % max(slots, 1),
+        start=torch.searchsorted(key, torch.arange(batch * groups * most + 1, device=chosen.device)),
         first_block=tuple(first_block),
         blocks=most,
     )

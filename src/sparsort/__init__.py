@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sparsort.errors import SparsortError as SparsortError
 
 if TYPE_CHECKING:
+    from sparsort.attention.attach import attach_index_branch as attach_index_branch
+    from sparsort.attention.config import SparseAttentionConfig as SparseAttentionConfig
+    from sparsort.attention.loading import load_sparse as load_sparse
     from sparsort.curriculum.ablation.results import Results as Results
     from sparsort.curriculum.demos.order import order_demos as order_demos
     from sparsort.curriculum.demos.prompt import assemble as assemble
@@ -65,6 +68,9 @@ _HOME = {
     "order_demos": "curriculum.demos.order",
     "select_demos": "curriculum.demos.select",
     "sparsity_metrics": "kernels.backend",
+    "SparseAttentionConfig": "attention.config",
+    "attach_index_branch": "attention.attach",
+    "load_sparse": "attention.loading",
 }
 
 __all__ = ["SparsortError", "__version__", *sorted(_HOME)]

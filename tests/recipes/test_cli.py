@@ -162,7 +162,7 @@ def test_a_query_of_several_columns_is_json(file: Path, model: str) -> None:
 def test_env_names_the_model_and_the_reasons(demo_model: Path) -> None:
     found = json.loads(_run("env", "--json").stdout)
     assert found["demo_model"] == str(demo_model)
-    assert set(found["choices"]) == {"device", "dtype", "sparsity"}
+    assert set(found["choices"]) == {"device", "dtype", "sparsity", "blocksparse"}
     assert all(choice["value"] and choice["reason"] for choice in found["choices"].values())
     assert str(demo_model) in _run("env").stdout
 

@@ -1,0 +1,153 @@
+"""Native Sparse Attention (arXiv 2502.11089): a compressed view of the past that is attended to, and that chooses blocks.
+
+    compressed key of block n  = φ_k(keys of n), compressed value = φ_v(values of n), for each group
+    p_cmp of head h            = softmax(query_h · compressed keys · scale) over the blocks that lie whole in the past
+    selection                  = the blocks with most p_cmp, averaged over the group's heads; the query's own is forced
+    output                     = g_cmp · compressed attention + g_sel · attention over the selection + g_win · sliding window
+    g                          = sigmoid(W·X + b), three numbers for each head
+
+There is no loss beside the LM's, which reaches φ and the gates through the mixture. Nothing is detached: the branches are
+part of the model, and its queries, keys, values and hidden states learn through them.
+
+Where ours differs from the paper:
+
+- Blocks do not overlap: the paper compresses 32 keys every 16 and adds the scores up to blocks of 64; here the compressed
+  block is the selected one, W keys.
+- φ is open in the paper ("a learnable MLP with intra-block position encoding"). Ours is the block's mean plus the mean of
+  MLP(token + embedding of its place in the block); the MLP's last layer starts at 0, so that φ starts as the mean.
+- The three branches share the layer's keys and values; the paper gives each its own.
+- The first block is not forced, and of the last ones only the query's own.
+- The window ends at a block's edge: the last ⌈blocks/2⌉ blocks, the paper's ratio (a window of 512 beside 16 blocks of 64).
+- The gates start open for the selection and nearly shut for the others (sigmoid of 2 and −2), so that a dense checkpoint
+  starts close to its own function; from scratch it is a start like another.
+
+A decoding step compresses the whole cache anew; nothing of φ is cached.
+
+Legend: B batch, T query columns, H query heads, G groups, D head width, W block size; n queries, m keys, N blocks of a sequence
+that are full.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors.chunks import (
+    Scores,
+    blocks_seen,
+    in_blocks,
+    positions,
+    queries_of,
+    select_blocks,
+    wide,
+)
+from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.plain import window
+from sparsort.attention.selectors.weights import LayerShape, apply_linear
+from sparsort.kernels.blocksparse.layout import Span
+from sparsort.kernels.blocksparse.ops import attend
+
+_BRANCHES = 3
+_OPEN, _SHUT = 2.0, -2.0
+
+
+class Compression(nn.Module):
+    """φ: full blocks of a sequence's keys or values to one of each."""
+
+    def __init__(self, block_size: int, shape: LayerShape, generator: torch.Generator) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.place = shape.drawn(block_size, shape.width, spread=shape.spread, generator=generator)
+        self.up = shape.linear(shape.width, shape.width, generator=generator, bias=True)
+        self.down = shape.linear(shape.width, shape.width, generator=generator, spread=0.0)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(G, m, D) to (G, N, D) with N = ⌊m / W⌋."""
+        full = states.shape[1] // self.block_size * self.block_size
+        tokens = in_blocks(states[:, :full], self.block_size, 0.0)
+        made = apply_linear(self.down, nn.functional.gelu(apply_linear(self.up, tokens + self.place)))
+        return (tokens + made.to(tokens.dtype)).mean(-2)
+
+
+class CompressedBranch(Selector):
+    """NSA's selector and mixture."""
+
+    def __init__(self, config: SparseAttentionConfig, shape: LayerShape) -> None:
+        super().__init__(config.block_size)
+        self.window = -(-config.blocks // 2)
+        generator = shape.generator(config.seed)
+        self.key_compression = Compression(config.block_size, shape, generator)
+        self.value_compression = Compression(config.block_size, shape, generator)
+        self.gates = shape.linear(shape.hidden, _BRANCHES * shape.heads, generator=generator, bias=True)
+        start = torch.tensor([_SHUT, _OPEN, _SHUT], dtype=shape.dtype, device=shape.device)
+        self.gates.bias = nn.Parameter(start.repeat(shape.heads))
+
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+        compressed = [self.key_compression(_of(inputs.key, span)) for span in inputs.layout.spans]
+        if inputs.full:
+            return Choice(selection=inputs.every_block(self.block_size), state=compressed)
+        keys_of_span = dict(zip(inputs.layout.spans, compressed, strict=True))
+
+        def scores_of(span: Span) -> Scores:
+            return self._scores(inputs, span, wide(keys_of_span[span].detach()))
+
+        cost = 3 * inputs.query.shape[1] / self.block_size
+        selection = select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost)
+        return Choice(selection=selection, state=compressed)
+
+    def mix(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, output: Tensor) -> Tensor:
+        compressed = torch.zeros_like(output)
+        for span, keys in zip(inputs.layout.spans, choice.state, strict=True):
+            columns = slice(span.query_start, span.query_start + span.queries)
+            values = self.value_compression(_of(inputs.value, span))
+            attended = self._attend_compressed(inputs.query[span.row, :, columns], keys, values, span, inputs.scale)
+            compressed[span.row, :, columns] = attended.to(output.dtype)
+        near = window(inputs, self.block_size, self.window)
+        slid, _ = attend(inputs.query, inputs.key, inputs.value, near, inputs.layout, scale=inputs.scale)
+        gates = apply_linear(self.gates, inputs.hidden).sigmoid().to(output.dtype)
+        # (B, T, H·3) → three of (B, H, T, 1)
+        of_compressed, of_selected, of_window = (
+            gates.reshape(*gates.shape[:2], output.shape[1], _BRANCHES).transpose(1, 2)[..., None, :].unbind(-1)
+        )
+        return of_compressed * compressed + of_selected * output + of_window * slid
+
+    def _scores(self, inputs: LayerInputs, span: Span, compressed: Tensor) -> Scores:
+        queries = queries_of(inputs, span) * inputs.scale
+
+        def scores(first: int, last: int) -> Tensor:
+            whole = self._whole(compressed.shape[1], span, first, last, queries.device)
+            logits = torch.einsum("grtd,gnd->grtn", queries[:, :, first:last], compressed)
+            share = logits.masked_fill(~whole, -torch.inf).softmax(-1).mean(1)
+            # Of a logarithm the softmax that a budget takes its shares from is the share itself. A query before the end of
+            # the first block has no whole block, NaN shares, and its own block alone to choose.
+            found = share.new_full((*share.shape[:2], blocks_seen(span, last, self.block_size)), -torch.inf)
+            held = min(share.shape[-1], found.shape[-1])
+            found[..., :held] = share[..., :held].log()
+            return found
+
+        return scores
+
+    def _attend_compressed(self, query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
+        """(H, n, D) from query (H, n, D) and compressed keys and values (G, N, D); 0 where no block lies whole in the past."""
+        whole = self._whole(keys.shape[1], span, 0, span.queries, query.device)
+        # One key more, with a value of 0, that is seen only where there is no other: no row of a softmax is empty.
+        seen = torch.cat([whole, ~whole.any(-1, keepdim=True)], dim=-1)
+        heads = query.shape[0] // keys.shape[0]
+        keys, values = (
+            nn.functional.pad(states, (0, 0, 0, 1)).to(query.dtype).repeat_interleave(heads, 0)
+            for states in (keys, values)
+        )
+        return nn.functional.scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=seen, scale=scale
+        )[0]
+
+    def _whole(self, blocks: int, span: Span, first: int, last: int, device: torch.device) -> Tensor:
+        """(t, blocks): the blocks whose last key a query sees."""
+        ends = (torch.arange(blocks, device=device) + 1) * self.block_size - 1
+        return ends <= positions(span, first, last, device)[:, None]
+
+
+def _of(states: Tensor, span: Span) -> Tensor:
+    """(G, m, D) of one sequence from (B, G, S, D)."""
+    return states[span.row, :, span.key_start : span.key_start + span.keys]

@@ -1,0 +1,211 @@
+"""SeerAttention's gate (arXiv 2410.13276; a gate for each query token: SeerAttention-R, 2506.08889): the retrofit of a model
+that was trained dense. The caller freezes the model; the gate learns from the model's own dense map.
+
+    gate key of block n    = W_k [max; min; mean of the block's keys]      for each group
+    gate query of token t  = W_q [the group's queries, side by side]       for each group
+    score                  = turned gate query · turned gate key / √I
+    truth                  = softmax(q·k·scale) over every visible key, max over each block, mean over the group's heads, Σ = 1
+    loss                   = mean over tokens and groups of KL(truth ‖ softmax of scores over the visible blocks)
+
+Queries and keys are those before the rotary embedding, which would blur a pool over positions; the gates get a rotary
+embedding of their own. Where ours differs from the papers, or they leave it open:
+
+- The gate's rotary embedding counts in blocks (base 10000, key block n against the query's own block), and not in tokens.
+- A query's own block is pooled up to the query itself, in gate and truth: the rest of it is the future.
+- Queries and keys are taken after the layer's own norm where it has one, and heads of a group are averaged in the truth.
+- The loss always reads the dense map, in chunks of queries whose probabilities are dropped again, whatever is selected. Its
+  gradient, softmax(scores) − truth, is made in the forward pass, so that no chunk is kept for the backward pass.
+
+Legend: B batch, T query columns, G groups, R heads of a group, D head width, I gate width; n queries, m keys, N blocks of a
+sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors.chunks import (
+    Pool,
+    Scores,
+    blocks_seen,
+    chunks,
+    dense_map,
+    full_precision,
+    in_blocks,
+    keys_of,
+    own_blocks,
+    pool_blocks,
+    pool_own,
+    queries_of,
+    select_blocks,
+    tokens_and_groups,
+    wide,
+    with_own,
+)
+from sparsort.attention.selectors.index_branch import given
+from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.weights import LayerShape
+from sparsort.kernels.blocksparse.layout import Span
+
+_POOLS: tuple[Pool, ...] = ("max", "min", "mean")
+_BASE = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Gates:
+    """Of one sequence: `queries` (G, n, I), `keys` (G, N, I), and `own` (G, n, I), the key of each query's block so far."""
+
+    queries: Tensor
+    keys: Tensor
+    own: Tensor
+
+
+class PooledGate(Selector):
+    """SeerAttention's selector; its weights are `query_weight` (G, I, R·D) and `key_weight` (G, I, 3·D)."""
+
+    def __init__(self, config: SparseAttentionConfig, shape: LayerShape) -> None:
+        super().__init__(config.block_size)
+        self.groups, self.head_width = shape.groups, shape.width
+        self.width = config.index_dim or shape.width
+        generator = shape.generator(config.seed)
+        joined, pooled = shape.heads // shape.groups * shape.width, len(_POOLS) * shape.width
+        # Gates as large as what goes in: a distilled gate starts from a frozen model, whose spread says nothing here.
+        self.query_weight = shape.drawn(shape.groups, self.width, joined, spread=joined**-0.5, generator=generator)
+        self.key_weight = shape.drawn(shape.groups, self.width, pooled, spread=pooled**-0.5, generator=generator)
+
+    def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, T, G·D): the layer's keys before the rotary embedding."""
+        return _before_rotary(module, "k", hidden, self.head_width).flatten(2)
+
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+        queries = _before_rotary(inputs.module, "q", inputs.hidden, self.head_width)
+        if inputs.full:
+            return Choice(selection=inputs.every_block(self.block_size), state=queries)
+
+        def scores_of(span: Span) -> Scores:
+            gates = self._gates(queries, given(index_keys), span)
+
+            def scores(first: int, last: int) -> Tensor:
+                return self._scores(gates, span, first, last)
+
+            return scores
+
+        cost = inputs.groups / self.block_size
+        selection = select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost)
+        return Choice(selection=selection, state=queries)
+
+    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, lse: Tensor) -> Tensor | None:
+        device = inputs.query.device
+        gradients = torch.is_grad_enabled()
+        total = torch.zeros((), dtype=wide(inputs.query).dtype, device=device)
+        with full_precision(device):
+            for span in inputs.layout.spans:
+                gates = self._gates(choice.state, given(index_keys), span)
+                parts = (gates.queries, gates.keys, gates.own)
+                total = total + _Distilled.apply(*parts, self, inputs, span, gradients)  # type: ignore[no-untyped-call]
+        return total / tokens_and_groups(inputs.layout, self.groups)
+
+    def _gates(self, queries: Tensor, index_keys: Tensor, span: Span) -> _Gates:
+        """From queries (B, T, H, D) and index keys (B, S, G·D), both without gradient."""
+        found = wide(queries[span.row, span.query_start : span.query_start + span.queries])
+        joined = found.reshape(span.queries, self.groups, -1).transpose(0, 1)
+        keys = keys_of(index_keys, span).reshape(span.keys, self.groups, -1).transpose(0, 1)
+        pooled = torch.cat([pool_blocks(keys, self.block_size, how) for how in _POOLS], dim=-1)
+        pooled_own = torch.cat([pool_own(keys, span, self.block_size, how) for how in _POOLS], dim=-1)
+        query_weight, key_weight = (weight.to(joined.dtype).mT for weight in (self.query_weight, self.key_weight))
+        own = own_blocks(span, 0, span.queries, self.block_size, keys.device)
+        return _Gates(
+            queries=_turn(joined @ query_weight, own),
+            keys=_turn(pooled @ key_weight, torch.arange(pooled.shape[1], device=keys.device)),
+            own=_turn(pooled_own @ key_weight, own),
+        )
+
+    def _scores(self, gates: _Gates, span: Span, first: int, last: int) -> Tensor:
+        """(G, t, N'), of which those of blocks after a query's own mean nothing."""
+        scale = 1 / math.sqrt(self.width)
+        queries = gates.queries[:, first:last] * scale
+        scores = queries @ gates.keys[:, : blocks_seen(span, last, self.block_size)].mT
+        own = own_blocks(span, first, last, self.block_size, queries.device)
+        return with_own(scores, own, (queries * gates.own[:, first:last]).sum(-1))
+
+    def _truth(self, inputs: LayerInputs, queries: Tensor, keys: Tensor, span: Span, first: int, last: int) -> Tensor:
+        """(G, t, N'), which sum to 1 over the blocks."""
+        probabilities = dense_map(queries[:, :, first:last], keys, span, first, last, inputs.scale)
+        highest = in_blocks(probabilities[..., None], self.block_size, 0.0).amax((-2, -1)).mean(1)
+        return highest / highest.sum(-1, keepdim=True)
+
+
+class _Distilled(torch.autograd.Function):
+    """The sum of KL(truth ‖ gate) over one sequence's tokens and groups, and its gradient for the gates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_queries: Tensor,
+        gate_keys: Tensor,
+        gate_own: Tensor,
+        selector: PooledGate,
+        inputs: LayerInputs,
+        span: Span,
+        gradients: bool,
+    ) -> Tensor:
+        gates = _Gates(queries=gate_queries, keys=gate_keys, own=gate_own)
+        queries, keys = queries_of(inputs, span), keys_of(inputs.key, span)
+        total = gate_queries.new_zeros(())
+        d_queries, d_keys, d_own = (torch.zeros_like(gate) for gate in (gate_queries, gate_keys, gate_own))
+        scale = 1 / math.sqrt(selector.width)
+        for first, last in chunks(span, 3 * inputs.query.shape[1]):
+            own = own_blocks(span, first, last, selector.block_size, keys.device)
+            truth = selector._truth(inputs, queries, keys, span, first, last)
+            scores = selector._scores(gates, span, first, last)
+            blocks = torch.arange(scores.shape[-1], device=keys.device)
+            log_student = scores.masked_fill(blocks > own[:, None], -torch.inf).log_softmax(-1)
+            # Blocks that a query does not see have a truth of 0 and add nothing.
+            total += (torch.xlogy(truth, truth) - truth * log_student.masked_fill(truth == 0, 0.0)).sum()
+            if gradients:
+                d_scores = (log_student.exp() - truth) * scale
+                d_own_scores = d_scores.gather(-1, own.expand(scores.shape[:-1])[..., None])
+                d_others = d_scores.masked_fill(blocks == own[:, None], 0.0)
+                seen = slice(0, scores.shape[-1])
+                d_queries[:, first:last] = d_others @ gate_keys[:, seen] + d_own_scores * gate_own[:, first:last]
+                d_keys[:, seen] += d_others.mT @ gate_queries[:, first:last]
+                d_own[:, first:last] = d_own_scores * gate_queries[:, first:last]
+        if gradients:
+            ctx.save_for_backward(d_queries, d_keys, d_own)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(found * grad for found in ctx.saved_tensors), None, None, None, None
+
+
+def _before_rotary(module: nn.Module, which: str, hidden: Tensor, width: int) -> Tensor:
+    """Queries ("q") or keys ("k") of a layer before its rotary embedding, (B, T, heads, D), without gradient."""
+    projection, norm = getattr(module, f"{which}_proj"), getattr(module, f"{which}_norm", None)
+    with torch.no_grad():
+        states: Tensor = projection(hidden)
+        found = states.reshape(*states.shape[:2], states.shape[-1] // width, width)
+        if norm is None:
+            return found
+        if norm.weight.shape[-1] == width:
+            return norm(found)  # type: ignore[no-any-return]
+        # A norm over all heads at once (OLMo 2).
+        return norm(states).reshape(found.shape)  # type: ignore[no-any-return]
+
+
+def _turn(gates: Tensor, places: Tensor) -> Tensor:
+    """The rotary embedding of gates (…, x, I) that stand at blocks `places` (x,)."""
+    half = gates.shape[-1] // 2
+    waves = _BASE ** (-torch.arange(half, dtype=gates.dtype, device=gates.device) / half)
+    angles = places[:, None] * waves
+    first, second = gates[..., :half], gates[..., half:]
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)

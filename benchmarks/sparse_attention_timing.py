@@ -1,0 +1,121 @@
+"""Times of steps that have phases, taken in turns, and what of them is compared.
+
+Every round runs each step once, and the order turns from round to round, so that a machine that slows down slows them all down.
+A ratio is the median of the rounds' ratios with the lowest and the highest beside it; `of_best` divides the shortest times of
+any round, and `of_cpu` the processor's times, which a crowded machine stretches less than the clock's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from common import wall_seconds
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the clock, and of the processor's cores together."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: Took) -> Took:
+        return Took(self.wall + other.wall, self.cpu + other.cpu)
+
+
+Round: TypeAlias = Mapping[str, Took]
+
+
+class Clock:
+    """Times the phases of one step; waits for CUDA at the edges of each."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, Took] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        _wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        _wait()
+        took = Took(time.perf_counter() - wall, time.process_time() - cpu)
+        self.phases[phase] = self.phases.get(phase, Took(0, 0)) + took
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turns(steps: Mapping[str, Callable[[Clock], object]], rounds: int, *, warm: int = 0) -> dict[str, list[Round]]:
+    """The phases of every step in every round, after `warm` rounds that are not kept."""
+    names = list(steps)
+    kept: dict[str, list[Round]] = {name: [] for name in names}
+    for number in range(-warm, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            clock = Clock()
+            # For the garbage collector, which it holds still.
+            wall_seconds(lambda step=steps[name], clock=clock: step(clock))
+            if number >= 0:
+                kept[name].append(clock.phases)
+    return kept
+
+
+def total(phases: Round, wanted: Collection[str] | None = None) -> Took:
+    """The sum of the phases wanted; of all unless given."""
+    return sum((took for name, took in phases.items() if wanted is None or name in wanted), Took(0, 0))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as the baseline."""
+
+    median: float
+    lowest: float
+    highest: float
+    of_best: float
+    of_cpu: float
+    baseline_s: float
+    ours_s: float
+    rounds: int
+
+    def __str__(self) -> str:
+        times = f"{seconds(self.baseline_s)} against {seconds(self.ours_s)}"
+        if self.rounds == 1:
+            return f"one round, {times}; processor time {self.of_cpu:.2f}x"
+        spread = f"{self.lowest:.2f} to {self.highest:.2f} in {self.rounds} rounds"
+        return f"{spread}, {times}; best of each {self.of_best:.2f}x, processor time {self.of_cpu:.2f}x"
+
+
+def ratio(baseline: list[Round], ours: list[Round], wanted: Collection[str] | None = None) -> Ratio:
+    """All of the baseline over the phases wanted of ours."""
+    theirs, mine = [total(phases) for phases in baseline], [total(phases, wanted) for phases in ours]
+    each = [a.wall / b.wall for a, b in zip(theirs, mine, strict=True)]
+    return Ratio(
+        median=statistics.median(each),
+        lowest=min(each),
+        highest=max(each),
+        of_best=min(took.wall for took in theirs) / min(took.wall for took in mine),
+        of_cpu=min(took.cpu for took in theirs) / max(min(took.cpu for took in mine), 1e-9),
+        baseline_s=statistics.median(took.wall for took in theirs),
+        ours_s=statistics.median(took.wall for took in mine),
+        rounds=len(each),
+    )
+
+
+def phases_in_words(rounds: list[Round]) -> str:
+    """The median of each phase."""
+    return ", ".join(
+        f"{name} {seconds(statistics.median(phases[name].wall for phases in rounds))}" for name in rounds[0]
+    )
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"

@@ -1,0 +1,268 @@
+"""What the sparse-attention study trains and how it is measured: one run, from the first weights to the last held-out loss.
+
+Contract: a run follows from the study, its kind of attention, its order and its seed. Runs of a seed have the same first
+weights and the same held-out rows, whatever their attention. Held-out measures are those of the attention as it is meant to be
+used: sparse, also while the selector still warms up over every block.
+
+Shapes: B rows a batch, T words, N held-out rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import sparsort
+from sparsort.attention.diagnostics import report_selection
+from sparsort.attention.selectors.interface import Choice, LayerInputs
+from sparsort.curriculum.loading.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.recipes.recall_task import drawn
+
+IGNORED = -100
+PAD, UNKNOWN = "<pad>", "<unk>"
+_EVALUATED = 50  # rows at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is trained, how often and for how long; the fields of the recipe, which `sparse_study` checks."""
+
+    attentions: tuple[str, ...]
+    orders: tuple[str, ...]
+    seeds: int
+    rows: int
+    held_out: int
+    length: int
+    block_size: int
+    blocks: int
+    index_dim: int
+    full_steps: int
+    steps: int
+    batch_size: int
+    evaluate_every: int
+    learning_rate: float
+    warm_up: int
+    decay: float
+    weight_decay: float
+    answer_weight: float
+    pacing: str
+    stages: int
+    reference_steps: int
+    hidden: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    intermediate: int
+
+    @property
+    def reach(self) -> int:
+        """Words that lie this far back or farther cannot reach a word through windows of `blocks` blocks, one a layer."""
+        return (self.layers * (self.blocks - 1) + 1) * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows as tensors (B, T): `told` marks the answers, `far` those that no stack of local windows can tell."""
+
+    ids: Tensor
+    labels: Tensor
+    told: Tensor
+    far: Tensor
+
+
+def make_tokenizer(rows: Sequence[dict[str, Any]]) -> Any:
+    """A word a token, for the words of these rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [PAD, UNKNOWN, *sorted({word for row in rows for word in row["text"].split(" ")})]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN)
+
+
+def make_model(study: Study, words: int, seed: int) -> Any:
+    """A small Qwen2: its query and key biases let a head look at a fixed distance whatever the word, which recall starts from."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=words,
+        hidden_size=study.hidden,
+        intermediate_size=study.intermediate,
+        num_hidden_layers=study.layers,
+        num_attention_heads=study.heads,
+        num_key_value_heads=study.groups,
+        head_dim=study.head_dim,
+        max_position_embeddings=study.length,
+        tie_word_embeddings=True,
+        # The usual 0.02 is made for wider models.
+        initializer_range=0.64 / study.hidden**0.5,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config).train()
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                torch.nn.init.normal_(projection.bias, std=0.5)
+    return model
+
+
+def collator(study: Study, tokenizer: Any) -> Any:
+    """Rows → `Batch`. Every row has the same length, so nothing is padded."""
+
+    def collate(rows: Sequence[dict[str, Any]]) -> Batch:
+        ids = torch.tensor(tokenizer([row["text"] for row in rows])["input_ids"])
+        labels = ids.clone()
+        told, far = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            labels[number, torch.tensor(drawn(row["text"].split(" "), row["answers"]))] = IGNORED
+            told[number, row["answers"]] = True
+            # A question is asked by the name, one word before its answer.
+            reached = [a - 1 - f >= study.reach for a, f in zip(row["answers"], row["facts"], strict=True)]
+            far[number, torch.tensor(row["answers"])[torch.tensor(reached)]] = True
+        return Batch(ids=ids, labels=labels, told=told, far=far)
+
+    return collate
+
+
+def train(
+    study: Study,
+    model: Any,
+    attention: str,
+    plan: CurriculumPlan,
+    rows: Sequence[dict[str, Any]],
+    held_out: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    seed: int,
+    *,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place and measure it at every `evaluate_every`-th step; `steps`: fewer than the study's."""
+    began = time.process_time()
+    steps = study.steps if steps is None else steps
+    if attention != "dense":
+        sparsort.attach_index_branch(
+            model,
+            selector=attention,
+            block_size=study.block_size,
+            blocks=study.blocks,
+            index_dim=study.index_dim,
+            seed=seed,
+        )
+    # A window has nothing to warm up for: what it would learn over every block, it could not use.
+    full_steps = 0 if attention in ("dense", "window") else study.full_steps
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=study.learning_rate, weight_decay=study.weight_decay, betas=(0.9, 0.98)
+    )
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(study, step, steps))
+    collate = collator(study, tokenizer)
+    loader = CurriculumLoader(plan, rows, collate_fn=collate)
+    held = [collate(held_out[begin : begin + _EVALUATED]) for begin in range(0, len(held_out), _EVALUATED)]
+    levels = np.array([row["level"] for row in held_out])
+    curve = [measure(model, held, levels)]
+    for step, batch in enumerate(_endless(loader), 1):
+        if attention != "dense":
+            model.sparse_attention.mode = "full" if step <= full_steps else "sparse"
+        outputs = model(input_ids=batch.ids, labels=batch.labels, use_cache=False)
+        answers = batch.told[:, 1:]
+        recall = cross_entropy(outputs.logits[:, :-1][answers], batch.ids[:, 1:][answers])
+        optimiser.zero_grad()
+        (outputs.loss + study.answer_weight * recall).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        rates.step()
+        if step % study.evaluate_every == 0:
+            curve.append(measure(model, held, levels))
+        if step == steps:
+            break
+    return {
+        "steps": list(range(0, steps + 1, study.evaluate_every)),
+        "curve": {name: [point[name] for point in curve] for name in curve[0]},
+        "caught": caught(model, held[0]) if attention != "dense" else {},
+        "plan": plan.fingerprint,
+        "seconds": time.process_time() - began,
+    }
+
+
+@torch.no_grad()
+def measure(model: Any, held: Sequence[Batch], levels: NDArray[np.int64]) -> dict[str, float]:
+    """Loss of the text in nats a word; accuracy and loss of the answers, of those that are far, and by level."""
+    model.eval()
+    sparse = getattr(model, "sparse_attention", None)
+    if sparse is not None:
+        sparse.mode = "sparse"
+    losses, right = [], []
+    for batch in held:
+        logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+        losses.append(cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none"))
+        right.append(logits.argmax(dim=-1) == batch.ids[:, 1:])
+    model.train()
+    loss, hit = torch.cat(losses).double(), torch.cat(right).double()
+    told, far, known = (
+        torch.cat([mark[:, 1:] for mark in marks])
+        for marks in (
+            [batch.told for batch in held],
+            [batch.far for batch in held],
+            [batch.labels != IGNORED for batch in held],
+        )
+    )
+    found = {
+        "text_loss": loss[known & ~told].mean(),
+        "loss": loss[known].mean(),
+        "answer_loss": loss[told].mean(),
+        "recall": hit[told].mean(),
+        "far_recall": hit[far].mean(),
+        "near_recall": hit[told & ~far].mean(),
+    }
+    for level in np.unique(levels):
+        chosen = torch.from_numpy(levels == level)
+        found[f"recall_{level}"] = hit[chosen][told[chosen]].mean()
+    return {name: float(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def caught(model: Any, batch: Batch) -> dict[str, float]:
+    """Mean over layers of attention mass and block recall of the selections, and the dead blocks, on held-out rows."""
+    reports = []
+
+    def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
+        reports.append(
+            report_selection(
+                inputs.query, inputs.key, choice.selection, inputs.layout, scale=inputs.scale, sample=batch.ids.shape[1]
+            )
+        )
+
+    sparse = model.sparse_attention
+    sparse.mode = "sparse"
+    sparse.observers.append(see)
+    model.eval()
+    try:
+        model(input_ids=batch.ids, use_cache=False)
+    finally:
+        sparse.observers.remove(see)
+        model.train()
+    found = {name: float(np.mean([getattr(report, name) for report in reports])) for name in ("mass", "recall", "dead")}
+    return found | {"lowest_mass": min(report.mass for report in reports)}
+
+
+def _rate(study: Study, step: int, steps: int) -> float:
+    """Up, level, and down to 0 over the last share."""
+    return min(1.0, (step + 1) / study.warm_up, (steps - step) / (study.decay * steps))
+
+
+def _endless(loader: CurriculumLoader) -> Iterator[Batch]:
+    while True:
+        yield from loader

@@ -1,0 +1,304 @@
+"""Select, attend, align: block-sparse attention that trains (MSA, arXiv 2606.13392), with gradients and checked arguments.
+
+Contract: the operations answer alike whichever implementation runs; `backend.blocksparse_implementation` chooses it by the
+tensors' device. Which sequences lie where is the `Layout`'s, which blocks a query sees is the `Selection`'s, and padding may
+hold anything: it reaches no output and no gradient. Under autocast floating tensors are cast as for
+`scaled_dot_product_attention`; what runs inside keeps its own precision. `torch.compile` compiles around the operations.
+
+Legend: B batch, T query columns, S key columns, H query heads, G groups = key/value heads, D head width, I index width,
+K slots.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsort.errors import SparsortError
+from sparsort.kernels.backend import blocksparse_implementation
+from sparsort.kernels.blocksparse.budgets import Budget
+from sparsort.kernels.blocksparse.contract import check_heads, check_index, check_selection, check_tensor
+from sparsort.kernels.blocksparse.layout import Layout
+from sparsort.kernels.blocksparse.selection import Selection
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(operation: F) -> F:
+    # torch's decorator, with the operation's own type.
+    disabled: F = torch.compiler.disable(operation)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+class Functions(NamedTuple):
+    """One implementation of the operations, without gradients of its own."""
+
+    index_select: Callable[..., Selection]
+    attend_forward: Callable[..., tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    align_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+@_uncompiled
+def index_select(
+    index_query: Tensor,
+    index_key: Tensor,
+    layout: Layout,
+    budget: Budget,
+    *,
+    block_size: int,
+    scale: float | None = None,
+) -> Selection:
+    """The blocks of every query by its index scores: max-pooled over a block's visible keys, the local block forced.
+
+    Args:
+        index_query: (B, G, T, I).
+        index_key: (B, S, I).
+        layout: the sequences.
+        budget: how many blocks.
+        block_size: keys of a block.
+        scale: of the scores; 1/√I unless given. It matters to budgets by threshold and by mass only.
+
+    Returns:
+        Selection with K = min(budget's slots, blocks of the longest sequence). No gradient.
+
+    Raises:
+        SparsortError: tensors that do not fit each other or the layout.
+    """
+    index_query, index_key = _autocast(index_query, index_key)
+    check_index(index_query, index_key, layout)
+    if block_size < 1:
+        raise SparsortError(f"block_size is {block_size}; expected 1 or more.")
+    scale = _scale(scale, index_query)
+    with torch.no_grad(), _full_precision(index_query):
+        run = _functions(index_query)
+        return run.index_select(index_query, index_key, layout, budget, block_size=block_size, scale=scale)
+
+
+@_uncompiled
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention of every query over the visible keys of its blocks.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, G, S, D); G divides H, and heads g·H/G up to (g + 1)·H/G − 1 are group g.
+        selection: blocks (B, G, T, K).
+        layout: the sequences.
+        scale: of the logits; 1/√D unless given.
+        bias: (B, G, T, K), added to the logits of the keys of a slot, with a gradient.
+
+    Returns:
+        Output (B, H, T, D) in the query's dtype, and log-sum-exp (B, H, T), float32 (float64 for float64), which carries no
+        gradient. A query that sees nothing has 0 and −∞.
+
+    Raises:
+        SparsortError: tensors that do not fit each other, the selection or the layout.
+    """
+    query, key, value = _autocast(query, key, value)
+    check_heads(query, key, layout, value)
+    check_selection(selection, query, key, layout)
+    if bias is not None:
+        check_tensor("bias", bias, tuple(selection.blocks.shape), like=("query", query), any_float=True)
+    run = _functions(query)
+    output, lse = _Attend.apply(query, key, value, bias, selection, layout, _scale(scale, query), run)  # type: ignore[no-untyped-call]
+    return output, lse
+
+
+@_uncompiled
+def align(
+    query: Tensor,
+    key: Tensor,
+    index_query: Tensor,
+    index_key: Tensor,
+    selection: Selection,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    index_scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """The alignment loss: mean over tokens and groups of KL(P ‖ student) over the visible keys of the selection.
+
+    P is the mean over a group's heads of their attention probabilities, and the student the softmax of the index scores. The
+    gradient reaches `index_query` and `index_key` only; it is made in the forward pass, ∂/∂S = student − P.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D).
+        index_query: (B, G, T, I).
+        index_key: (B, S, I).
+        selection: blocks (B, G, T, K).
+        layout: the sequences.
+        scale: of the attention's logits; 1/√D unless given.
+        index_scale: of the index scores; 1/√I unless given.
+        lse: (B, H, T), of `attend` over the same selection, without bias and with the same scale; saves computing it again.
+
+    Returns:
+        A scalar, float32 (float64 for float64); 0 where there is no token.
+
+    Raises:
+        SparsortError: tensors that do not fit each other, the selection or the layout.
+    """
+    query, key, index_query, index_key = _autocast(query, key, index_query, index_key)
+    check_heads(query, key, layout)
+    check_index(index_query, index_key, layout, key.shape[1], query)
+    check_selection(selection, query, key, layout)
+    if lse is not None:
+        check_tensor("lse", lse, tuple(query.shape[:-1]), like=("query", query), any_float=True)
+        lse = lse.detach()
+    gradients = torch.is_grad_enabled() and (index_query.requires_grad or index_key.requires_grad)
+    scales = {"scale": _scale(scale, query), "index_scale": _scale(index_scale, index_query)}
+    loss: Tensor = _Align.apply(  # type: ignore[no-untyped-call]
+        index_query,
+        index_key,
+        query.detach(),
+        key.detach(),
+        lse,
+        selection,
+        layout,
+        scales,
+        gradients,
+        _functions(query),
+    )
+    return loss
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        selection: Selection,
+        layout: Layout,
+        scale: float,
+        run: Functions,
+    ) -> tuple[Tensor, Tensor]:
+        with _full_precision(query):
+            output, lse = run.attend_forward(query, key, value, selection, layout, scale=scale, bias=bias)
+        # Through save_for_backward, so that checkpointing can drop them all.
+        ctx.save_for_backward(query, key, value, bias, output, lse, selection.blocks)
+        ctx.block_size, ctx.layout, ctx.scale, ctx.run = selection.block_size, layout, scale, run
+        ctx.mark_non_differentiable(lse)
+        return output, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, output, lse, blocks = ctx.saved_tensors
+        selection = Selection(blocks=blocks, block_size=ctx.block_size)
+        with _full_precision(query):
+            gradients = ctx.run.attend_backward(
+                grad_output, query, key, value, output, lse, selection, ctx.layout, scale=ctx.scale, bias=bias
+            )
+        return *gradients, None, None, None, None
+
+
+class _Align(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        index_query: Tensor,
+        index_key: Tensor,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor | None,
+        selection: Selection,
+        layout: Layout,
+        scales: dict[str, float],
+        gradients: bool,
+        run: Functions,
+    ) -> Tensor:
+        with _full_precision(query):
+            rows, d_index_query, d_index_key = run.align_forward(
+                query, key, index_query, index_key, selection, layout, **scales, lse=lse, gradients=gradients
+            )
+        ctx.save_for_backward(d_index_query, d_index_key)
+        ctx.dtype = index_query.dtype
+        ctx.count = max(layout.tokens * key.shape[1], 1)
+        loss: Tensor = rows.sum() / ctx.count
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grad_loss / ctx.count
+        gradients = [(gradient * factor).to(ctx.dtype) for gradient in ctx.saved_tensors]
+        return *gradients, *[None] * 8
+
+
+def _functions(tensor: Tensor) -> Functions:
+    """The implementation for the device and dtype of `tensor`.
+
+    Raises:
+        SparsortError: Triton is asked for by name and cannot run here.
+    """
+    choice = blocksparse_implementation(tensor.device)
+    if choice.value == "torch":
+        return _torch_functions()
+    if tensor.dtype != torch.float64:
+        return _triton_functions()
+    if choice.reason == "SPARSORT_BLOCKSPARSE=triton":
+        raise SparsortError(
+            "SPARSORT_BLOCKSPARSE=triton cannot be met: float64 tensors want float64 arithmetic, and the kernels' is float32. "
+            "Unset it, or set it to torch."
+        )
+    return _torch_functions()
+
+
+@functools.cache
+def _torch_functions() -> Functions:
+    from sparsort.kernels.blocksparse.aligning import align_forward
+    from sparsort.kernels.blocksparse.blockwise import attend_backward, attend_forward
+    from sparsort.kernels.blocksparse.scoring import index_select as select
+
+    return Functions(select, attend_forward, attend_backward, align_forward)
+
+
+@functools.cache
+def _triton_functions() -> Functions:
+    # Imported on use: Triton is not installed everywhere.
+    from sparsort.kernels.blocksparse.align import align_forward_triton
+    from sparsort.kernels.blocksparse.attend import attend_forward_triton
+    from sparsort.kernels.blocksparse.attend_backward import attend_backward_triton
+    from sparsort.kernels.blocksparse.select import index_select_triton
+
+    return Functions(index_select_triton, attend_forward_triton, attend_backward_triton, align_forward_triton)
+
+
+def _scale(given: float | None, tensor: Tensor) -> float:
+    return 1 / math.sqrt(max(tensor.shape[-1], 1)) if given is None else float(given)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast, if it is on for their device, hands them to `scaled_dot_product_attention`."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    narrowed = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(tensor.to(dtype) if tensor.dtype in narrowed else tensor for tensor in tensors)
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off: an implementation's float32 products are meant to be float32."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,0 +1,218 @@
+"""Sparse attention in `sparsort train`: what is attached, what of it learns, when it is sparse, and what came of it.
+
+Contract: a model that cannot be made sparse is refused by its configuration alone, before anything is written. A checkpoint
+that has an index branch goes on with it. All of `identity` decides the losses of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsort.attention.config import SparseAttentionConfig
+from sparsort.errors import SparsortError
+from sparsort.recipes.train_model import PRESETS
+
+if TYPE_CHECKING:
+    from sparsort.attention.callback import SparseAttentionCallback
+    from sparsort.attention.schedule import SparseSchedule
+
+_LEARNED = ("index_branch", "seer", "nsa", "lm_trained")
+_BRANCH = ".index_branch."
+_LAST = 0.1  # share of a run's steps over which its measures are averaged
+_AVERAGED = ("lm_loss", "kl", "mass", "recall", "blocks", "dead", "gflops", "gflops_dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseTraining:
+    """How a run trains sparse attention.
+
+    Attributes:
+        attention: what is attached; a run's seed is added to its own (`seeded`).
+        freeze_base: train the selector only, on a model that is there.
+        warmup_share: of the run's steps, over the full support first.
+        start: with `anneal_share`, what the budget's number (blocks, threshold or top_p) begins with.
+        anneal_share: of the run's steps, behind the warm-up, in which it reaches the configured one.
+
+    Raises:
+        SparsortError: shares that are none, or a frozen base beside a selector without weights.
+    """
+
+    attention: SparseAttentionConfig
+    freeze_base: bool = False
+    warmup_share: float = 0.0
+    start: float | None = None
+    anneal_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_share", "anneal_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SparsortError(f"{name} is a share of the run's steps, from 0 to 1, not {getattr(self, name)!r}.")
+        if self.warmup_share + self.anneal_share > 1:
+            raise SparsortError(
+                f"warmup_share={self.warmup_share} and anneal_share={self.anneal_share} are more than the whole run. Their sum "
+                "may be 1 at most."
+            )
+        if (self.start is None) != (self.anneal_share == 0):
+            raise SparsortError(
+                f"start={self.start!r} and anneal_share={self.anneal_share!r} belong together: the budget goes from start to the "
+                "configured one in that share of the run. Give both, or neither."
+            )
+        if self.freeze_base and self.attention.selector not in _LEARNED:
+            raise SparsortError(
+                f"freeze_base = true leaves nothing to train: the selector {self.attention.selector!r} has no weights. Choose "
+                f"one that has ({', '.join(_LEARNED)}), or leave freeze_base out."
+            )
+
+    def seeded(self, seed: int) -> SparseTraining:
+        """The same in a run with this seed: the selector's weights, like the model's, follow from it."""
+        return replace(self, attention=replace(self.attention, seed=self.attention.seed + seed))
+
+    def schedule(self, steps: int) -> SparseSchedule:
+        """The shares as steps of a run; a share above 0 is one step at least.
+
+        Raises:
+            SparsortError: `start` is nothing that the budget can be.
+        """
+        from sparsort.attention.schedule import SparseSchedule
+
+        warmup, anneal = (
+            max(1, round(share * steps)) if share else 0 for share in (self.warmup_share, self.anneal_share)
+        )
+        made = SparseSchedule(warmup_steps=warmup, start=self.start, anneal_steps=anneal)
+        made.budget(0, self.attention.budget())
+        return made
+
+    def check(self, model: str) -> None:
+        """Refuse a model, by its name, whose configuration this cannot be attached to.
+
+        Raises:
+            SparsortError: it cannot; no such model; a schedule that does not fit; a frozen base that was never trained.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from sparsort.attention.attach import attach_index_branch
+
+        self.schedule(1)
+        if self.freeze_base and model in PRESETS:
+            raise SparsortError(
+                f"freeze_base = true trains a selector on a model that was trained before, and {model!r} starts from random "
+                "weights. Name a checkpoint with model (--model), or leave freeze_base out."
+            )
+        config = _configuration(model)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise SparsortError(f"the model {model!r} is a {config.model_type}, which is no causal language model.")
+        with torch.device("meta"):
+            attach_index_branch(AutoModelForCausalLM.from_config(config), self.attention)
+
+    def attach(self, model: Any, name: str, steps: int) -> SparseAttentionCallback:
+        """Make a model sparse, in place, and freeze what does not learn.
+
+        Args:
+            model: with the dense weights of the model called `name`.
+            steps: of the run.
+
+        Returns:
+            What drives and measures it in Trainer.
+        """
+        from sparsort.attention.attach import attach_index_branch
+        from sparsort.attention.callback import SparseAttentionCallback
+
+        trained = _trained_branch(name, self.attention)
+        attach_index_branch(model, self.attention)
+        model.load_state_dict(trained, strict=False)
+        for weight, parameter in model.named_parameters():
+            if self.freeze_base and _BRANCH not in weight:
+                parameter.requires_grad_(False)
+        return SparseAttentionCallback(self.schedule(steps))
+
+
+def identity(sparse: SparseTraining | None) -> dict[str, Any]:
+    """What decides the losses of a run, as JSON values by name; the same names, with None, for dense attention."""
+    shape = sparse or SparseTraining(attention=SparseAttentionConfig())
+    own = {name: value for name, value in asdict(shape).items() if name != "attention"}
+    values = {**shape.attention.to_json(), **own}
+    return {f"attention {name}": None if sparse is None else value for name, value in values.items()}
+
+
+def refuse_to_drop(model: str) -> None:
+    """Refuse a checkpoint with an index branch that dense training would drop.
+
+    Raises:
+        SparsortError: it has one.
+    """
+    config = Path(model).expanduser() / "config.json"
+    if config.is_file() and _has_branch(_configuration(model)):
+        raise SparsortError(
+            f"the model {model!r} has sparse attention, which training without a recipe would drop. Go on with it by the recipe "
+            "that it was trained by, such as recipe='sparse' (--recipe sparse)."
+        )
+
+
+def summary(log: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What a run's sparse attention came to: means over the last tenth of its steps, None where nothing was measured.
+
+    Args:
+        log: of Trainer.
+
+    Returns:
+        lm_loss, kl, mass, recall, blocks, dead, gflops and gflops_dense as `SparseAttentionCallback` logs them, most_blocks, and
+        `saving`, how many times fewer operations attention takes than dense attention would, by formula.
+    """
+    steps = [entry for entry in log if "loss" in entry]
+    last = steps[-max(1, math.ceil(_LAST * len(steps))) :]
+    values = {name: [entry[f"sparse/{name}"] for entry in last if f"sparse/{name}" in entry] for name in _AVERAGED}
+    found: dict[str, float | None] = {name: sum(held) / len(held) if held else None for name, held in values.items()}
+    found["most_blocks"] = max(
+        (entry["sparse/most_blocks"] for entry in last if "sparse/most_blocks" in entry), default=None
+    )
+    spent, dense = sum(values["gflops"]), sum(values["gflops_dense"])
+    return {**found, "saving": dense / spent if spent else None}
+
+
+def _configuration(model: str) -> Any:
+    """The configuration of a model, by its name."""
+    from transformers import AutoConfig, LlamaConfig
+
+    from sparsort.scoring.embedded import quiet_transformers, resolve_model
+
+    if model in PRESETS:
+        return LlamaConfig(**PRESETS[model])
+    resolved = resolve_model(model)
+    given = {"gguf_file": resolved.gguf_file} if resolved.gguf_file else {}
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(resolved.folder_or_id, **given)
+    except (OSError, ValueError, KeyError) as error:
+        raise SparsortError(
+            f"cannot read the configuration of the model {model!r}: {str(error).strip().splitlines()[0]} Give a folder with "
+            "config.json and weights, a hub id that this machine can reach, or 'tiny' or 'small'."
+        ) from error
+
+
+def _has_branch(config: Any) -> bool:
+    # Other libraries may keep something else under this name.
+    found = getattr(config, "sparse_attention", None)
+    return isinstance(found, Mapping) and "selector" in found
+
+
+def _trained_branch(model: str, attention: SparseAttentionConfig) -> dict[str, Any]:
+    """The weights of the index branch that a checkpoint has; none of a dense one."""
+    if model in PRESETS:
+        return {}
+    config = _configuration(model)
+    if not _has_branch(config):
+        return {}
+    import torch
+
+    from sparsort.attention.loading import load_sparse
+    from sparsort.scoring.embedded import quiet_transformers, resolve_model
+
+    config.sparse_attention = attention.to_json()
+    with quiet_transformers():
+        loaded = load_sparse(resolve_model(model).folder_or_id, config=config, dtype=torch.float32)
+    return {name: weight for name, weight in loaded.state_dict().items() if _BRANCH in name}

@@ -1,0 +1,113 @@
+"""The configuration of sparse attention: what it refuses, and that it comes back from JSON as it went."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsort.attention.config import SELECTORS, SparseAttentionConfig
+from sparsort.errors import SparsortError
+from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
+
+_BUDGETS = st.one_of(
+    st.just({}),
+    st.floats(0, 1).map(lambda share: {"threshold": share}),
+    st.floats(0, 1, exclude_min=True).map(lambda share: {"top_p": share}),
+)
+_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "selector": st.sampled_from(SELECTORS),
+        "block_size": st.integers(1, 512),
+        "blocks": st.integers(1, 512),
+        "index_dim": st.none() | st.integers(1, 128).map(lambda half: 2 * half),
+        "index_norm": st.sampled_from([True, False, None]),
+        "alignment_weight": st.floats(0, 1e6),
+        "layers": st.none() | st.lists(st.integers(0, 99), min_size=1, unique=True),
+        "seed": st.integers(0, 2**62),
+    },
+)
+
+
+@given(_FIELDS, _BUDGETS)
+def test_it_comes_back_from_json_as_it_went(fields: dict[str, Any], budget: dict[str, Any]) -> None:
+    config = SparseAttentionConfig(**fields, **budget)
+    back = SparseAttentionConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert back == config
+    assert hash(back) == hash(config)
+
+
+def test_fields_that_are_not_in_the_json_have_their_defaults() -> None:
+    assert SparseAttentionConfig.from_json({"selector": "moba"}) == SparseAttentionConfig(selector="moba")
+
+
+def test_layers_keep_their_order() -> None:
+    assert SparseAttentionConfig(layers=[3, 0, 2]).layers == (3, 0, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "budget"),
+    [
+        ({"blocks": 7}, FixedBudget(blocks=7)),
+        ({"blocks": 7, "threshold": 0.1}, ThresholdBudget(threshold=0.1, most=7)),
+        ({"blocks": 7, "threshold": 0.0}, ThresholdBudget(threshold=0.0, most=7)),
+        ({"blocks": 7, "top_p": 0.9}, TopPBudget(p=0.9, most=7)),
+    ],
+)
+def test_the_budget(fields: dict[str, Any], budget: object) -> None:
+    assert SparseAttentionConfig(**fields).budget() == budget
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"selector": "mobba"}, "Did you mean 'moba'"),
+        ({"selector": 3}, "unknown selector 3"),
+        ({"block_sise": 4}, "Did you mean 'block_size'"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"block_size": 1.5}, "block_size is 1.5"),
+        ({"block_size": True}, "block_size is True"),
+        ({"blocks": 0}, "blocks is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threshold": 0.1, "top_p": 0.9}, "not by both"),
+        ({"threshold": 1.1}, "threshold is 1.1"),
+        ({"threshold": math.nan}, "threshold is nan"),
+        ({"threshold": "0.1"}, "threshold is '0.1'"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"index_dim": 0}, "index_dim is 0"),
+        ({"index_dim": 33}, "such as 34"),
+        ({"index_norm": "yes"}, "index_norm is 'yes'"),
+        ({"alignment_weight": -0.1}, "alignment_weight is -0.1"),
+        ({"alignment_weight": math.inf}, "alignment_weight is inf"),
+        ({"alignment_weight": math.nan}, "alignment_weight is nan"),
+        ({"alignment_weight": None}, "alignment_weight is None"),
+        ({"layers": [1, 2, 1]}, "names a layer twice"),
+        ({"layers": []}, "names no layer"),
+        ({"layers": [-1]}, "is -1"),
+        ({"layers": [0.5]}, "is 0.5"),
+        ({"layers": "12"}, "layers is '12'"),
+        ({"layers": 2}, "layers is 2"),
+    ],
+)
+def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SparsortError, match=message):
+        SparseAttentionConfig.from_json(values)
+
+
+def test_only_a_table_is_read() -> None:
+    with pytest.raises(SparsortError, match="from a table"):
+        SparseAttentionConfig.from_json("moba")  # type: ignore[arg-type]
+
+
+def test_reading_a_configuration_loads_no_torch() -> None:
+    script = "import sys, sparsort.attention.config as c; c.SparseAttentionConfig(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
