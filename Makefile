@@ -35,9 +35,10 @@ lint: $(READY) ## check style and types
 	@$(RUN) -P -m ruff format --check
 	@$(RUN) -P -m mypy
 
-bench: $(READY) ## measure scoring, kernels, calibration, the ablation and the loader, in some minutes
+bench: $(READY) ## measure scoring, kernels, sparse attention, calibration, the ablation and the loader, in some minutes
 	@$(RUN) benchmarks/scoring.py --quick $(ARGS)
 	@$(RUN) benchmarks/sparsity_kernels.py --quick $(ARGS)
+	@$(RUN) benchmarks/sparse_attention.py --quick $(ARGS)
 	@$(RUN) benchmarks/calibration.py --quick $(ARGS)
 	@$(RUN) benchmarks/ablation.py --quick $(ARGS)
 	@$(RUN) benchmarks/loader.py --quick $(ARGS)

@@ -114,7 +114,7 @@ class Observer:
         found = {}
         if sparse.lm_loss is not None:
             # Trainer has the model divide by the labels of the whole step.
-            found["sparse/lm_loss"] = float(sparse.lm_loss / sparse._carrier.share)
+            found["sparse/lm_loss"] = float(sparse.lm_loss)
         if values := {layer: float(value) for layer, value in sorted(sparse.alignment.items())}:
             found["sparse/kl"] = sum(values.values()) / len(values)
             found |= {f"sparse/kl/{layer}": value for layer, value in values.items()}

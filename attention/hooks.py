@@ -90,7 +90,7 @@ class SparseAttention:
         alignment_weight: λ of the total loss LM + λ·Σ_layers KL; may be set between steps.
         observers: called with (layer, inputs, choice) of every sparse layer, for diagnostics; not under gradients.
         attn_implementation: of the model before, which `detach` gives back.
-        lm_loss: of the last forward pass with labels; None before.
+        lm_loss: the mean over the labels of the last forward pass with labels; None before.
         alignment: by layer, the selector's loss in the last forward pass; empty in evaluation.
     """
 
@@ -129,7 +129,7 @@ class SparseAttention:
             loss: a scalar, computed from the last forward pass.
             share: of the labels of an optimiser step that this pass has, where `loss` is divided by all of them; else 1.
         """
-        self.lm_loss = loss.detach()
+        self.lm_loss = loss.detach() / share
         return self._carrier.add_to(loss, share)
 
     def install(self, model: Any, decoder: nn.Module, layers: list[nn.Module]) -> None:

@@ -59,9 +59,7 @@ class Setting:
 
     @property
     def attention(self) -> AttentionShape:
-        return AttentionShape(
-            heads=self.heads, groups=self.groups, head_dim=self.head_dim, index_dim=self.index_dim
-        )
+        return AttentionShape(heads=self.heads, groups=self.groups, head_dim=self.head_dim, index_dim=self.index_dim)
 
     @property
     def sparse(self) -> SparseShape:
@@ -105,7 +103,10 @@ def make_inputs(
     def heads_first(heads: int, columns: int, width: int) -> Tensor:
         return normal(batch, columns, heads, width).to(dtype).transpose(1, 2)
 
-    index_query, index_key = normal(batch, T, setting.groups, setting.index_dim), normal(batch, tokens, setting.index_dim)
+    index_query, index_key = (
+        normal(batch, T, setting.groups, setting.index_dim),
+        normal(batch, tokens, setting.index_dim),
+    )
     if kind == "clustered":
         topics = normal(_TOPICS, setting.index_dim)
         index_key = topics[_topics(batch, tokens, generator)] + index_key / 2
@@ -166,9 +167,7 @@ def sparse_step(inputs: Inputs, setting: Setting, clock: Clock, *, full: bool = 
     with clock("attend"):
         output, lse = attend(inputs.query, inputs.key, inputs.value, selection, inputs.layout)
     with clock("align"):
-        loss = align(
-            inputs.query, inputs.key, inputs.index_query, inputs.index_key, selection, inputs.layout, lse=lse
-        )
+        loss = align(inputs.query, inputs.key, inputs.index_query, inputs.index_key, selection, inputs.layout, lse=lse)
     with clock("attend_backward"):
         output.backward(inputs.grad)
     with clock("align_backward"):

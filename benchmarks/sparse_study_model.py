@@ -92,10 +92,10 @@ def make_tokenizer(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def make_model(study: Study, words: int, seed: int) -> Any:
-    """A small Qwen2: its query and key biases let a head look at a fixed distance whatever the word, which recall starts from."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A small Qwen3, its weights from the seed."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=words,
         hidden_size=study.hidden,
         intermediate_size=study.intermediate,
@@ -113,11 +113,7 @@ def make_model(study: Study, words: int, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).train()
-        for layer in model.model.layers:
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                torch.nn.init.normal_(projection.bias, std=0.5)
-    return model
+        return Qwen3ForCausalLM(config).train()
 
 
 def collator(study: Study, tokenizer: Any) -> Any:
@@ -149,8 +145,15 @@ def train(
     seed: int,
     *,
     steps: int | None = None,
+    frozen: bool = False,
 ) -> dict[str, Any]:
-    """Train `model` in place and measure it at every `evaluate_every`-th step; `steps`: fewer than the study's."""
+    """Train `model` in place and measure it at every `evaluate_every`-th step.
+
+    Args:
+        attention: "dense" or a selector.
+        steps: fewer than the study's.
+        frozen: train the selector and nothing else.
+    """
     began = time.process_time()
     steps = study.steps if steps is None else steps
     if attention != "dense":
@@ -162,10 +165,15 @@ def train(
             index_dim=study.index_dim,
             seed=seed,
         )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not frozen or ".index_branch." in name)
     # A window has nothing to warm up for: what it would learn over every block, it could not use.
     full_steps = 0 if attention in ("dense", "window") else study.full_steps
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=study.learning_rate, weight_decay=study.weight_decay, betas=(0.9, 0.98)
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=study.learning_rate,
+        weight_decay=study.weight_decay,
+        betas=(0.9, 0.98),
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(study, step, steps))
     collate = collator(study, tokenizer)

@@ -1,11 +1,15 @@
 """Associative recall at graded distances, inside text: what a model with a local window cannot do, as a corpus from nothing.
 
-A row is a number of episodes. An episode states facts, a name and the city that goes with it, among the words of a text; after
-a gap of more text it asks for each: the name again, and the city is to be predicted (multi-query associative recall: Arora et
-al., arXiv 2312.04927). The text is made of `graded_text`'s sentences and copies, so that there is a language to be learnt
-beside the recall, and it tells nothing about the facts.
+A row is a number of episodes. An episode states facts, words made of a name and a city, among the words of a text; after a gap
+of more text it asks for half of them: the name, and the fact is to be predicted (after multi-query associative recall: Arora
+et al., arXiv 2312.04927). The other half distracts. The text is made of `graded_text`'s sentences and copies, so that there is
+a language to be learnt beside the recall, and it tells nothing about the facts.
 
-    the owl Ada Oslo that the dogs like sees . copy fig oak : fig oak . Ben Rome the hen … where Ben Rome Ada Oslo
+    the owl Ada-Oslo that the dogs Ben-Rome like sees . copy fig oak : fig oak . the hen … where Ben Ben-Rome the cow …
+
+A fact is one word, and so recalling it takes one layer: look from the name for a word that has it in it. A model that sees no
+facts is right once in eight times, as often as there are cities. With a name and a city as two words recall would take two
+layers that fit together, an induction head, and a model of a hundred thousand weights far more tokens than minutes have.
 
 A level, 1 to 5, has more facts, spread wider, with a longer gap. Episodes of the first are short, and a row holds many.
 
@@ -13,8 +17,8 @@ Contract:
 - The same arguments give the same rows, on any machine; no global random state is touched.
 - Every row has exactly `length` words; a word is what stands between single spaces, so that word-level tokens need no more than
   `str.split`.
-- A name stands in one episode of a row only, stated once and asked for once: nothing but the fact itself tells the answer, and
-  the answer of a row is independent of every other row.
+- A name stands in one fact of a row, and is asked for once or not at all; cities are drawn independently: nothing but the fact
+  itself tells the answer.
 - No text is in both splits (`graded_text.split_of`), and none occurs twice.
 """
 
@@ -31,92 +35,35 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.graded_text import Split, copying, sentences, split_of
 
 NAMES = (
+    *("Ada", "Amy", "Bea", "Ben", "Bob", "Cal", "Dan", "Eli", "Eva", "Fay", "Finn", "Gus", "Hal", "Hugo", "Ida", "Ira"),
     *(
-        "Ada",
-        "Ali",
-        "Amy",
-        "Ana",
-        "Bea",
-        "Ben",
-        "Bob",
-        "Cal",
-        "Cleo",
-        "Dan",
-        "Dora",
-        "Eli",
-        "Ella",
-        "Emil",
-        "Eva",
-        "Fay",
-    ),
-    *(
-        "Finn",
-        "Gus",
-        "Guy",
-        "Hal",
-        "Hana",
-        "Hugo",
-        "Ian",
-        "Ida",
-        "Ines",
-        "Ira",
-        "Iris",
         "Ivan",
         "Jan",
-        "Jane",
-        "Jill",
         "Joe",
-    ),
-    *(
-        "Juan",
         "Kai",
-        "Kate",
-        "Ken",
         "Kim",
-        "Lars",
         "Lea",
         "Leo",
-        "Lily",
-        "Lina",
-        "Luis",
         "Mae",
-        "Mark",
         "Max",
         "Mia",
-        "Milo",
-    ),
-    *(
-        "Mona",
-        "Nell",
-        "Nico",
-        "Nina",
         "Noah",
-        "Nora",
         "Olga",
-        "Omar",
-        "Oscar",
         "Otto",
-        "Pam",
         "Paul",
-        "Rosa",
         "Ruth",
         "Sam",
-        "Zoe",
     ),
 )
-CITIES = (
-    *("Accra", "Athens", "Basel", "Bergen", "Bern", "Bonn", "Cairo", "Dakar", "Delhi", "Doha", "Dublin", "Geneva"),
-    *("Hanoi", "Kyiv", "Lagos", "Lima", "Lisbon", "London", "Lyon", "Madrid", "Malmo", "Milan", "Minsk", "Osaka"),
-    *("Oslo", "Paris", "Porto", "Prague", "Quito", "Riga", "Rome", "Seoul"),
-)
+CITIES = ("Cairo", "Delhi", "Lima", "Oslo", "Paris", "Quito", "Rome", "Seoul")
 ASK = "where"
+_NAMES = frozenset(NAMES)
 _ATTEMPTS = 100
-_NAMES, _CITIES = frozenset(NAMES), frozenset(CITIES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """Sizes of an episode: facts, and the least words of text among them and between the last of them and the question."""
+    """Sizes of an episode: facts, of which half are asked for, and the least words of text among them and behind the last."""
 
     facts: int
     among: int
@@ -124,8 +71,8 @@ class Episode:
 
     @property
     def words(self) -> int:
-        """The least that it takes: two words a fact, stated and asked for, and the question's first."""
-        return 4 * self.facts + self.among + self.gap + 1
+        """The least that it takes: a word a fact, two a question, and the one that the questions begin with."""
+        return 2 * self.facts + self.among + self.gap + 1
 
 
 EPISODES: dict[int, Episode] = {
@@ -133,7 +80,7 @@ EPISODES: dict[int, Episode] = {
     2: Episode(facts=4, among=8, gap=8),
     3: Episode(facts=6, among=24, gap=32),
     4: Episode(facts=8, among=40, gap=112),
-    5: Episode(facts=12, among=40, gap=128),
+    5: Episode(facts=16, among=80, gap=112),
 }
 
 
@@ -150,8 +97,8 @@ def recall_rows(
         split: "train" or "held_out".
 
     Returns:
-        Rows with `id` (unique within a seed and split), `text`, `level`, and positions among its words: `answers` of the cities
-        asked for, and `facts`, for each of them where the same city was stated.
+        Rows with `id` (unique within a seed and split), `text`, `level`, and positions among its words: `answers` of the facts
+        asked for, and `facts`, for each of them where it was stated.
 
     Raises:
         SparsortError: n below 1, an unknown split or level, or a length that an episode of a level does not fit into.
@@ -181,9 +128,9 @@ def recall_rows(
 
 
 def drawn(words: Sequence[str], answers: Iterable[int]) -> list[bool]:
-    """Which words of a row were drawn at random, with nothing before them that tells them: names, and cities but for answers."""
+    """Which words of a row were drawn at random, so that nothing before tells them: facts as stated, and names asked for."""
     told = set(answers)
-    return [(word in _NAMES or word in _CITIES) and place not in told for place, word in enumerate(words)]
+    return [place not in told and word.partition("-")[0] in _NAMES for place, word in enumerate(words)]
 
 
 def _new_row(rng: random.Random, level: int, length: int, split: Split, seen: set[str]) -> dict[str, Any]:
@@ -208,20 +155,18 @@ def _row(rng: random.Random, level: int, length: int) -> dict[str, Any]:
         # What the episodes leave of the length is text among their facts.
         among = episode.among + spare // many + (number < spare % many)
         text = _text(rng, level, among + episode.gap)
-        stated: dict[str, tuple[str, int]] = {}
+        stated: dict[str, int] = {}
         told = 0
         for name, at in zip(names[number * episode.facts :], _places(rng, episode.facts, among), strict=False):
             words += text[told:at]
             told = at
-            city = rng.choice(CITIES)
-            words += [name, city]
-            stated[name] = city, len(words) - 1
+            stated[name] = len(words)
+            words.append(f"{name}-{rng.choice(CITIES)}")
         words += [*text[told:], ASK]
-        for name in rng.sample(sorted(stated), len(stated)):
-            city, at = stated[name]
-            words += [name, city]
-            answers.append(len(words) - 1)
-            facts.append(at)
+        for name in rng.sample(sorted(stated), len(stated) // 2):
+            answers.append(len(words) + 1)
+            facts.append(stated[name])
+            words += [name, words[stated[name]]]
     return {"text": " ".join(words), "level": level, "answers": answers, "facts": facts}
 
 

@@ -108,7 +108,7 @@ def _highest(
         # The kernel scales after the maximum.
         index_query, scale = -index_query, -scale
     longest = max((span.queries for span in layout.spans), default=0)
-    rows, keys, i_tile, stages = _tiles(longest * G, width, block_size, index_query.dtype)
+    rows, keys, i_tile, stages = _tiles(longest * G, width, block_size, K, index_query.dtype)
     w_tile = min(triton.next_power_of_2(block_size), keys)
     tiles = triton.cdiv(longest * G, rows)
     programs = len(layout.spans) * tiles
@@ -172,7 +172,7 @@ def _merge(blocks: Tensor, scores: Tensor, softmax: Tensor, layout: Layout, bloc
     return Chosen(blocks.gather(-1, order), scores.gather(-1, order), highest, total)
 
 
-def _tiles(rows: int, width: int, block_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def _tiles(rows: int, width: int, block_size: int, slots: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Rows and keys of a tile, index widths of one product, and the stages of the loads.
 
     Four warps to a tile of 128 rows, so that a thread holds the K best of one row. 64 keys at a time leave the registers that
@@ -183,7 +183,7 @@ def _tiles(rows: int, width: int, block_size: int, dtype: torch.dtype) -> tuple[
         # Full float32 products do not run on the tensor cores and hold their operands in registers.
         most, keys, i_tile = 32, 32, min(i_tile, 32)
     else:
-        most, keys = (128 if i_tile <= 128 else 64), 64
+        most, keys = (128 if i_tile <= 128 and slots <= 64 else 64), 64
     parts = triton.cdiv(block_size, keys)
     in_flight = parts * keys * i_tile * dtype.itemsize
     return min(most, max(16, triton.next_power_of_2(rows))), keys, i_tile, 2 if in_flight <= 32768 else 1

@@ -97,6 +97,20 @@ def test_prefill_in_chunks(static: bool, sparse: Make, tokens: Make) -> None:
     assert cache.layers[0].indexer_keys.shape == (2, 40 if static else 24, 8)
 
 
+def test_a_mask_as_wide_as_a_static_cache(sparse: Make, tokens: Make) -> None:
+    """With columns for tokens that are not there yet, whatever stands in them."""
+    model, ids = sparse("qwen3"), tokens(2, 14)
+    for future in (0, 1):
+        cache, mask = StaticCache(config=model.config, max_cache_len=20), torch.full((2, 20), future)
+        mask[:, :14], mask[1, :3] = 1, 0
+        with torch.no_grad():
+            found = [model(ids[:, :12], attention_mask=mask, past_key_values=cache).logits]
+            found.append(model(ids[:, 12:13], attention_mask=mask, past_key_values=cache).logits)
+        expected = _uncached(model, ids, mask[:, :14])
+        torch.testing.assert_close(torch.cat(found, dim=1)[0], expected[0], **CLOSE)
+        torch.testing.assert_close(torch.cat(found, dim=1)[1, 3:], expected[1, 3:], **CLOSE)
+
+
 def test_a_static_cache_used_again(sparse: Make, tokens: Make) -> None:
     model = sparse()
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)

@@ -135,15 +135,15 @@ def test_full_support(normal):
     assert_agrees(inputs(layout, 2, 2, 16, 16, torch.float32, normal), every_block(layout, 2, 8), layout)
 
 
-@pytest.mark.parametrize("kilobytes", [6, 20])
-def test_chunks_of_queries_change_nothing(kilobytes, normal, monkeypatch):
+@pytest.mark.parametrize(("kilobytes", "processors"), [(2, 1), (6, 3)], ids=["chunks", "chunks of two parts"])
+def test_chunks_of_queries_change_nothing(kilobytes, processors, normal, monkeypatch):
     """As a long sequence is worked off, and split for a GPU: with what is between them bounded to a few KiB."""
     layout = LAYOUTS["packed, one of length 1"]
     tensors = inputs(layout, 1, 2, 16, 16, torch.float32, normal)
     selection = selected(layout, 1, 3, 4)
     whole = align_forward_triton(*tensors, on_device(selection), layout, **SCALES, gradients=True)
     monkeypatch.setattr(module, "_CHUNK_BYTES", kilobytes << 10)
-    monkeypatch.setattr(module, "processors", lambda _: 3)
+    monkeypatch.setattr(module, "processors", lambda _: processors)
     parts = assert_agrees(tensors, selection, layout)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,8 +24,10 @@ from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.reference import attend_ref
 from sparsort.kernels.blocksparse.selection import Selection, every_block, reverse
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 CUDA = torch.cuda.is_available()
+if not CUDA and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    pytest.skip("Triton 3.6's interpreter cannot loop to a loaded bound with NumPy 2.4", allow_module_level=True)
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
@@ -292,6 +295,50 @@ def test_what_the_kernels_do_not_take_is_refused():
         problem.query = problem.query.to(dtype)
         with pytest.raises(SparsortError, match="SPARSORT_BLOCKSPARSE=torch"):
             problem.run()
+
+
+@pytest.mark.skipif(not CUDA, reason="for the interpreter, a minute each")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 8, "width": 128, "block_size": 128, "slots": 4},
+        {"heads": 1, "width": 256, "block_size": 64, "slots": 8},
+        {"heads": 7, "width": 96, "block_size": 128, "slots": 3},
+        {"heads": 16, "width": 64, "block_size": 32, "slots": 16, "groups": 1},
+    ],
+    ids=str,
+)
+def test_sizes_of_models(shape, dtype):
+    problem = Problem(Layout.from_lengths([[700, 323], [900]]), dtype=dtype, **shape)
+    first = problem.check()
+    second = problem.run()
+    for one, other in zip([*first[:2], *first[2]], [*second[:2], *second[2]], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs 18 GiB of GPU memory")
+def test_offsets_beyond_32_bits():
+    """Tokens that lie past 2³¹ elements of their tensors, and columns that lie as far apart."""
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    problem = Problem(Layout.plain(1, 40), heads=2, groups=1, dtype=torch.bfloat16)
+    wanted = problem.run()
+    far = torch.zeros(2**32 + 2**20, dtype=torch.bfloat16, device=DEVICE)
+    key = far.as_strided((1, 1, 40, 32), (0, 0, 2**26, 1))
+    value = far.as_strided((1, 1, 40, 32), (0, 0, 1, 2**27), 64)
+    problem.key, problem.value = key.copy_(problem.key), value.copy_(problem.value)
+    output, lse = attend_forward_triton(
+        problem.query.to(DEVICE),
+        problem.key,
+        problem.value,
+        Selection(blocks=problem.selection.blocks.to(DEVICE), block_size=16),
+        problem.layout,
+        scale=problem.scale,
+        bias=problem.bias.to(DEVICE),
+    )
+    assert_near(output, wanted[0].cpu(), 1e-2)
+    torch.testing.assert_close(lse, wanted[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "rows"), [(1, 16), (3, 16), (8, 64), (20, 16)])

@@ -126,10 +126,21 @@ def test_scores_that_are_no_number_count_as_lowest(budget):
 
 
 def test_a_negative_zero_ties_with_zero():
-    layout = Layout.plain(1, 24)
-    index_query = torch.ones(1, 1, 24, 1)
-    index_key = torch.tensor([-0.0, 0.0, -1.0, 0.0, -0.0, 0.0]).repeat_interleave(4)[None, :, None]
-    assert_same(index_query, index_key, layout, FixedBudget(blocks=3), 4, 1.0)
+    """Scores that are too small for float32 keep their sign."""
+    for block_size in (4, 64):
+        layout = Layout.plain(1, 2, 6 * block_size)
+        index_query = torch.full((1, 1, 2, 1), 1e-15)
+        index_key = torch.tensor([-1.0, 1.0, -1e30, 1.0, -1.0, 1.0]).repeat_interleave(block_size)[None, :, None]
+        assert_same(index_query, index_key, layout, FixedBudget(blocks=3), block_size, 1e-35)
+
+
+@pytest.mark.parametrize("keys", [31, 32, 33, 34, 64, 65])
+def test_a_tile_that_begins_near_the_end_of_a_step(keys):
+    """Only a budget by share sees it if a query is shown a key of its own block that comes after it."""
+    layout = Layout.plain(1, 3, keys)
+    index_query, index_key = tied(layout, 2, 16)
+    index_query[:], index_key[:, -2:] = 1.0, 5.0
+    assert_same(index_query, index_key, layout, ThresholdBudget(threshold=0.1, most=4), 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -330,7 +330,7 @@ def test_every_shipped_recipe_trains_a_model_that_loads(
 
 def test_the_shipped_recipes_are_those_that_are_named() -> None:
     found = sorted(path.stem for path in (ROOT / "recipes").glob("sparse*.toml"))
-    assert found == sorted(RECIPES)
+    assert [name for name in found if not name.endswith("_study")] == sorted(RECIPES)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""The GPU's part of `sparse_attention.py`: bfloat16, groups of 8 heads of width 128, k·B = 2048, 2K to 128K tokens.
+
+Dense is SDPA with the FlashAttention backend forced. For every length N:
+
+    forward_N, backward_N, layer_N   without the alignment loss; `layer_N_with_alignment` with it; index scores and top-k included
+    peak_share_N                     what the selected pairs' operations (3.5 · 4·D for each head and pair, counted, not k·B)
+                                     would take at the matrix peak, over what attending took, forward and backward
+    peak_share_whole_N               the same with the index scores' 2·G·I·N²/2 added, over all of the step
+    memory_N                         peak of allocated memory in a step with the loss, inputs and gradients included
+
+Notes hold operations and bytes by formula (`attention/flops.py`, `sparse_attention_setting.py`). A length that does not fit into
+memory is said to, and its floors count as missed. Peers: `sparse_attention_peers.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import torch
+from sparse_attention_decoding import add_decoding
+from sparse_attention_peers import add_peers
+from sparse_attention_report import SparseReport, add_correctness, add_crossover_figures
+from sparse_attention_setting import (
+    DENSE_FORMS,
+    DenseForm,
+    Inputs,
+    Setting,
+    choose,
+    dense_step,
+    least_bytes,
+    make_inputs,
+    most_bytes,
+    selected_flops,
+    selected_pairs,
+    shared_by_neighbours,
+    sparse_step,
+)
+from sparse_attention_timing import Clock, Round, in_turns, phases_in_words, ratio, seconds, total
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsort.attention.flops import choosing_flops, dense_flops
+
+SETTING = Setting(heads=32, groups=4, head_dim=128, index_dim=128, block_size=128, blocks=16)
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+DTYPE = torch.bfloat16
+LAYER_FLOORS = {32768: 3.0, 131072: 10.0}
+SHARE_FLOOR, MEMORY_FLOOR, DECODE_FLOOR = 0.35, 1.3, 3.0
+MEMORY_TOKENS = DECODE_TOKENS = 65536
+PEER_LENGTHS = (8192, 32768)
+ATTENDING = ("attend", "attend_backward")
+
+
+def measure_cuda(report: SparseReport, *, quick: bool, setting: Setting = SETTING) -> None:
+    """Correctness first, then the matrix peak, then every length, decoding and the peers."""
+    add_correctness(report, setting, DTYPE)
+    rounds = 3 if quick else 10
+    peak = matrix_peak(report.device, rounds)
+    report.add("matrix_peak", peak / 1e12, "TFLOP/s", note="bfloat16, 8192 cubed, median")
+    form = _best_form(report, setting)
+    ratios: dict[int, float] = {}
+    for tokens in LENGTHS[:3] if quick else LENGTHS:
+        judged = judged_figures(tokens)
+        report.attempt(f"{tokens} tokens", partial(_add_length, report, setting, form, tokens, rounds, peak), judged)
+        if f"layer_{tokens}" in report.figures:
+            ratios[tokens] = report.figures[f"layer_{tokens}"].value
+    add_crossover_figures(report, setting, ratios)
+    place = {"device": report.device, "dtype": DTYPE}
+    for batch, floor in ((1, DECODE_FLOOR), (8, None)):
+        decode = partial(add_decoding, report, setting, DECODE_TOKENS, 5 * rounds, floor, batch=batch, **place)
+        judged = (f"decode_{DECODE_TOKENS}_{setting}",) if floor else ()
+        report.attempt(f"decoding, batch {batch}", decode, judged)
+    for tokens in PEER_LENGTHS[:1] if quick else PEER_LENGTHS:
+        report.attempt(f"peers at {tokens} tokens", partial(add_peers, report, setting, tokens, rounds, DTYPE))
+
+
+def judged_figures(tokens: int) -> tuple[str, ...]:
+    """The figures of a length that have a floor."""
+    names = [f"layer_{tokens}", f"layer_{tokens}_with_alignment", f"peak_share_{tokens}"]
+    judged = names if tokens in LAYER_FLOORS else []
+    return (*judged, *([f"memory_{tokens}"] if tokens == MEMORY_TOKENS else []))
+
+
+def matrix_peak(device: torch.device, rounds: int) -> float:
+    """Operations a second of a large bfloat16 product, by the device's own clock."""
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPE) for _ in range(2))
+    out = torch.empty_like(a)
+    took = []
+    for _ in range(rounds + 2):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.mm(a, b, out=out)
+        stop.record()
+        torch.cuda.synchronize(device)
+        took.append(float(start.elapsed_time(stop)) / 1e3)
+    return 2 * size**3 / statistics.median(took[2:])
+
+
+def flash_step(inputs: Inputs, form: DenseForm, clock: Clock) -> None:
+    """`dense_step` by FlashAttention, or an error from torch that says why it cannot."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        dense_step(inputs, form, clock)
+
+
+def _best_form(report: SparseReport, setting: Setting) -> DenseForm:
+    inputs = make_inputs(setting, 8192, device=report.device, dtype=DTYPE)
+    kept = in_turns({form: partial(flash_step, inputs, form) for form in DENSE_FORMS}, 5, warm=2)
+    took = {form: min(total(phases).wall for phases in kept[form]) for form in DENSE_FORMS}
+    best = min(DENSE_FORMS, key=lambda form: took[form])
+    found = ", ".join(f"{form} {seconds(took[form])}" for form in DENSE_FORMS)
+    report.notes.append(f"dense: FlashAttention of SDPA, key/value heads {best} (at 8192 tokens: {found})")
+    return best
+
+
+def _add_length(report: SparseReport, setting: Setting, form: DenseForm, tokens: int, rounds: int, peak: float) -> None:
+    place: dict[str, Any] = {"device": report.device, "dtype": DTYPE}
+    inputs, clustered = make_inputs(setting, tokens, **place), make_inputs(setting, tokens, "clustered", **place)
+    steps: dict[str, Callable[[Clock], object]] = {
+        "dense": partial(flash_step, inputs, form),
+        "random": partial(sparse_step, inputs, setting),
+        "clustered": partial(sparse_step, clustered, setting),
+    }
+    kept = in_turns(steps, rounds, warm=2)
+    selection = choose(inputs, setting)
+    add_length_figures(report, setting, tokens, kept, pairs=selected_pairs(selection, inputs.layout), peak=peak)
+    report.notes.append(
+        f"{tokens} tokens: {work_in_words(setting, tokens)}; 128 neighbours choose {shared_by_neighbours(selection):.1f} "
+        f"times the blocks of one, {shared_by_neighbours(choose(clustered, setting)):.1f} times where they are clustered"
+    )
+    del selection, clustered, steps
+    _add_memory(report, setting, form, tokens, inputs)
+
+
+def add_length_figures(
+    report: SparseReport, setting: Setting, tokens: int, kept: dict[str, list[Round]], *, pairs: int, peak: float
+) -> None:
+    """What of one length's times is reported; `pairs` are those selected at random, `peak` the operations a second."""
+    floor = LAYER_FLOORS.get(tokens)
+    for suffix, of_dense, wanted in (
+        ("forward", "forward", ("choose", "attend")),
+        ("backward", "backward", ("attend_backward",)),
+    ):
+        dense = [{of_dense: phases[of_dense]} for phases in kept["dense"]]
+        found = ratio(dense, kept["random"], wanted)
+        report.add(f"{suffix}_{tokens}", found.median, "x", note=str(found))
+    whole = ("choose", *ATTENDING)
+    for kind, judged in (("random", floor), ("clustered", None)):
+        name = f"layer_{tokens}" if kind == "random" else f"layer_{tokens}_{kind}"
+        found = ratio(kept["dense"], kept[kind], whole)
+        report.add(name, found.median, "x", floor=judged, note=f"{found}; {setting.words}")
+        found = ratio(kept["dense"], kept[kind])
+        note = f"{found}; {phases_in_words(kept[kind])}"
+        report.add(f"{name}_with_alignment", found.median, "x", floor=judged, note=note)
+    selected = selected_flops(setting, pairs)
+    attending, step = (_median(kept["random"], wanted) for wanted in (ATTENDING, whole))
+    note = f"{selected / 1e12:.3g} TFLOP selected in {seconds(attending)}"
+    share = selected / peak / attending
+    report.add(f"peak_share_{tokens}", share, "share", floor=None if floor is None else SHARE_FLOOR, note=note)
+    chosen = selected + choosing_flops(setting.attention, tokens, setting.sparse)
+    note = f"{chosen / 1e12:.3g} TFLOP selected and of index scores in {seconds(step)}"
+    report.add(f"peak_share_whole_{tokens}", chosen / peak / step, "share", note=note)
+
+
+def work_in_words(setting: Setting, tokens: int) -> str:
+    """Operations and bytes by formula, forward and backward."""
+    element = DTYPE.itemsize
+    dense = dense_flops(setting.attention, tokens, training=True)
+    pairs = min(setting.blocks * setting.block_size, tokens / 2) * tokens * setting.groups
+    sparse = selected_flops(setting, round(pairs)) + choosing_flops(setting.attention, tokens, setting.sparse)
+    least = [least_bytes(setting, tokens, element, sparse=kind) / 1e9 for kind in (False, True)]
+    most = most_bytes(setting, tokens, element) / 1e9
+    return (
+        f"{dense / 1e12:.3g} TFLOP dense, {sparse / 1e12:.3g} sparse; at least {least[0]:.3g} GB dense, {least[1]:.3g} sparse, "
+        f"and {most:.3g} GB of keys and values forward if no two queries shared a read"
+    )
+
+
+def _median(rounds: list[Round], wanted: Collection[str]) -> float:
+    return statistics.median(total(phases, wanted).wall for phases in rounds)
+
+
+def _add_memory(report: SparseReport, setting: Setting, form: DenseForm, tokens: int, inputs: Inputs) -> None:
+    peaks = {}
+    for name, step in (
+        ("dense", partial(flash_step, inputs, form)),
+        ("sparse", partial(sparse_step, inputs, setting)),
+    ):
+        for leaf in inputs.leaves:
+            leaf.grad = None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(report.device)
+        step(Clock())
+        peaks[name] = torch.cuda.max_memory_allocated(report.device)
+    floor = MEMORY_FLOOR if tokens == MEMORY_TOKENS else None
+    note = f"sparse {peaks['sparse'] / 2**30:.2f} GiB, dense {peaks['dense'] / 2**30:.2f} GiB"
+    report.add(f"memory_{tokens}", peaks["sparse"] / peaks["dense"], "ratio", floor=floor, better="lower", note=note)

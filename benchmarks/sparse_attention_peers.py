@@ -1,0 +1,148 @@
+"""Other block-sparse attention on the same GPU: FlexAttention, flash-linear-attention's NSA, flash-msa.
+
+None of them does the same, so each is compared with as much of ours as it does, over what it can do:
+
+    FlexAttention   blocks shared by 128 neighbouring queries (its mask is by tile; here those of the tile's last query);
+                    attending only
+    fla NSA         its kernel wants groups of 16 or more, so both run with half as many groups; attending only, same blocks
+    flash-msa       index scores, top-k, attention and the index gradients, without a value of the loss; against all of ours
+
+A figure above 1 says how many times as fast as the peer ours is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from sparse_attention_report import SparseReport
+from sparse_attention_setting import Inputs, Setting, Step, choose, make_inputs, sparse_step
+from sparse_attention_timing import Clock, in_turns, phases_in_words, ratio
+from torch import Tensor
+
+from sparsort.kernels.blocksparse.selection import Selection
+
+_ATTENDING = ("attend", "attend_backward")
+
+
+def add_peers(report: SparseReport, setting: Setting, tokens: int, rounds: int, dtype: torch.dtype) -> None:
+    """Forward and backward of every peer that is here and runs; for the others, why not."""
+    place: dict[str, Any] = {"device": report.device, "dtype": dtype}
+    narrow = replace(setting, groups=max(setting.groups // 2, 1))
+    peers: tuple[tuple[str, str, Setting, Callable[[Inputs, Setting], Step], tuple[str, ...] | None], ...] = (
+        ("flex_attention", "torch.nn.attention.flex_attention", setting, _flex_step, _ATTENDING),
+        ("fla_nsa", "fla", narrow, _nsa_step, _ATTENDING),
+        ("flash_msa", "flash_msa", setting, _flash_msa_step, None),
+    )
+    for name, package, shape, make, wanted in peers:
+        if importlib.util.find_spec(package) is None:
+            report.notes.append(f"{name}: not installed")
+            continue
+        inputs = make_inputs(shape, tokens, **place)
+        try:
+            steps: dict[str, Callable[[Clock], object]] = {
+                "peer": make(inputs, shape),
+                "ours": partial(sparse_step, inputs, shape),
+            }
+            kept = in_turns(steps, rounds, warm=3)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  a peer that fails is a result, whatever it raises
+            report.notes.append(
+                f"{name} at {tokens} tokens: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            )
+            continue
+        found = ratio(kept["peer"], kept["ours"], wanted)
+        note = f"{found}; {shape.words}; theirs: {phases_in_words(kept['peer'])}"
+        report.add(f"over_{name}_{tokens}", found.median, "x", note=note)
+
+
+def _flex_step(inputs: Inputs, setting: Setting) -> Step:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    numbers, full, own = shared_blocks(choose(inputs, setting), setting.heads)
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    tokens = inputs.query.shape[2]
+    mask = BlockMask.from_kv_blocks(
+        torch.ones_like(numbers),
+        own,
+        numbers,
+        full,
+        BLOCK_SIZE=setting.block_size,
+        mask_mod=causal,
+        seq_lengths=(tokens, tokens),
+    )
+    compiled: Any = torch.compile(flex_attention)
+
+    def step(clock: Clock) -> None:
+        with clock("forward"):
+            output = compiled(inputs.query, inputs.key, inputs.value, block_mask=mask, enable_gqa=True)
+        with clock("backward"):
+            torch.autograd.grad(output, (inputs.query, inputs.key, inputs.value), inputs.grad)
+
+    return step
+
+
+def shared_blocks(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A selection by tiles of `block_size` queries: each tile has the blocks of its last query.
+
+    Returns:
+        How many blocks before its own a tile has (B, H, tiles); their numbers, first in rows of as many as there are tiles,
+        (B, H, tiles, tiles); and the tile's own block, which is only partly seen, in rows like them. All int32.
+    """
+    last = selection.blocks[:, :, selection.block_size - 1 :: selection.block_size]
+    batch, groups, tiles, _ = last.shape
+    own = torch.arange(tiles, dtype=torch.int32, device=last.device)[:, None]
+    # One column more takes the slots that are not used, and the tile's own.
+    chosen = torch.zeros(batch, groups, tiles, tiles + 1, dtype=torch.bool, device=last.device)
+    chosen.scatter_(-1, torch.where((last >= 0) & (last != own), last, tiles).long(), True)
+    chosen = chosen[..., :tiles].repeat_interleave(heads // groups, dim=1)
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+    first = torch.zeros_like(order)
+    first[..., :1] = own
+    return chosen.sum(dim=-1, dtype=torch.int32), order, first
+
+
+def _nsa_step(inputs: Inputs, setting: Setting) -> Step:
+    # By name: the package is optional and has no types.
+    parallel_nsa = importlib.import_module("fla.ops.nsa.parallel").parallel_nsa
+    selection = choose(inputs, setting)
+    # Tokens before heads, and used slots first, as `choose` puts them.
+    indices = selection.blocks.clamp(min=0).transpose(1, 2).contiguous().long()
+    counts = selection.counts.transpose(1, 2).contiguous().long()
+    leaves = [
+        tensor.detach().transpose(1, 2).contiguous().requires_grad_()
+        for tensor in (inputs.query, inputs.key, inputs.value)
+    ]
+    grad = inputs.grad.transpose(1, 2).contiguous()
+
+    def step(clock: Clock) -> None:
+        with clock("forward"):
+            output = parallel_nsa(*leaves, block_indices=indices, block_counts=counts, block_size=setting.block_size)
+        with clock("backward"):
+            torch.autograd.grad(output, leaves, grad)
+
+    return step
+
+
+def _flash_msa_step(inputs: Inputs, setting: Setting) -> Step:
+    flash_msa_func = importlib.import_module("flash_msa").flash_msa_func
+    given = (inputs.index_query, inputs.index_key[:, None], inputs.query, inputs.key, inputs.value)
+    leaves = [tensor.detach().contiguous().requires_grad_() for tensor in given]
+    keys = setting.blocks * setting.block_size
+
+    def step(clock: Clock) -> None:
+        with clock("forward"):
+            output, loss = flash_msa_func(*leaves, keys, setting.head_dim**-0.5)
+        with clock("backward"):
+            torch.autograd.grad([output, loss], leaves, [inputs.grad, torch.ones_like(loss)])
+
+    return step

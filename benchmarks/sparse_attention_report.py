@@ -1,0 +1,187 @@
+"""The report of `sparse_attention.py`: figures, what could not be measured, correctness, the study's rows, and the verdict.
+
+Contract: a floor that could not be measured counts as missed. A quick run judges nothing: its figures have no floors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Report
+from sparse_attention_setting import Setting
+from torch import Tensor
+
+from sparsort.attention.flops import crossover
+from sparsort.kernels.blocksparse.layout import Layout
+from sparsort.kernels.blocksparse.ops import align, attend, index_select
+from sparsort.kernels.blocksparse.reference import align_ref, attend_ref
+
+# The study's figures that issue 5 sets floors for, by how their names begin.
+STUDY_ROWS = ("loss_gap", "recall", "window", "mass")
+# RMS of the difference over RMS of the reference.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass
+class SparseReport(Report):
+    """A report with words beside its figures.
+
+    Attributes:
+        quick: no figure has a floor.
+        notes: what was not measured, and why; what was chosen.
+        unmeasured: figures with a floor among them.
+    """
+
+    quick: bool = False
+    notes: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: float, unit: str, *, floor: float | None = None, **kwargs: Any) -> None:
+        super().add(name, value, unit, floor=None if self.quick else floor, **kwargs)
+
+    def attempt(self, what: str, measure: Callable[[], None], judged: tuple[str, ...] = ()) -> None:
+        """Measure, or say that the memory did not suffice; then the figures `judged` count as missed."""
+        try:
+            measure()
+        except torch.OutOfMemoryError as error:
+            self.notes.append(f"{what}: out of memory ({str(error).splitlines()[0]})")
+            if not self.quick:
+                self.unmeasured += [name for name in judged if name not in self.figures]
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @property
+    def missed(self) -> list[str]:
+        """Figures that miss their floor, or that have one and were not measured."""
+        return [name for name, figure in self.figures.items() if figure.holds is False] + self.unmeasured
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "notes": self.notes, "unmeasured": self.unmeasured}
+
+    def print_table(self) -> None:
+        super().print_table()
+        for note in self.notes:
+            print(note)
+        for name in self.unmeasured:
+            print(f"not measured, so its floor is missed: {name}")
+
+
+def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) -> None:
+    """Against the float64 reference on packed sequences, and twice for equality, before anything is timed."""
+    lengths = [[3 * setting.block_size + 5, 17], [4 * setting.block_size]]
+    layout = Layout.from_lengths(lengths)
+    generator = torch.Generator(report.device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=report.device).to(dtype)
+
+    B, T, D = layout.batch, layout.queries, setting.head_dim
+    given = {
+        "query": normal(B, setting.heads, T, D),
+        "key": normal(B, setting.groups, T, D),
+        "value": normal(B, setting.groups, T, D),
+        "index_query": normal(B, setting.groups, T, setting.index_dim),
+        "index_key": normal(B, T, setting.index_dim),
+    }
+    grad = normal(B, setting.heads, T, D)
+    budget = type(setting.budget)(blocks=2)
+    choices = [
+        index_select(given["index_query"], given["index_key"], layout, budget, block_size=setting.block_size)
+        for _ in range(2)
+    ]
+    scales = {"scale": D**-0.5, "index_scale": setting.index_dim**-0.5}
+
+    def ours(x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        output, lse = attend(x["query"], x["key"], x["value"], choices[0], layout)
+        loss = align(x["query"], x["key"], x["index_query"], x["index_key"], choices[0], layout, lse=lse)
+        return output, loss
+
+    def reference(x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        output, _ = attend_ref(x["query"], x["key"], x["value"], choices[0], layout, scale=scales["scale"])
+        rows = align_ref(x["query"], x["key"], x["index_query"], x["index_key"], choices[0], layout, **scales)
+        return output, rows.sum() / (layout.tokens * setting.groups)
+
+    first, second = (_results(ours, given, grad) for _ in range(2))
+    exact = _results(reference, {name: tensor.double() for name, tensor in given.items()}, grad.double())
+    errors = {name: _error(first[name], exact[name]) for name in exact}
+    worst = max(errors, key=lambda name: errors[name])
+    name = str(dtype).removeprefix("torch.")
+    report.add(
+        f"error_against_fp64_{name}",
+        errors[worst],
+        "relative",
+        floor=TOLERANCES[dtype],
+        better="lower",
+        note=f"worst: {worst}; output, loss and all gradients, {setting.words} at {lengths} tokens",
+    )
+    same = torch.equal(choices[0].blocks, choices[1].blocks) and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+    report.add("same_bits_when_run_twice", float(same), "", floor=1, note="selection, output, loss and all gradients")
+
+
+def _results(
+    run: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], given: Mapping[str, Tensor], grad: Tensor
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
+    output, loss = run(leaves)
+    torch.autograd.backward([output, loss], [grad, torch.ones_like(loss)])
+    gradients = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"output": output.detach(), "loss": loss.detach(), **gradients}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    difference = (found.double() - exact).square().mean().sqrt()
+    return float(difference / exact.square().mean().sqrt().clamp_min(1e-30))
+
+
+def add_crossover_figures(report: SparseReport, setting: Setting, ratios: dict[int, float]) -> None:
+    """Where the measured ratios pass 1, beside the formula's N*."""
+    found = crossing(ratios)
+    ends = ", ".join(f"{length}: {value:.2f}x" for length, value in sorted(ratios.items()))
+    if found is None:
+        report.notes.append(f"crossover {setting}: no change of sides between the lengths measured ({ends})")
+    else:
+        report.add(f"crossover_{setting}", found, "tokens", better="lower", note=f"forward and backward; {ends}")
+    formula = crossover(setting.attention, blocks=setting.blocks, block_size=setting.block_size)
+    report.add(
+        f"crossover_formula_{setting}", formula, "tokens", better="lower", note="N* of attention/flops.py, forward"
+    )
+
+
+def crossing(ratios: dict[int, float]) -> float | None:
+    """The length at which ratios by length rise through 1, on a straight line in logarithms; None where they do not."""
+    points = sorted(ratios.items())
+    for (short, below), (long, above) in itertools.pairwise(points):
+        if below < 1 <= above:
+            share = -math.log(below) / (math.log(above) - math.log(below))
+            return float(short * (long / short) ** share)
+    return None
+
+
+def add_study(report: SparseReport, folder: Path = RESULTS) -> None:
+    """The rows on learning that `sparse_study.py` measured, with their source; they are judged there, and here again."""
+    found = sorted(folder.glob("sparse-study*.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        report.notes.append(
+            "loss gap, recall task and mass captured: not run yet on this machine; python benchmarks/sparse_study.py --save"
+        )
+        return
+    kept = json.loads(found[-1].read_text(encoding="utf-8"))
+    rows = {name: row for name, row in kept.get("figures", {}).items() if name.startswith(STUDY_ROWS)}
+    if not rows:
+        report.notes.append(f"{found[-1].name} holds no figures named {', '.join(STUDY_ROWS)}…")
+    source = f"from {found[-1].name}, {kept.get('date', 'undated')}"
+    for name, row in rows.items():
+        note = "; ".join(part for part in (row.get("note", ""), source) if part)
+        report.add(
+            name, row["value"], row["unit"], floor=row.get("floor"), better=row.get("better", "higher"), note=note
+        )
