@@ -108,8 +108,8 @@ class SparseTraining:
             raise SparsortError(f"the model {model!r} is a {config.model_type}, which is no causal language model.")
         if dropout := getattr(config, "attention_dropout", 0):
             raise SparsortError(
-                f"the model {model!r} drops out {dropout} of its attention weights in training, which block-sparse attention does "
-                "not do. Set attention_dropout to 0 in its config.json."
+                f"the model {model!r} drops out {dropout} of its attention weights in training, which block-sparse attention "
+                "does not do. Set attention_dropout to 0 in its config.json."
             )
         with torch.device("meta"):
             attach_index_branch(AutoModelForCausalLM.from_config(config), self.attention)

@@ -23,8 +23,7 @@ import triton
 from torch import Tensor
 
 from sparsort.kernels.blocksparse.align_kernels import align_kernel, lse_kernel
-from sparsort.kernels.blocksparse.launch import LOG2_E, check_triton, matmul_precision, processors
-from sparsort.kernels.blocksparse.launch import _shared_memory as shared_memory
+from sparsort.kernels.blocksparse.launch import LOG2_E, check_triton, matmul_precision, processors, shared_memory
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.segments import key_blocks
 from sparsort.kernels.blocksparse.selection import Selection, reverse

@@ -95,12 +95,12 @@ def choose(scores: Tensor, own: Tensor, budget: Budget) -> Tensor:
     taken = order <= own[..., None]
     if not isinstance(budget, FixedBudget):
         share = torch.where(visible, known, -torch.inf).softmax(dim=-1).gather(-1, order)
-        taken = taken & _enough(share, budget)
+        taken = taken & wanted_slots(share, budget)
     return torch.where(taken, order, -1).to(torch.int32)
 
 
-def _enough(share: Tensor, budget: ThresholdBudget | TopPBudget) -> Tensor:
-    """(..., t, K) bool: which slots, the local block's first, the budget still wants."""
+def wanted_slots(share: Tensor, budget: ThresholdBudget | TopPBudget) -> Tensor:
+    """(..., t, K) bool: the slots that the budget wants, from their shares of the softmax over visible blocks, local first."""
     if isinstance(budget, ThresholdBudget):
         wanted = share >= budget.threshold
     elif budget.p == 1:

@@ -2,7 +2,7 @@
 
 Contract: pure arithmetic in Python, no timing and no trial runs, so that a shape always runs the same kernel and a run can be
 repeated bit for bit. A tile is the first of a list of preferred ones that the shared memory of a program holds. The estimate of
-what it takes was set against the kernels compiled for sm_80 and sm_90 by Triton 3.6 and 3.7, and is never below theirs; the
+what it takes was set against the kernels compiled for sm_80, sm_86 and sm_90 by Triton 3.6 and 3.7, and is never below theirs; the
 preferences are by counting arithmetic and traffic, not yet timed.
 """
 
@@ -71,7 +71,7 @@ def launch(which: Pass, query: Tensor, layout: Layout, *, heads: int, block_size
         rows_of_longest=longest * heads,
         heads=heads,
         block_size=block_size,
-        shared=_shared_memory(query.device),
+        shared=shared_memory(query.device),
     )
 
 
@@ -119,14 +119,15 @@ def processors(device: torch.device) -> int:
 
 def _bytes(which: Pass, rows: int, keys: int, padded: int, element: int, stages: int) -> int:
     kept, streamed = {"forward": (rows, 2 * keys), "query": (2 * rows, 2 * keys), "key": (2 * keys, 2 * rows)}[which]
-    # A float32 tile that is used both as it is and transposed is held twice, unless its copies are a pipeline's anyway.
-    twice = {"forward": 0, "query": keys, "key": 2 * rows}[which] if element == 4 and stages == 1 else 0
+    # Without a pipeline's copies, a tile used both as it is and transposed is held twice: those of float32, and one of 16 bits.
+    twice = {"forward": 0, "query": keys if element == 4 else 0, "key": 2 * rows if element == 4 else rows}[which]
+    twice = twice if stages == 1 else 0
     # What passes through shared memory between the dots, and the vectors beside the tiles.
     between = 2 * rows * keys * element + 8 * (rows + keys) * stages
     return (kept + stages * streamed + twice) * padded * element + between
 
 
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 99 * 1024
     properties = torch.cuda.get_device_properties(device)

@@ -88,6 +88,8 @@ def block_scores(scores: Tensor, layout: Layout, *, block_size: int) -> Tensor:
     block_of_key = torch.div(key_position.clamp(min=0), block_size, rounding_mode="floor")
     scores = scores.masked_fill(~scores.isfinite(), -torch.inf)
     pooled = scores.new_full((B, G, T, layout.blocks(block_size)), -torch.inf)
+    if not layout.spans:
+        return pooled
     return pooled.scatter_reduce(-1, block_of_key[:, None, None].expand_as(scores), scores, "amax")
 
 

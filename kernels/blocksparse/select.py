@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from sparsort.errors import SparsortError
-from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget, TopPBudget
+from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, wanted_slots
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.select_kernel import select_kernel
 from sparsort.kernels.blocksparse.selection import Selection
@@ -72,16 +72,7 @@ def index_select_triton(
         return Selection(blocks=blocks.blocks, block_size=block_size)
     chosen = _highest(index_query, index_key, layout, budget.slots, block_size, scale, scored=True)
     share = (chosen.scores - chosen.highest[..., None]).exp() / chosen.total[..., None]
-    enough = _enough(share, budget)
-    enough[..., :1] = True
-    return Selection(blocks=torch.where(enough, chosen.blocks, -1), block_size=block_size)
-
-
-def _enough(share: Tensor, budget: ThresholdBudget | TopPBudget) -> Tensor:
-    """Which slots the budget wants, as `budgets.choose` does, from their shares of the softmax over all visible blocks."""
-    if isinstance(budget, ThresholdBudget):
-        return share >= budget.threshold
-    return share.cumsum(dim=-1) - share < budget.p
+    return Selection(blocks=torch.where(wanted_slots(share, budget), chosen.blocks, -1), block_size=block_size)
 
 
 def _highest(
