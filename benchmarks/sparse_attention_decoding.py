@@ -30,6 +30,8 @@ def add_decoding(
     floor: float | None,
     *,
     batch: int = 1,
+    make_clock: Callable[[], Clock] = Clock,
+    suffix: str = "",
     **place: Any,
 ) -> None:
     """Index scores over all cached index keys, top-k and attention, against SDPA of one query, in its faster form."""
@@ -39,10 +41,10 @@ def add_decoding(
         "rows": partial(_dense, inputs, rows=True),
     }
     with torch.no_grad():
-        kept = in_turns({**forms, "sparse": partial(_sparse, inputs, setting)}, rounds, warm=2)
+        steps = {**forms, "sparse": partial(_sparse, inputs, setting)}
+        kept = in_turns(steps, rounds, warm=2, make_clock=make_clock)
     best = min(forms, key=lambda form: min(total(phases).wall for phases in kept[form]))
     found = ratio(kept[best], kept["sparse"])
-    suffix = f"_batch_{batch}" if batch > 1 else ""
     note = f"{found}; {setting.words}; {phases_in_words(kept['sparse'])}; dense: {best}"
     report.add(f"decode_{tokens}_{setting}{suffix}", found.median, "x", floor=floor, note=note)
 

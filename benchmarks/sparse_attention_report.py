@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +25,7 @@ from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.ops import align, attend, index_select
 from sparsort.kernels.blocksparse.reference import align_ref, attend_ref
 
-# The study's figures that issue 5 sets floors for, by how their names begin.
-STUDY_ROWS = ("loss_gap", "recall", "window", "mass")
+STUDY = "sparse-attention-study.json"
 # RMS of the difference over RMS of the reference.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -45,6 +46,8 @@ class SparseReport(Report):
 
     def add(self, name: str, value: float, unit: str, *, floor: float | None = None, **kwargs: Any) -> None:
         super().add(name, value, unit, floor=None if self.quick else floor, **kwargs)
+        # A whole run takes minutes, and this is its progress.
+        print(f"{name}: {value:.4g} {unit}", file=sys.stderr)
 
     def attempt(self, what: str, measure: Callable[[], None], judged: tuple[str, ...] = ()) -> None:
         """Measure, or say that the memory did not suffice; then the figures `judged` count as missed."""
@@ -168,20 +171,38 @@ def crossing(ratios: dict[int, float]) -> float | None:
 
 
 def add_study(report: SparseReport, folder: Path = RESULTS) -> None:
-    """The rows on learning that `sparse_study.py` measured, with their source; they are judged there, and here again."""
-    found = sorted(folder.glob("sparse-study*.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    """The rows on learning, from the runs that `sparse_study.py` kept; dense, joint and windowed runs are paired by seed."""
+    path = folder / STUDY
+    if not path.exists():
         report.notes.append(
-            "loss gap, recall task and mass captured: not run yet on this machine; python benchmarks/sparse_study.py --save"
+            "loss gap, recall task, mass captured: no study here; python benchmarks/sparse_study.py --save"
         )
         return
-    kept = json.loads(found[-1].read_text(encoding="utf-8"))
-    rows = {name: row for name, row in kept.get("figures", {}).items() if name.startswith(STUDY_ROWS)}
-    if not rows:
-        report.notes.append(f"{found[-1].name} holds no figures named {', '.join(STUDY_ROWS)}…")
-    source = f"from {found[-1].name}, {kept.get('date', 'undated')}"
-    for name, row in rows.items():
-        note = "; ".join(part for part in (row.get("note", ""), source) if part)
-        report.add(
-            name, row["value"], row["unit"], floor=row.get("floor"), better=row.get("better", "higher"), note=note
-        )
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    runs = {(run["attention"], run["order"], run["seed"]): run for run in kept["runs"]}
+    for order in dict.fromkeys(order for _, order, _ in runs):
+        seeds = sorted(seed for attention, of, seed in runs if (attention, of) == ("dense", order))
+        by_kind = {
+            kind: [runs.get((kind, order, seed)) for seed in seeds] for kind in ("dense", "index_branch", "window")
+        }
+
+        def add(name: str, values: list[float], unit: str, order: str = order, **judged: Any) -> None:
+            note = f"{min(values):.3g} to {max(values):.3g} over {len(values)} seeds, {order} order; from {STUDY}"
+            # A gap of exactly a floor must not miss it by rounding.
+            report.add(f"{name}_{order}", round(statistics.fmean(values), 9), unit, note=note, **judged)
+
+        dense, joint, window = ([run for run in by_kind[kind] if run] for kind in by_kind)
+        if joint and len(joint) == len(dense):
+            gaps = [100 * (_end(a, "text_loss") / _end(b, "text_loss") - 1) for a, b in zip(joint, dense, strict=True)]
+            add("loss_gap", gaps, "%", floor=1, better="lower")
+            below = [100 * (_end(b, "far_recall") - _end(a, "far_recall")) for a, b in zip(joint, dense, strict=True)]
+            add("recall_below_dense", below, "points", floor=1, better="lower")
+            add("mass_captured", [run["caught"]["mass"] for run in joint], "share", floor=0.9)
+        if window and len(window) == len(dense):
+            below = [100 * (_end(b, "far_recall") - _end(a, "far_recall")) for a, b in zip(window, dense, strict=True)]
+            add("window_below_dense", below, "points", floor=30)
+
+
+def _end(run: Mapping[str, Any], name: str) -> float:
+    """A measure after the last step."""
+    return float(run["curve"][name][-1])

@@ -176,13 +176,26 @@ def test_the_studys_rows_are_repeated_with_their_source(bench, tmp_path):
         return report
 
     assert any("sparse_study.py" in note for note in found().notes)
-    row = {"value": 2.0, "unit": "%", "floor": 1.0, "better": "lower", "note": "5 seeds"}
-    kept = {"date": "2026-01-01", "figures": {"loss_gap_curriculum": row, "steps": {**row, "value": 9}}}
-    (tmp_path / "sparse-study.json").write_text(json.dumps(kept))
+
+    def run(attention, seed, loss, recall, mass=None):
+        curve = {"text_loss": [9.0, loss], "far_recall": [0.1, recall]}
+        return {"attention": attention, "order": "plain", "seed": seed, "curve": curve, "caught": {"mass": mass}}
+
+    runs = [run("dense", 0, 2.0, 1.0), run("index_branch", 1, 4.08, 0.96, 0.95), run("dense", 1, 4.0, 0.98)]
+    runs += [run("index_branch", 0, 2.04, 1.0, 0.93), run("window", 0, 3.0, 0.5), run("window", 1, 3.0, 0.5)]
+    (tmp_path / bench.report.STUDY).write_text(json.dumps({"runs": runs}))
     report = found()
-    assert list(report.figures) == ["loss_gap_curriculum"]
-    assert report.missed == ["loss_gap_curriculum"]
-    assert report.figures["loss_gap_curriculum"].note == "5 seeds; from sparse-study.json, 2026-01-01"
+    value = {name: figure.value for name, figure in report.figures.items()}
+    assert value == pytest.approx(
+        {
+            "loss_gap_plain": 2.0,
+            "recall_below_dense_plain": 1.0,
+            "mass_captured_plain": 0.94,
+            "window_below_dense_plain": 49.0,
+        }
+    )
+    assert report.missed == ["loss_gap_plain"]
+    assert "0.93 to 0.95 over 2 seeds" in report.figures["mass_captured_plain"].note
 
 
 def test_the_cpu_part_runs(bench, monkeypatch):
@@ -199,6 +212,19 @@ def test_the_cpu_part_runs(bench, monkeypatch):
     json.dumps(report.to_json())
 
 
+def test_the_dense_form_that_the_gpu_cannot_run_is_left_out(bench, monkeypatch):
+    def flash(inputs, form, clock):
+        if form == "shared":
+            raise RuntimeError("No available kernel.")
+        with clock("forward"):
+            pass
+
+    monkeypatch.setattr(bench.cuda, "flash_step", flash)
+    report = bench.report.SparseReport("sparse_attention", torch.device("cpu"))
+    assert bench.cuda._best_form(report, bench.tiny) == "repeated"
+    assert report.notes[0] == "dense, key/value heads shared: No available kernel."
+
+
 def test_the_gpu_part_runs_where_torch_stands_in_for_it(bench, monkeypatch):
     for name, value in (
         ("LENGTHS", (256,)),
@@ -208,6 +234,7 @@ def test_the_gpu_part_runs_where_torch_stands_in_for_it(bench, monkeypatch):
     ):
         monkeypatch.setattr(bench.cuda, name, value)
     monkeypatch.setattr(bench.cuda, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(bench.cuda, "DeviceClock", bench.timing.Clock)
     monkeypatch.setattr(bench.cuda, "_add_memory", lambda *_: None)
     monkeypatch.setattr(bench.cuda, "_best_form", lambda *_: "shared")
 
@@ -218,6 +245,7 @@ def test_the_gpu_part_runs_where_torch_stands_in_for_it(bench, monkeypatch):
     report = bench.report.SparseReport("sparse_attention", torch.device("cpu"))
     bench.cuda.measure_cuda(report, quick=False, setting=bench.tiny)
     assert set(bench.cuda.judged_figures(256)) <= {name for name, figure in report.figures.items() if figure.floor}
+    assert f"decode_1024_{bench.tiny}" in report.figures
     assert report.figures["error_against_fp64_bfloat16"].holds
     assert {"fla_nsa: not installed", "flash_msa: not installed"} <= set(report.notes)
     assert "flex_attention at 256 tokens: ValueError: no backward here" in report.notes

@@ -2,8 +2,8 @@
 
 Contract: pure arithmetic in Python, no timing and no trial runs, so that a shape always runs the same kernel and a run can be
 repeated bit for bit. A tile is the first of a list of preferred ones that the shared memory of a program holds. The estimate of
-what it takes was set against the kernels compiled for sm_80, sm_86 and sm_90 by Triton 3.6 and 3.7, and is never below theirs; the
-preferences are by counting arithmetic and traffic, not yet timed.
+what it takes was set against the kernels compiled for sm_80, sm_86 and sm_90 by Triton 3.6 and 3.7, and is not below theirs;
+the preferences are by counting arithmetic and traffic, not yet timed.
 """
 
 from __future__ import annotations
@@ -119,9 +119,12 @@ def processors(device: torch.device) -> int:
 
 def _bytes(which: Pass, rows: int, keys: int, padded: int, element: int, stages: int) -> int:
     kept, streamed = {"forward": (rows, 2 * keys), "query": (2 * rows, 2 * keys), "key": (2 * keys, 2 * rows)}[which]
-    # Without a pipeline's copies, a tile used both as it is and transposed is held twice: those of float32, and one of 16 bits.
-    twice = {"forward": 0, "query": keys if element == 4 else 0, "key": 2 * rows if element == 4 else rows}[which]
-    twice = twice if stages == 1 else 0
+    # Tiles that are used both as they are and transposed may be held twice: of float32, and of 16 bits without a pipeline.
+    twice = 0
+    if which == "query" and element == 4 and stages == 1:
+        twice = keys
+    elif which == "key" and (element == 4 or stages == 1):
+        twice = 2 * rows if element == 4 else rows
     # What passes through shared memory between the dots, and the vectors beside the tiles.
     between = 2 * rows * keys * element + 8 * (rows + keys) * stages
     return (kept + stages * streamed + twice) * padded * element + between
