@@ -8,23 +8,25 @@ all away again. Either the whole is attached or nothing is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Mapping
+from typing import Any
 
-from sparsort.attention.attending import NAME, register
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsort.attention.attending import register
 from sparsort.attention.config import SparseAttentionConfig
-from sparsort.attention.hooks import SparseAttention
+from sparsort.attention.hooks import NAME, SparseAttention
 from sparsort.attention.selectors.interface import Selector
 from sparsort.attention.selectors.making import make_selector
 from sparsort.errors import SparsortError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 
 
 def attach_index_branch(
-    model: PreTrainedModel, config: SparseAttentionConfig | None = None, **changes: Any
+    model: PreTrainedModel, config: SparseAttentionConfig | Mapping[str, Any] | None = None, **changes: Any
 ) -> PreTrainedModel:
     """Make layers of a causal language model sparse, in place. Their selectors start with fresh weights.
 
@@ -34,8 +36,9 @@ def attach_index_branch(
     sliding window stay as they are.
 
     Args:
-        model: Llama, Qwen2, Qwen3, Mistral or Gemma 3 (text) for causal language modelling.
-        config: what is attached; the defaults of `SparseAttentionConfig` unless given.
+        model: Llama, Qwen2, Qwen3, Mistral or Gemma 3 (text) for causal language modelling, or of a class derived from one. Its
+            configuration becomes a copy: other models made with the same object stay as they are.
+        config: what is attached, or a table of its fields; the defaults of `SparseAttentionConfig` unless given.
         changes: fields of the configuration, over those of `config`.
 
     Returns:
@@ -45,10 +48,13 @@ def attach_index_branch(
         SparsortError: a model of another kind, one that has an index branch, a layer that cannot become sparse, or an unknown
             or invalid setting.
     """
-    config = SparseAttentionConfig.from_json({**(config or SparseAttentionConfig()).to_json(), **changes})
+    if not isinstance(config, SparseAttentionConfig):
+        config = SparseAttentionConfig.from_json({} if config is None else config)
+    config = SparseAttentionConfig.from_json({**config.to_json(), **changes})
     layers = _sparse_layers(model, config)
     selectors = [make_selector(module=layer, config=config) for layer in layers]
     register()
+    _take_own_config(model)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     for layer, selector in zip(layers, selectors, strict=True):
@@ -81,15 +87,29 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _take_own_config(model: Any) -> None:
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
 def _sparse_layers(model: Any, config: SparseAttentionConfig) -> list[Any]:
     """The attention modules that become sparse."""
     if isinstance(getattr(model, "sparse_attention", None), SparseAttention):
         raise SparsortError(
             f"this {type(model).__name__} has an index branch already. To attach another, call "
-            "sparsort.attention.attach.detach(model) first."
+            "detach(model) of sparsort.attention.attach first."
         )
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if family not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
+    if family in FAMILIES and isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        raise SparsortError(
+            f"{type(model).__name__} wraps a model of type {family!r}. Attach the index branch to that model, before it is "
+            "wrapped."
+        )
+    # What the hooks take hold of; a decoder alone has no head, and a classifier another one.
+    causal = isinstance(model, PreTrainedModel) and model.base_model is not model and hasattr(model, "lm_head")
+    if family not in FAMILIES or not causal:
         raise SparsortError(
             f"{type(model).__name__} (model type {family!r}) cannot be given an index branch. Expected a causal language "
             f"model, as AutoModelForCausalLM makes it, of one of the types {', '.join(FAMILIES)}."

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, StaticIndexedLayer, StaticLayer
 
 from sparsort.errors import SparsortError
 
 
-def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor) -> Tensor:
+def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor, *, selector: str) -> Tensor:
     """Append the index keys of new tokens.
 
     Args:
         cache: of the whole model; its keys and values have not been updated yet.
         layer: number of the attention layer.
         index_keys: (B, T, width), of the new tokens.
+        selector: what made them; a cache keeps those of one selector.
 
     Returns:
         (B, S, width): those of all tokens, the new ones last; of a static cache all of its columns, filled or not.
 
     Raises:
-        SparsortError: the cache was filled without index keys, or is of a kind that cannot hold them.
+        SparsortError: the cache was filled without index keys or with another selector's, or is of a kind that cannot hold
+            them.
     """
     if getattr(cache, "offloading", False):
         raise SparsortError(
@@ -40,8 +43,33 @@ def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor) -> Tensor:
     held = cache.layers[layer]
     if not isinstance(held, DynamicIndexedLayer | StaticIndexedLayer):
         held = cache.layers[layer] = _indexed(held, layer)
+    _check_held(held, layer, f"{selector} of width {index_keys.shape[-1]}")
     kept: Tensor = held.update_indexer(index_keys)
     return kept
+
+
+def _check_held(held: Any, layer: int, maker: str) -> None:
+    """Refuse index keys that `maker` did not make, or that some of the layer's tokens lack."""
+    if not held.is_indexer_initialized:
+        held.sparsort_maker = maker
+    found = getattr(held, "sparsort_maker", "another model")
+    if found != maker:
+        raise SparsortError(
+            f"layer {layer} of the cache holds index keys of {found}, and the model's are of {maker}. Start with a new cache."
+        )
+    # A static cache counts in tensors, which a compiled model cannot compare.
+    if torch.compiler.is_compiling():
+        return
+    indexed = 0
+    if held.is_indexer_initialized:
+        static = isinstance(held, StaticIndexedLayer)
+        indexed = int(held.indexer_cumulative_length) if static else held.indexer_keys.shape[1]
+    filled = int(held.get_seq_length())
+    if indexed != filled:
+        raise SparsortError(
+            f"layer {layer} of the cache holds {filled} tokens and index keys of {indexed}: the model was without its index "
+            "branch in between. Start with a new cache."
+        )
 
 
 def _indexed(held: Any, layer: int) -> DynamicIndexedLayer | StaticIndexedLayer:

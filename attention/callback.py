@@ -23,6 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from sparsort.attention.config import whole
 from sparsort.attention.diagnostics import SelectionReport, report_selection
 from sparsort.attention.flops import AttentionShape, SparseShape, dense_flops, sparse_flops
 from sparsort.attention.hooks import SparseAttention
@@ -39,11 +40,18 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         schedule: warm-up and budget by optimiser step.
         sample: queries of each sequence that are compared with dense attention, in steps that are logged.
+
+    Raises:
+        SparsortError: something else than a schedule, or fewer queries than 1.
     """
 
     def __init__(self, schedule: SparseSchedule | None = None, *, sample: int = 32) -> None:
+        if schedule is not None and not isinstance(schedule, SparseSchedule):
+            raise SparsortError(
+                f"schedule is {schedule!r}; expected a SparseSchedule, such as SparseSchedule(warmup_steps=3)."
+            )
         self.schedule = schedule or SparseSchedule()
-        self.sample = sample
+        self.sample = whole("sample", sample, 1)
         self._observer: Observer | None = None
         self._measured: dict[str, float] = {}
 

@@ -6,7 +6,7 @@ with g the gradient that the total loss gets, read as it passes by at the start 
 
 Contract: for total = LM + λ · share · Σ_layers loss, multiplied by whatever (accumulation, loss scaling, DDP), the gradients
 are those of autograd on that total: without checkpointing, with it of both kinds, and with several forward passes before one
-backward pass. Nothing kept here holds a graph.
+backward pass. A backward pass of something else, after that of the total, adds nothing. Nothing kept here holds a graph.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sparsort.errors import SparsortError
 
 
 class Carrier:
@@ -33,6 +35,7 @@ class Carrier:
         self.values: dict[int, Tensor] = {}
         self.share: Tensor | float = 1.0
         self._gradient: Tensor | None = None
+        self._added = False
 
     def carry(self, output: Tensor, loss: Tensor, layer: int) -> Tensor:
         """`output`, with `loss` (a scalar) on its back. A pass that is run again overwrites its own values."""
@@ -41,10 +44,21 @@ class Carrier:
         return carried
 
     def add_to(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """The total: `loss` (a scalar) and the weighted sum of the alignment losses. Its gradient is what they go by."""
+        """The total: `loss` (a scalar) and the weighted sum of the alignment losses. Its gradient is what they go by.
+
+        Raises:
+            SparsortError: they have been added to a loss of this pass before.
+        """
+        if self._added:
+            raise SparsortError(
+                "the alignment losses of the last forward pass have been added to its loss already; outputs.loss of a model that "
+                "is given labels has them. Add terms of your own to that loss, or call the model without labels and "
+                "add_alignment once."
+            )
         self.share = share
         if not self.values:
             return loss
+        self._added = True
         alignment = torch.stack([value.to(loss.device, loss.dtype) for value in self.values.values()]).sum()
         total: Tensor = _Total.apply(loss, self.weight * share * alignment, self)  # type: ignore[no-untyped-call]
         return total
@@ -61,6 +75,16 @@ class Carrier:
             )
             self._gradient = torch.ones(())
         return self.weight * self.share * self._gradient
+
+    def begin_backward(self, gradient: Tensor) -> None:
+        """Remember the total's gradient until this backward pass, with those nested in it, has come to its end."""
+
+        def end() -> None:
+            self._gradient = torch.zeros_like(gradient)
+
+        self._gradient = gradient
+        # What DDP ends its backward pass by; it runs once the outermost pass is through.
+        torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
 class _Carry(torch.autograd.Function):
@@ -85,5 +109,5 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
-        ctx.carrier._gradient = grad_total.detach()
+        ctx.carrier.begin_backward(grad_total.detach())
         return grad_total, None, None

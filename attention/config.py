@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 SelectorKind = Literal["index_branch", "moba", "seer", "nsa", "lm_trained", "window", "sink_window", "random", "oracle"]
 SELECTORS: tuple[SelectorKind, ...] = get_args(SelectorKind)
+_MOST = 2**31 - 1  # what the kernels count in
+_LARGEST_BLOCK = 2**20  # that the kernels take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +59,17 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         if self.selector not in SELECTORS:
             raise unknown_choice("selector", self.selector, SELECTORS)
-        _check_whole("block_size", self.block_size, 1)
-        _check_whole("blocks", self.blocks, 1)
-        _check_whole("seed", self.seed, 0)
+        self._keep("block_size", whole("block_size", self.block_size, 1, most=_LARGEST_BLOCK))
+        self._keep("blocks", whole("blocks", self.blocks, 1, most=_MOST))
+        self._keep("seed", whole("seed", self.seed, 0))
         if self.index_dim is not None:
-            _check_whole("index_dim", self.index_dim, 1)
+            self._keep("index_dim", whole("index_dim", self.index_dim, 1, most=_MOST))
             if self.index_dim % 2:
                 raise SparsortError(
                     f"index_dim is {self.index_dim}; the rotary embedding turns pairs of coordinates. "
                     f"Give an even number, such as {self.index_dim + 1}."
                 )
-        if self.index_norm not in (True, False, None):
+        if self.index_norm is not None and not isinstance(self.index_norm, bool):
             raise SparsortError(
                 f"index_norm is {self.index_norm!r}; expected True, False, or None to follow the layer."
             )
@@ -73,16 +77,22 @@ class SparseAttentionConfig:
             raise SparsortError(
                 f"a budget goes by threshold ({self.threshold}) or by top_p ({self.top_p}), not by both. Give one of them."
             )
-        if self.threshold is not None and not 0 <= _number("threshold", self.threshold) <= 1:
+        for name in ("threshold", "top_p", "alignment_weight"):
+            if name == "alignment_weight" or getattr(self, name) is not None:
+                self._keep(name, _number(name, getattr(self, name)))
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise SparsortError(f"threshold is {self.threshold}; expected a share between 0 and 1.")
-        if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SparsortError(f"top_p is {self.top_p}; expected a share above 0 and at most 1.")
-        if not 0 <= _number("alignment_weight", self.alignment_weight) < math.inf:
+        if not 0 <= self.alignment_weight < math.inf:
             raise SparsortError(
                 f"alignment_weight is {self.alignment_weight}; expected a number of 0 or more. 1.0 is the default."
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", _layers(self.layers))
+            self._keep("layers", _layers(self.layers))
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def budget(self) -> Budget:
         """How many blocks a query token may have, as the kernels take it."""
@@ -121,21 +131,28 @@ def _layers(given: Any) -> tuple[int, ...]:
         raise SparsortError(
             f"layers is {given!r}; expected layer numbers such as [0, 2], or None for every full layer."
         )
-    layers = tuple(given)
-    for layer in layers:
-        _check_whole("a number in layers", layer, 0)
+    layers = tuple(whole("a number in layers", layer, 0) for layer in given)
     if not layers or len(set(layers)) < len(layers):
         what = "names a layer twice" if layers else "names no layer"
         raise SparsortError(f"layers = {list(layers)} {what}; give each once, or None for every full-attention layer.")
     return layers
 
 
-def _check_whole(name: str, given: Any, lowest: int) -> None:
-    if isinstance(given, bool) or not isinstance(given, int) or given < lowest:
+def whole(name: str, given: Any, lowest: int, *, most: int | None = None) -> int:
+    """A whole number of any library, as Python's.
+
+    Raises:
+        SparsortError: another value, or one out of range.
+    """
+    number = None if isinstance(given, bool) or not isinstance(given, numbers.Integral) else operator.index(given)
+    if number is None or number < lowest:
         raise SparsortError(f"{name} is {given!r}; expected a whole number of at least {lowest}.")
+    if most is not None and number > most:
+        raise SparsortError(f"{name} is {given!r}; expected {most} at most.")
+    return number
 
 
 def _number(name: str, given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, int | float):
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise SparsortError(f"{name} is {given!r}; expected a number.")
-    return given
+    return float(given)

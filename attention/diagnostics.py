@@ -98,6 +98,7 @@ def _block_shares(query: Tensor, key: Tensor, positions: Tensor, scale: float, b
     scores = torch.einsum("grtd,gsd->grts", grouped, key.float()) * scale
     seen = torch.arange(keys, device=key.device) <= positions[:, None]
     shares = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).mean(dim=1)
+    block_size = min(block_size, keys)
     padded: Tensor = torch.nn.functional.pad(shares, (0, -keys % block_size))
     return padded.reshape(groups, len(positions), -1, block_size).sum(dim=-1)
 

@@ -11,8 +11,9 @@ Legend: B batch, T query columns, S key columns, C hidden width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.blocksparse.budgets import Budget
 from sparsort.kernels.blocksparse.layout import Layout
 
+NAME = "sparsort"  # of the attention implementation
 Mode = Literal["full", "sparse"]
+_ALIGNED = ("index_branch", "seer")  # selectors with a loss of their own
 Observer: TypeAlias = Callable[[int, LayerInputs, Choice], None]
 
 
@@ -97,8 +100,8 @@ class SparseAttention:
     def __init__(self, config: SparseAttentionConfig, *, attn_implementation: str) -> None:
         self.config = config
         self.attn_implementation = attn_implementation
-        self.budget: Budget = config.budget()
-        self.alignment_weight = config.alignment_weight
+        self._budget: Budget = config.budget()
+        self._alignment_weight = config.alignment_weight
         self.observers: list[Observer] = []
         self.lm_loss: Tensor | None = None
         self._mode: Mode = "sparse"
@@ -119,6 +122,27 @@ class SparseAttention:
         self._mode = given
 
     @property
+    def budget(self) -> Budget:
+        return self._budget
+
+    @budget.setter
+    def budget(self, given: Budget) -> None:
+        if not isinstance(given, Budget):
+            raise SparsortError(
+                f"the budget is {given!r}; expected a FixedBudget, ThresholdBudget or TopPBudget of "
+                "sparsort.kernels.blocksparse.budgets, such as FixedBudget(blocks=16)."
+            )
+        self._budget = given
+
+    @property
+    def alignment_weight(self) -> float:
+        return self._alignment_weight
+
+    @alignment_weight.setter
+    def alignment_weight(self, given: float) -> None:
+        self._alignment_weight = replace(self.config, alignment_weight=given).alignment_weight
+
+    @property
     def alignment(self) -> dict[int, Tensor]:
         return self._carrier.values
 
@@ -128,9 +152,23 @@ class SparseAttention:
         Args:
             loss: a scalar, computed from the last forward pass.
             share: of the labels of an optimiser step that this pass has, where `loss` is divided by all of them; else 1.
+
+        Raises:
+            SparsortError: that pass's loss has them already.
         """
+        if loss.requires_grad and not self._carrier.values and self.config.selector in _ALIGNED:
+            warnings.warn(
+                "the last forward pass has no alignment losses to add: it ran in evaluation. Call add_alignment right after the "
+                "forward pass, in training, that the loss was computed from.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self._add(loss, share)
+
+    def _add(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        total = self._carrier.add_to(loss, share)
         self.lm_loss = loss.detach() / share
-        return self._carrier.add_to(loss, share)
+        return total
 
     def install(self, model: Any, decoder: nn.Module, layers: list[nn.Module]) -> None:
         """Hook the decoder and its sparse attention modules, and wrap the model's loss."""
@@ -148,6 +186,8 @@ class SparseAttention:
             model.loss_function = self._lm
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        _check_implementation(decoder)
+        _check_shapes(args, kwargs)
         self._carrier = Carrier(self.alignment_weight)
         made = Pass(
             full=self.mode == "full", budget=self.budget, carrier=self._carrier, observers=tuple(self.observers)
@@ -167,12 +207,12 @@ class SparseAttention:
     def _add_own(self, loss: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
         count = kwargs.get("num_items_in_batch")
         if count is None:
-            return self.add_alignment(loss)
+            return self._add(loss)
         # The LM loss is this pass's sum over the labels of the whole step; the mean KL gets the same share.
         shifted = kwargs.get("shift_labels")
         shifted = labels[..., 1:] if shifted is None else shifted
         own = (shifted != kwargs.get("ignore_index", -100)).sum().to(loss.device)
-        return self.add_alignment(loss, own / (count.to(loss.device) if isinstance(count, Tensor) else count))
+        return self._add(loss, own / (count.to(loss.device) if isinstance(count, Tensor) else count))
 
 
 def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -182,8 +222,37 @@ def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str
     index_keys = module.index_branch.index_keys(module, hidden, rotary)
     cache = kwargs.get("past_key_values")
     if cache is not None and index_keys is not None:
-        index_keys = keep_index_keys(cache, module.layer_idx, index_keys)
+        index_keys = keep_index_keys(cache, module.layer_idx, index_keys, selector=type(module.index_branch).__name__)
     return args, {**kwargs, "sparsort_layer": Given(hidden=hidden, rotary=rotary, index_keys=index_keys)}
+
+
+def _check_implementation(decoder: Any) -> None:
+    found = decoder.config._attn_implementation
+    if found != NAME:
+        raise SparsortError(
+            f"the attention implementation of a model with an index branch was set to {found!r}, which would leave its layers "
+            f"dense. Set it back, model.set_attn_implementation({NAME!r}), or take the branch away with detach of "
+            "sparsort.attention.attach."
+        )
+
+
+def _check_shapes(args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse positions and padding of another size than the tokens; (B, 1, T, S) masks are refused where they are used."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((found for found in given if found is not None), None)
+    if tokens is None or tokens.ndim < 2:
+        return
+    batch, length = tokens.shape[:2]
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
+        raise SparsortError(
+            f"position_ids have shape {tuple(positions.shape)}; expected ({batch}, {length}) or (1, {length}), as the tokens are."
+        )
+    if isinstance(mask, Tensor) and mask.ndim != 4 and (mask.ndim != 2 or mask.shape[0] != batch):
+        raise SparsortError(
+            f"the attention mask has shape {tuple(mask.shape)}; expected ({batch}, tokens in the cache and new ones), with 0 "
+            "where there is padding."
+        )
 
 
 def _is_packed(kwargs: dict[str, Any]) -> bool:

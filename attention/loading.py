@@ -28,8 +28,8 @@ def load_sparse(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: of `AutoModelForCausalLM.from_pretrained` (dtype, device_map, …).
 
     Raises:
-        SparsortError: a checkpoint without an index branch, with parts of one, or with one of another width than its
-            configuration says.
+        SparsortError: a checkpoint without an index branch, with parts of one, or with another one than its configuration
+            says.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def load_sparse(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     model, report = _with_branch(family, config).from_pretrained(
         folder, config=model_config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
-    _check_report(report, folder)
+    _check_report(report, folder, config)
     model.__class__ = family
     loaded: PreTrainedModel = model
     return loaded
@@ -67,8 +67,8 @@ def _with_branch(family: Any, config: SparseAttentionConfig) -> Any:
     return type(family.__name__, (family,), names)
 
 
-def _check_report(report: dict[str, Any], folder: str | Path) -> None:
-    """Refuse weights of another shape, and an index branch that is not all there."""
+def _check_report(report: dict[str, Any], folder: str | Path, config: SparseAttentionConfig) -> None:
+    """Refuse weights of another shape, an index branch that is not all there, and one that would not all be used."""
     wrong = sorted(report["mismatched_keys"])
     if wrong:
         name, found, expected = wrong[0]
@@ -77,9 +77,29 @@ def _check_report(report: dict[str, Any], folder: str | Path) -> None:
             "weights). For an index branch that is index_dim, or the selector: set sparse_attention in config.json to what it "
             "was saved with."
         )
+    dropped = sorted(name for name in report["unexpected_keys"] if _BRANCH in name)
+    if dropped:
+        raise SparsortError(
+            f"{folder} has {len(dropped)} weights of an index branch, such as {dropped[0]}, that have no place in the one "
+            f"asked for: {_asked(folder, config)}. Ask for what it was saved with; to start another from its dense weights, load "
+            "it with AutoModelForCausalLM and call sparsort.attach_index_branch."
+        )
     missing = sorted(name for name in report["missing_keys"] if _BRANCH in name)
     if missing:
         raise SparsortError(
             f"{folder} lacks {len(missing)} weights of the index branch that its configuration names, such as {missing[0]}. To "
             "start from its dense weights, load it with AutoModelForCausalLM and call sparsort.attach_index_branch."
         )
+
+
+def _asked(folder: str | Path, config: SparseAttentionConfig) -> str:
+    """What a configuration asks for of all that decides the weights, beside what the folder says where that differs."""
+    from transformers import AutoConfig
+
+    saved = getattr(AutoConfig.from_pretrained(folder), "sparse_attention", None)
+    there = SparseAttentionConfig.from_json(saved) if saved else config
+    parts = []
+    for name in ("selector", "index_dim", "index_norm", "layers"):
+        now, then = getattr(config, name), getattr(there, name)
+        parts.append(f"{name}={now!r}" + (f" (saved with {then!r})" if then != now else ""))
+    return ", ".join(parts)

@@ -6,7 +6,8 @@ Dense is torch's scaled_dot_product_attention in whichever form of it is fastest
 scores and top-k; forward and backward come without and with the alignment loss (its value and its gradients), and both are held
 to the floor. Selections are random, the worst case and the one that floors are about, or clustered, as training makes them
 (`sparse_attention_setting.py`). Steps are timed in turns; each ratio has its spread, the ratio of the best times and that of
-processor times beside it (`sparse_attention_timing.py`).
+processor times beside it (`sparse_attention_timing.py`). Threads that wait for each other spin, so that where other programs
+hold a core even processor times mislead: on a crowded machine set OMP_NUM_THREADS=1 and read those.
 
 CPU: `layer_N` forward and backward, `warm_up_N` with every block, the crossover, `memory_N`, and `decode_N` against a cache.
 CUDA: the same in bfloat16 against FlashAttention, the share of the matrix peak, and peers (`sparse_attention_cuda.py`).

@@ -46,8 +46,8 @@ def measure_cpu(report: SparseReport, settings: tuple[Setting, ...], tokens: int
         if setting == settings[0]:
             _add_crossover(report, setting, form, tokens, rounds)
             _add_memory(report, setting, form, tokens)
-        add_decoding(report, setting, 4 * tokens, max(2 * rounds, 3), FLOOR_DECODE)
-    add_model_decoding(report, settings[0], 4 * tokens, max(2 * rounds, 3))
+        add_decoding(report, setting, 4 * tokens, 10 * rounds, FLOOR_DECODE)
+    add_model_decoding(report, settings[0], 4 * tokens, 4 * rounds)
 
 
 def best_dense_form(report: SparseReport, setting: Setting, tokens: int) -> DenseForm:
@@ -98,7 +98,7 @@ def _add_warm_up(report: SparseReport, setting: Setting, form: DenseForm, tokens
 
 def _add_crossover(report: SparseReport, setting: Setting, form: DenseForm, tokens: int, rounds: int) -> None:
     """Ratios by length, beside the formula's, and the first length at which sparse attention wins."""
-    lengths = [tokens // 8, tokens // 4, tokens // 2, tokens, 2 * tokens]
+    lengths = [tokens // 16, tokens // 8, tokens // 4, tokens // 2, tokens, 2 * tokens]
     ratios: dict[int, float] = {}
     for length in lengths:
         if length == tokens:

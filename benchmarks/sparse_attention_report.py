@@ -151,7 +151,7 @@ def add_crossover_figures(report: SparseReport, setting: Setting, ratios: dict[i
     found = crossing(ratios)
     ends = ", ".join(f"{length}: {value:.2f}x" for length, value in sorted(ratios.items()))
     if found is None:
-        report.notes.append(f"crossover {setting}: no change of sides between the lengths measured ({ends})")
+        report.notes.append(f"crossover {setting}: no rise through 1 at the lengths measured ({ends})")
     else:
         report.add(f"crossover_{setting}", found, "tokens", better="lower", note=f"forward and backward; {ends}")
     formula = crossover(setting.attention, blocks=setting.blocks, block_size=setting.block_size)

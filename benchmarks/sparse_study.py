@@ -62,7 +62,8 @@ def read_study(path: Path) -> Study:
     for name in given:
         if name not in Study.__dataclass_fields__:
             raise unknown_choice("setting", name, Study.__dataclass_fields__)
-    study = Study(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    study = Study(**fields)
     for kind, names, choices in (("attention", study.attentions, ATTENTIONS), ("order", study.orders, ORDERS)):
         for name in names:
             if name not in choices:
@@ -81,7 +82,14 @@ def read_study(path: Path) -> Study:
 
 def quick(study: Study) -> Study:
     """A minute or two to see that everything runs; its numbers say nothing."""
-    sizes = {"rows": 100, "held_out": 20, "steps": 12, "evaluate_every": 6, "full_steps": 6, "reference_steps": 6}
+    sizes: dict[str, Any] = {
+        "rows": 100,
+        "held_out": 20,
+        "steps": 12,
+        "evaluate_every": 6,
+        "full_steps": 6,
+        "reference_steps": 6,
+    }
     return replace(study, seeds=2, **sizes)
 
 

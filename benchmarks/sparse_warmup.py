@@ -59,10 +59,10 @@ def main(options: list[str] | None = None) -> int:
     before = [measure(inputs, budget) for inputs in unseen]
     curve = warm_up(seen, epochs)
     after = [measure(inputs, budget) for inputs in unseen]
-    rivals = {name: [measure(inputs, budget, name) for inputs in unseen] for name in RIVALS}
+    rivals: dict[str, list[Any]] = {name: [measure(inputs, budget, name) for inputs in unseen] for name in RIVALS}
 
     report = Report("sparse_warmup", torch.device("cpu"))
-    found = {"index branch, before": before, "index branch": after, **rivals}
+    found: dict[str, list[Any]] = {"index branch, before": before, "index branch": after, **rivals}
     for name, measured in found.items():
         for what in ("mass", "recall"):
             values = np.array([[float(np.mean([layer[what] for layer in sequence.values()]))] for sequence in measured])

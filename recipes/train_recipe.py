@@ -7,8 +7,9 @@ refused with the nearest name. What the caller gives goes before the recipe, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ def read_recipe(recipe: str | Path | Mapping[str, Any] | None) -> Recipe:
         return Recipe()
     if isinstance(recipe, Mapping):
         return _build(recipe, "the recipe")
+    if not isinstance(recipe, str | Path):
+        raise SparsortError(
+            f"a recipe is a name ({', '.join(RECIPES)}), the path of a .toml file, or tables as it has them, not {recipe!r}."
+        )
     path = Path(recipe).expanduser()
     if str(recipe) in RECIPES:
         path = Path(__file__).with_name(f"{recipe}.toml")
@@ -81,13 +86,19 @@ def read_recipe(recipe: str | Path | Mapping[str, Any] | None) -> Recipe:
 
 
 def _build(found: Mapping[str, Any], where: str) -> Recipe:
+    if not found:
+        raise SparsortError(
+            f"{where} is empty, and would train like no recipe at all. Give it a table ([{'], ['.join(_TABLES)}]), or leave "
+            "the recipe out."
+        )
     for name, table in found.items():
         if name not in _TABLES:
             raise unknown_choice(f"table in {where}:", name, _TABLES)
         if not isinstance(table, Mapping):
             raise SparsortError(f"{where}: {name} is {table!r}; expected a table, [{name}], of settings.")
     train, curriculum = dict(found.get("train", {})), dict(found.get("curriculum", {}))
-    tables.build(TrainConfig, train, kind="[train] table", where=where)
+    with _named(where):
+        tables.build(TrainConfig, train, kind="[train] table", where=where)
     for name in curriculum:
         if name not in _CURRICULUM:
             raise unknown_choice(f"setting of [curriculum] in {where}:", name, _CURRICULUM)
@@ -109,5 +120,17 @@ def _sparse(found: Mapping[str, Any], where: str) -> SparseTraining | None:
         for name in given:
             if name not in known:
                 raise unknown_choice(f"setting of [{table}] in {where}:", name, known)
-    config = tables.build(SparseAttentionConfig, attention, kind="[attention] table", where=where)
-    return tables.build(SparseTraining, {"attention": config, **own, **schedule}, kind="recipe", where=where)
+    with _named(where):
+        config = tables.build(SparseAttentionConfig, attention, kind="[attention] table", where=where)
+        return tables.build(SparseTraining, {"attention": config, **own, **schedule}, kind="recipe", where=where)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors say which recipe has the mistake."""
+    try:
+        yield
+    except SparsortError as error:
+        if where in str(error):
+            raise
+        raise SparsortError(f"{where}: {error}") from error

@@ -100,26 +100,34 @@ class Run:
         from sparsort.recipes.train_loop import arguments
 
         args = arguments(self.checkpoints, self.config)
+        tokenizer = self._check_model()
         with train_folder.held(self.out) if args.should_save else contextlib.nullcontext():
             # The first process writes tokens and plan, and the others map them.
             with args.main_process_first(local=False):
-                prepared = self._prepare(args)
+                prepared = self._prepare(args, tokenizer)
             found = train_folder.result_of(self.out)
             if found is None:
                 return self._train(args, prepared)
             return {**found, **self._places(), "resumed": found["steps"]}
 
-    def _prepare(self, args: Any) -> Prepared:
-        from sparsort.recipes.train_text import Kept, tokenise
+    def _known(self) -> dict[str, Any]:
+        """What decides the losses, as far as it is known before the data is read."""
+        settings = {name: getattr(self.config, name) for name in IDENTITY}
+        return {"text": self.text, **settings, **identity(self.sparse)}
 
-        known = {"text": self.text, **{name: getattr(self.config, name) for name in IDENTITY}, **identity(self.sparse)}
-        # Before tokens are written into the folder of another run.
-        train_folder.compare(self.out, known)
+    def _check_model(self) -> Any:
+        """The model's tokenizer. It and the settings fit each other, and the folder: so far nothing was written into it."""
+        train_folder.compare(self.out, self._known())
         tokenizer = make_tokenizer(self.config.model)
         if self.sparse is None:
             refuse_to_drop(self.config.model)
         else:
             self.sparse.check(self.config.model)
+        return tokenizer
+
+    def _prepare(self, args: Any, tokenizer: Any) -> Prepared:
+        from sparsort.recipes.train_text import Kept, tokenise
+
         options: dict[str, Any] = {"max_length": self.config.max_length, "folder": self.out / "tokens"}
         out_of_data = _held_out(self.source.count(), self.eval_share, self.config.seed)
         rows = Kept(self.source, ~out_of_data)
@@ -137,7 +145,7 @@ class Run:
             )
         if self.config.online:
             _check_online(plan, steps)
-        asked = known | {
+        asked = self._known() | {
             "steps": steps,
             "curriculum": plan.settings.to_json(),
             "rows": tokens.digest,
@@ -172,7 +180,14 @@ class Run:
             blind = np.zeros(len(rows)) if self.scores is None else self.scores
             # Part of a plan only where they decide something, so that the same call in Python makes the same plan.
             lengths = tokens.lengths if CurriculumSettings.from_json(settings).needs_lengths else None
-            plan = plan_curriculum(blind, data=rows, groups=self.groups, lengths=lengths, **settings)
+            try:
+                plan = plan_curriculum(blind, data=rows, groups=self.groups, lengths=lengths, **settings)
+            except SparsortError as error:
+                if self.sparse is None or "stages do not fit" not in str(error):
+                    raise
+                raise SparsortError(
+                    f"{error} Unless you gave them, they are the recipe's: stages (--stages) goes before it."
+                ) from error
         size = plan.settings.batch_size
         per_device = config.per_device_batch or (_BATCH if size is None else max(1, size // share))
         if size is not None:

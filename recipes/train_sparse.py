@@ -1,11 +1,12 @@
 """Sparse attention in `sparsort train`: what is attached, what of it learns, when it is sparse, and what came of it.
 
 Contract: a model that cannot be made sparse is refused by its configuration alone, before anything is written. A checkpoint
-that has an index branch goes on with it. All of `identity` decides the losses of a run.
+that has an index branch goes on with it, and a recipe with another is refused. All of `identity` decides the losses of a run.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _LEARNED = ("index_branch", "seer", "nsa", "lm_trained")
 _BRANCH = ".index_branch."
+# What decides the weights of a branch; block_size those of "nsa" alone.
+_SHAPED = ("selector", "layers", "index_dim", "index_norm", "block_size")
 _LAST = 0.1  # share of a run's steps over which its measures are averaged
 _AVERAGED = ("lm_loss", "kl", "mass", "recall", "blocks", "dead", "gflops", "gflops_dense")
 
@@ -38,7 +41,8 @@ class SparseTraining:
         anneal_share: of the run's steps, behind the warm-up, in which it reaches the configured one.
 
     Raises:
-        SparsortError: shares that are none, or a frozen base beside a selector without weights.
+        SparsortError: shares that are none, a start that the budget cannot be, or a frozen base beside a selector without
+            weights.
     """
 
     attention: SparseAttentionConfig
@@ -61,10 +65,24 @@ class SparseTraining:
                 f"start={self.start!r} and anneal_share={self.anneal_share!r} belong together: the budget goes from start to the "
                 "configured one in that share of the run. Give both, or neither."
             )
+        self._check_start()
         if self.freeze_base and self.attention.selector not in _LEARNED:
             raise SparsortError(
                 f"freeze_base = true leaves nothing to train: the selector {self.attention.selector!r} has no weights. Choose "
                 f"one that has ({', '.join(_LEARNED)}), or leave freeze_base out."
+            )
+
+    def _check_start(self) -> None:
+        start, attention = self.start, self.attention
+        if start is None:
+            return
+        share = next((name for name in ("threshold", "top_p") if getattr(attention, name) is not None), None)
+        number = isinstance(start, int | float) and not isinstance(start, bool)
+        if share is None and not (number and 1 <= start < math.inf):
+            raise SparsortError(f"start={start!r} is no number of blocks; expected 1 or more.")
+        if share is not None and not (number and 0 < start <= 1):
+            raise SparsortError(
+                f"start={start!r} is no {share}, which the budget goes by; expected a share above 0 and at most 1."
             )
 
     def seeded(self, seed: int) -> SparseTraining:
@@ -72,32 +90,23 @@ class SparseTraining:
         return replace(self, attention=replace(self.attention, seed=self.attention.seed + seed))
 
     def schedule(self, steps: int) -> SparseSchedule:
-        """The shares as steps of a run; a share above 0 is one step at least.
-
-        Raises:
-            SparsortError: `start` is nothing that the budget can be.
-        """
+        """The shares as steps of a run; a share above 0 is one step at least."""
         from sparsort.attention.schedule import SparseSchedule
 
         warmup, anneal = (
             max(1, round(share * steps)) if share else 0 for share in (self.warmup_share, self.anneal_share)
         )
-        made = SparseSchedule(warmup_steps=warmup, start=self.start, anneal_steps=anneal)
-        made.budget(0, self.attention.budget())
-        return made
+        return SparseSchedule(warmup_steps=warmup, start=self.start, anneal_steps=anneal)
 
     def check(self, model: str) -> None:
         """Refuse a model, by its name, whose configuration this cannot be attached to.
 
         Raises:
-            SparsortError: it cannot; no such model; a schedule that does not fit; a frozen base that was never trained.
+            SparsortError: it cannot; no such model; a frozen base that was never trained; trained weights of another index
+                branch, which would be dropped.
         """
-        import torch
         from transformers import AutoModelForCausalLM
 
-        from sparsort.attention.attach import attach_index_branch
-
-        self.schedule(1)
         if self.freeze_base and model in PRESETS:
             raise SparsortError(
                 f"freeze_base = true trains a selector on a model that was trained before, and {model!r} starts from random "
@@ -111,8 +120,20 @@ class SparseTraining:
                 f"the model {model!r} drops out {dropout} of its attention weights in training, which block-sparse attention "
                 "does not do. Set attention_dropout to 0 in its config.json."
             )
-        with torch.device("meta"):
-            attach_index_branch(AutoModelForCausalLM.from_config(config), self.attention)
+        asked, there = self.attention, _learned_branch(config)
+        shapes = _branch_shapes(config, asked)
+        if there is None or (there.selector == asked.selector and _branch_shapes(config, there) == shapes):
+            return
+        differing = ", ".join(
+            f"{name} ({getattr(there, name)!r} there, {getattr(asked, name)!r} in the recipe)"
+            for name in _SHAPED
+            if getattr(there, name) != getattr(asked, name) and (name != "block_size" or asked.selector == "nsa")
+        )
+        raise SparsortError(
+            f"the model {model!r} has a trained index branch, which this recipe would drop: they differ in {differing}. Go on "
+            "with it by the recipe that it was trained by, or a .toml file with the same [attention]. To train another on its "
+            "dense weights, take sparse_attention out of the config.json of a copy of the model."
+        )
 
     def attach(self, model: Any, name: str, steps: int) -> SparseAttentionCallback:
         """Make a model sparse, in place, and freeze what does not learn.
@@ -205,12 +226,33 @@ def _has_branch(config: Any) -> bool:
     return isinstance(found, Mapping) and "selector" in found
 
 
+def _learned_branch(config: Any) -> SparseAttentionConfig | None:
+    """The sparse attention of a checkpoint, by its configuration, if it has trained weights of its own."""
+    if not _has_branch(config):
+        return None
+    found = SparseAttentionConfig.from_json(config.sparse_attention)
+    return found if found.selector in _LEARNED else None
+
+
+def _branch_shapes(config: Any, attention: SparseAttentionConfig) -> dict[str, tuple[int, ...]]:
+    """The weights that sparse attention adds to a model of this configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sparsort.attention.attach import attach_index_branch
+
+    with torch.device("meta"):
+        # A copy: what is attached writes into it.
+        model = attach_index_branch(AutoModelForCausalLM.from_config(copy.deepcopy(config)), attention)
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items() if _BRANCH in name}
+
+
 def _trained_branch(model: str, attention: SparseAttentionConfig) -> dict[str, Any]:
-    """The weights of the index branch that a checkpoint has; none of a dense one."""
+    """The weights of the index branch that a checkpoint has; none of a dense one, or of a selector without weights."""
     if model in PRESETS:
         return {}
     config = _configuration(model)
-    if not _has_branch(config):
+    if _learned_branch(config) is None:
         return {}
     import torch
 

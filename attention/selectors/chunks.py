@@ -89,7 +89,9 @@ def keys_of(keys: Tensor, span: Span) -> Tensor:
 
 
 def in_blocks(values: Tensor, block_size: int, fill: float) -> Tensor:
-    """(…, m, width) as (…, N, W, width), the last block filled up."""
+    """(…, m, width) as (…, N, W, width), the last block filled up; one shorter block where m < W."""
+    # What is held goes by the tokens there are, however large a block may be.
+    block_size = min(block_size, max(values.shape[-2], 1))
     missing = -values.shape[-2] % block_size
     values = torch.nn.functional.pad(values, (0, 0, 0, missing), value=fill)
     return values.reshape(*values.shape[:-2], -1, block_size, values.shape[-1])
@@ -114,7 +116,7 @@ def pool_own(values: Tensor, span: Span, block_size: int, how: Pool) -> Tensor:
     start = (span.keys - span.queries) // block_size * block_size
     found = in_blocks(values[..., start:, :], block_size, 0.0)
     if how == "mean":
-        sizes = torch.arange(1, block_size + 1, dtype=values.dtype, device=values.device)
+        sizes = torch.arange(1, found.shape[-2] + 1, dtype=values.dtype, device=values.device)
         found = found.cumsum(-2) / sizes[:, None]
     else:
         found = (found.cummax(-2) if how == "max" else found.cummin(-2)).values

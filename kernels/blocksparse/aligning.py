@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsort.kernels.blocksparse import short
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 from sparsort.kernels.blocksparse.tiles import (
@@ -54,6 +55,19 @@ def align_forward(
         Rows (B, G, T), 0 for padding and for tokens that see nothing, and the gradients of index_query and index_key in their
         dtypes, or None.
     """
+    if short.attends_short(selection, layout, query.shape[1]):
+        return short.align_forward(
+            query,
+            key,
+            index_query,
+            index_key,
+            selection,
+            layout,
+            scale=scale,
+            index_scale=index_scale,
+            lse=lse,
+            gradients=gradients,
+        )
     groups, heads = key.shape[1], query.shape[1] // key.shape[1]
     size = selection.block_size
     dtype = torch.promote_types(working_dtype(query.dtype), working_dtype(index_query.dtype))

@@ -3,7 +3,8 @@
 Contract: see `attend_forward` and `attend_backward`; autograd and argument checks are in `ops.py`, the equations in
 `reference.py`. Work goes key block by key block inside chunks of queries (`tiles.py`): the queries that chose a block are
 gathered and multiplied with it, so every product is dense and nothing outside the selection is touched. A few queries against
-many keys (decoding) gather their keys instead. Logits, sums and gradients are float32 (float64 for float64).
+many keys (decoding) gather their keys instead, and short sequences take the dense map (`short.py`), where that is cheaper and
+fits. Logits, sums and gradients are float32 (float64 for float64).
 
 Source: MSA (arXiv 2606.13392), keys-outer over the reverse index; the backward pass recomputes P from the log-sum-exp as in
 FlashAttention-2 (arXiv 2307.08691, algorithm 2).
@@ -16,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsort.kernels.blocksparse import short
 from sparsort.kernels.blocksparse.layout import Layout, Span
 from sparsort.kernels.blocksparse.selection import Selection
 from sparsort.kernels.blocksparse.tiles import (
@@ -59,6 +61,8 @@ def attend_forward(
         Output (B, H, T, D) in the query's dtype and log-sum-exp (B, H, T); 0 and −∞ where a query sees nothing.
     """
     batch, heads, columns, width = query.shape
+    if short.attends_short(selection, layout, heads):
+        return short.attend_forward(query, key, value, selection, layout, scale=scale, bias=bias)
     groups = key.shape[1]
     dtype = working_dtype(query.dtype)
     # Tokens before heads: what a chunk makes lies together, and the layer's next step wants it so.
@@ -109,6 +113,9 @@ def attend_backward(
         Gradients of query, key, value and, where there is one, of bias, each in its dtype; 0 for padding.
     """
     batch, heads, columns, width = query.shape
+    if short.attends_short(selection, layout, heads):
+        given = (grad_output, query, key, value, output, lse)
+        return short.attend_backward(*given, selection, layout, scale=scale, bias=bias)
     groups, group_heads = key.shape[1], heads // key.shape[1]
     dtype = working_dtype(query.dtype)
     size = selection.block_size

@@ -69,6 +69,19 @@ class TopPBudget:
 Budget: TypeAlias = FixedBudget | ThresholdBudget | TopPBudget
 
 
+def check_budget(given: object) -> Budget:
+    """`given`, if it is a budget.
+
+    Raises:
+        SparsortError: it is something else.
+    """
+    if not isinstance(given, Budget):
+        raise SparsortError(
+            f"the budget is {given!r}; expected FixedBudget, ThresholdBudget or TopPBudget, such as FixedBudget(blocks=16)."
+        )
+    return given
+
+
 def choose(scores: Tensor, own: Tensor, budget: Budget) -> Tensor:
     """The blocks of each query.
 

@@ -17,12 +17,26 @@ from sparsort.kernels.blocksparse.selection import Selection
 from sparsort.kernels.sparsity.contract import FLOAT_DTYPES
 
 
+def check_layout(layout: Layout) -> None:
+    """A `Layout`.
+
+    Raises:
+        SparsortError: it is something else.
+    """
+    if not isinstance(layout, Layout):
+        raise SparsortError(
+            f"layout must be a Layout, got {type(layout).__name__}; make one by Layout.plain(batch, queries), from_padding, "
+            "packed or from_lengths."
+        )
+
+
 def check_heads(query: Tensor, key: Tensor, layout: Layout, value: Tensor | None = None) -> None:
     """`query` (B, H, T, D), `key` and `value` (B, G, S, D), of one dtype on one device, and G divides H.
 
     Raises:
         SparsortError: they are not.
     """
+    check_layout(layout)
     check_tensor("query", query, (layout.batch, None, layout.queries, None))
     heads, width = query.shape[1], query.shape[3]
     check_tensor("key", key, (layout.batch, None, layout.keys, width), like=("query", query))
@@ -34,6 +48,7 @@ def check_heads(query: Tensor, key: Tensor, layout: Layout, value: Tensor | None
             f"{heads} query heads cannot be divided into {groups} groups, one for each key/value head; expected the heads to be "
             "a multiple of the groups."
         )
+    _check_width("query", width)
 
 
 def check_index(
@@ -44,10 +59,14 @@ def check_index(
     Raises:
         SparsortError: they are not.
     """
+    check_layout(layout)
     like = None if query is None else ("query", query)
     check_tensor("index_query", index_query, (layout.batch, groups, layout.queries, None), like=like)
     width = index_query.shape[3]
     check_tensor("index_key", index_key, (layout.batch, layout.keys, width), like=("index_query", index_query))
+    if index_query.shape[1] == 0:
+        raise SparsortError("index_query has no groups; expected one for each key/value head.")
+    _check_width("index_query", width)
 
 
 def check_selection(selection: Selection, query: Tensor, key: Tensor, layout: Layout) -> None:
@@ -56,6 +75,11 @@ def check_selection(selection: Selection, query: Tensor, key: Tensor, layout: La
     Raises:
         SparsortError: it is not.
     """
+    if not isinstance(selection, Selection):
+        raise SparsortError(
+            f"selection must be a Selection, got {type(selection).__name__}; index_select makes one, and "
+            "Selection(blocks=…, block_size=…) holds blocks that were chosen otherwise."
+        )
     found, expected = tuple(selection.blocks.shape[:3]), (layout.batch, key.shape[1], layout.queries)
     if found != expected:
         raise SparsortError(
@@ -110,3 +134,8 @@ def check_tensor(
         raise SparsortError(
             f"{name} is {tensor.dtype} and {other_name} is {other.dtype}; cast them to one dtype, or run under torch.autocast."
         )
+
+
+def _check_width(name: str, width: int) -> None:
+    if width == 0:
+        raise SparsortError(f"{name} is of width 0; expected 1 or more, as nothing could be compared.")

@@ -11,6 +11,7 @@ Legend: B batch, T query columns, S key columns, n sequences.
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,7 +150,15 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Sequence[int]], columns: int | None = None) -> Layout:
-        """Sequences of these lengths, row by row, each right after the one before it; T is `columns`, or the longest row."""
+        """Sequences of these lengths, row by row, each right after the one before it; T is `columns`, or the longest row.
+
+        Raises:
+            SparsortError: lengths that are not a list of whole numbers for each row.
+        """
+        if not isinstance(lengths, Sequence) or not all(_is_lengths(sizes) for sizes in lengths):
+            raise SparsortError(
+                f"lengths are {lengths!r}; expected for each row the lengths of its sequences, such as [[3, 4], [7]]."
+            )
         spans = []
         for row, sizes in enumerate(lengths):
             start = 0
@@ -205,3 +214,7 @@ class Layout:
             with torch.inference_mode(False):
                 self._tables[key] = make().to(device)
         return self._tables[key]
+
+
+def _is_lengths(sizes: object) -> bool:
+    return isinstance(sizes, Sequence) and all(isinstance(size, numbers.Integral) and int(size) >= 0 for size in sizes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -23,10 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import blocksparse_implementation
-from sparsort.kernels.blocksparse.budgets import Budget
+from sparsort.kernels.blocksparse.budgets import Budget, check_budget
 from sparsort.kernels.blocksparse.contract import check_heads, check_index, check_selection, check_tensor
 from sparsort.kernels.blocksparse.layout import Layout
-from sparsort.kernels.blocksparse.selection import Selection
+from sparsort.kernels.blocksparse.selection import Selection, check_block_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,6 +59,8 @@ def index_select(
 ) -> Selection:
     """The blocks of every query by its index scores: max-pooled over a block's visible keys, the local block forced.
 
+    A score of a real token that is no finite number counts as the lowest here. `align` makes no such allowance.
+
     Args:
         index_query: (B, G, T, I).
         index_key: (B, S, I).
@@ -70,12 +73,12 @@ def index_select(
         Selection with K = min(budget's slots, blocks of the longest sequence). No gradient.
 
     Raises:
-        SparsortError: tensors that do not fit each other or the layout.
+        SparsortError: tensors that do not fit each other or the layout, or a block size, budget or scale that is none.
     """
     index_query, index_key = _autocast(index_query, index_key)
     check_index(index_query, index_key, layout)
-    if block_size < 1:
-        raise SparsortError(f"block_size is {block_size}; expected 1 or more.")
+    check_block_size(block_size)
+    check_budget(budget)
     scale = _scale(scale, index_query)
     with torch.no_grad(), _full_precision(index_query):
         run = _functions(index_query)
@@ -101,7 +104,7 @@ def attend(
         selection: blocks (B, G, T, K).
         layout: the sequences.
         scale: of the logits; 1/√D unless given.
-        bias: (B, G, T, K), added to the logits of the keys of a slot, with a gradient.
+        bias: (B, G, T, K), added to the logits of the keys of a slot, with a gradient; −∞ hides the slot.
 
     Returns:
         Output (B, H, T, D) in the query's dtype, and log-sum-exp (B, H, T), float32 (float64 for float64), which carries no
@@ -136,7 +139,8 @@ def align(
     """The alignment loss: mean over tokens and groups of KL(P ‖ student) over the visible keys of the selection.
 
     P is the mean over a group's heads of their attention probabilities, and the student the softmax of the index scores. The
-    gradient reaches `index_query` and `index_key` only; it is made in the forward pass, ∂/∂S = student − P.
+    gradient reaches `index_query` and `index_key` only; it is made in the forward pass, ∂/∂S = student − P. An index score of
+    a real token that is no finite number is an error of the model, and gives a loss and gradients that are none either.
 
     Args:
         query: (B, H, T, D).
@@ -284,8 +288,12 @@ def _triton_functions() -> Functions:
     return Functions(index_select_triton, attend_forward_triton, attend_backward_triton, align_forward_triton)
 
 
-def _scale(given: float | None, tensor: Tensor) -> float:
-    return 1 / math.sqrt(max(tensor.shape[-1], 1)) if given is None else float(given)
+def _scale(given: object, tensor: Tensor) -> float:
+    if given is None:
+        return 1 / math.sqrt(tensor.shape[-1])
+    if isinstance(given, bool) or not isinstance(given, numbers.Real) or not math.isfinite(given):
+        raise SparsortError(f"the scale is {given!r}; expected a finite number, or None for 1/√width.")
+    return float(given)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -295,7 +303,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrowed = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(tensor.to(dtype) if tensor.dtype in narrowed else tensor for tensor in tensors)
+    # What is no tensor is refused later, by name.
+    return tuple(
+        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in narrowed else tensor for tensor in tensors
+    )
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:

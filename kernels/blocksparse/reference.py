@@ -121,7 +121,7 @@ def attend_ref(
         key, value: (B, G, S, D).
         selection, layout: which keys a query attends to.
         scale: of the logits.
-        bias: (B, G, T, K), added to the logits of the keys of a slot.
+        bias: (B, G, T, K), added to the logits of the keys of a slot; −∞ hides the slot.
 
     Returns:
         Output (B, H, T, D) in the query's dtype and log-sum-exp (B, H, T) without gradient; 0 and −∞ for a query that sees
@@ -177,7 +177,7 @@ def align_ref(
 def _logits(
     query: Tensor, key: Tensor, selection: Selection, layout: Layout, *, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (B, G, R, T, S), finite everywhere, and the support (B, G, 1, T, S)."""
+    """Logits (B, G, R, T, S), finite but where a bias is not, and the support (B, G, 1, T, S) without what a bias hides."""
     B, H, T, D = query.shape
     G = key.shape[1]
     padding = layout.span_of_query(query.device) < 0
@@ -188,7 +188,9 @@ def _logits(
         bias = _wide(bias).masked_fill(selection.blocks < 0, 0.0).masked_fill(padding[:, None, :, None], 0.0)
         # No slot at all leaves nothing to gather from.
         if bias.shape[-1]:
-            logits = logits + bias.gather(-1, slot)[:, :, None]
+            of_key = bias.gather(-1, slot)
+            logits = logits + of_key[:, :, None]
+            attended = attended & (of_key != -torch.inf)
     return logits, attended[:, :, None]
 
 

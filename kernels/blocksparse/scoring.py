@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsort.kernels.blocksparse import short
 from sparsort.kernels.blocksparse.budgets import Budget, choose
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
@@ -37,6 +38,8 @@ def index_select(
         Blocks (B, G, T, K) with K = min(budget's slots, blocks of the longest sequence).
     """
     batch, groups, columns, _ = index_query.shape
+    if short.scores_short(layout, groups, block_size):
+        return short.index_select(index_query, index_key, layout, budget, block_size=block_size, scale=scale)
     slots = min(budget.slots, layout.blocks(block_size))
     blocks = torch.full((batch, groups, columns, slots), -1, dtype=torch.int32, device=index_query.device)
     dtype = working_dtype(index_query.dtype)

@@ -17,6 +17,21 @@ from torch import Tensor
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout
 
+# Keys are padded to a whole block: far above any sequence this would be memory for nothing.
+LARGEST_BLOCK = 2**20
+
+
+def check_block_size(given: object) -> None:
+    """A whole number from 1 to `LARGEST_BLOCK`.
+
+    Raises:
+        SparsortError: it is none.
+    """
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= LARGEST_BLOCK:
+        raise SparsortError(
+            f"block_size is {given!r}; expected a whole number of keys from 1 to {LARGEST_BLOCK}, such as 128."
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
@@ -27,21 +42,21 @@ class Selection:
         block_size: keys of a block.
 
     Raises:
-        SparsortError: another dtype or shape, or a block size below 1.
+        SparsortError: another dtype or shape, or a block size that is none (`check_block_size`).
     """
 
     blocks: Tensor
     block_size: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Tensor):
+            raise SparsortError(f"selected blocks must be a torch tensor, got {type(self.blocks).__name__}.")
         if self.blocks.ndim != 4 or self.blocks.dtype != torch.int32:
             raise SparsortError(
                 f"selected blocks are {self.blocks.dtype} of shape {tuple(self.blocks.shape)}; expected int32 of shape "
                 "(batch, groups, queries, slots)."
             )
-        size = self.block_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise SparsortError(f"block_size is {size!r}; expected a whole number of 1 or more.")
+        check_block_size(self.block_size)
 
     @property
     def counts(self) -> Tensor:
@@ -74,6 +89,7 @@ class Selection:
 
 def every_block(layout: Layout, groups: int, block_size: int, device: torch.device | str = "cpu") -> Selection:
     """Every block that a query can see, at least in part: full causal attention. K is the longest sequence's blocks."""
+    check_block_size(block_size)
     own = torch.div(layout.position(device), block_size, rounding_mode="floor")
     numbers = torch.arange(layout.blocks(block_size), dtype=torch.int32, device=device)
     blocks = torch.where(numbers <= own[..., None], numbers, -1)

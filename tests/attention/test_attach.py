@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sparsort
 from sparsort.attention.attach import attach_index_branch, detach
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors.chunks import in_blocks
 from sparsort.attention.selectors.interface import Selector
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget
@@ -262,6 +263,12 @@ def test_settings_between_steps(sparse: Make) -> None:
     assert (state.mode, state.budget, state.alignment_weight) == ("sparse", FixedBudget(blocks=3), 1.0)
     with pytest.raises(SparsortError, match=r"unknown mode of sparse attention 'ful'.*Did you mean 'full'"):
         state.mode = "ful"
+    with pytest.raises(SparsortError, match=r"budget is 4; expected a FixedBudget"):
+        state.budget = 4
+    for wrong in ("1", None, float("nan"), -1):
+        with pytest.raises(SparsortError, match=f"alignment_weight is {wrong!r}|alignment_weight is {wrong}"):
+            state.alignment_weight = wrong
+    assert (state.budget, state.alignment_weight) == (FixedBudget(blocks=3), 1.0)
 
 
 def test_public_names() -> None:
@@ -270,7 +277,69 @@ def test_public_names() -> None:
     assert sparsort.load_sparse.__module__ == "sparsort.attention.loading"
 
 
+def test_a_table_is_a_configuration(dense: Make) -> None:
+    model = attach_index_branch(dense(), {"selector": "moba", "block_size": 4}, blocks=3)
+    expected = SparseAttentionConfig(selector="moba", block_size=4, blocks=3)
+    assert model.sparse_attention.config == expected
+    for wrong in ("moba", SparseAttentionConfig, 3):
+        with pytest.raises(SparsortError, match="read from a table"):
+            attach_index_branch(dense(), wrong)
+
+
+def test_models_made_with_one_configuration_are_apart(dense: Make) -> None:
+    one = dense()
+    with torch.random.fork_rng(devices=[]):
+        other = type(one)(one.config)
+    attach_index_branch(one, block_size=4)
+    assert one.config._attn_implementation == one.model.config._attn_implementation == "sparsort"
+    assert other.config._attn_implementation == "sdpa"
+    assert not hasattr(other.config, "sparse_attention")
+
+
+def test_a_derived_class(dense: Make, tokens: Make) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Mine(LlamaForCausalLM):  # type: ignore[misc]
+        pass
+
+    model, ids = dense(), tokens(1, 19)
+    with torch.random.fork_rng(devices=[]):
+        mine = Mine(model.config).eval()
+    mine.load_state_dict(model.state_dict())
+    attach_index_branch(mine, block_size=4, blocks=EVERY)
+    torch.testing.assert_close(_logits(mine, ids), _logits(model, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_larger_than_the_sequence(dense: Make, tokens: Make) -> None:
+    """A sequence is one block; what is held goes by its tokens."""
+    ids = tokens(1, 9)
+    assert in_blocks(torch.ones(2, 9, 3), 2**20, 0.0).shape == (2, 1, 9, 3)
+    for selector in ("moba", "seer", "oracle"):
+        model = attach_index_branch(dense(), selector=selector, block_size=2**20)
+        torch.testing.assert_close(_logits(model, ids), _logits(dense(), ids), atol=1e-5, rtol=1e-5)
+
+
 # What it refuses
+
+
+def test_a_wrapper_is_refused(dense: Make) -> None:
+    class PeftModelForCausalLM(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.base_model, self.config = model, model.config
+
+    with pytest.raises(SparsortError, match=r"PeftModelForCausalLM wraps a model.*before it is wrapped"):
+        attach_index_branch(PeftModelForCausalLM(dense()))  # type: ignore[arg-type]
+
+
+def test_another_attention_implementation_is_refused(sparse: Make, tokens: Make) -> None:
+    model, ids = sparse(), tokens(1, 19)
+    before = _logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(SparsortError, match=r"set to 'sdpa'.*set_attn_implementation\('sparsort'\)"):
+        model(ids)
+    model.set_attn_implementation("sparsort")
+    assert torch.equal(_logits(model, ids), before)
 
 
 def test_settings_that_are_wrong(dense: Make) -> None:

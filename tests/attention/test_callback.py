@@ -308,6 +308,14 @@ def test_a_schedule_or_a_model_that_does_not_fit_is_refused_before_the_first_ste
         trainer(dense(), SparseAttentionCallback()).train()
 
 
+def test_what_is_no_schedule_or_sample_is_refused() -> None:
+    with pytest.raises(SparsortError, match="schedule is 3; expected a SparseSchedule"):
+        SparseAttentionCallback(3)  # type: ignore[arg-type]
+    for sample in (0, -1):
+        with pytest.raises(SparsortError, match=f"sample is {sample}"):
+            SparseAttentionCallback(sample=sample)
+
+
 def test_wrappers_are_looked_through(sparse: Callable[..., Any], dense: Callable[..., Any]) -> None:
     class Parallel(nn.Module):
         def __init__(self, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsort.attention.carrying import Carrier
+from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.reference import align_ref
 
 Make = Callable[..., Any]
@@ -225,6 +226,37 @@ def test_a_loss_computed_outside(model: Any, tokens: Make) -> None:
     with pytest.warns(UserWarning, match="did not go through the model's own loss.*add_alignment") as caught:
         loss.backward()
     assert len(caught) == 1
+    _same(_taken(model), expected)
+
+
+def test_alignment_is_added_once(model: Any, tokens: Make) -> None:
+    batch = _batch(tokens)
+    state = model.sparse_attention
+    loss = model(**batch).loss
+    lm = state.lm_loss
+    for again in (loss, loss + 1):
+        with pytest.raises(SparsortError, match="added to its loss already"):
+            state.add_alignment(again)
+    assert state.lm_loss is lm
+    model.eval()(**batch)
+    with pytest.warns(UserWarning, match="no alignment losses to add"):
+        state.add_alignment(loss)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_backward_pass_of_something_else(reentrant: Any, model: Any, tokens: Make) -> None:
+    """After that of the total it adds nothing, and the total may go again."""
+    batch = _batch(tokens)
+    lm, kl = _kl(model, **batch)
+    expected = _gradients(model, lm + WEIGHT * kl)
+    if reentrant is not None:
+        _checkpoint(model, reentrant)
+    outputs = model(**batch, use_cache=False)
+    outputs.loss.backward(retain_graph=True)
+    _same(_taken(model), expected)
+    (outputs.logits.sum() * 0).backward(retain_graph=True)
+    assert not any(grad.any() for grad in _taken(model).values())
+    outputs.loss.backward()
     _same(_taken(model), expected)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sparsort.attention.config import SELECTORS, SparseAttentionConfig
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
+from sparsort.kernels.blocksparse.selection import check_block_size
 
 _BUDGETS = st.one_of(
     st.just({}),
@@ -74,6 +76,8 @@ def test_the_budget(fields: dict[str, Any], budget: object) -> None:
         ({"block_size": 0}, "block_size is 0"),
         ({"block_size": 1.5}, "block_size is 1.5"),
         ({"block_size": True}, "block_size is True"),
+        ({"block_size": 2**70}, "expected 1048576 at most"),
+        ({"blocks": 2**70}, "expected 2147483647 at most"),
         ({"blocks": 0}, "blocks is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"threshold": 0.1, "top_p": 0.9}, "not by both"),
@@ -85,6 +89,8 @@ def test_the_budget(fields: dict[str, Any], budget: object) -> None:
         ({"index_dim": 0}, "index_dim is 0"),
         ({"index_dim": 33}, "such as 34"),
         ({"index_norm": "yes"}, "index_norm is 'yes'"),
+        ({"index_norm": np.array([1, 0])}, "index_norm is array"),
+        ({"index_norm": 1}, "index_norm is 1"),
         ({"alignment_weight": -0.1}, "alignment_weight is -0.1"),
         ({"alignment_weight": math.inf}, "alignment_weight is inf"),
         ({"alignment_weight": math.nan}, "alignment_weight is nan"),
@@ -102,6 +108,13 @@ def test_what_is_refused(values: dict[str, Any], message: str) -> None:
         SparseAttentionConfig.from_json(values)
 
 
+def test_the_largest_block_is_that_of_the_kernels() -> None:
+    largest = SparseAttentionConfig(block_size=2**20).block_size
+    check_block_size(largest)
+    with pytest.raises(SparsortError):
+        check_block_size(largest + 1)
+
+
 def test_only_a_table_is_read() -> None:
     with pytest.raises(SparsortError, match="from a table"):
         SparseAttentionConfig.from_json("moba")  # type: ignore[arg-type]
@@ -111,3 +124,10 @@ def test_reading_a_configuration_loads_no_torch() -> None:
     script = "import sys, sparsort.attention.config as c; c.SparseAttentionConfig(); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_numbers_of_numpy_are_kept_as_pythons() -> None:
+    given = {"block_size": np.int64(16), "layers": np.array([0, 2]), "top_p": np.float32(0.5), "seed": np.int32(3)}
+    config = SparseAttentionConfig.from_json(given)
+    assert config == SparseAttentionConfig(block_size=16, layers=(0, 2), top_p=0.5, seed=3)
+    assert SparseAttentionConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

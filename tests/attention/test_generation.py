@@ -184,6 +184,30 @@ def test_a_cache_filled_without_index_keys(sparse: Make, dense: Make, tokens: Ma
             model(ids[:, 5:], past_key_values=filled)
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_a_cache_with_index_keys_of_another_make(static: bool, sparse: Make, dense: Make, tokens: Make) -> None:
+    from sparsort.attention.attach import attach_index_branch, detach
+
+    def filled(model: Any) -> Any:
+        cache = StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache()
+        with torch.no_grad():
+            model(ids[:, :5], past_key_values=cache)
+        return cache
+
+    ids = tokens(1, 9)
+    for changes, maker in [({"index_dim": 16}, "IndexBranch of width 16"), ({"selector": "lm_trained"}, "LMTrained")]:
+        with pytest.raises(SparsortError, match=f"layer 0 of the cache holds index keys of {maker}"):
+            sparse()(ids[:, 5:], past_key_values=filled(sparse(**changes)))
+    model = sparse()
+    cache = filled(model)
+    detach(model)
+    with torch.no_grad():
+        model(ids[:, 5:7], past_key_values=cache)
+    attach_index_branch(model, block_size=4, index_dim=8)
+    with pytest.raises(SparsortError, match="layer 0 of the cache holds 7 tokens and index keys of 5"):
+        model(ids[:, 7:], past_key_values=cache)
+
+
 def test_caches_that_cannot_hold_index_keys(sparse: Make, tokens: Make) -> None:
     class Other(DynamicLayer):
         pass

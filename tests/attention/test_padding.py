@@ -140,6 +140,12 @@ def test_masks_that_are_refused(sparse: Make, tokens: Make) -> None:
         model(ids, attention_mask=hole)
     with pytest.raises(SparsortError, match="covers 5 tokens; expected 9"):
         model(ids, attention_mask=torch.ones(2, 5), past_key_values=_cache())
+    for size in [(9,), (3, 9), (1, 9), (2, 1, 9)]:
+        with pytest.raises(SparsortError, match=r"attention mask has shape .*; expected \(2, tokens"):
+            model(ids, attention_mask=torch.ones(size))
+    for size in [(9,), (2, 8), (3, 9), (1, 2, 9)]:
+        with pytest.raises(SparsortError, match=r"position_ids have shape .*; expected \(2, 9\)"):
+            model(ids, position_ids=torch.zeros(size, dtype=torch.long))
 
 
 def _cache() -> Any:

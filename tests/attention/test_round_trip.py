@@ -166,6 +166,19 @@ def test_weights_without_the_index_branch(sparse: Make, tmp_path: Path) -> None:
         load_sparse(tmp_path / "part")
 
 
+@pytest.mark.parametrize("changes", [{"selector": "moba"}, {"layers": [0]}, {"index_norm": False}])
+def test_weights_that_would_be_dropped(changes: dict[str, Any], sparse: Make, tmp_path: Path) -> None:
+    sparse("llama").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.sparse_attention = {**config.sparse_attention, **changes}
+    with pytest.raises(SparsortError, match=r"weights of an index branch, such as .*saved with") as caught:
+        load_sparse(tmp_path, config=config)
+    assert f"{next(iter(changes))}=" in str(caught.value)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(SparsortError, match=r"weights of an index branch, such as"):
+        load_sparse(tmp_path)
+
+
 def test_settings_that_cannot_be_read(sparse: Make, tmp_path: Path) -> None:
     sparse("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsort.kernels.blocksparse import blockwise, ops, scoring, tiles
+from sparsort.kernels.blocksparse import blockwise, ops, places, scoring, short, tiles
 from sparsort.kernels.blocksparse.aligning import align_forward
 from sparsort.kernels.blocksparse.blockwise import attend_backward, attend_forward
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget, TopPBudget
@@ -42,8 +42,9 @@ LAYOUTS = {
 }
 # Heads of a group, groups, width, index width, block size.
 SHAPES = [(1, 2, 4, 4, 5), (3, 1, 32, 8, 16), (8, 2, 16, 4, 4), (2, 2, 8, 3, 1), (4, 1, 4, 4, 128)]
-# Bounds of a chunk's logits: every query by itself, a few blocks, and all at once.
+# Bounds of a chunk's logits: every query by itself, a few blocks, and all at once; and as many columns on the dense map.
 CHUNKS = [1, 700, 1 << 22]
+COLUMNS = {1: 1, 700: 8, 1 << 22: 64}
 
 
 @dataclass
@@ -143,14 +144,16 @@ def assert_close(found: tuple[Tensor | None, ...], expected: tuple[Tensor, ...],
 
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set the size of chunks, and whether queries gather their keys (None: as it comes)."""
+    """Set the size of chunks, and the way: block by block, gathering each query's keys, or on the dense map."""
 
-    def set_to(elements: int, gather: bool | None = None) -> None:
+    def set_to(elements: int, way: Literal["blocks", "gather", "short"]) -> None:
         monkeypatch.setattr(tiles, "CHUNK_ELEMENTS", elements)
         monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", elements)
         monkeypatch.setattr(blockwise, "_GATHER_ELEMENTS", elements)
-        if gather is not None:
-            monkeypatch.setattr(blockwise, "_is_few", lambda *_: gather)
+        monkeypatch.setattr(places, "COLUMNS", COLUMNS.get(elements, 16))
+        for name in ("attends_short", "scores_short"):
+            monkeypatch.setattr(short, name, lambda *_: way == "short")
+        monkeypatch.setattr(blockwise, "_is_few", lambda *_: way == "gather")
 
     return set_to
 
@@ -164,9 +167,10 @@ def test_attention_and_its_gradients_are_the_reference(
         for kind, bias in (("random", False), ("random", True), ("every", False)):
             case = make(layout, shape, kind=kind, bias=bias, seed=seed)
             expected = case.attend_ref()
-            force(elements, gather=False)
-            assert_close(case.attend(), expected, 1e-10)
-            force(elements, gather=True)
+            for way in ("blocks", "short"):
+                force(elements, way)
+                assert_close(case.attend(), expected, 1e-10)
+            force(elements, "gather")
             assert_close(case.attend_forward(), expected[:2], 1e-10)
 
 
@@ -175,16 +179,17 @@ def test_attention_and_its_gradients_are_the_reference(
 def test_alignment_and_its_gradients_are_the_reference(
     layout: Layout, elements: int, force: Callable[..., None]
 ) -> None:
-    force(elements)
     for seed, shape in enumerate(SHAPES):
         for kind in ("random", "every"):
             case = make(layout, shape, kind=kind, seed=seed)
             expected = case.align_ref()
-            assert_close(case.align(None), expected, 1e-10)
-            assert_close(case.align(case.attend()[1]), expected, 1e-10)
-            rows, *gradients = case.align(None, gradients=False)
-            assert gradients == [None, None]
-            assert_close((rows,), expected[:1], 1e-10)
+            for way in ("blocks", "short"):
+                force(elements, way)
+                assert_close(case.align(None), expected, 1e-10)
+                assert_close(case.align(case.attend_forward()[1]), expected, 1e-10)
+                rows, *gradients = case.align(None, gradients=False)
+                assert gradients == [None, None]
+                assert_close((rows,), expected[:1], 1e-10)
 
 
 @pytest.mark.parametrize("elements", CHUNKS)
@@ -197,7 +202,6 @@ def test_alignment_and_its_gradients_are_the_reference(
 def test_the_selection_is_the_reference(
     layout: Layout, budget: Budget, elements: int, force: Callable[..., None]
 ) -> None:
-    force(elements)
     for seed, shape in enumerate(SHAPES):
         case = make(layout, shape, seed=seed)
         # Rounded, scores tie and are exact in float32 too; some are no numbers.
@@ -205,16 +209,18 @@ def test_the_selection_is_the_reference(
         odd = case.index_key.clone()
         odd[:, ::7, 0], odd[:, 3::11, 0] = torch.nan, torch.inf
         for inputs in ((case.index_query, case.index_key), rounded, (case.index_query, odd)):
-            found = index_select(*inputs, layout, budget, block_size=shape[-1], scale=0.5)
-            found.check(layout)
             expected = index_select_ref(*inputs, layout, budget, block_size=shape[-1], scale=0.5)
-            torch.testing.assert_close(found.blocks, expected.blocks, rtol=0, atol=0)
+            for way in ("blocks", "short"):
+                force(elements, way)
+                found = index_select(*inputs, layout, budget, block_size=shape[-1], scale=0.5)
+                found.check(layout)
+                torch.testing.assert_close(found.blocks, expected.blocks, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("gather", [True, False])
-def test_narrower_dtypes(dtype: torch.dtype, tolerance: float, gather: bool, force: Callable[..., None]) -> None:
-    force(1 << 14, gather)
+@pytest.mark.parametrize("way", ["blocks", "gather", "short"])
+def test_narrower_dtypes(dtype: torch.dtype, tolerance: float, way: str, force: Callable[..., None]) -> None:
+    force(1 << 14, way)
     for seed, kind in enumerate(("random", "every")):
         case = make(Layout.from_lengths([[90, 30], [101]]), (4, 2, 32, 16, 16), kind=kind, dtype=dtype, seed=seed)
         found = case.attend()
@@ -226,8 +232,8 @@ def test_narrower_dtypes(dtype: torch.dtype, tolerance: float, gather: bool, for
 
 
 def test_large_logits_neither_overflow_nor_vanish(force: Callable[..., None]) -> None:
-    for gather in (True, False):
-        force(1 << 12, gather)
+    for way in ("blocks", "gather", "short"):
+        force(1 << 12, way)
         case = make(Layout.plain(1, 60), (2, 1, 8, 4, 8))
         case.query *= 300
         case.index_query *= 300
@@ -273,9 +279,9 @@ def test_no_slots_at_all() -> None:
         assert not any(tensor.any() for tensor in (output, *gradients))
 
 
-@pytest.mark.parametrize("gather", [True, False])
-def test_blocks_that_nobody_chose_are_not_read(gather: bool, force: Callable[..., None]) -> None:
-    force(1 << 12, gather)
+@pytest.mark.parametrize("way", ["blocks", "gather"])
+def test_blocks_that_nobody_chose_are_not_read(way: str, force: Callable[..., None]) -> None:
+    force(1 << 12, way)
     layout = Layout.plain(1, 20, 60)
     case = make(layout, (2, 1, 8, 4, 4))
     unchosen = torch.tensor([number not in (0, 3, 9) for number in range(15)])
@@ -286,14 +292,17 @@ def test_blocks_that_nobody_chose_are_not_read(gather: bool, force: Callable[...
     assert_close(case.attend(), expected, 1e-10)
 
 
-def test_twice_the_same_to_the_bit() -> None:
+@pytest.mark.parametrize("way", ["blocks", "short"])
+def test_twice_the_same_to_the_bit(way: str, force: Callable[..., None]) -> None:
+    force(1 << 22, way)
     case = make(Layout.from_lengths([[300], [150, 150]]), (4, 2, 16, 8, 16), dtype=torch.float32)
     for one, other in zip((*case.attend(), *case.align(None)), (*case.attend(), *case.align(None)), strict=True):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
-def test_gradcheck(force: Callable[..., None]) -> None:
-    force(400, gather=False)
+@pytest.mark.parametrize("way", ["blocks", "short"])
+def test_gradcheck(way: str, force: Callable[..., None]) -> None:
+    force(400, way)
     case = make(Layout.from_lengths([[7, 4]]), (2, 1, 3, 2, 3), bias=True)
     bias = case.bias.nan_to_num()
     inputs = [tensor.clone().requires_grad_() for tensor in (case.query, case.key, case.value, bias)]
@@ -318,7 +327,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_is_that_of_the_inputs(force: Callable[..., None]) -> None:
-    force(1 << 14)
+    force(1 << 14, "blocks")
     layout = Layout.plain(1, 1024)
     case = make(layout, (4, 2, 16, 8, 16), dtype=torch.float32)
     inputs = max(tensor.numel() for tensor in (case.query, case.key))

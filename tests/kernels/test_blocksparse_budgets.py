@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget, choose
+from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget, check_budget, choose
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
 # Few distinct values make ties; zeros of both signs are one value.
@@ -159,3 +159,11 @@ def test_own_blocks_broadcast_over_leading_axes(normal):
 def test_budgets_that_make_no_sense_are_refused(make, message):
     with pytest.raises(SparsortError, match=message):
         make()
+
+
+def test_what_is_no_budget_is_refused():
+    for budget in (FixedBudget(blocks=2), ThresholdBudget(threshold=0.1, most=3), TopPBudget(p=0.9, most=4)):
+        assert check_budget(budget) is budget
+    for wrong in (4, None, "fixed", FixedBudget):
+        with pytest.raises(SparsortError, match=r"the budget is .*; expected FixedBudget"):
+            check_budget(wrong)

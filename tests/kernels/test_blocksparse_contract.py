@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -66,6 +68,10 @@ WRONG = [
     ("selection", every_block(Layout.plain(1, 6), 2, 4), r"= \(1, 2, 6\); expected \(2, 2, 6\)"),
     ("selection", every_block(Layout.plain(2, 5), 2, 4), r"= \(2, 2, 5\); expected \(2, 2, 6\)"),
     ("selection", every_block(LAYOUT, 2, 4, "meta"), "the selection is on meta and the query on cpu"),
+    ("selection", None, "selection must be a Selection, got NoneType"),
+    ("selection", torch.zeros(2, 2, 6, 2, dtype=torch.int32), "selection must be a Selection, got Tensor"),
+    ("query", torch.zeros(2, 4, 6, 0), r"key has shape \(2, 2, 6, 8\); expected \(2, any, 6, 0\)"),
+    ("layout", None, r"layout must be a Layout, got NoneType; make one by Layout.plain"),
     ("layout", Layout.plain(2, 6, 8), r"key has shape \(2, 2, 6, 8\); expected \(2, any, 8, 8\)|index_key has shape"),
 ]
 
@@ -107,9 +113,45 @@ def test_what_does_not_fit_is_not_selected_by(name, given, message):
         index_select(**arguments, budget=FixedBudget(blocks=2), block_size=4)
 
 
-def test_a_block_size_below_one_is_refused():
-    with pytest.raises(SparsortError, match="block_size is 0"):
-        index_select(torch.zeros(2, 2, 6, 4), torch.zeros(2, 6, 4), LAYOUT, FixedBudget(blocks=1), block_size=0)
+@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, None, 2**20 + 1, 2**70])
+def test_a_block_size_that_is_none_is_refused(size):
+    with pytest.raises(
+        SparsortError, match=f"block_size is {size!r}; expected a whole number of keys from 1 to 1048576"
+    ):
+        index_select(torch.zeros(2, 2, 6, 4), torch.zeros(2, 6, 4), LAYOUT, FixedBudget(blocks=1), block_size=size)
+
+
+def test_a_budget_that_is_none_is_refused():
+    for given in (2, None, FixedBudget):
+        with pytest.raises(SparsortError, match=r"the budget is .*; expected FixedBudget"):
+            index_select(torch.zeros(2, 2, 6, 4), torch.zeros(2, 6, 4), LAYOUT, given, block_size=4)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "1", True, 1j])
+def test_a_scale_that_is_no_finite_number_is_refused(scale):
+    query, key, value, index_query, index_key, selection, _ = inputs_but().values()
+    with pytest.raises(SparsortError, match=r"the scale is .*; expected a finite number"):
+        index_select(index_query, index_key, LAYOUT, FixedBudget(blocks=1), block_size=4, scale=scale)
+    with pytest.raises(SparsortError, match="the scale is"):
+        attend(query, key, value, selection, LAYOUT, scale=scale)
+    with pytest.raises(SparsortError, match="the scale is"):
+        align(query, key, index_query, index_key, selection, LAYOUT, index_scale=scale)
+
+
+def test_tensors_without_a_width_or_a_group_are_refused():
+    query, key, value, index_query, index_key, selection, _ = inputs_but().values()
+    with pytest.raises(SparsortError, match="query is of width 0"):
+        attend(query[..., :0], key[..., :0], value[..., :0], selection, LAYOUT)
+    with pytest.raises(SparsortError, match="index_query is of width 0"):
+        index_select(index_query[..., :0], index_key[..., :0], LAYOUT, FixedBudget(blocks=1), block_size=4)
+    with pytest.raises(SparsortError, match="index_query has no groups"):
+        index_select(index_query[:, :0], index_key, LAYOUT, FixedBudget(blocks=1), block_size=4)
+
+
+def test_what_is_no_tensor_is_refused_under_autocast_too():
+    _, key, value, *_, selection, _ = inputs_but().values()
+    with torch.autocast("cpu"), pytest.raises(SparsortError, match="value must be a torch tensor, got list"):
+        attend(torch.zeros(2, 4, 6, 8), key, value.tolist(), selection, LAYOUT)
 
 
 def test_triton_forced_where_it_cannot_run_is_refused(monkeypatch):

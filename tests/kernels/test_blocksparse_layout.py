@@ -170,3 +170,11 @@ def test_what_is_kept_from_inference_mode_serves_training():
     weight = torch.ones(1001, requires_grad=True)
     weight[layout.position("cpu")].sum().backward()
     assert weight.grad.sum() == 3
+
+
+@pytest.mark.parametrize("lengths", [[3, 4], 3, ["ab"], [[1.5]], [[3, -1]], None])
+def test_lengths_that_are_none_are_refused(lengths):
+    with pytest.raises(
+        SparsortError, match=r"expected for each row the lengths of its sequences, such as \[\[3, 4\], \[7\]\]"
+    ):
+        Layout.from_lengths(lengths)

@@ -262,3 +262,30 @@ def test_narrow_dtypes_are_computed_in_float32(dtype, tensors):
     exact, exact_lse = reference.attend_ref(*wide[:3], selection, layout, scale=0.7)
     torch.testing.assert_close(output, exact.to(dtype))
     torch.testing.assert_close(lse, exact_lse.float())
+
+
+def test_a_bias_of_minus_infinity_hides_its_slot(tensors, normal):
+    layout = LAYOUTS["packed"]
+    query, key, value, *_ = tensors(layout)
+    selection = every_block(layout, 2, 2)
+    bias = normal(*selection.blocks.shape, dtype=torch.float64)
+    bias[:, :, ::2, 0] = -torch.inf
+    # The last tokens of the first sequence of row 0 keep no slot at all.
+    bias[0, 1, 1:3] = -torch.inf
+    bias.requires_grad_()
+    query.requires_grad_()
+    without = Selection(blocks=selection.blocks.masked_fill(bias == -torch.inf, -1), block_size=2)
+    found = reference.attend_ref(query, key, value, selection, layout, scale=0.7, bias=bias)
+    expected = reference.attend_ref(
+        query, key, value, without, layout, scale=0.7, bias=bias.masked_fill(bias == -torch.inf, 0.0)
+    )
+    for made, known in zip(found, expected, strict=True):
+        assert torch.equal(made, known)
+    assert found[0][0, 2:, 1:3].count_nonzero() == 0
+    assert (found[1][0, 2:, 1:3] == -torch.inf).all()
+    for made, known in zip(
+        torch.autograd.grad(found[0].square().sum(), (query, bias)),
+        torch.autograd.grad(expected[0].square().sum(), (query, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(made, known, rtol=1e-12, atol=1e-12)

@@ -122,10 +122,21 @@ def test_blocks_of_padding_are_found():
     [
         (torch.zeros(1, 1, 1, 1, dtype=torch.int64), 2, "torch.int64"),
         (torch.zeros(1, 1, 1, dtype=torch.int32), 2, r"shape \(1, 1, 1\)"),
-        (torch.zeros(1, 1, 1, 1, dtype=torch.int32), 0, "block_size is 0; expected a whole number of 1 or more"),
+        (
+            torch.zeros(1, 1, 1, 1, dtype=torch.int32),
+            0,
+            "block_size is 0; expected a whole number of keys from 1 to 1048576",
+        ),
         (torch.zeros(1, 1, 1, 1, dtype=torch.int32), 2.0, "block_size is 2.0"),
+        (torch.zeros(1, 1, 1, 1, dtype=torch.int32), 10**9, "block_size is 1000000000"),
+        ([[[[0]]]], 4, "selected blocks must be a torch tensor, got list"),
     ],
 )
 def test_what_is_no_selection_is_refused(blocks, block_size, message):
     with pytest.raises(SparsortError, match=message):
         Selection(blocks=blocks, block_size=block_size)
+
+
+def test_every_block_of_no_size_is_refused():
+    with pytest.raises(SparsortError, match="block_size is 0"):
+        every_block(Layout.plain(1, 4), 1, 0)

@@ -133,7 +133,17 @@ def test_a_plan_replaces_the_recipes_curriculum(data: Path, tmp_path: Path) -> N
 def test_mistakes_are_one_message_and_exit_code_2(recipe: str, message: str, data: Path, tmp_path: Path) -> None:
     result = _cli(*_command(data, tmp_path / "run"), "--recipe", recipe, code=2)
     assert message in " ".join(result.stderr.split())
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_of_another_branch_leaves_the_folder_to_the_right_one(data: Path, tmp_path: Path) -> None:
+    options = ("--max-steps", 1, "--max-length", 64, "--stages", 2)
+    _cli(*_command(data, tmp_path / "first", *options), "--recipe", "sparse")
+    again = (*_command(data, tmp_path / "again", *options), "--model", tmp_path / "first" / "model", "--recipe")
+    told = " ".join(_cli(*again, "sparse_retrofit", code=2).stderr.split())
+    assert "selector ('index_branch' there, 'seer' in the recipe)" in told
+    assert "take sparse_attention out of the config.json" in told
+    _cli(*again, "sparse")
 
 
 def test_a_run_without_a_recipe_says_nothing_of_sparse_attention(data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ every step. Runs are compared by the bytes of their history and weights.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +34,13 @@ from sparsort.recipes.train_sparse import SparseTraining, summary
 ROOT = Path(__file__).parents[2]
 TEXT = "{question} {answer}"
 N, MAX_LENGTH, LR, STEPS = 32, 32, 2e-3, 12
-ATTENTION = {"selector": "index_branch", "block_size": 4, "blocks": 2, "index_dim": 8, "alignment_weight": 0.5}
+ATTENTION: dict[str, Any] = {
+    "selector": "index_branch",
+    "block_size": 4,
+    "blocks": 2,
+    "index_dim": 8,
+    "alignment_weight": 0.5,
+}
 RECIPE: dict[str, Any] = {
     "train": {
         "max_length": MAX_LENGTH,
@@ -278,8 +286,42 @@ def test_a_model_with_an_index_branch_goes_on_with_it(data: dict[str, Any], whol
     assert model.sparse_attention.config.blocks == 3
     with pytest.raises(SparsortError, match=r"would drop.*--recipe"):
         train(**data, out=tmp_path / "dense", model=str(whole / "model"))
-    with pytest.raises(SparsortError, match="index_dim"):
-        train(**data, out=tmp_path / "wide", model=str(whole / "model"), recipe=_changed(attention={"index_dim": 16}))
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ({"selector": "moba"}, r"selector \('index_branch' there, 'moba' in the recipe\)"),
+        # Its weights have the same names and shapes.
+        ({"selector": "lm_trained"}, r"selector \('index_branch' there, 'lm_trained' in the recipe\)"),
+        ({"index_dim": 16}, r"differ in index_dim \(8 there, 16 in the recipe\)\."),
+        ({"index_norm": False}, r"differ in index_norm \(True there, False in the recipe\)\."),
+        ({"layers": [0]}, r"differ in layers \(None there, \(0,\) in the recipe\)\."),
+    ],
+)
+def test_a_recipe_that_would_drop_a_trained_branch_is_refused_before_anything_is_written(
+    attention: dict[str, Any], message: str, data: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SparsortError, match=message):
+        train(**data, out=tmp_path / "run", model=str(whole / "model"), recipe=_changed(attention=attention))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_branch_is_trained_on_a_copy_that_is_dense_by_its_configuration(
+    data: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(whole / "model", tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    del config["sparse_attention"]
+    (copied / "config.json").write_text(json.dumps(config))
+    recipe = _changed(attention={"selector": "moba"}, train={"max_steps": 1})
+    train(**data, out=tmp_path / "moba", model=str(copied), recipe=recipe)
+    # MoBA has no weights that could be dropped.
+    recipe = _changed(train={"max_steps": 1})
+    train(**data, out=tmp_path / "branch", model=str(tmp_path / "moba" / "model"), recipe=recipe)
+    weights = sparsort.load_sparse(tmp_path / "branch" / "model").state_dict()
+    assert any(".index_branch." in name for name in weights)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +346,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     model = family if family == "tiny" else str(make_tiny_model(family, **overrides))
     with pytest.raises(SparsortError, match=message):
         train(**data, out=tmp_path / "run", recipe=_changed(attention=attention), model=model)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -347,6 +389,22 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
         ({"attention": {}, "schedule": {"warm_share": 0.1}}, "Did you mean 'warmup_share'"),
         ({"attention": {}, "schedule": {"warmup_share": 1.5}}, "from 0 to 1, not 1.5"),
         ({"attention": {}, "schedule": {"warmup_share": "half"}}, "warmup_share is 'half', but a number is expected"),
+        ({"attention": {}, "schedule": {"warmup_share": 1.5}}, "^the recipe: warmup_share"),
+        ({"attention": {"selector": "mobba"}}, "^the recipe: unknown selector"),
+        ({"train": {"epochs": 0}}, "^the recipe: epochs must be"),
+        (
+            {"attention": {"top_p": 0.9}, "schedule": {"start": 2, "anneal_share": 0.5}},
+            r"^the recipe: start=2\.0 is no top_p",
+        ),
+        (
+            {"attention": {"threshold": 0.1}, "schedule": {"start": 2, "anneal_share": 0.5}},
+            r"start=2\.0 is no threshold",
+        ),
+        ({"attention": {}, "schedule": {"start": math.inf, "anneal_share": 0.5}}, "start=inf is no number of blocks"),
+        ({}, "the recipe is empty"),
+        (5, r"a recipe is a name \(sparse, .*not 5"),
+        (["sparse"], r"a recipe is a name"),
+        (b"sparse", r"a recipe is a name"),
         ({"attention": {}, "schedule": {"start": 4}}, "belong together"),
         ({"attention": {}, "schedule": {"anneal_share": 0.2}}, "belong together"),
         (
@@ -367,8 +425,20 @@ def test_a_recipe_with_a_mistake_is_refused_with_the_nearest_name(recipe: Any, m
 
 def test_a_start_that_the_budget_cannot_be_is_refused_before_training(data: dict[str, Any], tmp_path: Path) -> None:
     recipe = _changed(schedule={"start": 0.5})
-    with pytest.raises(SparsortError, match=r"start=0\.5 is no number of blocks"):
-        train(**data, out=tmp_path, recipe=recipe)
+    with pytest.raises(SparsortError, match=r"^the recipe: start=0\.5 is no number of blocks"):
+        train(**data, out=tmp_path / "run", recipe=recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_file_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("# nothing\n")
+    with pytest.raises(SparsortError, match=r"empty\.toml is empty, and would train like no recipe"):
+        read_recipe(tmp_path / "empty.toml")
+
+
+def test_too_many_stages_say_that_the_recipe_has_them(data: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SparsortError, match=r"10 stages do not fit in an epoch of 4 batches.*the recipe's: .*--stages"):
+        train(**data, out=tmp_path, recipe="sparse")
 
 
 def test_a_file_says_what_the_tables_say(tmp_path: Path) -> None:
