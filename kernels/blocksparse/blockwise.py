@@ -137,7 +137,7 @@ def attend_backward(
                 d_queries, d_entries = _chunk_backward(
                     queries.mul_(scale * LOG2E),
                     grads,
-                    lse[place].T * LOG2E,
+                    lse[place].masked_fill(lse[place] == -torch.inf, 0).T * LOG2E,
                     delta,
                     (keys, values),
                     (d_keys, d_values),

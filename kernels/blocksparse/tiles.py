@@ -213,7 +213,8 @@ def peak_and_sum(logits: Tensor, query: Tensor, queries: int) -> tuple[Tensor, T
     highest = logits.amax(dim=-1) if width else logits.new_empty(entries, heads)
     peak = logits.new_full((queries, heads), -torch.inf)
     peak.scatter_reduce_(0, query[:, None].expand(-1, heads), highest, "amax")
-    logits.sub_(peak[query][..., None]).exp2_()
+    # A query whose every slot has a bias of −∞ sees nothing: its logits less a finite number stay −∞.
+    logits.sub_(peak.clamp_min(torch.finfo(peak.dtype).min)[query][..., None]).exp2_()
     # A product with ones, because sums along short rows are slow.
     sums = torch.mv(logits.view(-1, width), logits.new_ones(width)).view(entries, heads)
     return peak, torch.zeros_like(peak).index_add_(0, query, sums)

@@ -158,6 +158,20 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_to
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_bias_of_minus_infinity_hides_its_slot(layout: Layout, force: Callable[..., None]) -> None:
+    case = make(layout, SHAPES[0], kind="random", bias=True, seed=0)
+    assert case.bias is not None
+    case.bias[:, :, ::3] = -torch.inf
+    case.bias[:, :, 1::3, :1] = -torch.inf
+    expected = case.attend_ref()
+    for way in ("blocks", "short"):
+        force(1 << 12, way)
+        assert_close(case.attend(), expected, 1e-10)
+    force(1 << 12, "gather")
+    assert_close(case.attend_forward(), expected[:2], 1e-10)
+
+
 @pytest.mark.parametrize("elements", CHUNKS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_attention_and_its_gradients_are_the_reference(
