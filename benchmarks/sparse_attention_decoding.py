@@ -116,7 +116,8 @@ def _attach(model: Any, setting: Setting) -> Any:
 def _filled(model: Any, setting: Setting, tokens: int, room: int, kind: str) -> Any:
     """A cache that holds `tokens` random keys and values, and index keys where the model has an index branch."""
     from transformers import DynamicCache, StaticCache
-    from transformers.cache_utils import DynamicIndexedLayer, StaticIndexedLayer
+
+    from sparsort.attention.caching import keep_index_keys
 
     sparse = hasattr(model, "sparse_attention")
     length = tokens + room
@@ -126,8 +127,8 @@ def _filled(model: Any, setting: Setting, tokens: int, room: int, kind: str) -> 
     generator = torch.Generator().manual_seed(0)
     for number in range(_LAYERS):
         if sparse:
-            cache.layers[number] = StaticIndexedLayer(length) if kind == "static" else DynamicIndexedLayer()
-            cache.layers[number].update_indexer(torch.randn(1, tokens, setting.index_dim, generator=generator))
+            index_keys = torch.randn(1, tokens, setting.index_dim, generator=generator)
+            keep_index_keys(cache, number, index_keys, selector="IndexBranch")
         shape = (1, setting.groups, tokens, setting.head_dim)
         cache.layers[number].update(*(torch.randn(shape, generator=generator) for _ in range(2)))
     return cache
