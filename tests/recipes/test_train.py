@@ -368,8 +368,17 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> 
 
 
 def _wait_for(path: Path, going: Callable[[], bool], seconds: float = 120) -> None:
+    """Until the JSON file at `path` is written to its end."""
     end = time.monotonic() + seconds
-    while not path.exists():
+    while not _whole_json(path):
         assert going(), f"it ended before {path.name} was there"
         assert time.monotonic() < end, f"no {path} within {seconds} s"
         time.sleep(0.005)
+
+
+def _whole_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
