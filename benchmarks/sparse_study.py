@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
-from sparse_study_model import Study, make_model, make_tokenizer, train
+from sparse_study_model import Study, caught, collator, make_model, make_tokenizer, train
 from sparse_study_page import write_page
 
+import sparsort
 from sparsort.attention.config import SELECTORS
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.planning import plan_curriculum
@@ -194,6 +195,19 @@ def run(
     return [json.loads(_path(folder, unit).read_text(encoding="utf-8")) for unit in units], scores["sparsity"]
 
 
+def best_possible(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
+    """What the best blocks would catch of the dense models' attention: no selection of as many blocks catches more."""
+    batch = collator(study, tokenizer)(held_out[:50])
+    found = []
+    for order in study.orders:
+        for seed in range(study.seeds):
+            model = make_model(study, len(tokenizer), seed)
+            load_model(model, _weights(folder, ("dense", order, seed)))
+            sparsort.attach_index_branch(model, selector="oracle", block_size=study.block_size, blocks=study.blocks)
+            found.append({"order": order, "seed": seed, "caught": caught(model, batch)})
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score, train, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "reach": study.reach,
         "words": len(tokenizer),
         "parameters": sum(weight.numel() for weight in make_model(study, len(tokenizer), 0).parameters()),
+        "best_possible": best_possible(study, data[1], tokenizer, folder),
         "difficulty": difficulty.tolist(),
         "levels": [row["level"] for row in data[0]],
     }

@@ -98,7 +98,7 @@ def test_a_recipe_without_its_baselines_is_refused(study: Any, tmp_path: Path) -
     for old, new, message in (
         ('attentions = ["dense", ', 'attentions = ["dence", ', "dense"),
         ('attentions = ["dense", ', "attentions = [", "name them first"),
-        ("blocks = 8", "block = 8", "blocks"),
+        ("\nblocks = ", "\nblock = ", "blocks"),
         ("evaluate_every = 100", "evaluate_every = 70", "evaluate_every"),
     ):
         assert old in text
