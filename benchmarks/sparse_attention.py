@@ -11,7 +11,8 @@ hold a core even processor times mislead: on a crowded machine set OMP_NUM_THREA
 
 CPU: `layer_N` forward and backward, `warm_up_N` with every block, the crossover, `memory_N`, and `decode_N` against a cache.
 CUDA: the same in bfloat16 against FlashAttention, the share of the matrix peak, and peers (`sparse_attention_cuda.py`).
-What training loses and gains (loss gap, recall task, mass captured) is measured by `sparse_study.py` and repeated here.
+What training loses and gains is measured by `sparse_study.py` (loss gap, recall task) and `sparse_warmup.py` (mass captured), and
+repeated here.
 
 Ends with status 1 where a floor is missed. `--quick` shows that everything runs and judges nothing.
 """
@@ -24,7 +25,7 @@ import sys
 import torch
 from common import add_output_options
 from sparse_attention_cpu import SETTINGS, SMALL, measure_cpu
-from sparse_attention_report import SparseReport, add_study
+from sparse_attention_report import SparseReport, add_study, add_warm_up
 
 from sparsort.kernels.backend import blocksparse_implementation, default_device
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> SparseReport:
     else:
         measure_cpu(report, SETTINGS, arguments.tokens, arguments.rounds)
     add_study(report)
+    add_warm_up(report)
     report.finish(arguments)
     return report
 

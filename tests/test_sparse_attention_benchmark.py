@@ -183,7 +183,8 @@ def test_the_studys_rows_are_repeated_with_their_source(bench, tmp_path):
 
     runs = [run("dense", 0, 2.0, 1.0), run("index_branch", 1, 4.08, 0.96, 0.95), run("dense", 1, 4.0, 0.98)]
     runs += [run("index_branch", 0, 2.04, 1.0, 0.93), run("window", 0, 3.0, 0.5), run("window", 1, 3.0, 0.5)]
-    (tmp_path / bench.report.STUDY).write_text(json.dumps({"runs": runs}))
+    best = [{"order": "plain", "seed": seed, "caught": {"mass": 0.97}} for seed in (0, 1)]
+    (tmp_path / bench.report.STUDY).write_text(json.dumps({"runs": runs, "best_possible": best}))
     report = found()
     value = {name: figure.value for name, figure in report.figures.items()}
     assert value == pytest.approx(
@@ -191,11 +192,29 @@ def test_the_studys_rows_are_repeated_with_their_source(bench, tmp_path):
             "loss_gap_plain": 2.0,
             "recall_below_dense_plain": 1.0,
             "mass_captured_plain": 0.94,
+            "mass_captured_by_best_blocks_plain": 0.97,
             "window_below_dense_plain": 49.0,
         }
     )
     assert report.missed == ["loss_gap_plain"]
     assert "0.93 to 0.95 over 2 seeds" in report.figures["mass_captured_plain"].note
+
+
+def test_the_mass_after_the_warm_up_is_judged_by_what_the_warm_up_kept(bench, tmp_path):
+    def found():
+        report = bench.report.SparseReport("sparse_attention", torch.device("cpu"))
+        bench.report.add_warm_up(report, tmp_path)
+        return report
+
+    assert any("sparse_warmup.py" in note for note in found().notes)
+    figures = {
+        "mass, index branch": {"value": 0.89, "unit": "share", "floor": 0.9, "note": "of 5"},
+        "mass, oracle": {"value": 0.95, "unit": "share", "floor": None, "note": ""},
+    }
+    (tmp_path / "sparse_warmup-cpu.json").write_text(json.dumps({"figures": figures}))
+    report = found()
+    assert report.missed == ["mass_captured_after_warm_up"]
+    assert report.figures["mass_captured_after_warm_up"].note == "of 5; from sparse_warmup-cpu.json"
 
 
 def test_the_cpu_part_runs(bench, monkeypatch):
