@@ -361,3 +361,12 @@ def test_a_decoding_step_makes_nothing_of_the_cache_s_size() -> None:
     with Largest() as largest:
         attend_forward(case.query, case.key, case.value, case.selection, case.layout, scale=1.0)
     assert largest.elements <= 8 * 16 * 16
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 24])
+def test_the_highest_score_of_a_block_is_the_same_however_many_columns_there_are(size: int) -> None:
+    scores = torch.randn((3 * size + 1, 17, 1), generator=torch.Generator().manual_seed(size))
+    scores[size - 1, 5] = -torch.inf
+    expected = torch.stack([part.amax(dim=0) for part in scores.split(size)])
+    for columns in (1, 2, 7, 16, 17):
+        assert torch.equal(scoring._pool(scores[:, :columns].contiguous(), size), expected[:, :columns])
