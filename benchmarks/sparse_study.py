@@ -11,7 +11,7 @@ Each run is one file that is whole or absent: stopped at any moment and started 
 begun with other settings or rows is refused. Nothing in docs/results/sparse-attention-study.md is written by hand.
 
 "retrofit" attaches an index branch to the dense model of the same order and seed and trains nothing else, for `full_steps`
-steps over every block: tokens that come on top.
+steps over every block, on the rows in plain order once more: tokens that come on top.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
-from sparse_study_model import Study, caught, collator, make_model, make_tokenizer, train
+from sparse_study_model import Study, best_possible, collator, make_model, make_tokenizer, train
 from sparse_study_page import write_page
 
 import sparsort
@@ -195,8 +195,8 @@ def run(
     return [json.loads(_path(folder, unit).read_text(encoding="utf-8")) for unit in units], scores["sparsity"]
 
 
-def best_possible(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
-    """What the best blocks would catch of the dense models' attention: no selection of as many blocks catches more."""
+def bounds(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
+    """What the best blocks would catch of each dense model's attention."""
     batch = collator(study, tokenizer)(held_out[:50])
     found = []
     for order in study.orders:
@@ -204,7 +204,7 @@ def best_possible(study: Study, held_out: Rows, tokenizer: Any, folder: Path) ->
             model = make_model(study, len(tokenizer), seed)
             load_model(model, _weights(folder, ("dense", order, seed)))
             sparsort.attach_index_branch(model, selector="oracle", block_size=study.block_size, blocks=study.blocks)
-            found.append({"order": order, "seed": seed, "caught": caught(model, batch)})
+            found.append({"order": order, "seed": seed, "caught": best_possible(model, batch)})
     return found
 
 
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "reach": study.reach,
         "words": len(tokenizer),
         "parameters": sum(weight.numel() for weight in make_model(study, len(tokenizer), 0).parameters()),
-        "best_possible": best_possible(study, data[1], tokenizer, folder),
+        "best_possible": bounds(study, data[1], tokenizer, folder),
         "difficulty": difficulty.tolist(),
         "levels": [row["level"] for row in data[0]],
     }

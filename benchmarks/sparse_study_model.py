@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -264,6 +264,35 @@ def caught(model: Any, batch: Batch) -> dict[str, float]:
         model.train()
     found = {name: float(np.mean([getattr(report, name) for report in reports])) for name in ("mass", "recall", "dead")}
     return found | {"lowest_mass": min(report.mass for report in reports)}
+
+
+@torch.no_grad()
+def best_possible(model: Any, batch: Batch) -> dict[str, float]:
+    """What the best blocks would catch in a model with the selector "oracle" whose layers all attend densely.
+
+    No other selection of as many blocks catches more of that attention.
+    """
+    seen: list[LayerInputs] = []
+
+    def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
+        seen.append(replace(inputs, full=False))
+
+    sparse = model.sparse_attention
+    sparse.mode = "full"
+    sparse.observers.append(see)
+    try:
+        model.eval()(input_ids=batch.ids, use_cache=False)
+    finally:
+        sparse.observers.remove(see)
+    masses = []
+    for inputs in seen:
+        oracle: Any = inputs.module.index_branch
+        chosen = oracle.choose(inputs, oracle.index_keys(inputs.module, inputs.hidden, inputs.rotary)).selection
+        found = report_selection(
+            inputs.query, inputs.key, chosen, inputs.layout, scale=inputs.scale, sample=batch.ids.shape[1]
+        )
+        masses.append(found.mass)
+    return {"mass": float(np.mean(masses)), "lowest_mass": min(masses)}
 
 
 def _rate(study: Study, step: int, steps: int) -> float:

@@ -5,10 +5,11 @@
 The model is the embedded Gemma 3 270M, frozen; the text is what ships with Python, the language reference (pydoc's topics) and
 the standard library's docstrings: documents are for training or held out. The warm-up is MSA's (arXiv 2606.13392): the KL to
 the dense attention over every visible block, of the three full-attention layers. Index branches of two widths learn, that of
-the heads, which is the default, and a quarter of it. The frozen model's states are made once and learnt from several times.
-Held-out sequences do not overlap and are four times as long as those of training; every selector chooses a quarter of the keys
-there, from the same dense pass, so that the oracle's line is the most that any selection of such blocks can hold. Only queries
-that had to choose count. About half an hour on one core, and 7 GiB; --quick in a minute.
+the heads, which is the default, and a quarter of it, at a rate that was chosen for the wider one on the language reference.
+The frozen model's states are made once and learnt from several times. Held-out sequences do not overlap and are four times as
+long as those of training; every selector chooses a quarter of the keys there, from the same dense pass, so that the oracle's
+line is the most that any selection of such blocks can hold. Only queries that had to choose count. About half an hour on one
+core, and 7 GiB; --quick in a minute.
 """
 
 from __future__ import annotations
