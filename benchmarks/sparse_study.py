@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
-from sparse_study_model import Study, best_possible, collator, make_model, make_tokenizer, train
+from sparse_study_model import EVALUATED, Study, best_possible, collator, make_model, make_tokenizer, train
 from sparse_study_page import write_page
 
 import sparsort
@@ -197,7 +197,7 @@ def run(
 
 def bounds(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
     """What the best blocks would catch of each dense model's attention."""
-    batch = collator(study, tokenizer)(held_out[:50])
+    batch = collator(study, tokenizer)(held_out[:EVALUATED])
     found = []
     for order in study.orders:
         for seed in range(study.seeds):

@@ -29,7 +29,7 @@ from sparsort.recipes.recall_task import drawn
 
 IGNORED = -100
 PAD, UNKNOWN = "<pad>", "<unk>"
-_EVALUATED = 50  # rows at once
+EVALUATED = 50  # rows at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def train(
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(study, step, steps))
     collate = collator(study, tokenizer)
     loader = CurriculumLoader(plan, rows, collate_fn=collate)
-    held = [collate(held_out[begin : begin + _EVALUATED]) for begin in range(0, len(held_out), _EVALUATED)]
+    held = [collate(held_out[begin : begin + EVALUATED]) for begin in range(0, len(held_out), EVALUATED)]
     levels = np.array([row["level"] for row in held_out])
     curve = [measure(model, held, levels)]
     for step, batch in enumerate(_endless(loader), 1):
