@@ -76,6 +76,7 @@ def ablate(
     model: Any = None,
     run: bool = True,
     report: bool = True,
+    compile: bool = False,
     **changes: Any,
 ) -> AblationReport:
     """Find out whether the order of demonstrations matters here, which orderers help, and how sure that is.
@@ -86,6 +87,7 @@ def ablate(
         model: a `LoadedModel` that is at hand, or a name; None for the recipe's.
         run: ask the model what is missing; False takes the store as it is, finished or not, and loads no model.
         report: also write `report/` (needs the extra "plots").
+        compile: compile the model first, half a minute; worth it from some million tokens on (needs a C++ compiler).
         changes: fields of `Ablation` that differ from the recipe, such as `sets=4, shots=(4,)`.
 
     Returns:
@@ -99,7 +101,7 @@ def ablate(
     ablation = make_recipe(recipe, **changes, **({"model": model} if isinstance(model, str) else {}))
     ablation.check()
     folder = Path(out).expanduser()
-    asked = _ask(ablation, folder, loaded) if run else _open(ablation, folder)
+    asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder)
     results = asked.collector.results(asked.provenance)
     results.save(folder / "results")
     page = _write_report(results, folder / "report") if report else None
@@ -121,14 +123,14 @@ class _Asked:
     tokens_read: int = 0
 
 
-def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Asked:
+def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _Asked:
     """Ask the model what the store lacks."""
     from sparsort.curriculum.ablation.collect import Collector
     from sparsort.curriculum.ablation.engine import Engine
     from sparsort.curriculum.ablation.run import Run
     from sparsort.curriculum.ablation.store import OutcomeStore
 
-    engine = Engine(ablation, loaded)
+    engine = Engine(ablation, loaded, compile=compile)
     store = OutcomeStore(folder / "store", engine.identity, feature_names=engine.feature_names)
     run = Run(ablation, engine, store)
     notes = _notes(run.tasks)

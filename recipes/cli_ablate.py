@@ -95,6 +95,10 @@ def ablate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the model first: faster from some million tokens on; needs a C++ compiler."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will cost.")] = False,
     no_run: Annotated[
         bool, typer.Option("--no-run", help="Ask the model nothing: take the store as it is, finished or not.")
@@ -142,7 +146,7 @@ def ablate(
         cost, notes = recipes.estimate_cost(ablation)
         _print_cost(cost, notes, as_json)
         return
-    done = recipes.ablate(ablation, out=out, run=not no_run, report=not no_report)
+    done = recipes.ablate(ablation, out=out, run=not no_run, report=not no_report, compile=compile)
     if as_json:
         print_json(done.summary())
     else:

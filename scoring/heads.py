@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.fused import fused
 
 # Positions whose logits stand in memory at once: 128 × 262144 × 4 bytes are 134 MB.
 _POSITIONS_AT_ONCE = 128
 # Rows of the head's matrix in one product: 512 positions × 8192 logits stay in the cache.
 _VOCABULARY_AT_ONCE = 8192
+# exp of it is 0 in fp32.
+_FAR_BELOW = -1e4
 
 
 class Head:
@@ -27,7 +30,8 @@ class Head:
         SparsortError: no output embedding, or logits that cannot be made from it.
     """
 
-    def __init__(self, model: Any, config: Any, name: str) -> None:
+    def __init__(self, model: Any, config: Any, name: str, *, compile: bool = False) -> None:
+        self._take_in = fused(_take_in) if compile else _take_in
         self._matrix = model.get_output_embeddings()
         if self._matrix is None:
             raise SparsortError(f"{name!r} has no language-model head, so it gives no loss and no entropy.")
@@ -74,19 +78,11 @@ class Head:
         for start in range(0, len(weight), _VOCABULARY_AT_ONCE):
             part = slice(start, start + _VOCABULARY_AT_ONCE)
             logits = torch.nn.functional.linear(states_NH, weight[part], None if bias is None else bias[part])
-            logits = self._finish(logits.float())
-            new_top = torch.maximum(top, logits.amax(dim=1))
-            old = torch.exp(top - new_top)
-            shifted = logits - new_top[:, None]
-            weights = shifted.exp()
-            # Σ w·(l − top) under a new top: the old sum's terms move by (old top − new top).
-            move = torch.where(total > 0, top - new_top, 0.0)
-            moment = (moment + total * move) * old + (weights * shifted).nan_to_num(nan=0.0).sum(dim=1)
-            total = total * old + weights.sum(dim=1)
-            top = new_top
+            top, total, moment = self._take_in(self._finish(logits), top, total, moment)
         return top + total.log(), total.log() - moment / total
 
     def _finish(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
         logits = logits * self._scale if self._scale != 1.0 else logits
         return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
 
@@ -113,3 +109,16 @@ class Head:
                 f"{name!r} changes its logits after the head in a way that sparsort does not know, so losses and entropies would "
                 "be wrong. Use a sparsity, length or compression scorer, and report the model."
             )
+
+
+def _take_in(logits_NV: Tensor, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, Σ w and Σ w·(l − largest) with w = exp(l − largest), each (N,), with more of the vocabulary taken in."""
+    new_top = torch.maximum(top, logits_NV.amax(dim=1))
+    old = torch.exp(top - new_top)
+    # A logit of −∞ weighs nothing, and 0 · ∞ would be NaN.
+    shifted = (logits_NV - new_top[:, None]).clamp_(min=_FAR_BELOW)
+    weights = shifted.exp()
+    # Σ w·(l − top) under a new top: the old sum's terms move by (old top − new top).
+    move = torch.where(total > 0, top - new_top, 0.0)
+    moment = (moment + total * move) * old + (weights * shifted).sum(dim=1)
+    return new_top, total * old + weights.sum(dim=1), moment

@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsort.errors import SparsortError
 from sparsort.scoring.backbone import Backbone
+from sparsort.scoring.fused import FusedBlocks, fused
 from sparsort.scoring.sites import Site
 from sparsort.scoring.tails import Keys, Tails
 
@@ -69,6 +71,7 @@ class _Pass:
     key_BS: Tensor
     visible_BTS: Tensor
     tails: Tails | None = None
+    fuse: bool = False
     keys: dict[int, Keys] = field(default_factory=dict)
     masks: dict[int | None, tuple[Tensor | None, Tensor | None, int]] = field(default_factory=dict)
 
@@ -95,6 +98,7 @@ class _Feed:
     def __init__(self, now: _Pass) -> None:
         self._now = now
 
+    @torch.compiler.disable
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any) -> Keys:
         if self._now.tails is not None:
             return self._now.tails.put(layer_idx, keys, values)
@@ -134,22 +138,44 @@ def attend(
     scale = D**-0.5 if scaling is None else scaling
     before, own, begin = now.mask(sliding_window)
     grouped = query_BHTD.transpose(1, 2).reshape(B, T, K, H // K, D)
-    parts = [_part(grouped, key_BKSD, value_BKSD, scale, own)]
+    out, top, total = _part(grouped, key_BKSD, value_BKSD, scale, own, now.fuse)
     if len(now.prefix) > begin:
         keys, values = now.prefix.layers[module.layer_idx]
-        parts.append(_part(grouped, keys[:, :, begin:], values[:, :, begin:], scale, before))
-    (out, top, total), *rest = parts
-    for other_out, other_top, other_total in rest:
-        # The row itself is always seen, so `top` is finite and neither weight is NaN.
-        new_top = torch.maximum(top, other_top)
-        mine, theirs = (top - new_top).exp_(), (other_top - new_top).exp_()
-        total = total * mine + other_total * theirs
-        out = out.mul_(mine.to(out.dtype)).add_(other_out.mul_(theirs.to(out.dtype)))
-    return out.div_(total.to(out.dtype)).reshape(B, T, H, D), None
+        shared = _part(grouped, keys[:, :, begin:], values[:, :, begin:], scale, before, now.fuse)
+        out = (fused(_join) if now.fuse else _join)(out, top, total, *shared)
+    else:
+        out = out.div_(total.to(out.dtype))
+    return out.reshape(B, T, H, D), None
+
+
+def _join(
+    out: Tensor, top: Tensor, total: Tensor, other_out: Tensor, other_top: Tensor, other_total: Tensor
+) -> Tensor:
+    """The softmax over two parts of the keys from what `_part` made of each; the first holds the row itself."""
+    # The row itself is always seen, so `top` is finite and neither weight is NaN.
+    new_top = torch.maximum(top, other_top)
+    mine, theirs = (top - new_top).exp_(), (other_top - new_top).exp_()
+    total = total * mine + other_total * theirs
+    out = out.mul_(mine.to(out.dtype)).add_(other_out.mul_(theirs.to(out.dtype)))
+    return out.div_(total.to(out.dtype))
+
+
+def _weigh(scores: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(score − largest) in the scores' dtype, the largest scaled score and the sum of the weights, both fp32.
+
+    `scores` is (rows, K, B / rows, T, G, S), `mask` (rows, 1, B / rows, T, 1, S).
+    """
+    scaled = scores.float().mul_(scale)
+    if mask is not None:
+        scaled += mask
+    top = scaled.amax(dim=-1, keepdim=True)
+    # A query that sees none of these keys weighs them with zero instead of NaN.
+    weights = scaled.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
+    return weights.to(scores.dtype), top, weights.sum(dim=-1, keepdim=True)
 
 
 def _part(
-    query_BTKGD: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+    query_BTKGD: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, fuse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax-weighted sum before its division, (B, T, K, G, D), the largest score and the sum of weights, (B, T, K, G, 1).
 
@@ -164,7 +190,7 @@ def _part(
     if shared and (most := max(_SCORES_AT_ONCE * count // max(B * T * K * G * S, 1), 1)) < count:
         masks = [None] * count if mask is None else list(torch.split(mask, most, dim=along))
         done = [
-            _part(query, key, value, scale, part)
+            _part(query, key, value, scale, part, fuse)
             for query, part in zip(torch.split(query_BTKGD, most, dim=along), masks, strict=False)
         ]
         out, top, total = (torch.cat(parts, dim=along) for parts in zip(*done, strict=True))
@@ -172,20 +198,21 @@ def _part(
     rows = 1 if shared else B
     # (rows · K, B/rows · T · G, D): all queries that see the same keys in one product.
     query = query_BTKGD.permute(2, 0, 1, 3, 4).reshape(K, rows, -1, D).transpose(0, 1).reshape(rows * K, -1, D)
-    scores = torch.bmm(query, key.reshape(rows * K, S, D).transpose(1, 2)).float().mul_(scale)
-    if mask is not None:
-        blocks = scores.view(rows, K, B // rows, T, G, S)
-        blocks += mask.view(rows, 1, B // rows, T, 1, S)
-    top = scores.amax(dim=-1, keepdim=True)
-    # A query that sees none of these keys weighs them with zero instead of NaN.
-    weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    out = torch.bmm(weights.to(value.dtype), value.reshape(rows * K, S, D))
+    scores = torch.bmm(query, key.reshape(rows * K, S, D).transpose(1, 2)).view(rows, K, B // rows, T, G, S)
+    seen = None if mask is None else mask.view(rows, 1, B // rows, T, 1, S)
+    weights, top, total = (fused(_weigh) if fuse else _weigh)(scores, seen, scale)
+    out = torch.bmm(weights.view(rows * K, -1, S), value.reshape(rows * K, S, D))
 
     def back(x: Tensor) -> Tensor:
         return x.view(rows, K, B // rows, T, G, -1).permute(0, 2, 3, 1, 4, 5).reshape(B, T, K, G, -1)
 
     return back(out), back(top), back(total)
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> float | None:
+    """How far states lie apart, as a share of their size, where it is more than rounding; else None."""
+    gap = float((ours - theirs).float().norm() / theirs.float().norm())
+    return None if gap <= min(64 * torch.finfo(theirs.dtype).eps, _MOST_GAP) else gap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +235,19 @@ class PrefixReader:
         backbone: the model.
         sites: names of the sites whose states are read.
         kept_bytes: memory for prefixes that may be wanted again.
+        compile: fuse the steps between matrix products (`fused`), for long runs.
+
+    Raises:
+        SparsortError: the model cannot be compiled here.
     """
 
     def __init__(
-        self, backbone: Backbone, *, sites: Sequence[str] = ("pre_norm", "post_norm"), kept_bytes: int = _KEPT_BYTES
+        self,
+        backbone: Backbone,
+        *,
+        sites: Sequence[str] = ("pre_norm", "post_norm"),
+        kept_bytes: int = _KEPT_BYTES,
+        compile: bool = False,
     ) -> None:
         self.backbone = backbone
         self.sites: list[Site] = [backbone.site(name) for name in sites]
@@ -220,7 +256,10 @@ class PrefixReader:
         self.n_tokens = 0
         self.bytes_per_token = 0
         self._windows: set[int | None] = set()
+        self._fused: FusedBlocks | None = None
         self.why_not = self._probe()
+        if compile and self.why_not is None:
+            self._compile()
 
     def prefix(self, segments: Sequence[Sequence[int]]) -> Prefix:
         """The prefix that these segments make together; what an earlier one has in common with it is not run again.
@@ -326,7 +365,9 @@ class PrefixReader:
         return states
 
     def _run(self, ids_BT: Tensor, position_BT: Tensor, now: _Pass, sites: Sequence[Site]) -> dict[str, Tensor]:
-        with self._own_attention(now), self.backbone.catch(sites) as caught:
+        now.fuse = self._fused is not None
+        blocks = self._fused.in_place() if self._fused is not None else nullcontext()
+        with self._own_attention(now), self.backbone.catch(sites) as caught, blocks:
             self.backbone.decoder(
                 input_ids=ids_BT, position_ids=position_BT, past_key_values=_Feed(now), use_cache=True
             )
@@ -339,7 +380,8 @@ class PrefixReader:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attend)
+            # It reads what this thread has under way, which a compiler must not take for a constant.
+            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attend))
         config = self.backbone.config
         usual = config._attn_implementation
         config._attn_implementation, _PASSED.now = IMPLEMENTATION, now
@@ -357,13 +399,8 @@ class PrefixReader:
             return "its cache cannot be continued"
         if backbone.chunk is None:
             return "its rotary embeddings depend on the length of the text"
-        size = int(backbone.config.vocab_size)
-        window = getattr(backbone.config, "sliding_window", None) or 0
-        # Long enough that a short window cuts through both parts; a long one is held by the arithmetic of `_Pass.mask`.
-        n = 24 if not 0 < window < 24 else 2 * window + 8
-        whole = (torch.arange(2 * n, device=backbone.device).view(2, n) * 7 + 3).remainder(size)
-        cut = n // 2
-        whole[1, :cut] = whole[0, :cut]
+        whole, cut = self._probe_ids()
+        n = whole.shape[1]
         site = backbone.site("pre_norm")
         try:
             with backbone.catch([site]) as caught:
@@ -382,10 +419,41 @@ class PrefixReader:
         ) as error:
             return f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
         theirs = caught[site.name].view(2, n, -1)[:, cut:]
-        gap = float((ours.reshape(theirs.shape) - theirs).float().norm() / theirs.float().norm())
-        if not gap <= min(64 * torch.finfo(theirs.dtype).eps, _MOST_GAP):
+        if (gap := _gap(ours.reshape(theirs.shape), theirs)) is not None:
             return f"states behind a prefix differ from those of the whole text (by {gap:.1e} of their size)"
         return self._unseen_window()
+
+    def _probe_ids(self) -> tuple[Tensor, int]:
+        """(2, n) token ids, the same up to a place, and that place."""
+        window = getattr(self.backbone.config, "sliding_window", None) or 0
+        # Long enough that a short window cuts through both parts; a long one is held by the arithmetic of `_Pass.mask`.
+        n = 24 if not 0 < window < 24 else 2 * window + 8
+        size, cut = int(self.backbone.config.vocab_size), n // 2
+        whole = (torch.arange(2 * n, device=self.backbone.device).view(2, n) * 7 + 3).remainder(size)
+        whole[1, :cut] = whole[0, :cut]
+        return whole, cut
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Compile the blocks, and see on the probe that they compute what they did.
+
+        Raises:
+            SparsortError: they cannot be compiled, or do not.
+        """
+        whole, cut = self._probe_ids()
+        site, name = self.backbone.site("pre_norm"), self.backbone.loaded.name
+        prefix = self._extend(Prefix(ids=(), layers=[]), tuple(whole[0, :cut].tolist()))
+        plain = self.read(prefix, whole[:, cut:], sites=[site]).states[site.name]
+        self._fused = FusedBlocks(self.backbone.blocks)
+        try:
+            ours = self.read(prefix, whole[:, cut:], sites=[site]).states[site.name]
+        except (RuntimeError, NotImplementedError, OSError) as error:
+            first = str(error).strip().splitlines()[0][:200]
+            raise SparsortError(f"the model {name!r} cannot be compiled here: {first}. Leave compile out.") from error
+        if (gap := _gap(ours, plain)) is not None:
+            raise SparsortError(
+                f"the model {name!r} computes other states when compiled (by {gap:.1e} of their size). Leave compile out."
+            )
 
     def _unseen_window(self) -> str | None:
         """Why a window that is longer than the probe would be missed: some models put it into their masks alone."""

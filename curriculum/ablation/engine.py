@@ -34,10 +34,11 @@ class Engine:
     Args:
         ablation: names the model, and the sparsity that orders demonstrations.
         loaded: the model, where it is loaded already.
+        compile: read answers with the compiled model (`scoring.fused`); outcomes differ by rounding alone.
     """
 
-    def __init__(self, ablation: Ablation, loaded: LoadedModel | None = None) -> None:
-        self._ablation = ablation
+    def __init__(self, ablation: Ablation, loaded: LoadedModel | None = None, *, compile: bool = False) -> None:
+        self._ablation, self._compile = ablation, compile
         self.loaded = loaded or load_model(ablation.model, dtype=ablation.dtype, device=ablation.device)
         self._readers: dict[bool, AnswerReader] = {}
 
@@ -59,7 +60,7 @@ class Engine:
     def reader(self, task: Task) -> AnswerReader:
         """The reader of a task's prompts."""
         if task.chat not in self._readers:
-            self._readers[task.chat] = AnswerReader(self.loaded, chat=task.chat)
+            self._readers[task.chat] = AnswerReader(self.loaded, chat=task.chat, compile=self._compile)
         return self._readers[task.chat]
 
     def sparsity(self, task: Task, rows: Rows, sample: Rows) -> NDArray[np.float64]:
