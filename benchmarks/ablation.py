@@ -1,11 +1,12 @@
 """How fast an ablation of orders is against reading every prompt whole, and how long the study of the documents takes.
 
-    python benchmarks/ablation.py [--quick] [--json] [--save] [--data FOLDER] [--model demo] [--recipe FILE]
+    python benchmarks/ablation.py [--quick] [--json] [--save] [--data FOLDER] [--compile] [--model demo] [--recipe FILE]
 
 An item is one query under one order of the demonstrations: the log-probabilities of all labels. Ours is the ablation as a user
 runs it, 24 orders of one set of 8 demonstrations × 256 queries, with its splits made and its store on the disk; its work is cut
 into rounds of as many orders each. The baselines are too slow to run whole: in every round, in turn with ours, each runs a
-seeded sample of that round's items, and times are compared per item. All sides use the same model object and threads.
+seeded sample of that round's items, and times are compared per item. All sides use the same model object and threads. With
+`--compile` ours reads answers with the compiled model, as `sparsort ablate --compile` does; the baselines stay as peers run them.
 
 `label_by_label` is what OpenICL's perplexity inferencer does: for each label all prompts, whole, in batches of 8 padded on the
 right, logits of every position, the cross-entropy of every token, the smallest mean wins. `prompt_by_prompt` is the best that a
@@ -267,10 +268,10 @@ def measure_where(report: Report, grid: Grid, engine: Engine) -> None:
     report.add("time_in_matrix_products", share["matrix products"], "", note=f"{note}; under the profiler")
 
 
-def measure_exactness(report: Report, grid: Grid, sizes: Sizes, name: str) -> None:
+def measure_exactness(report: Report, grid: Grid, sizes: Sizes, name: str, compile: bool) -> None:
     """In fp32: log-probabilities against those of one query, one label, the whole prompt."""
     loaded = load_model(name, dtype="float32")
-    baselines, reader = Baselines(loaded, grid), AnswerReader(loaded)
+    baselines, reader = Baselines(loaded, grid), AnswerReader(loaded, compile=compile)
     places = np.random.default_rng(1).choice(len(grid.queries), size=sizes.exact_queries, replace=False).tolist()
     gaps, agree = [], 0
     for order, half in enumerate((places[::2], places[1::2])):
@@ -379,6 +380,7 @@ def main() -> None:
         "--data", type=Path, help="folder with icl/trec.train.jsonl, icl/trec.dev_subsample.jsonl and the like"
     )
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--compile", action="store_true", help="compile the model for our side (needs a C++ compiler)")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="TOML of the study whose time is projected")
     add_output_options(parser)
     arguments = parser.parse_args()
@@ -401,12 +403,13 @@ def main() -> None:
     # The reviews are too few for the study's dev rows.
     small: dict[str, Any] = {} if real else {"tasks": tasks, "dev_rows": BATCH}
     study = dataclasses.replace(Ablation.from_toml(arguments.recipe), data=folder, model=arguments.model, **small)
-    report = Report("ablation" if real else "ablation-examples", default_device().value)
-    engine, grid = Engine(bare), Grid(bare)
+    name = f"ablation{'-compiled' if arguments.compile else ''}{'' if real else '-examples'}"
+    report = Report(name, default_device().value)
+    engine, grid = Engine(bare, compile=arguments.compile), Grid(bare)
     measure_speed(report, grid, engine, sizes, real)
     measure_where(report, grid, engine)
     project_study(report, study, engine, sizes, real)
-    measure_exactness(report, grid, sizes, arguments.model)
+    measure_exactness(report, grid, sizes, arguments.model, arguments.compile)
     report.finish(arguments)
 
 

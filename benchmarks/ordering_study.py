@@ -1,6 +1,7 @@
 """The ordering study: run it (or take what its store holds), and write docs/results/ordering-study.md with its figures.
 
-One command makes it again; it takes hours and can be stopped and started at any moment, also in two processes at once:
+One command makes it again; it takes hours and can be stopped and started at any moment. Two processes at once, with one thread
+each (OMP_NUM_THREADS=1), take half the time:
 
     python benchmarks/ordering_study.py --data FOLDER --save
 
@@ -56,10 +57,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ordering-study", help="folder of the study")
     parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
+    parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args()
     recipe = ROOT / "recipes" / "ordering_study.toml"
-    done = ablate(recipe, out=args.out, data=args.data.resolve(), run=not args.no_run, report=False)
+    done = ablate(
+        recipe,
+        out=args.out,
+        data=args.data.resolve(),
+        run=not args.no_run,
+        report=False,
+        compile=not args.no_compile,
+    )
     written = make_report(done.results, args.out / "report", title=TITLE)
     report: dict[str, Any] = dict(written.report)
     planned = len(list(units(Ablation.from_toml(recipe))))
