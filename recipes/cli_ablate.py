@@ -97,7 +97,9 @@ def ablate(
     device: DeviceOption = "auto",
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the model first: faster from some million tokens on; needs a C++ compiler."),
+        typer.Option(
+            "--compile", help="Compile the model first: faster from some million tokens on; needs a C++ compiler."
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will cost.")] = False,
     no_run: Annotated[

@@ -30,6 +30,9 @@ from sparsort.scoring.prompts import Encoder
 # Positions whose states go through the head together.
 _POSITIONS_AT_ONCE = 512
 
+# Tokens of one batch of a compiled model on a CPU: it leaves less between the products for the cache to hold.
+_COMPILED_BUDGET = 2048
+
 SITES = ("pre_norm", "post_norm")
 FEATURES: tuple[str, ...] = (*(f"{site}/{metric}" for site in SITES for metric in METRICS), "entropy")
 
@@ -78,6 +81,8 @@ class AnswerReader:
         self, loaded: LoadedModel, *, token_budget: int | None = None, chat: bool = False, compile: bool = False
     ) -> None:
         self.loaded = loaded
+        if compile and token_budget is None and loaded.device.value.type == "cpu":
+            token_budget = _COMPILED_BUDGET
         self.backbone = Backbone(loaded, token_budget=token_budget)
         self.head = Head(loaded.model, self.backbone.config, loaded.name, compile=compile)
         sites = SITES if self.backbone.final_norm is not None else SITES[:1]
@@ -105,7 +110,7 @@ class AnswerReader:
         """
         if not queries:
             raise SparsortError("there are no queries to answer. Give at least one.")
-        layout = self.lay_out(chunks, queries, answers)
+        layout = self.lay_out(chunks, queries, answers).shared()
         before = self.reader.n_tokens
         gathered = _Gathered(layout.passages)
         for segments, places in layout.groups():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,21 @@ class Layout:
         taken = set(cut)
         whole = [place for place in range(len(self.passages)) if place not in taken]
         yield from (group for group in ((self.segments, cut), (list[tuple[int, ...]](), whole)) if group[1])
+
+    def shared(self) -> Layout:
+        """The same with what all queries behind the prefix begin with (a template's first words) made part of the prefix."""
+        cut = [place for place, passage in enumerate(self.passages) if not passage.whole]
+        if not self.segments or len(cut) < 2:
+            return self
+        stems = [self.passages[place].stem for place in cut]
+        # A stem keeps its last token, whose state is wanted for every query.
+        length = min(_common(stems), min(map(len, stems)) - 1)
+        if length < 1:
+            return self
+        passages = [
+            passage if passage.whole else replace(passage, stem=passage.stem[length:]) for passage in self.passages
+        ]
+        return Layout(segments=[*self.segments, stems[0][:length]], passages=passages)
 
     def answer_lengths(self, count: int) -> NDArray[np.int64]:
         """(Q, count) tokens of each answer."""

@@ -81,7 +81,7 @@ class FusedBlocks:
         """Run the blocks compiled within the block."""
         fast = _GeluTanh()
         plain = [(parent, name, getattr(parent, name)) for parent, name in self._slow]
-        usual = [block._compiled_call_impl for block in self._blocks]
+        usual: list[Any] = [block._compiled_call_impl for block in self._blocks]
         with ExitStack() as stack:
             stack.enter_context(_settings())
             try:

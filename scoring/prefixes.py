@@ -15,6 +15,7 @@ tokens of the prefix.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from sparsort.scoring.fused import FusedBlocks, fused
 from sparsort.scoring.sites import Site
 from sparsort.scoring.tails import Keys, Tails
 
+_LOG = logging.getLogger("sparsort")
 IMPLEMENTATION = "sparsort_shared_prefix"
 # Keys and values of prefixes that are kept for those to come.
 _KEPT_BYTES = 512 * 2**20
@@ -39,6 +41,8 @@ _KEPT_BYTES = 512 * 2**20
 _SCORES_AT_ONCE = 2**23
 # Tokens of a prefix that are run at once: a long one must not take the square of its length in memory.
 _EXTENDED_AT_ONCE = 2048
+# Tokens from which on a compiled pass is the faster one; below, finding the right program takes longer than it saves.
+_LEAST_FUSED = 256
 # Rounding in bf16 moves the states of right models by 0.01 to 0.03 of their size; 64 steps of it would let half of it pass.
 _MOST_GAP = 0.1
 _PASSED = threading.local()
@@ -98,7 +102,7 @@ class _Feed:
     def __init__(self, now: _Pass) -> None:
         self._now = now
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any) -> Keys:
         if self._now.tails is not None:
             return self._now.tails.put(layer_idx, keys, values)
@@ -148,9 +152,7 @@ def attend(
     return out.reshape(B, T, H, D), None
 
 
-def _join(
-    out: Tensor, top: Tensor, total: Tensor, other_out: Tensor, other_top: Tensor, other_total: Tensor
-) -> Tensor:
+def _join(out: Tensor, top: Tensor, total: Tensor, other_out: Tensor, other_top: Tensor, other_total: Tensor) -> Tensor:
     """The softmax over two parts of the keys from what `_part` made of each; the first holds the row itself."""
     # The row itself is always seen, so `top` is finite and neither weight is NaN.
     new_top = torch.maximum(top, other_top)
@@ -260,6 +262,8 @@ class PrefixReader:
         self.why_not = self._probe()
         if compile and self.why_not is None:
             self._compile()
+        elif compile:
+            _LOG.warning("%s is not compiled: %s.", backbone.loaded.name, self.why_not)
 
     def prefix(self, segments: Sequence[Sequence[int]]) -> Prefix:
         """The prefix that these segments make together; what an earlier one has in common with it is not run again.
@@ -365,8 +369,9 @@ class PrefixReader:
         return states
 
     def _run(self, ids_BT: Tensor, position_BT: Tensor, now: _Pass, sites: Sequence[Site]) -> dict[str, Tensor]:
-        now.fuse = self._fused is not None
-        blocks = self._fused.in_place() if self._fused is not None else nullcontext()
+        fused_blocks = self._fused if ids_BT.numel() >= _LEAST_FUSED else None
+        now.fuse = fused_blocks is not None
+        blocks = nullcontext() if fused_blocks is None else fused_blocks.in_place()
         with self._own_attention(now), self.backbone.catch(sites) as caught, blocks:
             self.backbone.decoder(
                 input_ids=ids_BT, position_ids=position_BT, past_key_values=_Feed(now), use_cache=True
@@ -381,7 +386,7 @@ class PrefixReader:
 
         if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
             # It reads what this thread has under way, which a compiler must not take for a constant.
-            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attend))
+            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attend))  # type: ignore[no-untyped-call]
         config = self.backbone.config
         usual = config._attn_implementation
         config._attn_implementation, _PASSED.now = IMPLEMENTATION, now
@@ -435,7 +440,7 @@ class PrefixReader:
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Compile the blocks, and see on the probe that they compute what they did.
+        """Compile the blocks, and see on a probe that they compute what they did.
 
         Raises:
             SparsortError: they cannot be compiled, or do not.
@@ -443,10 +448,11 @@ class PrefixReader:
         whole, cut = self._probe_ids()
         site, name = self.backbone.site("pre_norm"), self.backbone.loaded.name
         prefix = self._extend(Prefix(ids=(), layers=[]), tuple(whole[0, :cut].tolist()))
-        plain = self.read(prefix, whole[:, cut:], sites=[site]).states[site.name]
-        self._fused = FusedBlocks(self.backbone.blocks)
+        rows = whole[:, cut:].repeat(-(-_LEAST_FUSED // (whole.numel() - 2 * cut)), 1)
+        plain = self.read(prefix, rows, sites=[site]).states[site.name]
+        self._fused = FusedBlocks(list(self.backbone.blocks))
         try:
-            ours = self.read(prefix, whole[:, cut:], sites=[site]).states[site.name]
+            ours = self.read(prefix, rows, sites=[site]).states[site.name]
         except (RuntimeError, NotImplementedError, OSError) as error:
             first = str(error).strip().splitlines()[0][:200]
             raise SparsortError(f"the model {name!r} cannot be compiled here: {first}. Leave compile out.") from error

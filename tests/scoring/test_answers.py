@@ -159,7 +159,7 @@ def test_another_attention_is_noticed_in_every_dtype(
     loaded = load_model(str(make_tiny_model("llama")), dtype=dtype)
     assert AnswerReader(loaded).reader.why_not is None
     part = prefixes._part
-    monkeypatch.setattr(prefixes, "_part", lambda q, k, v, scale, mask: part(q, k, v, 0.2 * scale, mask))
+    monkeypatch.setattr(prefixes, "_part", lambda q, k, v, scale, *rest: part(q, k, v, 0.2 * scale, *rest))
     assert "differ" in (AnswerReader(loaded).reader.why_not or "")
 
 

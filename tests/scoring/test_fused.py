@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import fused
+from sparsort.scoring import fused, prefixes
 from sparsort.scoring.answers import AnswerReader
 from sparsort.scoring.generation import generate
 from sparsort.scoring.heads import Head
@@ -33,6 +33,11 @@ LABELS = [" number", " a reason", " num"]
 @pytest.fixture(scope="module")
 def loaded(make_tiny_model: Callable[..., Path]) -> LoadedModel:
     return load_model(str(make_tiny_model("gemma3")), dtype="float32", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_passes_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "_LEAST_FUSED", 8)
 
 
 @pytest.fixture(scope="module")
