@@ -5,9 +5,10 @@ each (OMP_NUM_THREADS=1), take half the time:
 
     python benchmarks/ordering_study.py --data FOLDER --save
 
-FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. With --no-run it is
-written from what the store holds, finished or not; how much that is stands in its head. Nothing in the page is written by
-hand.
+FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. It begins with what
+benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh it asks for
+all. With --no-run the page is written from what is there, finished or not; how much that is stands in its head. Nothing in
+the page is written by hand.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import machine
+from ordering_study_outcomes import pack, unpack
 
 from sparsort.curriculum.ablation.design import Ablation, units
+from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.files import write_atomically
 from sparsort.recipes.ablate import ablate
 from sparsort.recipes.report import make_report
 
 ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "ordering-study-outcomes.parquet"
 PAGE = ROOT / "docs" / "results" / "ordering-study.md"
 TITLE = "Which orders of demonstrations help: a study on five tasks with Gemma 3 270M"
 
@@ -56,22 +62,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ordering-study", help="folder of the study")
+    parser.add_argument("--fresh", action="store_true", help="ask the model for everything, whatever answers are kept")
     parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args()
-    recipe = ROOT / "recipes" / "ordering_study.toml"
+    recipe = replace(Ablation.from_toml(ROOT / "recipes" / "ordering_study.toml"), data=args.data.resolve())
+    store = args.out / "store"
+    if KEPT.exists() and not store.exists() and not args.fresh:
+        print(f"taking up the answers that {KEPT.name} holds", file=sys.stderr)
+        unpack(KEPT, store)
     done = ablate(
         recipe,
         out=args.out,
-        data=args.data.resolve(),
         run=not args.no_run,
         report=False,
         compile=not args.no_compile,
     )
     written = make_report(done.results, args.out / "report", title=TITLE)
     report: dict[str, Any] = dict(written.report)
-    planned = len(list(units(Ablation.from_toml(recipe))))
+    planned = len(list(units(recipe)))
     text = (args.out / "report" / "report.md").read_text(encoding="utf-8")
     text = text.replace(f"# {TITLE}\n", f"# {TITLE}\n\n{head(report, planned)}\n", 1)
     if not args.save:
@@ -93,7 +103,8 @@ def main() -> None:
     # Numbers for programs: one line, as the page holds the same for readers.
     with write_atomically(target) as temporary:
         temporary.write_text(json.dumps(kept | {"machine": machine(torch.device("cpu"))}) + "\n", encoding="utf-8")
-    print(f"{PAGE}\n{target}")
+    pack(OutcomeStore.existing(store), recipe, KEPT)
+    print(f"{PAGE}\n{target}\n{KEPT}")
 
 
 if __name__ == "__main__":
