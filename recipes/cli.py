@@ -1,4 +1,4 @@
-"""The command line: `sparsort score`, `order`, `calibrate`, `ablate`, `report`, `plan`, `train` and `env`.
+"""The command line: `sparsort score`, `order`, `choose`, `calibrate`, `ablate`, `report`, `plan`, `train` and `env`.
 
 Contract: results on stdout, progress and warnings on stderr; `--json` prints one object and nothing else. Exit codes: 0 done;
 2 a mistake in the call or the input, told in one message; 3 done, but rows have no score and `--strict` was given;
@@ -18,6 +18,8 @@ from typer.core import TyperGroup
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli_ablate import ablate
 from sparsort.recipes.cli_calibrate import calibrate
+from sparsort.recipes.cli_choose import EXAMPLE as CHOOSE_EXAMPLE
+from sparsort.recipes.cli_choose import choose
 from sparsort.recipes.cli_plan import EXAMPLE as PLAN_EXAMPLE
 from sparsort.recipes.cli_plan import plan
 from sparsort.recipes.cli_report import report
@@ -304,6 +306,7 @@ def order(
         _print_order(result)
 
 
+app.command(epilog=CHOOSE_EXAMPLE)(choose)
 app.command(
     epilog=r"Example: `sparsort ablate reviews.jsonl --prompt 'Review: {text}\nSentiment:' --label label -k 4 --out my-ablation`"
 )(ablate)

@@ -223,7 +223,7 @@ def _without_leaks(
     task: Task, rows: Sequence[Fields], asked: Sequence[Fields], what: str
 ) -> tuple[list[Fields], list[Dropped]]:
     """The rows whose question is none of those asked, nor nearly one, and the others."""
-    leaks = _leaks(task, rows, asked)
+    leaks = leaking_rows(task.fields, rows, asked)
     kept = [row for place, row in enumerate(rows) if place not in leaks]
     dropped = [
         Dropped(
@@ -235,12 +235,14 @@ def _without_leaks(
     return kept, dropped
 
 
-def _leaks(task: Task, rows: Sequence[Fields], asked: Sequence[Fields]) -> dict[int, tuple[int, float]]:
+def leaking_rows(
+    fields: Sequence[str], rows: Sequence[Fields], asked: Sequence[Fields]
+) -> dict[int, tuple[int, float]]:
     """The rows that are nearly a query: place to (query, similarity). Of several fields every one must leak."""
     if not rows or not asked:
         return {}
     by_field = []
-    for field in task.fields:
+    for field in fields:
         shown, questions = _texts(rows, field), _texts(asked, field)
         found = {(leak.demo, leak.query): leak.similarity for leak in find_leaks(questions, shown)}
         by_field.append((found, _blank(shown), _blank(questions)))

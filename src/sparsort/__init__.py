@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
     from sparsort.recipes.ablate import ablate as ablate
     from sparsort.recipes.calibrate import calibrate as calibrate
+    from sparsort.recipes.choose_order import choose_order as choose_order
     from sparsort.recipes.report import write_report as write_report
     from sparsort.scoring.baselines import ColumnScorer as ColumnScorer
     from sparsort.scoring.baselines import CompressionScorer as CompressionScorer
@@ -58,6 +59,7 @@ _HOME = {
     "Pacing": "curriculum.loading.pacing",
     "plan_curriculum": "curriculum.loading.planning",
     "ablate": "recipes.ablate",
+    "choose_order": "recipes.choose_order",
     "Calibration": "scoring.calibration",
     "CalibratedScorer": "scoring.calibrated",
     "Results": "curriculum.ablation.results",

@@ -1,0 +1,369 @@
+"""Choose the order of a prompt's demonstrations with the model in the loop: the recipe behind `sparsort choose`.
+
+Contract: the criteria are those that an ablation compares (`curriculum.demos.criteria`), read from the same outcomes: what the
+model says to some queries under each candidate order. Whether a criterion helps on a model and task is for an ablation to find
+out; this applies it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.curriculum.ablation.data import Showing
+from sparsort.curriculum.ablation.design import probes_of
+from sparsort.curriculum.ablation.splits import leaking_rows
+from sparsort.curriculum.ablation.tasks import Task, task_from_flags
+from sparsort.curriculum.ablation.texts import Texts
+from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
+from sparsort.curriculum.demos.permutations import random_permutations
+from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.names import METRICS
+from sparsort.progress import progress
+from sparsort.templates import fields_of
+
+Rows = Sequence[Mapping[str, Any]]
+
+# More than enough for any context; the file of a whole pool is no set of demonstrations.
+MOST_DEMOS = 64
+_LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenOrder:
+    """An order of demonstrations, and how it came about.
+
+    Attributes:
+        demos: the demonstrations in the chosen order.
+        order: their positions in what was given.
+        by: the criterion.
+        candidates: every order that was tried, best first.
+        scores: the criterion's score of each, higher is better.
+        tied: how many candidates share the best score, the chosen one included.
+        queries: how many queries the criterion read under each order.
+        tokens_read: tokens that the model read and wrote.
+        notes: what a reader should know, one sentence each.
+        provenance: model, criterion and source, task, seed.
+    """
+
+    demos: list[dict[str, Any]]
+    order: list[int]
+    by: str
+    candidates: list[list[int]]
+    scores: list[float]
+    tied: int
+    queries: int
+    tokens_read: int
+    notes: list[str]
+    provenance: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """The choice as JSON values."""
+        return dict(vars(self))
+
+
+def choose_order(
+    demos: Rows,
+    queries: Rows = (),
+    *,
+    prompt: str,
+    answer: str | None = None,
+    label: str = "label",
+    labels: str | Mapping[str, str] | None = None,
+    by: str = "locale_unlabelled",
+    orders: int = 24,
+    prior: Mapping[str, float] | None = None,
+    separator: str = "\n\n",
+    instruction: str = "",
+    chat: bool = False,
+    system: str | None = None,
+    allow_leaks: bool = False,
+    model: Any = "demo",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> ChosenOrder:
+    """Choose the best of some orders of the same demonstrations by a criterion that asks the model.
+
+    Args:
+        demos: k rows, each with the prompt's fields and its label.
+        queries: rows that the criterion asks about under every order, without their labels but for "best_on_dev". Criteria
+            that read probes sampled from the model ("globale", "locale") or content-free inputs take none.
+        prompt: format string of a row's question.
+        answer: format string of what follows it; by default a space and the label.
+        label: the field of the label.
+        labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations, and the
+            queries where they have that field, hold. Criteria without labels ("density", …) read none.
+        by: a criterion's name, or several joined by "+": the mean of their ranks.
+        orders: how many orders are tried: all k! where there are no more, else distinct random ones.
+        prior: each label value's share or count, for "pdo_prior".
+        separator, instruction, chat, system: as `Task`.
+        allow_leaks: let queries stand among the demonstrations.
+        model, dtype, device, revision, trust_remote_code: as `scoring.loading.load_model`; or a `LoadedModel`.
+        seed: of the orders, of sampled probes, and between equals.
+
+    Raises:
+        SparsortError: bad input; the message says what to do.
+    """
+    chosen_by = _criterion(by)
+    probes = probes_of(by, sampled=True)
+    task = _task(demos, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
+    _check(task, demos, queries, chosen_by, asks=probes == "dev", allow_leaks=allow_leaks)
+    prior_L = _prior(task, prior) if prior is not None else None
+    if "prior" in chosen_by.needs and prior_L is None:
+        raise SparsortError(f"{by!r} reads each label's share. Pass prior={{value: share, …}}, or take 'pdo'.")
+    count = min(orders, math.factorial(min(len(demos), 20)))
+    if count < 1:
+        raise SparsortError(f"orders is {orders}; at least 1 is needed.")
+    orders_RK = random_permutations(len(demos), count, seed)
+
+    from sparsort.scoring.loading import LoadedModel, load_model
+
+    loaded = model
+    if not isinstance(model, LoadedModel):
+        loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded)
+    notes = []
+    if probes == "sampled":
+        texts = asking.sampled(seed)
+        if not texts:
+            raise SparsortError(
+                f"of {count} probes sampled from the model none reads as a query of this prompt, so {by!r} has nothing to "
+                "choose by. Give queries of your own, and take a criterion that reads them: 'locale_unlabelled'."
+            )
+        if queries:
+            notes.append(f"{by} reads probes sampled from the model: the {len(queries)} queries given were not read.")
+    else:
+        texts = [task.query_text(row) for row in queries] if probes == "dev" else []
+    gold = np.array([task.gold_index(row) for row in queries]) if "gold" in chosen_by.needs else None
+    evidence = asking.evidence(texts, chosen_by, gold, prior_L)
+    choice = chosen_by.choose(evidence, seed=seed)
+    scores = chosen_by.scores(evidence)
+    ranked = choice.ranking.tolist()
+    if choice.tied > 1:
+        notes.append(
+            f"{choice.tied} of {count} orders share the best score; among {choice.drawn} of them the seed drew."
+        )
+    order = orders_RK[choice.index].tolist()
+    return ChosenOrder(
+        demos=[dict(demos[place]) for place in order],
+        order=order,
+        by=by,
+        candidates=orders_RK[ranked].tolist(),
+        scores=[float(scores[place]) for place in ranked],
+        tied=choice.tied,
+        queries=len(texts),
+        tokens_read=asking.tokens_read,
+        notes=notes,
+        provenance={
+            "model": loaded.name,
+            "weights": loaded.weights,
+            "dtype": str(loaded.dtype.value).removeprefix("torch."),
+            "criterion": by,
+            "source": chosen_by.source,
+            "task": task.digest,
+            "seed": seed,
+        },
+    )
+
+
+def read_rows(
+    file: str | Path,
+    on: str | Path | None = None,
+    *,
+    k: int | None = None,
+    queries: int = 32,
+    prompt: str | None = None,
+    seed: int = 0,
+    id_column: str | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Demonstrations and queries of files, for `choose_order`.
+
+    Args:
+        file: the demonstrations; with `k` the rows that they are drawn from.
+        on: the queries; None, with `k`: rows of `file` that were not drawn, and do not leak into those that were.
+        k: how many demonstrations to draw; None for all of `file`.
+        queries: most queries; of more rows, as many are drawn.
+        prompt: names the columns that are needed.
+        seed: of the drawing.
+        id_column: the column of ids.
+
+    Raises:
+        SparsortError: files that cannot be read, or too few rows.
+    """
+    rows = _fields(file, prompt, id_column)
+    if k is not None and not 2 <= k <= len(rows):
+        raise SparsortError(
+            f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
+        )
+    if queries < 1:
+        raise SparsortError(f"queries is {queries}; at least 1 is needed.")
+    generator = np.random.default_rng(seed)
+    drawn = generator.permutation(len(rows)).tolist()
+    demos = rows if k is None else [rows[place] for place in drawn[:k]]
+    if on is None:
+        rest = [] if k is None else [rows[place] for place in drawn[k:]]
+        if rest and prompt is not None:
+            # Of a file's own rows those that repeat a demonstration are no queries; of queries given, they are a mistake.
+            alike = leaking_rows(fields_of(prompt), rest, demos)
+            rest = [row for place, row in enumerate(rest) if place not in alike]
+        return demos, rest[:queries]
+    asked = _fields(on, prompt, id_column)
+    picked = sorted(generator.permutation(len(asked))[:queries].tolist())
+    return demos, [asked[place] for place in picked]
+
+
+def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:
+    from sparsort.scoring.sources import open_rows
+
+    source = open_rows(file, id_column=id_column)
+    if prompt is None:
+        raise SparsortError(
+            "which columns make the prompt? Pass --prompt with columns in braces; "
+            f"{Path(file).name} has: {', '.join(source.columns())}."
+        )
+    return [{"id": row.id, **row.fields} for row in source.rows()]
+
+
+class _Asking:
+    """A model that is asked under every order of one set of demonstrations."""
+
+    def __init__(self, task: Task, demos: list[dict[str, Any]], orders_RK: NDArray[np.int64], loaded: Any) -> None:
+        from sparsort.scoring.answers import AnswerReader
+
+        self._task, self._orders = task, orders_RK
+        self._reader = AnswerReader(loaded, chat=task.chat)
+        self._texts = Texts(task, loaded.tokenizer if task.chat else None)
+        self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
+        self.tokens_read = 0
+
+    def sampled(self, seed: int) -> list[str]:
+        """Queries that the model writes, one behind each order (arXiv 2104.08786)."""
+        from sparsort.curriculum.ablation.probing import probes
+
+        found = probes(self._reader, self._texts, self._showing, self._orders, seed)
+        self.tokens_read += found["sampling_tokens"]
+        return list(found["texts"])
+
+    def evidence(
+        self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None, prior: NDArray[np.float64] | None
+    ) -> Evidence:
+        """What the criterion reads, asked under every order; those that begin alike one after the other."""
+        free = self._task.content_free_texts() if "content_free" in by.needs else []
+        log_p: list[Any] = [None] * len(self._orders)
+        features: list[Any] = [None] * len(self._orders)
+        with progress("orders", len(self._orders)) as advance:
+            for place in np.lexsort(self._orders.T[::-1]).tolist():
+                demos = self._showing.demos(0, self._orders[place])
+                log_p[place], features[place] = self._ask(demos, [*queries, *free])
+                advance(1)
+        bare = self._ask([], queries)[1] if "bare_features" in by.needs else None
+        asked, labels = len(queries), bool(self._task.labels)
+        return Evidence(
+            log_p=np.stack(log_p)[:, :asked] if labels and asked else None,
+            content_free=np.stack(log_p)[:, asked:] if free else None,
+            features=np.stack(features)[:, :asked] if asked else None,
+            bare_features=bare,
+            gold=gold,
+            prior=prior,
+            metrics=METRICS,
+        )
+
+    def _ask(self, demos: Rows, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(N, L) log-probabilities, and (N, F) metrics of the state after the final norm."""
+        chunks = self._texts.prefix(demos)
+        found = self._reader.answers(chunks, [self._texts.query(demos, text) for text in queries], self._texts.answers)
+        self.tokens_read += found.tokens_read
+        return found.log_p, found.features[:, len(METRICS) : 2 * len(METRICS)]
+
+
+def _criterion(by: str) -> Criterion:
+    found = criterion(by)
+    if found.chooses != "order":
+        raise SparsortError(
+            f"{by!r} chooses anew for every query, and what is wanted is one order for all. Take 'locale_unlabelled', or "
+            "see what it is worth in an ablation (sparsort ablate)."
+        )
+    return found
+
+
+def _task(
+    demos: Rows,
+    queries: Rows,
+    by: Criterion,
+    prompt: str,
+    answer: str | None,
+    label: str,
+    labels: str | Mapping[str, str] | None,
+    separator: str,
+    instruction: str,
+    chat: bool,
+    system: str | None,
+) -> Task:
+    scored = bool(by.needs & _LABELS)
+    if chat and answer is None:
+        # Turns are shown without spaces at their ends, and what is scored is what is shown.
+        answer = f"{{{label}}}"
+    return task_from_flags(
+        [*demos, *(row for row in queries if row.get(label) is not None)],
+        prompt=prompt,
+        answer=answer,
+        label=label,
+        labels=labels if scored else None,
+        judge="labels" if scored else "exact",
+        name="demonstrations",
+        separator=separator,
+        instruction=instruction,
+        chat=chat,
+        system=system,
+    )
+
+
+def _check(task: Task, demos: Rows, queries: Rows, by: Criterion, *, asks: bool, allow_leaks: bool) -> None:
+    """Refuse rows that do not fit, before any model is loaded."""
+    if len(demos) < 2:
+        raise SparsortError(f"there are {len(demos)} demonstrations; an order needs at least 2.")
+    if len(demos) > MOST_DEMOS:
+        raise SparsortError(
+            f"there are {len(demos)} demonstrations; at most {MOST_DEMOS} make a prompt here. Select some first (-k)."
+        )
+    for row in demos:
+        task.demo_text(row)
+    if not asks:
+        return
+    if not queries:
+        raise SparsortError(
+            f"{by.name!r} asks the model about queries under every order, and none were given. Give some, 16 or more: "
+            "rows with the prompt's fields" + (" and their labels." if "gold" in by.needs else "; no labels are read.")
+        )
+    for row in queries:
+        task.query_text(row)
+        if "gold" in by.needs:
+            task.gold_index(row)
+    leaks = {} if allow_leaks else leaking_rows(task.fields, list(map(dict, demos)), list(map(dict, queries)))
+    if leaks:
+        demo, (query, similarity) = min(leaks.items())
+        raise SparsortError(
+            f"query {query} (from 0) is, or nearly is, demonstration {demo} (similarity {similarity:.2f}); under every order "
+            "the model would only have to copy. Leave it out, or pass allow_leaks=True (--allow-leaks)."
+        )
+
+
+def _prior(task: Task, prior: Mapping[str, float]) -> NDArray[np.float64]:
+    values = list(task.labels or ())
+    if sorted(map(str, prior)) != sorted(values):
+        raise SparsortError(
+            f"prior is given for {json.dumps(sorted(map(str, prior)))}; the labels are {json.dumps(sorted(values))}. Give one "
+            "number each."
+        )
+    held = {str(value): float(share) for value, share in prior.items()}
+    return np.array([held[value] for value in values])

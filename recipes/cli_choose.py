@@ -1,0 +1,134 @@
+"""The command `sparsort choose`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsort.recipes.options import (
+    TEXT_PANEL,
+    AnswerOption,
+    ChatOption,
+    DeviceOption,
+    DtypeOption,
+    IdOption,
+    JsonOption,
+    ModelOption,
+    PromptOption,
+    RevisionOption,
+    SystemOption,
+    TrustOption,
+    console,
+    print_json,
+    table,
+    unescape,
+)
+
+if TYPE_CHECKING:
+    from sparsort.recipes.choose_order import ChosenOrder
+
+EXAMPLE = r"Example: `sparsort choose reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4 --by locale_unlabelled`"
+_SHOWN = 8
+
+
+def choose(
+    file: Annotated[
+        Path, typer.Argument(help="Demonstrations, each with its label; or, with -k, the rows to draw them from.")
+    ],
+    on: Annotated[
+        Path | None,
+        typer.Option("--on", help="Queries that the criterion reads [default, with -k: other rows of FILE]."),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_null, best_on_dev, density, …, or a+b."
+        ),
+    ] = "locale_unlabelled",
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    label: Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=TEXT_PANEL)] = "label",
+    labels: Annotated[
+        str | None,
+        typer.Option(help="0=negative,1=positive [default: as they stand in the data].", rich_help_panel=TEXT_PANEL),
+    ] = None,
+    system: SystemOption = None,
+    chat: ChatOption = False,
+    separator: Annotated[str, typer.Option(help="Between demonstrations.", rich_help_panel=TEXT_PANEL)] = r"\n\n",
+    id_column: IdOption = None,
+    k: Annotated[int | None, typer.Option("-k", "--shots", help="Draw this many demonstrations from FILE.")] = None,
+    queries: Annotated[int, typer.Option(help="Most queries to ask about.")] = 32,
+    orders: Annotated[int, typer.Option(help="Orders to try: all, or random ones where there are more.")] = 24,
+    allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow queries among the demonstrations.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    model: ModelOption = "demo",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Write the demonstrations in their order as JSONL, for 'order --order given'."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the order of demonstrations by a criterion that asks the model: GlobalE, LocalE, PDO, best on dev, …."""
+    from sparsort.recipes.choose_order import choose_order, read_rows
+
+    demos, asked = read_rows(file, on, k=k, queries=queries, prompt=unescape(prompt), seed=seed, id_column=id_column)
+    chosen = choose_order(
+        demos,
+        asked,
+        by=by,
+        prompt=unescape(prompt) or "",
+        answer=unescape(answer),
+        label=label,
+        labels=labels,
+        separator=unescape(separator) or "",
+        chat=chat,
+        system=unescape(system),
+        orders=orders,
+        allow_leaks=allow_leaks,
+        model=model,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+    )
+    if out is not None:
+        from sparsort.files import write_atomically
+
+        with write_atomically(out) as temporary:
+            temporary.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen.demos), encoding="utf-8"
+            )
+    if as_json:
+        print_json(chosen.summary() | {"out": str(out) if out else None})
+    else:
+        _print(chosen, demos)
+        if out is not None:
+            typer.echo(f"Demonstrations: {out}")
+
+
+def _print(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
+    names = [_id(row, place) for place, row in enumerate(demos)]
+    rows = table("rank", "score", "order, first to last")
+    for rank, (order, score) in enumerate(zip(chosen.candidates[:_SHOWN], chosen.scores, strict=False), 1):
+        rows.add_row(str(rank), f"{score:.4g}", " ".join(names[place] for place in order))
+    console().print(rows)
+    typer.echo(
+        f"{chosen.by}: best of {len(chosen.candidates)} orders over {chosen.queries} queries, {chosen.tokens_read:,} tokens read."
+    )
+    for note in chosen.notes:
+        typer.echo(note, err=True)
+
+
+def _id(row: Mapping[str, Any], place: int) -> str:
+    return str(row.get("id", place))

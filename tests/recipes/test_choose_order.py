@@ -1,0 +1,193 @@
+"""`choose_order` and `sparsort choose`: the criteria applied to a user's own demonstrations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sparsort
+from sparsort.curriculum.ablation import probing
+from sparsort.errors import SparsortError
+from sparsort.recipes.cli import app
+from sparsort.scoring.loading import LoadedModel, load_model
+
+DEMOS = [
+    {"id": "a", "text": "the screen is bright", "label": "1"},
+    {"id": "b", "text": "the train was late and cold", "label": "0"},
+    {"id": "c", "text": "apples of five kinds", "label": "1"},
+]
+QUERIES = [
+    {"text": "a review of a train", "label": "0"},
+    {"text": "the battery lasts", "label": "1"},
+    {"text": "how many are left?", "label": "0"},
+    {"text": "Paris is the capital", "label": "1"},
+]
+ASKED: dict[str, Any] = {"prompt": "Review: {text}\nLabel:", "labels": "0=negative,1=positive"}
+ORDERS = list(itertools.permutations(range(3)))
+
+
+@pytest.fixture(scope="module")
+def loaded(make_tiny_model: Callable[..., Path]) -> LoadedModel:
+    return load_model(str(make_tiny_model("gemma3")), dtype="float32", device="cpu")
+
+
+def plain(loaded: LoadedModel, order: tuple[int, ...], query: str) -> np.ndarray[Any, Any]:
+    """Log-probabilities of both labels by one pass each over the whole prompt, as shares of one."""
+    words = {"0": " negative", "1": " positive"}
+    demos = "".join(f"Review: {DEMOS[i]['text']}\nLabel:{words[DEMOS[i]['label']]}\n\n" for i in order)
+    before = demos + f"Review: {query}\nLabel:"
+    found = []
+    for word in words.values():
+        encoded = loaded.tokenizer(before + word, return_offsets_mapping=True)
+        ids = torch.tensor([encoded["input_ids"]])
+        answered = [i for i, (begin, end) in enumerate(encoded["offset_mapping"]) if end > len(before) and end > begin]
+        with torch.inference_mode():
+            log_p = loaded.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        found.append(sum(float(log_p[i - 1, ids[0, i]]) for i in answered))
+    weights = np.exp(np.array(found) - max(found))
+    return weights / weights.sum()
+
+
+def test_locale_is_the_mean_entropy_of_plain_passes(loaded: LoadedModel) -> None:
+    found = sparsort.choose_order(DEMOS, QUERIES, model=loaded, **ASKED)
+    expected = {}
+    for order in ORDERS:
+        shares = [plain(loaded, order, row["text"]) for row in QUERIES]
+        expected[order] = float(np.mean([-(p * np.log(p)).sum() for p in shares]))
+    assert sorted(map(tuple, found.candidates)) == ORDERS
+    scores = {tuple(order): score for order, score in zip(found.candidates, found.scores, strict=True)}
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert tuple(found.order) == max(expected, key=lambda order: expected[order])
+    assert [row["id"] for row in found.demos] == [DEMOS[place]["id"] for place in found.order]
+    assert found.scores == sorted(found.scores, reverse=True)
+
+
+def test_best_on_dev_reads_the_labels(loaded: LoadedModel) -> None:
+    found = sparsort.choose_order(DEMOS, QUERIES, by="best_on_dev", model=loaded, **ASKED)
+    right = {
+        order: float(np.mean([plain(loaded, order, row["text"]).argmax() == int(row["label"]) for row in QUERIES]))
+        for order in ORDERS
+    }
+    scores = {tuple(order): score for order, score in zip(found.candidates, found.scores, strict=True)}
+    assert scores == pytest.approx(right)
+    with pytest.raises(SparsortError, match="label"):
+        sparsort.choose_order(DEMOS, [{"text": "no label here"}], by="best_on_dev", model=loaded, **ASKED)
+
+
+def test_density_needs_no_labels_and_free_answers_will_do(loaded: LoadedModel) -> None:
+    demos = [{"text": row["text"], "answer": f"the answer {n}"} for n, row in enumerate(DEMOS)]
+    queries = [{"text": row["text"]} for row in QUERIES]
+    found = sparsort.choose_order(
+        demos, queries, by="density", prompt="Q: {text}\nA:", answer=" {answer}", label="answer", model=loaded
+    )
+    assert len(found.scores) == 6
+    gain = sparsort.choose_order(
+        demos, queries, by="density_gain", prompt="Q: {text}\nA:", answer=" {answer}", label="answer", model=loaded
+    )
+    assert sorted(map(tuple, gain.candidates)) == ORDERS
+    assert np.isfinite(gain.scores).all()
+
+
+def test_content_free_inputs_take_no_queries(loaded: LoadedModel) -> None:
+    found = sparsort.choose_order(DEMOS, by="pdo_null", model=loaded, **ASKED)
+    assert found.queries == 0
+    assert len(found.scores) == 6
+
+
+def test_sampled_probes_take_the_place_of_queries(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {"texts": ["Review: a written one\nLabel:"], "sampling_tokens": 7}
+    monkeypatch.setattr(probing, "probes", lambda *_args: written)
+    found = sparsort.choose_order(DEMOS, QUERIES, by="locale", model=loaded, **ASKED)
+    assert found.queries == 1
+    assert "were not read" in found.notes[0]
+    monkeypatch.setattr(probing, "probes", lambda *_args: written | {"texts": []})
+    with pytest.raises(SparsortError, match=r"none reads as a query of this prompt.*'locale_unlabelled'"):
+        sparsort.choose_order(DEMOS, by="globale", model=loaded, **ASKED)
+
+
+def test_a_prior_is_in_the_order_of_the_labels(loaded: LoadedModel) -> None:
+    options = {"by": "pdo_prior", "model": loaded, **ASKED}
+    one = sparsort.choose_order(DEMOS, QUERIES, prior={"0": 0.9, "1": 0.1}, **options)
+    same = sparsort.choose_order(DEMOS, QUERIES, prior={"1": 0.1, "0": 0.9}, **options)
+    other = sparsort.choose_order(DEMOS, QUERIES, prior={"0": 0.1, "1": 0.9}, **options)
+    assert one.scores == same.scores != other.scores
+
+
+def test_many_orders_are_a_seeded_sample(loaded: LoadedModel) -> None:
+    demos = [{"text": f"{word} film", "label": str(n % 2)} for n, word in enumerate("abcdef")]
+    found = sparsort.choose_order(demos, QUERIES, orders=10, seed=3, model=loaded, **ASKED)
+    again = sparsort.choose_order(demos, QUERIES, orders=10, seed=3, model=loaded, **ASKED)
+    other = sparsort.choose_order(demos, QUERIES, orders=10, seed=4, model=loaded, **ASKED)
+    assert len(set(map(tuple, found.candidates))) == 10
+    assert found.summary() == again.summary()
+    assert sorted(found.candidates) != sorted(other.candidates)
+
+
+@pytest.mark.parametrize(
+    ("demos", "queries", "changes", "message"),
+    [
+        (DEMOS[:1], QUERIES, {}, "needs at least 2"),
+        (DEMOS, [], {}, "none were given"),
+        (DEMOS, QUERIES, {"by": "locl"}, "locale"),
+        (DEMOS, QUERIES, {"by": "mdl"}, "one order for all"),
+        (DEMOS, QUERIES, {"by": "pdo_prior"}, "Pass prior"),
+        (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": 1.0}}, "Give one number each"),
+        (DEMOS, QUERIES, {"orders": 0}, "at least 1"),
+        (DEMOS, [DEMOS[1]], {}, "nearly is, demonstration 1.*--allow-leaks"),
+        (DEMOS, [{"words": "no text"}], {}, "text"),
+        (DEMOS, QUERIES, {"prompt": "Review:"}, "names no field"),
+        ([{"text": "x", "label": "0"}] * 65, QUERIES, {}, "at most 64"),
+    ],
+)
+def test_bad_input_is_told_before_a_model_is_loaded(
+    demos: list[Any], queries: list[Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SparsortError, match=message):
+        sparsort.choose_order(demos, queries, model="/no/such/model", **{**ASKED, **changes})
+
+
+def test_the_command_and_what_it_writes(make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{word} of the world", "label": n % 2}
+        for n, word in enumerate(["one", "two", "three", "four", "five", "six"])
+    ]
+    file, ordered = tmp_path / "rows.jsonl", tmp_path / "ordered.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = ["--model", str(make_tiny_model("llama")), "-p", r"Review: {text}\nLabel:"]
+    call = ["choose", str(file), "-k", "3", "--labels", "0=bad,1=good", "--out", str(ordered), *model]
+    result = CliRunner().invoke(app, [*call, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["queries"] == 3
+    written = [json.loads(line) for line in ordered.read_text(encoding="utf-8").splitlines()]
+    assert written == found["demos"]
+    given = CliRunner().invoke(
+        app, ["order", str(ordered), "--order", "given", "-q", "another", "-a", " {label}", *model, "--json"]
+    )
+    assert given.exit_code == 0, given.output
+    assert [row["id"] for row in json.loads(given.stdout)["demonstrations"]] == [row["id"] for row in written]
+    shown = CliRunner().invoke(app, call)
+    assert "best of 6 orders over 3 queries" in shown.stdout
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "x", "label": 1}\n{"text": "y", "label": 0}\n', encoding="utf-8")
+    for options, message in (
+        ([], "--prompt"),
+        (["-p", "{text}:", "-k", "9"], "2 rows"),
+        (["-p", "{text}:"], "none were given"),
+        (["-p", "{text}:", "--queries", "0", "-k", "2"], "at least 1"),
+        (["-p", "{text}:", "--on", str(tmp_path / "none.jsonl")], "none.jsonl"),
+    ):
+        result = CliRunner().invoke(app, ["choose", str(file), *options])
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split()), result.output
