@@ -73,12 +73,13 @@ class Head:
     def normalisers(self, states_NH: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) log of the softmax's sum, and (N,) entropy in nats of the next token's distribution, both fp32."""
         weight, bias = self._matrix.weight, getattr(self._matrix, "bias", None)
+        plain = self._scale == 1.0 and not self._cap
         top = states_NH.new_full((len(states_NH),), -torch.inf, dtype=torch.float32)
         total, moment = torch.zeros_like(top), torch.zeros_like(top)
         for start in range(0, len(weight), _VOCABULARY_AT_ONCE):
             part = slice(start, start + _VOCABULARY_AT_ONCE)
             logits = torch.nn.functional.linear(states_NH, weight[part], None if bias is None else bias[part])
-            top, total, moment = self._take_in(self._finish(logits), top, total, moment)
+            top, total, moment = self._take_in(logits if plain else self._finish(logits), top, total, moment)
         return top + total.log(), total.log() - moment / total
 
     def _finish(self, logits: Tensor) -> Tensor:
@@ -113,6 +114,7 @@ class Head:
 
 def _take_in(logits_NV: Tensor, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logit, Σ w and Σ w·(l − largest) with w = exp(l − largest), each (N,), with more of the vocabulary taken in."""
+    logits_NV = logits_NV.float()
     new_top = torch.maximum(top, logits_NV.amax(dim=1))
     old = torch.exp(top - new_top)
     # A logit of −∞ weighs nothing, and 0 · ∞ would be NaN.

@@ -263,8 +263,17 @@ def _score_tokens(ablation: Ablation, lengths: Lengths, selector: str, k: int) -
     shown = ablation.sets * k * (lengths.n_test if selector in QUERY_SELECTORS else 1)
     total = min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
     if k == ablation.shots[0]:
-        bare = any("bare_features" in criterion(name).needs for name in ablation.choosers)
         embedded = near or chooses_by_model
         total += lengths.n_pool * lengths.demo * chooses_by_model + lengths.n_test * lengths.query * embedded
-        total += lengths.n_dev * lengths.dev * bare
+        if selector == ablation.selectors[0]:
+            total += _bare_tokens(ablation, lengths)
     return total
+
+
+def _bare_tokens(ablation: Ablation, lengths: Lengths) -> float:
+    """Queries without demonstrations, once a task: of a task with labels all of them, else the dev rows where they are read."""
+    dev = lengths.n_dev * lengths.dev
+    if lengths.generated:
+        return dev * any("bare_features" in criterion(name).needs for name in ablation.choosers)
+    pairs = lengths.n_test + lengths.n_dev + len(lengths.content_free)
+    return lengths.n_test * lengths.query + dev + sum(lengths.content_free) + pairs * sum(lengths.labels)

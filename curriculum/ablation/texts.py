@@ -27,7 +27,8 @@ class Texts:
 
     Attributes:
         answers: (L,) what is scored behind a query, a label each. Where one label begins another ("good", "good film") it
-            would win whenever the other does, so all are scored with the separator behind them, as demonstrations show them.
+            would win whenever the other does, so all are scored with what stands behind them in demonstrations: the
+            separator, or in chat the mark that ends a turn.
 
     Raises:
         SparsortError: the task is in chat, and the tokenizer has no chat template, or one that refuses the task's turns.
@@ -42,7 +43,7 @@ class Texts:
                 f"the task {task.name!r} is in chat, but this model's tokenizer has no chat template (a base model?). "
                 "Set chat = false."
             )
-        self.answers = _answers(task)
+        self.answers = self._answers()
         generated = {"stop": task.stop, "max_new_tokens": task.max_new_tokens}
         self._asked = json.dumps(self.answers or generated)
         if task.chat:
@@ -86,6 +87,18 @@ class Texts:
         probe = self._rendered([*self._turns(demos), {"role": "user", "content": "x"}], ask=True)
         return tuple(chunk for chunk in chunks if chunk) if probe.startswith(before) else ()
 
+    def _answers(self) -> list[str]:
+        # A chat template puts its own marks around an answer, and demonstrations there are stripped.
+        texts = [text.strip() if self.task.chat else text for text in self.task.label_texts()]
+        if not any(other != text and other.startswith(text) for text in texts for other in texts):
+            return texts
+        return [text + (self._end_of_turn(text) if self.task.chat else self.task.separator) for text in texts]
+
+    def _end_of_turn(self, answer: str) -> str:
+        """What the chat template writes behind an answer, up to the next turn."""
+        turns = [*self._turns([]), {"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        return self._rendered(turns, ask=False).rpartition(answer)[2].rstrip()
+
     def _turns(self, demos: Sequence[Row]) -> list[dict[str, str]]:
         turns = [] if self.task.system is None else [{"role": "system", "content": self.task.system}]
         for demo in demos:
@@ -107,13 +120,6 @@ class Texts:
                 f"this model's chat template refuses the turns {roles} of the task {self.task.name!r}: {error}. "
                 "Leave out its system turn, or set chat = false."
             ) from error
-
-
-def _answers(task: Task) -> list[str]:
-    # A chat template puts its own marks around an answer, and demonstrations there are stripped.
-    texts = [text.strip() if task.chat else text for text in task.label_texts()]
-    begins = any(other != text and other.startswith(text) for text in texts for other in texts)
-    return [text + task.separator for text in texts] if begins and not task.chat else texts
 
 
 def digest(text: str) -> str:

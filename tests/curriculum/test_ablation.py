@@ -22,6 +22,7 @@ from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.engine import Engine
 from sparsort.curriculum.ablation.results import Arm, Group, Results
 from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.ablation.texts import Texts
 from sparsort.errors import SparsortError
 from sparsort.scoring.loading import LoadedModel, load_model
 
@@ -278,6 +279,22 @@ def test_chat_prompts_are_those_of_the_template(
             log_p = chatty.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
         expected.append(sum(float(log_p[i - 1, whole[i]]) for i in range(len(ids), len(whole))))
     np.testing.assert_allclose(group.random[0].log_p[0, 0], expected, atol=2e-3)
+
+
+def test_in_chat_too_a_label_that_begins_another_is_scored_with_what_follows_it(
+    make_tiny_model: Callable[..., Path],
+) -> None:
+    tokenizer = load_model(str(make_tiny_model("llama")), dtype="float32").tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    labels = {"0": "good", "1": "good film", "2": "odd"}
+    texts = Texts(a_task(labels=labels, chat=True), tokenizer)
+    assert texts.answers == ["good</assistant>", "good film</assistant>", "odd</assistant>"]
+    demo = "".join(texts.prefix([{"text": "x", "label": "1"}]))
+    assert "<assistant>" + texts.answers[1] in demo
+    assert Texts(a_task(chat=True), tokenizer).answers == a_task().label_names()
 
 
 def test_a_chat_template_that_refuses_the_turns_is_told(

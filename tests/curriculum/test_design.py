@@ -251,6 +251,11 @@ LENGTHS = Lengths(
 PLAIN: dict[str, Any] = {"orderers": (), "choosers": (), "calibrated": (False,), "sets": 2, "shots": (3,)}
 
 
+# 10 test rows of 5 tokens, 4 dev rows of 6 and 3 content-free inputs of 11 together, each with 3 tokens of labels, without
+# demonstrations.
+BARE = 10 * 5 + 4 * 6 + 11 + 17 * 3
+
+
 def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
     cost = estimate(ablation(**PLAIN), [LENGTHS])
     (row,) = cost.rows
@@ -259,11 +264,11 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
     assert row.prefix_tokens == 2 * (3 + 15 * 7)
     assert row.query_tokens == 120 * 5
     assert row.label_tokens == 120 * 3
-    assert (row.generated_tokens, row.score_tokens) == (0, 0)
+    assert (row.generated_tokens, row.score_tokens) == (0, BARE)
     # Each of the two labels behind a whole prompt of its own.
     assert row.plain_tokens == 120 * (2 * (3 + 21 + 5) + 3)
     assert row.longest_prompt == 3 + 3 * 9 + 8 + 2
-    assert cost.tokens == row.tokens == row.prefix_tokens + 600 + 360
+    assert cost.tokens == row.tokens == row.prefix_tokens + 600 + 360 + BARE
     assert (cost.sets, cost.pairs, cost.plain_tokens) == (2, 120, row.plain_tokens)
 
 
@@ -294,14 +299,14 @@ def test_scores_and_embeddings_cost_a_reading_each() -> None:
         recipe = ablation(**{**PLAIN, "orderers": orderers, "selectors": (selector,)})
         return estimate(recipe, [LENGTHS]).rows[0].score_tokens
 
-    assert score_tokens("u_shape", "sparse_to_dense") == 2 * 3 * 7
-    assert score_tokens("u_shape", "perplexity_ascending") == 2 * 2 * 3 * 7
-    assert score_tokens("similarity_ascending") == 2 * 3 * 7 + 10 * 5
-    assert score_tokens("length_ascending", "random_scores") == 0
-    assert score_tokens(selector="knn") == 100 * 7 + 10 * 5
-    assert score_tokens(selector="bm25") == 0
+    assert score_tokens("u_shape", "sparse_to_dense") == 2 * 3 * 7 + BARE
+    assert score_tokens("u_shape", "perplexity_ascending") == 2 * 2 * 3 * 7 + BARE
+    assert score_tokens("similarity_ascending") == 2 * 3 * 7 + 10 * 5 + BARE
+    assert score_tokens("length_ascending", "random_scores") == BARE
+    assert score_tokens(selector="knn") == 100 * 7 + 10 * 5 + BARE
+    assert score_tokens(selector="bm25") == BARE
     bare = estimate(ablation(**{**PLAIN, "choosers": ("density_gain",), "shots": (3, 4)}), [LENGTHS])
-    assert [row.score_tokens for row in bare.rows] == [4 * 6, 0]
+    assert [row.score_tokens for row in bare.rows] == [BARE, 0]
 
 
 def test_generation_pays_for_its_answers_and_not_for_labels() -> None:
