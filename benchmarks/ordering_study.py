@@ -6,9 +6,9 @@ each (OMP_NUM_THREADS=1), take half the time:
     python benchmarks/ordering_study.py --data FOLDER --save
 
 FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. It begins with what
-benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh it asks for
-all. With --no-run the page is written from what is there, finished or not; how much that is stands in its head. Nothing in
-the page is written by hand.
+benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh a new study
+begins with nothing. With --no-run the page is written from what is there, finished or not; how much that is stands in its
+head. Nothing in the page is written by hand.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ordering-study", help="folder of the study")
-    parser.add_argument("--fresh", action="store_true", help="ask the model for everything, whatever answers are kept")
+    parser.add_argument("--fresh", action="store_true", help="do not begin with the answers that are kept")
     parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")

@@ -10,6 +10,8 @@ queries). Its metadata holds the store's identity, the features' names and the g
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,14 @@ def pack(store: OutcomeStore, recipe: Ablation, path: Path) -> None:
         store: the store.
         recipe: the study, with its data, which tells test queries from others.
         path: the file.
+
+    Raises:
+        SparsortError: the study's answers are written ones.
     """
+    if any(task.is_generation or task.chat for task in recipe.load_tasks()):
+        raise SparsortError(
+            "only studies of labels in plain prompts are packed; this one writes answers, or is in chat."
+        )
     unread = _test_queries(recipe)
     groups = store.groups()
     notes = {group: {name: note for name in NOTES if (note := store.get_note(group, name))} for group in groups}
@@ -79,14 +88,23 @@ def unpack(path: Path, folder: Path) -> OutcomeStore:
         about = json.loads(file.schema_arrow.metadata[_KEY])
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise SparsortError(f"{path} is no packed ordering study ({error}). Run the study with --fresh.") from error
-    store = OutcomeStore(folder, about["identity"], feature_names=about["feature_names"])
+    if folder.exists():
+        # Refuses another model's; one that is there already is not filled twice.
+        return OutcomeStore(folder, about["identity"], feature_names=about["feature_names"])
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.unpacking")
+    store = OutcomeStore(part, about["identity"], feature_names=about["feature_names"])
     for number in range(file.num_row_groups):
         for group, outcomes in _outcomes(file.read_row_group(number), len(store.feature_names)):
             store.write(group, outcomes)
     for group, held in about["notes"].items():
         for name, note in held.items():
             store.put_note(group, name, note)
-    return store
+    try:
+        part.rename(folder)
+    except OSError:
+        # Another process was first.
+        shutil.rmtree(part)
+    return OutcomeStore.existing(folder)
 
 
 def _test_queries(recipe: Ablation) -> set[str]:

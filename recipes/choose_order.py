@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.data import Showing
 from sparsort.curriculum.ablation.design import probes_of
-from sparsort.curriculum.ablation.splits import leaking_rows
-from sparsort.curriculum.ablation.tasks import Task, task_from_flags
+from sparsort.curriculum.ablation.splits import alike_rows
+from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.permutations import random_permutations
+from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.progress import progress
+from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
 
 Rows = Sequence[Mapping[str, Any]]
 
-# More than enough for any context; the file of a whole pool is no set of demonstrations.
-MOST_DEMOS = 64
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
 
@@ -101,11 +101,11 @@ def choose_order(
         prompt: format string of a row's question.
         answer: format string of what follows it; by default a space and the label.
         label: the field of the label.
-        labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations, and the
-            queries where they have that field, hold. Criteria without labels ("density", …) read none.
+        labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations hold, and
+            for "best_on_dev" the queries. Criteria without labels ("density", …) need none.
         by: a criterion's name, or several joined by "+": the mean of their ranks.
         orders: how many orders are tried: all k! where there are no more, else distinct random ones.
-        prior: each label value's share or count, for "pdo_prior".
+        prior: each label value's share or count, above 0, for "pdo_prior".
         separator, instruction, chat, system: as `Task`.
         allow_leaks: let queries stand among the demonstrations.
         model, dtype, device, revision, trust_remote_code: as `scoring.loading.load_model`; or a `LoadedModel`.
@@ -116,14 +116,13 @@ def choose_order(
     """
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
+    _check_call(demos, queries, chosen_by, asks=probes == "dev", orders=orders, seed=seed)
     task = _task(demos, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
-    _check(task, demos, queries, chosen_by, asks=probes == "dev", allow_leaks=allow_leaks)
+    _check_rows(task, demos, queries, chosen_by, asks=probes == "dev", allow_leaks=allow_leaks)
     prior_L = _prior(task, prior) if prior is not None else None
     if "prior" in chosen_by.needs and prior_L is None:
         raise SparsortError(f"{by!r} reads each label's share. Pass prior={{value: share, …}}, or take 'pdo'.")
     count = min(orders, math.factorial(min(len(demos), 20)))
-    if count < 1:
-        raise SparsortError(f"orders is {orders}; at least 1 is needed.")
     orders_RK = random_permutations(len(demos), count, seed)
 
     from sparsort.scoring.loading import LoadedModel, load_model
@@ -150,9 +149,12 @@ def choose_order(
     scores = chosen_by.scores(evidence)
     ranked = choice.ranking.tolist()
     if choice.tied > 1:
-        notes.append(
-            f"{choice.tied} of {count} orders share the best score; among {choice.drawn} of them the seed drew."
+        how = (
+            f"among {choice.drawn} of them the seed drew"
+            if choice.drawn > 1
+            else "the right labels' likelihood decided"
         )
+        notes.append(f"{choice.tied} of {count} orders share the best score; {how}.")
     order = orders_RK[choice.index].tolist()
     return ChosenOrder(
         demos=[dict(demos[place]) for place in order],
@@ -170,56 +172,74 @@ def choose_order(
             "dtype": str(loaded.dtype.value).removeprefix("torch."),
             "criterion": by,
             "source": chosen_by.source,
+            "labels": None if task.labels is None else dict(task.labels),
             "task": task.digest,
             "seed": seed,
         },
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What files hold for `choose_order`.
+
+    Attributes:
+        demos, queries: rows, each with its id.
+        labels: the values of the label column, each as its own words; None where there are none, or too many to be labels.
+    """
+
+    demos: list[dict[str, Any]]
+    queries: list[dict[str, Any]]
+    labels: dict[str, str] | None
+
+
 def read_rows(
     file: str | Path,
     on: str | Path | None = None,
     *,
+    prompt: str | None,
+    label: str = "label",
     k: int | None = None,
     queries: int = 32,
-    prompt: str | None = None,
     seed: int = 0,
     id_column: str | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Demonstrations and queries of files, for `choose_order`.
+) -> Given:
+    """Demonstrations and queries of files.
 
     Args:
         file: the demonstrations; with `k` the rows that they are drawn from.
-        on: the queries; None, with `k`: rows of `file` that were not drawn, and do not leak into those that were.
+        on: the queries; None, or `file` itself: with `k`, rows of `file` that were not drawn and are not like those that were.
+        prompt: names the columns that are needed.
+        label: the column of the label.
         k: how many demonstrations to draw; None for all of `file`.
         queries: most queries; of more rows, as many are drawn.
-        prompt: names the columns that are needed.
         seed: of the drawing.
-        id_column: the column of ids.
+        id_column: the column of ids in `file`.
 
     Raises:
         SparsortError: files that cannot be read, or too few rows.
     """
+    if queries < 1:
+        raise SparsortError(f"queries is {queries}; at least 1 is needed.")
+    if seed < 0:
+        raise SparsortError(f"the seed is {seed}; it may not be negative.")
     rows = _fields(file, prompt, id_column)
     if k is not None and not 2 <= k <= len(rows):
         raise SparsortError(
             f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
         )
-    if queries < 1:
-        raise SparsortError(f"queries is {queries}; at least 1 is needed.")
     generator = np.random.default_rng(seed)
     drawn = generator.permutation(len(rows)).tolist()
     demos = rows if k is None else [rows[place] for place in drawn[:k]]
-    if on is None:
+    if on is None or Path(on).resolve() == Path(file).resolve():
         rest = [] if k is None else [rows[place] for place in drawn[k:]]
-        if rest and prompt is not None:
-            # Of a file's own rows those that repeat a demonstration are no queries; of queries given, they are a mistake.
-            alike = leaking_rows(fields_of(prompt), rest, demos)
-            rest = [row for place, row in enumerate(rest) if place not in alike]
-        return demos, rest[:queries]
-    asked = _fields(on, prompt, id_column)
-    picked = sorted(generator.permutation(len(asked))[:queries].tolist())
-    return demos, [asked[place] for place in picked]
+        alike = alike_rows(fields_of(prompt or ""), rest, demos)
+        asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
+    else:
+        others = _fields(on, prompt, None)
+        asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
+    values = sorted({str(row[label]) for row in rows if row.get(label) is not None})
+    return Given(demos=demos, queries=asked, labels={v: v for v in values} if 0 < len(values) <= MOST_LABELS else None)
 
 
 def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:
@@ -231,15 +251,16 @@ def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list
             "which columns make the prompt? Pass --prompt with columns in braces; "
             f"{Path(file).name} has: {', '.join(source.columns())}."
         )
-    return [{"id": row.id, **row.fields} for row in source.rows()]
+    return [dict(row.fields) | {"id": row.id} for row in source.rows()]
 
 
 class _Asking:
     """A model that is asked under every order of one set of demonstrations."""
 
     def __init__(self, task: Task, demos: list[dict[str, Any]], orders_RK: NDArray[np.int64], loaded: Any) -> None:
-        from sparsort.scoring.answers import AnswerReader
+        from sparsort.scoring.answers import POST_NORM, AnswerReader
 
+        self._post_norm = POST_NORM
         self._task, self._orders = task, orders_RK
         self._reader = AnswerReader(loaded, chat=task.chat)
         self._texts = Texts(task, loaded.tokenizer if task.chat else None)
@@ -283,11 +304,21 @@ class _Asking:
         chunks = self._texts.prefix(demos)
         found = self._reader.answers(chunks, [self._texts.query(demos, text) for text in queries], self._texts.answers)
         self.tokens_read += found.tokens_read
-        return found.log_p, found.features[:, len(METRICS) : 2 * len(METRICS)]
+        return found.log_p, found.features[:, self._post_norm]
+
+
+def needs_labels(by: str) -> bool:
+    """Whether a criterion scores labels, so that it must know them all."""
+    return bool(criterion(by).needs & _LABELS)
 
 
 def _criterion(by: str) -> Criterion:
     found = criterion(by)
+    if {"gold", "sampled"} <= found.needs:
+        raise SparsortError(
+            f"{by!r} joins right labels with probes sampled from the model, which have none. Take a criterion that reads your "
+            "queries beside it: 'globale_unlabelled' or 'locale_unlabelled'."
+        )
     if found.chooses != "order":
         raise SparsortError(
             f"{by!r} chooses anew for every query, and what is wanted is one order for all. Take 'locale_unlabelled', or "
@@ -309,12 +340,9 @@ def _task(
     chat: bool,
     system: str | None,
 ) -> Task:
-    scored = bool(by.needs & _LABELS)
-    if chat and answer is None:
-        # Turns are shown without spaces at their ends, and what is scored is what is shown.
-        answer = f"{{{label}}}"
+    scored = needs_labels(by.name) or labels is not None
     return task_from_flags(
-        [*demos, *(row for row in queries if row.get(label) is not None)],
+        [*demos, *(queries if "gold" in by.needs else ())],
         prompt=prompt,
         answer=answer,
         label=label,
@@ -328,33 +356,41 @@ def _task(
     )
 
 
-def _check(task: Task, demos: Rows, queries: Rows, by: Criterion, *, asks: bool, allow_leaks: bool) -> None:
-    """Refuse rows that do not fit, before any model is loaded."""
+def _check_call(demos: Rows, queries: Rows, by: Criterion, *, asks: bool, orders: int, seed: int) -> None:
+    if orders < 1:
+        raise SparsortError(f"orders is {orders}; at least 1 is needed.")
+    if seed < 0:
+        raise SparsortError(f"the seed is {seed}; it may not be negative.")
     if len(demos) < 2:
         raise SparsortError(f"there are {len(demos)} demonstrations; an order needs at least 2.")
     if len(demos) > MOST_DEMOS:
         raise SparsortError(
             f"there are {len(demos)} demonstrations; at most {MOST_DEMOS} make a prompt here. Select some first (-k)."
         )
+    if asks and not queries:
+        raise SparsortError(
+            f"{by.name!r} asks the model about queries under every order, and none were given (--on). Give some, 16 or more: "
+            "rows with the prompt's fields" + (" and their labels." if "gold" in by.needs else "; no labels are read.")
+        )
+
+
+def _check_rows(task: Task, demos: Rows, queries: Rows, by: Criterion, *, asks: bool, allow_leaks: bool) -> None:
+    """Refuse rows that do not fit, before any model is loaded."""
     for row in demos:
         task.demo_text(row)
     if not asks:
         return
-    if not queries:
-        raise SparsortError(
-            f"{by.name!r} asks the model about queries under every order, and none were given. Give some, 16 or more: "
-            "rows with the prompt's fields" + (" and their labels." if "gold" in by.needs else "; no labels are read.")
-        )
     for row in queries:
         task.query_text(row)
         if "gold" in by.needs:
             task.gold_index(row)
-    leaks = {} if allow_leaks else leaking_rows(task.fields, list(map(dict, demos)), list(map(dict, queries)))
+    leaks = {} if allow_leaks else alike_rows(task.fields, list(map(dict, demos)), list(map(dict, queries)))
     if leaks:
         demo, (query, similarity) = min(leaks.items())
         raise SparsortError(
-            f"query {query} (from 0) is, or nearly is, demonstration {demo} (similarity {similarity:.2f}); under every order "
-            "the model would only have to copy. Leave it out, or pass allow_leaks=True (--allow-leaks)."
+            f"query {id_of(queries[query], query)!r} is, or nearly is, demonstration {id_of(demos[demo], demo)!r} (similarity "
+            f"{similarity:.2f}); the model would only have to copy its answer. Leave it out, or pass allow_leaks=True "
+            "(--allow-leaks)."
         )
 
 
@@ -365,5 +401,7 @@ def _prior(task: Task, prior: Mapping[str, float]) -> NDArray[np.float64]:
             f"prior is given for {json.dumps(sorted(map(str, prior)))}; the labels are {json.dumps(sorted(values))}. Give one "
             "number each."
         )
-    held = {str(value): float(share) for value, share in prior.items()}
-    return np.array([held[value] for value in values])
+    held = {str(value): share for value, share in prior.items()}
+    if not all(isinstance(share, (int, float)) and 0 < share < math.inf for share in held.values()):
+        raise SparsortError(f"prior is {dict(prior)}; each label's share or count must be a number above 0.")
+    return np.array([held[value] for value in values], dtype=np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,17 +78,21 @@ def choose(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the order of demonstrations by a criterion that asks the model: GlobalE, LocalE, PDO, best on dev, …."""
-    from sparsort.recipes.choose_order import choose_order, read_rows
+    from sparsort.recipes.choose_order import choose_order, needs_labels, read_rows
 
-    demos, asked = read_rows(file, on, k=k, queries=queries, prompt=unescape(prompt), seed=seed, id_column=id_column)
+    # A misspelt criterion should not cost the reading of files.
+    scored = needs_labels(by)
+    given = read_rows(
+        file, on, prompt=unescape(prompt), label=label, k=k, queries=queries, seed=seed, id_column=id_column
+    )
     chosen = choose_order(
-        demos,
-        asked,
+        given.demos,
+        given.queries,
         by=by,
         prompt=unescape(prompt) or "",
         answer=unescape(answer),
         label=label,
-        labels=labels,
+        labels=labels or (given.labels if scored else None),
         separator=unescape(separator) or "",
         chat=chat,
         system=unescape(system),
@@ -102,23 +105,25 @@ def choose(
         trust_remote_code=trust_remote_code,
         seed=seed,
     )
-    if out is not None:
-        from sparsort.files import write_atomically
-
-        with write_atomically(out) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen.demos), encoding="utf-8"
-            )
     if as_json:
         print_json(chosen.summary() | {"out": str(out) if out else None})
     else:
-        _print(chosen, demos)
-        if out is not None:
+        _print(chosen, given.demos)
+    if out is not None:
+        from sparsort.files import write_atomically
+
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in chosen.demos]
+        with write_atomically(out) as temporary:
+            # Half of a surrogate pair is written as JSON escapes it.
+            temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        if not as_json:
             typer.echo(f"Demonstrations: {out}")
 
 
 def _print(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
-    names = [_id(row, place) for place, row in enumerate(demos)]
+    from sparsort.curriculum.demos.rows import id_of
+
+    names = [str(id_of(row, place)) for place, row in enumerate(demos)]
     rows = table("rank", "score", "order, first to last")
     for rank, (order, score) in enumerate(zip(chosen.candidates[:_SHOWN], chosen.scores, strict=False), 1):
         rows.add_row(str(rank), f"{score:.4g}", " ".join(names[place] for place in order))
@@ -128,7 +133,3 @@ def _print(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
     )
     for note in chosen.notes:
         typer.echo(note, err=True)
-
-
-def _id(row: Mapping[str, Any], place: int) -> str:
-    return str(row.get("id", place))

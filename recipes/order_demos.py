@@ -26,7 +26,7 @@ from sparsort.scoring.sources import Row, open_rows
 from sparsort.templates import fields_of, render
 
 # With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
-_MOST_DEMOS = 64
+MOST_DEMOS = 64
 _NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
 _NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
 _NEEDS_NO_SCORES = (
@@ -314,7 +314,7 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
     method = "ids" if config.ids is not None else config.select
     k = config.k if config.k is not None else len(config.ids) if config.ids is not None else None
     if k is None:
-        if len(rows) > _MOST_DEMOS:
+        if len(rows) > MOST_DEMOS:
             raise SparsortError(
                 f"the file holds {len(rows)} rows; pass -k N (--shots) to select N of them, with --select for the method."
             )

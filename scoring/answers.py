@@ -34,6 +34,8 @@ _POSITIONS_AT_ONCE = 512
 _COMPILED_BUDGET = 2048
 
 SITES = ("pre_norm", "post_norm")
+# Where the metrics of the state after the final norm stand among the features.
+POST_NORM = slice(len(METRICS), 2 * len(METRICS))
 FEATURES: tuple[str, ...] = (*(f"{site}/{metric}" for site in SITES for metric in METRICS), "entropy")
 
 
@@ -84,9 +86,9 @@ class AnswerReader:
         if compile and token_budget is None and loaded.device.value.type == "cpu":
             token_budget = _COMPILED_BUDGET
         self.backbone = Backbone(loaded, token_budget=token_budget)
-        self.head = Head(loaded.model, self.backbone.config, loaded.name, compile=compile)
         sites = SITES if self.backbone.final_norm is not None else SITES[:1]
         self.reader = PrefixReader(self.backbone, sites=sites, compile=compile)
+        self.head = Head(loaded.model, self.backbone.config, loaded.name, compile=self.reader.compiled)
         self.encoder = Encoder(loaded.tokenizer, max_length=None, chat=chat)
         self.trees = TreeEncoder(self.encoder)
 

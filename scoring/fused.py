@@ -61,6 +61,13 @@ def check_compiler() -> None:
         ) from None
 
 
+def cause_of(error: BaseException) -> str:
+    """What went wrong in compiling, in a line: the first that is no heading."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.endswith("raised:")]
+    return told[0][:200].rstrip(".") if told else type(error).__name__
+
+
 class FusedBlocks:
     """A decoder's blocks, compiled.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.fused import FusedBlocks, fused
+from sparsort.scoring.fused import FusedBlocks, cause_of, fused
 from sparsort.scoring.sites import Site
 from sparsort.scoring.tails import Keys, Tails
 
@@ -46,6 +47,8 @@ _LEAST_FUSED = 256
 # Rounding in bf16 moves the states of right models by 0.01 to 0.03 of their size; 64 steps of it would let half of it pass.
 _MOST_GAP = 0.1
 _PASSED = threading.local()
+_LOCKING = threading.Lock()
+_LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 # What attention functions are given besides that changes nothing here.
 _HARMLESS = ("is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings")
 
@@ -211,6 +214,11 @@ def _part(
     return back(out), back(top), back(total)
 
 
+def _lock_of(decoder: Any) -> Any:
+    with _LOCKING:
+        return _LOCKS.setdefault(decoder, threading.RLock())
+
+
 def _gap(ours: Tensor, theirs: Tensor) -> float | None:
     """How far states lie apart, as a share of their size, where it is more than rounding; else None."""
     gap = float((ours - theirs).float().norm() / theirs.float().norm())
@@ -264,6 +272,11 @@ class PrefixReader:
             self._compile()
         elif compile:
             _LOG.warning("%s is not compiled: %s.", backbone.loaded.name, self.why_not)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the blocks are compiled."""
+        return self._fused is not None
 
     def prefix(self, segments: Sequence[Sequence[int]]) -> Prefix:
         """The prefix that these segments make together; what an earlier one has in common with it is not run again.
@@ -372,7 +385,8 @@ class PrefixReader:
         fused_blocks = self._fused if ids_BT.numel() >= _LEAST_FUSED else None
         now.fuse = fused_blocks is not None
         blocks = nullcontext() if fused_blocks is None else fused_blocks.in_place()
-        with self._own_attention(now), self.backbone.catch(sites) as caught, blocks:
+        # A pass changes the model's configuration and its blocks: two at once would leave each other's behind.
+        with _lock_of(self.backbone.decoder), self._own_attention(now), self.backbone.catch(sites) as caught, blocks:
             self.backbone.decoder(
                 input_ids=ids_BT, position_ids=position_BT, past_key_values=_Feed(now), use_cache=True
             )
@@ -453,9 +467,10 @@ class PrefixReader:
         self._fused = FusedBlocks(list(self.backbone.blocks))
         try:
             ours = self.read(prefix, rows, sites=[site]).states[site.name]
-        except (RuntimeError, NotImplementedError, OSError) as error:
-            first = str(error).strip().splitlines()[0][:200]
-            raise SparsortError(f"the model {name!r} cannot be compiled here: {first}. Leave compile out.") from error
+        except (RuntimeError, OSError) as error:
+            raise SparsortError(
+                f"the model {name!r} cannot be compiled here: {cause_of(error)}. Leave compile out."
+            ) from error
         if (gap := _gap(ours, plain)) is not None:
             raise SparsortError(
                 f"the model {name!r} computes other states when compiled (by {gap:.1e} of their size). Leave compile out."

@@ -27,6 +27,7 @@ from sparsort.curriculum.demos.criteria import Evidence, criterion
 from sparsort.curriculum.demos.per_query import cone, mdl
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
+from sparsort.scoring.answers import POST_NORM
 from sparsort.scoring.judges import judge_of
 
 Floats = NDArray[np.float64]
@@ -314,7 +315,6 @@ class Collector:
             if read is not None
         ]
         bare = None if sampled else self._bare(one.data)
-        lower = len(METRICS)
         generated = one.data.task.is_generation
         gold = one.data.dev_gold
         log_p = np.stack([_scores(read, rule) for read in asked])
@@ -333,7 +333,7 @@ class Collector:
             prior=None if generated else one.data.label_counts,
             content_free=free,
             # Both sites' metrics stand before the entropy; those after the final norm are the later ones.
-            features=np.stack([read.features[:, lower : 2 * lower] for read in asked]),
+            features=np.stack([read.features[:, POST_NORM] for read in asked]),
             bare_features=bare,
             metrics=METRICS,
         )
@@ -348,7 +348,7 @@ class Collector:
         places = [row.get(texts.pair(texts.prefix([]), texts.query([], text)), -1) for text in data.dev_texts]
         if min(places, default=-1) < 0:
             return None
-        return outcomes.features[places].astype(np.float64)[:, len(METRICS) : 2 * len(METRICS)]
+        return outcomes.features[places].astype(np.float64)[:, POST_NORM]
 
     def _losses(self, one: _Set) -> Floats | None:
         """(Q, R) loss on each test query's own tokens behind every random order."""

@@ -223,7 +223,7 @@ def _without_leaks(
     task: Task, rows: Sequence[Fields], asked: Sequence[Fields], what: str
 ) -> tuple[list[Fields], list[Dropped]]:
     """The rows whose question is none of those asked, nor nearly one, and the others."""
-    leaks = leaking_rows(task.fields, rows, asked)
+    leaks = alike_rows(task.fields, rows, asked)
     kept = [row for place, row in enumerate(rows) if place not in leaks]
     dropped = [
         Dropped(
@@ -235,9 +235,7 @@ def _without_leaks(
     return kept, dropped
 
 
-def leaking_rows(
-    fields: Sequence[str], rows: Sequence[Fields], asked: Sequence[Fields]
-) -> dict[int, tuple[int, float]]:
+def alike_rows(fields: Sequence[str], rows: Sequence[Fields], asked: Sequence[Fields]) -> dict[int, tuple[int, float]]:
     """The rows that are nearly a query: place to (query, similarity). Of several fields every one must leak."""
     if not rows or not asked:
         return {}

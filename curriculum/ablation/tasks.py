@@ -30,7 +30,7 @@ JUDGES: tuple[str, ...] = get_args(Judge)
 
 _READY = Path(__file__).parent / "task_files"
 # More different values than this in a label column are answers, not labels.
-_MOST_LABELS = 64
+MOST_LABELS = 64
 # Where the data lies and what it is called there change no outcome.
 _NOT_IN_DIGEST = ("name", "train", "test", "id_column")
 
@@ -348,9 +348,9 @@ def _discover(rows: Iterable[Row], label: str) -> list[str]:
         if value is None:
             raise missing_field(label, row, _name(row, position))
         found.setdefault(str(value))
-        if len(found) > _MOST_LABELS:
+        if len(found) > MOST_LABELS:
             raise SparsortError(
-                f"the field {label!r} has more than {_MOST_LABELS} different values, so it does not look like a label. "
+                f"the field {label!r} has more than {MOST_LABELS} different values, so it does not look like a label. "
                 "For free answers choose the judge 'exact', 'number' or 'math'; for labels name each of them."
             )
     if all(value.removeprefix("-").isdecimal() for value in found):

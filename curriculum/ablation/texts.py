@@ -17,6 +17,9 @@ from sparsort.errors import SparsortError
 
 Row = Mapping[str, Any]
 
+# An answer that stands in no template.
+_STAND_IN = "⟦answer⟧"
+
 
 class Texts:
     """Prompts of one task.
@@ -28,7 +31,7 @@ class Texts:
     Attributes:
         answers: (L,) what is scored behind a query, a label each. Where one label begins another ("good", "good film") it
             would win whenever the other does, so all are scored with what stands behind them in demonstrations: the
-            separator, or in chat the mark that ends a turn.
+            separator, or in chat the mark that ends a turn, where the template has one.
 
     Raises:
         SparsortError: the task is in chat, and the tokenizer has no chat template, or one that refuses the task's turns.
@@ -92,12 +95,17 @@ class Texts:
         texts = [text.strip() if self.task.chat else text for text in self.task.label_texts()]
         if not any(other != text and other.startswith(text) for text in texts for other in texts):
             return texts
-        return [text + (self._end_of_turn(text) if self.task.chat else self.task.separator) for text in texts]
+        end = self._end_of_turn() if self.task.chat else self.task.separator
+        return [text + end for text in texts]
 
-    def _end_of_turn(self, answer: str) -> str:
-        """What the chat template writes behind an answer, up to the next turn."""
-        turns = [*self._turns([]), {"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-        return self._rendered(turns, ask=False).rpartition(answer)[2].rstrip()
+    def _end_of_turn(self) -> str:
+        """What the chat template writes behind an answer; "" where it writes nothing, or cannot end with one."""
+        turns = [*self._turns([]), {"role": "user", "content": "x"}, {"role": "assistant", "content": _STAND_IN}]
+        try:
+            _, found, tail = self._rendered(turns, ask=False).rpartition(_STAND_IN)
+        except SparsortError:
+            return ""
+        return (tail.rstrip() or tail) if found else ""
 
     def _turns(self, demos: Sequence[Row]) -> list[dict[str, str]]:
         turns = [] if self.task.system is None else [{"role": "system", "content": self.task.system}]

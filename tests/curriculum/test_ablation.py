@@ -295,6 +295,21 @@ def test_in_chat_too_a_label_that_begins_another_is_scored_with_what_follows_it(
     demo = "".join(texts.prefix([{"text": "x", "label": "1"}]))
     assert "<assistant>" + texts.answers[1] in demo
     assert Texts(a_task(chat=True), tokenizer).answers == a_task().label_names()
+    # A label that the mark itself holds, a mark of white space alone, none, and a template that ends with a user's turn.
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    assert Texts(a_task(labels={"0": "end", "1": "endless"}, chat=True), tokenizer).answers == [
+        "end<|end|>",
+        "endless<|end|>",
+    ]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    assert Texts(a_task(labels=labels, chat=True), tokenizer).answers[0] == "good\n\n"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert Texts(a_task(labels=labels, chat=True), tokenizer).answers == ["good", "good film", "odd"]
+    tokenizer.chat_template = (
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('last must be user') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    assert Texts(a_task(labels=labels, chat=True), tokenizer).answers == ["good", "good film", "odd"]
 
 
 def test_a_chat_template_that_refuses_the_turns_is_told(

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import sparsort
 from sparsort.curriculum.ablation import probing
 from sparsort.errors import SparsortError
+from sparsort.recipes.choose_order import read_rows
 from sparsort.recipes.cli import app
 from sparsort.scoring.loading import LoadedModel, load_model
 
@@ -96,6 +97,32 @@ def test_density_needs_no_labels_and_free_answers_will_do(loaded: LoadedModel) -
     assert np.isfinite(gain.scores).all()
 
 
+def test_words_of_labels_stand_in_the_prompt_whatever_the_criterion(loaded: LoadedModel) -> None:
+    words = [row | {"label": ["negative", "positive"][int(row["label"])]} for row in DEMOS]
+    mapped = sparsort.choose_order(DEMOS, QUERIES, by="density", model=loaded, **ASKED)
+    shown = sparsort.choose_order(words, QUERIES, by="density", model=loaded, prompt=ASKED["prompt"])
+    raw = sparsort.choose_order(DEMOS, QUERIES, by="density", model=loaded, prompt=ASKED["prompt"])
+    assert mapped.candidates == shown.candidates
+    assert mapped.scores == pytest.approx(shown.scores)
+    assert mapped.scores != pytest.approx(raw.scores)
+
+
+def test_labels_of_queries_are_not_read(loaded: LoadedModel) -> None:
+    odd = [row | {"label": "-1"} for row in QUERIES]
+    found = sparsort.choose_order(DEMOS, odd, model=loaded, prompt=ASKED["prompt"])
+    assert found.provenance["labels"] == {"0": "0", "1": "1"}
+    bare = sparsort.choose_order(
+        DEMOS, [{"text": row["text"]} for row in QUERIES], model=loaded, prompt=ASKED["prompt"]
+    )
+    assert found.scores == bare.scores
+
+
+def test_a_tie_says_what_decided(loaded: LoadedModel) -> None:
+    found = sparsort.choose_order(DEMOS, QUERIES[:1], by="best_on_dev", model=loaded, **ASKED)
+    assert found.tied > 1
+    assert found.notes == [f"{found.tied} of 6 orders share the best score; the right labels' likelihood decided."]
+
+
 def test_content_free_inputs_take_no_queries(loaded: LoadedModel) -> None:
     found = sparsort.choose_order(DEMOS, by="pdo_null", model=loaded, **ASKED)
     assert found.queries == 0
@@ -140,8 +167,14 @@ def test_many_orders_are_a_seeded_sample(loaded: LoadedModel) -> None:
         (DEMOS, QUERIES, {"by": "mdl"}, "one order for all"),
         (DEMOS, QUERIES, {"by": "pdo_prior"}, "Pass prior"),
         (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": 1.0}}, "Give one number each"),
+        (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": 0.0, "1": 1.0}}, "a number above 0"),
+        (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": "a", "1": "b"}}, "a number above 0"),
+        (DEMOS, QUERIES, {"by": "best_on_dev+locale"}, "locale_unlabelled"),
         (DEMOS, QUERIES, {"orders": 0}, "at least 1"),
-        (DEMOS, [DEMOS[1]], {}, "nearly is, demonstration 1.*--allow-leaks"),
+        (DEMOS, QUERIES, {"seed": -1}, "may not be negative"),
+        (DEMOS, [DEMOS[1]], {}, "nearly is, demonstration 'b'.*--allow-leaks"),
+        ([], QUERIES, {"labels": None}, "needs at least 2"),
+        ([{"text": "x", "label": str(n)} for n in range(70)], QUERIES, {"labels": None}, "at most 64"),
         (DEMOS, [{"words": "no text"}], {}, "text"),
         (DEMOS, QUERIES, {"prompt": "Review:"}, "names no field"),
         ([{"text": "x", "label": "0"}] * 65, QUERIES, {}, "at most 64"),
@@ -176,6 +209,24 @@ def test_the_command_and_what_it_writes(make_tiny_model: Callable[..., Path], tm
     assert [row["id"] for row in json.loads(given.stdout)["demonstrations"]] == [row["id"] for row in written]
     shown = CliRunner().invoke(app, call)
     assert "best of 6 orders over 3 queries" in shown.stdout
+
+
+def test_rows_of_files(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"uid": f"u{n}", "id": n, "text": f"{word} of all", "label": n % 2} for n, word in enumerate("abcdefgh")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"uid": "twin"}]), encoding="utf-8")
+    found = read_rows(file, prompt="{text}:", k=2, queries=4, id_column="uid")
+    assert found.labels == {"0": "0", "1": "1"}
+    assert len(found.queries) == 4
+    shown = {row["text"] for row in found.demos}
+    assert not shown & {row["text"] for row in found.queries}
+    assert {row["id"][0] for row in [*found.demos, *found.queries]} <= {"u", "t"}
+    assert read_rows(file, file, prompt="{text}:", k=2, queries=4, id_column="uid") == found
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
+    asked = read_rows(file, other, prompt="{text}:", k=2, queries=2, id_column="uid").queries
+    assert len(asked) == 2
+    assert all(row["text"] in ("one", "two", "three") for row in asked)
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

@@ -125,6 +125,23 @@ def test_without_a_compiler_it_says_so(loaded: LoadedModel, monkeypatch: pytest.
         AnswerReader(loaded, compile=True)
 
 
+def test_the_cause_is_what_stands_below_the_headings() -> None:
+    told = RuntimeError("\nbackend='inductor' raised:\nCppCompileError: C++ compile error.\nCommand: …")
+    assert fused.cause_of(told) == "CppCompileError: C++ compile error"
+    assert fused.cause_of(RuntimeError()) == "RuntimeError"
+
+
+def test_a_model_that_reads_whole_prompts_is_not_compiled(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prefixes.PrefixReader, "_probe", lambda _self: "the test says so")
+    reader = AnswerReader(loaded, compile=True)
+    assert not reader.reader.compiled
+    assert "not compiled: the test says so" in caplog.text
+    expected = [[plain(loaded, "".join(DEMOS) + query, label) for label in LABELS] for query in QUERIES]
+    np.testing.assert_allclose(reader.answers(DEMOS, QUERIES, LABELS).log_p, expected, atol=1e-3)
+
+
 def test_a_compiler_that_fails_is_no_traceback(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: Any, **_options: Any) -> Any:
         raise RuntimeError("the compiler broke\nand more")
