@@ -1,6 +1,6 @@
 """The search for an orderer of ours: which number that a model gives away for nothing follows the accuracy of an order.
 
-    python benchmarks/orderer_search.py STORE --data FOLDER [--read-demos FOLDER] [--early 2] [--by rho] [--save]
+    python benchmarks/orderer_search.py STORE --data FOLDER [--read-demos FOLDER] [--early 2] [--by rho] [--save [--name N]]
 
 STORE is the store of an ordering study (`sparsort ablate`): every (order, query) pair with its label log-probabilities, the
 sparsity of the query's last state and the entropy of its next token. Nothing here calls a model, but for `--read-demos`, which
@@ -46,7 +46,7 @@ from scipy.stats import rankdata
 from sparsort.curriculum.demos.choosing import choose
 from sparsort.files import write_json
 
-RESULTS = Path(__file__).parent / "results" / "orderer-search.json"
+RESULTS = Path(__file__).parent / "results"
 TUNING_CELLS = {("mr", 4), ("mr", 8), ("sst5", 4), ("sst5", 8), ("trec", 4)}
 # Named before any set outside SEEN was there to look at; family, candidate, direction.
 FROZEN = {
@@ -408,7 +408,8 @@ def main() -> None:
     parser.add_argument("--early", type=int, default=2, help="sets of lower seeds are for tuning (default 2)")
     parser.add_argument("--by", choices=("rho", "gain"), default="rho", help="what tuning maximises (default rho)")
     parser.add_argument("--json", action="store_true", help="print the JSON object in place of the tables")
-    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/orderer-search.json too")
+    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/ too")
+    parser.add_argument("--name", default="orderer-search", help="name of the file that --save writes")
     arguments = parser.parse_args()
     loader = Loader(arguments.store, arguments.data, arguments.read_demos)
     search = Search(list(loader.cases()), loader.names, arguments.early, arguments.by)
@@ -430,8 +431,9 @@ def main() -> None:
     else:
         show(search, report)
     if arguments.save:
-        write_json(RESULTS, whole)
-        print(f"saved to {RESULTS}", file=sys.stderr)
+        path = RESULTS / f"{arguments.name}.json"
+        write_json(path, whole)
+        print(f"saved to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def head(report: dict[str, Any], planned: int) -> str:
         "which asks the model only for what its store lacks; the recipe is "
         "[recipes/ordering_study.toml](../../recipes/ordering_study.toml). "
         "How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n"
-        "**`quiet` was spotted on sets of the seeds 0 and 1 of this very study, so on them its gain is no test of it;** "
-        "sets of later seeds are. Its record, and that of all that was tried beside it: [the search](orderer-search.md)."
+        "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost of "
+        "all else. What was searched for an orderer from sparsity: [the search](orderer-search.md)."
     )
 
 

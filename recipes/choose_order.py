@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +186,12 @@ class Given:
 
     Attributes:
         demos, queries: rows, each with its id.
-        labels: the values of the label column, each as its own words; None where there are none, or too many to be labels.
+        counts: how often each value of the label column stands in `file`; None where there are none, or too many to be labels.
     """
 
     demos: list[dict[str, Any]]
     queries: list[dict[str, Any]]
-    labels: dict[str, str] | None
+    counts: dict[str, int] | None
 
 
 def read_rows(
@@ -238,8 +239,10 @@ def read_rows(
     else:
         others = _fields(on, prompt, None)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    values = sorted({str(row[label]) for row in rows if row.get(label) is not None})
-    return Given(demos=demos, queries=asked, labels={v: v for v in values} if 0 < len(values) <= MOST_LABELS else None)
+    counts = Counter(str(row[label]) for row in rows if row.get(label) is not None)
+    return Given(
+        demos=demos, queries=asked, counts=dict(sorted(counts.items())) if 0 < len(counts) <= MOST_LABELS else None
+    )
 
 
 def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ def choose(
     by: Annotated[
         str,
         typer.Option(
-            help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_null, best_on_dev, density, …, or a+b."
+            help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_prior, pdo_null, best_on_dev, density, …, "
+            "or a+b."
         ),
     ] = "locale_unlabelled",
     prompt: PromptOption = None,
@@ -78,10 +79,11 @@ def choose(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the order of demonstrations by a criterion that asks the model: GlobalE, LocalE, PDO, best on dev, …."""
+    from sparsort.curriculum.demos.criteria import criterion
     from sparsort.recipes.choose_order import choose_order, needs_labels, read_rows
 
     # A misspelt criterion should not cost the reading of files.
-    scored = needs_labels(by)
+    scored, weighed = needs_labels(by), "prior" in criterion(by).needs
     given = read_rows(
         file, on, prompt=unescape(prompt), label=label, k=k, queries=queries, seed=seed, id_column=id_column
     )
@@ -92,7 +94,8 @@ def choose(
         prompt=unescape(prompt) or "",
         answer=unescape(answer),
         label=label,
-        labels=labels or (given.labels if scored else None),
+        labels=labels or ({value: value for value in given.counts} if scored and given.counts else None),
+        prior=given.counts if weighed else None,
         separator=unescape(separator) or "",
         chat=chat,
         system=unescape(system),

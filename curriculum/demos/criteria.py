@@ -13,7 +13,7 @@ of a query.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sparsort.curriculum.demos import density as states
@@ -167,11 +167,6 @@ def _density_gain(evidence: Evidence) -> Floats:
     )
 
 
-def _quiet(evidence: Evidence) -> Floats:
-    own = replace(evidence, metric="l1")
-    return states.quiet(own.slice_of(own.features, ("orders", "probes"), "features"))
-
-
 def _order(
     name: str,
     fn: Callable[[Evidence], Floats],
@@ -218,7 +213,6 @@ CRITERIA: dict[str, Criterion] = {
         _order("density", _density(states.density), "features", source=_OURS),
         _order("density_gain", _density_gain, "features", "bare_features", source=_OURS),
         _order("density_rank", _density(states.density_rank), "features", source=_OURS),
-        _order("quiet", _quiet, "features", source=_OURS),
         Criterion(
             name="mdl",
             chooses="demonstrations",

@@ -77,26 +77,6 @@ def density_rank(features_OP: Any, *, denser_is_higher: bool) -> Floats:
     return mean
 
 
-def quiet(l1_OP: Any) -> Floats:
-    """Minus the mean over probes of the L1 of the query's last state after the final norm, (O,), at most 0.
-
-    score = −(1/P) Σ_p ‖h_po‖₁, h the state that the head reads. This library's own, found by measuring on
-    Gemma-3-270M; docs/results/orderer-search.md says how far it is confirmed. Over orders it is the reverse of how
-    sparse the state is before the norm (ρ about −0.9 with the energy of the widest tenth): the norm gives what few
-    dimensions hold more of less to all others. Needs no label set, so it can be asked of generation too.
-
-    Args:
-        l1_OP: the metric "l1" of the state after the final norm; probes without a value as `density`.
-
-    Cost: O·P pairs without any label; few probes do. Traps: much of what it gains is which label stands last, and one
-    task's labels are one observation. Before the norm L1 is mostly the state's length, and means something else.
-
-    Raises:
-        SparsortError: as `density`.
-    """
-    return density(l1_OP, denser_is_higher=False)
-
-
 def _complete(features_OP: Any) -> Floats:
     """The probes that have a value under every order."""
     features = numbers(features_OP, _AXES, what="features")

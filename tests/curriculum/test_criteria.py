@@ -388,7 +388,6 @@ EXPECTED: dict[str, Callable[[Evidence], Floats]] = {
     "density": lambda e: states.density(e.features[..., 1], denser_is_higher=True),
     "density_gain": lambda e: states.density_gain(e.features[..., 1], e.bare_features[:, 1], denser_is_higher=True),
     "density_rank": lambda e: states.density_rank(e.features[..., 1], denser_is_higher=True),
-    "quiet": lambda e: states.density(e.features[..., 2], denser_is_higher=False),
     "mdl": lambda e: per_query.mdl_scores(e.log_p),
     "cone": lambda e: -e.loss,
 }
@@ -470,16 +469,6 @@ def test_density_of_a_metric_of_one_s_own() -> None:
         CRITERIA["density"].scores(evidence(metric="l0_relativ"))
     with pytest.raises(SparsortError, match="3 metrics, but 1 names"):
         CRITERIA["density"].scores(evidence(metrics=("hoyer",)))
-
-
-def test_quiet_takes_the_least_l1_whatever_metric_density_reads() -> None:
-    l1 = np.array([[30.0, 2.0, math.nan], [10.0, 4.0, 1.0], [10.0, 6.0, 90.0]])
-    assert states.quiet(l1) == pytest.approx([-16.0, -7.0, -8.0])
-    held = {"features": np.stack([np.full_like(l1, 0.5), l1], axis=2), "metrics": ("gini", "l1"), "metric": "gini"}
-    assert CRITERIA["quiet"].choose(Evidence(**held)).index == 1
-    assert CRITERIA["quiet"].choose(Evidence(**held, denser_is_higher=True)).index == 1
-    with pytest.raises(SparsortError, match="unknown metric 'l1'"):
-        CRITERIA["quiet"].scores(evidence(metrics=("hoyer", "l0_relative", "gini")))
 
 
 def test_criteria_are_frozen() -> None:

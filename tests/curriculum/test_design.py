@@ -34,7 +34,7 @@ from sparsort.curriculum.demos.order import order_indices
 from sparsort.errors import SparsortError
 
 TASK = Task(name="moods", prompt="Review: {text}\nMood:", answer=" {label}", labels={"0": "bad", "1": "good"})
-DENSITIES = ["density", "density_gain", "density_rank", "quiet"]
+DENSITIES = ["density", "density_gain", "density_rank"]
 SUMS = Task(name="sums", prompt="{q} =", answer=" {answer}", label="answer", judge="number", max_new_tokens=5)
 
 

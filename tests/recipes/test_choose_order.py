@@ -207,6 +207,8 @@ def test_the_command_and_what_it_writes(make_tiny_model: Callable[..., Path], tm
     )
     assert given.exit_code == 0, given.output
     assert [row["id"] for row in json.loads(given.stdout)["demonstrations"]] == [row["id"] for row in written]
+    weighed = CliRunner().invoke(app, [*call, "--by", "pdo_prior", "--json"])
+    assert weighed.exit_code == 0, weighed.output
     shown = CliRunner().invoke(app, call)
     assert "best of 6 orders over 3 queries" in shown.stdout
 
@@ -216,7 +218,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
     rows = [{"uid": f"u{n}", "id": n, "text": f"{word} of all", "label": n % 2} for n, word in enumerate("abcdefgh")]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"uid": "twin"}]), encoding="utf-8")
     found = read_rows(file, prompt="{text}:", k=2, queries=4, id_column="uid")
-    assert found.labels == {"0": "0", "1": "1"}
+    assert found.counts == {"0": 5, "1": 4}
     assert len(found.queries) == 4
     shown = {row["text"] for row in found.demos}
     assert not shown & {row["text"] for row in found.queries}
