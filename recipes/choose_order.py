@@ -78,7 +78,7 @@ def choose_order(
     answer: str | None = None,
     label: str = "label",
     labels: str | Mapping[str, str] | None = None,
-    by: str = "locale_unlabelled",
+    by: str = "pdo",
     orders: int = 24,
     prior: Mapping[str, float] | None = None,
     separator: str = "\n\n",
@@ -104,7 +104,8 @@ def choose_order(
         label: the field of the label.
         labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations hold, and
             for "best_on_dev" the queries. Criteria without labels ("density", …) need none.
-        by: a criterion's name, or several joined by "+": the mean of their ranks.
+        by: a criterion's name, or several joined by "+": the mean of their ranks. With the label shares of a pool at hand
+            "pdo_prior" was the best in the study (docs/results/ordering-study.md).
         orders: how many orders are tried: all k! where there are no more, else distinct random ones.
         prior: each label value's share or count, above 0, for "pdo_prior".
         separator, instruction, chat, system: as `Task`.

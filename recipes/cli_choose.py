@@ -30,7 +30,7 @@ from sparsort.recipes.options import (
 if TYPE_CHECKING:
     from sparsort.recipes.choose_order import ChosenOrder
 
-EXAMPLE = r"Example: `sparsort choose reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4 --by locale_unlabelled`"
+EXAMPLE = r"Example: `sparsort choose reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4`"
 _SHOWN = 8
 
 
@@ -43,12 +43,12 @@ def choose(
         typer.Option("--on", help="Queries that the criterion reads [default, with -k: other rows of FILE]."),
     ] = None,
     by: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_prior, pdo_null, best_on_dev, density, …, "
-            "or a+b."
+            "or a+b [default: with -k pdo_prior, by FILE's label shares; else pdo]."
         ),
-    ] = "locale_unlabelled",
+    ] = None,
     prompt: PromptOption = None,
     answer: AnswerOption = None,
     label: Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=TEXT_PANEL)] = "label",
@@ -82,6 +82,8 @@ def choose(
     from sparsort.curriculum.demos.criteria import criterion
     from sparsort.recipes.choose_order import choose_order, needs_labels, read_rows
 
+    # The few labels of the demonstrations themselves are no prior.
+    by = by or ("pdo" if k is None else "pdo_prior")
     # A misspelt criterion should not cost the reading of files.
     scored, weighed = needs_labels(by), "prior" in criterion(by).needs
     given = read_rows(
