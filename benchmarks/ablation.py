@@ -317,6 +317,9 @@ def _speeds(
     texts, queries = Texts(task, engine.loaded.tokenizer), data.test_texts[: sizes.speed_queries]
     ask = functools.partial(reader.answers, answers=task.label_texts())
     one, many, write = [], [], []
+    # What a compiler does for new shapes is no part of a token's time.
+    other = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + sizes.speed_sets))
+    ask(texts.prefix(other.demos(0, range(k))), queries)
     for seed in range(sizes.speed_sets):
         showing = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
         chunks = texts.prefix(showing.demos(0, range(k)))
