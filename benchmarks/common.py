@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 
 from sparsort.files import write_json
+from sparsort.kernels.backend import device_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +49,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             packages[name] = None
     described = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_name(),
+        "cpu": device_name("cpu"),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -58,15 +59,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         described["cuda"] = torch.version.cuda
     return described
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,8 @@ def head(report: dict[str, Any], planned: int) -> str:
         if done >= planned
         else f"**The study is unfinished: {done} of {planned} demonstration sets are done.** What stands here holds for those."
     )
-    on = machine(torch.device("cpu"))
     return (
-        f"{state} Run on {on['cores']} cores of {on['cpu']}. Made by `python benchmarks/ordering_study.py --data FOLDER --save`, "
+        f"{state} Made by `python benchmarks/ordering_study.py --data FOLDER --save`, "
         "which asks the model only for what its store lacks; the recipe is "
         "[recipes/ordering_study.toml](../../recipes/ordering_study.toml). "
         "How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n"

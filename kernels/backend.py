@@ -237,6 +237,14 @@ def _named_device(given: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device | str) -> str:
+    """The maker's name of the processor behind a device; "cpu" is this machine's."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_name() if device.type == "cpu" else device.type
+
+
 @functools.cache
 def _cpu_bf16_feature() -> str | None:
     """The processor's own bfloat16 matrix arithmetic, by name, or None."""
@@ -249,10 +257,22 @@ def _cpu_bf16_feature() -> str | None:
 
 def _cpu_flags() -> frozenset[str]:
     """What the processor says it has: names as in /proc/cpuinfo, from torch where that file does not exist."""
+    said = _cpu_says("flags", "Features")
+    if said is not None:
+        return frozenset(said.split())
+    return frozenset(name for name, has in torch.cpu.get_capabilities().items() if has is True)
+
+
+def _cpu_name() -> str:
+    return _cpu_says("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_says(*keys: str) -> str | None:
+    """The first value of these keys in /proc/cpuinfo; None where it has none, or does not exist."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
-                return frozenset(value.split())
-    return frozenset(name for name, has in torch.cpu.get_capabilities().items() if has is True)
+            if key.strip() in keys:
+                return value.strip()
+    return None

@@ -143,7 +143,9 @@ class Collector:
             )
         spent = [self._store.get_note(group, "spent") or {} for group in self._units()]
         cost = {name: round(sum(note.get(name, 0) for note in spent), 1) for name in ("tokens", "seconds")}
-        return Results(groups=groups, provenance={**provenance, **cost, "incomplete": self.incomplete})
+        machines = sorted({name for note in spent for name in note.get("machines", [])})
+        known = {"machine": ", ".join(machines)} if machines else {}
+        return Results(groups=groups, provenance={**provenance, **known, **cost, "incomplete": self.incomplete})
 
     def _units(self) -> list[str]:
         return [group_name(self._tasks[unit.task].task, unit) for unit in units(self._ablation)]

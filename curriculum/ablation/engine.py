@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.tasks import Task
+from sparsort.kernels.backend import device_name
 from sparsort.scoring.answers import FEATURES, AnswerReader
 from sparsort.scoring.embedding import embed_rows
 from sparsort.scoring.loading import LoadedModel, load_model
@@ -51,6 +52,11 @@ class Engine:
             "dtype": str(self.loaded.dtype.value).removeprefix("torch."),
             "engine": VERSION,
         }
+
+    @property
+    def machine(self) -> str:
+        """What the model runs on, by its maker's name."""
+        return device_name(self.loaded.device.value)
 
     @property
     def feature_names(self) -> tuple[str, ...]:

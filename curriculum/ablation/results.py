@@ -270,7 +270,7 @@ class Results:
 
     Args:
         groups: cells; no two of the same task, selector, k and calibration. Not every one needs the same arms or sets.
-        provenance: model, weights, dtype, device, versions, recipe, date, seconds, tokens; values of JSON.
+        provenance: model, weights, dtype, device, machine, versions, recipe, date, seconds, tokens; values of JSON.
 
     Raises:
         SparsortError: no cell, or two of the same.

@@ -331,12 +331,13 @@ class Run:
         return self._kept["unit", what]
 
     def _note_spent(self, group: str, tokens: int, seconds: float) -> None:
-        """Add to what the unit has cost over all runs that ended it."""
-        if tokens:
-            spent = self._store.get_note(group, "spent") or {"tokens": 0, "seconds": 0.0}
-            self._store.put_note(
-                group, "spent", {"tokens": spent["tokens"] + tokens, "seconds": spent["seconds"] + seconds}
-            )
+        """Add to what the unit has cost over all runs that ended it, and on which machines."""
+        if not tokens:
+            return
+        spent = self._store.get_note(group, "spent") or {"tokens": 0, "seconds": 0.0}
+        machines = sorted({*spent.get("machines", []), self._engine.machine})
+        total = {"tokens": spent["tokens"] + tokens, "seconds": spent["seconds"] + seconds, "machines": machines}
+        self._store.put_note(group, "spent", total)
 
     def _note_tokens(self, name: str, group: str, showing: Showing) -> None:
         """Note lengths in tokens: of each demonstration, and on average of the queries of each kind."""

@@ -194,15 +194,21 @@ def test_no_test_row_stands_among_the_demonstrations(folder: Path, loaded: Loade
 
 
 def test_run_again_reads_nothing_and_more_orders_read_only_what_is_new(
-    folder: Path, loaded: LoadedModel, tmp_path: Path
+    folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = a_recipe(folder, orderers=("sparse_to_dense",), random_orders=2)
+    monkeypatch.setattr("sparsort.curriculum.ablation.engine.device_name", lambda _device: "one processor")
     first = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)
     assert first.tokens_read > 0
+    assert first.results.provenance["machine"] == "one processor"
+    monkeypatch.setattr("sparsort.curriculum.ablation.engine.device_name", lambda _device: "another")
     again = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)
     assert again.tokens_read == 0
+    # A machine that was asked for nothing is no source of the numbers.
+    assert again.results.provenance["machine"] == "one processor"
     many = a_recipe(folder, orderers=("sparse_to_dense", "length_ascending"))
     more = sparsort.ablate(many, out=tmp_path, model=loaded, report=False)
+    assert more.results.provenance["machine"] == "another, one processor"
     whole = sparsort.ablate(many, out=tmp_path / "whole", model=loaded, report=False)
     assert 0 < more.tokens_read < whole.tokens_read
     for arm, other in zip(only(more.results).arms, only(whole.results).arms, strict=True):

@@ -182,3 +182,13 @@ def test_the_dtype_follows_the_processor(cpuinfo, dtype, reason, monkeypatch):
     backend._cpu_bf16_feature.cache_clear()
     assert choice.value == dtype
     assert reason in choice.reason
+
+
+def test_a_device_is_named_as_its_maker_does(monkeypatch):
+    monkeypatch.setattr(backend.Path, "exists", lambda _path: True)
+    monkeypatch.setattr(backend.Path, "read_text", lambda _path, **_options: "model name\t: Some CPU @ 2 GHz\n" * 2)
+    assert backend.device_name("cpu") == "Some CPU @ 2 GHz"
+    monkeypatch.setattr(backend.Path, "exists", lambda _path: False)
+    monkeypatch.setattr(backend.platform, "processor", lambda: "")
+    assert backend.device_name("cpu") == backend.platform.machine()
+    assert backend.device_name("meta") == "meta"
