@@ -21,13 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import machine
 from ordering_study_outcomes import pack, unpack
 
 from sparsort.curriculum.ablation.design import Ablation, units
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.files import write_atomically
+from sparsort.locks import locked
 from sparsort.recipes.ablate import ablate
 from sparsort.recipes.report import make_report
 
@@ -68,6 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     recipe = replace(Ablation.from_toml(ROOT / "recipes" / "ordering_study.toml"), data=args.data.resolve())
     store = args.out / "store"
+    if args.fresh and store.exists():
+        sys.exit(f"{store} holds a study already. Take it away, or name another folder (--out).")
     if KEPT.exists() and not store.exists() and not args.fresh:
         print(f"taking up the answers that {KEPT.name} holds", file=sys.stderr)
         unpack(KEPT, store)
@@ -86,10 +87,17 @@ def main() -> None:
     if not args.save:
         print(text)
         return
+    # Two processes of one study end at about the same time.
+    with locked(args.out / "save.lock", wait=True):
+        save(report, text, args.out, recipe)
+
+
+def save(report: dict[str, Any], text: str, out: Path, recipe: Ablation) -> None:
+    """Write the page, its figures, the numbers and the answers."""
     figures = PAGE.parent / "ordering-study"
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir(parents=True)
-    for path in sorted((args.out / "report" / "figures").glob("*.png")):
+    for path in sorted((out / "report" / "figures").glob("*.png")):
         shutil.copy(path, figures / path.name)
     with write_atomically(PAGE) as temporary:
         temporary.write_text(text.replace("](figures/", "](ordering-study/"), encoding="utf-8")
@@ -101,8 +109,8 @@ def main() -> None:
     target = ROOT / "benchmarks" / "results" / "ordering-study.json"
     # Numbers for programs: one line, as the page holds the same for readers.
     with write_atomically(target) as temporary:
-        temporary.write_text(json.dumps(kept | {"machine": machine(torch.device("cpu"))}) + "\n", encoding="utf-8")
-    pack(OutcomeStore.existing(store), recipe, KEPT)
+        temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    pack(OutcomeStore.existing(out / "store"), recipe, KEPT)
     print(f"{PAGE}\n{target}\n{KEPT}")
 
 

@@ -84,7 +84,7 @@ def ablate(
     Args:
         recipe: an `Ablation`, its fields as a mapping, a TOML file, or None to give the fields as `changes`.
         out: the folder to work in; run again it goes on where it was.
-        model: a `LoadedModel` that is at hand, or a name; None for the recipe's.
+        model: a `LoadedModel` that is at hand, or a name or folder; None for the recipe's.
         run: ask the model what is missing; False takes the store as it is, finished or not, and loads no model.
         report: also write `report/` (needs the extra "plots").
         compile: compile the model first, half a minute; worth it from some million tokens on (needs a C++ compiler).
@@ -97,8 +97,8 @@ def ablate(
         SparsortError: bad input, or a folder that belongs to another model; the message says what to do.
     """
     start = time.perf_counter()
-    loaded = model if model is not None and not isinstance(model, str) else None
-    ablation = make_recipe(recipe, **changes, **({"model": model} if isinstance(model, str) else {}))
+    loaded = _loaded(model)
+    ablation = make_recipe(recipe, **changes, **({} if loaded is model else {"model": str(model)}))
     ablation.check()
     folder = Path(out).expanduser()
     asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder)
@@ -282,6 +282,20 @@ def _task_of_file(
         **given,
     )
     return replace(task, train=str(path.resolve()), test=None if test is None else str(test.expanduser().resolve()))
+
+
+def _loaded(model: Any) -> Any:
+    """The loaded model that was given, or None for none and for a name."""
+    if model is None or isinstance(model, str | Path):
+        return None
+    from sparsort.scoring.loading import LoadedModel
+
+    if not isinstance(model, LoadedModel):
+        raise SparsortError(
+            f"model is a {type(model).__name__}; a name, a folder or a LoadedModel is expected. Pass "
+            "sparsort.scoring.loading.load_model(model, tokenizer=...)."
+        )
+    return model
 
 
 def _provenance(ablation: Ablation, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.ablation.data import Showing
 from sparsort.curriculum.ablation.design import probes_of
 from sparsort.curriculum.ablation.splits import alike_rows
-from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, task_from_flags
+from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.permutations import random_permutations
@@ -187,12 +187,33 @@ class Given:
 
     Attributes:
         demos, queries: rows, each with its id.
-        counts: how often each value of the label column stands in `file`; None where there are none, or too many to be labels.
+        counts: how often each value of the label column stands in `file`.
     """
 
     demos: list[dict[str, Any]]
     queries: list[dict[str, Any]]
-    counts: dict[str, int] | None
+    counts: dict[str, int]
+
+    def label_set(self, label: str, labels: str | None) -> dict[str, str]:
+        """Value to words: what was given ("0=negative,1=positive"), else every value of the file, or none where it has none.
+
+        Raises:
+            SparsortError: so many that they are no labels.
+        """
+        if labels:
+            return parse_labels(labels)
+        if len(self.counts) > MOST_LABELS:
+            raise SparsortError(
+                f"the column {label!r} has {len(self.counts)} different values, so it does not look like a label. Name the "
+                "labels (--labels), or take a criterion that reads none: 'density'."
+            )
+        return {value: value for value in self.counts}
+
+    def prior(self, labels: Mapping[str, str]) -> dict[str, int] | None:
+        """How often each of the labels stands in the file; None where one never does."""
+        return (
+            {value: self.counts[value] for value in labels} if labels and labels.keys() <= self.counts.keys() else None
+        )
 
 
 def read_rows(
@@ -241,9 +262,7 @@ def read_rows(
         others = _fields(on, prompt, None)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
     counts = Counter(str(row[label]) for row in rows if row.get(label) is not None)
-    return Given(
-        demos=demos, queries=asked, counts=dict(sorted(counts.items())) if 0 < len(counts) <= MOST_LABELS else None
-    )
+    return Given(demos=demos, queries=asked, counts=dict(sorted(counts.items())))
 
 
 def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:

@@ -172,8 +172,9 @@ def _print_cost(cost: Any, notes: list[str], as_json: bool) -> None:
 
 def _print_results(done: Any) -> None:
     summary = done.summary()
+    plain = {(cell["task"], cell["selector"], cell["k"]) for cell in summary["cells"] if not cell["calibrated"]}
     for cell in summary["cells"]:
-        if cell["calibrated"] and any(not other["calibrated"] for other in summary["cells"]):
+        if cell["calibrated"] and (cell["task"], cell["selector"], cell["k"]) in plain:
             continue
         spread = cell["random"]
         lows = [value for of_set in spread["accuracy_by_set"] for value in of_set]
@@ -194,10 +195,13 @@ def _print_results(done: Any) -> None:
                 f"{arm['tokens_per_answer']:.0f}",
             )
         console().print(rows)
-    for finding in summary["findings"]:
-        if finding["calibrated"] is not True:
-            for sentence in finding["sentences"]:
-                typer.echo(sentence)
+    said = {(finding["task"], finding["selector"]) for finding in summary["findings"] if not finding["calibrated"]}
+    shown = [f for f in summary["findings"] if not f["calibrated"] or (f["task"], f["selector"]) not in said]
+    for finding in shown:
+        if len(shown) > 1:
+            typer.echo(f"{finding['title']}:")
+        for sentence in finding["sentences"]:
+            typer.echo(sentence)
     for note in done.notes:
         typer.echo(note, err=True)
     for left_out in dict.fromkeys(done.results.provenance["incomplete"]):

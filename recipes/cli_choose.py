@@ -46,7 +46,7 @@ def choose(
         str | None,
         typer.Option(
             help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_prior, pdo_null, best_on_dev, density, …, "
-            "or a+b [default: with -k pdo_prior, by FILE's label shares; else pdo]."
+            "or a+b [default: with -k pdo_prior, by FILE's label shares, if it holds every label; else pdo]."
         ),
     ] = None,
     prompt: PromptOption = None,
@@ -80,15 +80,25 @@ def choose(
 ) -> None:
     """Choose the order of demonstrations by a criterion that asks the model: GlobalE, LocalE, PDO, best on dev, …."""
     from sparsort.curriculum.demos.criteria import criterion
+    from sparsort.errors import SparsortError
     from sparsort.recipes.choose_order import choose_order, needs_labels, read_rows
 
-    # The few labels of the demonstrations themselves are no prior.
-    by = by or ("pdo" if k is None else "pdo_prior")
     # A misspelt criterion should not cost the reading of files.
-    scored, weighed = needs_labels(by), "prior" in criterion(by).needs
+    scored = needs_labels(by or "pdo")
     given = read_rows(
         file, on, prompt=unescape(prompt), label=label, k=k, queries=queries, seed=seed, id_column=id_column
     )
+    named = given.label_set(label, labels) if scored or labels else {}
+    prior = given.prior(named)
+    # The few labels of the demonstrations themselves are no prior, unless asked for.
+    by = by or ("pdo" if k is None or prior is None else "pdo_prior")
+    weighed = "prior" in criterion(by).needs
+    if weighed and prior is None:
+        absent = ", ".join(value for value in named if value not in given.counts)
+        raise SparsortError(
+            f"{by!r} reads the share of each label, and {file} holds no row with {absent or 'a label'}. Take --by pdo, or give "
+            "rows of every label."
+        )
     chosen = choose_order(
         given.demos,
         given.queries,
@@ -96,8 +106,8 @@ def choose(
         prompt=unescape(prompt) or "",
         answer=unescape(answer),
         label=label,
-        labels=labels or ({value: value for value in given.counts} if scored and given.counts else None),
-        prior=given.counts if weighed else None,
+        labels=named or None,
+        prior=prior if weighed else None,
         separator=unescape(separator) or "",
         chat=chat,
         system=unescape(system),

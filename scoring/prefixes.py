@@ -264,6 +264,7 @@ class PrefixReader:
         self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._kept_bytes = kept_bytes
         self.n_tokens = 0
+        self.n_fused_tokens = 0
         self.bytes_per_token = 0
         self._windows: set[int | None] = set()
         self._fused: FusedBlocks | None = None
@@ -391,6 +392,7 @@ class PrefixReader:
                 input_ids=ids_BT, position_ids=position_BT, past_key_values=_Feed(now), use_cache=True
             )
         self.n_tokens += ids_BT.numel()
+        self.n_fused_tokens += ids_BT.numel() if now.fuse else 0
         self._windows |= now.masks.keys()
         return caught
 

@@ -54,18 +54,20 @@ class _Set:
         note = store.get_note(group, "orders")
         self.note: Mapping[str, Any] = note or {}
         self.tokens: Mapping[str, Any] = store.get_note(group, "tokens") or {}
-        self.probes: Mapping[str, Any] = store.get_note(group, "probes") or {}
+        probes = store.get_note(group, "probes") or {}
+        # One is sampled behind every random order: those of a recipe with more or fewer orders are others.
+        self.random = ablation.orders(unit.k, unit.seed)
+        self.probes: Mapping[str, Any] = probes if probes.get("orders") == len(self.random) else {}
         self._outcomes: Outcomes = store.read(group)
         self._row = {pair: row for row, pair in enumerate(self._outcomes.pairs())}
         shown: Showing | None = None
         # Lengths are noted last: until then those in the store may be of another recipe.
         if note and len(self.tokens.get("demos", ())) == len(note["ids"]):
-            shown = showing_of(note, data.pool_by_id, len(data.test_texts))
+            shown = showing_of(note, data.pool_by_id, unit, data.test_texts)
         self.known = shown is not None
         if shown is not None:
             self.showing = shown
-            self.random = ablation.orders(unit.k, unit.seed)
-            self.named = orders_of(self.note, ablation, len(data.test_texts))
+            self.named = orders_of(self.note, ablation, unit, data.test_texts)
 
     def test(self, order: Ints) -> _Read | None:
         """What was said to the test queries under an order, (1, k) or (Q, k); None when it is not all there."""
@@ -143,7 +145,7 @@ class Collector:
             )
         spent = [self._store.get_note(group, "spent") or {} for group in self._units()]
         cost = {name: round(sum(note.get(name, 0) for note in spent), 1) for name in ("tokens", "seconds")}
-        machines = sorted({name for note in spent for name in note.get("machines", [])})
+        machines = sorted({name for note in spent if note for name in note.get("machines", ["not noted"])})
         known = {"machine": ", ".join(machines)} if machines else {}
         return Results(groups=groups, provenance={**provenance, **known, **cost, "incomplete": self.incomplete})
 

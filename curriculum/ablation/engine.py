@@ -17,6 +17,7 @@ from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.kernels.backend import device_name
 from sparsort.scoring.answers import FEATURES, AnswerReader
+from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.embedding import embed_rows
 from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.losses import LossScorer
@@ -86,7 +87,12 @@ class Engine:
 
     def embeddings(self, task: Task, rows: Rows) -> NDArray[np.float32]:
         """(N, D) mean final state of each row's question."""
-        return embed_rows(self.reader(task).backbone, [dict(row) for row in rows], Prompt.of(**self._prompt(task)))
+        return embed_rows(self._backbone, [dict(row) for row in rows], Prompt.of(**self._prompt(task)))
+
+    @functools.cached_property
+    def _backbone(self) -> Backbone:
+        # Not the reader's: with other batches, as a compiled one has, states differ by rounding and near ties fall otherwise.
+        return Backbone(self.loaded)
 
     @functools.cached_property
     def _sparsity_scorer(self) -> SparsityScorer:

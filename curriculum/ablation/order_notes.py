@@ -2,19 +2,27 @@
 
 Contract: no model. `run` writes the note before it asks, `collect` reads it. A note holds for a recipe with more or fewer
 test rows and with other orderers; what this recipe would order otherwise (by another sparsity, or for test rows that have
-come since) is left out, to be ordered anew.
+come since or stand elsewhere) is left out, to be ordered anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.data import Row, Showing
-from sparsort.curriculum.ablation.design import BY_SIMILARITY, RANDOM_SCORES, Ablation, base_order
+from sparsort.curriculum.ablation.design import (
+    BY_SIMILARITY,
+    RANDOM_SCORES,
+    Ablation,
+    Unit,
+    base_order,
+    depends_on_query,
+)
+from sparsort.curriculum.ablation.splits import QUERY_SELECTORS
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import digest
 from sparsort.errors import SparsortError
@@ -35,7 +43,7 @@ def reads_sparsity(orderer: str) -> bool:
 
 
 def order_note(
-    ablation: Ablation, task: Task, showing: Showing, named: Mapping[str, NDArray[np.int64]]
+    ablation: Ablation, task: Task, showing: Showing, named: Mapping[str, NDArray[np.int64]], queries: Sequence[str]
 ) -> dict[str, Any]:
     """The note of a unit's orders, as JSON values.
 
@@ -44,12 +52,14 @@ def order_note(
         task: its task.
         showing: the demonstrations.
         named: orderer to (1, k), or (Q, k) where it depends on the query.
+        queries: texts of the Q test queries.
     """
     return {
         "ids": [str(row["id"]) for row in showing.rows],
         "texts": [digest(task.demo_text(row)) for row in showing.rows],
         "labels": [task.gold_text(row) for row in showing.rows],
         "of_query": showing.of_query.tolist(),
+        "queries": [digest(text) for text in queries],
         "named": {name: order.tolist() for name, order in named.items()},
         "sparsity": _sparsity(ablation),
     }
@@ -75,31 +85,54 @@ def check_note(note: Mapping[str, Any], now: Mapping[str, Any], group: str) -> N
         )
 
 
-def orders_of(note: Mapping[str, Any], ablation: Ablation, n_queries: int) -> dict[str, NDArray[np.int64]]:
-    """The orders in a note that hold for a recipe: orderer to (1, k) or (n_queries, k)."""
+def orders_of(
+    note: Mapping[str, Any], ablation: Ablation, unit: Unit, queries: Sequence[str]
+) -> dict[str, NDArray[np.int64]]:
+    """The orders in a note that hold for a recipe: orderer to (1, k), or (Q, k) where it depends on the query.
+
+    Args:
+        note: of `order_note`.
+        ablation: the recipe.
+        unit: which of its sets this is.
+        queries: texts of the Q test queries.
+    """
     # A note of an earlier version does not say by which sparsity: that of the recipe at hand.
     other = note.get("sparsity", _sparsity(ablation)) != _sparsity(ablation)
     found = {}
     for name, order in note["named"].items():
         if other and reads_sparsity(name):
             continue
-        if len(order) == 1 or len(order) >= n_queries:
-            found[name] = np.asarray(order, dtype=np.int64)[:n_queries]
+        # Drawn scores are drawn once for a set, whoever chose it.
+        if base_order(name) == RANDOM_SCORES or not depends_on_query(name, unit.selector):
+            found[name] = np.asarray(order, dtype=np.int64)
+        elif _same_queries(note, queries):
+            found[name] = np.asarray(order, dtype=np.int64)[: len(queries)]
     return found
 
 
-def showing_of(note: Mapping[str, Any], rows: Mapping[str, Row], n_queries: int) -> Showing | None:
-    """The demonstrations of a note; None where a row is gone, or test queries have come since.
+def showing_of(note: Mapping[str, Any], rows: Mapping[str, Row], unit: Unit, queries: Sequence[str]) -> Showing | None:
+    """The demonstrations of a note; None where a row is gone, or they were chosen for other test queries.
 
     Args:
         note: of `order_note`.
         rows: the pool by id.
-        n_queries: how many test queries the recipe asks.
+        unit: which set this is.
+        queries: texts of the Q test queries.
     """
     of_query = np.asarray(note["of_query"], dtype=np.int64)
-    if any(name not in rows for name in note["ids"]) or 1 < len(of_query) < n_queries:
+    if any(name not in rows for name in note["ids"]):
         return None
-    return Showing(rows=[rows[name] for name in note["ids"]], of_query=of_query[:n_queries])
+    if unit.selector in QUERY_SELECTORS:
+        if not _same_queries(note, queries):
+            return None
+        of_query = of_query[: len(queries)]
+    return Showing(rows=[rows[name] for name in note["ids"]], of_query=of_query)
+
+
+def _same_queries(note: Mapping[str, Any], queries: Sequence[str]) -> bool:
+    """Whether what a note holds by query is about these, or these and more. Notes of an earlier version do not say."""
+    known = note.get("queries", [])[: len(queries)]
+    return known == [digest(text) for text in queries]
 
 
 def _shown(note: Mapping[str, Any]) -> list[list[tuple[str, str]]]:

@@ -115,14 +115,16 @@ class Run:
             if not ours:
                 return False
             start, before = time.perf_counter(), self.tokens_read
-            showing = data.show(unit, self._pool_numbers(unit))
-            orders = self._orders(unit, group, showing)
-            probes = self._probes(unit, group, showing, orders)
-            self._ask(unit.task, group, list(self._asks(data, showing, orders, probes)))
-            if "cone" in self._ablation.choosers and applies("cone", data.task, unit.selector):
-                self._ask_losses(unit, showing, orders)
-            self._note_tokens(unit.task, group, showing)
-            self._note_spent(group, self.tokens_read - before, time.perf_counter() - start)
+            try:
+                showing = data.show(unit, self._pool_numbers(unit))
+                orders = self._orders(unit, group, showing)
+                probes = self._probes(unit, group, showing, orders)
+                self._ask(unit.task, group, list(self._asks(data, showing, orders, probes)))
+                if "cone" in self._ablation.choosers and applies("cone", data.task, unit.selector):
+                    self._ask_losses(unit, showing, orders)
+                self._note_tokens(unit.task, group, showing)
+            finally:
+                self._note_spent(group, self.tokens_read - before, time.perf_counter() - start)
             self._engine.reader(data.task).trees.forget()
         return True
 
@@ -239,12 +241,13 @@ class Run:
         data = self.tasks[unit.task]
         named: dict[str, NDArray[np.int64]] = {}
         if note := self._store.get_note(group, "orders"):
-            check_note(note, order_note(self._ablation, data.task, showing, {}), group)
-            named = orders_of(note, self._ablation, len(data.test_texts))
+            check_note(note, order_note(self._ablation, data.task, showing, {}, data.test_texts), group)
+            named = orders_of(note, self._ablation, unit, data.test_texts)
         for name in self._ablation.orderers:
             if name not in named:
                 named[name] = self._order(unit, data, showing, name)
-        self._store.put_note(group, "orders", order_note(self._ablation, data.task, showing, named))
+        note = order_note(self._ablation, data.task, showing, named, data.test_texts)
+        self._store.put_note(group, "orders", note)
         random = self._ablation.orders(unit.k, unit.seed)
         return Orders(random=random, named={name: named[name] for name in self._ablation.orderers})
 
@@ -331,7 +334,7 @@ class Run:
         return self._kept["unit", what]
 
     def _note_spent(self, group: str, tokens: int, seconds: float) -> None:
-        """Add to what the unit has cost over all runs that ended it, and on which machines."""
+        """Add to what the unit has cost over all runs, but for those that were killed outright, and on which machines."""
         if not tokens:
             return
         spent = self._store.get_note(group, "spent") or {"tokens": 0, "seconds": 0.0}

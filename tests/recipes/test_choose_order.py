@@ -231,6 +231,37 @@ def test_rows_of_files(tmp_path: Path) -> None:
     assert all(row["text"] in ("one", "two", "three") for row in asked)
 
 
+def test_the_default_goes_by_shares_only_where_every_label_has_one(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{word} of the world", "label": n % 2} for n, word in enumerate("abcdefgh")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    call = ["choose", str(file), "-k", "3", "-p", "{text}:", "--model", str(make_tiny_model("llama")), "--json"]
+    three = [*call, "--labels", "0=bad,1=good,2=neutral"]
+    assert json.loads(CliRunner().invoke(app, three).stdout)["by"] == "pdo"
+    told = CliRunner().invoke(app, [*three, "--by", "pdo_prior"])
+    assert told.exit_code == 2
+    assert "holds no row with 2. Take --by pdo" in " ".join(told.output.split())
+    # Rows without a known label are no share of any, and are no matter where none is drawn.
+    unlabelled = [{"text": f"{word} of no world", "label": -1} for word in "ij"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows + unlabelled), encoding="utf-8")
+    seeds = [
+        CliRunner().invoke(app, [*call, "--labels", "0=bad,1=good", "--seed", str(seed)], catch_exceptions=False)
+        for seed in range(3)
+    ]
+    assert {json.loads(one.stdout)["by"] for one in seeds if one.exit_code == 0} == {"pdo_prior"}
+
+
+def test_free_answers_are_no_labels(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{number} of all", "label": f"answer {number}"} for number in range(70)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    told = CliRunner().invoke(app, ["choose", str(file), "-k", "4", "-p", "{text}:", "--model", "/no/such/model"])
+    assert told.exit_code == 2
+    assert "70 different values" in " ".join(told.output.split())
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "x", "label": 1}\n{"text": "y", "label": 0}\n', encoding="utf-8")
