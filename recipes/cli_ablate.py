@@ -73,7 +73,10 @@ def ablate(
     ] = None,
     choosers: Annotated[
         str | None,
-        typer.Option(help="Criteria that choose an order by the model.", rich_help_panel=_DESIGN),
+        typer.Option(
+            help="Criteria that choose an order by the model [default: globale, locale, pdo, pdo_prior, best_on_dev, density].",
+            rich_help_panel=_DESIGN,
+        ),
     ] = None,
     random_orders: Annotated[
         int | None, typer.Option(help="Random orders of each set [default: 16].", rich_help_panel=_DESIGN)

@@ -90,7 +90,7 @@ class Ablation:
     shots: tuple[int, ...] = (4, 8)
     selectors: tuple[str, ...] = ("random",)
     orderers: tuple[str, ...] = DEFAULT_ORDERERS
-    choosers: tuple[str, ...] = ("globale", "locale", "pdo", "best_on_dev", "density")
+    choosers: tuple[str, ...] = ("globale", "locale", "pdo", "pdo_prior", "best_on_dev", "density")
     random_orders: int = 16
     test_rows: int = 256
     dev_rows: int = 32

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.design import Ablation
@@ -56,8 +57,12 @@ class Engine:
 
     @property
     def machine(self) -> str:
-        """What the model runs on, by its maker's name."""
-        return device_name(self.loaded.device.value)
+        """What the model runs on, by its maker's name, and how."""
+        device = self.loaded.device.value
+        threads = torch.get_num_threads()
+        how = [f"{threads} thread{'' if threads == 1 else 's'}"] if device.type == "cpu" else []
+        how += ["compiled"] if self._compile else []
+        return device_name(device) + (f" ({', '.join(how)})" if how else "")
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def orders_of(
         # Drawn scores are drawn once for a set, whoever chose it.
         if base_order(name) == RANDOM_SCORES or not depends_on_query(name, unit.selector):
             found[name] = np.asarray(order, dtype=np.int64)
-        elif _same_queries(note, queries):
+        elif holds_for(note, queries):
             found[name] = np.asarray(order, dtype=np.int64)[: len(queries)]
     return found
 
@@ -123,15 +123,15 @@ def showing_of(note: Mapping[str, Any], rows: Mapping[str, Row], unit: Unit, que
     if any(name not in rows for name in note["ids"]):
         return None
     if unit.selector in QUERY_SELECTORS:
-        if not _same_queries(note, queries):
+        if not holds_for(note, queries):
             return None
         of_query = of_query[: len(queries)]
     return Showing(rows=[rows[name] for name in note["ids"]], of_query=of_query)
 
 
-def _same_queries(note: Mapping[str, Any], queries: Sequence[str]) -> bool:
+def holds_for(note: Mapping[str, Any], queries: Sequence[str]) -> bool:
     """Whether what a note holds by query is about these, or these and more. Notes of an earlier version do not say."""
-    known = note.get("queries", [])[: len(queries)]
+    known = list(note.get("queries", []))[: len(queries)]
     return known == [digest(text) for text in queries]
 
 

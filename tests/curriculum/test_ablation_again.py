@@ -79,16 +79,18 @@ def only(results: Results) -> Group:
 def test_more_and_fewer_test_rows_in_one_folder(
     folder: Path, loaded: LoadedModel, tmp_path: Path, selector: str, least: int
 ) -> None:
+    def asked(test_rows: int) -> dict[str, Any]:
+        orderers = ("similarity_ascending", "length_ascending")
+        return {
+            "selectors": (selector,),
+            "sets": 1,
+            "test_rows": test_rows,
+            "orderers": orderers,
+            "choosers": ("mdl",),
+        }
+
     def run(out: Path, test_rows: int) -> sparsort.AblationReport:
-        recipe = a_recipe(
-            folder,
-            selectors=(selector,),
-            sets=1,
-            test_rows=test_rows,
-            orderers=("similarity_ascending", "length_ascending"),
-            choosers=("mdl",),
-        )
-        return sparsort.ablate(recipe, out=out, model=loaded, report=False)
+        return sparsort.ablate(a_recipe(folder, **asked(test_rows)), out=out, model=loaded, report=False)
 
     few = run(tmp_path / "one", least)
     more = run(tmp_path / "one", 9)
@@ -97,6 +99,10 @@ def test_more_and_fewer_test_rows_in_one_folder(
     fewer = run(tmp_path / "other", least)
     # Behind the demonstrations of one query alone dev rows are asked too.
     assert fewer.tokens_read == 0 or (selector, least) == ("bm25", 1)
+    if selector == "random":
+        # What the smaller recipe does not ask is still known of the larger one.
+        kept = sparsort.ablate(a_recipe(folder, **asked(9)), out=tmp_path / "other", run=False, report=False)
+        assert [arm.name for arm in only(kept.results).arms] == [arm.name for arm in only(whole.results).arms]
     for done, other in ((more, whole), (fewer, few)):
         for arm, like in zip(only(done.results).arms, only(other.results).arms, strict=True):
             np.testing.assert_allclose(arm.log_p, like.log_p, atol=1e-4, err_msg=arm.name)

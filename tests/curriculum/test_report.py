@@ -228,7 +228,11 @@ def test_a_null_is_told_as_a_null_with_what_could_have_been_seen() -> None:
     assert "None of the 2 orderers can be told from the mean random order" in overall["sentences"][0]
     visible = float(np.median([arm["difference"]["smallest_visible"] or 0 for arm in report["pooled"][0]["arms"]]))
     assert f"of true differences of {100 * visible:.1f} points" in overall["sentences"][1]
-    assert "would mostly go unseen here" in mr["sentences"][0]
+    assert "points to be found in four of five such studies" in mr["sentences"][0]
+    assert "before Holm's correction" in mr["sentences"][0]
+    cells = [cell["random"] for cell in report["cells"]]
+    seen, real = (sum((cell[name] or 0) ** 2 for cell in cells) for name in ("sd_orders", "sd_orders_true"))
+    assert f"; {100 * real / seen:.0f} % of that variance" in overall["sentences"][-2]
 
 
 def test_one_set_is_not_tested() -> None:
@@ -268,4 +272,4 @@ def test_the_head_tells_what_was_run(report: Report) -> None:
     assert shown["Demonstrations"] == "k = 2 and 3, balanced"
     assert shown["Demonstration sets"] == "7 and 9 a cell"
     assert shown["Orderers"] == "2 rules, 2 chosen with the model, 1 oracles"
-    assert (shown["Time"], shown["Versions"], shown["Model"]) == ("1 h 2 min", "torch 2", "simulated")
+    assert (shown["Time of all processes"], shown["Versions"], shown["Model"]) == ("1 h 2 min", "torch 2", "simulated")

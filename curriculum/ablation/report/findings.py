@@ -15,6 +15,7 @@ from sparsort.curriculum.ablation.report.rows import count, percent, points
 from sparsort.curriculum.ablation.report.shape import Cell, Difference, Finding, Pooled, PooledArm, Report
 
 _MOST = 6
+_MOST_LEFT_OUT = 12
 
 
 def findings(report: Report) -> list[Finding]:
@@ -60,8 +61,10 @@ def notes(report: Report) -> list[str]:
         said.append(f"Not every orderer was run everywhere. Missing: {_list(gaps)}.")
     if one := [cell["id"] for cell in cells if cell["labels"] and max(cell["gold_share"], default=0) == 1]:
         said.append(f"All test items have the same label in {_list(one)}: accuracy there is the share of that label.")
-    if incomplete := report["provenance"].get("incomplete"):
-        said.append(f"Unfinished and left out: {'; '.join(dict.fromkeys(map(str, incomplete)))}.")
+    if incomplete := list(dict.fromkeys(map(str, report["provenance"].get("incomplete") or ()))):
+        shown, more = incomplete[:_MOST_LEFT_OUT], len(incomplete) - _MOST_LEFT_OUT
+        shown += [f"{more} more, listed with the provenance"] if more > 0 else []
+        said.append(f"Unfinished and left out: {'; '.join(shown)}.")
     if any(cell["calibrated"] for cell in cells):
         said.append(
             "Cells with and without contextual calibration share sets and items: one is no replication of the other."
@@ -90,7 +93,7 @@ def _overall(report: Report, pool: Pooled, cells: Sequence[Cell], where: str) ->
         )
     ]
     alone = "none of them" if not helped else _list(helped) + (" only" if len(helped) < tasks else "")
-    sentences.append(f"Taken by itself, with its fewer sets, an orderer helps beyond chance on {alone}.")
+    sentences.append(f"Within single tasks, which have fewer sets, an orderer helps beyond chance on {alone}.")
     if pool["calibrated"]:
         sentences += _calibration(report, pool["selector"])
     return Finding(
@@ -143,7 +146,7 @@ def _verdicts(arms: dict[str, Difference], *, short: bool = False) -> str:
         if len(tested) == 1:
             return f"{best} cannot be told from the mean random order ({gain})."
         if short:
-            return f"no orderer can be told from the mean random order. Largest gain: {best}, {gain}."
+            return f"no orderer can be told from the mean random order. Largest gain: {best}, {gain} before Holm's correction."
         return (
             f"None of the {len(tested)} orderers can be told from the mean random order. The largest gain is that of {best}, "
             f"{gain}, not beyond what chance may give the best of {len(tested)}."
@@ -173,7 +176,9 @@ def _null(arms: dict[str, Difference], *, short: bool = False) -> list[str]:
     if middle >= 1:
         return ["With so few sets no difference whatever would be found reliably."]
     if short:
-        return [f"Differences below {size} points would mostly go unseen here."]
+        return [
+            f"For half of those a true difference would have to exceed {size} points to be found in four of five such studies."
+        ]
     return [
         f"Nothing found is no proof of no effect: of true differences of {size} points, studies like this one find four in "
         "five, of smaller ones fewer."
@@ -181,19 +186,26 @@ def _null(arms: dict[str, Difference], *, short: bool = False) -> list[str]:
 
 
 def _cheapest(helping: Sequence[PooledArm]) -> str:
-    cheap = min(helping, key=lambda arm: (round(arm["cost"], 2), -arm["difference"]["value"]))
-    if round(cheap["cost"], 2) <= 1.01:
-        return f"{cheap['name']} helps at no further token read."
+    ranked = sorted(helping, key=lambda arm: (round(arm["cost"], 2), -arm["difference"]["value"]))
+    least = round(ranked[0]["cost"], 2)
+    cheap = [arm["name"] for arm in ranked if round(arm["cost"], 2) == least]
+    if least <= 1.01:
+        return f"{_list(cheap)} {'helps' if len(cheap) == 1 else 'help'} at no further token read."
+    named = f"{cheap[0]} is the cheapest: it reads"
+    if len(cheap) > 1:
+        named = f"the cheapest are {_list(cheap)}: each reads" if len(cheap) < len(ranked) else "each reads"
     return (
-        f"Of those that help, {cheap['name']} is the cheapest: it reads {cheap['cost']:.1f} times the tokens of a random order, "
-        "choosing included. No orderer that reads no more than a random order helps."
+        f"Of those that help, {named} {least:.1f} times the tokens of a random order, choosing included. No orderer that reads "
+        "no more than a random order helps."
     )
 
 
 def _spread(cells: Sequence[Cell]) -> str:
     sds = [cell["random"]["sd_orders"] for cell in cells if cell["random"]["sd_orders"] is not None]
     ranges = [max(values) - min(values) for cell in cells for values in cell["random"]["accuracy_by_set"]]
-    real = [cell["random"]["real_share"] for cell in cells if cell["random"]["real_share"] is not None]
+    parts = [(cell["random"]["sd_orders"], cell["random"]["sd_orders_true"]) for cell in cells]
+    seen = sum(sd**2 for sd, real in parts if sd is not None and real is not None)
+    real = sum(real**2 for sd, real in parts if sd is not None and real is not None)
     orders = sorted({cell["orders"] for cell in cells})
     tried = count(orders[0]) if len(orders) == 1 else f"{orders[0]} to {orders[-1]}"
     if orders[-1] == 1:
@@ -202,7 +214,7 @@ def _spread(cells: Sequence[Cell]) -> str:
     said = f"Between the worst and the best of {tried} random orders of a set lie {mean} points on average"
     if sds:
         said += f" (sd {percent(float(np.sqrt(np.mean(np.square(sds)))))}"
-        said += f"; {percent(float(np.mean(real)), 0)} % of that variance is more than item noise)" if real else ")"
+        said += f"; {percent(min(real / seen, 1.0), 0)} % of that variance is more than item noise)" if seen else ")"
     return said + "."
 
 

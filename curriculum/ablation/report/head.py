@@ -23,7 +23,7 @@ _NAMES = {
     "device": "Device",
     "machine": "Machine",
     "tokens": "Tokens read",
-    "seconds": "Time",
+    "seconds": "Time of all processes",
     "date": "Date",
     "sparsort": "sparsort",
     "versions": "Versions",
