@@ -40,11 +40,11 @@ def head(report: dict[str, Any], planned: int) -> str:
     """What a reader has to know before the numbers."""
     sets = [cell["sets"] for cell in report["cells"]]
     done = sum(sets) // len({cell["calibrated"] for cell in report["cells"]})
-    state = (
-        "The study is complete."
-        if done >= planned
-        else f"**The study is unfinished: {done} of {planned} demonstration sets are done.** What stands here holds for those."
-    )
+    state = f"All {planned} demonstration sets are done."
+    if done < planned:
+        state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** What stands here holds for those."
+    elif report["provenance"]["incomplete"]:
+        state += " **Not yet under every orderer**: what is left out stands among the notes."
     return (
         f"{state} Made by `python benchmarks/ordering_study.py --data FOLDER --save`, "
         "which asks the model only for what its store lacks; the recipe is "
