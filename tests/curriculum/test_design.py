@@ -121,7 +121,7 @@ def test_a_broken_recipe_says_what_and_where(tmp_path: Path, text: str, message:
         ({"choosers": ("globalE!",)}, "unknown criterion 'globalE!'.* Did you mean 'globale'"),
         ({"metric": "ginny"}, "unknown metric 'ginny'.* Did you mean 'gini'"),
         ({"label_score": "avg"}, "unknown label_score 'avg'"),
-        ({"dev_rows": 0}, "pdo, best_on_dev, density choose by dev rows"),
+        ({"dev_rows": 0}, "pdo, pdo_prior, best_on_dev, density choose by dev rows"),
         ({"tasks": "mr"}, "tasks is 'mr'"),
     ],
 )
