@@ -27,8 +27,8 @@ help: ## list the targets
 demo: $(READY) ## score the shipped examples, order a prompt, save a picture
 	@$(RUN) examples/demo.py $(ARGS)
 
-test: $(READY) ## run all tests
-	@$(RUN) -P -m pytest $(ARGS)
+test: $(READY) ## run all tests, in two processes
+	@OMP_NUM_THREADS=1 $(RUN) -P -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## check style and types
 	@$(RUN) -P -m ruff check
