@@ -241,7 +241,6 @@ class Run:
         """The unit's orders, from its note as far as it has them."""
         data = self.tasks[unit.task]
         named: dict[str, NDArray[np.int64]] = {}
-        random = self._ablation.orders(unit.k, unit.seed)
         if note := self._store.get_note(group, "orders"):
             check_note(note, order_note(self._ablation, data.task, showing, {}, data.test_texts), group)
             named = orders_of(note, self._ablation, unit, data.test_texts)
@@ -252,6 +251,7 @@ class Run:
         if not note or lacking or unit.selector in QUERY_SELECTORS or not holds_for(note, data.test_texts):
             note = order_note(self._ablation, data.task, showing, named, data.test_texts)
             self._store.put_note(group, "orders", note)
+        random = self._ablation.orders(unit.k, unit.seed)
         return Orders(random=random, named={name: named[name] for name in self._ablation.orderers})
 
     def _order(self, unit: Unit, data: TaskData, showing: Showing, name: str) -> NDArray[np.int64]:

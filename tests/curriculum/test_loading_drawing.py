@@ -21,7 +21,7 @@ from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.curriculum.loading.summary import Shown, describe, look, summarise
 from sparsort.errors import SparsortError
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="the extra plots, an optional one, is not installed")
 
 SETTINGS: list[dict[str, Any]] = [
     {"batch_size": 7},
