@@ -5,7 +5,8 @@ each (OMP_NUM_THREADS=1), take half the time:
 
     python benchmarks/ordering_study.py --data FOLDER --save
 
-FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. It begins with what
+FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. With --study cone it is the
+small study of ConE on one task, on the same sets and orders. It begins with what
 benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh a new study
 begins with nothing. With --no-run the page is written from what is there, finished or not; how much that is stands in its
 head. Nothing in the page is written by hand.
@@ -17,7 +18,7 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,47 @@ from sparsort.recipes.report import make_report
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "ordering-study-outcomes.parquet"
-PAGE = ROOT / "docs" / "results" / "ordering-study.md"
-TITLE = "Which orders of demonstrations help: a study on five tasks with Gemma 3 270M"
 
 
-def head(report: dict[str, Any], planned: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One page: its recipe in recipes/, the page's name in docs/results/, its title and what a reader has to know."""
+
+    recipe: str
+    page: str
+    title: str
+    about: str
+
+    def read(self, data: Path) -> Ablation:
+        """The recipe, with its data."""
+        return replace(Ablation.from_toml(ROOT / "recipes" / self.recipe), data=data.resolve())
+
+
+STUDIES = {
+    "all": Study(
+        recipe="ordering_study.toml",
+        page="ordering-study",
+        title="Which orders of demonstrations help: a study on five tasks with Gemma 3 270M",
+        about=(
+            "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost "
+            "of all else. It was run [on trec alone](ordering-study-cone.md). What was searched for an orderer from sparsity: "
+            "[the search](orderer-search.md)."
+        ),
+    ),
+    "cone": Study(
+        recipe="ordering_study_cone.toml",
+        page="ordering-study-cone",
+        title="Does ConE's choice of an order help: a study on trec with Gemma 3 270M",
+        about=(
+            "ConE (arXiv 2401.12087) takes for every question the order behind which the question is least surprising to the "
+            "model; its authors choose the demonstrations so, here it chooses among 16 orders of given ones. Sets, orders and "
+            "test rows are those of [the study on five tasks](ordering-study.md), where more orderers stand side by side."
+        ),
+    ),
+}
+
+
+def head(report: dict[str, Any], study: Study, planned: int) -> str:
     """What a reader has to know before the numbers."""
     sets = [cell["sets"] for cell in report["cells"]]
     done = sum(sets) // len({cell["calibrated"] for cell in report["cells"]})
@@ -45,13 +82,12 @@ def head(report: dict[str, Any], planned: int) -> str:
         state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** What stands here holds for those."
     elif report["provenance"]["incomplete"]:
         state += " **Not yet under every orderer**: what is left out stands among the notes."
+    option = "" if study is STUDIES["all"] else f" --study {next(name for name in STUDIES if STUDIES[name] is study)}"
     return (
-        f"{state} Made by `python benchmarks/ordering_study.py --data FOLDER --save`, "
+        f"{state} Made by `python benchmarks/ordering_study.py --data FOLDER{option} --save`, "
         "which asks the model only for what its store lacks; the recipe is "
-        "[recipes/ordering_study.toml](../../recipes/ordering_study.toml). "
-        "How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n"
-        "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost of "
-        "all else. What was searched for an orderer from sparsity: [the search](orderer-search.md)."
+        f"[recipes/{study.recipe}](../../recipes/{study.recipe}). "
+        f"How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n{study.about}"
     )
 
 
@@ -60,12 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ordering-study", help="folder of the study")
+    parser.add_argument("--study", choices=STUDIES, default="all", help="all orderers on five tasks, or ConE on one")
     parser.add_argument("--fresh", action="store_true", help="do not begin with the answers that are kept")
     parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args()
-    recipe = replace(Ablation.from_toml(ROOT / "recipes" / "ordering_study.toml"), data=args.data.resolve())
+    study = STUDIES[args.study]
+    recipe = study.read(args.data)
     store = args.out / "store"
     if args.fresh and store.exists():
         sys.exit(f"{store} holds a study already. Take it away, or name another folder (--out).")
@@ -79,39 +117,43 @@ def main() -> None:
         report=False,
         compile=not args.no_compile,
     )
-    written = make_report(done.results, args.out / "report", title=TITLE)
+    page = args.out / f"report-{args.study}"
+    written = make_report(done.results, page, title=study.title)
     report: dict[str, Any] = dict(written.report)
     planned = len(list(units(recipe)))
-    text = (args.out / "report" / "report.md").read_text(encoding="utf-8")
-    text = text.replace(f"# {TITLE}\n", f"# {TITLE}\n\n{head(report, planned)}\n", 1)
+    text = (page / "report.md").read_text(encoding="utf-8")
+    text = text.replace(f"# {study.title}\n", f"# {study.title}\n\n{head(report, study, planned)}\n", 1)
     if not args.save:
         print(text)
         return
     # Two processes of one study end at about the same time.
     with locked(args.out / "save.lock", wait=True):
-        save(report, text, args.out, recipe)
+        save(report, study, text, page)
+        # Both studies' answers: the larger recipe knows all test queries.
+        pack(OutcomeStore.existing(store), STUDIES["all"].read(args.data), KEPT)
+        print(KEPT)
 
 
-def save(report: dict[str, Any], text: str, out: Path, recipe: Ablation) -> None:
-    """Write the page, its figures, the numbers and the answers."""
-    figures = PAGE.parent / "ordering-study"
+def save(report: dict[str, Any], study: Study, text: str, made: Path) -> None:
+    """Write the page, its figures and the numbers."""
+    page = ROOT / "docs" / "results" / f"{study.page}.md"
+    figures = page.with_suffix("")
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir(parents=True)
-    for path in sorted((out / "report" / "figures").glob("*.png")):
+    for path in sorted((made / "figures").glob("*.png")):
         shutil.copy(path, figures / path.name)
-    with write_atomically(PAGE) as temporary:
-        temporary.write_text(text.replace("](figures/", "](ordering-study/"), encoding="utf-8")
+    with write_atomically(page) as temporary:
+        temporary.write_text(text.replace("](figures/", f"]({study.page}/"), encoding="utf-8")
     kept = {name: report[name] for name in ("title", "provenance", "findings", "pooled", "cells")}
     for cell in kept["cells"]:
         for held in (cell["random"], *cell["arms"]):
             for name in [name for name in held if name.startswith(("label_", "entropy_"))]:
                 del held[name]
-    target = ROOT / "benchmarks" / "results" / "ordering-study.json"
+    target = ROOT / "benchmarks" / "results" / f"{study.page}.json"
     # Numbers for programs: one line, as the page holds the same for readers.
     with write_atomically(target) as temporary:
         temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
-    pack(OutcomeStore.existing(out / "store"), recipe, KEPT)
-    print(f"{PAGE}\n{target}\n{KEPT}")
+    print(f"{page}\n{target}")
 
 
 if __name__ == "__main__":

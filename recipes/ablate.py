@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.design import Ablation, units
+from sparsort.curriculum.ablation.design import Ablation, left_out, units
 from sparsort.curriculum.ablation.tasks import Task, load_task, parse_labels, task_from_flags, task_names
 from sparsort.errors import SparsortError
 from sparsort.files import write_json
@@ -133,7 +133,7 @@ def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     engine = Engine(ablation, loaded, compile=compile)
     store = OutcomeStore(folder / "store", engine.identity, feature_names=engine.feature_names)
     run = Run(ablation, engine, store)
-    notes = _notes(run.tasks)
+    notes = _notes(ablation, run.tasks)
     write_json(folder / "recipe.json", ablation.to_table())
     with progress("demonstration sets", len(list(units(ablation)))) as advance:
         left = run.all(advance)
@@ -165,12 +165,12 @@ def _open(ablation: Ablation, folder: Path) -> _Asked:
     return _Asked(
         collector=Collector(ablation, store, tasks, tokenizer),
         provenance=_provenance(ablation, store.identity) | {"model": ablation.model},
-        notes=_notes(tasks),
+        notes=_notes(ablation, tasks),
     )
 
 
-def _notes(tasks: Mapping[str, TaskData]) -> list[str]:
-    notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes]
+def _notes(ablation: Ablation, tasks: Mapping[str, TaskData]) -> list[str]:
+    notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes] + left_out(ablation)
     for note in notes:
         _LOG.warning("%s", note)
     return notes
@@ -207,7 +207,7 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     tasks = [TaskData(task, ablation) for task in ablation.load_tasks()]
-    notes = [f"{data.task.name}: {note}" for data in tasks for note in data.notes]
+    notes = [f"{data.task.name}: {note}" for data in tasks for note in data.notes] + left_out(ablation)
     return estimate(ablation, [measure(data.task, data.splits, count) for data in tasks]), notes
 
 
@@ -270,6 +270,12 @@ def _task_of_file(
             f"{path.name} has: {', '.join(source.columns())}."
         )
     given = {name: value for name, value in options.items() if value is not None}
+    if given.get("judge", "labels") == "labels" and (unused := given.keys() & {"stop", "max_new_tokens"}):
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
+        raise SparsortError(
+            f"{named}: labels are scored, and nothing is written. Leave it out, or name a --judge of written answers: exact, "
+            "number or math."
+        )
     if given.get("chat"):
         # Turns are shown without spaces at their ends, and what is scored is what is shown.
         given.setdefault("answer", f"{{{label}}}")

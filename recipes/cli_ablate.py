@@ -51,6 +51,20 @@ def ablate(
         str | None,
         typer.Option(help="labels, exact, number or math [default: labels].", rich_help_panel=_TASK),
     ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=r"Written answers end before it; may be given several times "
+            r"[default: \n; for number and math the next question].",
+            rich_help_panel=_TASK,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Written answers end after as many [default: 32; number 256, math 512].", rich_help_panel=_TASK
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TASK)] = False,
     test: Annotated[
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
@@ -127,6 +141,8 @@ def ablate(
         label=label,
         labels=labels,
         judge=judge,
+        stop=tuple(str(unescape(text)) for text in stop) if stop else None,
+        max_new_tokens=max_new_tokens,
         chat=chat or None,
     )
     changes: dict[str, Any] = {

@@ -37,6 +37,8 @@ _NUMBER = r"""
     (?: [ ]* / [ ]* (?P<below>\d+) )?
     (?! \d | [.,]\d | [ ]*[*/^×x+=]+[ ]*[\d(] | [ ]*[-−][ ]*[\d(] )
 """
+# Stands before the number that answers, in GSM8K.
+MARK = "####"
 _MARK = re.compile(r"(?<!\#)\#{4}(?!\#)" + _NUMBER, re.VERBOSE | re.ASCII)
 _BARE = re.compile(_NUMBER + r"[*\s.%]*", re.VERBOSE | re.ASCII)
 
@@ -80,7 +82,7 @@ def judge_number(predicted: str, gold: str) -> Verdict:
     wanted = _read(marked)
     if wanted is None:
         raise _unreadable("number", gold, "a number, alone or behind ####,")
-    first = predicted.find("####")
+    first = predicted.find(MARK)
     found = _read(_MARK.match(predicted, first)) if first >= 0 else None
     if found is None:
         return Verdict(correct=False, extracted=None)
@@ -120,6 +122,15 @@ def judge_of(name: str) -> Callable[[str, str], Verdict]:
     if name == "math":
         need_math()
     return JUDGES[name]
+
+
+def check_gold(name: str, gold: str) -> None:
+    """Make sure that a judge can read a gold answer.
+
+    Raises:
+        SparsortError: it cannot, there is no such judge, or math-verify is not installed.
+    """
+    judge_of(name)("", gold)
 
 
 def need_math() -> None:

@@ -143,7 +143,8 @@ class Collector:
             raise SparsortError(
                 "the store holds no complete demonstration set of this recipe. Run 'sparsort ablate' with it until one is done."
             )
-        spent = [self._store.get_note(group, "spent") or {} for group in self._units()]
+        read = [*self._units(), *(bare_group(data.task) for data in self._tasks.values())]
+        spent = [self._store.get_note(group, "spent") or {} for group in read]
         cost = {name: round(sum(note.get(name, 0) for note in spent), 1) for name in ("tokens", "seconds")}
         machines = sorted({name for note in spent if note for name in note.get("machines", ["not noted"])})
         known = {"machine": ", ".join(machines)} if machines else {}
@@ -288,7 +289,12 @@ class Collector:
         if name == "cone":
             losses = [self._losses(one) for one, _ in sets]
             cheapest = [cone(loss) for loss in losses if loss is not None]
-            return self._chosen_by_query(name, sets, random, np.stack(cheapest)) if len(cheapest) == len(sets) else None
+            if len(cheapest) < len(sets):
+                return None
+            # The losses are read before anything is asked, once under every order; then one order answers.
+            reading = np.sum([arm.tokens for arm in random], axis=0)
+            arm = self._chosen_by_query(name, sets, random, np.stack(cheapest))
+            return replace(arm, tokens=reading / len(random), choosing_tokens=reading * len(data.test_texts))
         places, costs = [], []
         for one, reads in sets:
             found = self._evidence(name, one, reads, rule)

@@ -193,7 +193,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
     needs_free = any("content_free" in criterion(name).needs for name in choosers)
     free = lengths.content_free if scored and (needs_free or True in ablation.calibrated) else ()
 
-    prefixes = nodes = pairs = 0
+    prefixes = nodes = pairs = losses = sampled = 0
     query_tokens = generated = 0.0
     for seed in ablation.seeds:
         random_RK = ablation.orders(k, seed)
@@ -213,6 +213,12 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
         n_dev = len(random_RK) * lengths.n_dev if "dev" in probes else 0
         n_probes = len(random_RK) ** 2 if "sampled" in probes else 0
         n_free = distinct * n_trees * len(free)
+        if "cone" in choosers:
+            # A pass of its own, without labels.
+            losses += len(random_RK) * lengths.n_test
+            nodes += shared_nodes(random_RK)
+        # A probe is written behind a prompt that is read whole.
+        sampled += len(random_RK) if "sampled" in probes else 0
         prefixes += distinct * n_trees
         nodes += shared_nodes(every) * n_trees
         pairs += asked + n_dev + n_probes + n_free
@@ -225,19 +231,28 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
     labels = sum(lengths.labels)
     repeats = max(len(lengths.labels), 1)
     label_tokens = pairs * labels
+    loss_tokens = losses * lengths.query
     return CostRow(
         task=task.name,
         selector=selector,
         k=k,
         sets=ablation.sets,
         prefixes=prefixes,
-        pairs=pairs,
+        pairs=pairs + losses,
         score_tokens=round(_score_tokens(ablation, lengths, selector, k)),
-        prefix_tokens=round(lengths.head * _heads(ablation, lengths, selector) + nodes * lengths.demo),
-        query_tokens=round(query_tokens),
+        prefix_tokens=round(
+            lengths.head * _heads(ablation, lengths, selector) + nodes * lengths.demo + sampled * prompt
+        ),
+        query_tokens=round(query_tokens + loss_tokens),
         label_tokens=label_tokens,
         generated_tokens=round(generated),
-        plain_tokens=round(repeats * (pairs * prompt + query_tokens) + label_tokens + generated),
+        plain_tokens=round(
+            repeats * (pairs * prompt + query_tokens)
+            + (losses + sampled) * prompt
+            + loss_tokens
+            + label_tokens
+            + generated
+        ),
         longest_prompt=lengths.head
         + k * lengths.longest_demo
         + lengths.longest_query

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.answer_checks import check_answers
 from sparsort.curriculum.ablation.design import Ablation, Unit
 from sparsort.curriculum.ablation.splits import (
     QUERY_SELECTORS,
@@ -91,6 +92,8 @@ class TaskData:
             seed=ablation.split_seed,
         )
         self.notes = [*self.splits.notes, *check_rows(task, self.splits.test, "the test rows")]
+        if task.is_generation:
+            self.notes += check_answers(task, self.splits)
         most = max(ablation.shots)
         if len(self.splits.pool) < most:
             raise SparsortError(

@@ -240,7 +240,7 @@ def depends_on_query(orderer: str, selector: str = "random") -> bool:
 
 
 def applies(chooser: str, task: Task, selector: str = "random") -> bool:
-    """Whether a chooser can be used: most need labels, and all but "mdl", which chooses by query, one set for all queries.
+    """Whether a chooser can be used: most need labels, and all but "mdl" one set for all queries.
 
     "best_on_dev" goes by judged answers where there are no labels.
     """
@@ -249,6 +249,24 @@ def applies(chooser: str, task: Task, selector: str = "random") -> bool:
     return (
         not task.is_generation or chooser == "best_on_dev" or not criterion(chooser).needs & {"log_p", "content_free"}
     )
+
+
+def left_out(ablation: Ablation) -> list[str]:
+    """Which choosers are left out of which cells, and why, one sentence each."""
+    said = []
+    for task in ablation.load_tasks():
+        if lacking := [name for name in ablation.choosers if not applies(name, task)]:
+            said.append(
+                f"{task.name}: {', '.join(lacking)} left out, as they read labels and answers here are written."
+            )
+        for selector in ablation.selectors:
+            names = [c for c in ablation.choosers if applies(c, task) and not applies(c, task, selector)]
+            if names:
+                said.append(
+                    f"{task.name}, {selector}: {', '.join(names)} left out, as they choose one order for all queries and here "
+                    "every query has demonstrations of its own."
+                )
+    return said
 
 
 def probes_of(chooser: str, *, sampled: bool) -> Probes:

@@ -7,6 +7,7 @@ takes the units that no other has claimed). Nothing is decided here: `collect` m
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.context import check_context
 from sparsort.curriculum.ablation.data import PoolNumbers, Showing, TaskData
 from sparsort.curriculum.ablation.design import (
     BY_SIMILARITY,
@@ -81,6 +83,8 @@ class Run:
         }
         self._kept: dict[tuple[str, str], Any] = {}
         self.tokens_read = 0
+        for data in self.tasks.values():
+            self._check_context(data)
 
     def all(self, advance: Advance | None = None) -> list[Unit]:
         """Run every unit that no other process holds; returns those that were left to others."""
@@ -102,10 +106,11 @@ class Run:
             # An answer is dear, and only the states of dev rows are read, by some choosers.
             read = any("bare_features" in criterion(chooser).needs for chooser in self._ablation.choosers)
             queries = data.dev_texts if read else []
-        with self._store.claim(bare_group(data.task)) as ours:
+        group, texts = bare_group(data.task), self._texts[name]
+        with self._store.claim(group) as ours:
             if ours:
-                texts = self._texts[name]
-                self._ask(name, bare_group(data.task), [(texts.prefix([]), texts.query([], text)) for text in queries])
+                with self._spending(group):
+                    self._ask(name, group, [(texts.prefix([]), texts.query([], text)) for text in queries])
         return ours
 
     def unit(self, unit: Unit) -> bool:
@@ -115,8 +120,7 @@ class Run:
         with self._store.claim(group) as ours:
             if not ours:
                 return False
-            start, before = time.perf_counter(), self.tokens_read
-            try:
+            with self._spending(group):
                 showing = data.show(unit, self._pool_numbers(unit))
                 orders = self._orders(unit, group, showing)
                 probes = self._probes(unit, group, showing, orders)
@@ -124,10 +128,15 @@ class Run:
                 if "cone" in self._ablation.choosers and applies("cone", data.task, unit.selector):
                     self._ask_losses(unit, showing, orders)
                 self._note_tokens(unit.task, group, showing)
-            finally:
-                self._note_spent(group, self.tokens_read - before, time.perf_counter() - start)
             self._engine.reader(data.task).trees.forget()
         return True
+
+    def _check_context(self, data: TaskData) -> None:
+        reader = self._engine.reader(data.task)
+        lead = reader.encoder.count("")
+        if (limit := reader.backbone.max_length) is not None:
+            name = self._engine.loaded.name
+            check_context(self._ablation, data, lambda text: reader.encoder.count(text) - lead, limit, name)
 
     def _asks(self, data: TaskData, showing: Showing, orders: Orders, probes: Sequence[str]) -> Iterator[Ask]:
         """Every pair that the unit's arms and choosers read."""
@@ -336,8 +345,17 @@ class Run:
             self._kept["unit", what] = make()
         return self._kept["unit", what]
 
+    @contextlib.contextmanager
+    def _spending(self, group: str) -> Iterator[None]:
+        """What is read inside is noted as the group's cost, also where it is stopped."""
+        start, before = time.perf_counter(), self.tokens_read
+        try:
+            yield
+        finally:
+            self._note_spent(group, self.tokens_read - before, time.perf_counter() - start)
+
     def _note_spent(self, group: str, tokens: int, seconds: float) -> None:
-        """Add to what the unit has cost over all runs, but for those that were killed outright, and on which machines."""
+        """Add to what the group has cost over all runs, but for those that were killed outright, and on which machines."""
         if not tokens:
             return
         spent = self._store.get_note(group, "spent") or {"tokens": 0, "seconds": 0.0}

@@ -31,6 +31,8 @@ JUDGES: tuple[str, ...] = get_args(Judge)
 _READY = Path(__file__).parent / "task_files"
 # More different values than this in a label column are answers, not labels.
 MOST_LABELS = 64
+# Judges of answers that show their work, and the most tokens of such an answer.
+_WORKED = {"number": 256, "math": 512}
 # Where the data lies and what it is called there change no outcome.
 _NOT_IN_DIGEST = ("name", "train", "test", "id_column")
 
@@ -272,7 +274,8 @@ def task_from_flags(
             own words, numbers in their order and texts in the alphabet's. Only for the judge "labels".
         judge: as `Task.judge`.
         name: what reports call it.
-        options: the other fields of `Task`.
+        options: the other fields of `Task`. For the judges "number" and "math", whose answers are worked ones of several
+            lines, the stop is by default the next question's first words, and up to 256 and 512 tokens are written.
 
     Raises:
         SparsortError: as `Task`; or the label field is missing or has too many values for labels.
@@ -281,7 +284,16 @@ def task_from_flags(
         labels = parse_labels(labels)
     if judge == "labels" and labels is None:
         labels = {value: value for value in _discover(rows, label)}
-    table = {"name": name, "prompt": prompt, "answer": answer or f" {{{label}}}", "label": label, "judge": judge}
+    table: dict[str, Any] = {
+        "name": name,
+        "prompt": prompt,
+        "answer": answer or f" {{{label}}}",
+        "label": label,
+        "judge": judge,
+    }
+    if judge in _WORKED:
+        opening = prompt.partition("{")[0].strip()
+        table |= {"max_new_tokens": _WORKED[judge], "stop": (f"\n{opening}" if opening else "\n\n",)}
     return tables.build(Task, table | {"labels": labels} | options, kind="task", where="the flags")
 
 

@@ -282,7 +282,9 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
         # A probe sampled under each of 6 orders, read under each.
         ({"choosers": ("globale", "locale")}, 72, 72 * 5),
         ({"choosers": ("globale",), "sampled_probes": False}, 12 * 4, 12 * 4 * 6),
-        ({"choosers": ("mdl", "cone")}, 0, 0),
+        ({"choosers": ("mdl",)}, 0, 0),
+        # The loss on each of 10 queries behind 12 prefixes, without labels.
+        ({"choosers": ("mdl", "cone")}, 120, 120 * 5),
         ({"choosers": ("pdo_null",)}, 36, 12 * 11),
         ({"choosers": ("density+pdo",)}, 12 * 4, 12 * 4 * 6),
         # All orders of 3 are read already.
@@ -292,6 +294,18 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
 def test_what_else_is_asked_adds_to_the_cost(changes: dict[str, Any], pairs: int, query_tokens: int) -> None:
     (row,) = estimate(ablation(**{**PLAIN, **changes}), [LENGTHS]).rows
     assert (row.pairs, row.query_tokens) == (120 + pairs, 600 + query_tokens)
+
+
+def test_reading_for_cone_and_behind_sampled_probes_is_counted() -> None:
+    plain, cone, sampled = (
+        estimate(ablation(**{**PLAIN, "choosers": choosers}), [LENGTHS]).rows[0]
+        for choosers in ((), ("cone",), ("globale",))
+    )
+    assert cone.label_tokens == plain.label_tokens
+    # ConE reads the 15 beginnings of the random orders again; a probe is written behind each of 6 whole prompts.
+    assert cone.prefix_tokens - plain.prefix_tokens == 2 * 15 * 7
+    assert sampled.prefix_tokens - plain.prefix_tokens == 2 * 6 * (3 + 3 * 7)
+    assert cone.plain_tokens - plain.plain_tokens == 120 * (3 + 21 + 5)
 
 
 def test_scores_and_embeddings_cost_a_reading_each() -> None:

@@ -217,6 +217,21 @@ def test_findings_tell_known_truth() -> None:
     assert any("sparse_to_dense helps at no further token read." in said for said in overall["sentences"])
 
 
+def test_an_orderer_run_on_some_tasks_is_not_told_of_all() -> None:
+    effects = {"sparse_to_dense": 0.2, "pdo": 0.2}
+    results = simulate(
+        ["mr", "sst5"], shots=(4,), sets=30, orders=8, items=60, effects=effects, arms=list(effects), seed=1
+    )
+    groups = [
+        replace(group, arms=[arm for arm in group.arms if arm.name != "pdo" or group.task == "sst5"])
+        for group in results.groups
+    ]
+    overall = summarise(replace(results, groups=groups))["findings"][0]
+    assert sorted(overall["helps"]) == ["pdo", "sparse_to_dense"]
+    assert "pdo on sst5 alone (+" in overall["sentences"][0]
+    assert "sparse_to_dense (+" in overall["sentences"][0]
+
+
 def test_a_null_is_told_as_a_null_with_what_could_have_been_seen() -> None:
     effects = dict.fromkeys(("sparse_to_dense", "pdo"), 0.0)
     results = simulate(

@@ -81,7 +81,8 @@ def _widest(report: Report, selector: str, calibrated: bool) -> Pooled | None:
 def _overall(report: Report, pool: Pooled, cells: Sequence[Cell], where: str) -> Finding:
     arms = {arm["name"]: arm["difference"] for arm in pool["arms"]}
     tasks = len(pool["tasks"])
-    sentences = [_verdicts(arms), *_null(arms)]
+    told = {_where_run(arm, pool["tasks"]): arm["difference"] for arm in pool["arms"]}
+    sentences = [_verdicts(told), *_null(arms)]
     if bought := [arm for arm in pool["arms"] if arm["difference"]["verdict"] == "helps"]:
         sentences.append(_cheapest(bought))
     sentences.append(_spread(cells))
@@ -105,6 +106,11 @@ def _overall(report: Report, pool: Pooled, cells: Sequence[Cell], where: str) ->
         hurts=_named(arms, "hurts"),
         sentences=sentences,
     )
+
+
+def _where_run(arm: PooledArm, tasks: Sequence[str]) -> str:
+    """The arm's name, with its tasks where those are not all of the panel's."""
+    return arm["name"] if len(arm["tasks"]) == len(tasks) else f"{arm['name']} on {_list(arm['tasks'])} alone"
 
 
 def _of_task(cells: Sequence[Cell], task: str, where: str) -> Finding:
