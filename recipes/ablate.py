@@ -59,7 +59,8 @@ class AblationReport:
         from sparsort.curriculum.ablation.report.summary import summarise
 
         found: dict[str, Any] = dict(summarise(self.results))
-        found.pop("demonstrations")
+        for name in ("demonstrations", "texts"):
+            found.pop(name)
         return found | {
             "out": self.out,
             "report": self.report,

@@ -32,7 +32,9 @@ class Written:
 
     def summary(self) -> dict[str, Any]:
         """The numbers without the demonstrations, and the files, as JSON values."""
-        found: dict[str, Any] = {name: value for name, value in self.report.items() if name != "demonstrations"}
+        found: dict[str, Any] = {
+            name: value for name, value in self.report.items() if name not in ("demonstrations", "texts")
+        }
         return found | {"files": [str(path) for path in self.files]}
 
 

@@ -233,6 +233,8 @@ class Collector:
             random=random,
             arms=arms,
             demo_ids_of_item=by_item,
+            demo_texts={str(row["id"]): data.task.demo_text(row) for one, _ in sets for row in one.showing.rows},
+            item_texts=data.test_texts,
         )
 
     def _arm(

@@ -10,7 +10,7 @@ Shapes: S demonstration sets, Q test items, L labels (0 for generated answers), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -145,6 +145,8 @@ class Group:
         random: R arms of kind "random"; arm r holds every set's r-th random order.
         arms: every other arm, oracles included; names differ.
         demo_ids_of_item: (S, Q, k) ids, for selectors that choose demonstrations by the query.
+        demo_texts: id to text of every demonstration, question and answer, to inspect; empty where it is not kept.
+        item_texts: Q questions, or empty.
 
     Raises:
         SparsortError: parts that do not fit together.
@@ -161,6 +163,8 @@ class Group:
     random: list[Arm]
     arms: list[Arm]
     demo_ids_of_item: list[list[list[str]]] | None = None
+    demo_texts: dict[str, str] = field(default_factory=dict)
+    item_texts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         where = f"results of {self.title}"
@@ -172,6 +176,10 @@ class Group:
         if not self.items or len(self.gold) != len(self.items):
             raise SparsortError(
                 f"{where}: {len(self.items)} items with {len(self.gold)} gold answers; one each is expected."
+            )
+        if len(self.item_texts) not in (0, len(self.items)):
+            raise SparsortError(
+                f"{where}: {len(self.item_texts)} item_texts for {len(self.items)} items; one each is expected, or none."
             )
         if not self.sets or not self.random:
             raise SparsortError(

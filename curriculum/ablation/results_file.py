@@ -52,6 +52,8 @@ def describe(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, N
                 "gold": group.gold,
                 "sets": [dict(vars(one)) for one in group.sets],
                 "demo_ids_of_item": group.demo_ids_of_item,
+                "demo_texts": group.demo_texts,
+                "item_texts": group.item_texts,
                 "random": [_described_arm(arm) for arm in group.random],
                 "arms": [_described_arm(arm) for arm in group.arms],
             }
@@ -108,6 +110,9 @@ def _rebuilt(number: int, group: Mapping[str, Any], arrays: Mapping[str, Any]) -
         random=arms("random"),
         arms=arms("arms"),
         demo_ids_of_item=group["demo_ids_of_item"],
+        # Results of earlier versions have no texts.
+        demo_texts=group.get("demo_texts", {}),
+        item_texts=group.get("item_texts", []),
     )
 
 

@@ -127,6 +127,17 @@ def shares(loaded: LoadedModel, before: str, text: str) -> Floats:
     return p / p.sum()
 
 
+def test_the_words_of_what_was_shown_are_kept(done: Results, shown: list[dict[str, str]], folder: Path) -> None:
+    group = cell(done)
+    texts = [group.demo_texts[name] for name in group.sets[0].demo_ids]
+    assert texts == [f"Text: {row['text']}\nKind: {LABELS[row['label']]}" for row in shown]
+    assert group.item_texts == [f"Text: {text}\nKind:" for text in asked(folder, group)]
+    # They make the prompt that the model read.
+    first = group.random[0].order
+    assert first is not None
+    assert group.sets[0].prompt == "\n\n".join([*(texts[place] for place in first[0]), group.item_texts[0]])
+
+
 # Orders
 
 

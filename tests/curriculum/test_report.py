@@ -198,6 +198,19 @@ def test_what_every_item_saw_is_in_the_report(results: Results, report: Report) 
             assert shown["order_of_item"] == {"similarity_ascending": by_item[number].tolist()}
 
 
+def test_the_words_of_what_was_shown_are_in_the_report_once_a_task(results: Results) -> None:
+    groups = []
+    for group in results.groups:
+        shown = {name: f"demonstration {name}" for one in group.sets for name in one.demo_ids}
+        groups.append(replace(group, demo_texts=shown, item_texts=[f"item {name}" for name in group.items]))
+    texts = summarise(replace(results, groups=groups))["texts"]
+    assert list(texts) == ["mr", "trec"]
+    for group in groups:
+        assert texts[group.task]["demos"].items() >= group.demo_texts.items()
+        assert texts[group.task]["items"] == {name: f"item {name}" for name in group.items}
+    assert summarise(results)["texts"]["mr"] == {"demos": {}, "items": {}}
+
+
 # The words
 
 

@@ -48,6 +48,8 @@ def hostile() -> Results:
             for one in group.sets
         ],
         arms=[replace(arm, name=f"{arm.name} {EVIL}") for arm in group.arms],
+        demo_texts={f"{name} {EVIL}": EVIL for one in group.sets for name in one.demo_ids},
+        item_texts=[EVIL] * len(group.items),
     )
     return Results(groups=[evil, replace(evil, selector="b")], provenance={"model": EVIL, "other": {EVIL: EVIL}})
 

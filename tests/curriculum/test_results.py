@@ -59,6 +59,8 @@ def make_group(*, S: int = 2, L: int = 2, k: int = 3, **changes: Any) -> Group:
         ],
         "random": [make_arm("random", "random", S=S, gold=gold, L=L, k=k) for _ in range(3)],
         "arms": [make_arm("a", S=S, gold=gold, L=L, k=k), make_arm("best", "oracle", S=S, gold=gold, L=L, k=k)],
+        "demo_texts": {"d00": "a\nb"},
+        "item_texts": ["one", "two", "\u2028"],
     }
     return Group(**fields | changes)
 
@@ -67,7 +69,7 @@ def assert_same(found: Results, given: Results, *, exact: bool) -> None:
     assert found.provenance == given.provenance
     assert len(found.groups) == len(given.groups)
     for one, other in zip(found.groups, given.groups, strict=True):
-        for name in ("key", "labels", "items", "gold", "sets", "demo_ids_of_item"):
+        for name in ("key", "labels", "items", "gold", "sets", "demo_ids_of_item", "demo_texts", "item_texts"):
             assert getattr(one, name) == getattr(other, name), name
         pairs = [*zip(one.random, other.random, strict=True), *zip(one.arms, other.arms, strict=True)]
         for arm, expected in pairs:
@@ -117,6 +119,7 @@ def test_an_arm_that_does_not_fit_is_refused(changes: dict[str, Any], message: s
         ({"labels": ["x", "x"]}, "labels are not distinct"),
         ({"items": ["x", "x", "y"]}, "items are not distinct"),
         ({"gold": ["label 0"]}, "1 gold"),
+        ({"item_texts": ["one"]}, "1 item_texts for 3 items"),
         ({"gold": ["label 0", "label 1", "label 7"]}, "label 7"),
         ({"sets": []}, "at least one of each"),
         ({"random": []}, "at least one of each"),

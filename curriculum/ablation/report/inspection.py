@@ -6,8 +6,10 @@ Orders are positions in the set's `demos`; None where the results do not say.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from sparsort.curriculum.ablation.report.shape import Texts
 from sparsort.curriculum.ablation.results import Arm, Group
 
 
@@ -44,6 +46,16 @@ def inspect(group: Group, cell: str) -> dict[str, Any]:
             entry["demo_ids_of_item"] = group.demo_ids_of_item[number]
         sets.append(entry)
     return {"cell": cell, "items": group.items, "gold": group.gold, "sets": sets}
+
+
+def texts_of(groups: Sequence[Group]) -> dict[str, Texts]:
+    """The words of every demonstration and test item, once a task: its cells show many of the same."""
+    found: dict[str, Texts] = {}
+    for group in groups:
+        of_task = found.setdefault(group.task, Texts(demos={}, items={}))
+        of_task["demos"].update(group.demo_texts)
+        of_task["items"].update(zip(group.items, group.item_texts, strict=False))
+    return found
 
 
 def _order(arm: Arm, number: int) -> list[int] | None:

@@ -159,8 +159,16 @@ class Finding(TypedDict):
     sentences: list[str]
 
 
+class Texts(TypedDict):
+    """What a task's prompts are made of, by id: demonstrations, question and answer, and test items."""
+
+    demos: dict[str, str]
+    items: dict[str, str]
+
+
 class Report(TypedDict):
-    """Everything. `demonstrations` lists, for every cell, the sets, prompts and orders to inspect (`inspection.py`)."""
+    """Everything. `demonstrations` lists, for every cell, the sets, prompts and orders to inspect (`inspection.py`); `texts` has
+    their words by task."""
 
     format: str
     title: str
@@ -174,3 +182,4 @@ class Report(TypedDict):
     pooled: list[Pooled]
     calibration: list[CalibrationCell]
     demonstrations: list[dict[str, Any]]
+    texts: dict[str, Texts]

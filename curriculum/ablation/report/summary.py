@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.report import compare
-from sparsort.curriculum.ablation.report.inspection import inspect
+from sparsort.curriculum.ablation.report.inspection import inspect, texts_of
 from sparsort.curriculum.ablation.report.shape import (
     FORMAT,
     LEVEL,
@@ -50,6 +50,7 @@ def summarise(results: Results, *, title: str = "Does the order of demonstration
         pooled=_pooled(results.groups),
         calibration=_calibration(results.groups),
         demonstrations=[inspect(group, cell_id(group)) for group in results.groups],
+        texts=texts_of(results.groups),
     )
     report["notes"] = notes(report)
     report["findings"] = findings(report)

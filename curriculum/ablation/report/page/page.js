@@ -100,27 +100,51 @@
     if (!set.demo_ids_of_item) return set.demos;
     return set.demo_ids_of_item[item].map((id) => ({ id, label: null, tokens: null }));
   }
+  // The prompt in blocks: each demonstration of an order, then the item. Older results have no texts.
+  function drawPrompt(name, order, demos, cell, view, item) {
+    const texts = report.texts[cell.task];
+    const words = order && order.map((place) => demos[place] && texts.demos[demos[place].id]);
+    const question = texts.items[view.items[item]];
+    const known = Boolean(words) && question !== undefined && words.every((text) => text !== undefined);
+    byId("view-whole").open = !known;
+    byId("view-shown").textContent = known ? `Prompt: ${name}, ${view.items[item]}` : "Prompt";
+    byId("view-blocks").replaceChildren(...(known ? [...words.map((text, place) => [text, demos[order[place]]]), [question, null]] : []).map(([text, demo]) => {
+      const block = element("pre", text, demo ? "block" : "block asked");
+      const index = demo ? cell.labels.indexOf(demo.label) : -1;
+      if (index >= 0) block.style.borderLeftColor = `var(--${shades[index] || "rest"})`;
+      if (demo) block.title = demo.id;
+      return block;
+    }));
+  }
+  let shown = null;
   function draw() {
     const view = views[cellPick.value], cell = cells.get(view.cell);
     const set = view.sets[setPick.value], item = Number(itemPick.value) || 0;
-    const byItem = Boolean(set.order_of_item || set.demo_ids_of_item);
-    byId("view-item-label").hidden = !byItem;
     const demos = demosOf(set, item);
     byId("view-demos").replaceChildren(
       row(["", "id", "label", "tokens"], "th"),
       ...demos.map((demo, place) => row([drawOrder([place], demos, cell.labels), demo.id, demo.label ?? "–", demo.tokens ?? "–"])));
     byId("view-prompt").textContent = set.prompt;
     const kinds = new Map(cell.arms.map((arm) => [arm.name, arm]));
-    byId("view-orders").replaceChildren(
-      row(["orderer", "first to last"], "th"),
-      ...Object.entries(set.orders).map(([name, order]) => {
-        const own = order || (set.order_of_item && set.order_of_item[name] ? set.order_of_item[name][item] : null);
-        const line = row([name, drawOrder(own, demos, cell.labels)]);
-        if (kinds.get(name) && kinds.get(name).kind === "oracle") line.className = "oracle";
-        return line;
-      }));
-    byId("view-random").replaceChildren(
-      ...set.random_orders.map((order, number) => row([`random order ${number + 1}`, drawOrder(order, demos, cell.labels)])));
+    const named = Object.entries(set.orders).map(([name, order]) =>
+      [name, order || (set.order_of_item && set.order_of_item[name] ? set.order_of_item[name][item] : null)]);
+    const random = set.random_orders.map((order, number) => [`random order ${number + 1}`, order]);
+    const every = new Map([...random, ...named]);
+    if (!every.has(shown)) shown = random[0][0];
+    const line = ([name, order]) => {
+      const made = row([name, drawOrder(order, demos, cell.labels)]);
+      const button = element("button", name, "pick");
+      button.type = "button";
+      button.disabled = !order;
+      button.setAttribute("aria-pressed", String(name === shown));
+      button.addEventListener("click", () => { shown = name; draw(); });
+      made.cells[0].replaceChildren(button);
+      if (kinds.get(name) && kinds.get(name).kind === "oracle") made.className = "oracle";
+      return made;
+    };
+    byId("view-orders").replaceChildren(row(["orderer", "first to last"], "th"), ...named.map(line));
+    byId("view-random").replaceChildren(...random.map(line));
+    drawPrompt(shown, every.get(shown), demos, cell, view, item);
   }
   function pickCell() {
     const view = views[cellPick.value];
