@@ -17,7 +17,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -167,9 +167,7 @@ class Report:
             "benchmark": self.name,
             "figures": {name: asdict(figure) for name, figure in self.figures.items()},
             "machine": machine(self.device),
-            "command": shlex.join(
-                ["python", *(Path(part).name if Path(part).is_absolute() else part for part in sys.argv)]
-            ),
+            "command": _command(sys.argv),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -203,3 +201,12 @@ class Report:
             holds = {None: "", True: "yes", False: "NO"}[figure.holds]
             table.add_row(name, f"{figure.value:.4g}", figure.unit, floor, holds, figure.note)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command line without the folders of this machine."""
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in argv]
+    for place, part in enumerate(parts[:-1]):
+        if part == "--data":
+            parts[place + 1] = "FOLDER"
+    return shlex.join(["python", *parts])

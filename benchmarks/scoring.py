@@ -36,7 +36,7 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """Rows, their prompt, and the floors of the issue that asked for this benchmark."""
+    """Rows, their prompt, and the floors that were set for them."""
 
     name: str
     rows: list[dict[str, Any]]

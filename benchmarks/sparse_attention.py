@@ -1,4 +1,4 @@
-"""Block-sparse attention against dense: the numbers of issue 5, measured in one run on the machine that it names.
+"""Block-sparse attention against dense: measured in one run on the machine that it names.
 
     python benchmarks/sparse_attention.py [--quick] [--json] [--save] [--device cpu|cuda]
 

@@ -200,7 +200,7 @@ def order(
     chat: ChatOption = False,
     id_column: IdOption = None,
     k: Annotated[
-        int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE].")
+        int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE, up to 64].")
     ] = None,
     select: Annotated[
         str,

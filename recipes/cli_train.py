@@ -88,7 +88,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="sparse, sparse_retrofit, sparse_moba, sparse_nsa, sparse_window, or a .toml file; other options go before it.",
+            help="sparse, sparse_retrofit, sparse_moba, sparse_nsa, sparse_window, or a .toml file; options given win.",
             rich_help_panel=_SPARSE,
         ),
     ] = None,
