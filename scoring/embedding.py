@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sparsort.errors import SparsortError
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.pooling import Collector
-from sparsort.scoring.prompts import Encoder, Prompt
+from sparsort.scoring.prompts import Encoder, Prompt, Truncation
 
 
 def embed_rows(backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Prompt) -> NDArray[np.float32]:
@@ -24,13 +24,15 @@ def embed_rows(backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Pr
     Args:
         backbone: the model.
         rows: fields of each row.
-        prompt: what is read of a row; a text over the model's context is cut on the left.
+        prompt: what is read of a row; a text over the model's context is cut on the left, but not in chat.
 
     Raises:
-        SparsortError: a row has no text, or its states are not finite.
+        SparsortError: a row has no text, or in chat too much of it; or its states are not finite.
     """
     tokenizer = backbone.loaded.tokenizer
-    encoder = Encoder(tokenizer, max_length=backbone.max_length, truncation="left", chat=prompt.is_chat)
+    # Markers of a chat template are not cut.
+    cut: Truncation = "error" if prompt.is_chat else "left"
+    encoder = Encoder(tokenizer, max_length=backbone.max_length, truncation=cut, chat=prompt.is_chat)
     rendered = [prompt.render(row, where=_name(number, row), tokenizer=tokenizer) for number, row in enumerate(rows)]
     encoded = encoder.encode(rendered)
     for number, item in enumerate(encoded):

@@ -19,6 +19,7 @@ from sparsort.curriculum.ablation.design import Ablation, applies, base_order, d
 from sparsort.curriculum.ablation.splits import FIXED_SELECTORS, QUERY_SELECTORS, Splits
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.criteria import criterion
+from sparsort.curriculum.demos.per_query import NEIGHBOURS, ORGANISATIONS
 from sparsort.errors import SparsortError
 
 # Rows of a split whose tokens are counted.
@@ -65,7 +66,7 @@ class CostRow:
         sets: demonstration sets.
         prefixes: different ordered sets of demonstrations.
         pairs: (prefix, query) pairs, each a row of a forward pass.
-        score_tokens: read to score and embed demonstrations and queries by themselves.
+        score_tokens: read to score, embed and choose demonstrations.
         prefix_tokens: of the prefixes, shared beginnings once.
         query_tokens: of the queries, content-free ones and probes among them.
         label_tokens: of all labels behind all queries.
@@ -276,10 +277,19 @@ def _score_tokens(ablation: Ablation, lengths: Lengths, selector: str, k: int) -
     near = any(name.startswith("similarity") for name in bases)
     chooses_by_model = selector in FIXED_SELECTORS or (selector in QUERY_SELECTORS and selector != "bm25")
     shown = ablation.sets * k * (lengths.n_test if selector in QUERY_SELECTORS else 1)
-    total = min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
+    total = 0.0
+    if selector == "topk_mdl":
+        # Every query's organisations, of which no two share anything.
+        prompt = lengths.head + k * lengths.demo + lengths.query + sum(lengths.labels)
+        total += ablation.sets * lengths.n_test * ORGANISATIONS * prompt
+    total += min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
     if k == ablation.shots[0]:
         embedded = near or chooses_by_model
         total += lengths.n_pool * lengths.demo * chooses_by_model + lengths.n_test * lengths.query * embedded
+        if selector == "topk_cone":
+            # Single neighbours from half of the pool, each behind which some queries are read.
+            alone = min(lengths.n_test * NEIGHBOURS, (lengths.n_pool + 1) // 2)
+            total += ablation.sets * (alone * lengths.demo + lengths.n_test * NEIGHBOURS * lengths.query)
         if selector == ablation.selectors[0]:
             total += _bare_tokens(ablation, lengths)
     return total

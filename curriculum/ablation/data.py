@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.ablation.answer_checks import check_answers
 from sparsort.curriculum.ablation.design import Ablation, Unit
 from sparsort.curriculum.ablation.splits import (
+    MODEL_SELECTORS,
     QUERY_SELECTORS,
     Splits,
     draw_sets,
@@ -94,6 +95,11 @@ class TaskData:
         self.notes = [*self.splits.notes, *check_rows(task, self.splits.test, "the test rows")]
         if task.is_generation:
             self.notes += check_answers(task, self.splits)
+            if "topk_mdl" in ablation.selectors:
+                raise SparsortError(
+                    f"the selector 'topk_mdl' goes by the labels' entropy, and answers of the task {task.name!r} are written. "
+                    "Leave it out, or take 'topk_cone'."
+                )
         most = max(ablation.shots)
         if len(self.splits.pool) < most:
             raise SparsortError(
@@ -141,9 +147,33 @@ class TaskData:
                 scores=numbers.scores,
             )
             return Showing(rows=[dict(self.pool.rows[place]) for place in one], of_query=np.arange(unit.k)[None])
+        if unit.selector in MODEL_SELECTORS:
+            raise SparsortError(f"the selector {unit.selector!r} asks a model; this knows none.")
+        return self.shown(self._chosen(unit, numbers, unit.selector, unit.k))
+
+    def nearest(self, unit: Unit, numbers: PoolNumbers, count: int) -> NDArray[np.int64]:
+        """(Q, N) positions in the pool of each test query's nearest neighbours by cosine, nearest first; N is at most `count`.
+
+        Args:
+            unit: a unit of this task.
+            numbers: embeddings of pool and queries.
+            count: how many, where the half of the pool that the unit's seed draws has as many.
+        """
+        return self._chosen(unit, numbers, "knn", min(count, self._half_size(unit)))
+
+    def shown(self, of_query: NDArray[np.int64]) -> Showing:
+        """Demonstrations by (Q, k) positions in the pool."""
+        used, places = np.unique(of_query, return_inverse=True)
+        rows = [dict(self.pool.rows[place]) for place in used.tolist()]
+        return Showing(rows=rows, of_query=places.reshape(of_query.shape).astype(np.int64))
+
+    def _half_size(self, unit: Unit) -> int:
+        return max(unit.k, (len(self.pool) + 1) // 2)
+
+    def _chosen(self, unit: Unit, numbers: PoolNumbers, method: str, k: int) -> NDArray[np.int64]:
+        """(Q, k) positions in the pool that a method chooses for each test query."""
         # No seed changes what these choose, so every set is chosen from another half of the pool.
-        size = max(unit.k, (len(self.pool) + 1) // 2)
-        half = np.sort(np.random.default_rng(unit.seed).permutation(len(self.pool))[:size])
+        half = np.sort(np.random.default_rng(unit.seed).permutation(len(self.pool))[: self._half_size(unit)])
         shop = DemoPool(
             [self.pool.rows[place] for place in half.tolist()], prompt=self.task.prompt, label=self.task.label
         )
@@ -153,8 +183,8 @@ class TaskData:
             select_demos(
                 shop,
                 self._question(row),
-                unit.k,
-                method=unit.selector,
+                k,
+                method=method,
                 seed=unit.seed,
                 embeddings=embeddings,
                 query_embedding=None if numbers.query_embeddings is None else numbers.query_embeddings[place],
@@ -163,9 +193,7 @@ class TaskData:
             ).indices
             for place, row in enumerate(self.splits.test)
         ]
-        used, of_query = np.unique(np.array(chosen), return_inverse=True)
-        rows = [dict(shop.rows[place]) for place in used.tolist()]
-        return Showing(rows=rows, of_query=of_query.reshape(len(chosen), unit.k).astype(np.int64))
+        return half[np.array(chosen, dtype=np.int64)]
 
     def reads_pool(self, unit: Unit) -> bool:
         """Whether the unit's selector needs numbers of the whole pool."""

@@ -33,14 +33,16 @@ from sparsort.curriculum.ablation.engine import Engine
 from sparsort.curriculum.ablation.order_notes import check_note, holds_for, order_note, orders_of, reads_sparsity
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.probing import probes
-from sparsort.curriculum.ablation.splits import QUERY_SELECTORS
+from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import Texts
-from sparsort.curriculum.ablation.unit_names import bare_group, group_name, loss_group
+from sparsort.curriculum.ablation.unit_names import bare_group, group_name, loss_group, neighbour_group
 from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.demos.order import order_indices
+from sparsort.curriculum.demos.per_query import NEIGHBOURS, cone_neighbours, mdl, organisations
 from sparsort.curriculum.demos.similarity import cosine, unit_rows
+from sparsort.errors import SparsortError
 from sparsort.scoring.generation import generate
 
 # Outcomes that are written at once, at least, where prefixes are many and their queries few.
@@ -121,12 +123,17 @@ class Run:
             if not ours:
                 return False
             with self._spending(group):
-                showing = data.show(unit, self._pool_numbers(unit))
+                showing = self._showing(unit, group)
                 orders = self._orders(unit, group, showing)
                 probes = self._probes(unit, group, showing, orders)
                 self._ask(unit.task, group, list(self._asks(data, showing, orders, probes)))
                 if "cone" in self._ablation.choosers and applies("cone", data.task, unit.selector):
-                    self._ask_losses(unit, showing, orders)
+                    every = [
+                        (query, showing.demos(query, order))
+                        for order in orders.random
+                        for query in range(len(data.test_texts))
+                    ]
+                    self._ask_losses(unit.task, loss_group(data.task, unit), every)
                 self._note_tokens(unit.task, group, showing)
             self._engine.reader(data.task).trees.forget()
         return True
@@ -213,25 +220,86 @@ class Run:
             self._store.put_note(group, "probes", note | {"orders": len(orders.random)})
         return list(note["texts"])
 
-    def _ask_losses(self, unit: Unit, showing: Showing, orders: Orders) -> None:
-        """The loss on each test query's own tokens behind every random order (ConE, arXiv 2401.12087)."""
+    def _showing(self, unit: Unit, group: str) -> Showing:
+        """The unit's demonstrations. What the model says of neighbours is kept, so a unit that goes on asks nothing twice."""
+        data, numbers = self.tasks[unit.task], self._pool_numbers(unit)
+        if numbers is None or unit.selector not in MODEL_SELECTORS:
+            return data.show(unit, numbers)
+        near_QN = data.nearest(unit, numbers, NEIGHBOURS)
+        choose = self._by_cone if unit.selector == "topk_cone" else self._by_mdl
+        return data.shown(choose(unit, group, near_QN))
+
+    def _by_cone(self, unit: Unit, group: str, near_QN: NDArray[np.int64]) -> NDArray[np.int64]:
+        """TopK + ConE: (Q, k) neighbours behind which, each alone, a query's own text is least surprising."""
+        data = self.tasks[unit.task]
+        rows = self._pool_rows(data, near_QN[:, :, None])
+        if not self._texts[unit.task].prefix(rows[0][1]):
+            raise SparsortError(
+                f"the task {unit.task!r} is in a chat template that leaves no query apart from its demonstrations, which "
+                "'topk_cone' reads alone. Leave it out, or chat."
+            )
+        group = neighbour_group(data.task, unit)
+        pairs = self._ask_losses(unit.task, group, rows)
+        losses = -np.array([log_p[0] for log_p, _ in self._said(group, pairs)]).reshape(near_QN.shape)
+        return np.take_along_axis(near_QN, cone_neighbours(losses, unit.k), axis=1)
+
+    def _by_mdl(self, unit: Unit, group: str, near_QN: NDArray[np.int64]) -> NDArray[np.int64]:
+        """TopK + MDL: (Q, k), of some sets of each query's neighbours that under which the prediction is surest."""
         data, texts = self.tasks[unit.task], self._texts[unit.task]
-        group, reader = loss_group(data.task, unit), self._engine.reader(data.task)
+        sets_QWk = organisations(near_QN, unit.k, unit.seed)
+        asks = [
+            (texts.prefix(demos), texts.query(demos, data.test_texts[query]))
+            for query, demos in self._pool_rows(data, sets_QWk)
+        ]
+        self._ask(unit.task, group, asks)
+        said = self._said(group, [texts.pair(chunks, asked) for chunks, asked in asks])
+        mean = self._ablation.label_score == "mean"
+        scores = np.array([log_p / n_tokens if mean else log_p for log_p, n_tokens in said])
+        best_Q = mdl(scores.reshape(*sets_QWk.shape[:2], -1))
+        return sets_QWk[np.arange(len(best_Q)), best_Q]
+
+    @staticmethod
+    def _pool_rows(data: TaskData, sets_QWk: NDArray[np.int64]) -> list[tuple[int, list[dict[str, Any]]]]:
+        """Every query's number with each of its sets, in order, by (Q, W, k) positions in the pool."""
+        return [
+            (query, [data.pool.rows[place] for place in one])
+            for query, sets in enumerate(sets_QWk.tolist())
+            for one in sets
+        ]
+
+    def _said(
+        self, group: str, pairs: Sequence[tuple[str, str]]
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """The labels' log-probabilities and lengths of each pair, (L,) each, from the store."""
+        held = self._store.read(group)
+        row = {pair: place for place, pair in enumerate(held.pairs())}
+        return [(held.log_p[row[pair]].astype(np.float64), held.n_tokens[row[pair]]) for pair in pairs]
+
+    def _ask_losses(
+        self, name: str, group: str, shown: Sequence[tuple[int, list[dict[str, Any]]]]
+    ) -> list[tuple[str, str]]:
+        """The loss on test queries' own tokens behind demonstrations (ConE, arXiv 2401.12087), into the store.
+
+        Returns:
+            The pair of each number of a test query and its demonstrations in `shown`.
+        """
+        data, texts = self.tasks[name], self._texts[name]
+        reader = self._engine.reader(data.task)
         asks: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
-        for order in orders.random:
-            for query, text in enumerate(data.test_texts):
-                demos = showing.demos(query, order)
-                chunks, asked = texts.prefix(demos), texts.query(showing.demos(query, order), text)
-                asks.setdefault(chunks, {})[texts.pair(chunks, asked)] = asked
+        every = []
+        for query, demos in shown:
+            chunks, asked = texts.prefix(demos), texts.query(demos, data.test_texts[query])
+            every.append(texts.pair(chunks, asked))
+            asks.setdefault(chunks, {})[every[-1]] = asked
         for chunks in sorted(asks):
-            pairs = self._store.missing(group, list(asks[chunks]))
             # A chat template that cannot be cut leaves no query apart from its demonstrations.
-            if pairs and chunks:
+            if chunks and (pairs := self._store.missing(group, list(asks[chunks]))):
                 before = reader.reader.n_tokens
                 losses, counts = reader.continuations(chunks, [""] * len(pairs), [asks[chunks][pair] for pair in pairs])
                 self.tokens_read += reader.reader.n_tokens - before
                 features = np.full((len(pairs), len(self._engine.feature_names)), np.nan)
                 self._store.write(group, _outcomes(pairs, -losses[:, None], counts[:, None], features))
+        return every
 
     def _write(self, group: str, waiting: list[Outcomes]) -> None:
         if not waiting:

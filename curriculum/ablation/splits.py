@@ -30,8 +30,10 @@ Fields = dict[str, Any]
 # Selectors that show every query the same set, by whether a seed changes what they choose.
 SEEDED_SELECTORS = ("random", "balanced", "spread")
 FIXED_SELECTORS = ("vote_k",)
+# Selectors that ask the model about each query's nearest neighbours: TopK + ConE, TopK + MDL.
+MODEL_SELECTORS = ("topk_cone", "topk_mdl")
 # Selectors that look at the query.
-QUERY_SELECTORS = ("bm25", "knn", "mmr", "kdpp", "difficulty_matched")
+QUERY_SELECTORS = ("bm25", "knn", "mmr", "kdpp", "difficulty_matched", *MODEL_SELECTORS)
 SELECTORS = (*SEEDED_SELECTORS, *FIXED_SELECTORS, *QUERY_SELECTORS)
 
 

@@ -21,5 +21,10 @@ def loss_group(task: Task, unit: Unit) -> str:
     return f"{group_name(task, unit)}/loss"
 
 
+def neighbour_group(task: Task, unit: Unit) -> str:
+    """The group of losses on the queries' own tokens behind single neighbours, which "topk_cone" reads whatever k is."""
+    return f"{_stem(task)}/{unit.selector}/seed{unit.seed}/loss"
+
+
 def _stem(task: Task) -> str:
     return f"{task.name}-{task.digest[:12]}"

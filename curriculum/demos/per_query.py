@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos.distributions import Floats, entropy, label_scores, log_softmax, numbers
 from sparsort.errors import SparsortError
 
+# The authors' of both: nearest neighbours that are looked at, and sets that are made of them.
+NEIGHBOURS = 30
+ORGANISATIONS = 10
+
 _ROUNDING = 1e-12
 
 
@@ -43,6 +47,25 @@ def mdl(log_p_QWL: Any) -> NDArray[np.int64]:
     this one which neighbours settle this query; a set that biases the model settles every query, and wins here.
     """
     return _first_of_best(mdl_scores(log_p_QWL))
+
+
+def organisations(near_QN: Any, k: int, seed: int, *, count: int = ORGANISATIONS) -> NDArray[np.int64]:
+    """The sets that MDL chooses among, (Q, W, k): the k nearest first, then W − 1 drawn in random order from all neighbours.
+
+    Args:
+        near_QN: each query's neighbours, the nearest first.
+        k: demonstrations in a set, 1 to N.
+        seed: of the draws.
+        count: W.
+
+    Raises:
+        SparsortError: k is none of 1 to N.
+    """
+    near = np.asarray(near_QN, dtype=np.int64)
+    _check_k(k, near.shape[1])
+    generator = np.random.default_rng([seed, k])
+    drawn = generator.permuted(np.tile(near[:, None], (1, count - 1, 1)), axis=2)[:, :, :k]
+    return np.concatenate([near[:, None, :k], drawn], axis=1)
 
 
 def cone_scores(nll_QW: Any) -> Floats:
@@ -90,9 +113,13 @@ def cone_neighbours(nll_QN: Any, k: int) -> NDArray[np.int64]:
     Cost: Q·N passes over query tokens; a neighbour's prefix is shared by all queries that have it.
     """
     scores = cone_scores(nll_QN)
-    if not 1 <= k <= scores.shape[1]:
-        raise SparsortError(f"k is {k}, but there are {scores.shape[1]} neighbours. Choose 1 to {scores.shape[1]}.")
+    _check_k(k, scores.shape[1])
     return np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int64)
+
+
+def _check_k(k: int, neighbours: int) -> None:
+    if not 1 <= k <= neighbours:
+        raise SparsortError(f"k is {k}, but there are {neighbours} neighbours. Choose 1 to {neighbours}.")
 
 
 def _first_of_best(scores_QW: Floats) -> NDArray[np.int64]:

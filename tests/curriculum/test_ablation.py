@@ -273,7 +273,7 @@ def test_chat_prompts_are_those_of_the_template(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    recipe = a_recipe(folder, sets=1, tasks=(a_task(chat=True),), orderers=("length_ascending",), choosers=("mdl",))
+    recipe = a_recipe(folder, sets=1, tasks=(a_task(chat=True),))
     group = only(sparsort.ablate(recipe, out=tmp_path, model=chatty, report=False).results)
     prompt = group.sets[0].prompt
     assert prompt.count("<user>") == 4

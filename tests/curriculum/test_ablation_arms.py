@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.results import Group, Results
 from sparsort.curriculum.ablation.splits import SELECTORS
 from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.demos.per_query import organisations
+from sparsort.errors import SparsortError
 from sparsort.scoring.answers import FEATURES
 from sparsort.scoring.generation import Generated
 from sparsort.scoring.loading import LoadedModel, load_model
@@ -334,6 +337,81 @@ def test_every_selector_makes_sets(selector: str, folder: Path, loaded: LoadedMo
             query = states(loaded, f"Text: {text}\nKind:", normed=True).mean(axis=0)
             near = {n: query @ m / np.linalg.norm(query) / np.linalg.norm(m) for n, m in means.items()}
             assert set(ids) == set(sorted(near, key=lambda n: -near[n])[:3])
+
+
+def near_of(
+    folder: Path, loaded: LoadedModel, group: Group, recipe: Ablation
+) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    """The test rows' texts, and for each its nearest rows in the half of the pool that seed 0 draws."""
+    pool = TaskData(recipe.load_tasks()[0], recipe).splits.pool
+    half = [pool[place] for place in np.random.default_rng(0).permutation(len(pool))[: (len(pool) + 1) // 2]]
+
+    def mean(text: str) -> Floats:
+        found: Floats = states(loaded, f"Text: {text}\nKind:", normed=True).mean(axis=0)
+        return found / np.linalg.norm(found)
+
+    means = np.array([mean(row["text"]) for row in half])
+    texts = asked(folder, group)
+    return texts, [[half[place] for place in np.argsort(-(means @ mean(text)))] for text in texts]
+
+
+def test_topk_cone_takes_the_neighbours_behind_which_the_query_costs_least(
+    folder: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    recipe = a_recipe(
+        folder, selectors=("topk_cone",), shots=(2, 3), random_orders=2, orderers=("given",), choosers=("mdl",)
+    )
+    done = sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False)
+    for group in (group for group in done.results.groups if not group.calibrated):
+        assert group.demo_ids_of_item is not None
+        texts, near = near_of(folder, loaded, group, recipe)
+        for text, neighbours, ids in zip(texts, near, group.demo_ids_of_item[0], strict=True):
+            loss = [-log_p(loaded, demos_in([0], [row]), f"Text: {text}\nKind:").sum() for row in neighbours]
+            # The cheapest first, so that it stands farthest from the query.
+            assert ids == [neighbours[place]["id"] for place in np.argsort(loss)[: group.k]]
+    # Losses behind single neighbours are read once for every k, and kept.
+    assert sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False).tokens_read == 0
+
+
+def test_topk_cone_in_a_chat_template_that_cannot_be_cut_is_told(
+    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
+) -> None:
+    chatty = load_model(str(make_tiny_model("llama")), dtype="float32", device="cpu")
+    # The number of turns stands in front, so no prompt begins as a shorter one does.
+    chatty.tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    (task,) = a_recipe(folder).load_tasks()
+    recipe = a_recipe(
+        folder,
+        tasks=(replace(task, chat=True, answer="{label}"),),
+        selectors=("topk_cone",),
+        shots=(2,),
+        choosers=("mdl",),
+    )
+    with pytest.raises(SparsortError, match="leaves no query apart"):
+        sparsort.ablate(recipe, out=tmp_path, model=chatty, report=False)
+
+
+def test_topk_mdl_takes_the_set_of_neighbours_under_which_the_label_is_surest(
+    folder: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    recipe = a_recipe(
+        folder, selectors=("topk_mdl",), shots=(2,), random_orders=2, orderers=("given",), choosers=("mdl",)
+    )
+    group = cell(sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False).results)
+    assert group.demo_ids_of_item is not None
+    texts, near = near_of(folder, loaded, group, recipe)
+    # Sets by rank among the neighbours; how they are drawn has a test of its own.
+    ranks = organisations(np.tile(np.arange(len(near[0])), (len(texts), 1)), 2, seed=0)
+    chosen = []
+    for query, (text, neighbours) in enumerate(zip(texts, near, strict=True)):
+        unsure = [entropy(shares(loaded, demos_in(one, neighbours), text)) for one in ranks[query].tolist()]
+        chosen.append(int(np.argmin(unsure)))
+        wanted = [neighbours[place]["id"] for place in ranks[query, chosen[-1]]]
+        assert group.demo_ids_of_item[0][query] == wanted
+    assert len(set(chosen)) > 1
+    assert sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False).tokens_read == 0
 
 
 @pytest.mark.parametrize("judge", ["number", "math", "exact"])

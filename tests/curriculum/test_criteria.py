@@ -475,3 +475,21 @@ def test_criteria_are_frozen() -> None:
     with pytest.raises(AttributeError):
         CRITERIA["pdo"].name = "x"  # type: ignore[misc]
     assert isinstance(CRITERIA["pdo"], Criterion)
+
+
+def test_organisations_are_the_nearest_and_draws_of_all_neighbours() -> None:
+    near = np.array([[9, 4, 7, 1, 3], [2, 8, 5, 0, 6]])
+    sets = per_query.organisations(near, 3, seed=1, count=200)
+    assert sets.shape == (2, 200, 3)
+    for query in range(2):
+        assert sets[query, 0].tolist() == near[query, :3].tolist()
+        assert all(len(set(one)) == 3 and set(one) <= set(near[query].tolist()) for one in sets[query].tolist())
+        # Every neighbour in every place, each about as often: 199 draws, 40 expected, sd 5.6.
+        for place in range(3):
+            counts = [int((sets[query, 1:, place] == one).sum()) for one in near[query]]
+            assert min(counts) > 17
+            assert max(counts) < 63
+    np.testing.assert_array_equal(sets, per_query.organisations(near, 3, seed=1, count=200))
+    assert (sets[:, 1:] != per_query.organisations(near, 3, seed=2, count=200)[:, 1:]).any()
+    with pytest.raises(SparsortError, match="k is 6, but there are 5 neighbours"):
+        per_query.organisations(near, 6, seed=0)

@@ -319,6 +319,10 @@ def test_scores_and_embeddings_cost_a_reading_each() -> None:
     assert score_tokens("length_ascending", "random_scores") == BARE
     assert score_tokens(selector="knn") == 100 * 7 + 10 * 5 + BARE
     assert score_tokens(selector="bm25") == BARE
+    # The pool and the queries are embedded; half of the pool, 50 rows, stand alone before 30 × 10 queries; 10 sets a query.
+    embedded = 100 * 7 + 10 * 5 + BARE
+    assert score_tokens(selector="topk_cone") == embedded + 2 * (50 * 7 + 10 * 30 * 5)
+    assert score_tokens(selector="topk_mdl") == embedded + 2 * 10 * 10 * (3 + 3 * 7 + 5 + 3)
     bare = estimate(ablation(**{**PLAIN, "choosers": ("density_gain",), "shots": (3, 4)}), [LENGTHS])
     assert [row.score_tokens for row in bare.rows] == [BARE, 0]
 

@@ -105,6 +105,14 @@ def test_answers_that_could_not_be_judged_are_told_before_any_model_runs(
         assert not (tmp_path / "out" / "results").exists()
 
 
+def test_sets_chosen_by_label_entropy_need_labels(ablate: Callable[..., Any], sums: Path) -> None:
+    found = ablate(
+        sums, "--prompt", "{q}", "--label", "sum", "--judge", "exact", "--selectors", "topk_mdl", "--dry-run"
+    )
+    assert found.exit_code == 2
+    assert "take 'topk_cone'" in " ".join(found.stderr.split())
+
+
 def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"q": f"word {n}", "a": f"one {n}" + ("\ntwo" if n == 7 else "")} for n in range(40)]
     data = write(tmp_path / "words.jsonl", rows)
