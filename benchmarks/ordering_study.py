@@ -56,8 +56,8 @@ STUDIES = {
         title="Which orders of demonstrations help: a study on five tasks with Gemma 3 270M",
         about=(
             "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost "
-            "of all else. It was run [on trec alone](ordering-study-cone.md). What was searched for an orderer from sparsity: "
-            "[the search](orderer-search.md)."
+            "of all else. It was run [on trec at k = 4 alone](ordering-study-cone.md). What was searched for an orderer from "
+            "sparsity: [the search](orderer-search.md)."
         ),
     ),
     "cone": Study(
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ordering-study", help="folder of the study")
-    parser.add_argument("--study", choices=STUDIES, default="all", help="all orderers on five tasks, or ConE on one")
+    parser.add_argument("--study", choices=STUDIES, default="all", help="five tasks without ConE, or one with it")
     parser.add_argument("--fresh", action="store_true", help="do not begin with the answers that are kept")
     parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
@@ -105,6 +105,8 @@ def main() -> None:
     study = STUDIES[args.study]
     recipe = study.read(args.data)
     store = args.out / "store"
+    if args.fresh and args.save and args.study != "all":
+        sys.exit(f"--fresh --save would replace the answers that {KEPT.name} holds by those of this study alone.")
     if args.fresh and store.exists():
         sys.exit(f"{store} holds a study already. Take it away, or name another folder (--out).")
     if KEPT.exists() and not store.exists() and not args.fresh:

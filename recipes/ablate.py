@@ -198,6 +198,7 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
     Raises:
         SparsortError: files, rows or a tokenizer that do not fit.
     """
+    from sparsort.curriculum.ablation.answer_checks import check_answers
     from sparsort.curriculum.ablation.cost import estimate, measure
     from sparsort.curriculum.ablation.data import TaskData
     from sparsort.scoring.embedded import load_tokenizer
@@ -208,6 +209,9 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     tasks = [TaskData(task, ablation) for task in ablation.load_tasks()]
+    for data in tasks:
+        if data.task.is_generation:
+            data.notes += check_answers(data.task, data.splits, ablation)
     notes = [f"{data.task.name}: {note}" for data in tasks for note in data.notes] + left_out(ablation)
     return estimate(ablation, [measure(data.task, data.splits, count) for data in tasks]), notes
 

@@ -1,52 +1,74 @@
 """Whether written answers can be judged at all: told before a model has written for hours.
 
-Contract: pure; no model. Gold answers are read by the judge itself.
+Contract: pure; no model. Gold answers, and the answers that demonstrations show, are read by the judge itself.
 """
 
 from __future__ import annotations
 
+from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.splits import Splits
 from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.demos.criteria import criterion
 from sparsort.errors import SparsortError
-from sparsort.scoring.judges import MARK, check_gold
+from sparsort.scoring.judges import MARK, Verdict, check_gold, judge_of
+
+# Demonstrations whose answers are judged.
+_SAMPLE = 64
 
 
-def check_answers(task: Task, splits: Splits) -> list[str]:
-    """Check that gold answers can be read, and that answers like those shown would be read whole.
+def check_answers(task: Task, splits: Splits, ablation: Ablation) -> list[str]:
+    """Check that gold answers can be read, and that a model which answers as demonstrations do would be right.
 
     Args:
         task: a task whose answers are written.
         splits: its rows.
+        ablation: says whether dev rows are judged.
 
     Returns:
-        A sentence where some answers that are shown hold a stop string.
+        A sentence where some demonstrations would be judged wrong.
 
     Raises:
-        SparsortError: a gold answer of a test or dev row cannot be read, or the judge's library is not installed; every answer
-            that is shown holds a stop string, or none shows the mark that the judge reads.
+        SparsortError: a gold answer that is to be judged cannot be read, the judge's library is not installed, or every
+            demonstration would be judged wrong.
     """
-    for row in [*splits.test, *splits.dev]:
+    by_gold = any("gold" in criterion(name).needs for name in ablation.choosers)
+    for row in [*splits.test, *(splits.dev if by_gold else [])]:
         try:
             check_gold(task.judge, task.gold_text(row))
         except SparsortError as error:
             raise SparsortError(f"row {row['id']!r} of the task {task.name!r}: {error}") from error
-    shown = [task.answer_text(row) for row in splits.pool]
-    if task.judge == "number" and not any(MARK in text for text in shown):
-        raise SparsortError(
-            f"the judge 'number' reads the number behind {MARK!r}, but no answer of the task {task.name!r} shows it, so the "
-            f"model would not write it: {shown[0]!r}. Put it into the answer, as in ' {{steps}} {MARK} {{{task.label}}}', or "
-            "take the judge 'exact'."
-        )
-    cut = {stop: sum(stop in text for text in shown) for stop in task.stop}
-    if found := [stop for stop, count in cut.items() if count]:
-        stop = max(found, key=cut.__getitem__)
-        told = (
-            f"{cut[stop]} of {len(shown)} answers of the task {task.name!r} hold the stop string {stop!r}, at which what the "
-            "model writes is cut"
-        )
-        if cut[stop] == len(shown):
-            raise SparsortError(
-                f"{told}: none could be read whole. Give another stop (--stop; in a task file, stop = [...])."
-            )
+    rows = splits.pool[:_SAMPLE]
+    judge = judge_of(task.judge)
+    wrong: list[tuple[str, str, Verdict]] = []
+    for row in rows:
+        written = _cut(task.answer_text(row).strip() if task.chat else task.answer_text(row), task.stop)
+        gold = task.gold_text(row)
+        try:
+            verdict = judge(written, gold)
+        except SparsortError:
+            # What is shown may have a gold answer that nobody judges.
+            continue
+        if not verdict.correct:
+            wrong.append((written, gold, verdict))
+    if not wrong:
+        return []
+    written, gold, verdict = wrong[0]
+    told = (
+        f"{len(wrong)} of {len(rows)} demonstrations of the task {task.name!r} would be judged wrong as they are shown and cut "
+        f"at a stop string, such as {written[-80:]!r} against {gold[-80:]!r}"
+    )
+    if len(wrong) < len(rows):
         return [f"{told}."]
-    return []
+    if task.judge == "number" and MARK not in written:
+        mend = f"The judge 'number' reads the number behind {MARK!r}: write ' {{steps}} {MARK} {{{task.label}}}'."
+    else:
+        mend = f"The judge {task.judge!r} reads {verdict.extracted!r} there."
+    raise SparsortError(
+        f"{told}. {mend} Change the answer template, the stop strings {list(task.stop)} (--stop; in a task file, stop = [...]), "
+        "the label or the judge."
+    )
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str:
+    """A text up to the first of the stop strings, as what a model writes is cut."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

@@ -293,10 +293,18 @@ class Collector:
             cheapest = [cone(loss) for loss in losses if loss is not None]
             if len(cheapest) < len(sets):
                 return None
-            # The losses are read before anything is asked, once under every order; then one order answers.
-            reading = np.sum([arm.tokens for arm in random], axis=0)
             arm = self._chosen_by_query(name, sets, random, np.stack(cheapest))
-            return replace(arm, tokens=reading / len(random), choosing_tokens=reading * len(data.test_texts))
+            n = len(data.test_texts)
+            prefix_S = np.array([one.prefix_tokens() for one, _ in sets])
+            query_S = np.array([float(one.tokens["test"]) for one, _ in sets])
+            # The losses are read once under every order; then each query is answered behind one of those that were chosen.
+            chosen_S = np.array([len(np.unique(places)) for places in cheapest])
+            free = len(sets[0][1][0].content_free[0]) if rule and sets[0][1][0].content_free is not None else 0
+            return replace(
+                arm,
+                tokens=chosen_S * (prefix_S + free * query_S) / n + query_S,
+                choosing_tokens=len(random) * (prefix_S + n * query_S),
+            )
         places, costs = [], []
         for one, reads in sets:
             found = self._evidence(name, one, reads, rule)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,7 +194,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
     needs_free = any("content_free" in criterion(name).needs for name in choosers)
     free = lengths.content_free if scored and (needs_free or True in ablation.calibrated) else ()
 
-    prefixes = nodes = pairs = losses = sampled = 0
+    prefixes = nodes = pairs = losses = sampled = heads = 0
     query_tokens = generated = 0.0
     for seed in ablation.seeds:
         random_RK = ablation.orders(k, seed)
@@ -218,6 +218,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
             # A pass of its own, without labels.
             losses += len(random_RK) * lengths.n_test
             nodes += shared_nodes(random_RK)
+            heads += 1
         # A probe is written behind a prompt that is read whole.
         sampled += len(random_RK) if "sampled" in probes else 0
         prefixes += distinct * n_trees
@@ -232,6 +233,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
     labels = sum(lengths.labels)
     repeats = max(len(lengths.labels), 1)
     label_tokens = pairs * labels
+    choosing = _choosing(ablation, lengths, selector, k)
     loss_tokens = losses * lengths.query
     return CostRow(
         task=task.name,
@@ -239,10 +241,10 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
         k=k,
         sets=ablation.sets,
         prefixes=prefixes,
-        pairs=pairs + losses,
-        score_tokens=round(_score_tokens(ablation, lengths, selector, k)),
+        pairs=pairs + losses + choosing.pairs,
+        score_tokens=round(_score_tokens(ablation, lengths, selector, k) + choosing.tokens),
         prefix_tokens=round(
-            lengths.head * _heads(ablation, lengths, selector) + nodes * lengths.demo + sampled * prompt
+            lengths.head * (_heads(ablation, lengths, selector) + heads) + nodes * lengths.demo + sampled * prompt
         ),
         query_tokens=round(query_tokens + loss_tokens),
         label_tokens=label_tokens,
@@ -253,6 +255,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
             + loss_tokens
             + label_tokens
             + generated
+            + choosing.plain
         ),
         longest_prompt=lengths.head
         + k * lengths.longest_demo
@@ -277,22 +280,37 @@ def _score_tokens(ablation: Ablation, lengths: Lengths, selector: str, k: int) -
     near = any(name.startswith("similarity") for name in bases)
     chooses_by_model = selector in FIXED_SELECTORS or (selector in QUERY_SELECTORS and selector != "bm25")
     shown = ablation.sets * k * (lengths.n_test if selector in QUERY_SELECTORS else 1)
-    total = 0.0
-    if selector == "topk_mdl":
-        # Every query's organisations, of which no two share anything.
-        prompt = lengths.head + k * lengths.demo + lengths.query + sum(lengths.labels)
-        total += ablation.sets * lengths.n_test * ORGANISATIONS * prompt
-    total += min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
+    total = min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
     if k == ablation.shots[0]:
         embedded = near or chooses_by_model
         total += lengths.n_pool * lengths.demo * chooses_by_model + lengths.n_test * lengths.query * embedded
-        if selector == "topk_cone":
-            # Single neighbours from half of the pool, each behind which some queries are read.
-            alone = min(lengths.n_test * NEIGHBOURS, (lengths.n_pool + 1) // 2)
-            total += ablation.sets * (alone * lengths.demo + lengths.n_test * NEIGHBOURS * lengths.query)
         if selector == ablation.selectors[0]:
             total += _bare_tokens(ablation, lengths)
     return total
+
+
+class _Choosing(NamedTuple):
+    """What choosing sets by the model reads: pairs, tokens, and tokens with nothing shared."""
+
+    pairs: int
+    tokens: float
+    plain: float
+
+
+def _choosing(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> _Choosing:
+    if selector == "topk_cone" and k == ablation.shots[0]:
+        # Single neighbours from half of the pool, each behind which some queries are read; the same for every k.
+        half = (lengths.n_pool + 1) // 2
+        pairs = ablation.sets * lengths.n_test * min(NEIGHBOURS, half)
+        alone = ablation.sets * min(lengths.n_test * NEIGHBOURS, half)
+        tokens = pairs * lengths.query + alone * (lengths.head + lengths.demo)
+        return _Choosing(pairs, tokens, pairs * (lengths.head + lengths.demo + lengths.query))
+    if selector == "topk_mdl":
+        # Every query's sets, of which no two share anything.
+        pairs = ablation.sets * lengths.n_test * ORGANISATIONS
+        prompt, labels = lengths.head + k * lengths.demo + lengths.query, sum(lengths.labels)
+        return _Choosing(pairs, pairs * (prompt + labels), pairs * (len(lengths.labels) * prompt + labels))
+    return _Choosing(0, 0.0, 0.0)
 
 
 def _bare_tokens(ablation: Ablation, lengths: Lengths) -> float:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.answer_checks import check_answers
 from sparsort.curriculum.ablation.design import Ablation, Unit
 from sparsort.curriculum.ablation.splits import (
     MODEL_SELECTORS,
@@ -93,13 +92,11 @@ class TaskData:
             seed=ablation.split_seed,
         )
         self.notes = [*self.splits.notes, *check_rows(task, self.splits.test, "the test rows")]
-        if task.is_generation:
-            self.notes += check_answers(task, self.splits)
-            if "topk_mdl" in ablation.selectors:
-                raise SparsortError(
-                    f"the selector 'topk_mdl' goes by the labels' entropy, and answers of the task {task.name!r} are written. "
-                    "Leave it out, or take 'topk_cone'."
-                )
+        if task.is_generation and "topk_mdl" in ablation.selectors:
+            raise SparsortError(
+                f"the selector 'topk_mdl' goes by the labels' entropy, and answers of the task {task.name!r} are written. "
+                "Leave it out, or take 'topk_cone'."
+            )
         most = max(ablation.shots)
         if len(self.splits.pool) < most:
             raise SparsortError(

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.splits import QUERY_SELECTORS, check_selector
+from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS, check_selector
 from sparsort.curriculum.ablation.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.demos.order import ORDERS
+from sparsort.curriculum.demos.per_query import NEIGHBOURS
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
@@ -122,6 +123,11 @@ class Ablation:
             raise SparsortError(f"the ablation has max_demo_chars = {self.max_demo_chars}; at least 1 is needed.")
         for selector in self.selectors:
             check_selector(selector)
+            if selector in MODEL_SELECTORS and max(self.shots) > NEIGHBOURS:
+                raise SparsortError(
+                    f"the selector {selector!r} chooses among {NEIGHBOURS} neighbours; {max(self.shots)} shots are more. Ask for "
+                    "fewer, or take another selector."
+                )
         for orderer in self.orderers:
             base_order(orderer)
         needs_dev = [name for name in self.choosers if probes_of(name, sampled=self.sampled_probes) == "dev"]
@@ -240,7 +246,7 @@ def depends_on_query(orderer: str, selector: str = "random") -> bool:
 
 
 def applies(chooser: str, task: Task, selector: str = "random") -> bool:
-    """Whether a chooser can be used: most need labels, and all but "mdl" one set for all queries.
+    """Whether a chooser can be used: most need labels, and all but "mdl" one set that all queries share.
 
     "best_on_dev" goes by judged answers where there are no labels.
     """
@@ -261,6 +267,9 @@ def left_out(ablation: Ablation) -> list[str]:
             )
         for selector in ablation.selectors:
             names = [c for c in ablation.choosers if applies(c, task) and not applies(c, task, selector)]
+            if "cone" in names:
+                names.remove("cone")
+                said.append(f"{task.name}, {selector}: cone left out, as it reads sets that all queries share.")
             if names:
                 said.append(
                     f"{task.name}, {selector}: {', '.join(names)} left out, as they choose one order for all queries and here "

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.answer_checks import check_answers
 from sparsort.curriculum.ablation.context import check_context
 from sparsort.curriculum.ablation.data import PoolNumbers, Showing, TaskData
 from sparsort.curriculum.ablation.design import (
@@ -51,6 +52,7 @@ _ROWS_OF_BLOCK = 64
 _SAMPLE_ROWS = 256
 
 Ask = tuple[tuple[str, ...], str]
+Answer = Callable[[Task, Sequence[str], Sequence[str], Sequence[tuple[str, str]]], Outcomes]
 Advance = Callable[[int], None]
 
 
@@ -86,7 +88,10 @@ class Run:
         self._kept: dict[tuple[str, str], Any] = {}
         self.tokens_read = 0
         for data in self.tasks.values():
-            self._check_context(data)
+            if data.task.is_generation:
+                data.notes += check_answers(data.task, data.splits, ablation)
+            reader = engine.reader(data.task)
+            check_context(ablation, data, self._texts[data.task.name], reader.encoder.count, reader.backbone.max_length)
 
     def all(self, advance: Advance | None = None) -> list[Unit]:
         """Run every unit that no other process holds; returns those that were left to others."""
@@ -124,6 +129,8 @@ class Run:
                 return False
             with self._spending(group):
                 showing = self._showing(unit, group)
+                if showing is None:
+                    return False
                 orders = self._orders(unit, group, showing)
                 probes = self._probes(unit, group, showing, orders)
                 self._ask(unit.task, group, list(self._asks(data, showing, orders, probes)))
@@ -137,13 +144,6 @@ class Run:
                 self._note_tokens(unit.task, group, showing)
             self._engine.reader(data.task).trees.forget()
         return True
-
-    def _check_context(self, data: TaskData) -> None:
-        reader = self._engine.reader(data.task)
-        lead = reader.encoder.count("")
-        if (limit := reader.backbone.max_length) is not None:
-            name = self._engine.loaded.name
-            check_context(self._ablation, data, lambda text: reader.encoder.count(text) - lead, limit, name)
 
     def _asks(self, data: TaskData, showing: Showing, orders: Orders, probes: Sequence[str]) -> Iterator[Ask]:
         """Every pair that the unit's arms and choosers read."""
@@ -173,7 +173,7 @@ class Run:
             for text in others:
                 yield chunks, texts.query(demos, text)
 
-    def _ask(self, name: str, group: str, asks: Sequence[Ask]) -> None:
+    def _ask(self, name: str, group: str, asks: Iterable[Ask], answer: Answer | None = None) -> None:
         """Ask what the store does not know, prefix by prefix, those that begin alike together."""
         data, texts = self.tasks[name], self._texts[name]
         by_pair = {texts.pair(chunks, query): (chunks, query) for chunks, query in asks}
@@ -185,7 +185,7 @@ class Run:
         try:
             for chunks in sorted(missing):
                 pairs, queries = zip(*missing[chunks], strict=True)
-                waiting.append(self._answer(data.task, chunks, queries, pairs))
+                waiting.append((answer or self._answer)(data.task, chunks, queries, pairs))
                 if sum(map(len, waiting)) >= _ROWS_OF_BLOCK:
                     self._write(group, waiting)
         finally:
@@ -220,27 +220,32 @@ class Run:
             self._store.put_note(group, "probes", note | {"orders": len(orders.random)})
         return list(note["texts"])
 
-    def _showing(self, unit: Unit, group: str) -> Showing:
-        """The unit's demonstrations. What the model says of neighbours is kept, so a unit that goes on asks nothing twice."""
+    def _showing(self, unit: Unit, group: str) -> Showing | None:
+        """The unit's demonstrations; None where another process reads what they are chosen by.
+
+        What the model says of neighbours is kept, so that a unit that goes on asks nothing twice.
+        """
         data, numbers = self.tasks[unit.task], self._pool_numbers(unit)
         if numbers is None or unit.selector not in MODEL_SELECTORS:
             return data.show(unit, numbers)
         near_QN = data.nearest(unit, numbers, NEIGHBOURS)
-        choose = self._by_cone if unit.selector == "topk_cone" else self._by_mdl
-        return data.shown(choose(unit, group, near_QN))
+        if unit.selector == "topk_mdl":
+            return data.shown(self._by_mdl(unit, group, near_QN))
+        alone = neighbour_group(data.task, unit)
+        # Units of the same seed and another k read the same losses.
+        with self._store.claim(alone) as ours:
+            return data.shown(self._by_cone(unit, alone, near_QN)) if ours else None
 
     def _by_cone(self, unit: Unit, group: str, near_QN: NDArray[np.int64]) -> NDArray[np.int64]:
         """TopK + ConE: (Q, k) neighbours behind which, each alone, a query's own text is least surprising."""
-        data = self.tasks[unit.task]
-        rows = self._pool_rows(data, near_QN[:, :, None])
-        if not self._texts[unit.task].prefix(rows[0][1]):
+        shown = self._pool_rows(unit, near_QN[:, :, None])
+        if not self._texts[unit.task].prefix(shown[0][1]):
             raise SparsortError(
                 f"the task {unit.task!r} is in a chat template that leaves no query apart from its demonstrations, which "
                 "'topk_cone' reads alone. Leave it out, or chat."
             )
-        group = neighbour_group(data.task, unit)
-        pairs = self._ask_losses(unit.task, group, rows)
-        losses = -np.array([log_p[0] for log_p, _ in self._said(group, pairs)]).reshape(near_QN.shape)
+        said = self._said(group, self._ask_losses(unit.task, group, shown))
+        losses = -np.array([log_p[0] for log_p, _ in said]).reshape(near_QN.shape)
         return np.take_along_axis(near_QN, cone_neighbours(losses, unit.k), axis=1)
 
     def _by_mdl(self, unit: Unit, group: str, near_QN: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -249,23 +254,19 @@ class Run:
         sets_QWk = organisations(near_QN, unit.k, unit.seed)
         asks = [
             (texts.prefix(demos), texts.query(demos, data.test_texts[query]))
-            for query, demos in self._pool_rows(data, sets_QWk)
+            for query, demos in self._pool_rows(unit, sets_QWk)
         ]
         self._ask(unit.task, group, asks)
         said = self._said(group, [texts.pair(chunks, asked) for chunks, asked in asks])
-        mean = self._ablation.label_score == "mean"
-        scores = np.array([log_p / n_tokens if mean else log_p for log_p, n_tokens in said])
+        # Means over a label's tokens, as the authors have it, whatever the answers' own rule is.
+        scores = np.array([log_p / n_tokens for log_p, n_tokens in said])
         best_Q = mdl(scores.reshape(*sets_QWk.shape[:2], -1))
         return sets_QWk[np.arange(len(best_Q)), best_Q]
 
-    @staticmethod
-    def _pool_rows(data: TaskData, sets_QWk: NDArray[np.int64]) -> list[tuple[int, list[dict[str, Any]]]]:
+    def _pool_rows(self, unit: Unit, sets_QWk: NDArray[np.int64]) -> list[tuple[int, list[Any]]]:
         """Every query's number with each of its sets, in order, by (Q, W, k) positions in the pool."""
-        return [
-            (query, [data.pool.rows[place] for place in one])
-            for query, sets in enumerate(sets_QWk.tolist())
-            for one in sets
-        ]
+        rows = self.tasks[unit.task].pool.rows
+        return [(query, [rows[place] for place in one]) for query, sets in enumerate(sets_QWk.tolist()) for one in sets]
 
     def _said(
         self, group: str, pairs: Sequence[tuple[str, str]]
@@ -275,31 +276,27 @@ class Run:
         row = {pair: place for place, pair in enumerate(held.pairs())}
         return [(held.log_p[row[pair]].astype(np.float64), held.n_tokens[row[pair]]) for pair in pairs]
 
-    def _ask_losses(
-        self, name: str, group: str, shown: Sequence[tuple[int, list[dict[str, Any]]]]
-    ) -> list[tuple[str, str]]:
+    def _ask_losses(self, name: str, group: str, shown: Sequence[tuple[int, list[Any]]]) -> list[tuple[str, str]]:
         """The loss on test queries' own tokens behind demonstrations (ConE, arXiv 2401.12087), into the store.
 
         Returns:
             The pair of each number of a test query and its demonstrations in `shown`.
         """
         data, texts = self.tasks[name], self._texts[name]
-        reader = self._engine.reader(data.task)
-        asks: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
-        every = []
-        for query, demos in shown:
-            chunks, asked = texts.prefix(demos), texts.query(demos, data.test_texts[query])
-            every.append(texts.pair(chunks, asked))
-            asks.setdefault(chunks, {})[every[-1]] = asked
-        for chunks in sorted(asks):
-            # A chat template that cannot be cut leaves no query apart from its demonstrations.
-            if chunks and (pairs := self._store.missing(group, list(asks[chunks]))):
-                before = reader.reader.n_tokens
-                losses, counts = reader.continuations(chunks, [""] * len(pairs), [asks[chunks][pair] for pair in pairs])
-                self.tokens_read += reader.reader.n_tokens - before
-                features = np.full((len(pairs), len(self._engine.feature_names)), np.nan)
-                self._store.write(group, _outcomes(pairs, -losses[:, None], counts[:, None], features))
-        return every
+        asks = [(texts.prefix(demos), texts.query(demos, data.test_texts[query])) for query, demos in shown]
+        # A chat template that cannot be cut leaves no query apart from its demonstrations.
+        self._ask(name, group, [(chunks, asked) for chunks, asked in asks if chunks], self._lose)
+        return [texts.pair(chunks, asked) for chunks, asked in asks]
+
+    def _lose(
+        self, task: Task, chunks: Sequence[str], queries: Sequence[str], pairs: Sequence[tuple[str, str]]
+    ) -> Outcomes:
+        reader = self._engine.reader(task)
+        before = reader.reader.n_tokens
+        losses, counts = reader.continuations(chunks, [""] * len(queries), queries)
+        self.tokens_read += reader.reader.n_tokens - before
+        features = np.full((len(pairs), len(self._engine.feature_names)), np.nan)
+        return _outcomes(pairs, -losses[:, None], counts[:, None], features)
 
     def _write(self, group: str, waiting: list[Outcomes]) -> None:
         if not waiting:

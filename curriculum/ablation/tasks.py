@@ -275,7 +275,8 @@ def task_from_flags(
         judge: as `Task.judge`.
         name: what reports call it.
         options: the other fields of `Task`. For the judges "number" and "math", whose answers are worked ones of several
-            lines, the stop is by default the next question's first words, and up to 256 and 512 tokens are written.
+            lines, the stop is by default the next question's first words (the separator, where it has none; nothing in
+            chat), and up to 256 and 512 tokens are written.
 
     Raises:
         SparsortError: as `Task`; or the label field is missing or has too many values for labels.
@@ -293,7 +294,9 @@ def task_from_flags(
     }
     if judge in _WORKED:
         opening = prompt.partition("{")[0].strip()
-        table |= {"max_new_tokens": _WORKED[judge], "stop": (f"\n{opening}" if opening else "\n\n",)}
+        # In chat the turn's own end is enough, and worked answers hold empty lines.
+        stop = () if options.get("chat") else (f"\n{opening}" if opening else options.get("separator", "\n\n"),)
+        table |= {"max_new_tokens": _WORKED[judge], "stop": stop}
     return tables.build(Task, table | {"labels": labels} | options, kind="task", where="the flags")
 
 

@@ -15,10 +15,13 @@ import torch
 import sparsort
 from sparsort.curriculum.ablation import probing, run
 from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation
+from sparsort.curriculum.ablation.design import Ablation, units
+from sparsort.curriculum.ablation.engine import Engine
 from sparsort.curriculum.ablation.results import Group, Results
 from sparsort.curriculum.ablation.splits import SELECTORS
+from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.ablation.unit_names import neighbour_group
 from sparsort.curriculum.demos.per_query import organisations
 from sparsort.errors import SparsortError
 from sparsort.scoring.answers import FEATURES
@@ -123,9 +126,9 @@ def demos_in(order: list[int], rows: list[dict[str, str]]) -> str:
     return "".join(f"Text: {rows[i]['text']}\nKind: {LABELS[rows[i]['label']]}\n\n" for i in order)
 
 
-def shares(loaded: LoadedModel, before: str, text: str) -> Floats:
-    """(L,) the labels' probabilities, which sum to one."""
-    score = np.array([log_p(loaded, f"{before}Text: {text}\nKind:", f" {words}").sum() for words in LABELS.values()])
+def shares(loaded: LoadedModel, before: str, text: str, over: Callable[[Floats], float] = np.sum) -> Floats:
+    """(L,) the labels' probabilities by their tokens' sum or mean, which sum to one."""
+    score = np.array([over(log_p(loaded, f"{before}Text: {text}\nKind:", f" {words}")) for words in LABELS.values()])
     p: Floats = np.exp(score - score.max())
     return p / p.sum()
 
@@ -373,6 +376,44 @@ def test_topk_cone_takes_the_neighbours_behind_which_the_query_costs_least(
     assert sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False).tokens_read == 0
 
 
+def test_neighbours_that_another_process_reads_are_not_read_twice(
+    folder: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    recipe = a_recipe(folder, selectors=("topk_cone",), shots=(2, 3), random_orders=2, orderers=("given",), choosers=())
+    engine = Engine(recipe, loaded)
+    store, other = (OutcomeStore(tmp_path, engine.identity, feature_names=engine.feature_names) for _ in range(2))
+    running = run.Run(recipe, engine, store)
+    two, three = units(recipe)
+    alone = neighbour_group(running.tasks["toy"].task, two)
+    assert alone == neighbour_group(running.tasks["toy"].task, three)
+    with other.claim(alone) as held:
+        assert held
+        assert running.unit(two) is False
+        assert running.tokens_read == 0
+    assert running.unit(two)
+    once = len(store.read(alone))
+    assert once == 6 * min(30, (len(running.tasks["toy"].pool) + 1) // 2)
+    assert running.unit(three)
+    assert len(store.read(alone)) == once
+    # A few blocks and not one a neighbour.
+    assert len(list(store.folder.rglob("*loss*/*.parquet"))) <= 3
+
+
+def test_a_chat_that_the_context_does_not_hold_is_told_before_it_is_asked(
+    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
+) -> None:
+    small = load_model(str(make_tiny_model("llama", max_position_embeddings=800)), dtype="float32", device="cpu")
+    # Marks that are longer than the turns.
+    small.tokenizer.chat_template = (
+        "{% for m in messages %}<|the {{ m.role }} says the following|>{{ m.content }}<|end of turn|>{% endfor %}"
+    )
+    (task,) = a_recipe(folder).load_tasks()
+    recipe = a_recipe(folder, tasks=(replace(task, chat=True, answer="{label}"),), shots=(2, 12), choosers=())
+    with pytest.raises(SparsortError, match=r"prompts of \d+ tokens with k = 12 \(set 0\).*fewer shots"):
+        sparsort.ablate(recipe, out=tmp_path, model=small, report=False)
+    assert not list((tmp_path / "store").rglob("*.parquet"))
+
+
 def test_topk_cone_in_a_chat_template_that_cannot_be_cut_is_told(
     folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:
@@ -406,7 +447,7 @@ def test_topk_mdl_takes_the_set_of_neighbours_under_which_the_label_is_surest(
     ranks = organisations(np.tile(np.arange(len(near[0])), (len(texts), 1)), 2, seed=0)
     chosen = []
     for query, (text, neighbours) in enumerate(zip(texts, near, strict=True)):
-        unsure = [entropy(shares(loaded, demos_in(one, neighbours), text)) for one in ranks[query].tolist()]
+        unsure = [entropy(shares(loaded, demos_in(one, neighbours), text, np.mean)) for one in ranks[query].tolist()]
         chosen.append(int(np.argmin(unsure)))
         wanted = [neighbours[place]["id"] for place in ranks[query, chosen[-1]]]
         assert group.demo_ids_of_item[0][query] == wanted

@@ -24,6 +24,7 @@ from sparsort.curriculum.ablation.design import (
     applies,
     base_order,
     depends_on_query,
+    left_out,
     probes_of,
     units,
 )
@@ -303,7 +304,7 @@ def test_reading_for_cone_and_behind_sampled_probes_is_counted() -> None:
     )
     assert cone.label_tokens == plain.label_tokens
     # ConE reads the 15 beginnings of the random orders again; a probe is written behind each of 6 whole prompts.
-    assert cone.prefix_tokens - plain.prefix_tokens == 2 * 15 * 7
+    assert cone.prefix_tokens - plain.prefix_tokens == 2 * (3 + 15 * 7)
     assert sampled.prefix_tokens - plain.prefix_tokens == 2 * 6 * (3 + 3 * 7)
     assert cone.plain_tokens - plain.plain_tokens == 120 * (3 + 21 + 5)
 
@@ -321,8 +322,15 @@ def test_scores_and_embeddings_cost_a_reading_each() -> None:
     assert score_tokens(selector="bm25") == BARE
     # The pool and the queries are embedded; half of the pool, 50 rows, stand alone before 30 × 10 queries; 10 sets a query.
     embedded = 100 * 7 + 10 * 5 + BARE
-    assert score_tokens(selector="topk_cone") == embedded + 2 * (50 * 7 + 10 * 30 * 5)
+    assert score_tokens(selector="topk_cone") == embedded + 2 * (50 * (3 + 7) + 10 * 30 * 5)
     assert score_tokens(selector="topk_mdl") == embedded + 2 * 10 * 10 * (3 + 3 * 7 + 5 + 3)
+    none, cone, mdl = (
+        estimate(ablation(**{**PLAIN, "selectors": (name,)}), [LENGTHS]).rows[0]
+        for name in ("knn", "topk_cone", "topk_mdl")
+    )
+    assert (cone.pairs - none.pairs, mdl.pairs - none.pairs) == (2 * 10 * 30, 2 * 10 * 10)
+    assert cone.plain_tokens - none.plain_tokens == 2 * 10 * 30 * (3 + 7 + 5)
+    assert mdl.plain_tokens - none.plain_tokens == 2 * 10 * 10 * (2 * (3 + 3 * 7 + 5) + 3)
     bare = estimate(ablation(**{**PLAIN, "choosers": ("density_gain",), "shots": (3, 4)}), [LENGTHS])
     assert [row.score_tokens for row in bare.rows] == [BARE, 0]
 
@@ -383,3 +391,18 @@ def test_every_selector_has_a_cost() -> None:
     rows = estimate(ablation(sets=1, shots=(3,), selectors=SELECTORS), [LENGTHS]).rows
     assert [row.selector for row in rows] == list(SELECTORS)
     assert all(row.tokens > 0 for row in rows)
+
+
+def test_choosing_among_neighbours_needs_as_many() -> None:
+    with pytest.raises(SparsortError, match=r"'topk_cone' chooses among 30 neighbours; 31 shots"):
+        ablation(selectors=("random", "topk_cone"), shots=(4, 31))
+    assert ablation(selectors=("topk_mdl",), shots=(30,)).shots == (30,)
+
+
+def test_what_is_left_out_is_said_with_its_reason() -> None:
+    assert left_out(ablation(choosers=("pdo", "cone", "mdl"))) == []
+    told = left_out(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
+    assert told == [
+        "moods, bm25: cone left out, as it reads sets that all queries share.",
+        "moods, bm25: pdo left out, as they choose one order for all queries and here every query has demonstrations of its own.",
+    ]

@@ -90,8 +90,12 @@ def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path
     ("options", "told"),
     [
         (["--answer", " {steps} #### {sum}", "--label", "steps"], "cannot read the gold answer"),
-        (["--label", "sum"], "no answer of the task 'sums' shows it"),
-        (["--answer", " {steps} #### {sum}", "--label", "sum", "--stop", r"\n"], "none could be read whole"),
+        (["--label", "sum"], "reads the number behind '####'"),
+        (
+            ["--answer", " {steps} #### {sum}", "--label", "sum", "--stop", r"\n"],
+            "would be judged wrong as they are shown and cut",
+        ),
+        (["--answer", " so {steps}", "--label", "sum", "--judge", "exact"], "The judge 'exact' reads"),
         (["--answer", " {steps} #### {sum}", "--label", "sum", "--max-new-tokens", "0"], "at least 1"),
     ],
 )
@@ -116,18 +120,13 @@ def test_sets_chosen_by_label_entropy_need_labels(ablate: Callable[..., Any], su
 def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"q": f"word {n}", "a": f"one {n}" + ("\ntwo" if n == 7 else "")} for n in range(40)]
     data = write(tmp_path / "words.jsonl", rows)
-    dry = ablate(
-        data, "--prompt", "Q: {q} A:", "--label", "a", "--judge", "exact", "--test", str(data), "--dry-run", "--json"
-    )
-    assert dry.exit_code == 2
     test = write(tmp_path / "test.jsonl", [{"q": f"other {n} apple", "a": "x"} for n in range(6)])
     dry = ablate(
         data, "--prompt", "Q: {q} A:", "--label", "a", "--judge", "exact", "--test", str(test), "--dry-run", "--json"
     )
     assert dry.exit_code == 0, dry.output
-    assert any(
-        r"1 of 36 answers of the task 'words' hold the stop string '\n'" in n for n in json.loads(dry.stdout)["notes"]
-    )
+    told = "1 of 36 demonstrations of the task 'words' would be judged wrong as they are shown and cut at a stop string"
+    assert any(told in note for note in json.loads(dry.stdout)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_a_set_that_the_context_does_not_hold_is_told_before_it_is_asked(
     found = ablate(reviews, *asked(), "-k", "2,16", model={"max_position_embeddings": 128})
     assert found.exit_code == 2
     said = " ".join(found.stderr.split())
-    assert "with k = 16 (set 0;" in said
+    assert "with k = 16 (set 0), and" in said
     assert "Use fewer shots" in said
     assert not list((tmp_path / "out" / "store" / "groups").glob("*"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsort.curriculum.ablation.report.shape import Texts
+from sparsort.curriculum.ablation.report.shape import PromptTexts
 from sparsort.curriculum.ablation.results import Arm, Group
 
 
@@ -48,11 +48,11 @@ def inspect(group: Group, cell: str) -> dict[str, Any]:
     return {"cell": cell, "items": group.items, "gold": group.gold, "sets": sets}
 
 
-def texts_of(groups: Sequence[Group]) -> dict[str, Texts]:
+def texts_of(groups: Sequence[Group]) -> dict[str, PromptTexts]:
     """The words of every demonstration and test item, once a task: its cells show many of the same."""
-    found: dict[str, Texts] = {}
+    found: dict[str, PromptTexts] = {}
     for group in groups:
-        of_task = found.setdefault(group.task, Texts(demos={}, items={}))
+        of_task = found.setdefault(group.task, PromptTexts(demos={}, items={}))
         of_task["demos"].update(group.demo_texts)
         of_task["items"].update(zip(group.items, group.item_texts, strict=False))
     return found

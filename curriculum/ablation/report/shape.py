@@ -159,7 +159,7 @@ class Finding(TypedDict):
     sentences: list[str]
 
 
-class Texts(TypedDict):
+class PromptTexts(TypedDict):
     """What a task's prompts are made of, by id: demonstrations, question and answer, and test items."""
 
     demos: dict[str, str]
@@ -182,4 +182,4 @@ class Report(TypedDict):
     pooled: list[Pooled]
     calibration: list[CalibrationCell]
     demonstrations: list[dict[str, Any]]
-    texts: dict[str, Texts]
+    texts: dict[str, PromptTexts]

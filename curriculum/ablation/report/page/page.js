@@ -101,14 +101,20 @@
     return set.demo_ids_of_item[item].map((id) => ({ id, label: null, tokens: null }));
   }
   // The prompt in blocks: each demonstration of an order, then the item. Older results have no texts.
-  function drawPrompt(name, order, demos, cell, view, item) {
+  let blocks = null;
+  function drawPrompt(name, order, demos, cell, view, set, item) {
     const texts = report.texts[cell.task];
     const words = order && order.map((place) => demos[place] && texts.demos[demos[place].id]);
     const question = texts.items[view.items[item]];
     const known = Boolean(words) && question !== undefined && words.every((text) => text !== undefined);
-    byId("view-whole").open = !known;
+    if (known !== blocks) byId("view-whole").open = !known;
+    blocks = known;
+    // What stands before the first demonstration, where the prompt is made of these very texts.
+    const first = known && set.random_orders[0] && demosOf(set, 0)[set.random_orders[0][0]];
+    const place = first ? set.prompt.indexOf(texts.demos[first.id]) : -1;
+    const lead = place > 0 ? set.prompt.slice(0, place).trim() : "";
     byId("view-shown").textContent = known ? `Prompt: ${name}, ${view.items[item]}` : "Prompt";
-    byId("view-blocks").replaceChildren(...(known ? [...words.map((text, place) => [text, demos[order[place]]]), [question, null]] : []).map(([text, demo]) => {
+    byId("view-blocks").replaceChildren(...(known ? [...(lead ? [[lead, null]] : []), ...words.map((text, place) => [text, demos[order[place]]]), [question, null]] : []).map(([text, demo]) => {
       const block = element("pre", text, demo ? "block" : "block asked");
       const index = demo ? cell.labels.indexOf(demo.label) : -1;
       if (index >= 0) block.style.borderLeftColor = `var(--${shades[index] || "rest"})`;
@@ -137,14 +143,18 @@
       button.type = "button";
       button.disabled = !order;
       button.setAttribute("aria-pressed", String(name === shown));
-      button.addEventListener("click", () => { shown = name; draw(); });
+      button.addEventListener("click", () => {
+        shown = name;
+        draw();
+        all("#view-orders .pick, #view-random .pick").find((other) => other.textContent === name).focus();
+      });
       made.cells[0].replaceChildren(button);
       if (kinds.get(name) && kinds.get(name).kind === "oracle") made.className = "oracle";
       return made;
     };
     byId("view-orders").replaceChildren(row(["orderer", "first to last"], "th"), ...named.map(line));
     byId("view-random").replaceChildren(...random.map(line));
-    drawPrompt(shown, every.get(shown), demos, cell, view, item);
+    drawPrompt(shown, every.get(shown), demos, cell, view, set, item);
   }
   function pickCell() {
     const view = views[cellPick.value];
@@ -160,7 +170,7 @@
   }
 
   // Downloads
-  const files = { "report.json": report, "demonstrations.json": report.demonstrations };
+  const files = { "report.json": report, "demonstrations.json": { demonstrations: report.demonstrations, texts: report.texts } };
   all("button[data-download]").forEach((button) => button.addEventListener("click", () => {
     const name = button.dataset.download;
     const link = element("a");
