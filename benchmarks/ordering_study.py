@@ -5,8 +5,8 @@ each (OMP_NUM_THREADS=1), take half the time:
 
     python benchmarks/ordering_study.py --data FOLDER --save
 
-FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. With --study cone it is the
-small study of ConE on one task, on the same sets and orders. It begins with what
+FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. With --study cone it is a
+small study of ConE on one task, on the same sets and orders. Both begin with what
 benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh a new study
 begins with nothing. With --no-run the page is written from what is there, finished or not; how much that is stands in its
 head. Nothing in the page is written by hand.
@@ -56,8 +56,8 @@ STUDIES = {
         title="Which orders of demonstrations help: a study on five tasks with Gemma 3 270M",
         about=(
             "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost "
-            "of all else. It was run [on trec at k = 4 alone](ordering-study-cone.md). What was searched for an orderer from "
-            "sparsity: [the search](orderer-search.md)."
+            "of all else. It was run [on trec, k = 4 and 64 test rows alone](ordering-study-cone.md). What was searched for an "
+            "orderer from sparsity: [the search](orderer-search.md)."
         ),
     ),
     "cone": Study(
@@ -67,13 +67,14 @@ STUDIES = {
         about=(
             "ConE (arXiv 2401.12087) takes for every question the order behind which the question is least surprising to the "
             "model; its authors choose the demonstrations so, here it chooses among 16 orders of given ones. Sets, orders and "
-            "test rows are those of [the study on five tasks](ordering-study.md), where more orderers stand side by side."
+            "the 64 test rows are among those of [the study on five tasks](ordering-study.md), which has more orderers. Tokens and "
+            "time below count what those answers cost there, too."
         ),
     ),
 }
 
 
-def head(report: dict[str, Any], study: Study, planned: int) -> str:
+def head(report: dict[str, Any], name: str, planned: int) -> str:
     """What a reader has to know before the numbers."""
     sets = [cell["sets"] for cell in report["cells"]]
     done = sum(sets) // len({cell["calibrated"] for cell in report["cells"]})
@@ -82,7 +83,7 @@ def head(report: dict[str, Any], study: Study, planned: int) -> str:
         state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** What stands here holds for those."
     elif report["provenance"]["incomplete"]:
         state += " **Not yet under every orderer**: what is left out stands among the notes."
-    option = "" if study is STUDIES["all"] else f" --study {next(name for name in STUDIES if STUDIES[name] is study)}"
+    study, option = STUDIES[name], "" if name == "all" else f" --study {name}"
     return (
         f"{state} Made by `python benchmarks/ordering_study.py --data FOLDER{option} --save`, "
         "which asks the model only for what its store lacks; the recipe is "
@@ -95,7 +96,7 @@ def main() -> None:
     """Run, collect, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ordering-study", help="folder of the study")
+    parser.add_argument("--out", type=Path, help="folder of the study [default: by its name in runs/]")
     parser.add_argument("--study", choices=STUDIES, default="all", help="five tasks without ConE, or one with it")
     parser.add_argument("--fresh", action="store_true", help="do not begin with the answers that are kept")
     parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
@@ -104,9 +105,8 @@ def main() -> None:
     args = parser.parse_args()
     study = STUDIES[args.study]
     recipe = study.read(args.data)
-    store = args.out / "store"
-    if args.fresh and args.save and args.study != "all":
-        sys.exit(f"--fresh --save would replace the answers that {KEPT.name} holds by those of this study alone.")
+    out = args.out or ROOT / "runs" / study.page
+    store = out / "store"
     if args.fresh and store.exists():
         sys.exit(f"{store} holds a study already. Take it away, or name another folder (--out).")
     if KEPT.exists() and not store.exists() and not args.fresh:
@@ -114,26 +114,25 @@ def main() -> None:
         unpack(KEPT, store)
     done = ablate(
         recipe,
-        out=args.out,
+        out=out,
         run=not args.no_run,
         report=False,
         compile=not args.no_compile,
     )
-    page = args.out / f"report-{args.study}"
-    written = make_report(done.results, page, title=study.title)
+    written = make_report(done.results, out / "report", title=study.title)
     report: dict[str, Any] = dict(written.report)
     planned = len(list(units(recipe)))
-    text = (page / "report.md").read_text(encoding="utf-8")
-    text = text.replace(f"# {study.title}\n", f"# {study.title}\n\n{head(report, study, planned)}\n", 1)
+    text = (out / "report" / "report.md").read_text(encoding="utf-8")
+    text = text.replace(f"# {study.title}\n", f"# {study.title}\n\n{head(report, args.study, planned)}\n", 1)
     if not args.save:
         print(text)
         return
     # Two processes of one study end at about the same time.
-    with locked(args.out / "save.lock", wait=True):
-        save(report, study, text, page)
-        # Both studies' answers: the larger recipe knows all test queries.
-        pack(OutcomeStore.existing(store), STUDIES["all"].read(args.data), KEPT)
-        print(KEPT)
+    with locked(out / "save.lock", wait=True):
+        save(report, study, text, out / "report")
+        if args.study == "all":
+            pack(OutcomeStore.existing(store), recipe, KEPT)
+            print(KEPT)
 
 
 def save(report: dict[str, Any], study: Study, text: str, made: Path) -> None:
