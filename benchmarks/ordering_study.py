@@ -67,8 +67,8 @@ STUDIES = {
         about=(
             "ConE (arXiv 2401.12087) takes for every question the order behind which the question is least surprising to the "
             "model; its authors choose the demonstrations so, here it chooses among 16 orders of given ones. Sets, orders and "
-            "the 64 test rows are among those of [the study on five tasks](ordering-study.md), which has more orderers. Tokens and "
-            "time below count what those answers cost there, too."
+            "the 64 test rows are among those of [the study on five tasks](ordering-study.md), which has more orderers. Tokens "
+            "and time below count what those answers cost there, too."
         ),
     ),
 }
