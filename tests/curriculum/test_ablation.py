@@ -260,11 +260,6 @@ def test_more_shots_than_there_are_rows_is_told_before_anything_runs(folder: Pat
         estimate_cost(a_recipe(folder, shots=(3, 200)))
 
 
-def test_chat_without_a_chat_template(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(SparsortError, match="chat template"):
-        sparsort.ablate(a_recipe(folder, tasks=(a_task(chat=True),)), out=tmp_path, model=loaded, report=False)
-
-
 def test_chat_prompts_are_those_of_the_template(
     folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:

@@ -222,3 +222,10 @@ def test_choosing_by_query_costs_every_prefix(folder: Path, loaded: LoadedModel,
         recipe = a_recipe(folder, selectors=(selector,), sets=1, orderers=("given",), choosers=("mdl",))
         group = only(sparsort.ablate(recipe, out=tmp_path / selector, model=loaded, report=False).results)
         np.testing.assert_allclose(group.arm("mdl").tokens, 4 * group.random[0].tokens)
+
+
+def test_chat_without_a_chat_template(folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]) -> None:
+    base = load_model(str(make_tiny_model("llama")), dtype="float32")
+    base.tokenizer.chat_template = None
+    with pytest.raises(SparsortError, match="has no chat template"):
+        sparsort.ablate(a_recipe(folder, tasks=(a_task(chat=True),)), out=tmp_path, model=base, report=False)
