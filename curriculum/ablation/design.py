@@ -262,18 +262,16 @@ def left_out(ablation: Ablation) -> list[str]:
     said = []
     for task in ablation.load_tasks():
         if lacking := [name for name in ablation.choosers if not applies(name, task)]:
-            said.append(
-                f"{task.name}: {', '.join(lacking)} left out, as they read labels and answers here are written."
-            )
+            said.append(f"{task.name}: {', '.join(lacking)} left out: labels are read, and answers here are written.")
         for selector in ablation.selectors:
             names = [c for c in ablation.choosers if applies(c, task) and not applies(c, task, selector)]
             if "cone" in names:
                 names.remove("cone")
-                said.append(f"{task.name}, {selector}: cone left out, as it reads sets that all queries share.")
+                said.append(f"{task.name}, {selector}: cone left out: sets that all queries share are read.")
             if names:
                 said.append(
-                    f"{task.name}, {selector}: {', '.join(names)} left out, as they choose one order for all queries and here "
-                    "every query has demonstrations of its own."
+                    f"{task.name}, {selector}: {', '.join(names)} left out: one order for all queries is chosen, and here every "
+                    "query has demonstrations of its own."
                 )
     return said
 

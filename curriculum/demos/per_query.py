@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos.distributions import Floats, entropy, label_scores, log_softmax, numbers
 from sparsort.errors import SparsortError
 
-# The authors' of both: nearest neighbours that are looked at, and sets that are made of them.
+# Nearest neighbours that are looked at, as many as in both papers, and sets that are made of them.
 NEIGHBOURS = 30
 ORGANISATIONS = 10
 

@@ -493,4 +493,4 @@ def test_written_answers_are_judged_and_the_best_order_on_dev_rows_is_taken(
     assert 0 < sum(bool(arm.correct.all()) for arm in group.random) < 6
     assert group.arm("best_on_dev").correct.all()
     assert "pdo" not in {arm.name for arm in group.arms}
-    assert any("pdo left out, as they read labels" in note for note in done.notes)
+    assert any("pdo left out: labels are read" in note for note in done.notes)

@@ -403,6 +403,6 @@ def test_what_is_left_out_is_said_with_its_reason() -> None:
     assert left_out(ablation(choosers=("pdo", "cone", "mdl"))) == []
     told = left_out(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
     assert told == [
-        "moods, bm25: cone left out, as it reads sets that all queries share.",
-        "moods, bm25: pdo left out, as they choose one order for all queries and here every query has demonstrations of its own.",
+        "moods, bm25: cone left out: sets that all queries share are read.",
+        "moods, bm25: pdo left out: one order for all queries is chosen, and here every query has demonstrations of its own.",
     ]

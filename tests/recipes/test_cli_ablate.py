@@ -80,7 +80,7 @@ def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["cells"][0]["labels"] == []
-    assert any("pdo left out, as they read labels" in note for note in summary["data_notes"])
+    assert any("pdo left out: labels are read" in note for note in summary["data_notes"])
     recipe = json.loads((Path(summary["out"]) / "recipe.json").read_text(encoding="utf-8"))
     # Worked answers go on over several lines, up to the next question.
     assert (recipe["tasks"][0]["stop"], recipe["tasks"][0]["max_new_tokens"]) == (["\nQ:"], 5)
@@ -159,5 +159,5 @@ def test_a_set_that_the_context_does_not_hold_is_told_before_it_is_asked(
 
 def test_choosers_that_cannot_be_used_are_told(ablate: Callable[..., Any], reviews: Path) -> None:
     dry = ablate(reviews, *asked("--selectors", "random,bm25", "--choosers", "pdo,mdl"), "--dry-run", "--json")
-    (note,) = [note for note in json.loads(dry.stdout)["notes"] if "left out, as" in note]
-    assert note.startswith("reviews, bm25: pdo left out, as they choose one order for all queries")
+    (note,) = [note for note in json.loads(dry.stdout)["notes"] if "left out: " in note]
+    assert note.startswith("reviews, bm25: pdo left out: one order for all queries")
