@@ -1,0 +1,115 @@
+"""Digests of the files that sparsort writes and later trusts: what is recorded, and how it is checked before use.
+
+Contract: a manifest is a JSON object that lists its files with size and digest and carries a digest of itself (`seal`). It is
+written last. A reader checks the seal (`check_seal`), then each file that it uses (`check_file`), before it reads a value. A
+change of any one bit in a listed file, or in a value of the manifest, is therefore reported and never read.
+
+The digests guard against damage (disks, copies, kills), not against an attacker, who could write a new manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsort.errors import SparsortError
+
+SEAL = "digest"
+_BITS = 128
+
+
+def digest_of_bytes(content: bytes) -> str:
+    """BLAKE2b of `content`, 128 bits as 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=_BITS // 8).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """BLAKE2b of the whole file, 128 bits as 32 hexadecimal digits; the file is read in pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=_BITS // 8)).hexdigest()
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: `{"bytes": size, "digest": …}`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return {"bytes": path.stat().st_size, "digest": digest_of_file(path)}
+
+
+def damage(path: Path, record: Mapping[str, Any]) -> str | None:
+    """How the file differs from its record, in words; None if it is the recorded one.
+
+    Raises:
+        OSError: the disk cannot read a file that is there.
+    """
+    try:
+        size = path.stat().st_size
+        if size != record.get("bytes"):
+            return f"it has {size} bytes, and {record.get('bytes')} were written"
+        # The size is compared first: a truncated file of gigabytes is found without reading it.
+        return None if digest_of_file(path) == record.get("digest") else "its content has changed since it was written"
+    except (FileNotFoundError, NotADirectoryError):
+        return "it is missing"
+
+
+def check_file(path: Path, record: Mapping[str, Any], *, next_step: str) -> None:
+    """Refuse a file that is not the recorded one.
+
+    Args:
+        path: the file.
+        record: as `record_of` gave it.
+        next_step: the last sentence of the error, such as "Make the plan again with sparsort plan."
+
+    Raises:
+        SparsortError: the file is missing, has another size or another content, or cannot be read.
+    """
+    try:
+        problem = damage(path, record)
+    except OSError as error:
+        raise SparsortError(f"cannot read {path}: {error.strerror or error}. {next_step}") from error
+    if problem:
+        raise SparsortError(f"{path} is damaged: {problem}. {next_step}")
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with a digest of them under the key "digest", to be written as JSON.
+
+    Args:
+        values: JSON values; an earlier seal among them is replaced.
+    """
+    plain = {name: value for name, value in values.items() if name != SEAL}
+    return {**plain, SEAL: digest_of_values(plain)}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether the values carry the seal that belongs to them."""
+    return values.get(SEAL) == digest_of_values({name: value for name, value in values.items() if name != SEAL})
+
+
+def check_seal(values: Mapping[str, Any], path: Path, *, next_step: str) -> None:
+    """Refuse values whose seal is missing or belongs to other values.
+
+    Args:
+        values: the object that was read from `path`.
+        path: for the error.
+        next_step: the last sentence of the error.
+
+    Raises:
+        SparsortError: the seal does not match.
+    """
+    if not is_sealed(values):
+        raise SparsortError(f"{path} is damaged: its content has changed since it was written. {next_step}")
+
+
+def digest_of_values(values: Any) -> str:
+    """A digest of JSON values that does not depend on the order of keys or on white space."""
+    return digest_of_bytes(json.dumps(values, sort_keys=True).encode())
