@@ -27,6 +27,11 @@ from sparsort.scoring.verdict import Associations, HeldOut, Judgement, Verdict
 FORMAT = "sparsort-calibration"
 VERSION = 1
 LENGTH = "length"
+# Said in the file next to the numbers of all candidates, where some are null.
+_NULLS = (
+    "null: the candidate was not compared with this reference, does not vary (in fixed_…: once length is held fixed), varies in "
+    "too few draws for an interval, or the reference has fewer than three levels"
+)
 
 _COLUMNS = tuple(Associations.__dataclass_fields__)
 
@@ -247,6 +252,10 @@ _NAMES = {"loss": "the model's own loss", "correct": "its errors", LENGTH: "leng
 
 
 def _interval(held: HeldOut) -> str:
+    if not math.isfinite(held.rho):
+        return f"unknown ({held.reason})"
+    if held.reason:
+        return f"{held.rho:+.2f} (no interval: {held.reason}), p = {held.p:.3f}"
     return f"{held.rho:+.2f} [{held.low:+.2f}, {held.high:+.2f}], p = {held.p:.3f}"
 
 
@@ -261,9 +270,14 @@ def _number(value: Any) -> float | None:
 
 def _judgement_to_json(found: Judgement) -> dict[str, Any]:
     def held(part: HeldOut) -> dict[str, Any]:
-        return {name: _number(value) if isinstance(value, float) else value for name, value in asdict(part).items()}
+        made = {name: _number(value) if isinstance(value, float) else value for name, value in asdict(part).items()}
+        return made | {"reason": part.reason or None}
 
-    columns = {name: [_number(value) for value in getattr(found.associations, name)] for name in _COLUMNS}
+    columns: dict[str, Any] = {
+        name: [_number(value) for value in getattr(found.associations, name)] for name in _COLUMNS
+    }
+    if any(None in values for values in columns.values()):
+        columns["reason"] = _NULLS
     plain = {name: getattr(found, name) for name in ("verdict", "n_rows", "n_levels", "best", "orientation")}
     return plain | {"plain": held(found.plain), "fixed": held(found.fixed), "associations": columns}
 
@@ -287,6 +301,7 @@ def _judgement_from_json(found: Mapping[str, Any], count: int) -> Judgement:
             chosen=(one, other),
             orientation=(sign, other_sign),
             holds=bool(part["holds"]),
+            reason=part.get("reason") or "",
         )
 
     if found["verdict"] not in get_args(Verdict) or not 0 <= found["best"] < count:
