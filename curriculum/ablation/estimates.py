@@ -103,7 +103,7 @@ def estimate(
     """
     values = numbers(values_SQ, "values", "SQ")
     _check(over, method, level, draws)
-    sets, items = values.shape
+    sets = len(values)
     scale = float(np.abs(values).max()) if scale is None else scale
     notes = []
     if over != "items" and sets == 1:

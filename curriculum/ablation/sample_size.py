@@ -182,9 +182,7 @@ def _for_one_set(values_Q: Floats, found: Needed) -> Needed:
 def _for_sets(values_SQ: Floats, by_set_S: Floats, found: Needed) -> Needed:
     sets, items = values_SQ.shape
     total = float(by_set_S.var(ddof=1))
-    found = replace(
-        found, sets=sets_needed(found.difference, math.sqrt(total), power=found.power, alpha=found.alpha)
-    )
+    found = replace(found, sets=sets_needed(found.difference, math.sqrt(total), power=found.power, alpha=found.alpha))
     if found.reason_items:
         return found
     within = _interaction(values_SQ)
@@ -197,7 +195,7 @@ def _interaction(values_SQ: Floats) -> float:
     """Mean square of the interaction of sets and items; at least 2 of each."""
     sets, items = values_SQ.shape
     rest = values_SQ - values_SQ.mean(axis=1, keepdims=True) - values_SQ.mean(axis=0) + values_SQ.mean()
-    return float((rest**2).sum()) / ((sets - 1) * (items - 1))
+    return float((rest**2).sum() / ((sets - 1) * (items - 1)))
 
 
 def _same_items(values_SQ: Floats, scale: float) -> str:

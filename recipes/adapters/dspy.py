@@ -72,9 +72,9 @@ class SparsortFewShot(Teleprompter):  # type: ignore[misc]
         unused = {name: why for name, predictor in predictors if (why := _why_unused(demos, predictor.signature, name))}
         if len(unused) == len(predictors) and demos:
             raise SparsortError(
-                f"no demonstration could be used. {' '.join(unused.values())} DSPy drops a demonstration that lacks every input or "
-                "every output, and the program would run without any. Rename the fields of the training examples, or those of "
-                "the signature, so that they agree."
+                f"no demonstration could be used. {' '.join(unused.values())} DSPy drops a demonstration that lacks every "
+                "input or every output, and the program would run without any. Rename the fields of the training examples, "
+                "or those of the signature, so that they agree."
             )
         for name, predictor in predictors:
             if name in unused:
@@ -128,7 +128,7 @@ def _why_unused(demos: Sequence[Example], signature: Any, predictor: str) -> str
     if any(_is_shown(demo, signature) for demo in demos):
         return ""
     inputs, outputs = ", ".join(signature.input_fields), ", ".join(signature.output_fields)
-    has = ", ".join(dict.fromkeys(name for demo in demos for name in demo.keys() if demo.get(name) is not None))
+    has = ", ".join(dict.fromkeys(name for demo in demos for name, value in demo.items() if value is not None))
     return (
         f"The predictor {predictor!r} has the inputs {inputs} and the outputs {outputs}; the training examples that were chosen "
         f"have {has or 'no field'}."
@@ -138,7 +138,8 @@ def _why_unused(demos: Sequence[Example], signature: Any, predictor: str) -> str
 def _is_shown(demo: Example, signature: Any) -> bool:
     """Whether a demonstration has an input and an output of the signature."""
     return all(
-        any(demo.get(name) is not None for name in fields) for fields in (signature.input_fields, signature.output_fields)
+        any(demo.get(name) is not None for name in fields)
+        for fields in (signature.input_fields, signature.output_fields)
     )
 
 

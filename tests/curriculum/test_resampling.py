@@ -255,7 +255,10 @@ def test_no_interval_and_no_p_without_variance(count: int, null: float) -> None:
 def test_why_there_is_no_interval() -> None:
     assert resampling.missing_interval(np.array([0.2]), "set") == "one set allows no interval"
     assert resampling.missing_interval(np.array([0.2, 0.9]), "set") == "two sets allow no interval"
-    assert resampling.missing_interval(np.zeros(4), "set") == "outcomes that do not differ between 4 sets allow no interval"
+    assert (
+        resampling.missing_interval(np.zeros(4), "set")
+        == "outcomes that do not differ between 4 sets allow no interval"
+    )
     noise = 1e-17 * np.arange(4.0)
     assert resampling.missing_interval(noise, "set") == ""
     assert "do not differ" in resampling.missing_interval(noise, "set", scale=1.0)

@@ -123,7 +123,9 @@ def test_a_program_that_could_use_no_demonstration_is_refused(signature: str, fi
     assert f"have {', '.join(['other', *fields])}." in told
     assert "Rename the fields" in told
     both = _made(TwoSteps)
-    with pytest.raises(SparsortError, match=r"'rewrite' has the inputs question.*'answer.predict' has the inputs question"):
+    with pytest.raises(
+        SparsortError, match=r"'rewrite' has the inputs question.*'answer.predict' has the inputs question"
+    ):
         SparsortFewShot(2, options).compile(both, trainset=[dspy.Example(n=str(n), m="a") for n in range(3)])
 
 
@@ -146,7 +148,9 @@ def test_demonstrations_of_which_dspy_would_drop_some_are_refused() -> None:
     bare = [dspy.Example(question=question, passage="One.") for question, _ in ROWS[2:]]
     program.demos = [*half, *bare]
     assert _shown(program) == 2
-    with pytest.raises(SparsortError, match=r"predictor 'self', 2 lack every input \(question, passage\) or every output"):
+    with pytest.raises(
+        SparsortError, match=r"predictor 'self', 2 lack every input \(question, passage\) or every output"
+    ):
         SparsortFewShot(4, FALLING).compile(program, trainset=[*half, *bare])
 
 

@@ -18,7 +18,6 @@ from sparsort.curriculum.ablation.report.rows import points
 from sparsort.curriculum.ablation.report.shape import Cell, Difference, Pooled
 from sparsort.curriculum.ablation.report.style import KIND_COLOUR, KIND_MARKER, Tips, colour
 
-
 # A tenth of a point of accuracy.
 _LEAST = 0.001
 

@@ -190,7 +190,9 @@ class PromptTexts(TypedDict):
 
 
 class Report(TypedDict):
-    """Everything. `warnings` come before all else. `demonstrations` lists, for every cell, the sets, prompts and orders to inspect (`inspection.py`); `texts` has
+    """Everything; `warnings` come before all else.
+
+    `demonstrations` lists, for every cell, the sets, prompts and orders to inspect (`inspection.py`); `texts` has
     their words by task."""
 
     format: str

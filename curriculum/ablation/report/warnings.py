@@ -1,7 +1,7 @@
 """What is said before all else: cells in which the model gives one label to nearly every row, whatever it is shown.
 
-Contract: from the cells of a report alone, over all random orders and sets of a cell together. Where the test rows themselves hold
-so much of that label, the warning says so: then the rows are one-sided, and the model may be right.
+Contract: from the cells of a report alone, over all random orders and sets of a cell together. Where the test rows themselves
+hold so much of that label, the warning says so: then the rows are one-sided, and the model may be right.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def one_label(cells: Sequence[Cell], model: object = None) -> list[OneLabel]:
         model: its name, where it is known.
     """
     name = None if model is None else str(model)
-    return [_warning(cell, name) for cell in cells if len(cell["labels"]) > 1 and _most(cell)[1] >= ONE_LABEL - _ROUNDING]
+    return [
+        _warning(cell, name) for cell in cells if len(cell["labels"]) > 1 and _most(cell)[1] >= ONE_LABEL - _ROUNDING
+    ]
 
 
 def _most(cell: Cell) -> tuple[int, float]:
@@ -47,7 +49,11 @@ def _warning(cell: Cell, model: str | None) -> OneLabel:
             "bad one. Choose test rows with more of the other labels."
         )
     else:
-        rest = "differences between orders come from the few other rows" if share < 1 - _ROUNDING else "orders cannot differ"
+        rest = (
+            "differences between orders come from the few other rows"
+            if share < 1 - _ROUNDING
+            else "orders cannot differ"
+        )
         said += (
             f"It is {percent(gold_share)} % of the gold labels, so accuracy here measures how often that label is right, not "
             f"what an order does: {rest}. Try another prompt or model"
