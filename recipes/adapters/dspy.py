@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 from sparsort.errors import SparsortError
 from sparsort.extras import need
+from sparsort.paths import spell
 from sparsort.recipes.adapters.demonstrations import BY_QUERY, SELECTORS, DemoChooser, DemoOptions
+from sparsort.values import is_missing
 
 need("dspy", "dspy", "an optimiser of DSPy")
 
@@ -102,11 +104,11 @@ def _compared_by_inputs(options: DemoOptions, trainset: Sequence[Example]) -> De
         names = list(trainset[0].inputs().keys())
     except ValueError:  # with_inputs was not called
         return options
-    return dataclasses.replace(options, prompt=" ".join(f"{{{name}}}" for name in names) or None)
+    return dataclasses.replace(options, prompt=" ".join(f"{{{spell([name])}}}" for name in names) or None)
 
 
 def _check_complete_alike(demos: Sequence[Example], fields: Sequence[str], predictor: str) -> None:
-    lacking = [[name for name in fields if demo.get(name) is None] for demo in demos]
+    lacking = [[name for name in fields if is_missing(demo.get(name))] for demo in demos]
     if any(lacking) and not all(lacking):
         names = dict.fromkeys(name for absent in lacking for name in absent)
         raise SparsortError(
