@@ -77,7 +77,8 @@ class _RowScorer(Scorer):
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
         if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
             raise SparsortError(
-                f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat, --messages) away."
+                f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away; of a conversation "
+                "(--messages) name a part instead, such as --prompt '{messages[0].content}'."
             )
         return _RowJob(self, request)
 

@@ -27,7 +27,7 @@ from sparsort.errors import SparsortError
 from sparsort.paths import spell
 from sparsort.scoring.columnar import arrow_reader, dataset_reader, merge, parquet_reader, table_reader
 from sparsort.scoring.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader, json_reader
-from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field
+from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
 
 _NEXT_STEP = {
     "IterableDataset": "Save it first, as JSONL or with datasets.Dataset.from_generator(lambda: iter(stream)).",
@@ -208,7 +208,7 @@ class RowSource:
             value = fields[column]
             what = f"holds {kind_of(value)}, not a text or a number"
             if is_missing(value):
-                what = "is null" if value is None else f"is {value}, which is a missing value"
+                what = f"is {missing_name(value)}"
             return SparsortError(f"{where}: the id field {column!r} {what}. Name another with id_column (--id-column).")
         why = "" if self._explicit else " (the first row has one, so it holds the ids)"
         near = difflib.get_close_matches(column, list(fields), n=1)

@@ -135,7 +135,10 @@ def _piece(template: str, literal: str, field: str, conversion: str | None, spec
         )
     if conversion not in (None, "r", "s", "a"):
         raise SparsortError(f"the template {template!r} asks for the conversion !{conversion}; choose !r, !s or !a.")
-    return Piece(literal, canonical(field), spec or "", conversion)
+    try:
+        return Piece(literal, canonical(field), spec or "", conversion)
+    except SparsortError as error:
+        raise SparsortError(f"the template {template!r}: {error}") from error
 
 
 def _values(template: str, fields: Mapping[str, Any], where: str, way_out: str) -> Iterator[tuple[Piece, Any]]:

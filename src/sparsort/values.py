@@ -48,6 +48,13 @@ def is_missing(value: Any) -> bool:
     return pandas is not None and (value is getattr(pandas, "NA", None) or value is getattr(pandas, "NaT", None))
 
 
+def missing_name(value: Any) -> str:
+    """What a missing value is called in a message."""
+    if value is None:
+        return "null"
+    return "NaN (a missing value)" if isinstance(value, (float, np.number)) else f"{value} (a missing value)"
+
+
 def has_text(value: Any) -> bool:
     """Whether a value that is there has a text of its own: text, numbers, booleans, dates and times, UUIDs."""
     if isinstance(value, np.generic):
@@ -58,7 +65,7 @@ def has_text(value: Any) -> bool:
 
 
 def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
-    """The text of a value that is there, as a template without a format writes it.
+    """The text of a value that is there, as `str` writes it.
 
     Args:
         value: the value.
@@ -73,7 +80,8 @@ def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
         return value
     if not has_text(value):
         raise not_text(value, field=field, where=where, way_out=way_out)
-    return format(scalar(value), "")
+    # A tensor's own text is its notation, "tensor(2.5)".
+    return str(value.item() if _is_scalar_tensor(value) else scalar(value))
 
 
 def scalar(value: Any) -> Any:
@@ -95,8 +103,7 @@ def missing_field(field: str, row: Mapping[str, Any], where: str) -> SparsortErr
     column, *steps = parse_field(field)
     if column in row:
         value = value_at(row, field, where=where)
-        nothing = "no value" if steps else "null"
-        what = nothing if value is None else f"{value} (a missing value)"
+        what = "no value" if steps and value is None else missing_name(value)
         return SparsortError(f"{where} has {what} in the field {field!r}. Give it a value, or leave the row out.")
     names = [str(name) for name in row]
     near = difflib.get_close_matches(column, names, n=1)
@@ -220,7 +227,7 @@ def _put(old: Any, steps: Sequence[str], value: Any) -> Any:
     if not steps:
         return value
     step, *rest = steps
-    if isinstance(old, Mapping) or not (is_list(old) or is_index(step)):
+    if isinstance(old, Mapping) or not is_index(step):
         held = dict(old) if isinstance(old, Mapping) else {}
         return {**held, step: _put(held.get(step), rest, value)}
     items, place = list(old) if is_list(old) else [], int(step)
