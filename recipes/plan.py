@@ -85,7 +85,8 @@ def make_plan(
     from sparsort.curriculum.loading.combine import COMBINATIONS
     from sparsort.curriculum.loading.drawing import check_figure, draw_plans
     from sparsort.curriculum.loading.plan import CurriculumPlan
-    from sparsort.curriculum.loading.planning import group_names, plan_curriculum
+    from sparsort.curriculum.loading.planning import plan_curriculum
+    from sparsort.curriculum.loading.ranking import group_names
     from sparsort.curriculum.loading.summary import summarise
     from sparsort.scoring.scores import Scores
     from sparsort.scoring.sources import open_rows

@@ -20,7 +20,7 @@ from sparsort.curriculum.loading.building import Spans, available, base_order, c
 from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combine
 from sparsort.curriculum.loading.fingerprints import places_of
 from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.ranking import by_id, row_type
+from sparsort.curriculum.loading.ranking import by_id, group_names, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
@@ -285,20 +285,6 @@ def _coded(groups: Sequence[Any], field: str, n: int, asked: CurriculumSettings)
             "Give every group a share, or leave its rows out of the data."
         )
     return codes.astype(np.int32), found
-
-
-def group_names(groups: Iterable[Any], field: str) -> list[str]:
-    """The name of each row's group.
-
-    Raises:
-        SparsortError: a group is missing, or has no text of its own.
-    """
-    values = list(groups)
-    if absent := [place for place, value in enumerate(values) if is_missing(value)]:
-        raise SparsortError(
-            f"{len(absent)} of {len(values)} rows have no {field!r}, such as row {absent[0]}: a group is needed of every row."
-        )
-    return [as_text(value, field=spell([field]), where=f"row {place}") for place, value in enumerate(values)]
 
 
 def _lengths(
