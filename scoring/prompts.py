@@ -419,5 +419,5 @@ def apply_chat_template(tokenizer: Any, turns: Sequence[tuple[str, str]], *, ask
         roles = ", ".join(role for role, _ in turns)
         raise RefusedTurnsError(
             f"this model's chat template refuses the turns {roles}: {error}. Leave out the system turn, or use a plain "
-            "prompt, without chat=True (--chat)."
+            "prompt instead of the chat template."
         ) from error
