@@ -28,9 +28,11 @@ from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
+from sparsort.paths import column_of
 from sparsort.progress import progress
 from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
+from sparsort.values import as_text, is_missing, value_at
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -261,7 +263,9 @@ def read_rows(
     else:
         others = _fields(on, prompt, None)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    counts = Counter(str(row[label]) for row in rows if row.get(label) is not None)
+    values = [value_at(row, label, where=f"row {row['id']!r}") for row in rows if column_of(label) in row]
+    present = [value for value in values if not is_missing(value)]
+    counts = Counter(as_text(value, field=label, where=Path(file).name) for value in present)
     return Given(demos=demos, queries=asked, counts=dict(sorted(counts.items())))
 
 

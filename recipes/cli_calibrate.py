@@ -19,6 +19,7 @@ from sparsort.recipes.options import (
     DtypeOption,
     IdOption,
     JsonOption,
+    MessagesOption,
     ModelOption,
     PromptOption,
     RevisionOption,
@@ -41,6 +42,7 @@ def calibrate(
     ],
     prompt: PromptOption = None,
     answer: AnswerOption = None,
+    messages: MessagesOption = None,
     system: SystemOption = None,
     chat: ChatOption = False,
     truncation: Annotated[
@@ -100,6 +102,7 @@ def calibrate(
         file,
         unescape(prompt),
         answer=unescape(answer),
+        messages=messages,
         system=unescape(system),
         chat=chat,
         truncation=truncation,  # type: ignore[arg-type]

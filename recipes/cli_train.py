@@ -47,16 +47,23 @@ def train(
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--text",
             "-t",
             help=r"Format string over the columns, such as '{question}\n{answer}'. An empty text is an error.",
             rich_help_panel=TEXT_PANEL,
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of whole conversations (ShareGPT, OpenAI, TRL), instead of --text; every token is learnt.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Plan made by 'sparsort plan' of these rows.", rich_help_panel=_CURRICULUM)
     ] = None,
@@ -181,7 +188,8 @@ def train(
     )
     result = run(
         file,
-        unescape(text) or "",
+        unescape(text),
+        messages=messages,
         out=out,
         plan=plan,
         scores=scores,

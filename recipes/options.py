@@ -37,6 +37,13 @@ AnswerOption = Annotated[
     str | None,
     typer.Option("--answer", "-a", help="Format string of the answer behind the prompt.", rich_help_panel=TEXT_PANEL),
 ]
+MessagesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of whole conversations (ShareGPT, OpenAI, TRL) instead of --prompt; the last assistant turn is the answer.",
+        rich_help_panel=TEXT_PANEL,
+    ),
+]
 SystemOption = Annotated[str | None, typer.Option(help="System turn; with --chat.", rich_help_panel=TEXT_PANEL)]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=TEXT_PANEL)]
 IdOption = Annotated[

@@ -86,6 +86,7 @@ def make_plan(
     from sparsort.curriculum.loading.drawing import check_figure, draw_plans
     from sparsort.curriculum.loading.plan import CurriculumPlan
     from sparsort.curriculum.loading.planning import plan_curriculum
+    from sparsort.curriculum.loading.ranking import group_names
     from sparsort.curriculum.loading.summary import summarise
     from sparsort.scoring.scores import Scores
     from sparsort.scoring.sources import open_rows
@@ -126,7 +127,7 @@ def make_plan(
         out=out,
         **settings.to_json(),
     )
-    shown = [str(row[show_groups]) for row in rows] if show_groups and rows else None
+    shown = group_names((row[show_groups] for row in rows), show_groups) if show_groups and rows else None
     summary = summarise(plan, epoch=epoch, lengths=tokens, groups=shown)
     if draw is not None:
         draw_plans({THIS: plan, **others} if others else plan, draw, epoch=epoch, lengths=tokens, groups=shown)

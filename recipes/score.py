@@ -105,7 +105,8 @@ class ScorerConfig:
         from sparsort.scoring.prompts import check_truncation
         from sparsort.scoring.sites import check_site
 
-        if self.found is not None and (asked := text.read()) is not None:
+        asked = text.read()
+        if self.found is not None and asked is not None:
             self.found.definition.refuse_other_prompt(asked)
         if self.metric not in METRICS:
             raise unknown_choice("metric", self.metric, METRICS)
@@ -118,8 +119,10 @@ class ScorerConfig:
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise SparsortError(f"{name} is {number}; it must be at least 1.")
-        if text.answer is None and (
-            self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer")
+        if (
+            text.answer is None
+            and (asked is None or asked.answer is None)
+            and (self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer"))
         ):
             raise SparsortError("this score reads the answer's tokens. Pass --answer, for example ' {answer}'.")
 
@@ -173,9 +176,10 @@ class ScorerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How a row becomes text; `prompt` is a format string, or chat turns."""
+    """How a row becomes text; `prompt` is a format string, chat turns or a `Prompt`, `messages` a column of conversations."""
 
-    prompt: str | Turns | None = None
+    prompt: str | Turns | Prompt | None = None
+    messages: str | None = None
     answer: str | None = None
     system: str | None = None
     chat: bool = False
@@ -187,15 +191,17 @@ class TextConfig:
         """The prompt, if one was given."""
         from sparsort.scoring.prompts import Prompt
 
-        if self.prompt is None:
-            return None
-        return Prompt.of(self.prompt, answer=self.answer, system=self.system, chat=self.chat)
+        return Prompt.given(self.prompt, messages=self.messages, answer=self.answer, system=self.system, chat=self.chat)
 
     def calibrated(self, found: Calibration | None) -> TextConfig:
         """This text with the prompt of a calibration, where none was given."""
         if found is None or self.prompt is not None:
             return self
         made = found.definition
+        if (column := made.prompt.messages) is not None and self.messages in (None, column):
+            return replace(self, prompt=made.prompt, messages=None)
+        if self.messages is not None:
+            return self
         if made.turns[0][0] == "text":
             return replace(self, prompt=made.turns[0][1], answer=self.answer or made.answer)
         turns = [{"role": role, "content": text} for role, text in made.turns]
@@ -251,10 +257,11 @@ def score_file(
     content = [str(scorer.column)] if reads_column else prompt.fields if prompt is not None else None
     source = open_rows(file, id_column=text.id_column, content=content)
     if prompt is not None:
-        source.require(prompt.fields)
+        source.require(prompt.fields, prompt)
     elif scorer.reads_text:
         raise SparsortError(
-            f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(source.columns())}."
+            "which columns make the prompt? Pass --prompt with columns in braces, or --messages with a column of conversations; "
+            f"this data has: {', '.join(source.columns())}."
         )
     scores = scorer.load().score(source, out=out, shard_rows=shard_rows, **text.options())
     return ScoreReport(

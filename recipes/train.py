@@ -29,6 +29,7 @@ from sparsort.recipes.train_run import Run
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.recipes.train_text import TrainText
     from sparsort.scoring.sources import RowSource
 
 
@@ -76,8 +77,9 @@ class TrainResult:
 
 def train(
     data: Any,
-    text: str,
+    text: str | None = None,
     *,
+    messages: str | None = None,
     out: str | Path,
     plan: str | Path | CurriculumPlan | None = None,
     scores: Any = None,
@@ -95,6 +97,8 @@ def train(
         data: rows, as `open_rows` takes them: a path, a list of dicts, a `datasets.Dataset`.
         text: format string over their columns. An end-of-text token follows each text. A row whose text is empty is
             refused, not left out.
+        messages: instead of text, the column that holds whole conversations (see `sparsort.scoring.conversations`), which the
+            model's chat template makes into texts. All their tokens are learnt.
         out: the folder to work in; called again it goes on where it was.
         plan: a plan of exactly these rows, in their order.
         scores: instead of a plan: `Scores` or their path, several by name, or one difficulty a row, (N,). They are matched
@@ -113,6 +117,8 @@ def train(
         SparsortError: rows, texts, scores, plan and settings that do not fit; a folder with another run; no model.
         KeyboardInterrupt: it was interrupted; a checkpoint of the last step was written, unless there are several processes.
     """
+    from sparsort.recipes.train_text import TrainText
+
     begin = time.perf_counter()
     curriculum = dict(curriculum or {})
     given = {name for name, value in {"plan": plan, "eval_data": eval_data}.items() if value is not None}
@@ -122,13 +128,14 @@ def train(
             f"the recipe sets {', '.join(asked.train)}, and config would set all of training. Give what differs from the recipe "
             "by name instead, such as learning_rate=1e-3."
         )
+    read = TrainText(template=text, messages=messages)
     config = make_config(config, **{**asked.train, **changes})
     run = Run(
         config=config,
         out=Path(out).expanduser(),
-        source=_open(data, text, id_column),
-        text=text,
-        held=None if eval_data is None else _open(eval_data, text, id_column),
+        source=_open(data, read, id_column),
+        text=read,
+        held=None if eval_data is None else _open(eval_data, read, id_column),
         curriculum={**asked.curriculum, **curriculum},
         groups=groups,
         plan=plan,
@@ -142,12 +149,11 @@ def train(
     return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
 
 
-def _open(data: Any, text: str, id_column: str | None) -> RowSource:
-    from sparsort.recipes.train_text import check_template
+def _open(data: Any, text: TrainText, id_column: str | None) -> RowSource:
     from sparsort.scoring.sources import open_rows
 
     source = open_rows(data, id_column=id_column)
-    check_template(text, source)
+    text.check(source)
     return source
 
 

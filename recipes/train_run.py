@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparsort.curriculum.loading.plan import CurriculumPlan
-    from sparsort.recipes.train_text import Kept, Tokens
+    from sparsort.recipes.train_text import Kept, Tokens, TrainText
     from sparsort.scoring.sources import RowSource
 
 _BATCH = 8  # of a device, where neither a plan nor the caller says
@@ -51,7 +51,7 @@ class Run:
     config: TrainConfig
     out: Path
     source: RowSource
-    text: str
+    text: TrainText
     held: RowSource | None
     curriculum: dict[str, Any]
     groups: str | None
@@ -113,12 +113,13 @@ class Run:
     def _known(self) -> dict[str, Any]:
         """What decides the losses, as far as it is known before the data is read."""
         settings = {name: getattr(self.config, name) for name in IDENTITY}
-        return {"text": self.text, **settings, **identity(self.sparse)}
+        return {**self.text.identity(), **settings, **identity(self.sparse)}
 
     def _check_model(self) -> Any:
         """The model's tokenizer. It and the settings fit each other, and the folder: so far nothing was written into it."""
         train_folder.compare(self.out, self._known())
         tokenizer = make_tokenizer(self.config.model)
+        self.text.check_tokenizer(tokenizer)
         if self.sparse is None:
             refuse_to_drop(self.config.model)
         else:

@@ -53,7 +53,8 @@ class Request:
             first = next(iter(source.rows()), None)
             columns = ", ".join(map(str, first.fields)) if first else "none"
             raise SparsortError(
-                f"this scorer reads text. Pass prompt='…' (--prompt) with columns in braces; this data has: {columns}."
+                "this scorer reads text. Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) for a "
+                f"column of conversations; this data has: {columns}."
             )
         return self.prompt_or_none
 
@@ -93,8 +94,9 @@ class Scorer(ABC):
     def score(
         self,
         data: Any,
-        prompt: str | Turns | None = None,
+        prompt: str | Turns | Prompt | None = None,
         *,
+        messages: str | None = None,
         answer: str | None = None,
         system: str | None = None,
         chat: bool = False,
@@ -110,7 +112,9 @@ class Scorer(ABC):
         Args:
             data: a path (.jsonl, .json, .csv, .tsv, .parquet, a saved `datasets` folder), a `datasets.Dataset`, or a list of
                 dicts.
-            prompt: format string over the columns, or chat turns (see `Prompt.of`).
+            prompt: format string over the columns, or chat turns (see `Prompt.of`); or a `Prompt`.
+            messages: instead, the column that holds whole conversations (see `sparsort.scoring.conversations`): their last
+                assistant turn is the answer, and the model's chat template is applied.
             answer: format string of the answer behind the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
             chat: put the prompt into the model's chat template.
@@ -129,10 +133,10 @@ class Scorer(ABC):
         Raises:
             SparsortError: bad input; the message says what to do.
         """
-        asked = Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None
+        asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
         source = open_rows(data, id_column=id_column, content=self.content(asked))
         if asked is not None:
-            source.require(asked.fields)
+            source.require(asked.fields, asked)
         request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length)
         folder = Path(out).expanduser() if out is not None else None
         job = self.prepare(source, request, like.provenance if like is not None else _previous(folder))

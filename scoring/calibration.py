@@ -84,7 +84,7 @@ class Definition:
         if asked.turns != self.turns:
             raise SparsortError(
                 f"this calibration is of the prompt {_shown(self.turns)}, and {_shown(asked.turns)} was asked for. What a score "
-                "says changes with the prompt: leave --prompt away to use the calibrated one, or calibrate the other."
+                "says changes with the prompt: leave --prompt away (--messages too) to use the calibrated one, or calibrate this."
             )
         if asked.answer != self.answer:
             what = f"reads the answer {self.answer!r}" if self.answer is not None else "reads the prompt alone"

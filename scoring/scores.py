@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically, write_json
+from sparsort.paths import spell
 from sparsort.scoring.sources import Row, digest_of, open_rows
+from sparsort.values import as_text, is_missing
 
 if TYPE_CHECKING:
     import datasets
@@ -142,18 +144,16 @@ class Scores:
         column, content = self.provenance.get("id_column"), self.provenance.get("content")
         found, difficulty, absent = np.full(len(rows), np.nan), self.difficulty, []
         for place, row in enumerate(rows):
-            name = row.get(column) if column else None
+            name = _id_of(row, column, place)
             digest = digest_of(row, content)
-            index = self._by_digest.get(digest) if name is None else self._by_id.get(str(name))
+            index = self._by_digest.get(digest) if name is None else self._by_id.get(name)
             if index is not None and content is not None and self._digests[index] != digest:
                 raise SparsortError(
-                    f"row {place} ({column} {str(name)!r}) is not the row that was scored under this id: "
+                    f"row {place} ({column} {name!r}) is not the row that was scored under this id: "
                     f"{', '.join(content)} differ. Score the rows that you have (sparsort score)."
                 )
             if index is None:
-                absent.append(
-                    f"row {place} ({'looked up by its content' if name is None else f'{column} {str(name)!r}'})"
-                )
+                absent.append(f"row {place} ({'looked up by its content' if name is None else f'{column} {name!r}'})")
             else:
                 found[place] = difficulty[index]
         if absent:
@@ -356,6 +356,12 @@ def _need_columns(names: Iterable[str]) -> None:
 
 def _unknown(what: str) -> dict[str, Any]:
     return {"scorer": "unknown", "note": f"read from {what}; how these numbers were made is not known"}
+
+
+def _id_of(row: Mapping[str, Any], column: str | None, place: int) -> str | None:
+    """The id of a row that is looked up; None where it has none and is found by its content."""
+    given = row.get(column) if column else None
+    return None if is_missing(given) else as_text(given, field=spell([str(column)]), where=f"row {place}")
 
 
 def _beside(path: Path) -> Path:

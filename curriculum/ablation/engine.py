@@ -24,6 +24,7 @@ from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.losses import LossScorer
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.scorers import SparsityScorer
+from sparsort.values import put
 
 # Raised when what is computed for a pair changes, so that older outcomes are not taken for it.
 VERSION = 1
@@ -86,7 +87,7 @@ class Engine:
 
     def loss(self, task: Task, rows: Rows) -> NDArray[np.float64]:
         """(N,) mean negative log-likelihood of each row's answer in nats a token."""
-        shown = [{**row, task.label: task.gold_text(row)} if not task.is_generation else dict(row) for row in rows]
+        shown = [dict(row) if task.is_generation else put(row, task.label, task.gold_text(row)) for row in rows]
         scores = self._loss_scorer.score(shown, answer=task.answer, **self._prompt(task))
         return np.asarray(scores.difficulty, dtype=np.float64)
 

@@ -24,6 +24,7 @@ from sparsort.curriculum.demos.pool import DemoPool, field_text
 from sparsort.curriculum.demos.rows import ID_FIELD
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.values import has_text, is_missing, not_text
 
 Fields = dict[str, Any]
 
@@ -218,7 +219,12 @@ def check_selector(name: str) -> str:
 
 
 def _identified(row: Mapping[str, Any], position: int, which: str) -> Fields:
-    return dict(row) | ({ID_FIELD: f"{which}:{position}"} if row.get(ID_FIELD) is None else {})
+    given = row.get(ID_FIELD)
+    if is_missing(given):
+        return dict(row) | {ID_FIELD: f"{which}:{position}"}
+    if not has_text(given):
+        raise not_text(given, field=ID_FIELD, where=f"row {position} of the {which} rows")
+    return dict(row)
 
 
 def _without_leaks(

@@ -8,15 +8,16 @@ query that is among its own demonstrations is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from sparsort.curriculum.demos.blocks import Blocks, conversation_blocks, template_blocks
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
-from sparsort.curriculum.demos.pool import input_fields, leaking_rows, only_field
+from sparsort.curriculum.demos.leaks import Leak
 from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.templates import render
+from sparsort.scoring.prompts import Prompt
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
@@ -54,8 +55,9 @@ def build_prompt(
     demos: Sequence[Row],
     query: Row | str,
     *,
-    prompt: str,
-    answer: str,
+    prompt: str | None = None,
+    answer: str | None = None,
+    messages: str | None = None,
     system: str | None = None,
     separator: str = "\n\n",
     chat: bool = False,
@@ -73,6 +75,7 @@ def build_prompt(
         query,
         prompt=prompt,
         answer=answer,
+        messages=messages,
         system=system,
         separator=separator,
         chat=chat,
@@ -90,8 +93,9 @@ def assemble(
     demos: Sequence[Row],
     query: Row | str,
     *,
-    prompt: str,
-    answer: str,
+    prompt: str | None = None,
+    answer: str | None = None,
+    messages: str | None = None,
     system: str | None = None,
     separator: str = "\n\n",
     chat: bool = False,
@@ -107,6 +111,9 @@ def assemble(
         query: the row to be answered, or its bare text where the prompt has one field.
         prompt: format string of a row's question, such as "Question: {question}\\nAnswer:".
         answer: format string of its answer, such as " {answer}"; it follows the prompt directly.
+        messages: instead of both, the column that holds whole conversations (see `sparsort.scoring.conversations`): each is shown
+            as chat turns up to its last assistant turn. A query is bare text, which is a user's turn, or a row of the same
+            column. The conversations' system turns must agree.
         system: an instruction, as it stands: the first block of the text, or the system turn.
         separator: what stands between blocks of text; not used in chat.
         chat: make user and assistant turns (answers stripped of the spaces around them) and put them through the
@@ -126,23 +133,20 @@ def assemble(
         raise unknown_choice("policy for what to drop", drop, get_args(Drop))
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
-    fields = input_fields(prompt)
-    row = query if isinstance(query, Mapping) else {only_field(fields): query}
-    names = [name_of(demo, position) for position, demo in enumerate(demos)]
-    questions = [render(prompt, demo, where=name) for demo, name in zip(demos, names, strict=True)]
-    answers = [render(answer, demo, where=name) for demo, name in zip(demos, names, strict=True)]
-    asked = render(prompt, row, where="the query")
-    if not allow_leaks:
-        _refuse_leaks(demos, row, fields)
+    chat = chat or messages is not None
+    blocks = _blocks(demos, query, prompt, answer, messages, system, find_leaks=not allow_leaks)
+    if blocks.leaks:
+        raise _leaking(demos, blocks.leaks)
     reader = load(DEFAULT_MODEL if tokenizer is None and max_tokens is not None else tokenizer)
 
     def prompt_with(kept: Sequence[int]) -> tuple[str, Messages | None]:
-        shown = [(questions[position], answers[position]) for position in kept]
         if chat:
-            messages = _turns(shown, asked, system)
-            return chat_text(reader, messages), messages
-        head = [system] if system else []
-        return separator.join([*head, *(question + reply for question, reply in shown), asked]), None
+            turns: Messages = [{"role": "system", "content": blocks.system}] if blocks.system else []
+            turns += [turn for position in kept for turn in blocks.turns[position]]
+            turns += blocks.asked_turns
+            return chat_text(reader, turns), turns
+        head = [blocks.system] if blocks.system else []
+        return separator.join([*head, *(blocks.texts[position] for position in kept), blocks.asked]), None
 
     kept, n_tokens = list(range(len(demos))), None
     if reader is not None:
@@ -150,14 +154,14 @@ def assemble(
         if max_tokens is None:
             n_tokens = count(prompt_with(kept)[0])
         else:
-            sizes = [len(question) + len(reply) for question, reply in zip(questions, answers, strict=True)]
+            sizes = [len(text) for text in blocks.texts]
             kept, n_tokens = _fit(sizes, max_tokens, drop, lambda chosen: count(prompt_with(chosen)[0]))
-    text, messages = prompt_with(kept)
+    text, shown = prompt_with(kept)
     dropped = [position for position in range(len(demos)) if position not in kept]
     return Assembled(
         text=text,
         add_special_tokens=not chat,
-        messages=messages,
+        messages=shown,
         kept=kept,
         dropped=dropped,
         n_tokens=n_tokens,
@@ -165,24 +169,35 @@ def assemble(
     )
 
 
-def _turns(shown: Sequence[tuple[str, str]], asked: str, system: str | None) -> Messages:
-    messages: Messages = [{"role": "system", "content": system}] if system else []
-    for question, reply in shown:
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": reply.strip()})
-    return [*messages, {"role": "user", "content": asked}]
+def _blocks(
+    demos: Sequence[Row],
+    query: Row | str,
+    prompt: str | None,
+    answer: str | None,
+    messages: str | None,
+    system: str | None,
+    *,
+    find_leaks: bool,
+) -> Blocks:
+    if messages is not None:
+        # Refuses what does not go with a conversation.
+        Prompt.given(prompt, messages=messages, answer=answer, system=system)
+        return conversation_blocks(demos, query, messages, find_leaks=find_leaks)
+    if prompt is None or answer is None:
+        raise SparsortError(
+            "a prompt needs prompt= and answer=, format strings such as 'Question: {question}\\nAnswer:' and ' {answer}', or "
+            "messages=, the column of whole conversations."
+        )
+    return template_blocks(demos, query, prompt, answer, system, find_leaks=find_leaks)
 
 
-def _refuse_leaks(demos: Sequence[Row], query: Row, fields: list[str]) -> None:
-    found = leaking_rows(demos, query, fields)
-    if not found:
-        return
+def _leaking(demos: Sequence[Row], leaks: Sequence[Leak]) -> SparsortError:
     who = [
         name_of(demos[leak.demo], leak.demo)
         + (" (the same text)" if leak.kind == "exact" else f" (similarity {leak.similarity:.2f})")
-        for leak in found
+        for leak in leaks
     ]
-    raise SparsortError(
+    return SparsortError(
         f"the query is among its own demonstrations, so its answer is given away: {listed(who)}. "
         "Leave it out of the demonstrations, or pass allow_leaks=True."
     )

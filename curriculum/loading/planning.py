@@ -20,11 +20,13 @@ from sparsort.curriculum.loading.building import Spans, available, base_order, c
 from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combine
 from sparsort.curriculum.loading.fingerprints import places_of
 from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.ranking import by_id, row_type
+from sparsort.curriculum.loading.ranking import by_id, group_names, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.paths import spell
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import digest_of
+from sparsort.values import as_text, is_missing, number_array
 
 Given = Scores | str | Path | ArrayLike
 _SHOWN = 5
@@ -153,6 +155,8 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
         if not isinstance(given, Scores):
             try:
                 given = np.asanyarray(given)
+                if given.dtype == object and given.ndim == 1:
+                    given = number_array(given)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise SparsortError(
                     f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
@@ -239,9 +243,9 @@ def _ids(
         if not isinstance(first, Scores) or column is None:
             return None
         named = first.ids if data is None else [row.get(column) for row in data]
-        if any(name is None for name in named):  # rows that were found by their content have their place alone
+        if any(map(is_missing, named)):  # rows that were found by their content have their place alone
             return None
-        ids = [str(name) for name in named]
+        ids = [as_text(name, field=spell([column]), where=f"row {place}") for place, name in enumerate(named)]
     if len(ids) != n:
         raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id a row, or none.")
     order = by_id(ids)
@@ -256,15 +260,15 @@ def _groups(
             "quotas need the group of each row: pass groups, one a row or the name of a field of the data."
         )
     if isinstance(groups, str):
-        rows = data if data is not None else []
-        if absent := [place for place, row in enumerate(rows) if row.get(groups) is None]:
-            raise SparsortError(
-                f"{len(absent)} of {n} rows have no {groups!r}, such as row {absent[0]}: a group is needed of every row."
-            )
-        groups = [row[groups] for row in rows]
+        return _coded([row.get(groups) for row in data or []], groups, n, asked)
+    return _coded(groups, "groups", n, asked)
+
+
+def _coded(groups: Sequence[Any], field: str, n: int, asked: CurriculumSettings) -> tuple[NDArray[np.int32], list[str]]:
+    """(n,) the number of each row's group, and the groups' names."""
     if len(groups) != n:
         raise SparsortError(f"{len(groups)} groups for {n} rows: pass one group a row.")
-    names, codes = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
+    names, codes = np.unique(np.array(group_names(groups, field)), return_inverse=True)
     found = [str(name) for name in names]
     for name, share in (asked.quotas or {}).items():
         if name not in found:

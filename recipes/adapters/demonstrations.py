@@ -232,5 +232,5 @@ def _difficulty(rows: Sequence[Row], options: DemoOptions) -> NDArray[np.float64
             f"{name_of(rows[first], first)} has no field {column!r}, which score_column= names (of {len(rows)} rows "
             f"{len(absent)} lack it); it has: {', '.join(map(str, rows[first]))}. A row without a score has null there."
         )
-    values = [np.nan if row[column] is None else row[column] for row in rows]
+    values = [row[column] for row in rows]
     return resolve(values, rows, argument=f"the column {column!r}").values

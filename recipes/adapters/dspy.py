@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 from sparsort.errors import SparsortError
 from sparsort.extras import need
+from sparsort.paths import spell
 from sparsort.recipes.adapters.demonstrations import BY_QUERY, SELECTORS, DemoChooser, DemoOptions
+from sparsort.values import is_missing
 
 need("dspy", "dspy", "an optimiser of DSPy")
 
@@ -120,7 +122,7 @@ def _compared_by_inputs(options: DemoOptions, trainset: Sequence[Example]) -> De
         names = list(trainset[0].inputs().keys())
     except ValueError:  # with_inputs was not called
         return options
-    return dataclasses.replace(options, prompt=" ".join(f"{{{name}}}" for name in names) or None)
+    return dataclasses.replace(options, prompt=" ".join(f"{{{spell([name])}}}" for name in names) or None)
 
 
 def _why_unused(demos: Sequence[Example], signature: Any, predictor: str) -> str:
@@ -128,7 +130,7 @@ def _why_unused(demos: Sequence[Example], signature: Any, predictor: str) -> str
     if any(_is_shown(demo, signature) for demo in demos):
         return ""
     inputs, outputs = ", ".join(signature.input_fields), ", ".join(signature.output_fields)
-    has = ", ".join(dict.fromkeys(name for demo in demos for name, value in demo.items() if value is not None))
+    has = ", ".join(dict.fromkeys(name for demo in demos for name, value in demo.items() if not is_missing(value)))
     return (
         f"The predictor {predictor!r} has the inputs {inputs} and the outputs {outputs}; the training examples that were chosen "
         f"have {has or 'no field'}."
@@ -138,13 +140,13 @@ def _why_unused(demos: Sequence[Example], signature: Any, predictor: str) -> str
 def _is_shown(demo: Example, signature: Any) -> bool:
     """Whether a demonstration has an input and an output of the signature."""
     return all(
-        any(demo.get(name) is not None for name in fields)
+        any(not is_missing(demo.get(name)) for name in fields)
         for fields in (signature.input_fields, signature.output_fields)
     )
 
 
 def _check_kept_alike(demos: Sequence[Example], signature: Any, predictor: str) -> None:
-    lacking = [[name for name in signature.fields if demo.get(name) is None] for demo in demos]
+    lacking = [[name for name in signature.fields if is_missing(demo.get(name))] for demo in demos]
     if any(lacking) and not all(lacking):
         names = dict.fromkeys(name for absent in lacking for name in absent)
         raise SparsortError(
@@ -159,7 +161,7 @@ def _check_kept_alike(demos: Sequence[Example], signature: Any, predictor: str) 
             f"({', '.join(signature.input_fields)}) or every output ({', '.join(signature.output_fields)}), and DSPy would show "
             "nothing of them. Give training examples that have the same fields."
         )
-    if absent := [name for name in signature.input_fields if all(demo.get(name) is None for demo in demos)]:
+    if absent := [name for name in signature.input_fields if all(is_missing(demo.get(name)) for demo in demos)]:
         _LOG.warning(
             "The demonstrations of the predictor %r lack the input %s; DSPy shows them as incomplete examples.",
             predictor,
