@@ -26,6 +26,9 @@ from sparsort.scoring.prompts import Encoded, Encoder, Rendered
 
 # The name of the rule above; stored outcomes of queries for which it matters are filed under it.
 RULE = "continuation"
+# Characters of the prefix, in whole chunks, with which a query is tokenised: a chunk may be a part of a word ("x'" + "v" before
+# "ed"), and what stands before that part decides how the word is cut.
+_CONTEXT = 32
 # Texts tokenised at once.
 _AT_ONCE = 1024
 # Queries that are kept with their ids.
@@ -172,7 +175,7 @@ class TreeEncoder:
         Raises:
             SparsortError: a query without tokens, an answer that adds none, or a text that is not Unicode.
         """
-        left = chunks[-1] if chunks else ""
+        left = _end_of(chunks)
         key = (tuple(answers), own)
         if len(self._trees) > _KEPT:
             self._trees.clear()
@@ -289,6 +292,16 @@ def _without(passage: Passage, length: int) -> Passage:
     """A passage whose stem's first tokens have become part of the prefix."""
     starts = tuple(start - length for start in passage.starts)
     return replace(passage, stem=passage.stem[length:], starts=starts)
+
+
+def _end_of(chunks: Sequence[str]) -> str:
+    """The last chunks, as many as hold `_CONTEXT` characters."""
+    end = ""
+    for chunk in reversed(chunks):
+        end = chunk + end
+        if len(end) >= _CONTEXT:
+            break
+    return end
 
 
 def _bare(text: str) -> Rendered:
