@@ -118,10 +118,12 @@ class AnswerReader:
             raise SparsortError("there are no queries to answer. Give at least one.")
         layout = self.lay_out(chunks, queries, answers).shared()
         before = self.reader.n_tokens
-        gathered = _Gathered(layout.passages)
-        for segments, places in layout.groups():
-            self._read(segments, layout.passages, places, gathered)
-        log_p, features = self._finish(gathered, len(answers))
+        if self.backbone.depends_on_length:
+            # Of one stem the states differ with what follows it: the query and each of its answers are read by themselves.
+            features = self._scored(layout.of_queries(), 0)[1]
+            log_p = np.concatenate([self._scored(layout.of_answer(n), 1)[0] for n in range(len(answers))], axis=1)
+        else:
+            log_p, features = self._scored(layout, len(answers))
         return Answers(
             log_p=log_p,
             n_tokens=layout.answer_lengths(len(answers)),
@@ -157,10 +159,7 @@ class AnswerReader:
             lead = "" if all(openings) or not chunks else chunks[-1]
             shared = chunks[: len(chunks) - bool(lead)]
             layout = self.lay_out(shared, [lead + opening for opening in openings], texts, own=True)
-        gathered = _Gathered(layout.passages)
-        for segments, places in layout.groups():
-            self._read(segments, layout.passages, places, gathered)
-        return -self._finish(gathered, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
+        return -self._scored(layout, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
 
     def lay_out(
         self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False, room: int = 0
@@ -222,6 +221,13 @@ class AnswerReader:
                     f"made for {limit}. Use fewer shots or shorter demonstrations{fewer}."
                 )
 
+    def _scored(self, layout: Layout, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(Q, L) log-probabilities and (Q, F) features."""
+        gathered = _Gathered(layout.passages)
+        for segments, places in layout.groups():
+            self._read(segments, layout.passages, places, gathered)
+        return self._finish(gathered, n_answers)
+
     def _read(
         self,
         segments: Sequence[Sequence[int]],
@@ -268,11 +274,11 @@ class AnswerReader:
                 continue
             for number, text in enumerate(piece.rows.tolist()):
                 row, chain, _ = texts[text]
-                stem = len(passages[row].stem)
+                length = len(passages[row].stem)
                 for token in gathered.wanted[row]:
                     # Tokens of other chains are read in other texts.
-                    at = (token if token < stem else token - chain + stem) - piece.start
-                    if (token < stem or token >= chain) and 0 <= at < piece.lengths[number]:
+                    at = (token if token < length else token - chain + length) - piece.start
+                    if (token < length or token >= chain) and 0 <= at < piece.lengths[number]:
                         gathered.put(row, token, {site: block[number, at] for site, block in piece.states.items()})
 
     def _finish(self, gathered: _Gathered, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -115,6 +115,18 @@ class Layout:
         passages = [passage if passage.whole else _without(passage, length) for passage in self.passages]
         return Layout(segments=[*self.segments, stems[0][:length]], passages=passages)
 
+    def of_queries(self) -> Layout:
+        """The queries without their answers."""
+        passages = [replace(p, stem=p.stem + p.rest, rest=(), branches=(), starts=()) for p in self.passages]
+        return replace(self, passages=passages)
+
+    def of_answer(self, answer: int) -> Layout:
+        """One answer of each query, without what the query alone adds to the stem."""
+        passages = [
+            replace(p, rest=(), branches=(p.branches[answer],), starts=(p.starts[answer],)) for p in self.passages
+        ]
+        return replace(self, passages=passages)
+
     def answer_lengths(self, count: int) -> NDArray[np.int64]:
         """(Q, count) scored tokens of each answer."""
         lengths = [

@@ -155,6 +155,35 @@ def test_a_number_is_that_of_its_prompt_and_answer_alone(
         check(reader, cut(prefix, borders), asked, given_labels)
 
 
+def test_a_model_whose_states_depend_on_the_length_of_the_text(make_tiny_model: Callable[..., Path]) -> None:
+    # Texts of more than 24 tokens turn all of their states by other angles: the longer answer's, not the shorter one's.
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "factor": 8.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+    folder = make_tiny_model("llama", rope_parameters=rope, max_position_embeddings=192)
+    loaded = load_model(str(folder), dtype="float32")
+    reader = AnswerReader(loaded)
+    assert reader.backbone.depends_on_length
+    query, labels = "Question: How many apples are left ?\nAnswer:", [" five", " five of the seven apples are left"]
+    short, long = (len(loaded.tokenizer(query + label)["input_ids"]) for label in labels)
+    assert short < 24 < long - 1
+    for given_labels in (labels, labels[::-1], labels[:1], labels[1:]):
+        found = reader.answers([], [query], given_labels)
+        for place, label in enumerate(given_labels):
+            # As the harness has it, the last token is not read.
+            whole, start = loaded.tokenizer(query + label)["input_ids"], len(loaded.tokenizer(query)["input_ids"])
+            with torch.inference_mode():
+                log_p = loaded.model(input_ids=torch.tensor([whole[:-1]])).logits[0].double().log_softmax(-1)
+            expected = sum(float(log_p[at - 1, whole[at]]) for at in range(start, len(whole)))
+            assert found.log_p[0, place] == pytest.approx(expected, abs=1e-3)
+        np.testing.assert_allclose(found.features, reader.answers([], [query], labels[:1]).features, rtol=1e-4)
+
+
 @settings(max_examples=200)
 @given(
     kind=st.sampled_from(["bytes", "space", "words"]),
@@ -191,6 +220,21 @@ def test_the_input_that_showed_it() -> None:
     assert joined.log_p[0, 1] == pytest.approx(alone.log_p[0, 0], abs=1e-4)
     np.testing.assert_allclose(joined.features, alone.features, rtol=1e-3)
     check(reader, ["A: x\n\n"], ["Q: entail"], ["ment", " no"])
+
+
+def test_in_chat_the_whitespace_that_ends_the_turns_is_scored_too() -> None:
+    reader = AnswerReader(make_loaded(TOKENIZERS["words"]), chat=True)
+    tokenizer, prompt = reader.loaded.tokenizer, "<bos>Question: 5\nAnswer:\n"
+    context, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt.rstrip(), prompt + "no")
+    )
+    assert whole[: len(context)] == context
+    found = reader.answers([], [prompt], ["An", "no"])
+    with torch.inference_mode():
+        log_p = reader.loaded.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    expected = sum(float(log_p[place - 1, whole[place]]) for place in range(len(context), len(whole)))
+    assert found.log_p[0, 1] == pytest.approx(expected, abs=1e-3)
+    assert tokenizer.decode(whole[len(context) :]) == "\nno"
 
 
 def test_features_are_those_of_the_text_that_generation_continues(
