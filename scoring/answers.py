@@ -120,10 +120,11 @@ class AnswerReader:
         before = self.reader.n_tokens
         if self.backbone.depends_on_length:
             # Of one stem the states differ with what follows it: the query and each of its answers are read by themselves.
-            features = self._scored(layout.of_queries(), 0)[1]
-            log_p = np.concatenate([self._scored(layout.of_answer(n), 1)[0] for n in range(len(answers))], axis=1)
+            nothing, features = self._score(layout.of_queries(), 0)
+            columns = [self._score(layout.of_answer(number), 1)[0] for number in range(len(answers))]
+            log_p = np.concatenate([nothing, *columns], axis=1)
         else:
-            log_p, features = self._scored(layout, len(answers))
+            log_p, features = self._score(layout, len(answers))
         return Answers(
             log_p=log_p,
             n_tokens=layout.answer_lengths(len(answers)),
@@ -159,7 +160,7 @@ class AnswerReader:
             lead = "" if all(openings) or not chunks else chunks[-1]
             shared = chunks[: len(chunks) - bool(lead)]
             layout = self.lay_out(shared, [lead + opening for opening in openings], texts, own=True)
-        return -self._scored(layout, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
+        return -self._score(layout, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
 
     def lay_out(
         self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False, room: int = 0
@@ -221,7 +222,7 @@ class AnswerReader:
                     f"made for {limit}. Use fewer shots or shorter demonstrations{fewer}."
                 )
 
-    def _scored(self, layout: Layout, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _score(self, layout: Layout, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(Q, L) log-probabilities and (Q, F) features."""
         gathered = _Gathered(layout.passages)
         for segments, places in layout.groups():

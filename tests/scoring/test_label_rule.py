@@ -172,7 +172,7 @@ def test_a_model_whose_states_depend_on_the_length_of_the_text(make_tiny_model: 
     query, labels = "Question: How many apples are left ?\nAnswer:", [" five", " five of the seven apples are left"]
     short, long = (len(loaded.tokenizer(query + label)["input_ids"]) for label in labels)
     assert short < 24 < long - 1
-    for given_labels in (labels, labels[::-1], labels[:1], labels[1:]):
+    for given_labels in (labels, labels[::-1], labels[:1], labels[1:], []):
         found = reader.answers([], [query], given_labels)
         for place, label in enumerate(given_labels):
             # As the harness has it, the last token is not read.
