@@ -290,7 +290,7 @@ class _Asking:
         self._post_norm = POST_NORM
         self._task, self._orders = task, orders_RK
         self._reader = AnswerReader(loaded, chat=task.chat)
-        self._texts = Texts(task, loaded.tokenizer if task.chat else None)
+        self._texts = Texts(task, loaded.tokenizer)
         self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
         self.tokens_read = 0
 

@@ -118,12 +118,10 @@ class Collector:
         ablation: the recipe.
         store: its outcomes.
         tasks: the recipe's tasks with their rows, by name.
-        tokenizer: for tasks in chat.
+        tokenizer: that of the model whose outcomes they are.
     """
 
-    def __init__(
-        self, ablation: Ablation, store: OutcomeStore, tasks: Mapping[str, TaskData], tokenizer: Any = None
-    ) -> None:
+    def __init__(self, ablation: Ablation, store: OutcomeStore, tasks: Mapping[str, TaskData], tokenizer: Any) -> None:
         self._ablation, self._store, self._tasks = ablation, store, tasks
         self._texts = {name: Texts(data.task, tokenizer) for name, data in tasks.items()}
         self.incomplete: list[str] = []
@@ -378,7 +376,9 @@ class Collector:
         for query, text in enumerate(one.data.test_texts):
             for r, order in enumerate(one.random):
                 demos = one.showing.demos(query, order)
-                places[query, r] = row.get(one.texts.pair(one.texts.prefix(demos), one.texts.query(demos, text)), -1)
+                places[query, r] = row.get(
+                    one.texts.own_pair(one.texts.prefix(demos), one.texts.query(demos, text)), -1
+                )
         return -outcomes.log_p[places, 0].astype(np.float64) if places.min() >= 0 else None
 
     def _chosen_by_query(self, name: str, sets: list[tuple[_Set, list[_Read]]], random: list[Arm], choice: Ints) -> Arm:

@@ -81,10 +81,7 @@ class Run:
     def __init__(self, ablation: Ablation, engine: Engine, store: OutcomeStore) -> None:
         self._ablation, self._engine, self._store = ablation, engine, store
         self.tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
-        self._texts = {
-            name: Texts(data.task, engine.loaded.tokenizer if data.task.chat else None)
-            for name, data in self.tasks.items()
-        }
+        self._texts = {name: Texts(data.task, engine.loaded.tokenizer) for name, data in self.tasks.items()}
         self._kept: dict[tuple[str, str], Any] = {}
         self.tokens_read = 0
         for data in self.tasks.values():
@@ -176,7 +173,8 @@ class Run:
     def _ask(self, name: str, group: str, asks: Iterable[Ask], answer: Answer | None = None) -> None:
         """Ask what the store does not know, prefix by prefix, those that begin alike together."""
         data, texts = self.tasks[name], self._texts[name]
-        by_pair = {texts.pair(chunks, query): (chunks, query) for chunks, query in asks}
+        pair_of = texts.pair if answer is None else texts.own_pair
+        by_pair = {pair_of(chunks, query): (chunks, query) for chunks, query in asks}
         missing: dict[tuple[str, ...], list[tuple[tuple[str, str], str]]] = {}
         for pair in self._store.missing(group, list(by_pair)):
             chunks, query = by_pair[pair]
@@ -286,7 +284,7 @@ class Run:
         asks = [(texts.prefix(demos), texts.query(demos, data.test_texts[query])) for query, demos in shown]
         # A chat template that cannot be cut leaves no query apart from its demonstrations.
         self._ask(name, group, [(chunks, asked) for chunks, asked in asks if chunks], self._lose)
-        return [texts.pair(chunks, asked) for chunks, asked in asks]
+        return [texts.own_pair(chunks, asked) for chunks, asked in asks]
 
     def _lose(
         self, task: Task, chunks: Sequence[str], queries: Sequence[str], pairs: Sequence[tuple[str, str]]

@@ -5,7 +5,7 @@ is `query_text` and, directly behind it, the answer template filled with the row
 query is `query_text` alone. Everything that can be wrong with a task is said when it is made, and everything that can
 be wrong between a task and its data by `check_rows`, before any model runs.
 
-A label whose text begins another's ("number", "number of") is allowed: what follows it decides, see `scoring.answers`.
+A label whose text begins another's ("number", "number of") is allowed: what follows it decides, see `texts.Texts`.
 """
 
 from __future__ import annotations
