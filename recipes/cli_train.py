@@ -63,7 +63,8 @@ def train(
     fingerprint: Annotated[
         str | None,
         typer.Option(
-            help="Your name for the data, as given to 'sparsort plan', instead of comparing rows.", rich_help_panel=_CURRICULUM
+            help="Your name for the data, as given to 'sparsort plan', instead of comparing rows.",
+            rich_help_panel=_CURRICULUM,
         ),
     ] = None,
     verify: Annotated[

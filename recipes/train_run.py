@@ -77,9 +77,9 @@ class Run:
             raise SparsortError("held-out rows come from eval_data (--eval-data): leave eval_share (--eval-share) out.")
         if self.plan is None:
             if self.fingerprint is not None or not self.verify:
-                given = "verify=False (--no-verify)" if not self.verify else "fingerprint (--fingerprint)"
+                option = "fingerprint (--fingerprint)" if self.verify else "verify=False (--no-verify)"
                 raise SparsortError(
-                    f"{given} concerns a plan that was made before: give one with plan (--plan), or leave it out. Scores are "
+                    f"{option} concerns a plan that was made before: give one with plan (--plan), or leave it out. Scores are "
                     "matched to the rows by id or content."
                 )
             if self.scores is None and not _ignores_difficulty(self.curriculum):

@@ -20,8 +20,8 @@ from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combi
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.ranking import by_id, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
-from sparsort.curriculum.loading.verification import content_digest as content_digest
 from sparsort.curriculum.loading.verification import check_name, ids_from, note_rows
+from sparsort.curriculum.loading.verification import content_digest as content_digest
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.scores import Scores
 

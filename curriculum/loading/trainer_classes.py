@@ -81,7 +81,7 @@ def _nearest_class(trainer: type, mixin: type) -> type:
 def _refusal(cls: type, how: str, args: Any) -> SparsortError:
     kept = " and shuffle_dataset=False" if hasattr(args, "shuffle_dataset") else ""
     return SparsortError(
-        f"{cls.__name__} ({cls.__module__}) chooses its own training batches ({how}), and a curriculum would take that from it, so "
-        f"use it without CurriculumMixin, on rows that are in order already (train_dataset.select(plan.order){kept}), or mix the "
-        "curriculum into a trainer that leaves batches to transformers' Trainer, such as SFTTrainer or DPOTrainer."
+        f"{cls.__name__} chooses its own training batches ({how}), which a curriculum would replace: use it without "
+        f"CurriculumMixin, on rows that are in order already (train_dataset.select(plan.order){kept}), or mix the curriculum "
+        "into a trainer that leaves batches to transformers' Trainer, such as TRL's SFTTrainer or DPOTrainer."
     )

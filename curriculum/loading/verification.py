@@ -152,29 +152,32 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
     """
     if same_name(plan, fingerprint):
         return
-    ids, content = plan.notes.get(IDS), plan.notes.get(CONTENT)
     first = _fields(next(iter(rows), {}))
-    fields = content["fields"] if content else []
-    has_ids = ids is not None and ids["column"] in first
-    has_content = _says_something(content, plan.n_rows) and all(field in first for field in fields or ())
+    ids: dict[str, Any] = plan.notes.get(IDS) or {}
+    content: dict[str, Any] = plan.notes.get(CONTENT) or {}
+    if ids and ids["column"] not in first:
+        ids = {}
+    fields = content.get("fields")
+    if not _says_something(content, plan.n_rows) or any(field not in first for field in fields or ()):
+        content = {}
     found_ids, found_content = _Digest(), _Digest()
-    for place, row in enumerate(rows if has_ids or has_content else ()):
-        if has_ids:
+    for place, row in enumerate(rows if ids or content else ()):
+        if ids:
             name = id_text(_fields(row).get(ids["column"]))
             _check_id(ids, place, name)
             found_ids.add(str(name))
-        if has_content:
+        if content:
             digest = _content(row, fields)
             if fields is not None and content["sample"].get(str(place), digest) != digest:
                 raise _other_content(fields, place)
             found_content.add(digest)
-    if has_ids and found_ids.hex() != ids["digest"]:
+    if ids and found_ids.hex() != ids["digest"]:
         raise _other_ids(ids)
-    if has_content and found_content.hex() != content["digest"]:
+    if content and found_content.hex() != content["digest"]:
         if fields is not None:
             raise SparsortError(f"{_OTHER_ROWS}: the content of {' and '.join(fields)} differs. {_again()}")
-        has_content = False
-    if not has_ids and not has_content:
+        content = {}
+    if not ids and not content:
         raise incomparable(plan, fingerprint, command=True)
 
 
@@ -229,12 +232,18 @@ def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool
         if known
         else "the plan was made from numbers alone, so it knows neither ids nor contents"
     )
-    keep = f"Keep the column {ids['column']!r} in the dataset" if ids else "Keep an id column in the data and the dataset"
+    keep = (
+        f"Keep the column {ids['column']!r} in the dataset" if ids else "Keep an id column in the data and the dataset"
+    )
     plans = "" if data_was_noted(plan) else " (and plan with plan_curriculum(scores, data=rows))"
     names = "fingerprint='a name for the data'" if name is None else f"fingerprint={name!r}"
     here = "to this call" if not command else "here (--fingerprint)"
     skip = "verify=False (--no-verify)" if command else "verify=False"
-    given = f" The dataset is fingerprint={fingerprint!r}, and the plan has no name." if fingerprint and name is None else ""
+    given = (
+        f" The dataset is fingerprint={fingerprint!r}, and the plan has no name."
+        if fingerprint and name is None
+        else ""
+    )
     return SparsortError(
         f"cannot tell whether these are the rows that the plan was made for: {why}.{given} {keep}{plans}; or pass the same "
         f"{names} to plan_curriculum, which stores it, and {here}; or pass {skip} to train without this check."
@@ -262,7 +271,11 @@ def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> 
     return (
         len(set(names)) > 1
         or (len(ids) == 2 and ids[0]["column"] == ids[1]["column"] and ids[0]["digest"] != ids[1]["digest"])
-        or (len(content) == 2 and content[0]["fields"] == content[1]["fields"] and content[0]["digest"] != content[1]["digest"])
+        or (
+            len(content) == 2
+            and content[0]["fields"] == content[1]["fields"]
+            and content[0]["digest"] != content[1]["digest"]
+        )
     )
 
 
@@ -370,7 +383,7 @@ def _content_agrees(noted: Mapping[str, Any] | None, rows: Any, n_rows: int) -> 
     return bool(places)
 
 
-def _says_something(noted: Mapping[str, Any] | None, n_rows: int) -> bool:
+def _says_something(noted: Mapping[str, Any], n_rows: int) -> bool:
     """Rows that are all alike, such as objects without a readable content, would agree in any order."""
     return bool(noted) and (n_rows == 1 or len(set(noted["sample"].values())) > 1)
 

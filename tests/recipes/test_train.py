@@ -248,7 +248,7 @@ def test_a_plan_of_rows_that_changed_since_is_refused(data: Path, tmp_path: Path
     for rows in ([*lines[:3], changed, *lines[4:]], lines[::-1]):
         (tmp_path / "changed.jsonl").write_text("".join(rows), encoding="utf-8")
         asked = (tmp_path / "changed.jsonl", "--text", TEXT, "--plan", tmp_path / "plan", "--out", tmp_path / "run")
-        assert "differ or stand in another order" in " ".join(_cli(*asked, code=2).output.split())
+        assert "not the rows that the plan was made for" in " ".join(_cli(*asked, code=2).output.split())
 
 
 @pytest.mark.parametrize(
