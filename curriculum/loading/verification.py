@@ -466,9 +466,13 @@ def _only(rows: Any, fields: Sequence[str]) -> Any:
 
 
 def _common_fields(rows: Any, id_column: str) -> list[str]:
-    """The fields that every row has, in the order of their names, without the id where there are others."""
+    """The fields that every row has, in the order of their names, without the id where there are others.
+
+    Of a `datasets.Dataset`, without images, sounds and other columns that would have to be decoded.
+    """
     if names := getattr(rows, "column_names", None):
-        common = set(names)
+        features = getattr(rows, "features", None) or {}
+        common = {name for name in names if not hasattr(features.get(name), "decode_example")}
     else:
         common = set(_fields(next(iter(rows), {})))
         for row in rows:
