@@ -97,13 +97,11 @@ def _arguments(folder: Path, **options: Any) -> TrainingArguments:
         "num_train_epochs": 2,
         "save_steps": 1,
         "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
         "learning_rate": 0.01,
         "seed": 3,
     }
-    return TrainingArguments(str(folder), **{**defaults, **options})
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(str(folder), **{**defaults, **quiet, **options})
 
 
 def _trainer(

@@ -253,8 +253,8 @@ def test_a_plan_of_rows_that_changed_since_is_refused(data: Path, tmp_path: Path
 
 def test_a_plan_that_knows_nothing_of_its_rows_is_taken_by_name_or_unverified(data: Path, tmp_path: Path) -> None:
     n = len((data / "rows.jsonl").read_text(encoding="utf-8").splitlines())
-    plan_curriculum(np.arange(n), batch_size=8, out=tmp_path / "plan")
-    plan_curriculum(np.arange(n), batch_size=8, fingerprint="rows v1", out=tmp_path / "named")
+    plan_curriculum(list(range(n)), batch_size=8, out=tmp_path / "plan")
+    plan_curriculum(list(range(n)), batch_size=8, fingerprint="rows v1", out=tmp_path / "named")
     asked = (data / "rows.jsonl", "--text", TEXT, "--max-steps", "1", "--out", tmp_path / "run")
     said = " ".join(_cli(*asked, "--plan", tmp_path / "plan", code=2).output.split())
     assert "cannot tell whether these are the rows" in said
