@@ -67,6 +67,16 @@ def train(
     plan: Annotated[
         Path | None, typer.Option(help="Plan made by 'sparsort plan' of these rows.", rich_help_panel=_CURRICULUM)
     ] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            help="Your name for the data, as given to 'sparsort plan', instead of comparing rows.",
+            rich_help_panel=_CURRICULUM,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the rows with those of --plan.", rich_help_panel=_CURRICULUM)
+    ] = True,
     scores: Annotated[
         Path | None,
         typer.Option(help="Scores made by 'sparsort score', to plan here.", rich_help_panel=_CURRICULUM),
@@ -197,6 +207,8 @@ def train(
         groups=groups,
         eval_data=eval_data,
         id_column=id_column,
+        fingerprint=fingerprint,
+        verify=verify,
         recipe=recipe,
         **settings,
     )

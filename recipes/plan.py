@@ -56,6 +56,7 @@ def make_plan(
     weights: Mapping[str, float] | None = None,
     epoch: int = 0,
     out: str | Path | None = None,
+    fingerprint: str | None = None,
     draw: str | Path | None = None,
     beside: Mapping[str, str | Path] | None = None,
 ) -> Planned:
@@ -72,6 +73,7 @@ def make_plan(
         weights: of the scores in "rank_average".
         epoch: that is summed up and drawn.
         out: folder for the plan.
+        fingerprint: your own name for the data, as of `plan_curriculum`.
         draw: file for the figure: .png, .pdf or .svg.
         beside: name → folder of a plan that was saved before, over the same rows, to draw beside this one.
 
@@ -125,6 +127,7 @@ def make_plan(
         combination=combination,
         weights=weights,
         out=out,
+        fingerprint=fingerprint,
         **settings.to_json(),
     )
     shown = group_names((row[show_groups] for row in rows), show_groups) if show_groups and rows else None

@@ -87,6 +87,8 @@ def train(
     groups: str | None = None,
     eval_data: Any = None,
     id_column: str | None = None,
+    fingerprint: str | None = None,
+    verify: bool = True,
     config: TrainConfig | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     **changes: Any,
@@ -100,7 +102,7 @@ def train(
         messages: instead of text, the column that holds whole conversations (see `sparsort.scoring.conversations`), which the
             model's chat template makes into texts. All their tokens are learnt.
         out: the folder to work in; called again it goes on where it was.
-        plan: a plan of exactly these rows, in their order.
+        plan: a plan of exactly these rows, in their order. All ids and contents are compared with those that it was made for.
         scores: instead of a plan: `Scores` or their path, several by name, or one difficulty a row, (N,). They are matched
             to the rows by id or content. Not needed where the curriculum does not look at them.
         curriculum: with scores, the settings of `CurriculumSettings`. `batch_size` is per_device_batch × accumulate ×
@@ -108,6 +110,9 @@ def train(
         groups: with scores, the column that names each row's group.
         eval_data: held-out rows, of the same columns.
         id_column: the column that identifies a row.
+        fingerprint: with a plan, your own name for the data. Where the plan was made with a name too, the names are compared
+            instead of the rows.
+        verify: False takes a plan for any data with as many rows.
         config: how to train; `changes` are fields of it that differ.
         recipe: "sparse" or another of `RECIPES`, a TOML file, or tables as it has them: settings of training, curriculum and
             sparse attention, which `curriculum` and `changes` go before. Its [train] stands for `config`. Its order of batches
@@ -138,6 +143,8 @@ def train(
         held=None if eval_data is None else _open(eval_data, read, id_column),
         curriculum={**asked.curriculum, **curriculum},
         groups=groups,
+        fingerprint=fingerprint,
+        verify=verify,
         plan=plan,
         scores=scores,
         sparse=asked.sparse and asked.sparse.seeded(config.seed),

@@ -58,6 +58,8 @@ class Run:
     plan: str | Path | CurriculumPlan | None
     scores: Any
     sparse: SparseTraining | None = None
+    fingerprint: str | None = None
+    verify: bool = True
 
     @property
     def eval_share(self) -> float:
@@ -74,6 +76,12 @@ class Run:
         if self.held is not None and self.eval_share:
             raise SparsortError("held-out rows come from eval_data (--eval-data): leave eval_share (--eval-share) out.")
         if self.plan is None:
+            if self.fingerprint is not None or not self.verify:
+                option = "fingerprint (--fingerprint)" if self.verify else "verify=False (--no-verify)"
+                raise SparsortError(
+                    f"{option} concerns a plan that was made before: give one with plan (--plan), or leave it out. Scores are "
+                    "matched to the rows by id or content."
+                )
             if self.scores is None and not _ignores_difficulty(self.curriculum):
                 raise SparsortError(
                     "a curriculum needs scores: give a folder that sparsort score made (--scores FOLDER) or a plan "
@@ -164,12 +172,15 @@ class Run:
         from sparsort.curriculum.loading.planning import plan_curriculum
         from sparsort.curriculum.loading.settings import CurriculumSettings
         from sparsort.curriculum.loading.trainer import check_global_batch
+        from sparsort.curriculum.loading.verification import verify_every_row
 
         config, settings = self.config, dict(self.curriculum)
         share = config.accumulate * processes
         if self.plan is not None:
             plan = self.plan if isinstance(self.plan, CurriculumPlan) else CurriculumPlan.open(self.plan)
-            _check_rows(plan, rows, tokens)
+            _check_lengths(plan, tokens)
+            if self.verify:
+                verify_every_row(plan, rows, fingerprint=self.fingerprint)
         else:
             settings.setdefault("seed", config.seed)
             if settings.get("batch_size") is None and settings.get("token_budget") is None:
@@ -261,19 +272,12 @@ def _held_out(n: int, share: float, seed: int) -> NDArray[np.bool_]:
     return held
 
 
-def _check_rows(plan: CurriculumPlan, rows: Kept, tokens: Tokens) -> None:
-    """Refuse a plan of other rows, as far as it knows them."""
-    from sparsort.curriculum.loading.planning import content_digest
-
+def _check_lengths(plan: CurriculumPlan, tokens: Tokens) -> None:
+    """Refuse a plan of another number of rows, or of shorter ones where their lengths make its batches."""
     if plan.n_rows != len(tokens.lengths):
         raise SparsortError(
             f"the plan is of {plan.n_rows} rows and the data has {len(tokens.lengths)}: it was made for other rows. "
             "Give the file that was planned, whole and in its order, or plan this one (sparsort plan)."
-        )
-    if (noted := plan.notes.get("content")) and content_digest(rows, noted["fields"]) != noted["digest"]:
-        raise SparsortError(
-            "the data has as many rows as the plan, but they differ or stand in another order: the file was changed since, or "
-            "it is another. Give the file that was planned, or plan this one (sparsort score, sparsort plan)."
         )
     if plan.lengths is None or not plan.settings.needs_lengths:
         return

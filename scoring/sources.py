@@ -338,8 +338,8 @@ def _plain(value: Any) -> Any:
     """A JSON form, the same in every process, of what JSON has none for."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"bytes:{hashlib.blake2b(value, digest_size=16).hexdigest()}"
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
+    if callable(listed := getattr(value, "tolist", None)):  # NumPy's arrays and numbers, torch's tensors
+        return listed()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (set, frozenset)):

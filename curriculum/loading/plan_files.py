@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.loading.verification import noted_for_other_rows
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically, write_json
 
@@ -29,10 +31,15 @@ def write_plan(folder: Path, described: Mapping[str, Any], arrays: Mapping[str, 
         SparsortError: the folder holds another plan, or the disk refuses.
     """
     shapes = {name: [str(array.dtype), len(array)] for name, array in arrays.items()}
-    whole = {"format": FORMAT, "version": VERSION, **described, "arrays": shapes}
+    whole: dict[str, Any] = {"format": FORMAT, "version": VERSION, **described, "arrays": shapes}
     if (folder / _FILE).exists():
-        if read_description(folder)["fingerprint"] != described["fingerprint"]:
+        there = read_description(folder)
+        if there["fingerprint"] != described["fingerprint"] or noted_for_other_rows(there["notes"], described["notes"]):
             raise SparsortError(f"{folder} already holds another plan. Choose another folder, or delete it.")
+        # The same batches over the same rows, of which more may be known than an older sparsort noted.
+        whole["notes"] = {**there["notes"], **described["notes"]}
+        if json.loads(json.dumps(whole["notes"])) != there["notes"] and os.access(folder, os.W_OK):
+            write_json(folder / _FILE, {**whole, "digest": _digest(whole)})
         return
     if folder.is_dir() and (
         others := sorted(path.name for path in folder.iterdir() if path.suffix not in (".npy", ".tmp"))

@@ -12,6 +12,7 @@ otherwise walk over the data up to the checkpoint) and as it was when `train` re
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from sparsort.curriculum.loading.packing import PackedCollator
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.trainer_callback import CurriculumCallback
 from sparsort.curriculum.loading.trainer_callback import last_whole_checkpoint as last_whole_checkpoint
+from sparsort.curriculum.loading.trainer_classes import refuse_own_batches
+from sparsort.curriculum.loading.verification import check_name, rows_agree, verify_rows
 from sparsort.errors import SparsortError
 
 if TYPE_CHECKING:
@@ -43,9 +46,16 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
     Args:
         curriculum: the plan of the training data's rows, or the folder that `plan.save` wrote.
+        fingerprint: your own name for the training data, as of `CurriculumLoader`.
+        verify: compare `train_dataset`, as it is given and before any column is removed, with what the plan knows of its
+            rows. False takes any dataset with as many rows.
         online: measure the difficulty of the examples while training on them, and plan anew from it at the edges of stages
             (`OnlineCurriculum`). The checkpoints then hold a folder `curriculum` with what was learnt.
         args, kwargs: of the Trainer beside it.
+
+    Raises:
+        SparsortError: a trainer that chooses its own batches (`trainer_classes`), or a `train_dataset` without the plan's
+            rows in their order, or without anything that could be compared with them (`verification`).
     """
 
     def __init__(
@@ -53,6 +63,8 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         *args: Any,
         curriculum: CurriculumPlan | str | Path,
         online: OnlineDifficulty | None = None,
+        fingerprint: str | None = None,
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
         if not isinstance(curriculum, (CurriculumPlan, str, Path)):
@@ -70,7 +82,16 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self.curriculum = (
             curriculum if isinstance(curriculum, CurriculumPlan) else CurriculumPlan.open(Path(curriculum))
         )
+        check_name(fingerprint)
+        self._fingerprint, self._verify = fingerprint, verify
+        # All of this before the model is loaded, and before the class beside removes columns from the data.
+        passed = _passed(super().__init__, args, kwargs)
+        refuse_own_batches(type(self), CurriculumMixin, passed.get("args"))
+        given = passed.get("train_dataset")
+        if given is not None and verify:
+            verify_rows(self.curriculum, given, fingerprint=fingerprint)
         super().__init__(*args, **kwargs)
+        self._verified = self._verify_prepared(given)
         # The first to be called, so that the others see the epoch that it puts right.
         self.callback_handler.callbacks.insert(0, CurriculumCallback())
 
@@ -110,6 +131,10 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise SparsortError("training needs train_dataset=, the data that the plan was made for.")
         self._check_parallelism()
+        if self._verify and self.train_dataset is not self._verified:
+            # Given after construction.
+            verify_rows(self.curriculum, self.train_dataset, fingerprint=self._fingerprint)
+            self._verified = self.train_dataset
         if self.curriculum.settings.batch_size is not None:
             check_global_batch(
                 self.curriculum.settings.batch_size,
@@ -130,6 +155,8 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            fingerprint=self._fingerprint,
+            verify=False,  # the whole dataset was, with the columns that are removed here
         )
         self._learn(loader)
         return loader
@@ -170,6 +197,16 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / _ONLINE
             self._learning.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def _verify_prepared(self, given: Any) -> Any:
+        """The dataset that counts as compared after construction: the one that was given, as the class beside prepared it."""
+        prepared = self.train_dataset
+        if given is None:
+            return None
+        if prepared is not given and self._verify and self._fingerprint is None:
+            # Ids alone: templates may have changed the contents, and a class may have dropped the columns.
+            rows_agree(self.curriculum, prepared, content=False)
+        return prepared
 
     def _learn(self, loader: CurriculumLoader) -> None:
         self._stop_learning()
@@ -248,6 +285,15 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
 class CurriculumTrainer(CurriculumMixin):
     """transformers' Trainer in the order of a plan: `CurriculumTrainer(model, args, curriculum=plan, train_dataset=data)`."""
+
+
+def _passed(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as far as the signature names them."""
+    try:
+        bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # for the call itself to report
+        return kwargs
+    return {**bound, **kwargs}
 
 
 def check_global_batch(batch_size: int, per_device: int, accumulation: int, processes: int) -> None:

@@ -53,6 +53,11 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             SparsortError: the checkpoint holds no curriculum, another one, or one that stands at another step.
         """
         loader: CurriculumLoader = kwargs["train_dataloader"]
+        if not isinstance(loader, CurriculumLoader):
+            raise SparsortError(
+                f"training would follow a {type(loader).__name__} instead of the plan: get_train_dataloader was overridden. "
+                "Return the loader of super().get_train_dataloader()."
+            )
         if state.global_step > 0:
             _resume(loader, state, type(self).__name__)
         self._loader, self.processes = loader, args.world_size

@@ -65,7 +65,7 @@ def setting(
     plan = plan_curriculum(rng.normal(size=N), seed=3, **PLANS[plan_name])
     toy = Toy(torch.randn((N, WIDTH), generator=torch.Generator().manual_seed(2)))
     loader = CurriculumLoader(
-        plan, dataset, rank=rank, world_size=world_size, micro_batches=micro_batches, num_workers=workers
+        plan, dataset, rank=rank, world_size=world_size, micro_batches=micro_batches, num_workers=workers, verify=False
     )
     return toy, loader
 
@@ -257,7 +257,7 @@ def test_a_plan_that_cannot_be_revised_is_refused_at_once(settings: dict[str, An
     plan = plan_curriculum(np.arange(N), lengths=np.full(N, 2), **settings)
     toy, loader = setting("pool")
     with pytest.raises(SparsortError, match=message):
-        OnlineCurriculum(toy, CurriculumLoader(plan, loader.dataset, collate_fn=list))
+        OnlineCurriculum(toy, CurriculumLoader(plan, loader.dataset, collate_fn=list, verify=False))
     with pytest.raises(SparsortError, match="running difficulty is of 5 rows"):
         OnlineCurriculum(toy, loader, running=RunningDifficulty(5))
 

@@ -97,13 +97,11 @@ def _arguments(folder: Path, **options: Any) -> TrainingArguments:
         "num_train_epochs": 2,
         "save_steps": 1,
         "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
         "learning_rate": 0.01,
         "seed": 3,
     }
-    return TrainingArguments(str(folder), **{**defaults, **options})
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(str(folder), **{**defaults, **quiet, **options})
 
 
 def _trainer(
@@ -114,6 +112,7 @@ def _trainer(
         _model(),
         _arguments(folder, **options),
         curriculum=_plan() if plan is None else plan,
+        verify=False,
         online=online,
         train_dataset=data,
         eval_dataset=data if evaluate else None,
@@ -279,7 +278,7 @@ def test_a_mixin_works_on_another_trainer_and_on_a_plain_list(tmp_path: Path) ->
         seen: list[Step]
         losses: int
 
-    plan = _plan().save(tmp_path / "plan")
+    plan = _plan(data=_rows()).save(tmp_path / "plan")
     trainer = Mixed(_model(), _arguments(tmp_path, max_steps=3), curriculum=plan.folder, train_dataset=_rows())
     trainer.train()
     assert _global(trainer.seen) == [plan.batch(number).tolist() for number in range(3)]

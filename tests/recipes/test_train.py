@@ -248,7 +248,23 @@ def test_a_plan_of_rows_that_changed_since_is_refused(data: Path, tmp_path: Path
     for rows in ([*lines[:3], changed, *lines[4:]], lines[::-1]):
         (tmp_path / "changed.jsonl").write_text("".join(rows), encoding="utf-8")
         asked = (tmp_path / "changed.jsonl", "--text", TEXT, "--plan", tmp_path / "plan", "--out", tmp_path / "run")
-        assert "differ or stand in another order" in " ".join(_cli(*asked, code=2).output.split())
+        assert "not the rows that the plan was made for" in " ".join(_cli(*asked, code=2).output.split())
+
+
+def test_a_plan_that_knows_nothing_of_its_rows_is_taken_by_name_or_unverified(data: Path, tmp_path: Path) -> None:
+    n = len((data / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    plan_curriculum(list(range(n)), batch_size=8, out=tmp_path / "plan")
+    plan_curriculum(list(range(n)), batch_size=8, fingerprint="rows v1", out=tmp_path / "named")
+    asked = (data / "rows.jsonl", "--text", TEXT, "--max-steps", "1", "--out", tmp_path / "run")
+    said = " ".join(_cli(*asked, "--plan", tmp_path / "plan", code=2).output.split())
+    assert "cannot tell whether these are the rows" in said
+    assert "here (--fingerprint); or pass verify=False (--no-verify)" in said
+    _cli(*asked, "--plan", tmp_path / "named", "--fingerprint", "rows v2", code=2)
+    _cli(*asked, "--plan", tmp_path / "named", "--fingerprint", "rows v1")
+    with pytest.raises(SparsortError, match=r"verify=False \(--no-verify\) concerns a plan that was made before"):
+        train(data / "rows.jsonl", TEXT, out=tmp_path / "other", scores=data / "scores", verify=False, **CONFIG)
+    result = train(data / "rows.jsonl", TEXT, out=tmp_path / "free", plan=tmp_path / "plan", verify=False, max_steps=1)
+    assert result.steps == 1
 
 
 @pytest.mark.parametrize(
