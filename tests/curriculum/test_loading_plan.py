@@ -367,7 +367,7 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
         CurriculumPlan.open(tmp_path / "plan")
     description.write_text(text)
     np.save(tmp_path / "plan" / "order.npy", np.arange(5, dtype=np.uint32))
-    with pytest.raises(SparsortError, match="bytes, and .* were written"):
+    with pytest.raises(SparsortError, match=r"bytes, and .* were written"):
         CurriculumPlan.open(tmp_path / "plan")
     (tmp_path / "plan" / "order.npy").unlink()
     with pytest.raises(SparsortError, match="it is missing"):

@@ -1,9 +1,9 @@
 """The folder of a plan: whatever is damaged in it is refused, in the present version and in the one without digests."""
 
+import copy
 import json
 import logging
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -47,6 +47,14 @@ def batches_of(plan):
     return [plan.batch(number, epoch).tolist() for epoch in (0, 1) for number in range(plan.n_batches)]
 
 
+def is_refused(folder):
+    try:
+        CurriculumPlan.open(folder)
+    except SparsortError:
+        return True
+    return False
+
+
 def test_the_plans_here_have_every_array():
     names = {name for plan in PLANS for name in plan_of(plan)._arrays}
     every = {"difficulty", "order", "ids", "lengths", "groups", "group_edges", "available"}
@@ -63,9 +71,7 @@ def test_any_damage_to_any_file_is_refused(name, tmp_path, damages):
         for what in damages(path):
             if path.exists() and path.read_bytes().split() == before.split():
                 continue  # the line break at the end of plan.json
-            with pytest.raises(SparsortError, match="plan"):
-                CurriculumPlan.open(tmp_path / "plan")
-                pytest.fail(f"{path.name}: {what}")
+            assert is_refused(tmp_path / "plan"), (path.name, what)
             tried += 1
     assert tried > 30
     assert batches_of(CurriculumPlan.open(tmp_path / "plan")) == whole
@@ -157,9 +163,9 @@ def test_a_read_only_folder_of_the_old_version_is_read_and_saved_to(tmp_path, mo
 
 
 def test_a_process_maps_the_plan_that_it_was_given_and_no_other(tmp_path):
-    sent = pickle.dumps(plan_of("paced").save(tmp_path / "plan"))
-    assert batches_of(pickle.loads(sent)) == batches_of(plan_of("paced"))
+    plan = plan_of("paced").save(tmp_path / "plan")
+    assert batches_of(copy.copy(plan)) == batches_of(plan_of("paced"))  # by way of its pickled state
     shutil.rmtree(tmp_path / "plan")
     plan_of("packed").save(tmp_path / "plan")
     with pytest.raises(SparsortError, match="holds another plan than when it was opened"):
-        pickle.loads(sent)
+        copy.copy(plan)
