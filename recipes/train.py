@@ -131,7 +131,7 @@ def train(
         held=None if eval_data is None else _open(eval_data, text, id_column),
         curriculum={**asked.curriculum, **curriculum},
         groups=groups,
-        plan=plan,
+        plan=_opened(plan),
         scores=scores,
         sparse=asked.sparse and asked.sparse.seeded(config.seed),
     )
@@ -140,6 +140,13 @@ def train(
     with _global_state_kept():
         result = run.result()
     return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
+
+
+def _opened(plan: str | Path | CurriculumPlan | None) -> CurriculumPlan | None:
+    """The plan, refused here, before anything is written, where it is missing or damaged."""
+    from sparsort.curriculum.loading.plan import CurriculumPlan
+
+    return CurriculumPlan.open(plan) if isinstance(plan, str | Path) else plan
 
 
 def _open(data: Any, text: str, id_column: str | None) -> RowSource:

@@ -16,9 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,6 @@ _STATE = "trainer_state.json"
 # Trainer's JIT checkpoints have it while they are written.
 _PASSING = ("checkpoint-is-incomplete.txt",)
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
-_UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError)
 
 # What the first process says instead of a step.
 _DAMAGED, _NONE = -1, -2
@@ -70,7 +66,9 @@ def choose(asked: str | Path | bool | None, args: Any) -> tuple[Path | None, lis
     """
     if not asked:
         return None, []
-    folder, passed_over, problem = Path(args.output_dir), [], None
+    folder = Path(args.output_dir)
+    passed_over: list[Path] = []
+    problem: SparsortError | None = None
     found = folder if asked is True else Path(asked)
     if args.process_index == 0:
         try:
@@ -216,9 +214,8 @@ def _contradictions(checkpoint: Path, state: Any, own: dict[str, Any]) -> Iterat
     if checkpoint in _checkpoints(checkpoint.parent) and step != _step(checkpoint):
         yield f"{_STATE} is of step {step!r}"
     yield from _missing(checkpoint, own)
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and (problem := _unreadable(path)):
-            yield f"{path.relative_to(checkpoint)} cannot be read ({problem})"
+    if problem := manifests.unreadable_in(checkpoint):
+        yield problem
 
 
 def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
@@ -253,28 +250,3 @@ def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is missing"
     if not has("rng_state"):
         yield "the random state is missing"
-
-
-def _unreadable(path: Path) -> str | None:
-    """Why a file of a kind that can be checked by itself is not whole; None where it is, or where nothing can be said."""
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            return str(error)
-    elif path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="numpy"):
-                pass
-        except (SafetensorError, ValueError) as error:
-            return str(error)
-    elif path.suffix in (".pt", ".pth", ".bin"):
-        try:
-            with zipfile.ZipFile(path) as records:
-                broken = records.testzip()
-        except _UNREADABLE_ZIP as error:
-            return str(error)
-        return broken and f"the record {broken} has changed"
-    return None

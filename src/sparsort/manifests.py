@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ from sparsort.files import write_json
 FILE = "sparsort-manifest.json"
 FORMAT, VERSION = "sparsort-manifest", 1
 _AT_ONCE = 8
+_UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError)
 
 
 def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
@@ -67,6 +71,41 @@ def damage_in(folder: Path) -> str | None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         problems = pool.map(lambda item: _damage(folder, *item), found["files"].items())
         return next(filter(None, problems), None)
+
+
+def unreadable_in(folder: Path) -> str | None:
+    """What of a folder without a manifest is not whole, in words, as far as files tell it themselves; None if nothing is.
+
+    JSON must parse, safetensors have a header that fits their size, and records that torch.save wrote have their CRC.
+    """
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if problem := _unreadable(path):
+            return f"{path.relative_to(folder)} cannot be read ({problem})"
+    return None
+
+
+def _unreadable(path: Path) -> str | None:
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return str(error)
+    elif path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            return str(error)
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        try:
+            with zipfile.ZipFile(path) as records:
+                broken = records.testzip()
+        except _UNREADABLE_ZIP as error:
+            return str(error)
+        return broken and f"the record {broken} has changed"
+    return None
 
 
 def _damage(folder: Path, name: str, record: dict[str, Any]) -> str | None:

@@ -252,9 +252,11 @@ def test_a_kill_before_the_manifest_leaves_the_checkpoint_before(
             raise KeyboardInterrupt
         seal_checkpoint(checkpoint)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "seal_checkpoint", kill)
-        _trainer(tmp_path, save_total_limit=1).train()
+    killed = _trainer(tmp_path, save_total_limit=1)
+    monkeypatch.setattr(checkpoints, "seal_checkpoint", kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    monkeypatch.undo()
     assert newest_intact(tmp_path) == (tmp_path / "checkpoint-2", [tmp_path / "checkpoint-3"])
     trainer = _trainer(tmp_path, save_total_limit=1)
     trainer.train(resume_from_checkpoint=True)
@@ -310,9 +312,10 @@ def test_what_is_pushed_to_the_hub_has_its_manifest(tmp_path: Path) -> None:
             self.pushed.append(damage_of(Path(checkpoint_folder)) is None)
 
     class Mine(CurriculumMixin, Hub):
-        pushed: list[bool] = []
+        pass
 
     trainer = _trainer(tmp_path, Mine, max_steps=2)
+    trainer.pushed = []
     trainer.args.push_to_hub = True
     trainer.train()
     assert trainer.pushed == [True, True]

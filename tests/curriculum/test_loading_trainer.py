@@ -28,6 +28,7 @@ from transformers import (
     default_data_collator,
 )
 
+from sparsort.curriculum.loading.checkpoints import seal_checkpoint
 from sparsort.curriculum.loading.online import OnlineDifficulty
 from sparsort.curriculum.loading.pacing import Pacing
 from sparsort.curriculum.loading.plan import CurriculumPlan
@@ -407,6 +408,7 @@ def test_a_position_that_does_not_belong_to_the_step_is_refused(whole: tuple[Pat
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["global_step"] = 5
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    seal_checkpoint(checkpoint)
     with pytest.raises(SparsortError, match=r"step 5.*step 4.*earlier checkpoint"):
         _trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
