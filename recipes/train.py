@@ -2,7 +2,7 @@
 
 Contract: everything lies in one folder: `run.json` as it was asked for, `plan/`, `tokens/`, `checkpoints/`, `history.jsonl`
 and, at the end, `model/` and `result.json`. Killed at any time and called again with the same arguments, it goes on from
-the last whole checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
+the newest intact checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
 over a finished folder give the result again; other arguments are refused with what differs. Under torchrun or
 `accelerate launch` every process calls it.
 

@@ -207,7 +207,7 @@ def _train(trainer: TextTrainer) -> None:
         try:
             trainer.train(resume_from_checkpoint=True)
         except NoCheckpointError as error:
-            _LOG.warning("%s", str(error).rpartition(" Train from ")[0] + " Training begins at the first step.")
+            _LOG.warning("%s", str(error).partition(" Train from ")[0] + " Training begins at the first step.")
         else:
             return
     trainer.train()

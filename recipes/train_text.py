@@ -147,9 +147,9 @@ def tokenise(rows: Kept, text: str, tokenizer: Any, *, max_length: int, folder: 
 
     digest = _digest(rows, text, f"{_VERSION} {hash_tokenizer(tokenizer)} {max_length}")
     path = folder / f"tokens-{digest}.arrow"
-    if not _is_intact(path):
+    if not is_intact(path):
         _write(rows, text, tokenizer, max_length, path)
-        write_json(_record(path), integrity.seal(integrity.record_of(path)))
+        write_json(_record(path), integrity.seal({path.name: integrity.record_of(path)}))
     dataset = datasets.Dataset.from_file(str(path))
     lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
     cut = np.count_nonzero(dataset.data.column("n_tokens").to_numpy() > lengths)
@@ -160,15 +160,15 @@ def _record(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _is_intact(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether the ids are there as they were written; what is damaged is reported."""
     if not (path.exists() and _record(path).exists()):
         return False
     try:
         record = json.loads(_record(path).read_text(encoding="utf-8"))
         sealed = isinstance(record, dict) and integrity.is_sealed(record)
-        problem = integrity.damage(path, record) if sealed else "its record has changed since it was written"
-    except (OSError, ValueError) as error:
+        problem = integrity.damage(path, record[path.name]) if sealed else "its record has changed since it was written"
+    except (OSError, ValueError, KeyError) as error:
         problem = f"it cannot be checked ({error})"
     if problem:
         _LOG.warning("%s is damaged: %s. The texts are tokenised again.", path, problem)

@@ -51,12 +51,15 @@ def open_for_writing(checkpoint: Path) -> None:
     (checkpoint / _STATE).unlink(missing_ok=True)
 
 
-def choose(asked: str | Path | bool | None, args: Any) -> tuple[Path | None, list[Path]]:
+def choose(
+    asked: str | Path | bool | None, args: Any, *, may_be_missing: bool = False
+) -> tuple[Path | None, list[Path]]:
     """The checkpoint that all processes resume from; the first one checks it for all.
 
     Args:
         asked: True for the newest intact one in `args.output_dir`, or a checkpoint.
         args: transformers' TrainingArguments.
+        may_be_missing: whether the caller goes without a checkpoint that is not there.
 
     Returns:
         The checkpoint, None where nothing was asked for; and, in the first process, newer ones that are damaged.
@@ -70,16 +73,17 @@ def choose(asked: str | Path | bool | None, args: Any) -> tuple[Path | None, lis
     passed_over: list[Path] = []
     problem: SparsortError | None = None
     found = folder if asked is True else Path(asked)
+    code = 0
     if args.process_index == 0:
         try:
             if asked is True:
                 found, passed_over = newest_intact(folder)
-            else:
+                code = _step(found)
+            elif found.is_dir() or not may_be_missing:
                 check_checkpoint(found)
         except SparsortError as error:
-            problem = error
-    code = _NONE if isinstance(problem, NoCheckpointError) else _DAMAGED if problem else 0
-    code = _from_the_first(_step(found) if not code and asked is True else code, args.device)
+            problem, code = error, _NONE if isinstance(error, NoCheckpointError) else _DAMAGED
+    code = _from_the_first(code, args.device)
     if problem is not None:
         raise problem
     if code < 0:

@@ -191,8 +191,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
-        if Path(best := self.state.best_model_checkpoint).is_dir():
-            checkpoints.choose(best, self.args)
+        checkpoints.choose(self.state.best_model_checkpoint, self.args, may_be_missing=True)
         super()._load_best_model()
 
     def _seal(self, folder: Path) -> None:
