@@ -8,6 +8,7 @@ Cost: every byte is read once, on writing and on checking, at about 1 GB/s for e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -25,6 +26,8 @@ from sparsort.files import write_json
 FILE = "sparsort-manifest.json"
 FORMAT, VERSION = "sparsort-manifest", 1
 _AT_ONCE = 8
+# Of file systems that sync no folders, or no files that are open for reading.
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 _UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError)
 
 
@@ -125,5 +128,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
