@@ -63,15 +63,15 @@ source, folder, position = sys.argv[1], sys.argv[2], float(sys.argv[3])
 data = np.load(source, mmap_mode="r")
 fresh = CurriculumLoader(CurriculumPlan.open(folder), data)
 state = json.loads(json.dumps({**fresh.state_dict(), "batch": int(position * (fresh.plan.n_batches - 1))}))
-began = time.perf_counter()
+began, spent = time.perf_counter(), time.process_time()
 plan = CurriculumPlan.open(folder)
-opened = time.perf_counter()
+opened, spent = time.perf_counter(), time.process_time() - spent
 loader = CurriculumLoader(plan, data)
 loader.load_state_dict(state)
 batch = next(iter(loader))
 seconds = time.perf_counter() - opened
 assert len(batch) in (511, 512), len(batch)
-print(json.dumps({"open": opened - began, "seconds": seconds, "state": len(json.dumps(loader.state_dict()))}))
+print(json.dumps({"open": opened - began, "cpu": spent, "seconds": seconds, "state": len(json.dumps(loader.state_dict()))}))
 """
 
 
@@ -126,7 +126,8 @@ def measure_index(report: Report, folder: Path, n: int, quick: bool) -> None:
             report.add(f"first_batch_seconds{name}", max(seconds), "s", floor=1, better="lower", note=note)
             opening = [one["open"] for one in resumed]
             size = sum(path.stat().st_size for path in where.iterdir()) / 1e9
-            note = f"{size:.2f} GB, median {np.median(opening):.2f} s"
+            cpu = np.median([one["cpu"] for one in resumed])
+            note = f"{size:.2f} GB, median {np.median(opening):.2f} s, of CPU time {cpu:.2f} s"
             report.add(f"open_seconds{name}", max(opening), "s", better="lower", note=note)
             size = max(one["state"] for one in resumed)
             report.add(f"state_bytes{name}", size, "bytes", floor=1024, better="lower", note="as JSON")

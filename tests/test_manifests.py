@@ -68,7 +68,7 @@ def test_files_are_on_the_disk_before_the_manifest(tmp_path: Path, monkeypatch: 
 
     def fsync(descriptor: int) -> None:
         with lock:
-            synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+            synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         real(descriptor)
 
     (tmp_path / "a").write_bytes(b"1")

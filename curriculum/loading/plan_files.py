@@ -18,6 +18,7 @@ import logging
 import os
 import tokenize
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FORMAT = "sparsort-curriculum"
 VERSION = 2
 _WITHOUT_DIGESTS = 1  # still read
 _FILE = "plan.json"
+_AT_ONCE = 4  # files that are read for their digests; hashing lets other threads run
 _LOG = logging.getLogger("sparsort")
 # What NumPy raises for headers that it cannot read; it evaluates them as Python literals.
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, tokenize.TokenError)
@@ -83,18 +85,14 @@ def read_plan(folder: Path, *, check: bool = True) -> tuple[dict[str, Any], dict
         SparsortError: no plan is there, another version wrote it, or a file is missing or has changed.
     """
     described = read_description(folder)
-    arrays = {}
-    for name, record in described.pop("arrays").items():
-        path = folder / f"{name}.npy"
-        if described["version"] == _WITHOUT_DIGESTS:
-            dtype, length = record
-        else:
-            dtype, length = record["dtype"], record["length"]
-            if check:
-                integrity.check_file(path, record, next_step=_again(folder))
-        arrays[name] = _map_array(path, dtype, length)
-    unproven = check and described["version"] == _WITHOUT_DIGESTS
-    if unproven and fingerprint_of(described, arrays) != described["fingerprint"]:
+    records = described.pop("arrays")
+    has_digests = described["version"] != _WITHOUT_DIGESTS
+    if has_digests and check:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: _check_array(folder, name, records[name]), records))
+    kinds = {name: (found["dtype"], found["length"]) for name, found in records.items()} if has_digests else records
+    arrays = {name: _map_array(folder / f"{name}.npy", *kind) for name, kind in kinds.items()}
+    if check and not has_digests and fingerprint_of(described, arrays) != described["fingerprint"]:
         raise SparsortError(f"{folder} is damaged: its arrays have changed since they were written. {_again(folder)}")
     del described["format"], described["version"], described[integrity.SEAL]
     return described, arrays
@@ -140,9 +138,11 @@ def fingerprint_of(described: Mapping[str, Any], arrays: Arrays) -> str:
 
 
 def _write_description(folder: Path, described: Mapping[str, Any], arrays: Arrays) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        written = list(pool.map(lambda name: integrity.record_of(folder / f"{name}.npy"), arrays))
     records = {
-        name: {"dtype": str(array.dtype), "length": len(array), **integrity.record_of(folder / f"{name}.npy")}
-        for name, array in arrays.items()
+        name: {"dtype": str(array.dtype), "length": len(array), **record}
+        for (name, array), record in zip(arrays.items(), written, strict=True)
     }
     whole = {"format": FORMAT, "version": VERSION, **described, "arrays": records}
     write_json(folder / _FILE, integrity.seal(whole))
@@ -150,6 +150,10 @@ def _write_description(folder: Path, described: Mapping[str, Any], arrays: Array
 
 def _again(folder: Path) -> str:
     return f"Delete {folder} and make the plan again with the command that made it, such as sparsort plan."
+
+
+def _check_array(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    integrity.check_file(folder / f"{name}.npy", record, next_step=_again(folder))
 
 
 def _map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
