@@ -138,6 +138,8 @@ def measure(kind: str, folder: Path, flips: int) -> dict[str, int]:
             counts["refused"] += 1
         finally:
             change(path, place, mask)
+    if read(folder) != whole:
+        raise SystemExit(f"{kind}: a flip was not put back, so the counts mean nothing.")
     return counts
 
 
