@@ -2,7 +2,7 @@
 
 Contract: everything lies in one folder: `run.json` as it was asked for, `plan/`, `tokens/`, `checkpoints/`, `history.jsonl`
 and, at the end, `model/` and `result.json`. Killed at any time and called again with the same arguments, it goes on from
-the last whole checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
+the newest intact checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
 over a finished folder give the result again; other arguments are refused with what differs. Under torchrun or
 `accelerate launch` every process calls it.
 
@@ -145,7 +145,7 @@ def train(
         groups=groups,
         fingerprint=fingerprint,
         verify=verify,
-        plan=plan,
+        plan=_opened(plan),
         scores=scores,
         sparse=asked.sparse and asked.sparse.seeded(config.seed),
     )
@@ -154,6 +154,13 @@ def train(
     with _global_state_kept():
         result = run.result()
     return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
+
+
+def _opened(plan: str | Path | CurriculumPlan | None) -> CurriculumPlan | None:
+    """The plan, refused here, before anything is written, where it is missing or damaged."""
+    from sparsort.curriculum.loading.plan import CurriculumPlan
+
+    return CurriculumPlan.open(plan) if isinstance(plan, str | Path) else plan
 
 
 def _open(data: Any, text: TrainText, id_column: str | None) -> RowSource:

@@ -55,7 +55,7 @@ class Run:
     held: RowSource | None
     curriculum: dict[str, Any]
     groups: str | None
-    plan: str | Path | CurriculumPlan | None
+    plan: CurriculumPlan | None
     scores: Any
     sparse: SparseTraining | None = None
     fingerprint: str | None = None
@@ -168,7 +168,6 @@ class Run:
 
     def _plan(self, rows: Kept, tokens: Tokens, processes: int) -> tuple[CurriculumPlan, int]:
         """The plan of the rows, and the batch of a device."""
-        from sparsort.curriculum.loading.plan import CurriculumPlan
         from sparsort.curriculum.loading.planning import plan_curriculum
         from sparsort.curriculum.loading.settings import CurriculumSettings
         from sparsort.curriculum.loading.trainer import check_global_batch
@@ -177,7 +176,7 @@ class Run:
         config, settings = self.config, dict(self.curriculum)
         share = config.accumulate * processes
         if self.plan is not None:
-            plan = self.plan if isinstance(self.plan, CurriculumPlan) else CurriculumPlan.open(self.plan)
+            plan = self.plan
             _check_lengths(plan, tokens)
             if self.verify:
                 verify_every_row(plan, rows, fingerprint=self.fingerprint)

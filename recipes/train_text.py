@@ -6,14 +6,17 @@ tokenizer with its own special tokens, an end-of-text token behind it where the 
 special tokens are the only ones. No row is left out in silence: one whose text is empty, or too short to
 have a token to predict, stops the run before it begins, by name.
 
-The ids lie in one Arrow file, which every process maps. Its name holds a digest of the texts and of how they are read, so
-that the same data is not tokenised twice and other data is never taken for it.
+The ids are in one Arrow file, which every process maps. Its name holds a digest of the texts and of how they are read, so
+that the same data is not tokenised twice and other data is never taken for it. A sealed record next to it has the size and the
+digest of the file itself: ids that have changed since, or have no record, are made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sparsort import integrity
 from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically
+from sparsort.files import write_atomically, write_json
 from sparsort.progress import progress
 from sparsort.scoring.conversations import turns_of
 from sparsort.scoring.prompts import Prompt, RefusedTurnsError, apply_chat_template, hash_tokenizer, need_chat_template
@@ -39,6 +43,7 @@ _SHOWN = 5
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("n_tokens", pa.int32())])
 # Changed when the same texts and tokenizer would give other ids.
 _VERSION = 1
+_LOG = logging.getLogger("sparsort")
 
 
 class Kept(Sequence[Mapping[str, Any]]):
@@ -193,12 +198,32 @@ def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, fo
     how = f"{_VERSION} {hash_tokenizer(tokenizer)} {max_length}" + ("" if text.messages is None else " messages")
     digest = _digest(rows, text, tokenizer, how)
     path = folder / f"tokens-{digest}.arrow"
-    if not path.exists():
+    if not is_intact(path):
         _write(rows, text, tokenizer, max_length, path)
+        write_json(_record(path), integrity.seal({path.name: integrity.record_of(path)}))
     dataset = datasets.Dataset.from_file(str(path))
     lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
     cut = np.count_nonzero(dataset.data.column("n_tokens").to_numpy() > lengths)
     return Tokens(dataset=dataset, lengths=lengths, cut=int(cut), digest=digest)
+
+
+def _record(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the ids are there as they were written; what is damaged is reported."""
+    if not (path.exists() and _record(path).exists()):
+        return False
+    try:
+        record = json.loads(_record(path).read_text(encoding="utf-8"))
+        sealed = isinstance(record, dict) and integrity.is_sealed(record)
+        problem = integrity.damage(path, record[path.name]) if sealed else "its record has changed since it was written"
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"it cannot be checked ({error})"
+    if problem:
+        _LOG.warning("%s is damaged: %s. The texts are tokenised again.", path, problem)
+    return not problem
 
 
 def _digest(rows: Kept, text: TrainText, tokenizer: Any, how: str) -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,6 +242,38 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "online.json").write_text(json.dumps(about | {"version": 9}))
     with OnlineCurriculum(toy, loader) as other, pytest.raises(SparsortError, match="is version 9"):
         other.load(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_damage_to_what_was_saved_is_refused(
+    version: int, tmp_path: Path, damages: Callable[[Path], Iterator[str]]
+) -> None:
+    toy, loader = setting("pool")
+    with OnlineCurriculum(toy, loader) as online:
+        online.save(tmp_path)
+        path = tmp_path / "online.json"
+        about = json.loads(path.read_text())
+        if version == 1:
+            del about["digest"]
+            path.write_text(json.dumps(about | {"version": 1}))
+            online.load(tmp_path)
+            path.write_text(json.dumps(about | {"version": 1, "spare": 0}))
+            with pytest.raises(SparsortError, match=r"online.json is damaged: it has other fields"):
+                online.load(tmp_path)
+            return
+        tried = 0
+        for what in damages(path):
+            if path.exists() and path.read_bytes().strip() == json.dumps(about, indent=2).encode():
+                continue  # the line break at the end
+            with pytest.raises(SparsortError):
+                _load(online, tmp_path, what)
+            tried += 1
+        assert tried > 15
+
+
+def _load(online: OnlineCurriculum, folder: Path, what: str) -> None:
+    online.load(folder)
+    pytest.fail(what)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from sparsort import manifests
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError
@@ -157,12 +158,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_pat
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-m", "sparsort", "train", *command], env=environment)
     try:
-        _wait_for(out / "checkpoints" / "checkpoint-10" / "trainer_state.json", lambda: process.poll() is None)
+        _wait_for(out / "checkpoints" / "checkpoint-10" / manifests.FILE, lambda: process.poll() is None)
     finally:
         process.kill()
         process.wait()
     assert not (out / "result.json").exists()
-    # Written by the kill's victim or not, a checkpoint without its last file does not count.
+    # Written by the kill's victim or not, a checkpoint without its manifest does not count.
     (out / "checkpoints" / "checkpoint-1000").mkdir()
     summary = json.loads(_cli(*command, "--json").stdout)
     assert summary["resumed"] >= 10
@@ -381,6 +382,19 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> 
     assert json.loads(done.stdout)["steps"] == STEPS
     assert _losses(tmp_path / "run") == pytest.approx(_losses(whole), rel=1e-3)
     assert _history(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(_history(whole)[-1]["eval_loss"], rel=1e-3)
+
+    # Both processes pass over what one of them finds damaged, here the random state of the other.
+    history = (tmp_path / "run" / "history.jsonl").read_bytes()
+    newest = tmp_path / "run" / "checkpoints" / f"checkpoint-{STEPS}"
+    listed = json.loads((newest / manifests.FILE).read_text(encoding="utf-8"))["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
+    (newest / "rng_state_1.pth").write_bytes((newest / "rng_state_1.pth").read_bytes()[:-1])
+    (tmp_path / "run" / "result.json").unlink()
+    done = subprocess.run([*map(str, run)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed"] == 30
+    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in done.stderr
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == history
 
 
 def _wait_for(path: Path, going: Callable[[], bool], seconds: float = 120) -> None:
