@@ -23,6 +23,7 @@ from sparsort.curriculum.loading.fingerprints import random_state_put_back
 from sparsort.curriculum.loading.shuffling import key_of
 from sparsort.errors import SparsortError
 from sparsort.scoring.sources import digest_of
+from sparsort.values import is_missing
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan import CurriculumPlan
@@ -297,7 +298,7 @@ def id_text(value: Any) -> str | None:
     """An id as scores hold it; None where there is none."""
     if (plain := getattr(value, "tolist", None)) is not None:  # NumPy's numbers, and torch's
         value = plain()
-    return None if value is None else str(value)
+    return None if is_missing(value) else str(value)
 
 
 class _Digest:
