@@ -181,12 +181,7 @@ class ShardStore:
         """Write shard `index`, durably: after this returns, no kill and no power cut loses it."""
         facts = {"index": index, "rows": table.num_rows, "digest": digest, "settings": self._settings}
         with write_atomically(self.path(index)) as temporary:
-            pq.write_table(
-                table.replace_schema_metadata({unsealed.SEALED: "1"}),
-                temporary,
-                compression="zstd",
-                write_page_checksum=True,
-            )
+            pq.write_table(table.replace_schema_metadata(None), temporary, compression="zstd", write_page_checksum=True)
             add_seal(temporary, facts)
             record = record_of(temporary)
         self._known[index] = self._listing(facts, record)

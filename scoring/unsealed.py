@@ -22,8 +22,6 @@ from sparsort.parquet_seal import DamagedError
 from sparsort.scoring.scores import STATUSES, scores_schema
 from sparsort.scoring.sources import rows_digest
 
-# The mark of a sealed shard in its footer. A seal can be made invisible by one flipped bit, but not together with this.
-SEALED = b"sparsort.sealed"
 # What pyarrow raises for a file whose bytes have changed.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
@@ -57,7 +55,7 @@ def check_shard(path: Path, *, settings: str, shard_rows: int, provenance: Mappi
         if getattr(error, "errno", None):  # of the disk, not of the content
             raise SparsortError(f"cannot read {path}: {error}.") from error
         raise DamagedError(path, str(error).splitlines()[0]) from error
-    if SEALED in metadata or not {b"sparsort.digest", b"sparsort.settings"} <= set(metadata):
+    if not {b"sparsort.digest", b"sparsort.settings"} <= set(metadata):
         raise DamagedError(path, "it is not a shard of scores as sparsort writes them")
     digest, found_settings = (metadata[key].decode("utf-8", "replace") for key in (b"sparsort.digest", b"sparsort.settings"))
     if not rows == table.num_rows <= shard_rows:

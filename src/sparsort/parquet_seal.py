@@ -4,10 +4,10 @@ Contract: `add_seal` puts a block of JSON between the last page and the footer. 
 footer and the footer from the end of the file, so they never look at the block. `read_seal` returns the block only if every
 other bit of the file is as it was, and it does so without parsing Parquet: 10,000 shards of 30 kB are checked in a second.
 
-    PAR1 · pages · JSON · its length (4 bytes, little endian) · "sparsort" · footer · its length (4 bytes) · PAR1
+    PAR1 · pages · "sparsort" · JSON · its length (4 bytes, little endian) · "sparsort" · footer · its length (4 bytes) · PAR1
 
-A file without a block is one of another writer, or of sparsort 0.1 before seals. The caller has to know which files must have
-one, since a flipped bit in the word "sparsort" makes a block invisible: by a manifest, or by a mark in the file's metadata.
+The word is there twice, so that one flipped bit cannot turn a sealed file into one without a seal. A file without a seal was
+written before there were seals, or by another program, such as pyarrow from a table that was read from a sealed file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsort.integrity import digest_of_file, is_sealed, seal
 _MAGIC = b"sparsort"
 _PARQUET = b"PAR1"
 _TAIL = 4 + len(_PARQUET)
-_MARK = 4 + len(_MAGIC)
+_END = 4 + len(_MAGIC)
 _PIECE = 1 << 20
 
 
@@ -48,7 +48,7 @@ def add_seal(path: Path, facts: Mapping[str, Any]) -> None:
         OSError: the disk refuses.
     """
     file = {"bytes": path.stat().st_size, "digest": digest_of_file(path)}
-    block = json.dumps(seal({"file": file, "facts": dict(facts)}), ensure_ascii=False).encode()
+    block = _MAGIC + json.dumps(seal({"file": file, "facts": dict(facts)}), ensure_ascii=False).encode()
     with path.open("rb+") as handle:
         footer = _footer(handle, file["bytes"])
         if footer is None:
@@ -69,21 +69,21 @@ def read_seal(path: Path) -> dict[str, Any] | None:
     with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         footer = _footer(handle, size)
-        if footer is None or footer < _MARK:
+        if footer is None or footer < _END:
             return None
-        handle.seek(footer - _MARK)
-        mark = handle.read(_MARK)
-        if mark[4:] != _MAGIC:
+        handle.seek(footer - _END)
+        end = handle.read(_END)
+        begin = footer - _END - int.from_bytes(end[:4], "little")
+        handle.seek(max(begin, 0))
+        block = handle.read(footer - _END - max(begin, 0))
+        is_marked = block.startswith(_MAGIC)
+        if not is_marked and end[4:] != _MAGIC:
             return None
-        begin = footer - _MARK - int.from_bytes(mark[:4], "little")
-        if begin < 0:
-            raise DamagedError(path, "its content has changed since it was written")
-        handle.seek(begin)
-        block = _parse(handle.read(footer - _MARK - begin))
-        found = {"bytes": size - (footer - begin), "digest": _digest_around(handle, begin, footer)}
-    if block.get("file") != found:
+        values = _parse(block[len(_MAGIC) :])
+        file = {"bytes": size - (footer - begin), "digest": _digest_around(handle, begin, footer)} if values else None
+    if not is_marked or end[4:] != _MAGIC or file is None or values["file"] != file:
         raise DamagedError(path, "its content has changed since it was written")
-    return dict(block["facts"])
+    return dict(values["facts"])
 
 
 def _footer(handle: BinaryIO, size: int) -> int | None:
@@ -97,7 +97,7 @@ def _footer(handle: BinaryIO, size: int) -> int | None:
 
 
 def _parse(block: bytes) -> dict[str, Any]:
-    """The values of a block; an empty dictionary if they are not the ones that were sealed."""
+    """The values in a block; an empty dictionary if they are not the ones that were sealed."""
     try:
         values = json.loads(block)
     except ValueError:
