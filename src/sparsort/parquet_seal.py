@@ -75,13 +75,12 @@ def read_seal(path: Path) -> dict[str, Any] | None:
         end = handle.read(_END)
         begin = footer - _END - int.from_bytes(end[:4], "little")
         handle.seek(max(begin, 0))
-        block = handle.read(footer - _END - max(begin, 0))
-        is_marked = block.startswith(_MAGIC)
-        if not is_marked and end[4:] != _MAGIC:
+        marks = handle.read(len(_MAGIC)), end[4:]
+        if _MAGIC not in marks:
             return None
-        values = _parse(block[len(_MAGIC) :])
+        values = _parse(handle.read(footer - _END - begin - len(_MAGIC))) if marks == (_MAGIC, _MAGIC) else {}
         file = {"bytes": size - (footer - begin), "digest": _digest_around(handle, begin, footer)} if values else None
-    if not is_marked or end[4:] != _MAGIC or file is None or values["file"] != file:
+    if file is None or values["file"] != file:
         raise DamagedError(path, "its content has changed since it was written")
     return dict(values["facts"])
 
