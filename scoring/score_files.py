@@ -135,8 +135,15 @@ def to_dataset(table: pa.Table, provenance: Mapping[str, Any]) -> datasets.Datas
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=info, fingerprint=f"{_FINGERPRINT}{digest}")
 
 
-def from_dataset(dataset: datasets.Dataset, name: str = "the dataset") -> tuple[pa.Table, dict[str, Any]]:
+def from_dataset(
+    dataset: datasets.Dataset, *, name: str = "the dataset", fingerprint: str | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """The table and the provenance of what `to_dataset` gave, also after `map`, `select` or `save_to_disk`.
+
+    Args:
+        dataset: the dataset.
+        name: what errors call it.
+        fingerprint: the one that it was saved with, since loading gives it another; None for its own.
 
     Raises:
         SparsortError: the provenance is damaged, or the table is although it was not changed by `datasets`.
@@ -146,8 +153,9 @@ def from_dataset(dataset: datasets.Dataset, name: str = "the dataset") -> tuple[
         found = json.loads(dataset.info.description)["sparsort"]
     except (ValueError, KeyError, TypeError):
         found = None
-    unchanged = str(dataset._fingerprint).removeprefix(_FINGERPRINT)
-    is_ours = unchanged != dataset._fingerprint
+    given = fingerprint or str(dataset._fingerprint)
+    unchanged = given.removeprefix(_FINGERPRINT)
+    is_ours = unchanged != given
     if found is None and not is_ours:
         return table, unknown_origin("a dataset whose description holds no provenance")
     # Before there were digests, the provenance itself was kept under this name.
@@ -175,7 +183,8 @@ def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
         if not isinstance(loaded, datasets.Dataset):
             raise SparsortError(f"{folder} holds several datasets. Load one of its folders.")
         loaded.data.table.validate(full=True)
-        return from_dataset(loaded, str(folder))
+        state = json.loads((folder / "state.json").read_bytes())
+        return from_dataset(loaded, name=str(folder), fingerprint=str(state["_fingerprint"]))
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
         raise SparsortError(f"{folder} cannot be read as a dataset of scores: {_first_line(error)}. {_AGAIN}") from error
 
