@@ -232,7 +232,8 @@ def _read_plan(folder: Path) -> Values:
     return {
         "batches": batches,
         "difficulty": np.asarray(plan.difficulty).tobytes(),
-        "ids": plan.ids and list(plan.ids),
+        "settings": repr(plan.settings),
+        "notes": dict(plan.notes),
         "fingerprint": plan.fingerprint,
     }
 
@@ -297,16 +298,18 @@ def _read_online(folder: Path) -> Values:
         return {
             "difficulty": online.running.difficulty(100).tobytes(),
             "loader": loader.state_dict(),
-            "plan": [plan.batch(number, 0).tolist() for number in range(plan.n_batches)],
+            "plan": [plan.batch(number, loader.epoch).tolist() for number in range(loader.batch, plan.n_batches)],
         }
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Trainer seeds the global generators on purpose."""
+def _training() -> Iterator[None]:
+    """Trainer seeds the global generators on purpose: put them back. And it draws bars."""
+    from sparsort.scoring.embedded import quiet_transformers
+
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             yield
     finally:
         random.setstate(python)
@@ -315,7 +318,7 @@ def _random_state_kept() -> Iterator[None]:
 
 def _trainer(folder: Path, steps: int) -> Any:
     import datasets
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
+    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments, default_data_collator
 
     from sparsort.curriculum.loading.trainer import CurriculumTrainer
 
@@ -335,24 +338,26 @@ def _trainer(folder: Path, steps: int) -> Any:
         use_cpu=True,
         disable_tqdm=True,
     )
-    return CurriculumTrainer(
+    trainer = CurriculumTrainer(
         LlamaForCausalLM(LlamaConfig(vocab_size=32, attention_dropout=0.3, **size)),
         arguments,
         curriculum=plan_curriculum(np.arange(24.0), ids=[str(n) for n in range(24)], batch_size=4),
         train_dataset=rows,
         data_collator=default_data_collator,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _make_checkpoints(folder: Path) -> None:
-    with _random_state_kept():
+    with _training():
         _trainer(folder, 4).train()
 
 
 def _read_checkpoints(folder: Path) -> Values:
     """Training to its end from the newest checkpoint, or from an intact one before it."""
-    with _random_state_kept():
-        trainer = _trainer(folder, 5)
+    with _training():
+        trainer = _trainer(folder, 6)
         trainer.train(resume_from_checkpoint=True)
     return {name: weight.numpy().tobytes() for name, weight in trainer.model.state_dict().items()}
 
@@ -367,7 +372,7 @@ def _train(folder: Path) -> Values:
     from sparsort.recipes.train import train
 
     rows = [{"text": f"{n} and {n} are {2 * n}", "id": f"r{n:03d}"} for n in range(8)]
-    with _random_state_kept():
+    with _training():
         found = train(rows, "{text}", out=folder / "run", **_TRAIN)
     weights = (folder / "run" / "model" / "model.safetensors").read_bytes()
     return {"weights": weights, "loss": found.loss, "steps": found.steps, "plan": found.plan, "rows": found.rows}
