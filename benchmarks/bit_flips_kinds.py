@@ -1,8 +1,8 @@
 """Every kind of file that sparsort writes and later trusts: how a small one is made, and how its public reader reads it.
 
 Contract: `make(folder)` fills an empty folder. `read(folder)` gives what a user gets from it, as a flat dictionary of values that
-compare with `==`; it may repair the folder, and says so with a warning of the logger "sparsort", as the product does. Nothing here
-looks at a file's bytes but through sparsort.
+compare with `==`; it may repair the folder, and says so with a warning of the logger "sparsort", as the product does. Nothing
+here looks at a file's bytes but through sparsort.
 """
 
 from __future__ import annotations
@@ -422,7 +422,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(name="converted model", make=_make_model_cache, read=_read_model_cache),
     Kind(name="plan", make=_saving(lambda f: _plan().save(f / "plan")), read=_read_plan),
     Kind(
-        name="running difficulty", make=_saving(lambda f: _running().save(f / "running.safetensors")), read=_read_running
+        name="running difficulty",
+        make=_saving(lambda f: _running().save(f / "running.safetensors")),
+        read=_read_running,
     ),
     Kind(name="online curriculum", make=_make_online, read=_read_online, share=0.5),
     Kind(name="checkpoints", make=_make_checkpoints, read=_read_checkpoints, share=0.3),

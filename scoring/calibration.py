@@ -2,8 +2,8 @@
 
 Contract: `compare.compare` makes a `Calibration` and `calibrated.CalibratedScorer` applies it. The file is one JSON object of a
 stated version that holds the whole definition of the score (model, weights, prompt, site, pooling, metric, fitted outlier rule,
-orientation), the verdicts, every candidate's numbers, to four digits, and a digest of all of it. A file of version 1 has no digest: it
-is taken if the parts that repeat one another (verdict, sentence, definition) agree.
+orientation), the verdicts, every candidate's numbers, to four digits, and a digest of all of it. A file of version 1 has no
+digest: it is taken if the parts that repeat one another (verdict, sentence, definition) agree.
 """
 
 from __future__ import annotations
@@ -250,7 +250,6 @@ class Calibration:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise SparsortError(f"{name} is not whole: {error!r}. Make it again with sparsort calibrate.") from error
         return made
-
 
     def _check_repeated(self, found: Mapping[str, Any]) -> None:
         """Check that what the JSON says twice agrees; a file of version 1 has no other guard.

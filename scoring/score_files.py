@@ -186,7 +186,9 @@ def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
         state = json.loads((folder / "state.json").read_bytes())
         return from_dataset(loaded, name=str(folder), fingerprint=str(state["_fingerprint"]))
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
-        raise SparsortError(f"{folder} cannot be read as a dataset of scores: {_first_line(error)}. {_AGAIN}") from error
+        raise SparsortError(
+            f"{folder} cannot be read as a dataset of scores: {_first_line(error)}. {_AGAIN}"
+        ) from error
 
 
 def table_digest(table: pa.Table) -> str:

@@ -149,7 +149,9 @@ class ShardStore:
                 raise SparsortError(f"{path} is not the shard that {MANIFEST} lists. {_SCORE_AGAIN}")
             rows.append(found["rows"])
         if sum(rows) != self._rows or any(count != self.shard_rows for count in rows[:-1]):
-            raise SparsortError(f"{self.folder} is damaged: its shards hold {sum(rows)} rows, and {MANIFEST} says {self._rows}.")
+            raise SparsortError(
+                f"{self.folder} is damaged: its shards hold {sum(rows)} rows, and {MANIFEST} says {self._rows}."
+            )
 
     def path(self, index: int) -> Path:
         """The file of shard `index`."""
@@ -284,7 +286,13 @@ class ShardStore:
 
     def _listing(self, facts: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
         file = self.path(facts["index"]).name
-        return {"index": facts["index"], "file": file, "rows": facts["rows"], "digest": facts["digest"], "record": dict(record)}
+        return {
+            "index": facts["index"],
+            "file": file,
+            "rows": facts["rows"],
+            "digest": facts["digest"],
+            "record": dict(record),
+        }
 
     def _refuse_settings(self, path: Path, settings: str) -> None:
         if settings != self._settings:
@@ -299,9 +307,7 @@ class ShardStore:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 yield file
         except (pa.ArrowException, OSError) as error:
-            raise SparsortError(
-                f"{path} cannot be read: {error}. {_SCORE_AGAIN}"
-            ) from error
+            raise SparsortError(f"{path} cannot be read: {error}. {_SCORE_AGAIN}") from error
 
 
 def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:

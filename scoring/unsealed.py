@@ -57,7 +57,9 @@ def check_shard(path: Path, *, settings: str, shard_rows: int, provenance: Mappi
         raise DamagedError(path, str(error).splitlines()[0]) from error
     if not {b"sparsort.digest", b"sparsort.settings"} <= set(metadata):
         raise DamagedError(path, "it is not a shard of scores as sparsort writes them")
-    digest, found_settings = (metadata[key].decode("utf-8", "replace") for key in (b"sparsort.digest", b"sparsort.settings"))
+    digest, found_settings = (
+        metadata[key].decode("utf-8", "replace") for key in (b"sparsort.digest", b"sparsort.settings")
+    )
     if not rows == table.num_rows <= shard_rows:
         raise DamagedError(path, f"its footer says {rows} rows, and it has {table.num_rows} of at most {shard_rows}")
     if described != table.column_names:

@@ -1,7 +1,7 @@
 """One flipped bit in any region of any file that sparsort trusts later is refused, repaired, or changes no value.
 
 The fast version of `benchmarks/bit_flips.py`: each region of each file of each kind once, and of the kinds whose readers train a
-model a few of these. `docs/design/silent-faults.md` has the 10,000.
+model a few of these.
 """
 
 from __future__ import annotations

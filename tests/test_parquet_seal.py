@@ -30,7 +30,9 @@ def test_the_facts_come_back_and_other_readers_see_no_difference(path: Path) -> 
     assert read_seal(path) == FACTS
     assert pq.read_table(path).equals(TABLE)
     assert pyarrow.dataset.dataset(path).to_table().equals(TABLE)
-    assert TABLE.equals(datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent)).data.table.combine_chunks())
+    assert TABLE.equals(
+        datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent)).data.table.combine_chunks()
+    )
     import pandas
 
     assert pandas.read_parquet(path).equals(TABLE.to_pandas())
@@ -49,8 +51,7 @@ def test_every_bit_counts(path: Path) -> None:
             path.write_bytes(content)
             try:
                 found = read_seal(path)
-            except DamagedError as error:
-                assert error.reason in str(error)
+            except DamagedError:
                 continue
             # Only a file that no longer ends as Parquet may seem to have no seal.
             assert found is None, (byte, bit)
@@ -83,9 +84,10 @@ def test_sealed_json_comes_back_or_is_refused(tmp_path: Path) -> None:
     for byte in range(len(whole)):
         path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
         try:
-            assert read_sealed(path, next_step="Again.") == values  # white space
-        except SparsortError as error:
-            assert str(error).endswith("Again.")
+            found = read_sealed(path, next_step="Again.")
+        except SparsortError:
+            continue
+        assert found == values, byte  # white space
     for text in ("[1]", '{"version": 2}', "{", ""):
         path.write_text(text)
         with pytest.raises(SparsortError, match="Again"):

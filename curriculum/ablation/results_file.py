@@ -165,7 +165,9 @@ def load(folder: Path) -> Results:
         raise SparsortError(f"{path} is of the format {found!r}, expected {_FORMAT!r}. {_AGAIN}")
     if held["format"] == _FORMAT:
         check_seal(held, path, next_step=_AGAIN)
-    elif not all(isinstance(held.get(name), kind) for name, kind in (("arrays", dict), ("provenance", dict), ("groups", list))):
+    elif not all(
+        isinstance(held.get(name), kind) for name, kind in (("arrays", dict), ("provenance", dict), ("groups", list))
+    ):
         raise SparsortError(f"{path} was not written whole. {_AGAIN}")
     arrays_path = folder / ARRAYS
     if not arrays_path.is_file():
@@ -189,4 +191,4 @@ def _is_recorded(path: Path, record: Mapping[str, Any]) -> bool:
     if "sha256" not in record:
         return damage(path, record) is None
     with path.open("rb") as handle:  # format 1
-        return hashlib.file_digest(handle, "sha256").hexdigest() == record["sha256"]
+        return bool(hashlib.file_digest(handle, "sha256").hexdigest() == record["sha256"])

@@ -47,10 +47,11 @@ def add_seal(path: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    file = {"bytes": path.stat().st_size, "digest": digest_of_file(path)}
+    size = path.stat().st_size
+    file = {"bytes": size, "digest": digest_of_file(path)}
     block = _MAGIC + json.dumps(seal({"file": file, "facts": dict(facts)}), ensure_ascii=False).encode()
     with path.open("rb+") as handle:
-        footer = _footer(handle, file["bytes"])
+        footer = _footer(handle, size)
         if footer is None:
             raise DamagedError(path, "it does not end as a Parquet file")
         handle.seek(footer)

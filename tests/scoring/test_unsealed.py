@@ -87,7 +87,9 @@ def test_an_old_folder_is_read_and_nothing_is_written(old: Path) -> None:
 
 
 def test_fewer_rows_by_one_bit_are_refused_by_readers(rows34: Path, tmp_path: Path) -> None:
-    with pytest.raises(SparsortError, match=r"shard-00000.parquet is damaged: its footer says .* scores damaged shards"):
+    with pytest.raises(
+        SparsortError, match=r"shard-00000.parquet is damaged: its footer says .* scores damaged shards"
+    ):
         Scores.load(rows34)
     result = CliRunner().invoke(app, ["plan", str(rows34), "--batch-size", "10"])
     assert result.exit_code == 2
@@ -129,7 +131,7 @@ def test_an_old_manifest_that_contradicts_its_shards_is_refused(key: str, value:
 
 
 def test_no_flip_that_passes_changes_a_value(old: Path) -> None:
-    """120 bits of each of pages, footer and manifest; every bit was tried once, see docs/design/silent-faults.md."""
+    """120 bits of each of pages, footer and manifest; `benchmarks/bit_flips.py` tries more."""
     rng, expected = np.random.default_rng(0), Scores.load(OLD)
     shard, manifest = old / "shard-00000.parquet", old / "manifest.json"
     size = shard.stat().st_size
@@ -203,5 +205,5 @@ def test_files_of_before_digests_are_read_if_they_agree_with_themselves(tmp_path
     with pytest.raises(SparsortError, match="is not the metric 'gini'"):
         Scores.load(tmp_path / "a.jsonl")
     pq.write_table(scores.table.slice(0, 0).replace_schema_metadata({b"sparsort": b"{"}), tmp_path / "b.parquet")
-    with pytest.raises(SparsortError, match="the provenance in .* cannot be read"):
+    with pytest.raises(SparsortError, match=r"the provenance in .* cannot be read"):
         Scores.load(tmp_path / "b.parquet")
