@@ -18,6 +18,7 @@ from sparsort.errors import SparsortError
 from sparsort.progress import progress
 from sparsort.scoring import engine
 from sparsort.scoring.prompts import Prompt, Truncation, Turns
+from sparsort.scoring.shards import MANIFEST, read_manifest
 from sparsort.scoring.sources import Row, RowSource, open_rows
 
 if TYPE_CHECKING:
@@ -166,11 +167,9 @@ def _refuse_unlike(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _previous(out: Path | None) -> dict[str, Any] | None:
     """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot."""
-    manifest = out / "manifest.json" if out is not None else None
-    if manifest is None or not manifest.is_file():
+    if out is None or not (out / MANIFEST).is_file():
         return None
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(read_manifest(out)["provenance"])
+    except SparsortError:
         return None
-    return found if isinstance(found, dict) else None

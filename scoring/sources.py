@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -214,6 +214,14 @@ class RowSource:
         near = difflib.get_close_matches(column, list(fields), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return SparsortError(f"{where}: there is no field {column!r}{why}.{hint} The fields are: {', '.join(fields)}.")
+
+
+def rows_digest(rows: Iterable[tuple[str, str]]) -> str:
+    """128 bits over the (id, digest) of consecutive rows, as hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, digest in rows:
+        state.update(f"{len(name)}:{name}{digest}".encode())
+    return state.hexdigest()
 
 
 def digest_of(fields: Mapping[str, Any], content: Collection[str] | None = None) -> str:

@@ -91,3 +91,8 @@ def test_another_file_and_another_store_are_refused(outcomes: Any, recipe: Ablat
     (tmp_path / "none.parquet").write_text("no Parquet", encoding="utf-8")
     with pytest.raises(SparsortError, match="no packed ordering study"):
         outcomes.unpack(tmp_path / "none.parquet", tmp_path / "new")
+    content = bytearray((tmp_path / "kept.parquet").read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "kept.parquet").write_bytes(content)
+    with pytest.raises(SparsortError, match=r"kept.parquet is damaged"):
+        outcomes.unpack(tmp_path / "kept.parquet", tmp_path / "new")

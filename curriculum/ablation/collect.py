@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.data import Showing, TaskData
 from sparsort.curriculum.ablation.design import Ablation, Unit, applies, probes_of, units
-from sparsort.curriculum.ablation.order_notes import orders_of, showing_of
+from sparsort.curriculum.ablation.order_notes import orders_of, showing_of, stored_orders
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.results import Arm, ArmKind, Group, Results, SetInfo
 from sparsort.curriculum.ablation.store import OutcomeStore
@@ -51,7 +51,7 @@ class _Set:
         self.data, self.texts, self.unit = data, texts, unit
         self._ablation = ablation
         group = group_name(data.task, unit)
-        note = store.get_note(group, "orders")
+        note = stored_orders(store, group)
         self.note: Mapping[str, Any] = note or {}
         self.tokens: Mapping[str, Any] = store.get_note(group, "tokens") or {}
         probes = store.get_note(group, "probes") or {}

@@ -31,7 +31,14 @@ from sparsort.curriculum.ablation.design import (
     units,
 )
 from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.order_notes import check_note, holds_for, order_note, orders_of, reads_sparsity
+from sparsort.curriculum.ablation.order_notes import (
+    check_note,
+    holds_for,
+    order_note,
+    orders_of,
+    reads_sparsity,
+    stored_orders,
+)
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.probing import probes
 from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS
@@ -313,7 +320,7 @@ class Run:
         """The unit's orders, from its note as far as it has them."""
         data = self.tasks[unit.task]
         named: dict[str, NDArray[np.int64]] = {}
-        if note := self._store.get_note(group, "orders"):
+        if note := stored_orders(self._store, group):
             check_note(note, order_note(self._ablation, data.task, showing, {}, data.test_texts), group)
             named = orders_of(note, self._ablation, unit, data.test_texts)
         lacking = [name for name in self._ablation.orderers if name not in named]

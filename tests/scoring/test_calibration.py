@@ -253,7 +253,10 @@ def test_files_that_are_no_calibration(found: Calibration, tmp_path: Path) -> No
     broken: list[tuple[Any, str]] = [
         ([], "no calibration of sparsort"),
         ({"format": "sparsort-scores"}, "no calibration of sparsort"),
-        (held | {"version": 2}, "version 2, and this sparsort reads 1"),
+        (held | {"version": 3}, "version 3, and this sparsort reads 1 and 2"),
+        (held | {"n_rows": held["n_rows"] + 1}, "has changed since it was written"),
+        (_without(held, "digest"), "has changed since it was written"),
+        (held | {"verdict": "carries nothing here"}, "not whole"),
         (_without(held, "definition"), "not whole"),
         (_without(held, "reference loss"), "not whole"),
         (held | {"definition": _without(held["definition"], "weights")}, "not whole"),
