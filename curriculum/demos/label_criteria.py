@@ -98,7 +98,7 @@ def best_on_dev(log_p_OPL: Any, gold_P: Any) -> Floats:
     order that always says it wins.
     """
     scores = label_scores(log_p_OPL, _AXES)
-    gold = _gold(gold_P, scores)
+    gold = gold_labels(gold_P, *scores.shape[1:])
     accuracy: Floats = (scores.argmax(axis=-1) == gold).mean(axis=1)
     return accuracy
 
@@ -110,14 +110,18 @@ def gold_log_likelihood(log_p_OPL: Any, gold_P: Any) -> Floats:
     Trap: one probe on which the model is sure and wrong can outweigh all others.
     """
     scores = label_scores(log_p_OPL, _AXES)
-    gold = _gold(gold_P, scores)
+    gold = gold_labels(gold_P, *scores.shape[1:])
     likelihood: Floats = log_softmax(scores)[:, np.arange(len(gold)), gold].mean(axis=1)
     return likelihood
 
 
-def _gold(gold_P: Any, scores_OPL: Floats) -> NDArray[np.int64]:
+def gold_labels(gold_P: Any, probes: int, labels: int) -> NDArray[np.int64]:
+    """Positions of the right labels, (P,), checked to fit `probes` rows and `labels` labels.
+
+    Raises:
+        SparsortError: another number of positions, or one that is no label's.
+    """
     given = numbers(gold_P, ("probes",), what="gold")
-    probes, labels = scores_OPL.shape[1:]
     if len(given) != probes:
         raise SparsortError(f"gold has {len(given)} labels for {probes} probes. Give one each.")
     bad = (given != np.floor(given)) | (given < 0) | (given >= labels)
