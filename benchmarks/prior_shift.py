@@ -25,6 +25,7 @@ Shapes: O random orders, P queries, N labelled rows, L labels, M priors.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -172,10 +173,14 @@ def _uniform(sample: Sample) -> Floats:
     return np.full(len(sample.pool), 1.0 / len(sample.pool))
 
 
+@functools.lru_cache(maxsize=16)
+def _em_of(sample: Sample, order: int, rows: int) -> Floats:
+    return shares_by_em(sample.queries[order], fit_bias(sample.labelled[order, :rows], sample.gold[:rows]))
+
+
 def _em(sample: Sample, rows: int = LABELLED, orders: Sequence[int] = (0,)) -> Floats:
     """EM as `choose` has it: everything is read under the first order alone; of several orders the mean."""
-    found = [shares_by_em(sample.queries[o], fit_bias(sample.labelled[o, :rows], sample.gold[:rows])) for o in orders]
-    mean: Floats = np.mean(found, axis=0)
+    mean: Floats = np.mean([_em_of(sample, order, rows) for order in orders], axis=0)
     return mean
 
 

@@ -56,9 +56,9 @@ class Bias:
 def fit_bias(log_p_NL: Any, gold_N: Any) -> Bias:
     """Bias-corrected temperature scaling (arXiv 1901.06852, section 2.3) with the labelled rows' own shares divided out.
 
-    p(l | x) ∝ n_l exp(a s_l(x) + b_l), with s the normalised scores and n_l the labelled rows of label l plus 1. The scale a
-    and the offsets b maximise the likelihood of the labels under Gaussian priors, ln a ~ N(0, 1²) and b_l ~ N(0, 2²), so that
-    a few rows cannot bend them far, and a label without a row keeps the offset 0: the model's own scores decide.
+    p(l | x) ∝ n_l exp(a s_l(x) + b_l), with s the normalised scores and n_l the number of labelled rows of label l. The scale
+    a and the offsets b maximise the likelihood of the labels under Gaussian priors, ln a ~ N(0, 1²) and b_l ~ N(0, 2²), so
+    that a few rows cannot bend them far. A label without a row has the offset 0, so that the model's own scores decide.
 
     Args:
         log_p_NL: scores of the labels.
@@ -74,13 +74,14 @@ def fit_bias(log_p_NL: Any, gold_N: Any) -> Bias:
     scores = np.maximum(scores, -50.0)
     gold = gold_labels(gold_N, len(scores), scores.shape[1])
     counts = np.bincount(gold, minlength=scores.shape[1])
-    base = np.log((counts + 1) / (counts + 1).sum())
-    is_gold = np.eye(scores.shape[1])[gold]
+    base = np.full(len(counts), -np.inf)
+    np.log(counts, out=base, where=counts > 0)
+    rows, is_gold = np.arange(len(gold)), np.eye(len(counts))[gold]
 
     def loss(scale: float, offset: Floats) -> tuple[float, Floats]:
         """The negative log-likelihood, and its gradient by the logits."""
         log_posterior = log_softmax(base + scale * scores + offset)
-        return -float((is_gold * log_posterior).sum()), np.exp(log_posterior) - is_gold
+        return -float(log_posterior[rows, gold].sum()), np.exp(log_posterior) - is_gold
 
     def with_scale(parameters: Floats) -> tuple[float, Floats]:
         scale, offset = float(np.exp(parameters[0])), parameters[1:]
@@ -93,9 +94,8 @@ def fit_bias(log_p_NL: Any, gold_N: Any) -> Bias:
         value, by_logit = loss(0.0, offset)
         return value + ((offset / _OFFSET_SD) ** 2).sum() / 2, by_logit.sum(axis=0) + offset / _OFFSET_SD**2
 
-    labels = scores.shape[1]
-    fitted = minimize(with_scale, np.zeros(labels + 1), jac=True, method="L-BFGS-B").x
-    constant = minimize(without, np.zeros(labels), jac=True, method="L-BFGS-B").x
+    fitted = minimize(with_scale, np.zeros(len(counts) + 1), jac=True, method="L-BFGS-B").x
+    constant = minimize(without, np.zeros(len(counts)), jac=True, method="L-BFGS-B").x
     scale, offset = float(np.exp(fitted[0])), fitted[1:]
     ratio = 2.0 * (loss(0.0, constant)[0] - loss(scale, offset)[0])
     return Bias(scale=scale, offset=offset, rows=counts, informative=ratio > _CRITICAL)
