@@ -248,15 +248,15 @@ def losses(found: Gains) -> Gains:
     return made
 
 
-def estimated(found: Gains, name: str, kinds: Sequence[Kind], tasks: Sequence[str]) -> list[float]:
-    """Mean, and 95 % interval over the clusters (task, seed); every task and, within it, every shift counts alike."""
+def estimated(found: Gains, name: str, kinds: Sequence[Kind], tasks: Sequence[str]) -> list[float | None]:
+    """Mean and 95 % interval (None without one) over clusters (task, seed); tasks, and shifts of a task, count alike."""
     clusters = []
     for task in tasks:
         for seed in sorted({key[1] for key in found if key[0] == task}):
             own = [cell[name].mean() for key, cell in found.items() if key[:2] == (task, seed) and key[2].kind in kinds]
             clusters.append(float(np.mean(own)))
     one = estimate_sets(np.array(clusters))
-    return [round(value, 3) for value in (one.value, one.low, one.high)]
+    return [round(value, 3) if np.isfinite(value) else None for value in (one.value, one.low, one.high)]
 
 
 def table(found: Gains) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def choose_order(
         by: a criterion's name, or several joined by "+": the mean of their ranks. "pdo_prior" is "pdo" with the prior "pool".
         orders: how many orders are tried: all k! where there are no more, else distinct random ones.
         prior: the label shares that "pdo" expects the model to predict. "uniform". "pool": the shares of `pool`, right only
-            if the queries have the same. "estimated": those of the queries, estimated from the predictions for them once the
-            model's bias is fitted on up to 64 labelled rows of `pool`, which are read under one order. A mapping from label
-            value to share or count, or a file that holds one, or a file of labelled rows. By default "estimated" if `pool`
-            has at least 16 labelled rows besides demonstrations and queries, and the queries are not rows of it; otherwise
-            "uniform". Why: docs/results/ordering-study.md, "Which prior".
+            if the queries have the same. "mixed": the mean of these two. "estimated": those of the queries, estimated from
+            the predictions for them once the model's bias is fitted on up to 64 labelled rows of `pool`, which are read under
+            one order. A mapping from label value to share or count, or a file that holds one, or a file of labelled rows. By
+            default "estimated" if `pool` has at least 16 labelled rows besides demonstrations and queries; "mixed" if the
+            queries are rows of it; otherwise "uniform". Why: docs/results/ordering-study.md, "Which prior".
         pool: labelled rows from which the demonstrations were drawn, for the prior alone.
         separator, instruction, chat, system: as `Task`.
         allow_leaks: let queries stand among the demonstrations.

@@ -23,7 +23,7 @@ from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, sha
 from sparsort.errors import SparsortError, unknown_choice
 
 Rows = Sequence[Mapping[str, Any]]
-PriorName = Literal["pool", "uniform", "estimated"]
+PriorName = Literal["pool", "uniform", "mixed", "estimated"]
 Prior = PriorName | Mapping[str, float] | str | Path
 
 # How many labelled rows the model is asked about, under one order; and the fewest by which the default estimates.
@@ -36,7 +36,7 @@ class PriorPlan:
     """A prior, or how it will be estimated.
 
     Attributes:
-        source: "uniform", "pool", "estimated", "given", or a file's name.
+        source: "uniform", "pool", "mixed", "estimated", "given", or a file's name.
         labels: the L label values.
         shares: (L,) shares that sum to 1; None until they are estimated.
         labelled: rows on which the model's bias is fitted, for an estimate.
@@ -108,7 +108,8 @@ def plan_prior(
 ) -> PriorPlan:
     """Decide the prior.
 
-    By default it is "estimated" if that is possible, and "uniform" otherwise; "pool" for `by="pdo_prior"`.
+    By default it is "estimated" if that is possible, "mixed" if the queries are rows of the pool, and "uniform" otherwise;
+    for `by="pdo_prior"` it is "pool".
 
     Args:
         task: with its labels.
@@ -125,7 +126,7 @@ def plan_prior(
     labels = tuple(task.labels or ())
     uniform = np.full(len(labels), 1.0 / len(labels))
     if "pdo_prior" in _parts(by):
-        if prior in ("uniform", "estimated"):
+        if prior in ("uniform", "mixed", "estimated"):
             raise SparsortError(
                 f"the criterion 'pdo_prior' is 'pdo' with the prior 'pool', and the prior {prior!r} was given. "
                 "Take the criterion 'pdo' (--by pdo)."
@@ -136,10 +137,18 @@ def plan_prior(
     if prior == "uniform":
         return PriorPlan(source="uniform", labels=labels, shares=uniform)
     if prior == "pool":
-        return PriorPlan(source="pool", labels=labels, shares=_pool_shares(task, labels, pool))
+        return PriorPlan(source="pool", labels=labels, shares=_counted(labels, _pool_counts(task, pool), "the pool"))
+    if prior == "mixed":
+        return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)))
     if prior not in (None, "estimated"):
         return PriorPlan(source=Path(str(prior)).name, labels=labels, shares=_file_shares(prior, task.label, labels))
-    reason = _why_uniform(task, queries, pool, asks=asks) if prior is None else None
+    if prior is None and asks and _are_rows_of(task, queries, pool):
+        note = (
+            "The queries are rows of the pool, so they do not show which label shares your own queries have. Pass those "
+            "(--on) to have their shares estimated, or take --prior pool if they have the shares of the pool."
+        )
+        return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)), notes=(note,))
+    reason = _why_uniform(pool, asks=asks) if prior is None else None
     labelled = _labelled_rows(task, demos, queries, pool, seed) if asks and reason is None else []
     if prior is None and reason is None and len(labelled) < FEWEST_ROWS:
         reason = (
@@ -172,8 +181,8 @@ def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, a
     return PriorPlan(source="estimated", labels=labels, shares=None, labelled=labelled, notes=notes)
 
 
-def _why_uniform(task: Task, queries: Rows, pool: Rows, *, asks: bool) -> str | None:
-    """Why the queries' label shares cannot be estimated, or need not be; None if they can."""
+def _why_uniform(pool: Rows, *, asks: bool) -> str | None:
+    """Why the queries' label shares cannot be estimated, as far as that is known without looking at rows."""
     if not asks:
         return "The criterion reads probes sampled from the model, so the label shares of queries were not estimated."
     if not pool:
@@ -181,13 +190,13 @@ def _why_uniform(task: Task, queries: Rows, pool: Rows, *, asks: bool) -> str | 
             "No labelled rows of the pool were given (pool=), which it takes to estimate the queries' label shares; prior= names "
             "another prior."
         )
-    known = {_question(task, row) for row in pool}
-    if all(_question(task, row) in known for row in queries):
-        return (
-            "The queries are rows of the pool, so they do not show which label shares your own queries have. Pass those "
-            "(--on) to have their shares estimated, or take --prior pool if they have the shares of the pool."
-        )
     return None
+
+
+def _are_rows_of(task: Task, queries: Rows, pool: Rows) -> bool:
+    """Whether every query is a row of the pool, which has labels."""
+    known = {_question(task, row) for row in pool}
+    return all(_question(task, row) in known for row in queries) and bool(_pool_counts(task, pool, required=False))
 
 
 def _question(task: Task, row: Mapping[str, Any]) -> str | None:
@@ -219,13 +228,22 @@ def _value(task: Task, row: Mapping[str, Any]) -> str | None:
     return str(value) if value is not None and str(value) in (task.labels or {}) else None
 
 
-def _pool_shares(task: Task, labels: tuple[str, ...], pool: Rows) -> NDArray[np.float64]:
-    if not pool:
+def _pool_counts(task: Task, pool: Rows, *, required: bool = True) -> Counter[str]:
+    """How often the pool has each label of the task."""
+    counts = Counter(value for row in pool if (value := _value(task, row)) is not None)
+    if required and not counts:
         raise SparsortError(
-            "the prior 'pool' counts the labels of the pool, and no rows of it were given. Pass them (pool=), or take the prior "
-            "'uniform' or {value: share, …}."
+            "the priors 'pool' and 'mixed' count the labels of the pool, and no rows of it with a label were given. Pass them "
+            "(pool=), or take the prior 'uniform' or {value: share, …}."
         )
-    return _counted(labels, Counter(_value(task, row) for row in pool), "the pool")
+    return counts
+
+
+def _mixed(labels: tuple[str, ...], counts: Mapping[str, int]) -> NDArray[np.float64]:
+    """The mean of uniform shares and the pool's."""
+    counted = np.array([counts.get(value, 0) for value in labels], dtype=np.float64)
+    mixed: NDArray[np.float64] = (counted / counted.sum() + 1.0 / len(labels)) / 2
+    return mixed
 
 
 def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> NDArray[np.float64]:

@@ -53,9 +53,9 @@ def choose(
         str | None,
         typer.Option(
             help="Label shares that pdo expects of the predictions: uniform; pool, those of FILE, right only if your queries "
-            "have the same; estimated, those of the queries of --on, which reads up to 64 labelled rows of FILE under one "
-            "order; or a file of shares or labelled rows [default: estimated with -k and --on, if 16 labelled rows are left; "
-            "else uniform]."
+            "have the same; mixed, the mean of both; estimated, those of the queries, for which up to 64 labelled rows of FILE "
+            "are read under one order; or a file of shares or labelled rows [default: with -k and --on estimated, if 16 "
+            "labelled rows are left; with -k alone mixed; else uniform]."
         ),
     ] = None,
     prompt: PromptOption = None,

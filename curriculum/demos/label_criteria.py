@@ -73,7 +73,8 @@ def pdo(log_p_OPL: Any, prior_L: Any = None) -> Floats:
 
     Args:
         log_p_OPL: scores of the labels.
-        prior_L: share of each label, or counts; positive.
+        prior_L: share of each label among the queries, or counts; positive. The shares of the pool are right only if the
+            queries have the same (`label_shift` estimates the queries').
 
     Cost: O·P pairs, or O·C for "pdo_null". Traps: the mean hides its parts, so an order under which the model always
     hedges is as good as one under which it is sure and right. Content-free inputs that were calibrated are uniform by
