@@ -77,7 +77,8 @@ def calibrate(
         out: file for the calibration (.json). The pass is kept beside it, in a folder named like it with `.rows`: after a stop
             the same call goes on, and further references need no further pass.
         shard_rows: rows of one shard of that pass.
-        n_boot: bootstrap draws; `n_perm` permutations; `confidence` of the intervals; `seed` of all three and of the halves.
+        n_boot: bootstrap draws; `n_perm` permutations; `confidence` of the intervals; `seed` of all three and of the halves,
+            which are drawn by the position of a row.
 
     Returns:
         The calibration: its `verdict`, `sentence()`, every candidate's numbers, and the definition of the score to use, which
