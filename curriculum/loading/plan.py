@@ -235,7 +235,7 @@ class CurriculumPlan:
         """
         folder = Path(folder).expanduser()
         found, arrays = read_plan(folder)
-        settings = CurriculumSettings.from_json(found.pop("settings"))
+        settings = CurriculumSettings.from_json(found.pop("settings"), stored=True)
         return cls(settings, arrays, folder=folder.resolve(), **found)
 
     def in_memory(self) -> CurriculumPlan:
