@@ -53,8 +53,8 @@ class SparseAttentionConfig:
         stored: the settings come from a checkpoint, where one that is not read is kept as it is.
 
     Raises:
-        SparsortError: an unknown selector, a number out of its range, both `threshold` and `top_p`, or a setting that the selector
-            does not read.
+        SparsortError: an unknown selector, a number out of its range, both `threshold` and `top_p`, or a setting that the
+            selector does not read.
     """
 
     selector: SelectorKind = "index_branch"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, When, needs, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 
 if TYPE_CHECKING:
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
     from sparsort.scoring.prompts import Truncation, Turns
     from sparsort.scoring.sources import RowSource
 
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "own_loss": (needs("answer", "the model's own loss is read from an answer, and there is none"),),
+    "answer": (
+        When(
+            holds=lambda values: values["own_loss"] or "answer" in (values["poolings"] or ("answer",)),
+            why="without the model's own loss or the pooling 'answer' nothing reads it",
+        ),
+    ),
+}
 # Names that the pass itself gives.
 _OWN = ("loss", "length")
 # Every candidate of every row is ranked a thousand times over: beyond this it takes minutes and gigabytes, and says no more.
@@ -97,6 +108,8 @@ def calibrate(
     from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)
+    read = {"own_loss": own_loss, "answer": answer, "poolings": poolings}
+    refuse_unread_arguments(calibrate, READ_BY, read)
     file = _check_out(out)
     asked = Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None
     source = open_rows(data, id_column=id_column, content=asked.fields if asked is not None else None)

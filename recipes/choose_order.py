@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.data import Showing
 from sparsort.curriculum.ablation.design import probes_of
 from sparsort.curriculum.ablation.splits import alike_rows
@@ -25,6 +26,7 @@ from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, parse_labels, 
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.permutations import random_permutations
+from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
@@ -33,6 +35,13 @@ from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
 
 Rows = Sequence[Mapping[str, Any]]
+
+# What an argument needs to be read; see `sparsort.conditions`.
+READS_QUERIES = When(
+    holds=lambda values: values["by"] is None or _asks(values["by"]),
+    why="the criterion reads no queries, and this is {by}",
+)
+READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": PROMPT_READ_BY["separator"]}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
@@ -116,6 +125,8 @@ def choose_order(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
+    read = {"by": by, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
+    refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
     _check_call(demos, queries, chosen_by, asks=probes == "dev", orders=orders, seed=seed)
@@ -333,6 +344,14 @@ class _Asking:
 def needs_labels(by: str) -> bool:
     """Whether a criterion scores labels, so that it must know them all."""
     return bool(criterion(by).needs & _LABELS)
+
+
+def _asks(by: str) -> bool:
+    """Whether a criterion reads queries that are given; true of what is no criterion."""
+    try:
+        return probes_of(by, sampled=True) == "dev"
+    except SparsortError:
+        return True
 
 
 def _criterion(by: str) -> Criterion:

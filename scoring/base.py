@@ -193,6 +193,6 @@ def _refuse_sampling_by_position(provenance: dict[str, Any], folder: Path) -> No
         if isinstance(fit, dict) and fit.get("rule", "none") != "none" and fit.get("sampling") != SAMPLING:
             raise SparsortError(
                 f"{folder} holds an unfinished run of an earlier version, whose outlier rule {fit['rule']!r} depends on the "
-                "order of the rows. The rule is now fitted on rows chosen by their digests. Choose another folder (--out), or delete "
-                "this one to score again."
+                "order of the rows. The rule is now fitted on rows chosen by their digests. Choose another folder (--out), or "
+                "delete this one to score again."
             )

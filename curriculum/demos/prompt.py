@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from sparsort.conditions import Table, excludes, needs, refuse_unread_arguments
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
 from sparsort.curriculum.demos.pool import input_fields, leaking_rows, only_field
 from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
@@ -20,6 +21,11 @@ from sparsort.templates import render
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
+# What a setting needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "separator": (excludes("chat", "{chat} makes a turn of every block"),),
+    "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
+}
 _WHICH = {
     "farthest": "farthest from the query in the order",
     "nearest": "nearest to the query in the order",
@@ -120,10 +126,13 @@ def assemble(
 
     Raises:
         SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query;
-            chat without a tokenizer that has a chat template; an unknown policy.
+            chat without a tokenizer that has a chat template; an unknown policy; a separator in chat, or a policy without a
+            budget, neither of which is read.
     """
     if drop not in get_args(Drop):
         raise unknown_choice("policy for what to drop", drop, get_args(Drop))
+    read = {"separator": separator, "drop": drop, "chat": chat, "max_tokens": max_tokens}
+    refuse_unread_arguments(assemble, READ_BY, read)
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
     fields = input_fields(prompt)

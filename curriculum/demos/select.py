@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, among, refuse_unread_arguments
 from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
 from sparsort.curriculum.demos.leaks import Leak
@@ -40,8 +41,16 @@ Method = Literal[
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_SCORED = ("spread", "difficulty_matched")
+# The methods that read a setting; see `sparsort.conditions`. Numbers of the rows and a seed may be given where they are not read.
+READ_BY: Table = {
+    "ids": (among("method", ("ids",), of=METHODS),),
+    "trade_off": (among("method", ("mmr",), of=METHODS),),
+    "fetch": (among("method", ("mmr", "kdpp", "difficulty_matched"), of=METHODS),),
+    "n_levels": (among("method", ("difficulty_matched",), of=METHODS),),
+    "neighbours": (among("method", ("vote_k",), of=METHODS),),
+}
+EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
+SCORED = ("spread", "difficulty_matched")
 _BY_QUERY_EMBEDDING = ("knn", "mmr", "kdpp", "difficulty_matched")
 
 
@@ -134,10 +143,13 @@ def select_demos(
         neighbours: out-degree of the graph of "vote_k".
 
     Raises:
-        SparsortError: unknown method, a missing input (named), or fewer rows left than asked for.
+        SparsortError: unknown method, a missing input (named), a setting that the method does not read, or fewer rows left than
+            asked for.
     """
     if method not in METHODS:
         raise unknown_choice("selection method", method, METHODS)
+    read = {"ids": ids, "trade_off": trade_off, "fetch": fetch, "n_levels": n_levels, "neighbours": neighbours}
+    refuse_unread_arguments(select_demos, READ_BY, {"method": method, **read})
     shop = _as_pool(pool, prompt, text, label)
     label = label or shop.label
     wanted = _how_many(k, method, ids)
@@ -149,9 +161,9 @@ def select_demos(
         method,
         {
             "query": (query is not None, ("bm25",)),
-            "embeddings": (embeddings is not None, _EMBEDDED),
+            "embeddings": (embeddings is not None, EMBEDDED),
             "query_embedding": (query_embedding is not None, _BY_QUERY_EMBEDDING),
-            "scores": (scores is not None, _SCORED),
+            "scores": (scores is not None, SCORED),
             "query_difficulty": (query_difficulty is not None, ("difficulty_matched",)),
             "label": (label is not None, ("balanced",)),
         },
@@ -170,14 +182,14 @@ def select_demos(
     near = _nearness(method, shop, inputs, unit, query_embedding)
     difficulty = (
         shop.kept("difficulty", scores, lambda: resolve(scores, shop.rows).values)
-        if scores is not None and method in _SCORED
+        if scores is not None and method in SCORED
         else None
     )
 
     excluded: dict[int, str] = {}
     if inputs is not None and not allow_leaks:
         excluded |= {leak.demo: _leak_reason(leak) for leak in shop.leaks(inputs)}
-    if unit is not None and method in _EMBEDDED:
+    if unit is not None and method in EMBEDDED:
         for position in np.flatnonzero(np.isnan(unit).any(axis=1)).tolist():
             excluded.setdefault(position, "its embedding is zero or not finite")
     if difficulty is not None:

@@ -19,6 +19,7 @@ import torch
 import torch.utils.data
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, needs, refuse_unread_arguments
 from sparsort.curriculum.loading.fetching import Fetcher, Key, Part
 from sparsort.curriculum.loading.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream, unplanned
 from sparsort.curriculum.loading.packing import PackedCollator
@@ -27,6 +28,12 @@ from sparsort.curriculum.loading.resuming import make_state, position_of
 from sparsort.curriculum.loading.shuffling import key_of
 from sparsort.curriculum.loading.streams import StreamFetcher, check_stream, is_stream
 from sparsort.errors import SparsortError
+
+_WORKERS = (needs("num_workers", "the batches are loaded without workers", num_workers=2),)
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = dict.fromkeys(
+    ("prefetch_factor", "persistent_workers", "worker_init_fn", "multiprocessing_context", "timeout"), _WORKERS
+)
 
 Hook = Callable[["CurriculumLoader", int], CurriculumPlan | None]
 
@@ -95,6 +102,9 @@ class CurriculumLoader:
             )
         if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
+        read = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers, "timeout": timeout}
+        read |= {"worker_init_fn": worker_init_fn, "multiprocessing_context": multiprocessing_context}
+        refuse_unread_arguments(CurriculumLoader, READ_BY, {"num_workers": num_workers, **read})
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sparsort.curriculum.loading.pacing import Pacing
 from sparsort.conditions import ALWAYS, Table, When, among, excludes, refuse_unread_fields
+from sparsort.curriculum.loading.pacing import Pacing
 from sparsort.errors import SparsortError, unknown_choice
 
 Mode = Literal["one_pass", "pool"]

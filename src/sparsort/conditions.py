@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from sparsort.errors import SparsortError
@@ -40,6 +40,16 @@ Conditions = tuple[When, ...]
 Table = Mapping[str, Conditions]
 
 ALWAYS: Conditions = ()
+
+
+def always(*names: str) -> dict[str, Conditions]:
+    """A table of options that are always read."""
+    return dict.fromkeys(names, ALWAYS)
+
+
+def under(condition: When, table: Table) -> dict[str, Conditions]:
+    """A table with one more condition, put before the others."""
+    return {name: (condition, *own) for name, own in table.items()}
 
 
 def among(name: str, read_by: Collection[Any], *, of: Collection[Any]) -> When:
@@ -97,20 +107,27 @@ def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Sho
         )
 
 
-def refuse_unread_fields(config: Any, table: Table, *, also: Iterable[str] = ()) -> None:
+def changed(config: Any) -> list[str]:
+    """The fields of a dataclass that differ from their defaults."""
+    return [
+        one.name
+        for one in dataclasses.fields(config)
+        if not _same(getattr(config, one.name), one.default if one.default is not MISSING else None)
+    ]
+
+
+def refuse_unread_fields(config: Any, table: Table) -> None:
     """Refuse a setting of a dataclass that differs from its default and has no effect.
 
     Args:
         config: the dataclass.
         table: the conditions of its fields; fields that are not in it are not checked.
-        also: fields to check although they have their default.
 
     Raises:
         SparsortError: see `refuse_unread`.
     """
     values = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
-    differing = [one.name for one in dataclasses.fields(config) if one.name in also or _differs(one, values[one.name])]
-    refuse_unread(table, values, [name for name in differing if name in table])
+    refuse_unread(table, values, [name for name in changed(config) if name in table])
 
 
 def refuse_unread_arguments(function: Callable[..., Any], table: Table, values: Values) -> None:
@@ -139,13 +156,7 @@ class _Shown(dict[str, str]):
 
 
 def _is_given(value: Any) -> bool:
-    return value is not None and value is not False
-
-
-def _differs(one: dataclasses.Field[Any], value: Any) -> bool:
-    if one.default_factory is not dataclasses.MISSING:
-        return bool(value != one.default_factory())
-    return not _same(value, one.default)
+    return value is not None and not (isinstance(value, (bool, int)) and value == 0)
 
 
 def _same(value: Any, default: Any) -> bool:
