@@ -25,6 +25,7 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
 from sparsort.curriculum.demos.rows import id_of
@@ -144,7 +145,7 @@ def choose_order(
     if not isinstance(model, LoadedModel):
         loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded)
-    notes = []
+    notes = duplicates(demos, [task.demo_text(row) for row in demos])
     if probes == "sampled":
         texts = asking.sampled(seed)
         if not texts:

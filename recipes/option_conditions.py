@@ -65,7 +65,7 @@ def _on_the_command_line(context: Any) -> Shown:
         parameter = parameters[name]
         if parameter.param_type_name == "argument":
             return str(value)
-        flag = max(parameter.opts, key=len)
+        flag: str = max(parameter.opts, key=len)
         if value is None or isinstance(value, bool):
             return flag
         values = value if isinstance(value, (list, tuple)) else [value]

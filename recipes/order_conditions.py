@@ -65,7 +65,7 @@ _NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
 _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
-    **always("prompt", "answer", "id_column", "k", "order", "max_tokens", "allow_leaks"),
+    **always("prompt", "answer", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
     **under(_RANKED, under(_NOT_SCORED_YET, _SCORER)),
     "scores": (_RANKED,),
     "system": (_OWN_PROMPT, *SYSTEM),
@@ -81,7 +81,6 @@ READ_BY: Table = {
             instead={"k": 4},
         ),
     ),
-    "ids": (among("select", ("ids", "random"), of=METHODS),),
     "label": (among("select", ("balanced",), of=METHODS),),
     "drop": PROMPT_READ_BY["drop"],
     "separator": PROMPT_READ_BY["separator"],

@@ -163,8 +163,7 @@ def order_file(
         drop=config.drop,
         allow_leaks=config.allow_leaks,
     )
-    if made.dropped:
-        notes.append(made.report)
+    notes += [*([made.report] if made.dropped else []), *made.notes]
     kept = set(made.kept)
     demonstrations = [
         {

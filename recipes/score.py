@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sparsort.conditions import ALWAYS, Table, When, among, refuse_unread_fields
+from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.scoring.sources import open_rows
@@ -27,13 +27,7 @@ MODEL_SCORERS = ("sparsity", "answer_loss", "prompt_loss", "entropy")
 
 _SPARSITY = (among("scorer", ("sparsity",), of=SCORERS),)
 _MODEL = (among("scorer", MODEL_SCORERS, of=SCORERS),)
-_TOKENIZER = (
-    among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS),
-    When(
-        holds=lambda values: values["scorer"] != "length" or values.get("unit") != "characters",
-        why="{unit} are counted without a tokenizer",
-    ),
-)
+_TOKENIZER = (among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS),)
 # The scorers that read an option of `ScorerConfig`; see `sparsort.conditions`.
 READ_BY: Table = {
     "scorer": ALWAYS,

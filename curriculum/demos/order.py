@@ -7,6 +7,7 @@ and length come in as numbers. Difficulty rises with sparsity, so "sparse" reads
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from sparsort.conditions import Table, Values, When, refuse_unread_arguments
 from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.rows import Row, TextOf, id_of, listed, text_of
 from sparsort.errors import SparsortError, unknown_choice
 
@@ -155,7 +157,7 @@ def order_demos(
             the prompt (also under `reverse:`), or leave them out ("drop").
 
     Returns:
-        Copies of the rows, first to last.
+        Copies of the rows, first to last. Duplicates are kept, and logged as a warning (logger "sparsort").
 
     Raises:
         SparsortError: unknown order, a missing input, scores of the wrong kind or length, NaN under missing="error", or a
@@ -184,7 +186,10 @@ def order_demos(
         missing=missing,
         names=[id_of(row, position) for position, row in enumerate(demos)],
     )
-    return [dict(demos[index]) for index in indices]
+    ordered = [dict(demos[index]) for index in indices]
+    for note in duplicates(ordered):
+        logging.getLogger("sparsort").warning("%s", note)
+    return ordered
 
 
 def order_indices(

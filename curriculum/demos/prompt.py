@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sparsort.conditions import Table, excludes, needs, refuse_unread_arguments
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.pool import input_fields, leaking_rows, only_field
 from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError, unknown_choice
@@ -45,6 +46,7 @@ class Assembled:
         dropped: positions of those that the budget took away.
         n_tokens: tokens of `text` with its special tokens, or None without a tokenizer.
         report: one sentence about what is in the prompt and what was dropped.
+        notes: duplicates among the demonstrations in it, one sentence each; they are kept.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Assembled:
     dropped: list[int]
     n_tokens: int | None
     report: str
+    notes: list[str] = field(default_factory=list)
 
 
 def build_prompt(
@@ -72,7 +75,8 @@ def build_prompt(
 ) -> str:
     """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and returns what was dropped.
 
-    What a budget drops is logged as a warning (logger "sparsort"), which Python prints on stderr by default.
+    What a budget drops, and demonstrations that are in the prompt twice, are logged as warnings (logger "sparsort"), which Python
+    prints on stderr by default.
     """
     made = assemble(
         demos,
@@ -87,8 +91,8 @@ def build_prompt(
         drop=drop,
         allow_leaks=allow_leaks,
     )
-    if made.dropped:
-        logging.getLogger("sparsort").warning("%s", made.report)
+    for note in [*([made.report] if made.dropped else []), *made.notes]:
+        logging.getLogger("sparsort").warning("%s", note)
     return made.text
 
 
@@ -170,6 +174,7 @@ def assemble(
         kept=kept,
         dropped=dropped,
         n_tokens=n_tokens,
+        notes=duplicates([demos[at] for at in kept], [(questions[at], answers[at]) for at in kept]),
         report=_report([id_of(demo, at) for at, demo in enumerate(demos)], dropped, n_tokens, max_tokens, drop),
     )
 

@@ -11,7 +11,7 @@ Shapes: N pool rows, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sparsort.conditions import Table, among, refuse_unread_arguments
 from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.leaks import Leak
 from sparsort.curriculum.demos.methods import CHOOSE, Task
 from sparsort.curriculum.demos.pool import DemoPool, InputTexts, Query
@@ -74,6 +75,7 @@ class Selection:
             `order_demos(selection.demos, order="similarity_ascending", similarity=selection.similarity)` takes it.
         excluded: the rows that were left out, with reasons.
         method: how they were chosen.
+        notes: duplicates among them, one sentence each; they are kept.
     """
 
     demos: list[dict[str, Any]]
@@ -81,6 +83,7 @@ class Selection:
     similarity: list[float] | None
     excluded: list[Excluded]
     method: str
+    notes: list[str] = field(default_factory=list)
 
 
 def select_demos(
@@ -217,12 +220,14 @@ def select_demos(
         neighbours=neighbours,
     )
     chosen = rows[CHOOSE[method](task)].tolist() if wanted else []
+    demos = [dict(shop.rows[position]) for position in chosen]
     return Selection(
-        demos=[dict(shop.rows[position]) for position in chosen],
+        demos=demos,
         indices=chosen,
         similarity=None if near is None else [float(near[position]) for position in chosen],
         excluded=[Excluded(position=at, id=shop.ids[at], reason=excluded[at]) for at in sorted(excluded)],
         method=method,
+        notes=duplicates(demos),
     )
 
 

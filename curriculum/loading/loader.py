@@ -102,9 +102,10 @@ class CurriculumLoader:
             )
         if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
-        read = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers, "timeout": timeout}
-        read |= {"worker_init_fn": worker_init_fn, "multiprocessing_context": multiprocessing_context}
-        refuse_unread_arguments(CurriculumLoader, READ_BY, {"num_workers": num_workers, **read})
+        read: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "timeout": timeout}
+        read |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
+        read |= {"multiprocessing_context": multiprocessing_context}
+        refuse_unread_arguments(CurriculumLoader, READ_BY, read)
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None

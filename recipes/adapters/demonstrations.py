@@ -7,6 +7,7 @@ scores, embeddings and word index are made once. No sparsort model is run here: 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.conditions import refuse_unread_fields
 from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_indices
 from sparsort.curriculum.demos.pool import DemoPool, Query
-from sparsort.curriculum.demos.rows import Row, TextOf, name_of, text_of
+from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of, text_of
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.scores import Scores
+
+_LOG = logging.getLogger("sparsort")
 
 Embed = Callable[[list[str]], ArrayLike]
 
@@ -143,6 +147,8 @@ class DemoChooser:
         self.options = options
         every = [dict(row) for row in rows]
         self._count = len(every)
+        if notes := duplicates(every):
+            _LOG.warning("the pool of demonstrations: %s", listed([note.removesuffix(".") for note in notes], most=2))
         difficulty = _difficulty(every, options)
         pool = DemoPool(every, prompt=options.prompt, label=options.label)
         asked = () if options.allow_leaks else held_out
