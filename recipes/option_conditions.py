@@ -137,12 +137,21 @@ _WRITES = When(
     why="labels are scored, and nothing is written",
     instead={"judge": "exact"},
 )
-_RUNS = excludes("dry_run", "{dry_run} runs nothing")
-_LOADS = excludes("no_run", "{no_run} loads no model")
 ABLATE: Table = {
-    # A dry run tells what the command would cost, so it takes the options that describe the run: --out, --dtype, --device.
+    # --dry-run and --no-run are put behind a whole command, so they take the options that describe its run and its report.
     **always("source", "out", "shots", "sets", "first_seed", "selectors", "orderers", "choosers", "random_orders"),
-    **always("test_rows", "dev_rows", "max_demo_chars", "model", "dry_run", "as_json"),
+    **always(
+        "test_rows",
+        "dev_rows",
+        "max_demo_chars",
+        "model",
+        "dtype",
+        "device",
+        "compile",
+        "dry_run",
+        "no_report",
+        "as_json",
+    ),
     **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test"), (_OWN_TASK,)),
     "labels": (_OWN_TASK, _SCORES_LABELS),
     "stop": (_OWN_TASK, _WRITES),
@@ -155,11 +164,7 @@ ABLATE: Table = {
     ),
     "label_score": (_SCORES_LABELS,),
     "contextual": (_SCORES_LABELS,),
-    "dtype": (_LOADS,),
-    "device": (_LOADS,),
-    "compile": (_RUNS, _LOADS),
-    "no_run": (_RUNS,),
-    "no_report": (_RUNS,),
+    "no_run": (excludes("dry_run", "{dry_run} neither runs anything nor reads the store"),),
 }
 
 REPORT: Table = always("results", "out", "figures", "title", "as_json")

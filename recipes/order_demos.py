@@ -344,10 +344,9 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
 
 
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
-    """Refuse options that have no effect together; a seed may be given where nothing is drawn."""
-    given = [*changed(config), *changed(scorer), *(["scores"] if scores is not None else [])]
+    """Refuse what was configured and has no effect; a seed, and a scorer beside scores, may be given where they are not read."""
     values = {**vars(scorer), **vars(config), "scores": scores}
-    refuse_unread(READ_BY, values, [name for name in given if name != "seed" and name in READ_BY])
+    refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
 
 
 def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConfig:

@@ -54,7 +54,7 @@ def _defaults(function: Any) -> dict[str, Any]:
         ("calibrate", [calibrate], {"draws": "n_boot"}),
         ("ablate", [Ablation], {}),
         ("plan", [make_plan, CurriculumSettings], {}),
-        ("train", [TrainConfig, CurriculumSettings], {}),
+        ("train", [TrainConfig], {}),
         ("report", [make_report], {}),
     ],
 )
