@@ -173,7 +173,7 @@ def test_another_prompt_model_or_option_is_refused(
     with pytest.raises(SparsortError, match=r"metric is 'l1'.*of 'hoyer'"):
         score_file(file, scorer=ScorerConfig(calibration=saved, metric="l1"), text=TextConfig())
     with pytest.raises(
-        SparsortError, match="calibration=.* has no effect: sparsity reads it, and this is scorer='length'"
+        SparsortError, match=r"calibration=.* has no effect: sparsity reads it, and this is scorer='length'"
     ):
         ScorerConfig(calibration=saved, scorer="length")
     with pytest.raises(SparsortError, match="there is no calibration"):
