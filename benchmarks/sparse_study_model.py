@@ -157,12 +157,13 @@ def train(
     began = time.process_time()
     steps = study.steps if steps is None else steps
     if attention != "dense":
+        indexed = attention in ("index_branch", "seer", "lm_trained")
         sparsort.attach_index_branch(
             model,
             selector=attention,
             block_size=study.block_size,
             blocks=study.blocks,
-            index_dim=study.index_dim,
+            **({"index_dim": study.index_dim} if indexed else {}),
             seed=seed,
         )
     for name, weight in model.named_parameters():

@@ -239,6 +239,8 @@ def find_source(
 ) -> dict[str, Any]:
     """Fields of the recipe that a command line's SOURCE stands for: a recipe, a data file, or names of ready tasks.
 
+    Options of a data file beside a recipe, and the other way round, are refused by `option_conditions` before.
+
     Raises:
         SparsortError: it is none of these, or a data file without a prompt.
     """
@@ -247,16 +249,8 @@ def find_source(
     is_ready = bool(names) and all(name in task_names() for name in names)
     # A folder may bear the name of a ready task, which has no prompt to be given.
     if path.suffix == ".toml" or (is_ready and (prompt is None or not path.exists())):
-        if any(value is not None for value in (prompt, label, labels, test, *task.values())):
-            raise SparsortError(
-                f"{source} has its own prompt, labels and files. Leave those options out, or give a data file with them."
-            )
         return {"tasks": tuple(names), "data": data} if is_ready else _from_toml(path, data)
     if path.exists():
-        if data is not None:
-            raise SparsortError(
-                f"--data is the folder of a task's files, but {source} is a data file. Leave --data out."
-            )
         return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, task),), "data": Path()}
     raise SparsortError(
         f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with --prompt, a recipe "
@@ -286,12 +280,6 @@ def _task_of_file(
             f"{path.name} has: {', '.join(source.columns())}."
         )
     given = {name: value for name, value in options.items() if value is not None}
-    if given.get("judge", "labels") == "labels" and (unused := given.keys() & {"stop", "max_new_tokens"}):
-        named = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
-        raise SparsortError(
-            f"{named}: labels are scored, and nothing is written. Leave it out, or name a --judge of written answers: exact, "
-            "number or math."
-        )
     if given.get("chat"):
         # Turns are shown without spaces at their ends, and what is scored is what is shown.
         given.setdefault("answer", f"{{{label}}}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, When, needs, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.values import has_text, is_missing, number_array
 
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from sparsort.scoring.prompts import Prompt, Truncation, Turns
     from sparsort.scoring.sources import RowSource
 
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "own_loss": (needs("answer", "the model's own loss is read from an answer, and there is none"),),
+    "answer": (
+        When(
+            holds=lambda values: values["own_loss"] or "answer" in (values["poolings"] or ("answer",)),
+            why="without the model's own loss or the pooling 'answer' nothing reads it",
+        ),
+    ),
+}
 # Names that the pass itself gives.
 _OWN = ("loss", "length")
 # Every candidate of every row is ranked a thousand times over: beyond this it takes minutes and gigabytes, and says no more.
@@ -80,7 +91,8 @@ def calibrate(
         out: file for the calibration (.json). The pass is kept beside it, in a folder named like it with `.rows`: after a stop
             the same call goes on, and further references need no further pass.
         shard_rows: rows of one shard of that pass.
-        n_boot: bootstrap draws; `n_perm` permutations; `confidence` of the intervals; `seed` of all three and of the halves.
+        n_boot: bootstrap draws; `n_perm` permutations; `confidence` of the intervals; `seed` of all three and of the halves,
+            which are drawn by the position of a row.
 
     Returns:
         The calibration: its `verdict`, `sentence()`, every candidate's numbers, and the definition of the score to use, which
@@ -99,6 +111,8 @@ def calibrate(
     from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)
+    read = {"own_loss": own_loss, "answer": answer, "poolings": poolings}
+    refuse_unread_arguments(calibrate, READ_BY, read)
     file = _check_out(out)
     asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
     source = open_rows(data, id_column=id_column, content=asked.fields if asked is not None else None)

@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.data import Showing
 from sparsort.curriculum.ablation.design import probes_of
 from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
+from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
@@ -35,6 +38,13 @@ from sparsort.templates import fields_of
 from sparsort.values import as_text, is_missing, value_at
 
 Rows = Sequence[Mapping[str, Any]]
+
+# What an argument needs to be read; see `sparsort.conditions`.
+READS_QUERIES = When(
+    holds=lambda values: values["by"] is None or _asks(values["by"]),
+    why="the criterion reads no queries, and this is {by}",
+)
+READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": PROMPT_READ_BY["separator"]}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
@@ -127,6 +137,8 @@ def choose_order(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
+    read = {"by": by, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
+    refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
     asks = probes == "dev"
@@ -152,7 +164,7 @@ def choose_order(
     if not isinstance(model, LoadedModel):
         loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded)
-    notes = []
+    notes = duplicates(demos, [task.demo_text(row) for row in demos])
     if probes == "sampled":
         texts = asking.sampled(seed)
         if not texts:
@@ -360,6 +372,14 @@ class _Asking:
 def needs_labels(by: str) -> bool:
     """Whether a criterion scores labels, so that it must know them all."""
     return bool(criterion(by).needs & _LABELS)
+
+
+def _asks(by: str) -> bool:
+    """Whether a criterion reads queries that are given; true of what is no criterion."""
+    try:
+        return probes_of(by, sampled=True) == "dev"
+    except SparsortError:
+        return True
 
 
 def _criterion(by: str) -> Criterion:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 TEXT_PANEL = "Text"
 SCORER_PANEL = "Scorer"
@@ -72,6 +73,16 @@ CalibrationOption = Annotated[
     typer.Option(help="File of 'sparsort calibrate', which decides the score.", rich_help_panel=SCORER_PANEL),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class CheckedCommand(TyperCommand):
+    """A command that refuses options without an effect before it does anything."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from sparsort.recipes.option_conditions import check
+
+        check(ctx)
+        return super().invoke(ctx)
 
 
 # Columns that stand to the right.

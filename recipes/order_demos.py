@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsort.curriculum.demos.order import ORDERS, order_indices
+from sparsort.conditions import changed, refuse_unread
+from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
 from sparsort.curriculum.demos.prompt import assemble
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
 from sparsort.recipes.demo_text import DemoText
+from sparsort.recipes.order_conditions import READ_BY
 from sparsort.recipes.score import ScorerConfig
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
@@ -44,7 +46,8 @@ _NEEDS_NO_SCORES = (
 class OrderConfig:
     """What to select, how to order it, and how the prompt is put together.
 
-    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by a calibrated score, `hard_to_easy`.
+    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by any other score, `hard_to_easy`. An option that
+    differs from its default and has no effect is refused by `order_file`; see `recipes.order_conditions`.
     """
 
     select: str = "random"
@@ -105,6 +108,7 @@ def order_file(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
+    _refuse_unread(config, scorer, scores)
     scorer = scorer.calibrated()
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
@@ -168,8 +172,7 @@ def order_file(
         drop=config.drop,
         allow_leaks=config.allow_leaks,
     )
-    if made.dropped:
-        notes.append(made.report)
+    notes += [*([made.report] if made.dropped else []), *made.notes]
     kept = set(made.kept)
     demonstrations = [
         {
@@ -343,13 +346,19 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
     return [rows[index] for index in chosen.indices], notes
 
 
+def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
+    """Refuse what was configured and has no effect; a seed, and a scorer beside scores, may be given where they are not read."""
+    values = {**vars(scorer), **vars(config), "scores": scores}
+    refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
+
+
 def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConfig:
     """The configuration with its default order, and with the prompt of the calibration where there is one.
 
     Raises:
         SparsortError: the calibrated prompt is not one that demonstrations can be put into.
     """
-    order = config.order or ("hard_to_easy" if kind == "calibrated" else "sparse_to_dense")
+    order = config.order or default_order(kind)
     if scorer.found is None or config.prompt is not None or config.messages is not None:
         return replace(config, order=order)
     if (column := scorer.found.definition.prompt.messages) is not None:

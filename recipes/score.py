@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.scoring.sources import open_rows
@@ -21,13 +22,43 @@ if TYPE_CHECKING:
     from sparsort.scoring.scores import Scores
 
 ScorerName = Literal["sparsity", "answer_loss", "prompt_loss", "entropy", "length", "compression", "random", "column"]
+SCORERS: tuple[str, ...] = get_args(ScorerName)
+MODEL_SCORERS = ("sparsity", "answer_loss", "prompt_loss", "entropy")
+
+_SPARSITY = (among("scorer", ("sparsity",), of=SCORERS),)
+_MODEL = (among("scorer", MODEL_SCORERS, of=SCORERS),)
+_TOKENIZER = (among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS),)
+# The scorers that read an option of `ScorerConfig`; see `sparsort.conditions`.
+READ_BY: Table = {
+    "scorer": ALWAYS,
+    "calibration": _SPARSITY,
+    "site": _SPARSITY,
+    "pooling": _SPARSITY,
+    "metric": _SPARSITY,
+    "outliers": _SPARSITY,
+    "l0_threshold": _SPARSITY,
+    "column": (among("scorer", ("column",), of=SCORERS),),
+    "descending": (among("scorer", ("column",), of=SCORERS),),
+    "seed": (among("scorer", ("random",), of=SCORERS),),
+    "unit": (among("scorer", ("length",), of=SCORERS),),
+    "model": _TOKENIZER,
+    "revision": _TOKENIZER,
+    "trust_remote_code": _TOKENIZER,
+    "dtype": _MODEL,
+    "device": _MODEL,
+    "token_budget": _MODEL,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """Which scorer, with the options of each (those of the others are ignored).
+    """Which scorer, with the options of each.
 
     `calibration` is the file of one, which says model, site, pooling, metric, outlier rule and direction; see `calibrated`.
+
+    Raises:
+        SparsortError: an unknown scorer, or an option that differs from its default and that the scorer does not read
+            (`READ_BY`).
     """
 
     scorer: str = "sparsity"
@@ -49,14 +80,11 @@ class ScorerConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.scorer not in get_args(ScorerName):
-            raise unknown_choice("scorer", self.scorer, get_args(ScorerName))
+        if self.scorer not in SCORERS:
+            raise unknown_choice("scorer", self.scorer, SCORERS)
         if self.scorer == "column" and self.column is None:
             raise SparsortError("the scorer 'column' needs the name of a numeric column. Pass --column NAME.")
-        if self.calibration is not None and self.scorer != "sparsity":
-            raise SparsortError(
-                f"a calibration (--calibration) is of a sparsity score, and the scorer is {self.scorer!r}. Pass one of the two."
-            )
+        refuse_unread_fields(self, READ_BY)
 
     @property
     def kind(self) -> str:
@@ -134,7 +162,7 @@ class ScorerConfig:
     @property
     def runs_model(self) -> bool:
         """Whether scoring runs a forward pass."""
-        return self.scorer in ("sparsity", "answer_loss", "prompt_loss", "entropy")
+        return self.scorer in MODEL_SCORERS
 
     def load(self, loaded: Any = None) -> Scorer:
         """Build the scorer; `loaded` is a model that stands in memory already."""

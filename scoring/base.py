@@ -19,7 +19,7 @@ from sparsort.progress import progress
 from sparsort.scoring import engine
 from sparsort.scoring.prompts import Prompt, Truncation, Turns
 from sparsort.scoring.shards import MANIFEST, read_manifest
-from sparsort.scoring.sources import Row, RowSource, open_rows
+from sparsort.scoring.sources import SAMPLING, Row, RowSource, open_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -166,10 +166,34 @@ def _refuse_unlike(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _previous(out: Path | None) -> dict[str, Any] | None:
-    """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot."""
+    """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot.
+
+    Raises:
+        SparsortError: the run is not finished, and its outlier rule depends on the order of the rows.
+    """
     if out is None or not (out / MANIFEST).is_file():
         return None
     try:
-        return dict(read_manifest(out)["provenance"])
+        held = read_manifest(out)
     except SparsortError:
         return None
+    if "shards" not in held:
+        _refuse_sampling_by_position(held["provenance"], out)
+    return dict(held["provenance"])
+
+
+def _refuse_sampling_by_position(provenance: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue a run of an earlier version, whose outlier rules were fitted on rows at even distances.
+
+    A finished run keeps its rule, and so does a calibration, which is fitted once for all data.
+    """
+    fits = [provenance.get("outliers"), *(provenance.get("fits") or {}).values()]
+    if "calibration" in provenance:
+        return
+    for fit in fits:
+        if isinstance(fit, dict) and fit.get("rule", "none") != "none" and fit.get("sampling") != SAMPLING:
+            raise SparsortError(
+                f"{folder} holds an unfinished run of an earlier version, whose outlier rule {fit['rule']!r} depends on the "
+                "order of the rows. The rule is now fitted on rows chosen by their digests. Choose another folder (--out), or "
+                "delete this one to score again."
+            )

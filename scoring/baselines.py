@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from sparsort.conditions import Table, When, among, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
 from sparsort.scoring.embedded import load_tokenizer
@@ -22,6 +23,12 @@ from sparsort.scoring.prompts import Encoder, Prompt, hash_tokenizer
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import Row, RowSource
 from sparsort.values import has_text, is_missing
+
+_NO_MODEL = (When(holds=lambda values: False, why="this scorer runs no model, and cuts no text"),)
+# What a request asks of a scorer that runs no model; see `sparsort.conditions`.
+_REQUEST_READ_BY: Table = {"truncation": _NO_MODEL, "max_length": _NO_MODEL}
+_TOKENS = (among("unit", ("tokens",), of=("tokens", "characters")),)
+_LENGTH_READ_BY: Table = {"model": _TOKENS, "revision": _TOKENS, "trust_remote_code": _TOKENS}
 
 
 class _RowJob(Job):
@@ -75,6 +82,8 @@ class _RowScorer(Scorer):
     tokenizer: Any = None
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+        read = {"truncation": request.truncation, "max_length": request.max_length}
+        refuse_unread_arguments(self.score, _REQUEST_READ_BY, read)
         if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
             raise SparsortError(
                 f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away; of a conversation "
@@ -96,7 +105,7 @@ class LengthScorer(_RowScorer):
 
     Args:
         unit: "tokens" (of `model`'s tokenizer) or "characters".
-        model: whose tokenizer counts; unused for characters.
+        model: whose tokenizer counts; characters are counted without one, and refuse it.
     """
 
     kind: ClassVar[str] = "length"
@@ -111,6 +120,8 @@ class LengthScorer(_RowScorer):
     ) -> None:
         if unit not in ("tokens", "characters"):
             raise unknown_choice("unit", unit, ("tokens", "characters"))
+        read = {"unit": unit, "model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+        refuse_unread_arguments(LengthScorer, _LENGTH_READ_BY, read)
         self.unit, self.model = unit, model
         self.counts_tokens = unit == "tokens"
         if self.counts_tokens:

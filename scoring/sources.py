@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from array import array
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,15 @@ from sparsort.paths import spell
 from sparsort.scoring.columnar import arrow_reader, dataset_reader, merge, parquet_reader, table_reader
 from sparsort.scoring.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader, json_reader
 from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
+
+# How a sample of rows is drawn, as the records of what is fitted on one state it. A record without it is of an earlier
+# version, which took evenly spaced rows, so that the order of the rows changed what was fitted.
+SAMPLING = "distinct rows by digest"
+SAMPLE_ROWS = 256
+# Keyed, so that a sample is independent of whatever else is decided by a digest.
+_SAMPLE_KEY = b"sparsort sample"
+
+Item = TypeVar("Item")
 
 _NEXT_STEP = {
     "IterableDataset": "Save it first, as JSONL or with datasets.Dataset.from_generator(lambda: iter(stream)).",
@@ -147,11 +157,11 @@ class RowSource:
         self._required |= {*fields, reader} - {None}
 
     def sample(self, n: int) -> list[Row]:
-        """`n` rows evenly spaced over the source, all of them where there are fewer."""
-        total = self.count()
-        positions = [(2 * i + 1) * total // (2 * n) for i in range(n)] if n < total else list(range(total))
-        records = zip(positions, self._reader.take(positions), strict=True)
-        return [self._row(position, line, fields) for position, (line, fields) in records]
+        """`n` rows of different contents, all contents where there are fewer; the order of the rows has no effect.
+
+        See `sample_by_digest`. Reads the whole source once.
+        """
+        return sample_by_digest(((row.digest, row) for row in self.rows()), n)
 
     def _check(self) -> int:
         first = next(self._reader.records(), None)
@@ -242,6 +252,32 @@ def digest_of(fields: Mapping[str, Any], content: Collection[str] | None = None)
     except TypeError:  # keys that are no text, or of several types, deeper in the row
         text = _ENCODER.encode(_text_keys(present))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def sample_by_digest(rows: Iterable[tuple[str, Item]], n: int) -> list[Item]:
+    """`n` of the rows: those with the smallest keyed hash of their digest, in the order of that hash.
+
+    The sample is a function of the set of digests: neither the order of the rows nor the number of copies of one changes
+    it, since rows with equal digests count once. Of such rows the first is returned.
+
+    Args:
+        rows: pairs of a digest and the row that has it; they are read once, and at most `n` are held at a time.
+        n: how many to take; all different ones where there are fewer.
+    """
+    kept: dict[int, Item] = {}
+    negated: list[int] = []  # heapq keeps the smallest number in front, and here the largest hash is the next to go
+    for digest, row in rows:
+        key = int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=16, key=_SAMPLE_KEY).digest(), "big")
+        if key in kept:
+            continue
+        if len(kept) < n:
+            heapq.heappush(negated, -key)
+        elif key < -negated[0]:
+            del kept[-heapq.heapreplace(negated, -key)]
+        else:
+            continue
+        kept[key] = row
+    return [kept[key] for key in sorted(kept)]
 
 
 def open_rows(source: Any, *, id_column: str | None = None, content: Sequence[str] | None = None) -> RowSource:

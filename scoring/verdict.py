@@ -1,6 +1,7 @@
 """Does a score carry difficulty, here: many candidates against one reference, and the verdict with its rule.
 
-Contract: pure NumPy and SciPy; knows no model. A reference rises with difficulty. Everything is seeded.
+Contract: pure NumPy and SciPy; knows no model. A reference rises with difficulty. Everything is seeded; halves, draws and
+permutations are drawn by the position of a row, so the same rows in another order give other draws.
 
 The verdict, exactly. The rows are halved (seeded, alike in the reference). On each half the candidate of largest |ρ| is chosen,
 with its sign, and its ρ times that sign is read on the other half; the held-out ρ is the mean of the two. Its interval is

@@ -27,6 +27,7 @@ from sparsort.curriculum.ablation.splits import QUERY_SELECTORS
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import digest
 from sparsort.errors import SparsortError
+from sparsort.scoring.sources import SAMPLING
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.store import OutcomeStore
@@ -178,4 +179,6 @@ def _shown(note: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
 
 
 def _sparsity(ablation: Ablation) -> dict[str, str]:
-    return {name: getattr(ablation, name) for name in ("site", "pooling", "metric", "outliers")}
+    found = {name: getattr(ablation, name) for name in ("site", "pooling", "metric", "outliers")}
+    # Notes without it come from a version that fitted the rule on the first rows of the pool.
+    return found if ablation.outliers == "none" else {**found, "sampling": SAMPLING}

@@ -55,8 +55,6 @@ from sparsort.scoring.generation import generate
 
 # Outcomes that are written at once, at least, where prefixes are many and their queries few.
 _ROWS_OF_BLOCK = 64
-# Rows of the sample on which an outlier rule is fitted.
-_SAMPLE_ROWS = 256
 
 Ask = tuple[tuple[str, ...], str]
 Answer = Callable[[Task, Sequence[str], Sequence[str], Sequence[tuple[str, str]]], Outcomes]
@@ -365,8 +363,8 @@ class Run:
             return self._once(unit, "loss", lambda: self._engine.loss(data.task, showing.rows)), "answer_loss"
         if not reads_sparsity(name):
             return None, None
-        sample = data.splits.pool[:_SAMPLE_ROWS]
-        return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, sample)), "sparsity"
+        pool = data.splits.pool
+        return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, pool)), "sparsity"
 
     def _similarity(self, unit: Unit, data: TaskData, showing: Showing) -> NDArray[np.float64]:
         """(Q, U) cosine of every test query and row shown."""
@@ -390,11 +388,11 @@ class Run:
         embedded = unit.selector != "spread"
         for key, needed, make in (
             ("embeddings", embedded, lambda: self._engine.embeddings(data.task, rows)),
-            ("scores", scored, lambda: self._engine.sparsity(data.task, rows, rows[:_SAMPLE_ROWS])),
+            ("scores", scored, lambda: self._engine.sparsity(data.task, rows, rows)),
             (
                 "query scores",
                 unit.selector == "difficulty_matched",
-                lambda: self._engine.sparsity(data.task, data.splits.test, rows[:_SAMPLE_ROWS]),
+                lambda: self._engine.sparsity(data.task, data.splits.test, rows),
             ),
         ):
             if needed and (name, key) not in self._kept:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from sparsort.conditions import Table, excludes, needs, refuse_unread_arguments
 from sparsort.curriculum.demos.blocks import Blocks, conversation_blocks, template_blocks
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.leaks import Leak
 from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError, unknown_choice
@@ -21,6 +23,14 @@ from sparsort.scoring.prompts import Prompt
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
+# What a setting needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "separator": (
+        excludes("chat", "{chat} makes a turn of every block"),
+        excludes("messages", "{messages} makes turns of every conversation"),
+    ),
+    "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
+}
 _WHICH = {
     "farthest": "farthest from the query in the order",
     "nearest": "nearest to the query in the order",
@@ -40,6 +50,7 @@ class Assembled:
         dropped: positions of those that the budget took away.
         n_tokens: tokens of `text` with its special tokens, or None without a tokenizer.
         report: one sentence about what is in the prompt and what was dropped.
+        notes: duplicates among the demonstrations in it, one sentence each; they are kept.
     """
 
     text: str
@@ -49,6 +60,7 @@ class Assembled:
     dropped: list[int]
     n_tokens: int | None
     report: str
+    notes: list[str] = field(default_factory=list)
 
 
 def build_prompt(
@@ -68,7 +80,8 @@ def build_prompt(
 ) -> str:
     """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and returns what was dropped.
 
-    What a budget drops is logged as a warning (logger "sparsort"), which Python prints on stderr by default.
+    What a budget drops, and demonstrations that are in the prompt twice, are logged as warnings (logger "sparsort"), which Python
+    prints on stderr by default.
     """
     made = assemble(
         demos,
@@ -84,8 +97,8 @@ def build_prompt(
         drop=drop,
         allow_leaks=allow_leaks,
     )
-    if made.dropped:
-        logging.getLogger("sparsort").warning("%s", made.report)
+    for note in [*([made.report] if made.dropped else []), *made.notes]:
+        logging.getLogger("sparsort").warning("%s", note)
     return made.text
 
 
@@ -127,10 +140,13 @@ def assemble(
 
     Raises:
         SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query;
-            chat without a tokenizer that has a chat template; an unknown policy.
+            chat without a tokenizer that has a chat template; an unknown policy; a separator in chat, or a policy without a
+            budget, neither of which is read.
     """
     if drop not in get_args(Drop):
         raise unknown_choice("policy for what to drop", drop, get_args(Drop))
+    read = {"separator": separator, "drop": drop, "chat": chat, "messages": messages, "max_tokens": max_tokens}
+    refuse_unread_arguments(assemble, READ_BY, read)
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
     chat = chat or messages is not None
@@ -165,6 +181,7 @@ def assemble(
         kept=kept,
         dropped=dropped,
         n_tokens=n_tokens,
+        notes=duplicates([demos[at] for at in kept], [blocks.texts[at] for at in kept]),
         report=_report([id_of(demo, at) for at, demo in enumerate(demos)], dropped, n_tokens, max_tokens, drop),
     )
 

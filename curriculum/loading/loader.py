@@ -19,6 +19,7 @@ import torch
 import torch.utils.data
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, needs, refuse_unread_arguments
 from sparsort.curriculum.loading.fetching import Fetcher, Key, Part
 from sparsort.curriculum.loading.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream
 from sparsort.curriculum.loading.packing import PackedCollator
@@ -28,6 +29,12 @@ from sparsort.curriculum.loading.shuffling import key_of
 from sparsort.curriculum.loading.streams import StreamFetcher, check_stream, is_stream
 from sparsort.curriculum.loading.verification import another_size, check_name, verify_rows
 from sparsort.errors import SparsortError
+
+_WORKERS = (needs("num_workers", "the batches are loaded without workers", num_workers=2),)
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = dict.fromkeys(
+    ("prefetch_factor", "persistent_workers", "worker_init_fn", "multiprocessing_context", "timeout"), _WORKERS
+)
 
 Hook = Callable[["CurriculumLoader", int], CurriculumPlan | None]
 
@@ -99,6 +106,10 @@ class CurriculumLoader:
             )
         if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
+        read: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "timeout": timeout}
+        read |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
+        read |= {"multiprocessing_context": multiprocessing_context}
+        refuse_unread_arguments(CurriculumLoader, READ_BY, read)
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None

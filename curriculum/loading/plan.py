@@ -231,7 +231,7 @@ class CurriculumPlan:
     @classmethod
     def _mapped(cls, folder: Path, *, check: bool) -> CurriculumPlan:
         found, arrays = read_plan(folder, check=check)
-        settings = CurriculumSettings.from_json(found.pop("settings"))
+        settings = CurriculumSettings.from_json(found.pop("settings"), stored=True)
         return cls(settings, arrays, folder=folder.resolve(), **found)
 
     def in_memory(self) -> CurriculumPlan:

@@ -132,8 +132,8 @@ def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], t
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--stop", "x"], "--stop: labels are scored, and nothing is written"),
-        (["--max-new-tokens", "4"], "--max-new-tokens: labels are scored"),
+        (["--stop", "x"], "--stop x has no effect: labels are scored, and nothing is written"),
+        (["--max-new-tokens", "4"], "--max-new-tokens 4 has no effect: labels are scored"),
         (["--contextual", "maybe"], "setting of contextual calibration"),
         (["-k", "two"], "whole numbers"),
         (["--choosers", "pdo_piror"], "pdo_prior"),

@@ -278,7 +278,7 @@ def test_a_plan_that_knows_nothing_of_its_rows_is_taken_by_name_or_unverified(da
     ],
 )
 def test_every_kind_of_batch_trains(curriculum: dict[str, Any], data: Path, tmp_path: Path) -> None:
-    config = {**CONFIG, "max_steps": 3, "eval_share": 0.2, "lr_schedule": "wsd", "warmup_steps": 1}
+    config = {**CONFIG, "epochs": 1, "max_steps": 3, "eval_share": 0.2, "lr_schedule": "wsd", "warmup_steps": 1}
     scores = None if curriculum.get("schedule") == "shuffle" else data / "scores"
     result = train(data / "rows.jsonl", TEXT, out=tmp_path, scores=scores, curriculum=curriculum, **config)
     assert (result.steps, result.rows, result.eval_rows) == (3, 34, 8)
@@ -331,7 +331,9 @@ def test_padding_has_no_label_and_an_end_that_pads_has_one() -> None:
         (["--eval-share", 0.2, "--eval-data", "HELD"], "eval_share"),
         (["--online", "--schedule", "shuffle"], "nothing to learn online"),
         (["--online"], "--mode pool"),
-        (["--online-metric", "hoier"], "Did you mean 'hoyer'"),
+        (["--online-metric", "hoier", "--online"], "Did you mean 'hoyer'"),
+        (["--online-metric", "gini"], "--online-metric gini has no effect"),
+        (["--epochs", 2, "--max-steps", 3], "--epochs 2 has no effect: --max-steps 3 says how long the run is"),
         (["--plan", "PLAN"], "not both"),
         (["--plan", "PLAN", "--scores", None, "--stages", 2], "its own settings"),
         (["--plan", "PLAN", "--scores", None, "--eval-share", 0.1], "--eval-data"),
