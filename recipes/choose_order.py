@@ -26,7 +26,7 @@ from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
-from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
+from sparsort.curriculum.demos.prompt import NOT_IN_CHAT
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
@@ -44,7 +44,7 @@ READS_QUERIES = When(
     holds=lambda values: values["by"] is None or _asks(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
-READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": PROMPT_READ_BY["separator"]}
+READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": (NOT_IN_CHAT,)}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 

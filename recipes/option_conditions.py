@@ -14,14 +14,17 @@ from typing import Any
 
 from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
 from sparsort.curriculum.ablation.tasks import JUDGES, task_names
+from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.loading.combine import COMBINATIONS
 from sparsort.curriculum.loading.settings import RANKED, CurriculumSettings
 from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
+from sparsort.errors import SparsortError
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
+from sparsort.recipes.choose_prior import reads_prior
+from sparsort.recipes.order_conditions import NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
-from sparsort.recipes.order_conditions import SYSTEM as _SYSTEM
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
 from sparsort.recipes.train_config import READ_BY as TRAIN_READ_BY
@@ -66,6 +69,8 @@ def _on_the_command_line(context: Any) -> Shown:
         if parameter.param_type_name == "argument":
             return str(value)
         flag: str = max(parameter.opts, key=len)
+        if value is False and parameter.secondary_opts:
+            return str(max(parameter.secondary_opts, key=len))
         if value is None or isinstance(value, bool):
             return flag
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -79,36 +84,53 @@ _HAS_TURNS = among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS)
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
 SCORE: Table = {
-    **always("file", "prompt", "id_column", "out", "shard_rows", "strict", "as_json"),
+    **always("file", "prompt", "messages", "id_column", "out", "shard_rows", "strict", "as_json"),
     **_SCORER,
     "answer": (
         among("scorer", [name for name in SCORERS if name not in ("prompt_loss", "random", "column")], of=SCORERS),
     ),
-    "system": (_HAS_TURNS, *_SYSTEM),
-    "chat": (_HAS_TURNS,),
+    "system": (_HAS_TURNS, NO_CONVERSATION, SYSTEM),
+    "chat": (_HAS_TURNS, NO_CONVERSATION),
     "truncation": (among("scorer", MODEL_SCORERS, of=SCORERS),),
     "max_length": (among("scorer", MODEL_SCORERS, of=SCORERS),),
 }
 
 
+def _is_criterion(by: str) -> bool:
+    try:
+        criterion(by)
+    except SparsortError:
+        return False
+    return True
+
+
 ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY}
 
 
+_READS_PRIOR = When(
+    holds=lambda values: reads_prior(values["by"]) or not _is_criterion(values["by"]),
+    why="the criterion reads no prior, and this is {by}",
+    instead={"by": "pdo"},
+)
 CHOOSE: Table = {
     **always("file", "by", "prompt", "answer", "label", "labels", "chat", "id_column", "k", "orders", "seed", "model"),
     **always("dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
-    "system": _SYSTEM,
+    "prior": (_READS_PRIOR,),
+    "system": (SYSTEM,),
     **CHOOSE_READ_BY,
 }
 
 CALIBRATE: Table = {
-    **always("file", "prompt", "chat", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"),
+    **always(
+        "file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"
+    ),
     **always("poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
     **always("trust_remote_code", "draws", "seed", "out", "as_json"),
     "answer": CALIBRATE_READ_BY["answer"],
-    "system": _SYSTEM,
+    "system": (NO_CONVERSATION, SYSTEM),
+    "chat": (NO_CONVERSATION,),
     "no_loss": CALIBRATE_READ_BY["own_loss"],
     "top": (excludes("as_json", "{as_json} prints every candidate"),),
 }
@@ -195,7 +217,7 @@ _CURRICULUM = {
     if name not in ("seed", "quotas", "steps", "max_length")
 }
 PLAN: Table = {
-    **always("scores", "data", "out", "draw", "epoch", "max_length", "as_json"),
+    **always("scores", "data", "fingerprint", "out", "draw", "epoch", "max_length", "as_json"),
     **_CURRICULUM,
     "steps": CURRICULUM_READ_BY["steps"],
     "quota": CURRICULUM_READ_BY["quotas"],
@@ -208,13 +230,16 @@ PLAN: Table = {
     "beside": (needs("draw", "plans stand next to each other in a figure", draw="FILE"),),
 }
 
+_OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
 TRAIN: Table = {
-    **always("file", "text", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
+    **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
     **always("learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "eval_share", "eval_data"),
     **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
     **under(_OF_SCORES, _CURRICULUM),
     "groups": (_OF_SCORES, _GROUPED),
+    "fingerprint": (_OF_A_PLAN,),
+    "verify": (_OF_A_PLAN,),
     **TRAIN_READ_BY,
     "eval_steps": (
         When(

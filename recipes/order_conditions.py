@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sparsort.conditions import Table, Values, When, always, among, needs, under
+from sparsort.conditions import Table, Values, When, always, among, excludes, needs, under
 from sparsort.curriculum.demos.order import ORDERS, default_order, ranks_by
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
@@ -16,7 +16,8 @@ from sparsort.curriculum.demos.select import EMBEDDED, METHODS, SCORED
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
 
-SYSTEM = (needs("chat", "a plain prompt has no system turn", chat=True),)
+NO_CONVERSATION = excludes("messages", "{messages} holds whole conversations, with their own turns")
+SYSTEM = needs("chat", "a plain prompt has no system turn", chat=True)
 # Ordering has no such options.
 _SCORER = {name: own for name, own in SCORER_READ_BY.items() if name not in ("unit", "token_budget")}
 
@@ -44,7 +45,7 @@ def _runs_model(values: Values) -> bool:
 
 
 def _reads_model(values: Values) -> bool:
-    counts = values["max_tokens"] is not None or values["chat"]
+    counts = values["max_tokens"] is not None or values["chat"] or values["messages"] is not None
     return _runs_model(values) or counts or (_scores_now(values) and values["scorer"] == "length")
 
 
@@ -65,11 +66,11 @@ _NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
 _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
-    **always("prompt", "answer", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
+    **always("prompt", "answer", "messages", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
     **under(_RANKED, under(_NOT_SCORED_YET, _SCORER)),
     "scores": (_RANKED,),
-    "system": (_OWN_PROMPT, *SYSTEM),
-    "chat": (_OWN_PROMPT,),
+    "system": (NO_CONVERSATION, _OWN_PROMPT, SYSTEM),
+    "chat": (NO_CONVERSATION, _OWN_PROMPT),
     "select": (
         When(
             holds=lambda values: values["ids"] is None or values["select"] == "ids",

@@ -24,11 +24,9 @@ from sparsort.scoring.prompts import Prompt
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
 # What a setting needs to be read; see `sparsort.conditions`.
+NOT_IN_CHAT = excludes("chat", "{chat} makes a turn of every block")
 READ_BY: Table = {
-    "separator": (
-        excludes("chat", "{chat} makes a turn of every block"),
-        excludes("messages", "{messages} makes turns of every conversation"),
-    ),
+    "separator": (NOT_IN_CHAT, excludes("messages", "{messages} makes turns of every conversation")),
     "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
 }
 _WHICH = {
