@@ -21,6 +21,8 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.paths import column_of
+from sparsort.values import as_text, is_missing, value_at
 
 Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
@@ -82,6 +84,16 @@ class PriorPlan:
             labelled=self.labelled,
             notes=tuple(notes),
         )
+
+
+def label_of(row: Mapping[str, Any], label: str, *, where: str) -> str | None:
+    """The text of a row's label; None if the row lacks it.
+
+    Raises:
+        SparsortError: the label has no text of its own.
+    """
+    value = value_at(row, label, where=where) if column_of(label) in row else None
+    return None if is_missing(value) else as_text(value, field=label, where=where)
 
 
 def reads_prior(by: str) -> bool:
@@ -224,8 +236,8 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
     """The row's label; None if it has none of the task's."""
-    value = row.get(task.label)
-    return str(value) if value is not None and str(value) in (task.labels or {}) else None
+    value = label_of(row, task.label, where="a row of the pool")
+    return value if value in (task.labels or {}) else None
 
 
 def _pool_counts(task: Task, pool: Rows, *, required: bool = True) -> Counter[str]:
@@ -273,17 +285,17 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
 
     source = open_rows(path)
     columns = source.columns()
-    weight = next((name for name in ("share", "count") if set(columns) == {label, name}), None)
-    if label not in columns:
+    column = column_of(label)
+    weight = next((name for name in ("share", "count") if set(columns) == {column, name}), None)
+    if column not in columns:
         raise SparsortError(
-            f"the prior {path.name} has no column {label!r}; it has: {', '.join(columns)}. Give labelled rows, a table with the "
+            f"the prior {path.name} has no column {column!r}; it has: {', '.join(columns)}. Give labelled rows, a table with the "
             f"columns {label!r} and 'share' or 'count', or a JSON object {{label: share}}."
         )
     rows = [row.fields for row in source.rows()]
     if weight is None:
-        counts = Counter(str(row[label]) for row in rows if row.get(label) is not None)
-        return _counted(labels, counts, path.name)
-    table = {str(row[label]): _number(row[weight], path.name) for row in rows}
+        return _counted(labels, Counter(label_of(row, label, where=path.name) for row in rows), path.name)
+    table = {label_of(row, label, where=path.name): _number(row[weight], path.name) for row in rows}
     if len(table) < len(rows):
         raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
     return _shares(labels, table, path.name)

@@ -132,6 +132,7 @@ def test_the_default_estimates_only_where_it_can(loaded: LoadedModel) -> None:
         ({}, "No labelled rows of the pool were given"),
         ({"pool": POOL[:15]}, "15 labelled rows are left"),
         ({"pool": [row | {"label": None} for row in POOL]}, "0 labelled rows are left"),
+        ({"pool": [row | {"label": float("nan")} for row in POOL]}, "0 labelled rows are left"),
         ({"pool": [row | {"label": "7"} for row in POOL]}, "0 labelled rows are left"),
         ({"pool": DEMOS * 20}, "0 labelled rows are left"),
     ):
@@ -189,8 +190,11 @@ def test_criteria_that_are_joined() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"by": "density", "prior": "uniform"}, "a prior was given, and the criterion 'density' reads no prior"),
-        ({"by": "locale_unlabelled", "pool": POOL}, "a pool was given.*reads no prior"),
+        (
+            {"by": "density", "prior": "uniform"},
+            "prior='uniform' has no effect: the criterion .* no prior.*by='pdo'",
+        ),
+        ({"by": "locale_unlabelled", "pool": POOL}, "pool= has no effect"),
         ({"prior": "mixed"}, "no rows of it with a label were given"),
         ({"by": "pdo_prior", "prior": "uniform"}, "'pdo_prior' is 'pdo' with the prior 'pool'"),
         ({"by": "pdo_prior"}, "no rows of it with a label were given"),
@@ -275,7 +279,10 @@ def test_the_command(make_tiny_model: Callable[..., Path], tmp_path: Path) -> No
     assert prior("-k", "3", *on, "--by", "locale_unlabelled") is None
     result, output = run(*base, "-k", "3", *on, "--by", "density", "--prior", "pool")
     assert result.exit_code == 2
-    assert "reads no prior" in output
+    assert (
+        "--prior pool has no effect: the criterion compares the predictions with no prior, and this is --by density"
+        in output
+    )
     result, output = run(*base, "-k", "3", "--prior", "pool")
     assert "Prior of PDO: pool (0 0.75, 1 0.25)." in output
 
