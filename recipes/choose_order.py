@@ -30,12 +30,10 @@ from sparsort.curriculum.demos.prompt import NOT_IN_CHAT
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
-from sparsort.paths import column_of
 from sparsort.progress import progress
-from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
+from sparsort.recipes.choose_prior import Prior, PriorPlan, label_of, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
-from sparsort.values import as_text, is_missing, value_at
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -44,7 +42,12 @@ READS_QUERIES = When(
     holds=lambda values: values["by"] is None or _asks(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
-READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": (NOT_IN_CHAT,)}
+READS_PRIOR = When(
+    holds=lambda values: values["by"] is None or not _is_criterion(values["by"]) or reads_prior(values["by"]),
+    why="the criterion compares the predictions with no prior, and this is {by}",
+    instead={"by": "pdo"},
+)
+READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "prior": (READS_PRIOR,), "separator": (NOT_IN_CHAT,)}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
@@ -137,18 +140,15 @@ def choose_order(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
-    read = {"by": by, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
+    read = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": chat}
     refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
     asks = probes == "dev"
     _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
-    if not reads_prior(by) and (prior is not None or pool):
-        raise SparsortError(
-            f"{'a prior' if prior is not None else 'a pool'} was given, and the criterion {by!r} reads no prior. Leave it out "
-            "(--prior), or take the criterion 'pdo' (--by pdo)."
-        )
-    shown = [*demos, *(row for row in pool if row.get(label) is not None)]
+    if pool and not reads_prior(by):
+        raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Leave it out.")
+    shown = [*demos, *(row for row in pool if label_of(row, label, where="a row of the pool") is not None)]
     task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
     _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
     plan = None
@@ -293,9 +293,8 @@ def read_rows(
     else:
         others = _fields(on, prompt, None)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    values = [value_at(row, label, where=f"row {row['id']!r}") for row in rows if column_of(label) in row]
-    present = [value for value in values if not is_missing(value)]
-    counts = Counter(as_text(value, field=label, where=Path(file).name) for value in present)
+    values = [label_of(row, label, where=f"row {row['id']!r}") for row in rows]
+    counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
@@ -380,6 +379,13 @@ def _asks(by: str) -> bool:
         return probes_of(by, sampled=True) == "dev"
     except SparsortError:
         return True
+
+
+def _is_criterion(by: str) -> bool:
+    try:
+        return bool(criterion(by))
+    except SparsortError:
+        return False
 
 
 def _criterion(by: str) -> Criterion:

@@ -14,15 +14,12 @@ from typing import Any
 
 from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
 from sparsort.curriculum.ablation.tasks import JUDGES, task_names
-from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.loading.combine import COMBINATIONS
 from sparsort.curriculum.loading.settings import RANKED, CurriculumSettings
 from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
-from sparsort.errors import SparsortError
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
-from sparsort.recipes.choose_prior import reads_prior
 from sparsort.recipes.order_conditions import NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
@@ -96,28 +93,14 @@ SCORE: Table = {
 }
 
 
-def _is_criterion(by: str) -> bool:
-    try:
-        criterion(by)
-    except SparsortError:
-        return False
-    return True
-
-
 ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY}
 
 
-_READS_PRIOR = When(
-    holds=lambda values: reads_prior(values["by"]) or not _is_criterion(values["by"]),
-    why="the criterion reads no prior, and this is {by}",
-    instead={"by": "pdo"},
-)
 CHOOSE: Table = {
     **always("file", "by", "prompt", "answer", "label", "labels", "chat", "id_column", "k", "orders", "seed", "model"),
     **always("dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
-    "prior": (_READS_PRIOR,),
     "system": (SYSTEM,),
     **CHOOSE_READ_BY,
 }

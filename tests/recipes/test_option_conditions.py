@@ -136,7 +136,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("--system x", "", "a plain prompt has no system turn"),
         ("--separator x", "--chat", "--chat makes a turn"),
-        ("--prior uniform", "--by density", "the criterion reads no prior, and this is --by density"),
+        (
+            "--prior uniform",
+            "--by density",
+            "the criterion compares the predictions with no prior, and this is --by density",
+        ),
     ],
     "calibrate": [
         ("--answer x", "--no-loss --poolings last,mean_state", "nothing reads it"),
