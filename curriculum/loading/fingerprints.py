@@ -112,9 +112,7 @@ def _digests(examples: list[Any], columns: Sequence[str] | None, *, nan_is_a_val
                 f"there is no column {missing[0]!r} to take a fingerprint of; the data has {', '.join(map(str, names))}."
             )
         names = list(columns)
-    return {
-        _short(str(name)): _digest([example.get(name) for example in examples], nan_is_a_value) for name in names
-    }
+    return {_short(str(name)): _digest([example.get(name) for example in examples], nan_is_a_value) for name in names}
 
 
 def _short(name: str) -> str:
