@@ -82,7 +82,7 @@ def _texts(report: ScoreReport, places: Sequence[int]) -> list[str]:
     """The rendered texts of some rows, shortened, without a long beginning that all of them share."""
     positions = report.scores.column("position")
     rows = report.source.take([int(positions[place]) for place in places])
-    texts = [" ".join(_text(report.prompt, row.fields)[: 20 * _MOST_OF_TEXT].split()) for row in rows]
+    texts = [" ".join(text_of(report.prompt, row.fields)[: 20 * _MOST_OF_TEXT].split()) for row in rows]
     shared = _shared(texts)
     if shared >= _SHARED:
         texts = [f"… {written[shared:]}" for written in texts]
@@ -96,7 +96,7 @@ def _shared(texts: Sequence[str]) -> int:
     return first.rfind(" ", 0, differing) + 1
 
 
-def _text(prompt: Prompt | None, fields: Mapping[str, Any]) -> str:
+def text_of(prompt: Prompt | None, fields: Mapping[str, Any]) -> str:
     """What the model reads of a row, chat markers and the system turn apart; without a prompt, the fields that have a text."""
     if prompt is None:
         return " ".join(
