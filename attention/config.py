@@ -11,9 +11,10 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 SelectorKind = Literal["index_branch", "moba", "seer", "nsa", "lm_trained", "window", "sink_window", "random", "oracle"]
 SELECTORS: tuple[SelectorKind, ...] = get_args(SelectorKind)
+_BY_BUDGET = tuple(name for name in SELECTORS if name not in ("window", "sink_window", "random"))
+# The selectors that read a setting; see `sparsort.conditions`. A seed may be given where nothing is drawn.
+READ_BY: Table = {
+    "threshold": (among("selector", _BY_BUDGET, of=SELECTORS),),
+    "top_p": (among("selector", _BY_BUDGET, of=SELECTORS),),
+    "index_dim": (among("selector", ("index_branch", "seer", "lm_trained"), of=SELECTORS),),
+    "index_norm": (among("selector", ("index_branch", "lm_trained"), of=SELECTORS),),
+    "alignment_weight": (among("selector", ("index_branch", "seer"), of=SELECTORS),),
+} | dict.fromkeys(("selector", "block_size", "blocks", "layers", "seed"), ALWAYS)
 _MOST = 2**31 - 1  # what the kernels count in
 _LARGEST_BLOCK = 2**20  # that the kernels take
 
@@ -40,9 +50,11 @@ class SparseAttentionConfig:
         alignment_weight: λ of the total loss L_LM + λ·Σ_layers L_selector, 0 or more.
         layers: numbers of the layers that become sparse, from 0; None: every layer with full attention.
         seed: of a selector's first weights, and of the blocks of "random".
+        stored: the settings come from a checkpoint, where one that is not read is kept as it is.
 
     Raises:
-        SparsortError: an unknown selector, a number out of its range, or both `threshold` and `top_p`.
+        SparsortError: an unknown selector, a number out of its range, both `threshold` and `top_p`, or a setting that the
+            selector does not read.
     """
 
     selector: SelectorKind = "index_branch"
@@ -55,8 +67,9 @@ class SparseAttentionConfig:
     alignment_weight: float = 1.0
     layers: tuple[int, ...] | None = None
     seed: int = 0
+    stored: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, stored: bool) -> None:
         if self.selector not in SELECTORS:
             raise unknown_choice("selector", self.selector, SELECTORS)
         self._keep("block_size", whole("block_size", self.block_size, 1, most=_LARGEST_BLOCK))
@@ -90,6 +103,8 @@ class SparseAttentionConfig:
             )
         if self.layers is not None:
             self._keep("layers", _layers(self.layers))
+        if not stored:
+            refuse_unread_fields(self, READ_BY)
 
     def _keep(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -109,8 +124,8 @@ class SparseAttentionConfig:
         return {**dataclasses.asdict(self), "layers": None if self.layers is None else list(self.layers)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
-        """What `to_json` gave; fields that are not there have their defaults.
+    def from_json(cls, values: Mapping[str, Any], *, stored: bool = False) -> SparseAttentionConfig:
+        """What `to_json` gave; fields that are not there have their defaults. `stored`: see the class.
 
         Raises:
             SparsortError: not a table of fields, an unknown field, or a value out of range.
@@ -123,7 +138,7 @@ class SparseAttentionConfig:
         for name in values:
             if name not in names:
                 raise unknown_choice("setting of sparse attention", name, names)
-        return cls(**values)
+        return cls(**values, stored=stored)
 
 
 def _layers(given: Any) -> tuple[int, ...]:

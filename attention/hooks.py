@@ -140,7 +140,7 @@ class SparseAttention:
 
     @alignment_weight.setter
     def alignment_weight(self, given: float) -> None:
-        self._alignment_weight = replace(self.config, alignment_weight=given).alignment_weight
+        self._alignment_weight = replace(self.config, alignment_weight=given, stored=True).alignment_weight
 
     @property
     def alignment(self) -> dict[int, Tensor]:

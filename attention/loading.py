@@ -43,7 +43,7 @@ def load_sparse(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{folder} has no index branch: its configuration has no sparse_attention. Load it with AutoModelForCausalLM and "
             "give the model to sparsort.attach_index_branch."
         )
-    config = SparseAttentionConfig.from_json(wanted)
+    config = SparseAttentionConfig.from_json(wanted, stored=True)
     # No public call names the class that AutoModelForCausalLM would make.
     family: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
     model, report = _with_branch(family, config).from_pretrained(
@@ -97,7 +97,7 @@ def _asked(folder: str | Path, config: SparseAttentionConfig) -> str:
     from transformers import AutoConfig
 
     saved = getattr(AutoConfig.from_pretrained(folder), "sparse_attention", None)
-    there = SparseAttentionConfig.from_json(saved) if saved else config
+    there = SparseAttentionConfig.from_json(saved, stored=True) if saved else config
     parts = []
     for name in ("selector", "index_dim", "index_norm", "layers"):
         now, then = getattr(config, name), getattr(there, name)

@@ -93,11 +93,12 @@ class Grid:
 
     Args:
         recipe: one task, one set, K shots and ORDERS random orders.
+        tokenizer: the model's.
     """
 
-    def __init__(self, recipe: Ablation) -> None:
+    def __init__(self, recipe: Ablation, tokenizer: Any) -> None:
         (task,) = recipe.load_tasks()
-        self.recipe, self.task, self.texts = recipe, task, Texts(task)
+        self.recipe, self.task, self.texts = recipe, task, Texts(task, tokenizer)
         data = TaskData(task, recipe)
         self.unit = Unit(task=task.name, selector="random", k=K, seed=recipe.first_seed)
         self.queries = data.test_texts
@@ -410,7 +411,8 @@ def main() -> None:
     study = dataclasses.replace(Ablation.from_toml(arguments.recipe), data=folder, model=arguments.model, **small)
     name = f"ablation{'-compiled' if arguments.compile else ''}{'' if real else '-examples'}"
     report = Report(name, default_device().value)
-    engine, grid = Engine(bare, compile=arguments.compile), Grid(bare)
+    engine = Engine(bare, compile=arguments.compile)
+    grid = Grid(bare, engine.loaded.tokenizer)
     measure_speed(report, grid, engine, sizes, real)
     measure_where(report, grid, engine)
     project_study(report, study, engine, sizes, real)

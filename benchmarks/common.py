@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -30,6 +31,11 @@ from sparsort.files import write_json
 from sparsort.kernels.backend import device_name
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def interval(low: float, high: float, shown: Callable[[float], str]) -> str:
+    """An interval in brackets, or that there is none: too few values, or values without variance, give NaN."""
+    return "(no interval)" if math.isnan(low) or math.isnan(high) else f"[{shown(low)}, {shown(high)}]"
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

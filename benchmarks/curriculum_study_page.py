@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, machine
+from common import RESULTS, interval, machine
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -51,7 +51,7 @@ class Difference:
 
     def __str__(self) -> str:
         mark = "**" if self.found else ""
-        return f"{mark}{signed(self.mean)}{mark} [{signed(self.low)}, {signed(self.high)}]"
+        return f"{mark}{signed(self.mean)}{mark} {interval(self.low, self.high, signed)}"
 
 
 def _corrected(orders: Sequence[str], gains_SN: NDArray[np.float64]) -> list[Difference]:
@@ -191,7 +191,7 @@ def _found(results: Results, schedule: str) -> str:
     (low,), (high,), _ = student_t(random_gain[:, None])
     mean = signed(float(random_gain.mean()))
     lines.append(
-        f"Random order with the same pacing ends {mean} % [{signed(low)}, {signed(high)}] from plain shuffle: what pacing "
+        f"Random order with the same pacing ends {mean} % {interval(low, high, signed)} from plain shuffle: what pacing "
         "costs or gives by itself, with no difficulty in it."
     )
     for outcome, words in OUTCOMES.items():

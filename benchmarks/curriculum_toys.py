@@ -229,6 +229,11 @@ class Difference:
     high: float
     note: str
 
+    @property
+    def interval(self) -> str:
+        """In words; seeds that do not differ give none."""
+        return "no interval" if np.isnan(self.low) else f"{self.low:+.2f} to {self.high:+.2f}"
+
 
 def difference(seeds: Sequence[Trained], first: int, second: int) -> Difference:
     """By how much network `first` is above network `second` on the test rows."""
@@ -258,7 +263,7 @@ def describe(report: Report, name: str, tuning: Sequence[Trained], seeds: Sequen
     """All differences of a setting; those that the literature has a word on have floors."""
     found = compared(tuning, seeds)
     for pair, one in found.items():
-        report.add(f"{name}_{pair}", one.mean, "points", note=f"95 %: {one.low:+.2f} to {one.high:+.2f}; {one.note}")
+        report.add(f"{name}_{pair}", one.mean, "points", note=f"95 %: {one.interval}; {one.note}")
     if name == SHORT:
         for pair in ("own_curriculum_over_random", "same_curriculum_over_random", "same_random_over_anti"):
             report.add(f"{name}_{pair}_low", found[pair].low, "points", floor=0.0, note="lower end of the interval")

@@ -269,6 +269,7 @@ class SparsortSession:
                 rank=rank,
                 world_size=setup.ranks,
                 num_workers=setup.workers,
+                verify=False,
             )
             for rank in range(setup.ranks)
         ]

@@ -26,6 +26,7 @@ from sparsort.curriculum.ablation.unit_names import bare_group, group_name
 from sparsort.curriculum.demos import label_criteria as labels
 from sparsort.curriculum.demos.choosing import mean_ranks
 from sparsort.curriculum.demos.distributions import entropy, log_mean, log_softmax
+from sparsort.scoring.embedded import load_tokenizer
 
 TASKS = ("trec", "mr", "sst5", "rte", "cb")
 SHOTS = (4, 8)
@@ -97,6 +98,7 @@ class Loader:
         self.ablation = Ablation(tasks=TASKS, data=data)
         self.names = self.store.feature_names
         self.demos = None
+        self._tokenizer = load_tokenizer(self.ablation.model)
         self._reader: Any = None
         if read_demos is not None:
             self.demos = OutcomeStore(read_demos, self.store.identity, feature_names=self.names)
@@ -113,7 +115,7 @@ class Loader:
                         yield case
 
     def _case(self, data: TaskData, group: str, k: int, seed: int) -> Case | None:
-        task, texts, note = data.task, Texts(data.task), self.store.get_note(group, "orders")
+        task, texts, note = data.task, Texts(data.task, self._tokenizer), self.store.get_note(group, "orders")
         rows = {str(row["id"]): dict(row) for row in data.splits.pool}
         shown = [rows[name] for name in note["ids"]]
         orders = self.ablation.orders(k, seed)

@@ -9,7 +9,7 @@ FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared f
 small study of ConE on one task, on the same sets and orders. Both begin with what
 benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh a new study
 begins with nothing. With --no-run the page is written from what is there, finished or not; how much that is stands in its
-head. Nothing in the page is written by hand.
+head. The section "Which prior" is made from what `prior_shift.py --save` has written. Nothing in the page is written by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ordering_study_outcomes import pack, unpack
+from prior_shift_page import section
 
 from sparsort.curriculum.ablation.design import Ablation, units
 from sparsort.curriculum.ablation.store import OutcomeStore
@@ -33,6 +34,7 @@ from sparsort.recipes.report import make_report
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "ordering-study-outcomes.parquet"
+PRIOR_SHIFT = ROOT / "benchmarks" / "results" / "prior-shift.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ STUDIES = {
         about=(
             "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost "
             "of all else. It was run [on trec, k = 4 and 64 test rows alone](ordering-study-cone.md). What was searched for an "
-            "orderer from sparsity: [the search](orderer-search.md)."
+            "orderer from sparsity: [the search](orderer-search.md). What PDO should compare predictions with where label shares "
+            "shift: [which prior](#which-prior)."
         ),
     ),
     "cone": Study(
@@ -124,6 +127,8 @@ def main() -> None:
     planned = len(list(units(recipe)))
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
     text = text.replace(f"# {study.title}\n", f"# {study.title}\n\n{head(report, args.study, planned)}\n", 1)
+    if args.study == "all" and PRIOR_SHIFT.exists():
+        text = f"{text.rstrip()}\n\n{section(PRIOR_SHIFT)}\n"
     if not args.save:
         print(text)
         return

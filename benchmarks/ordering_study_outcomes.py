@@ -4,7 +4,8 @@ Contract: `unpack` gives a store from which `pack` was made, but for the feature
 reads (`benchmarks/orderer_search.py` alone does). Log-probabilities and the features that choosers read are exact.
 
 One Parquet file, a row group for each group of the store: group, prefix, query, log_p, n_tokens, features (null for test
-queries). Its metadata holds the store's identity, the features' names and the groups' notes.
+queries). Its metadata holds the store's identity, the features' names and the groups' notes. It is sealed with a digest of the
+whole file. The file in `results/` was packed before there were seals: Git's hash is its only guard.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
+from sparsort.parquet_seal import add_seal, read_seal
 
 NOTES = ("orders", "tokens", "probes", "spent")
 _KEY = b"sparsort.study"
@@ -62,28 +64,28 @@ def pack(store: OutcomeStore, recipe: Ablation, path: Path) -> None:
     notes = {group: {name: note for name in NOTES if (note := store.get_note(group, name))} for group in groups}
     about = {"identity": store.identity, "feature_names": store.feature_names, "notes": notes}
     schema = _SCHEMA.with_metadata({_KEY: json.dumps(about)})
-    with (
-        write_atomically(path) as temporary,
-        pq.ParquetWriter(
+    with write_atomically(path) as temporary:
+        with pq.ParquetWriter(
             temporary,
             schema,
             compression="zstd",
             compression_level=19,
             use_dictionary=["group", "prefix", "query", "n_tokens.list.element"],
             use_byte_stream_split=["log_p.list.element", "features.list.element"],
-        ) as writer,
-    ):
-        for group in groups:
-            writer.write_table(_table(group, store.read(group), unread, schema))
+        ) as writer:
+            for group in groups:
+                writer.write_table(_table(group, store.read(group), unread, schema))
+        add_seal(temporary, {"groups": groups})
 
 
 def unpack(path: Path, folder: Path) -> OutcomeStore:
     """Make the store of a packed study in a new folder.
 
     Raises:
-        SparsortError: the file is no packed study, or the folder holds another store.
+        SparsortError: the file is damaged or no packed study, or the folder holds another store.
     """
     try:
+        read_seal(path)
         file = pq.ParquetFile(path)
         about = json.loads(file.schema_arrow.metadata[_KEY])
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
@@ -111,8 +113,9 @@ def _test_queries(recipe: Ablation) -> set[str]:
     """Digests of the test queries of all tasks."""
     found = set()
     for task in recipe.load_tasks():
-        data, texts = TaskData(task, recipe), Texts(task)
-        found |= {texts.pair(texts.prefix([]), texts.query([], text))[1] for text in data.test_texts}
+        # Plain prompts of labels need no tokenizer; each query is known by either of its names.
+        data, texts = TaskData(task, recipe), Texts(task, None)
+        found |= {name for text in data.test_texts for name in texts.query_names(texts.query([], text))}
     return found
 
 

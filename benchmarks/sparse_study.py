@@ -40,6 +40,7 @@ from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically, write_json
+from sparsort.integrity import check_file, read_sealed, record_of, write_sealed
 from sparsort.progress import progress
 from sparsort.recipes.recall_task import recall_rows
 from sparsort.scoring.scorers import SparsityScorer
@@ -51,6 +52,7 @@ ORDERS = ("plain", "random", "sparsity", "anti_sparsity", "level")
 _REFERENCE_SEED = 1_000_000
 Rows = list[dict[str, Any]]
 Unit = tuple[str, str, int]
+_AGAIN = "Delete the runs and the weights of that seed to train them again."
 
 
 def read_study(path: Path) -> Study:
@@ -98,11 +100,11 @@ def score(study: Study, rows: Rows, tokenizer: Any, folder: Path) -> NDArray[np.
     """Difficulty of the rows (N,): sparsity of the reference model's states, kept in the folder."""
     kept = folder / "reference.safetensors"
     model = make_model(study, len(tokenizer), _REFERENCE_SEED)
-    if not kept.exists():
+    if not kept.with_suffix(".json").exists():  # written last
         plan = make_plan(study, "plain", np.zeros(len(rows)), _REFERENCE_SEED)
         train(study, model, "dense", plan, rows, rows[:1], tokenizer, _REFERENCE_SEED, steps=study.reference_steps)
         _save(model, kept)
-    load_model(model, kept)
+    _load(model, kept)
     scorer = SparsityScorer(model.eval(), tokenizer=tokenizer, pooling="mean_state", metric="hoyer")
     return np.asarray(scorer.score(rows, "{text}", out=folder / "scores").difficulty_of(rows), dtype=np.float64)
 
@@ -135,6 +137,13 @@ def _weights(folder: Path, unit: Unit) -> Path:
 def _save(model: Any, path: Path) -> None:
     with write_atomically(path) as temporary:
         save_model(model, str(temporary))
+        record = record_of(temporary)
+    write_sealed(path.with_suffix(".json"), {"file": record})
+
+
+def _load(model: Any, path: Path) -> None:
+    check_file(path, read_sealed(path.with_suffix(".json"), next_step=_AGAIN)["file"], next_step=_AGAIN)
+    load_model(model, path)
 
 
 def _work(study: Study, data: tuple[Rows, Rows], folder: Path, unit: Unit, difficulty: NDArray[np.float64]) -> None:
@@ -146,14 +155,14 @@ def _work(study: Study, data: tuple[Rows, Rows], folder: Path, unit: Unit, diffi
     model = make_model(study, len(tokenizer), seed)
     steps = study.steps
     if attention == "retrofit":
-        load_model(model, _weights(folder, ("dense", order, seed)))
+        _load(model, _weights(folder, ("dense", order, seed)))
         attention, steps = "index_branch", study.full_steps
     plan = make_plan(study, order if unit[0] != "retrofit" else "plain", difficulty, seed)
     frozen = unit[0] == "retrofit"
     found = train(study, model, attention, plan, rows, held_out, tokenizer, seed, steps=steps, frozen=frozen)
     if attention == "dense":
         _save(model, _weights(folder, unit))
-    write_json(_path(folder, unit), {"attention": unit[0], "order": order, "seed": seed, **found})
+    write_sealed(_path(folder, unit), {"attention": unit[0], "order": order, "seed": seed, **found})
 
 
 def run(
@@ -192,7 +201,7 @@ def run(
             for future in as_completed(futures):
                 future.result()
                 advance(1)
-    return [json.loads(_path(folder, unit).read_text(encoding="utf-8")) for unit in units], scores["sparsity"]
+    return [read_sealed(_path(folder, unit), next_step=_AGAIN) for unit in units], scores["sparsity"]
 
 
 def bounds(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
@@ -202,7 +211,7 @@ def bounds(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[d
     for order in study.orders:
         for seed in range(study.seeds):
             model = make_model(study, len(tokenizer), seed)
-            load_model(model, _weights(folder, ("dense", order, seed)))
+            _load(model, _weights(folder, ("dense", order, seed)))
             sparsort.attach_index_branch(model, selector="oracle", block_size=study.block_size, blocks=study.blocks)
             found.append({"order": order, "seed": seed, "caught": best_possible(model, batch)})
     return found

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, machine
+from common import RESULTS, interval, machine
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -67,14 +67,16 @@ class Mean:
         return cls(mean=float(values_S.mean()), low=float(low[0]), high=float(high[0]), digits=digits)
 
     def __str__(self) -> str:
-        mean, low, high = (
-            f"{value:.{self.digits}f}".replace("-", "\N{MINUS SIGN}") for value in (self.mean, self.low, self.high)
-        )
-        return f"{mean} [{low}, {high}]"
+        return f"{self._shown(self.mean)} {interval(self.low, self.high, self._shown)}"
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.{self.digits}f}".replace("-", "\N{MINUS SIGN}")
 
     def held(self, floor: float, *, below: bool) -> str:
         """Whether the interval lies at or below the floor (or at or above it)."""
         inside, outside = (self.high <= floor, self.low > floor) if below else (self.low >= floor, self.high < floor)
+        if np.isnan(self.low):
+            return "open: no interval"
         return "held" if inside else "missed" if outside else "open: the interval spans it"
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, Report, add_output_options
+from common import RESULTS, Report, add_output_options, interval
 
 import sparsort
 from sparsort.attention.config import SelectorKind
@@ -83,7 +83,7 @@ def main(options: list[str] | None = None) -> int:
             values = np.array([[float(np.mean([layer[what] for layer in sequence.values()]))] for sequence in measured])
             low, high = (float(edge[0]) for edge in student_t(values)[:2])
             judged = FLOOR if (name, what) == (f"index branch of width {WIDTHS[0]}", "mass") and not quick else None
-            note = f"95 % interval over {held} held-out sequences [{low:.3f}, {high:.3f}]"
+            note = f"95 % interval over {held} held-out sequences {interval(low, high, '{:.3f}'.format)}"
             report.add(f"{what}, {name}", float(values.mean()), "share", floor=judged, note=note)
     for width, curve in curves.items():
         report.add(f"KL in the first epoch, width {width}", curve[0], "nats")

@@ -37,7 +37,7 @@ def train(*, resume: bool) -> list[Any]:
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **size))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    plan = plan_curriculum([row["steps"] for row in ROWS], batch_size=16, stages=6)
+    plan = plan_curriculum([row["steps"] for row in ROWS], data=ROWS, batch_size=16, stages=6)
     loader = CurriculumLoader(plan, ROWS, collate_fn=collate, rank=None, world_size=None, micro_batches=2)
     accelerator.register_for_checkpointing(loader)
     if resume:

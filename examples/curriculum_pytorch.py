@@ -19,7 +19,7 @@ from sparsort.curriculum.loading.planning import plan_curriculum
 
 LENGTH = 64
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
-PLAN = plan_curriculum([row["steps"] for row in ROWS], batch_size=16, stages=6)
+PLAN = plan_curriculum([row["steps"] for row in ROWS], data=ROWS, batch_size=16, stages=6)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -86,7 +86,7 @@ def ablate(
         recipe: an `Ablation`, its fields as a mapping, a TOML file, or None to give the fields as `changes`.
         out: the folder to work in; run again it goes on where it was.
         model: a `LoadedModel` that is at hand, or a name or folder; None for the recipe's.
-        run: ask the model what is missing; False takes the store as it is, finished or not, and loads no model.
+        run: ask the model what is missing; False takes the store as it is, finished or not, and loads only the tokenizer.
         report: also write `report/` (needs the extra "plots").
         compile: compile the model first, half a minute; worth it from some million tokens on (needs a C++ compiler).
         changes: fields of `Ablation` that differ from the recipe, such as `sets=4, shots=(4,)`.
@@ -102,7 +102,7 @@ def ablate(
     ablation = make_recipe(recipe, **changes, **({} if loaded is model else {"model": str(model)}))
     ablation.check()
     folder = Path(out).expanduser()
-    asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder)
+    asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder, loaded)
     results = asked.collector.results(asked.provenance)
     results.save(folder / "results")
     page = _write_report(results, folder / "report") if report else None
@@ -153,16 +153,27 @@ def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     )
 
 
-def _open(ablation: Ablation, folder: Path) -> _Asked:
-    """Take the store as it is."""
+def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Asked:
+    """Take the store as it is.
+
+    Raises:
+        SparsortError: it is of a model with another tokenizer, by which outcomes are named.
+    """
     from sparsort.curriculum.ablation.collect import Collector
     from sparsort.curriculum.ablation.data import TaskData
     from sparsort.curriculum.ablation.store import OutcomeStore
     from sparsort.scoring.embedded import load_tokenizer
+    from sparsort.scoring.prompts import hash_tokenizer
 
     store = OutcomeStore.existing(folder / "store")
     tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
-    tokenizer = load_tokenizer(ablation.model) if any(data.task.chat for data in tasks.values()) else None
+    tokenizer = load_tokenizer(ablation.model) if loaded is None else loaded.tokenizer
+    if hash_tokenizer(tokenizer) != store.identity.get("tokenizer"):
+        name = ablation.model if loaded is None else loaded.name
+        raise SparsortError(
+            f"{store.folder} holds outcomes of a model with another tokenizer than that of {name!r}, so they cannot be looked "
+            "up. Name the model that they were made with (model=, --model)."
+        )
     return _Asked(
         collector=Collector(ablation, store, tasks, tokenizer),
         provenance=_provenance(ablation, store.identity) | {"model": ablation.model},
@@ -228,6 +239,8 @@ def find_source(
 ) -> dict[str, Any]:
     """Fields of the recipe that a command line's SOURCE stands for: a recipe, a data file, or names of ready tasks.
 
+    Options of a data file beside a recipe, and the other way round, are refused by `option_conditions` before.
+
     Raises:
         SparsortError: it is none of these, or a data file without a prompt.
     """
@@ -236,16 +249,8 @@ def find_source(
     is_ready = bool(names) and all(name in task_names() for name in names)
     # A folder may bear the name of a ready task, which has no prompt to be given.
     if path.suffix == ".toml" or (is_ready and (prompt is None or not path.exists())):
-        if any(value is not None for value in (prompt, label, labels, test, *task.values())):
-            raise SparsortError(
-                f"{source} has its own prompt, labels and files. Leave those options out, or give a data file with them."
-            )
         return {"tasks": tuple(names), "data": data} if is_ready else _from_toml(path, data)
     if path.exists():
-        if data is not None:
-            raise SparsortError(
-                f"--data is the folder of a task's files, but {source} is a data file. Leave --data out."
-            )
         return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, task),), "data": Path()}
     raise SparsortError(
         f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with --prompt, a recipe "
@@ -275,12 +280,6 @@ def _task_of_file(
             f"{path.name} has: {', '.join(source.columns())}."
         )
     given = {name: value for name, value in options.items() if value is not None}
-    if given.get("judge", "labels") == "labels" and (unused := given.keys() & {"stop", "max_new_tokens"}):
-        named = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
-        raise SparsortError(
-            f"{named}: labels are scored, and nothing is written. Leave it out, or name a --judge of written answers: exact, "
-            "number or math."
-        )
     if given.get("chat"):
         # Turns are shown without spaces at their ends, and what is scored is what is shown.
         given.setdefault("answer", f"{{{label}}}")

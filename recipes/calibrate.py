@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, When, needs, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.values import has_text, is_missing, number_array
 
 if TYPE_CHECKING:
     from sparsort.scoring.calibration import Calibration
-    from sparsort.scoring.prompts import Truncation, Turns
+    from sparsort.scoring.prompts import Prompt, Truncation, Turns
     from sparsort.scoring.sources import RowSource
 
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "own_loss": (needs("answer", "the model's own loss is read from an answer, and there is none"),),
+    "answer": (
+        When(
+            holds=lambda values: values["own_loss"] or "answer" in (values["poolings"] or ("answer",)),
+            why="without the model's own loss or the pooling 'answer' nothing reads it",
+        ),
+    ),
+}
 # Names that the pass itself gives.
 _OWN = ("loss", "length")
 # Every candidate of every row is ranked a thousand times over: beyond this it takes minutes and gigabytes, and says no more.
@@ -25,8 +37,9 @@ _TRUTH = {"true": 1.0, "false": 0.0}
 
 def calibrate(
     data: Any,
-    prompt: str | Turns | None = None,
+    prompt: str | Turns | Prompt | None = None,
     *,
+    messages: str | None = None,
     answer: str | None = None,
     system: str | None = None,
     chat: bool = False,
@@ -62,6 +75,7 @@ def calibrate(
         data: see `Scorer.score`; at least 40 rows that can be scored, a few hundred to see a weak signal.
         prompt: the prompt as it will be scored, without the answer; see `Scorer.score`, also for `system`, `chat`, `truncation`,
             `max_length` and `id_column`.
+        messages: instead of a prompt, the column that holds whole conversations; their last assistant turn is the answer.
         answer: the reference answer's template, such as " {answer}": gives the reference `loss` and the pooling `answer`.
         model: see `ModelScorer`; so are `tokenizer`, `dtype`, `device`, `token_budget`, `revision` and `trust_remote_code`.
         level: a human level that rises with difficulty: a column's name, or (N,) numbers.
@@ -77,7 +91,8 @@ def calibrate(
         out: file for the calibration (.json). The pass is kept beside it, in a folder named like it with `.rows`: after a stop
             the same call goes on, and further references need no further pass.
         shard_rows: rows of one shard of that pass.
-        n_boot: bootstrap draws; `n_perm` permutations; `confidence` of the intervals; `seed` of all three and of the halves.
+        n_boot: bootstrap draws; `n_perm` permutations; `confidence` of the intervals; `seed` of all three and of the halves,
+            which are drawn by the position of a row.
 
     Returns:
         The calibration: its `verdict`, `sentence()`, every candidate's numbers, and the definition of the score to use, which
@@ -96,15 +111,17 @@ def calibrate(
     from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)
+    read = {"own_loss": own_loss, "answer": answer, "poolings": poolings}
+    refuse_unread_arguments(calibrate, READ_BY, read)
     file = _check_out(out)
-    asked = Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None
+    asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
     source = open_rows(data, id_column=id_column, content=asked.fields if asked is not None else None)
     if asked is None:
         raise SparsortError(
-            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; this data has: "
-            f"{', '.join(source.columns())}."
+            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) for "
+            f"a column of conversations; this data has: {', '.join(source.columns())}."
         )
-    source.require(asked.fields)
+    source.require(asked.fields, asked)
     if source.count() > _MOST_ROWS:
         raise SparsortError(
             f"{source.name} has {source.count()} rows, and at most {_MOST_ROWS} are compared. "
@@ -131,10 +148,7 @@ def calibrate(
     )
     scores = scorer.score(
         source,
-        prompt,
-        answer=answer,
-        system=system,
-        chat=chat,
+        asked,
         truncation=truncation,
         max_length=max_length,
         out=file.with_suffix(".rows") if file is not None else None,
@@ -204,17 +218,19 @@ def _references(
 
 def _array(name: str, values: Any) -> NDArray[np.float64]:
     try:
-        return np.asarray(values, dtype=np.float64)
+        return number_array(values)
     except (TypeError, ValueError) as error:
         raise SparsortError(f"{name} must be a column's name or one number a row ({error}).") from error
 
 
 def _number(value: Any, where: str) -> float:
-    if value is None or value == "":
+    if is_missing(value) or (isinstance(value, str) and not value):
         return float("nan")
     if isinstance(value, str) and value.strip().lower() in _TRUTH:
         return _TRUTH[value.strip().lower()]
     try:
+        if not has_text(value):  # an array of one element is a number to `float`
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise SparsortError(

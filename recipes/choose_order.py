@@ -7,32 +7,44 @@ out; this applies it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.data import Showing
 from sparsort.curriculum.ablation.design import probes_of
 from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
+from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
+from sparsort.paths import column_of
 from sparsort.progress import progress
+from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
+from sparsort.values import as_text, is_missing, value_at
 
 Rows = Sequence[Mapping[str, Any]]
+
+# What an argument needs to be read; see `sparsort.conditions`.
+READS_QUERIES = When(
+    holds=lambda values: values["by"] is None or _asks(values["by"]),
+    why="the criterion reads no queries, and this is {by}",
+)
+READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": PROMPT_READ_BY["separator"]}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
@@ -48,6 +60,8 @@ class ChosenOrder:
         candidates: every order that was tried, best first.
         scores: the criterion's score of each, higher is better.
         tied: how many candidates share the best score, the chosen one included.
+        prior: for PDO the label shares that it compared predictions with: their "source", the "shares" by label value, and
+            how many "labelled_rows" were read to estimate them; None for criteria that read no prior.
         queries: how many queries the criterion read under each order.
         tokens_read: tokens that the model read and wrote.
         notes: what a reader should know, one sentence each.
@@ -60,6 +74,7 @@ class ChosenOrder:
     candidates: list[list[int]]
     scores: list[float]
     tied: int
+    prior: dict[str, Any] | None
     queries: int
     tokens_read: int
     notes: list[str]
@@ -80,7 +95,8 @@ def choose_order(
     labels: str | Mapping[str, str] | None = None,
     by: str = "pdo",
     orders: int = 24,
-    prior: Mapping[str, float] | None = None,
+    prior: Prior | None = None,
+    pool: Rows = (),
     separator: str = "\n\n",
     instruction: str = "",
     chat: bool = False,
@@ -102,12 +118,17 @@ def choose_order(
         prompt: format string of a row's question.
         answer: format string of what follows it; by default a space and the label.
         label: the field of the label.
-        labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations hold, and
-            for "best_on_dev" the queries. Criteria without labels ("density", …) need none.
-        by: a criterion's name, or several joined by "+": the mean of their ranks. With the label shares of a pool at hand
-            "pdo_prior" was the best in the study (docs/results/ordering-study.md).
+        labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations and the
+            pool hold, and for "best_on_dev" the queries. Criteria without labels ("density", …) need none.
+        by: a criterion's name, or several joined by "+": the mean of their ranks. "pdo_prior" is "pdo" with the prior "pool".
         orders: how many orders are tried: all k! where there are no more, else distinct random ones.
-        prior: each label value's share or count, above 0, for "pdo_prior".
+        prior: the label shares that "pdo" expects the model to predict. "uniform". "pool": the shares of `pool`, right only
+            if the queries have the same. "mixed": the mean of these two. "estimated": those of the queries, estimated from
+            the predictions for them once the model's bias is fitted on up to 64 labelled rows of `pool`, which are read under
+            one order. A mapping from label value to share or count, or a file that holds one, or a file of labelled rows. By
+            default "estimated" if `pool` has at least 16 labelled rows besides demonstrations and queries; "mixed" if the
+            queries are rows of it; otherwise "uniform". Why: docs/results/ordering-study.md, "Which prior".
+        pool: labelled rows from which the demonstrations were drawn, for the prior alone.
         separator, instruction, chat, system: as `Task`.
         allow_leaks: let queries stand among the demonstrations.
         model, dtype, device, revision, trust_remote_code: as `scoring.loading.load_model`; or a `LoadedModel`.
@@ -116,14 +137,24 @@ def choose_order(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
+    read = {"by": by, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
+    refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
-    _check_call(demos, queries, chosen_by, asks=probes == "dev", orders=orders, seed=seed)
-    task = _task(demos, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
-    _check_rows(task, demos, queries, chosen_by, asks=probes == "dev", allow_leaks=allow_leaks)
-    prior_L = _prior(task, prior) if prior is not None else None
-    if "prior" in chosen_by.needs and prior_L is None:
-        raise SparsortError(f"{by!r} reads each label's share. Pass prior={{value: share, …}}, or take 'pdo'.")
+    asks = probes == "dev"
+    _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
+    if not reads_prior(by) and (prior is not None or pool):
+        raise SparsortError(
+            f"{'a prior' if prior is not None else 'a pool'} was given, and the criterion {by!r} reads no prior. Leave it out "
+            "(--prior), or take the criterion 'pdo' (--by pdo)."
+        )
+    shown = [*demos, *(row for row in pool if row.get(label) is not None)]
+    task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
+    _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
+    plan = None
+    if reads_prior(by):
+        plan = plan_prior(task, by, prior, demos, queries, pool, asks=asks, seed=seed)
+        chosen_by = criterion(with_prior(by))
     count = min(orders, math.factorial(min(len(demos), 20)))
     orders_RK = random_permutations(len(demos), count, seed)
 
@@ -133,7 +164,7 @@ def choose_order(
     if not isinstance(model, LoadedModel):
         loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded)
-    notes = []
+    notes = duplicates(demos, [task.demo_text(row) for row in demos])
     if probes == "sampled":
         texts = asking.sampled(seed)
         if not texts:
@@ -144,9 +175,13 @@ def choose_order(
         if queries:
             notes.append(f"{by} reads probes sampled from the model: the {len(queries)} queries given were not read.")
     else:
-        texts = [task.query_text(row) for row in queries] if probes == "dev" else []
+        texts = [task.query_text(row) for row in queries] if asks else []
     gold = np.array([task.gold_index(row) for row in queries]) if "gold" in chosen_by.needs else None
-    evidence = asking.evidence(texts, chosen_by, gold, prior_L)
+    evidence = asking.evidence(texts, chosen_by, gold)
+    if plan is not None:
+        plan = asking.with_shares(plan, evidence)
+        evidence = replace(evidence, prior=plan.shares)
+        notes += [plan.sentence(), *plan.notes]
     choice = chosen_by.choose(evidence, seed=seed)
     scores = chosen_by.scores(evidence)
     ranked = choice.ranking.tolist()
@@ -165,6 +200,7 @@ def choose_order(
         candidates=orders_RK[ranked].tolist(),
         scores=[float(scores[place]) for place in ranked],
         tied=choice.tied,
+        prior=None if plan is None else plan.summary(),
         queries=len(texts),
         tokens_read=asking.tokens_read,
         notes=notes,
@@ -187,11 +223,13 @@ class Given:
 
     Attributes:
         demos, queries: rows, each with its id.
+        pool: every row of `file`.
         counts: how often each value of the label column stands in `file`.
     """
 
     demos: list[dict[str, Any]]
     queries: list[dict[str, Any]]
+    pool: list[dict[str, Any]]
     counts: dict[str, int]
 
     def label_set(self, label: str, labels: str | None) -> dict[str, str]:
@@ -208,12 +246,6 @@ class Given:
                 "labels (--labels), or take a criterion that reads none: 'density'."
             )
         return {value: value for value in self.counts}
-
-    def prior(self, labels: Mapping[str, str]) -> dict[str, int] | None:
-        """How often each of the labels stands in the file; None where one never does."""
-        return (
-            {value: self.counts[value] for value in labels} if labels and labels.keys() <= self.counts.keys() else None
-        )
 
 
 def read_rows(
@@ -261,8 +293,10 @@ def read_rows(
     else:
         others = _fields(on, prompt, None)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    counts = Counter(str(row[label]) for row in rows if row.get(label) is not None)
-    return Given(demos=demos, queries=asked, counts=dict(sorted(counts.items())))
+    values = [value_at(row, label, where=f"row {row['id']!r}") for row in rows if column_of(label) in row]
+    present = [value for value in values if not is_missing(value)]
+    counts = Counter(as_text(value, field=label, where=Path(file).name) for value in present)
+    return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
 def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:
@@ -286,7 +320,7 @@ class _Asking:
         self._post_norm = POST_NORM
         self._task, self._orders = task, orders_RK
         self._reader = AnswerReader(loaded, chat=task.chat)
-        self._texts = Texts(task, loaded.tokenizer if task.chat else None)
+        self._texts = Texts(task, loaded.tokenizer)
         self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
         self.tokens_read = 0
 
@@ -298,10 +332,16 @@ class _Asking:
         self.tokens_read += found["sampling_tokens"]
         return list(found["texts"])
 
-    def evidence(
-        self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None, prior: NDArray[np.float64] | None
-    ) -> Evidence:
-        """What the criterion reads, asked under every order; those that begin alike one after the other."""
+    def with_shares(self, plan: PriorPlan, evidence: Evidence) -> PriorPlan:
+        """The plan with its shares; to estimate them the labelled rows are read under the first of the orders."""
+        if plan.shares is not None:
+            return plan
+        texts = [self._task.query_text(row) for row in plan.labelled]
+        log_p, _ = self._ask(self._showing.demos(0, self._orders[0]), texts)
+        return plan.estimate(evidence.log_p[0], log_p, [self._task.gold_index(row) for row in plan.labelled])
+
+    def evidence(self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
+        """What the criterion reads but a prior, asked under every order; those that begin alike one after the other."""
         free = self._task.content_free_texts() if "content_free" in by.needs else []
         log_p: list[Any] = [None] * len(self._orders)
         features: list[Any] = [None] * len(self._orders)
@@ -318,7 +358,6 @@ class _Asking:
             features=np.stack(features)[:, :asked] if asked else None,
             bare_features=bare,
             gold=gold,
-            prior=prior,
             metrics=METRICS,
         )
 
@@ -333,6 +372,14 @@ class _Asking:
 def needs_labels(by: str) -> bool:
     """Whether a criterion scores labels, so that it must know them all."""
     return bool(criterion(by).needs & _LABELS)
+
+
+def _asks(by: str) -> bool:
+    """Whether a criterion reads queries that are given; true of what is no criterion."""
+    try:
+        return probes_of(by, sampled=True) == "dev"
+    except SparsortError:
+        return True
 
 
 def _criterion(by: str) -> Criterion:
@@ -351,7 +398,7 @@ def _criterion(by: str) -> Criterion:
 
 
 def _task(
-    demos: Rows,
+    shown: Rows,
     queries: Rows,
     by: Criterion,
     prompt: str,
@@ -365,7 +412,7 @@ def _task(
 ) -> Task:
     scored = needs_labels(by.name) or labels is not None
     return task_from_flags(
-        [*demos, *(queries if "gold" in by.needs else ())],
+        [*shown, *(queries if "gold" in by.needs else ())],
         prompt=prompt,
         answer=answer,
         label=label,
@@ -415,16 +462,3 @@ def _check_rows(task: Task, demos: Rows, queries: Rows, by: Criterion, *, asks: 
             f"{similarity:.2f}); the model would only have to copy its answer. Leave it out, or pass allow_leaks=True "
             "(--allow-leaks)."
         )
-
-
-def _prior(task: Task, prior: Mapping[str, float]) -> NDArray[np.float64]:
-    values = list(task.labels or ())
-    if sorted(map(str, prior)) != sorted(values):
-        raise SparsortError(
-            f"prior is given for {json.dumps(sorted(map(str, prior)))}; the labels are {json.dumps(sorted(values))}. Give one "
-            "number each."
-        )
-    held = {str(value): share for value, share in prior.items()}
-    if not all(isinstance(share, (int, float)) and 0 < share < math.inf for share in held.values()):
-        raise SparsortError(f"prior is {dict(prior)}; each label's share or count must be a number above 0.")
-    return np.array([held[value] for value in values], dtype=np.float64)

@@ -32,10 +32,12 @@ from sparsort.recipes.options import (
     BudgetOption,
     CalibrationOption,
     ChatOption,
+    CheckedCommand,
     DeviceOption,
     DtypeOption,
     IdOption,
     JsonOption,
+    MessagesOption,
     MetricOption,
     ModelOption,
     OutliersOption,
@@ -97,13 +99,17 @@ def _root(
     """Rank examples by how sparsely a language model represents them, and order prompts and data by that rank."""
 
 
-@app.command(epilog=r"Example: `sparsort score questions.jsonl --prompt 'Question: {question}\nAnswer:' --out scores/`")
+@app.command(
+    cls=CheckedCommand,
+    epilog=r"Example: `sparsort score questions.jsonl --prompt 'Question: {question}\nAnswer:' --out scores/`",
+)
 def score(
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
     prompt: PromptOption = None,
     answer: AnswerOption = None,
+    messages: MessagesOption = None,
     system: SystemOption = None,
     chat: ChatOption = False,
     truncation: Annotated[
@@ -165,6 +171,7 @@ def score(
     text = TextConfig(
         prompt=unescape(prompt),
         answer=unescape(answer),
+        messages=messages,
         system=unescape(system),
         chat=chat,
         truncation=truncation,
@@ -188,7 +195,9 @@ def score(
             raise typer.Exit(3)
 
 
-@app.command(epilog="Example: `sparsort order demos.jsonl --query 'What is 2 + 3?' --order sparse_to_dense`")
+@app.command(
+    cls=CheckedCommand, epilog="Example: `sparsort order demos.jsonl --query 'What is 2 + 3?' --order sparse_to_dense`"
+)
 def order(
     file: Annotated[Path, typer.Argument(help="Demonstrations, or the pool to select them from.")],
     query: Annotated[
@@ -196,6 +205,7 @@ def order(
     ],
     prompt: PromptOption = None,
     answer: AnswerOption = None,
+    messages: MessagesOption = None,
     system: SystemOption = None,
     chat: ChatOption = False,
     id_column: IdOption = None,
@@ -213,7 +223,7 @@ def order(
         typer.Option(
             "--order",
             help="sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:<order> "
-            "[default: sparse_to_dense; with a calibration hard_to_easy].",
+            "[default: the hardest first: sparse_to_dense by sparsity, hard_to_easy by any other score].",
         ),
     ] = None,
     scores: Annotated[
@@ -273,6 +283,7 @@ def order(
         seed=seed,
         prompt=unescape(prompt),
         answer=unescape(answer),
+        messages=messages,
         system=unescape(system),
         chat=chat,
         id_column=id_column,
@@ -288,7 +299,8 @@ def order(
         l0_threshold=l0_threshold,
         column=column,
         descending=descending,
-        seed=seed,
+        # The seed is of the selection and the order too.
+        seed=seed if scorer == "random" else 0,
         dtype=dtype,
         device=device,
         revision=revision,
@@ -306,21 +318,21 @@ def order(
         _print_order(result)
 
 
-app.command(epilog=CHOOSE_EXAMPLE)(choose)
+app.command(cls=CheckedCommand, epilog=CHOOSE_EXAMPLE)(choose)
 app.command(
-    epilog=r"Example: `sparsort ablate reviews.jsonl --prompt 'Review: {text}\nSentiment:' --label label -k 4 --out my-ablation`"
+    cls=CheckedCommand,
+    epilog=r"Example: `sparsort ablate reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4 --out my-ablation`",
 )(ablate)
-
-
-app.command(epilog="Example: `sparsort report my-ablation --figures figures`")(report)
-app.command(epilog=PLAN_EXAMPLE)(plan)
-app.command(epilog=TRAIN_EXAMPLE)(train)
+app.command(cls=CheckedCommand, epilog="Example: `sparsort report my-ablation --figures figures`")(report)
+app.command(cls=CheckedCommand, epilog=PLAN_EXAMPLE)(plan)
+app.command(cls=CheckedCommand, epilog=TRAIN_EXAMPLE)(train)
 app.command(
-    epilog=r"Example: `sparsort calibrate data.jsonl -p 'Question: {question}\nAnswer:' -a ' {answer}' --out calibration.json`"
+    cls=CheckedCommand,
+    epilog=r"Example: `sparsort calibrate data.jsonl -p 'Question: {question}\nAnswer:' -a ' {answer}' --out calibration.json`",
 )(calibrate)
 
 
-@app.command(epilog="Example: `sparsort env --json`")
+@app.command(cls=CheckedCommand, epilog="Example: `sparsort env --json`")
 def env(as_json: JsonOption = False) -> None:
     """Show versions, the chosen implementations with their reasons, and the embedded model's folder."""
     from sparsort.recipes.environment import describe_environment

@@ -191,6 +191,8 @@ def _print_cost(cost: Any, notes: list[str], as_json: bool) -> None:
 
 def _print_results(done: Any) -> None:
     summary = done.summary()
+    for warning in summary["warnings"]:
+        typer.echo(f"Warning: {warning['text']}")
     plain = {(cell["task"], cell["selector"], cell["k"]) for cell in summary["cells"] if not cell["calibrated"]}
     for cell in summary["cells"]:
         if cell["calibrated"] and (cell["task"], cell["selector"], cell["k"]) in plain:
@@ -209,8 +211,8 @@ def _print_results(done: Any) -> None:
                 arm["name"].replace("_", " "),
                 f"{arm['accuracy']:.3f}",
                 f"{100 * one['value']:+.1f}",
-                f"[{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]" if known else "",
-                "" if one["p_adjusted"] is None else f"{one['p_adjusted']:.3f}",
+                f"[{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]" if known else "none",
+                "none" if one["p_adjusted"] is None else f"{one['p_adjusted']:.3f}",
                 f"{arm['tokens_per_answer']:.0f}",
             )
         console().print(rows)

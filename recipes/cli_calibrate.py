@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from sparsort.recipes.options import (
     DtypeOption,
     IdOption,
     JsonOption,
+    MessagesOption,
     ModelOption,
     PromptOption,
     RevisionOption,
@@ -40,6 +42,7 @@ def calibrate(
     ],
     prompt: PromptOption = None,
     answer: AnswerOption = None,
+    messages: MessagesOption = None,
     system: SystemOption = None,
     chat: ChatOption = False,
     truncation: Annotated[
@@ -99,6 +102,7 @@ def calibrate(
         file,
         unescape(prompt),
         answer=unescape(answer),
+        messages=messages,
         system=unescape(system),
         chat=chat,
         truncation=truncation,  # type: ignore[arg-type]
@@ -175,11 +179,13 @@ _WIDTH = 150
 
 def _interval(row: dict[str, Any], prefix: str) -> str:
     rho, low, high = (row[f"{prefix}{name}"] for name in ("rho", "low", "high"))
-    return "" if rho is None else f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+    if rho is None or math.isnan(rho):
+        return ""
+    return f"{rho:+.2f}, no interval" if low is None or math.isnan(low) else f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _r(value: float | None) -> str:

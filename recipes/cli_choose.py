@@ -43,10 +43,19 @@ def choose(
         typer.Option("--on", help="Queries that the criterion reads [default, with -k: other rows of FILE]."),
     ] = None,
     by: Annotated[
+        str,
+        typer.Option(
+            help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_prior (pdo with --prior pool), pdo_null, "
+            "best_on_dev, density, …, or a+b."
+        ),
+    ] = "pdo",
+    prior: Annotated[
         str | None,
         typer.Option(
-            help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_prior, pdo_null, best_on_dev, density, …, "
-            "or a+b [default: with -k pdo_prior, by FILE's label shares, if it holds every label; else pdo]."
+            help="Label shares that pdo expects of the predictions: uniform; pool, those of FILE, right only if your queries "
+            "have the same; mixed, the mean of both; estimated, those of the queries, for which up to 64 labelled rows of FILE "
+            "are read under one order; or a file of shares or labelled rows [default: with -k and --on estimated, if 16 "
+            "labelled rows are left; with -k alone mixed; else uniform]."
         ),
     ] = None,
     prompt: PromptOption = None,
@@ -79,26 +88,15 @@ def choose(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the order of demonstrations by a criterion that asks the model: GlobalE, LocalE, PDO, best on dev, …."""
-    from sparsort.curriculum.demos.criteria import criterion
-    from sparsort.errors import SparsortError
     from sparsort.recipes.choose_order import choose_order, needs_labels, read_rows
+    from sparsort.recipes.choose_prior import reads_prior
 
     # A misspelt criterion should not cost the reading of files.
-    scored = needs_labels(by or "pdo")
+    scored = needs_labels(by)
     given = read_rows(
         file, on, prompt=unescape(prompt), label=label, k=k, queries=queries, seed=seed, id_column=id_column
     )
     named = given.label_set(label, labels) if scored or labels else {}
-    prior = given.prior(named)
-    # The few labels of the demonstrations themselves are no prior, unless asked for.
-    by = by or ("pdo" if k is None or prior is None else "pdo_prior")
-    weighed = "prior" in criterion(by).needs
-    if weighed and prior is None:
-        absent = ", ".join(value for value in named if value not in given.counts)
-        raise SparsortError(
-            f"{by!r} reads the share of each label, and {file} holds no row with {absent or 'a label'}. Take --by pdo, or give "
-            "rows of every label."
-        )
     chosen = choose_order(
         given.demos,
         given.queries,
@@ -107,7 +105,8 @@ def choose(
         answer=unescape(answer),
         label=label,
         labels=named or None,
-        prior=prior if weighed else None,
+        prior=prior,
+        pool=given.pool if reads_prior(by) else (),
         separator=unescape(separator) or "",
         chat=chat,
         system=unescape(system),

@@ -93,6 +93,9 @@ def plan(
     packing: PackingOption = None,
     pack_length: PackLengthOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the plan, to train with.")] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Your name for the data, for loaders that have no id or text to compare.")
+    ] = None,
     draw: Annotated[Path | None, typer.Option("--draw", help="File for the figure: .png, .pdf or .svg.")] = None,
     beside: Annotated[
         list[str] | None,
@@ -141,6 +144,7 @@ def plan(
         weights=_numbers(weight, "--weight"),
         epoch=epoch,
         out=out,
+        fingerprint=fingerprint,
         draw=draw,
         beside=named_paths(beside or [], "plans"),
     )

@@ -29,6 +29,8 @@ def report(
     if as_json:
         print_json(written.summary())
         return
+    for warning in written.report["warnings"]:
+        typer.echo(f"Warning: {warning['text']}")
     for finding in written.report["findings"]:
         if finding["task"] is None or len(written.report["tasks"]) == 1:
             typer.echo(f"{finding['title']}:")

@@ -47,19 +47,36 @@ def train(
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--text",
             "-t",
             help=r"Format string over the columns, such as '{question}\n{answer}'. An empty text is an error.",
             rich_help_panel=TEXT_PANEL,
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of whole conversations (ShareGPT, OpenAI, TRL), instead of --text; every token is learnt.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Plan made by 'sparsort plan' of these rows.", rich_help_panel=_CURRICULUM)
     ] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            help="Your name for the data, as given to 'sparsort plan', instead of comparing rows.",
+            rich_help_panel=_CURRICULUM,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the rows with those of --plan.", rich_help_panel=_CURRICULUM)
+    ] = True,
     scores: Annotated[
         Path | None,
         typer.Option(help="Scores made by 'sparsort score', to plan here.", rich_help_panel=_CURRICULUM),
@@ -181,7 +198,8 @@ def train(
     )
     result = run(
         file,
-        unescape(text) or "",
+        unescape(text),
+        messages=messages,
         out=out,
         plan=plan,
         scores=scores,
@@ -189,6 +207,8 @@ def train(
         groups=groups,
         eval_data=eval_data,
         id_column=id_column,
+        fingerprint=fingerprint,
+        verify=verify,
         recipe=recipe,
         **settings,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 TEXT_PANEL = "Text"
 SCORER_PANEL = "Scorer"
@@ -37,6 +38,13 @@ AnswerOption = Annotated[
     str | None,
     typer.Option("--answer", "-a", help="Format string of the answer behind the prompt.", rich_help_panel=TEXT_PANEL),
 ]
+MessagesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of whole conversations (ShareGPT, OpenAI, TRL) instead of --prompt; the last assistant turn is the answer.",
+        rich_help_panel=TEXT_PANEL,
+    ),
+]
 SystemOption = Annotated[str | None, typer.Option(help="System turn; with --chat.", rich_help_panel=TEXT_PANEL)]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=TEXT_PANEL)]
 IdOption = Annotated[
@@ -65,6 +73,16 @@ CalibrationOption = Annotated[
     typer.Option(help="File of 'sparsort calibrate', which decides the score.", rich_help_panel=SCORER_PANEL),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class CheckedCommand(TyperCommand):
+    """A command that refuses options without an effect before it does anything."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from sparsort.recipes.option_conditions import check
+
+        check(ctx)
+        return super().invoke(ctx)
 
 
 # Columns that stand to the right.

@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from sparsort.curriculum.demos.order import ORDERS, order_indices
+from sparsort.conditions import changed, refuse_unread
+from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
 from sparsort.curriculum.demos.prompt import assemble
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.paths import spell
+from sparsort.recipes.demo_text import DemoText
+from sparsort.recipes.order_conditions import READ_BY
 from sparsort.recipes.score import ScorerConfig
-from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
-from sparsort.templates import fields_of, render
+from sparsort.values import as_text, has_text, is_missing
 
 # With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
 MOST_DEMOS = 64
@@ -43,7 +46,8 @@ _NEEDS_NO_SCORES = (
 class OrderConfig:
     """What to select, how to order it, and how the prompt is put together.
 
-    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by a calibrated score, `hard_to_easy`.
+    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by any other score, `hard_to_easy`. An option that
+    differs from its default and has no effect is refused by `order_file`; see `recipes.order_conditions`.
     """
 
     select: str = "random"
@@ -58,6 +62,7 @@ class OrderConfig:
     seed: int = 0
     prompt: str | None = None
     answer: str | None = None
+    messages: str | None = None
     system: str | None = None
     chat: bool = False
     id_column: str | None = None
@@ -94,7 +99,8 @@ def order_file(
 
     Args:
         file: the demonstrations or the pool, in any format that `open_rows` reads.
-        query: its fields, a JSON object of them, or the text of the prompt's only field.
+        query: its fields, a JSON object of them, or the text of the prompt's only field. With `messages`, also a JSON array of
+            turns, or the text of a user's turn.
         config: selection, order, assembly.
         scorer: what ranks the demonstrations, when `scores` is None.
         scores: scores made before, of these rows.
@@ -102,6 +108,7 @@ def order_file(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
+    _refuse_unread(config, scorer, scores)
     scorer = scorer.calibrated()
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
@@ -122,14 +129,19 @@ def order_file(
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
     rows = list(open_rows(file, id_column=config.id_column).rows())
-    prompt, answer = _templates(config, rows)
+    text = DemoText.of(
+        list(rows[0].fields),
+        prompt=config.prompt,
+        answer=config.answer,
+        messages=config.messages,
+        system=config.system,
+        chat=config.chat,
+    )
     if scorer.found is not None:
-        read = answer if scorer.found.definition.candidate.reads_answer else None
-        scorer.found.definition.refuse_other_prompt(
-            Prompt.of(prompt, answer=read, system=config.system, chat=config.chat)
-        )
-    asked = _parse_query(query, prompt)
-    session = _Session(rows, prompt, answer, config, scorer, table)
+        definition = scorer.found.definition
+        definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
+    asked = text.parse_query(query)
+    session = _Session(rows, text, config, scorer, table)
     chosen, notes = _select(session, asked)
     notes = [*session.notes, *notes]
     similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
@@ -149,25 +161,25 @@ def order_file(
     made = assemble(
         [dict(row.fields) for row in ordered],
         asked,
-        prompt=prompt,
-        answer=answer,
-        system=config.system,
+        prompt=text.prompt,
+        answer=text.answer,
+        messages=text.messages,
+        system=text.system,
         separator=config.separator,
-        chat=config.chat,
+        chat=text.chat,
         max_tokens=config.max_tokens,
-        tokenizer=session.tokenizer() if config.max_tokens is not None or config.chat else None,
+        tokenizer=session.tokenizer() if config.max_tokens is not None or text.chat else None,
         drop=config.drop,
         allow_leaks=config.allow_leaks,
     )
-    if made.dropped:
-        notes.append(made.report)
+    notes += [*([made.report] if made.dropped else []), *made.notes]
     kept = set(made.kept)
     demonstrations = [
         {
             "id": row.id,
             "difficulty": None if math.isnan(difficulty[place]) else float(difficulty[place]),
             "kept": number in kept,
-            "excerpt": _excerpt(row),
+            "excerpt": _excerpt(row, text),
         }
         for number, (row, place) in enumerate(zip(ordered, places, strict=True))
     ]
@@ -188,13 +200,12 @@ class _Session:
     def __init__(
         self,
         rows: Sequence[Row],
-        prompt: str,
-        answer: str,
+        text: DemoText,
         config: OrderConfig,
         scorer: ScorerConfig,
         table: Scores | None,
     ) -> None:
-        self.rows, self.prompt, self.answer, self.config, self.scorer = rows, prompt, answer, config, scorer
+        self.rows, self.text, self.config, self.scorer = rows, text, config, scorer
         self._table = table
         self._scorer: Any = None
         self._table_fit: Scores | None = None
@@ -203,7 +214,7 @@ class _Session:
         self._vectors: dict[str, Any] = {}
         self._queries: dict[str, Any] = {}
         self._backbone: Any = None
-        self._read = Prompt.of(prompt, system=config.system, chat=config.chat)
+        self._read = text.read()
         self.notes: list[str] = []
         before = self._table.provenance.get("prompt") if self._table is not None else None
         if before is not None and before.get("turns") != [list(turn) for turn in self._read.turns]:
@@ -246,7 +257,7 @@ class _Session:
 
     def text_of(self, row: Row) -> str:
         """The demonstration as it will stand in the prompt, chat markers apart."""
-        return render(self.prompt, row.fields, where=row.id) + render(self.answer, row.fields, where=row.id)
+        return self.text.whole(row.fields, where=f"row {row.position} (id {row.id!r})")
 
     def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
         """(n,) cosine similarity of rows and query."""
@@ -280,18 +291,13 @@ class _Session:
 
     def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
         needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
-        asked = {
-            "prompt": self.prompt,
-            "answer": self.answer if needs_answer else None,
-            "system": self.config.system,
-            "chat": self.config.chat,
-        }
+        read = self.text.read(answer=needs_answer)
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
             if self._table is None and self.scorer.outliers != "none" and self.scorer.calibration is None:
                 # Fitted once, on the whole pool: neither the few that were chosen nor a query alone say what is wide.
-                self._table_fit = self._scorer.score([row.fields for row in self.rows], **asked)
-        scores = self._scorer.score(list(fields), **asked, like=self._table or self._table_fit)
+                self._table_fit = self._scorer.score([row.fields for row in self.rows], read)
+        scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit)
         self.provenance = scores.provenance
         return scores.difficulty
 
@@ -299,7 +305,7 @@ class _Session:
         if self.config.embedder is not None:
             from sparsort.curriculum.demos.similarity import sentence_embeddings
 
-            texts = [render(self.prompt, row, where=f"row {number}") for number, row in enumerate(fields)]
+            texts = [self.text.question(row, where=f"row {number}") for number, row in enumerate(fields)]
             return sentence_embeddings(texts, self.config.embedder)
         from sparsort.scoring.backbone import Backbone
         from sparsort.scoring.embedding import embed_rows
@@ -333,11 +339,17 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
         query_difficulty=session.query_difficulty(query) if method == "difficulty_matched" else None,
         embeddings=session.vectors(rows) if wants_vectors else None,
         query_embedding=session.query_vector(query) if wants_vectors and method != "vote_k" else None,
-        prompt=session.prompt,
+        **session.text.compared_by(),
         allow_leaks=config.allow_leaks,
     )
     notes = [f"left out {item.id}: {item.reason}" for item in chosen.excluded]
     return [rows[index] for index in chosen.indices], notes
+
+
+def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
+    """Refuse what was configured and has no effect; a seed, and a scorer beside scores, may be given where they are not read."""
+    values = {**vars(scorer), **vars(config), "scores": scores}
+    refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
 
 
 def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConfig:
@@ -346,9 +358,11 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
     Raises:
         SparsortError: the calibrated prompt is not one that demonstrations can be put into.
     """
-    order = config.order or ("hard_to_easy" if kind == "calibrated" else "sparse_to_dense")
-    if scorer.found is None or config.prompt is not None:
+    order = config.order or default_order(kind)
+    if scorer.found is None or config.prompt is not None or config.messages is not None:
         return replace(config, order=order)
+    if (column := scorer.found.definition.prompt.messages) is not None:
+        return replace(config, order=order, messages=column)
     roles = [role for role, _ in scorer.found.definition.turns]
     if roles not in (["text"], ["user"], ["system", "user"]):
         raise SparsortError(
@@ -360,43 +374,17 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
     return replace(config, order=order, prompt=prompt, system=system, chat=chat)
 
 
-def _templates(config: OrderConfig, rows: Sequence[Row]) -> tuple[str, str]:
-    """Prompt and answer templates: those given, else those of question and answer columns."""
-    columns = list(rows[0].fields)
-    if config.prompt is None and "question" not in columns:
-        raise SparsortError(
-            f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(columns)}."
-        )
-    if config.answer is None and "answer" not in columns:
-        raise SparsortError(
-            f"which column is the answer? Pass --answer, for example ' {{label}}'; this data has: {', '.join(columns)}."
-        )
-    return config.prompt or "Question: {question}\nAnswer:", config.answer or " {answer}"
-
-
-def _parse_query(query: str | Mapping[str, Any], prompt: str) -> dict[str, Any]:
-    if not isinstance(query, str):
-        return dict(query)
-    names = fields_of(prompt)
-    if query.lstrip().startswith("{"):
-        try:
-            found = json.loads(query)
-        except json.JSONDecodeError as error:
-            raise SparsortError(
-                f"the query looks like JSON but does not read as such: {error}. Quote it for your shell."
-            ) from None
-        if isinstance(found, dict):
-            return found
-    if not query.strip():
-        raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
-    if len(names) != 1:
-        shown = json.dumps(dict.fromkeys(names, "…"), ensure_ascii=False)
-        raise SparsortError(
-            f"the prompt has the columns {', '.join(names)}, so the query must be a JSON object: --query '{shown}'."
-        )
-    return {names[0]: query}
-
-
-def _excerpt(row: Row) -> str:
-    text = " ".join(" ".join(str(value).split()) for key, value in row.fields.items() if key != "id")
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _excerpt(row: Row, text: DemoText) -> str:
+    """The beginning of a demonstration, for a person: its conversation, or the fields that have a text."""
+    if text.messages is not None:
+        words = text.whole(row.fields, where=f"row {row.position} (id {row.id!r})").split()
+    else:
+        shown = {key: value for key, value in row.fields.items() if key != "id" and not is_missing(value)}
+        words = [
+            word
+            for key, value in shown.items()
+            if has_text(value)
+            for word in as_text(value, field=spell([key]), where=row.id).split()
+        ]
+    excerpt = " ".join(words)
+    return excerpt if len(excerpt) <= 80 else f"{excerpt[:79]}…"

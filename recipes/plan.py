@@ -56,6 +56,7 @@ def make_plan(
     weights: Mapping[str, float] | None = None,
     epoch: int = 0,
     out: str | Path | None = None,
+    fingerprint: str | None = None,
     draw: str | Path | None = None,
     beside: Mapping[str, str | Path] | None = None,
 ) -> Planned:
@@ -72,6 +73,7 @@ def make_plan(
         weights: of the scores in "rank_average".
         epoch: that is summed up and drawn.
         out: folder for the plan.
+        fingerprint: your own name for the data, as of `plan_curriculum`.
         draw: file for the figure: .png, .pdf or .svg.
         beside: name → folder of a plan that was saved before, over the same rows, to draw beside this one.
 
@@ -86,6 +88,7 @@ def make_plan(
     from sparsort.curriculum.loading.drawing import check_figure, draw_plans
     from sparsort.curriculum.loading.plan import CurriculumPlan
     from sparsort.curriculum.loading.planning import plan_curriculum
+    from sparsort.curriculum.loading.ranking import group_names
     from sparsort.curriculum.loading.summary import summarise
     from sparsort.scoring.scores import Scores
     from sparsort.scoring.sources import open_rows
@@ -124,9 +127,10 @@ def make_plan(
         combination=combination,
         weights=weights,
         out=out,
+        fingerprint=fingerprint,
         **settings.to_json(),
     )
-    shown = [str(row[show_groups]) for row in rows] if show_groups and rows else None
+    shown = group_names((row[show_groups] for row in rows), show_groups) if show_groups and rows else None
     summary = summarise(plan, epoch=epoch, lengths=tokens, groups=shown)
     if draw is not None:
         draw_plans({THIS: plan, **others} if others else plan, draw, epoch=epoch, lengths=tokens, groups=shown)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.scoring.sources import open_rows
@@ -21,13 +22,43 @@ if TYPE_CHECKING:
     from sparsort.scoring.scores import Scores
 
 ScorerName = Literal["sparsity", "answer_loss", "prompt_loss", "entropy", "length", "compression", "random", "column"]
+SCORERS: tuple[str, ...] = get_args(ScorerName)
+MODEL_SCORERS = ("sparsity", "answer_loss", "prompt_loss", "entropy")
+
+_SPARSITY = (among("scorer", ("sparsity",), of=SCORERS),)
+_MODEL = (among("scorer", MODEL_SCORERS, of=SCORERS),)
+_TOKENIZER = (among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS),)
+# The scorers that read an option of `ScorerConfig`; see `sparsort.conditions`.
+READ_BY: Table = {
+    "scorer": ALWAYS,
+    "calibration": _SPARSITY,
+    "site": _SPARSITY,
+    "pooling": _SPARSITY,
+    "metric": _SPARSITY,
+    "outliers": _SPARSITY,
+    "l0_threshold": _SPARSITY,
+    "column": (among("scorer", ("column",), of=SCORERS),),
+    "descending": (among("scorer", ("column",), of=SCORERS),),
+    "seed": (among("scorer", ("random",), of=SCORERS),),
+    "unit": (among("scorer", ("length",), of=SCORERS),),
+    "model": _TOKENIZER,
+    "revision": _TOKENIZER,
+    "trust_remote_code": _TOKENIZER,
+    "dtype": _MODEL,
+    "device": _MODEL,
+    "token_budget": _MODEL,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """Which scorer, with the options of each (those of the others are ignored).
+    """Which scorer, with the options of each.
 
     `calibration` is the file of one, which says model, site, pooling, metric, outlier rule and direction; see `calibrated`.
+
+    Raises:
+        SparsortError: an unknown scorer, or an option that differs from its default and that the scorer does not read
+            (`READ_BY`).
     """
 
     scorer: str = "sparsity"
@@ -49,14 +80,11 @@ class ScorerConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.scorer not in get_args(ScorerName):
-            raise unknown_choice("scorer", self.scorer, get_args(ScorerName))
+        if self.scorer not in SCORERS:
+            raise unknown_choice("scorer", self.scorer, SCORERS)
         if self.scorer == "column" and self.column is None:
             raise SparsortError("the scorer 'column' needs the name of a numeric column. Pass --column NAME.")
-        if self.calibration is not None and self.scorer != "sparsity":
-            raise SparsortError(
-                f"a calibration (--calibration) is of a sparsity score, and the scorer is {self.scorer!r}. Pass one of the two."
-            )
+        refuse_unread_fields(self, READ_BY)
 
     @property
     def kind(self) -> str:
@@ -105,7 +133,8 @@ class ScorerConfig:
         from sparsort.scoring.prompts import check_truncation
         from sparsort.scoring.sites import check_site
 
-        if self.found is not None and (asked := text.read()) is not None:
+        asked = text.read()
+        if self.found is not None and asked is not None:
             self.found.definition.refuse_other_prompt(asked)
         if self.metric not in METRICS:
             raise unknown_choice("metric", self.metric, METRICS)
@@ -118,8 +147,10 @@ class ScorerConfig:
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise SparsortError(f"{name} is {number}; it must be at least 1.")
-        if text.answer is None and (
-            self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer")
+        if (
+            text.answer is None
+            and (asked is None or asked.answer is None)
+            and (self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer"))
         ):
             raise SparsortError("this score reads the answer's tokens. Pass --answer, for example ' {answer}'.")
 
@@ -131,7 +162,7 @@ class ScorerConfig:
     @property
     def runs_model(self) -> bool:
         """Whether scoring runs a forward pass."""
-        return self.scorer in ("sparsity", "answer_loss", "prompt_loss", "entropy")
+        return self.scorer in MODEL_SCORERS
 
     def load(self, loaded: Any = None) -> Scorer:
         """Build the scorer; `loaded` is a model that stands in memory already."""
@@ -173,9 +204,10 @@ class ScorerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How a row becomes text; `prompt` is a format string, or chat turns."""
+    """How a row becomes text; `prompt` is a format string, chat turns or a `Prompt`, `messages` a column of conversations."""
 
-    prompt: str | Turns | None = None
+    prompt: str | Turns | Prompt | None = None
+    messages: str | None = None
     answer: str | None = None
     system: str | None = None
     chat: bool = False
@@ -187,15 +219,17 @@ class TextConfig:
         """The prompt, if one was given."""
         from sparsort.scoring.prompts import Prompt
 
-        if self.prompt is None:
-            return None
-        return Prompt.of(self.prompt, answer=self.answer, system=self.system, chat=self.chat)
+        return Prompt.given(self.prompt, messages=self.messages, answer=self.answer, system=self.system, chat=self.chat)
 
     def calibrated(self, found: Calibration | None) -> TextConfig:
         """This text with the prompt of a calibration, where none was given."""
         if found is None or self.prompt is not None:
             return self
         made = found.definition
+        if (column := made.prompt.messages) is not None and self.messages in (None, column):
+            return replace(self, prompt=made.prompt, messages=None)
+        if self.messages is not None:
+            return self
         if made.turns[0][0] == "text":
             return replace(self, prompt=made.turns[0][1], answer=self.answer or made.answer)
         turns = [{"role": role, "content": text} for role, text in made.turns]
@@ -251,10 +285,11 @@ def score_file(
     content = [str(scorer.column)] if reads_column else prompt.fields if prompt is not None else None
     source = open_rows(file, id_column=text.id_column, content=content)
     if prompt is not None:
-        source.require(prompt.fields)
+        source.require(prompt.fields, prompt)
     elif scorer.reads_text:
         raise SparsortError(
-            f"which columns make the prompt? Pass --prompt with columns in braces; this data has: {', '.join(source.columns())}."
+            "which columns make the prompt? Pass --prompt with columns in braces, or --messages with a column of conversations; "
+            f"this data has: {', '.join(source.columns())}."
         )
     scores = scorer.load().score(source, out=out, shard_rows=shard_rows, **text.options())
     return ScoreReport(

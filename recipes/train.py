@@ -2,7 +2,7 @@
 
 Contract: everything lies in one folder: `run.json` as it was asked for, `plan/`, `tokens/`, `checkpoints/`, `history.jsonl`
 and, at the end, `model/` and `result.json`. Killed at any time and called again with the same arguments, it goes on from
-the last whole checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
+the newest intact checkpoint and ends, on the same machine, with the losses of a run that was not stopped; the same arguments
 over a finished folder give the result again; other arguments are refused with what differs. Under torchrun or
 `accelerate launch` every process calls it.
 
@@ -29,6 +29,7 @@ from sparsort.recipes.train_run import Run
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.recipes.train_text import TrainText
     from sparsort.scoring.sources import RowSource
 
 
@@ -76,8 +77,9 @@ class TrainResult:
 
 def train(
     data: Any,
-    text: str,
+    text: str | None = None,
     *,
+    messages: str | None = None,
     out: str | Path,
     plan: str | Path | CurriculumPlan | None = None,
     scores: Any = None,
@@ -85,6 +87,8 @@ def train(
     groups: str | None = None,
     eval_data: Any = None,
     id_column: str | None = None,
+    fingerprint: str | None = None,
+    verify: bool = True,
     config: TrainConfig | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     **changes: Any,
@@ -95,8 +99,10 @@ def train(
         data: rows, as `open_rows` takes them: a path, a list of dicts, a `datasets.Dataset`.
         text: format string over their columns. An end-of-text token follows each text. A row whose text is empty is
             refused, not left out.
+        messages: instead of text, the column that holds whole conversations (see `sparsort.scoring.conversations`), which the
+            model's chat template makes into texts. All their tokens are learnt.
         out: the folder to work in; called again it goes on where it was.
-        plan: a plan of exactly these rows, in their order.
+        plan: a plan of exactly these rows, in their order. All ids and contents are compared with those that it was made for.
         scores: instead of a plan: `Scores` or their path, several by name, or one difficulty a row, (N,). They are matched
             to the rows by id or content. Not needed where the curriculum does not look at them.
         curriculum: with scores, the settings of `CurriculumSettings`. `batch_size` is per_device_batch × accumulate ×
@@ -104,6 +110,9 @@ def train(
         groups: with scores, the column that names each row's group.
         eval_data: held-out rows, of the same columns.
         id_column: the column that identifies a row.
+        fingerprint: with a plan, your own name for the data. Where the plan was made with a name too, the names are compared
+            instead of the rows.
+        verify: False takes a plan for any data with as many rows.
         config: how to train; `changes` are fields of it that differ.
         recipe: "sparse" or another of `RECIPES`, a TOML file, or tables as it has them: settings of training, curriculum and
             sparse attention, which `curriculum` and `changes` go before. Its [train] stands for `config`. Its order of batches
@@ -113,6 +122,8 @@ def train(
         SparsortError: rows, texts, scores, plan and settings that do not fit; a folder with another run; no model.
         KeyboardInterrupt: it was interrupted; a checkpoint of the last step was written, unless there are several processes.
     """
+    from sparsort.recipes.train_text import TrainText
+
     begin = time.perf_counter()
     curriculum = dict(curriculum or {})
     given = {name for name, value in {"plan": plan, "eval_data": eval_data}.items() if value is not None}
@@ -122,16 +133,19 @@ def train(
             f"the recipe sets {', '.join(asked.train)}, and config would set all of training. Give what differs from the recipe "
             "by name instead, such as learning_rate=1e-3."
         )
+    read = TrainText(template=text, messages=messages)
     config = make_config(config, **{**asked.train, **changes})
     run = Run(
         config=config,
         out=Path(out).expanduser(),
-        source=_open(data, text, id_column),
-        text=text,
-        held=None if eval_data is None else _open(eval_data, text, id_column),
+        source=_open(data, read, id_column),
+        text=read,
+        held=None if eval_data is None else _open(eval_data, read, id_column),
         curriculum={**asked.curriculum, **curriculum},
         groups=groups,
-        plan=plan,
+        fingerprint=fingerprint,
+        verify=verify,
+        plan=_opened(plan),
         scores=scores,
         sparse=asked.sparse and asked.sparse.seeded(config.seed),
     )
@@ -142,12 +156,18 @@ def train(
     return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
 
 
-def _open(data: Any, text: str, id_column: str | None) -> RowSource:
-    from sparsort.recipes.train_text import check_template
+def _opened(plan: str | Path | CurriculumPlan | None) -> CurriculumPlan | None:
+    """The plan, refused here, before anything is written, where it is missing or damaged."""
+    from sparsort.curriculum.loading.plan import CurriculumPlan
+
+    return CurriculumPlan.open(plan) if isinstance(plan, str | Path) else plan
+
+
+def _open(data: Any, text: TrainText, id_column: str | None) -> RowSource:
     from sparsort.scoring.sources import open_rows
 
     source = open_rows(data, id_column=id_column)
-    check_template(text, source)
+    text.check(source)
     return source
 
 

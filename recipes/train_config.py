@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from sparsort.conditions import Table, excludes, needs, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
 
@@ -29,6 +30,13 @@ IDENTITY = (
     "seed",
     "dtype",
 )
+
+
+# What a setting needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "online_metric": (needs("online", "the difficulty is not learned in training", online=True),),
+    "epochs": (excludes("max_steps", "{max_steps} says how long the run is"),),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,7 @@ class TrainConfig:
             )
         if self.online_metric not in METRICS:
             raise unknown_choice("online metric", self.online_metric, METRICS)
+        refuse_unread_fields(self, READ_BY)
 
 
 def make_config(config: TrainConfig | None = None, **changes: Any) -> TrainConfig:

@@ -2,7 +2,10 @@
 
 Contract: `run.json` is written before training and says everything that decides a loss; how the work is divided (batch of
 a device, accumulation, processes, how often to save) is not in it. `result.json` is written last: a folder that has it is
-finished. Both are whole or absent.
+finished. Both are whole or absent, and carry a digest of themselves. `result.json` also records what the run wrote, the history
+and the manifest of the model, so that a finished run that is called again does not name files that have changed since.
+
+Folders of version 1 have no digests: their files are held to what they tell themselves.
 """
 
 from __future__ import annotations
@@ -14,12 +17,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_json
 from sparsort.locks import locked
 
-FORMAT, VERSION = "sparsort-train", 1
+FORMAT, VERSION = "sparsort-train", 2
+_WITHOUT_DIGESTS = 1  # still read
 _RUN, _RESULT = "run.json", "result.json"
+_MODEL = "model"
+# Of a result of version 1, which nothing else guards.
+_FIELDS = {"loss", "eval_loss", "steps", "rows", "eval_rows", "tokens", "parameters", "plan", "sparse", "notes"}
+_RECORDED = ("history.jsonl", f"{_MODEL}/{manifests.FILE}")
+_OTHER = "Choose another folder with out (--out)."
+_AGAIN = "Delete {} and run the same command again: model and result are written again from the last checkpoint."
 _WHAT = {
     "rows": "the training texts (rows, template, tokenizer or max_length)",
     "eval_rows": "the held-out texts",
@@ -60,7 +71,7 @@ def claim(folder: Path, asked: Mapping[str, Any], *, write: bool) -> None:
         SparsortError: the folder holds another run, something else, or the disk refuses.
     """
     if not compare(folder, asked) and write:
-        write_json(folder / _RUN, {"format": FORMAT, "version": VERSION, **asked})
+        write_json(folder / _RUN, integrity.seal({"format": FORMAT, "version": VERSION, **asked}))
 
 
 def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
@@ -69,10 +80,10 @@ def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
     Raises:
         SparsortError: it is another run.
     """
-    found = _read(folder / _RUN)
+    found = _read(folder / _RUN, next_step=_OTHER)
     if found is None:
         return False
-    if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+    if (found.get("format"), found.get("version")) not in ((FORMAT, VERSION), (FORMAT, _WITHOUT_DIGESTS)):
         raise SparsortError(
             f"{folder / _RUN} is version {found.get('version')!r} of {found.get('format')!r}, and this sparsort writes "
             f"version {VERSION} of {FORMAT!r}. Choose another folder with out (--out)."
@@ -88,13 +99,31 @@ def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a finished run came to; None where it is not finished."""
-    return _read(folder / _RESULT)
+    """What a finished run came to; None where it is not finished.
+
+    Raises:
+        SparsortError: the result, the history or the model has changed since it was written.
+    """
+    path = folder / _RESULT
+    next_step = _AGAIN.format(path)
+    found = _read(path, next_step=next_step)
+    if found is None:
+        return None
+    records = found.pop("files", None)
+    if records is None and set(found) != _FIELDS:
+        raise SparsortError(f"{path} is damaged: it has other fields than were written. {next_step}")
+    for name, record in (records or {}).items():
+        integrity.check_file(folder / name, record, next_step=next_step)
+    model = folder / _MODEL
+    if problem := manifests.unreadable_in(model) if records is None else manifests.damage_in(model):
+        raise SparsortError(f"{model} is damaged: {problem}. {next_step}")
+    return {name: value for name, value in found.items() if name not in ("format", "version", integrity.SEAL)}
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Mark the run as finished."""
-    write_json(folder / _RESULT, dict(result))
+    """Mark the run as finished, when model and history are written."""
+    files = {name: integrity.record_of(folder / name) for name in _RECORDED}
+    write_json(folder / _RESULT, integrity.seal({"format": FORMAT, "version": VERSION, **result, "files": files}))
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Any]) -> None:
@@ -109,6 +138,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, A
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        manifests.write_manifest(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -130,13 +160,17 @@ def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: held for name, held in value.items() if name != "curriculum"}, **curriculum}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, *, next_step: str) -> dict[str, Any] | None:
+    """A JSON object, with its seal where this version wrote it; None where there is no file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise SparsortError(f"{path} cannot be read ({error}). Choose another folder with out (--out).") from error
+        raise SparsortError(f"{path} cannot be read ({error}). {next_step}") from error
     if not isinstance(found, dict):
-        raise SparsortError(f"{path} is not what sparsort writes. Choose another folder with out (--out).")
+        raise SparsortError(f"{path} is not what sparsort writes. {next_step}")
+    # Either of the two says so, and no single change takes both away.
+    if found.get("version") == VERSION or integrity.SEAL in found:
+        integrity.check_seal(found, path, next_step=next_step)
     return found

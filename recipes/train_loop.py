@@ -25,10 +25,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
+from sparsort.curriculum.loading.checkpoints import NoCheckpointError
 from sparsort.curriculum.loading.online import OnlineDifficulty
 from sparsort.curriculum.loading.packing import IGNORED
 from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.trainer import CurriculumTrainer, last_whole_checkpoint
+from sparsort.curriculum.loading.trainer import CurriculumTrainer
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
 from sparsort.progress import progress
@@ -128,7 +129,7 @@ def run_trainer(
     history: Path,
     sparse: SparseAttentionCallback | None = None,
 ) -> tuple[TextTrainer, int]:
-    """Train to the end, from the last whole checkpoint where there is one.
+    """Train to the end, from the newest intact checkpoint where there is one.
 
     Args:
         steps: of the whole run.
@@ -156,11 +157,12 @@ def run_trainer(
             model,
             args,
             curriculum=plan,
+            verify=False,  # the rows were, before their columns gave way to tokens
             train_dataset=rows,
             eval_dataset=held,
             data_collator=TextCollator(pad_token_id=pad),
             processing_class=tokenizer,
-            callbacks=[History(history), stop],
+            callbacks=[stop],
             online=OnlineDifficulty(metric=config.online_metric) if config.online else None,
         )
     except (ImportError, RuntimeError) as error:
@@ -172,15 +174,15 @@ def run_trainer(
     trainer.remove_callback(PrinterCallback)
     if sparse is not None:
         sparse.join(trainer)
-    checkpoint = _last_checkpoint(Path(args.output_dir))
-    resumed = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    written = History(history)
+    trainer.add_callback(written)
     alone = args.world_size == 1
     with contextlib.ExitStack() as stack:
         if args.should_log:
             trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
         if alone:
             stack.enter_context(stop.on_interrupt())
-        trainer.train(checkpoint)
+        _train(trainer)
     if trainer.state.global_step < steps:
         raise KeyboardInterrupt
     log = losses(trainer.state.log_history)
@@ -188,7 +190,7 @@ def run_trainer(
         trainer.evaluate()
     if args.should_save:
         write_history(history, trainer.state.log_history)
-    return trainer, resumed
+    return trainer, written.begin
 
 
 def _schedule(config: TrainConfig, steps: int) -> tuple[SchedulerType, dict[str, Any]]:
@@ -200,22 +202,31 @@ def _schedule(config: TrainConfig, steps: int) -> tuple[SchedulerType, dict[str,
     return SchedulerType(config.lr_schedule), {}
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The checkpoint to go on from; None to begin, also where the first one was not written to its end."""
-    if not any(folder.glob("checkpoint-*")):
-        return None
-    try:
-        return last_whole_checkpoint(folder)
-    except SparsortError as error:
-        _LOG.warning("%s Training begins anew.", str(error).partition(". ")[0] + ".")
-        return None
+def _train(trainer: TextTrainer) -> None:
+    """Train from the newest intact checkpoint, or from the beginning, also where the first one was not written to its end."""
+    if any(Path(trainer.args.output_dir).glob("checkpoint-*")):
+        try:
+            trainer.train(resume_from_checkpoint=True)
+        except NoCheckpointError as error:
+            _LOG.warning("%s", str(error).partition(" Train from ")[0] + " Training begins at the first step.")
+        else:
+            return
+    trainer.train()
 
 
 class History(TrainerCallback):  # type: ignore[misc]
-    """Writes the losses as JSON lines with every checkpoint, whole each time: what was logged up to that step, no more."""
+    """Writes the losses as JSON lines with every checkpoint, whole each time: what was logged up to that step, no more.
+
+    Attributes:
+        begin: the step that training resumed from; 0 from the start.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.begin = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it where this is the first process."""

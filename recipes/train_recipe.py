@@ -32,6 +32,7 @@ _RULED_OUT: dict[str, tuple[str, ...]] = {
     "plan": ("eval_share", *_CURRICULUM),
     "eval_data": ("eval_share",),
     "epochs": ("max_steps",),
+    "max_steps": ("epochs",),
     "batch_size": ("token_budget",),
     "token_budget": ("batch_size", "packing", "pack_length"),
     "packing": ("token_budget",),
@@ -98,7 +99,8 @@ def _build(found: Mapping[str, Any], where: str) -> Recipe:
             raise SparsortError(f"{where}: {name} is {table!r}; expected a table, [{name}], of settings.")
     train, curriculum = dict(found.get("train", {})), dict(found.get("curriculum", {}))
     with _named(where):
-        tables.build(TrainConfig, train, kind="[train] table", where=where)
+        # Whether training is online may be said beside the recipe; `train` checks what both come to.
+        tables.build(TrainConfig, {"online": True, **train}, kind="[train] table", where=where)
     for name in curriculum:
         if name not in _CURRICULUM:
             raise unknown_choice(f"setting of [curriculum] in {where}:", name, _CURRICULUM)

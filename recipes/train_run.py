@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparsort.curriculum.loading.plan import CurriculumPlan
-    from sparsort.recipes.train_text import Kept, Tokens
+    from sparsort.recipes.train_text import Kept, Tokens, TrainText
     from sparsort.scoring.sources import RowSource
 
 _BATCH = 8  # of a device, where neither a plan nor the caller says
@@ -51,13 +51,15 @@ class Run:
     config: TrainConfig
     out: Path
     source: RowSource
-    text: str
+    text: TrainText
     held: RowSource | None
     curriculum: dict[str, Any]
     groups: str | None
-    plan: str | Path | CurriculumPlan | None
+    plan: CurriculumPlan | None
     scores: Any
     sparse: SparseTraining | None = None
+    fingerprint: str | None = None
+    verify: bool = True
 
     @property
     def eval_share(self) -> float:
@@ -74,6 +76,12 @@ class Run:
         if self.held is not None and self.eval_share:
             raise SparsortError("held-out rows come from eval_data (--eval-data): leave eval_share (--eval-share) out.")
         if self.plan is None:
+            if self.fingerprint is not None or not self.verify:
+                option = "fingerprint (--fingerprint)" if self.verify else "verify=False (--no-verify)"
+                raise SparsortError(
+                    f"{option} concerns a plan that was made before: give one with plan (--plan), or leave it out. Scores are "
+                    "matched to the rows by id or content."
+                )
             if self.scores is None and not _ignores_difficulty(self.curriculum):
                 raise SparsortError(
                     "a curriculum needs scores: give a folder that sparsort score made (--scores FOLDER) or a plan "
@@ -113,12 +121,13 @@ class Run:
     def _known(self) -> dict[str, Any]:
         """What decides the losses, as far as it is known before the data is read."""
         settings = {name: getattr(self.config, name) for name in IDENTITY}
-        return {"text": self.text, **settings, **identity(self.sparse)}
+        return {**self.text.identity(), **settings, **identity(self.sparse)}
 
     def _check_model(self) -> Any:
         """The model's tokenizer. It and the settings fit each other, and the folder: so far nothing was written into it."""
         train_folder.compare(self.out, self._known())
         tokenizer = make_tokenizer(self.config.model)
+        self.text.check_tokenizer(tokenizer)
         if self.sparse is None:
             refuse_to_drop(self.config.model)
         else:
@@ -159,16 +168,18 @@ class Run:
 
     def _plan(self, rows: Kept, tokens: Tokens, processes: int) -> tuple[CurriculumPlan, int]:
         """The plan of the rows, and the batch of a device."""
-        from sparsort.curriculum.loading.plan import CurriculumPlan
         from sparsort.curriculum.loading.planning import plan_curriculum
         from sparsort.curriculum.loading.settings import CurriculumSettings
         from sparsort.curriculum.loading.trainer import check_global_batch
+        from sparsort.curriculum.loading.verification import verify_every_row
 
         config, settings = self.config, dict(self.curriculum)
         share = config.accumulate * processes
         if self.plan is not None:
-            plan = self.plan if isinstance(self.plan, CurriculumPlan) else CurriculumPlan.open(self.plan)
-            _check_rows(plan, rows, tokens)
+            plan = self.plan
+            _check_lengths(plan, tokens)
+            if self.verify:
+                verify_every_row(plan, rows, fingerprint=self.fingerprint)
         else:
             settings.setdefault("seed", config.seed)
             if settings.get("batch_size") is None and settings.get("token_budget") is None:
@@ -260,19 +271,12 @@ def _held_out(n: int, share: float, seed: int) -> NDArray[np.bool_]:
     return held
 
 
-def _check_rows(plan: CurriculumPlan, rows: Kept, tokens: Tokens) -> None:
-    """Refuse a plan of other rows, as far as it knows them."""
-    from sparsort.curriculum.loading.planning import content_digest
-
+def _check_lengths(plan: CurriculumPlan, tokens: Tokens) -> None:
+    """Refuse a plan of another number of rows, or of shorter ones where their lengths make its batches."""
     if plan.n_rows != len(tokens.lengths):
         raise SparsortError(
             f"the plan is of {plan.n_rows} rows and the data has {len(tokens.lengths)}: it was made for other rows. "
             "Give the file that was planned, whole and in its order, or plan this one (sparsort plan)."
-        )
-    if (noted := plan.notes.get("content")) and content_digest(rows, noted["fields"]) != noted["digest"]:
-        raise SparsortError(
-            "the data has as many rows as the plan, but they differ or stand in another order: the file was changed since, or "
-            "it is another. Give the file that was planned, or plan this one (sparsort score, sparsort plan)."
         )
     if plan.lengths is None or not plan.settings.needs_lengths:
         return

@@ -230,7 +230,7 @@ def _learned_branch(config: Any) -> SparseAttentionConfig | None:
     """The sparse attention of a checkpoint, by its configuration, if it has trained weights of its own."""
     if not _has_branch(config):
         return None
-    found = SparseAttentionConfig.from_json(config.sparse_attention)
+    found = SparseAttentionConfig.from_json(config.sparse_attention, stored=True)
     return found if found.selector in _LEARNED else None
 
 

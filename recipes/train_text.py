@@ -2,17 +2,21 @@
 
 Contract: row i of the result is the i-th row that was kept. A text is its template filled from the row, read by the
 tokenizer with its own special tokens, an end-of-text token behind it where the tokenizer has one, and cut at
-`max_length` tokens; how many were cut is told. No row is left out in silence: one whose text is empty, or too short to
+`max_length` tokens; how many were cut is told. A conversation is what the model's chat template makes of all its turns, whose
+special tokens are the only ones. No row is left out in silence: one whose text is empty, or too short to
 have a token to predict, stops the run before it begins, by name.
 
-The ids lie in one Arrow file, which every process maps. Its name holds a digest of the texts and of how they are read, so
-that the same data is not tokenised twice and other data is never taken for it.
+The ids are in one Arrow file, which every process maps. Its name holds a digest of the texts and of how they are read, so
+that the same data is not tokenised twice and other data is never taken for it. A sealed record next to it has the size and the
+digest of the file itself: ids that have changed since, or have no record, are made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +27,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sparsort import integrity
 from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically
+from sparsort.files import write_atomically, write_json
 from sparsort.progress import progress
-from sparsort.scoring.prompts import hash_tokenizer
+from sparsort.scoring.conversations import turns_of
+from sparsort.scoring.prompts import Prompt, RefusedTurnsError, apply_chat_template, hash_tokenizer, need_chat_template
 from sparsort.scoring.sources import Row, RowSource
 from sparsort.templates import fields_of, render
 
@@ -37,6 +43,7 @@ _SHOWN = 5
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("n_tokens", pa.int32())])
 # Changed when the same texts and tokenizer would give other ids.
 _VERSION = 1
+_LOG = logging.getLogger("sparsort")
 
 
 class Kept(Sequence[Mapping[str, Any]]):
@@ -117,22 +124,70 @@ class TextCollator:
         }
 
 
-def check_template(text: str, source: RowSource) -> None:
-    """Refuse a template that cannot be filled from every row.
+@dataclass(frozen=True, kw_only=True)
+class TrainText:
+    """What is read of a row.
+
+    Attributes:
+        template: a format string over the columns; None for conversations.
+        messages: the column of whole conversations; None for a template.
 
     Raises:
-        SparsortError: it names no field, or one that a row lacks.
+        SparsortError: both or neither were given.
     """
-    fields = fields_of(text)
-    if not fields:
-        raise SparsortError(
-            f"the text {text!r} uses no field of the data, so every row would be the same. Name columns in braces; "
-            f"{source.name} has: {', '.join(source.columns())}."
-        )
-    source.require(fields)
+
+    template: str | None = None
+    messages: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.template is None) == (self.messages is None):
+            given = "both were" if self.template is not None else "neither was"
+            raise SparsortError(
+                "training reads text (--text), a format string over the columns, or messages (--messages), a column of "
+                f"conversations, and {given} given. Pass one of them."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the texts, as JSON values."""
+        return {"text": self.template, **({} if self.messages is None else {"messages": self.messages})}
+
+    def check(self, source: RowSource) -> None:
+        """Refuse a source of which some row cannot be read.
+
+        Raises:
+            SparsortError: no field is named, a row lacks one, or a value is not text.
+        """
+        if self.messages is None and not fields_of(str(self.template)):
+            raise SparsortError(
+                f"the text {self.template!r} uses no field of the data, so every row would be the same. Name columns in braces; "
+                f"{source.name} has: {', '.join(source.columns())}."
+            )
+        prompt = Prompt.given(self.template, messages=self.messages)
+        if prompt is not None:
+            source.require(prompt.fields, prompt)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a model without a chat template to read conversations by."""
+        if self.messages is not None:
+            need_chat_template(tokenizer)
+
+    def of(self, row: Mapping[str, Any], tokenizer: Any, *, where: str) -> str:
+        """The text of a row; "" where its conversation is missing.
+
+        Raises:
+            SparsortError: it cannot be read, or the chat template refuses its turns.
+        """
+        if self.messages is None:
+            return render(str(self.template), row, where=where)
+        turns = turns_of(row, self.messages, where=where)
+        try:
+            pairs = [(turn["role"], turn["content"]) for turn in turns]
+            return apply_chat_template(tokenizer, pairs, ask=False) if pairs else ""
+        except RefusedTurnsError as error:
+            raise SparsortError(f"{where}: {error}") from error
 
 
-def tokenise(rows: Kept, text: str, tokenizer: Any, *, max_length: int, folder: Path) -> Tokens:
+def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, folder: Path) -> Tokens:
     """The token ids of rows, from `folder` where they are there already.
 
     Raises:
@@ -140,22 +195,43 @@ def tokenise(rows: Kept, text: str, tokenizer: Any, *, max_length: int, folder: 
     """
     import datasets
 
-    digest = _digest(rows, text, f"{_VERSION} {hash_tokenizer(tokenizer)} {max_length}")
+    how = f"{_VERSION} {hash_tokenizer(tokenizer)} {max_length}" + ("" if text.messages is None else " messages")
+    digest = _digest(rows, text, tokenizer, how)
     path = folder / f"tokens-{digest}.arrow"
-    if not path.exists():
+    if not is_intact(path):
         _write(rows, text, tokenizer, max_length, path)
+        write_json(_record(path), integrity.seal({path.name: integrity.record_of(path)}))
     dataset = datasets.Dataset.from_file(str(path))
     lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
     cut = np.count_nonzero(dataset.data.column("n_tokens").to_numpy() > lengths)
     return Tokens(dataset=dataset, lengths=lengths, cut=int(cut), digest=digest)
 
 
-def _digest(rows: Kept, text: str, how: str) -> str:
+def _record(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the ids are there as they were written; what is damaged is reported."""
+    if not (path.exists() and _record(path).exists()):
+        return False
+    try:
+        record = json.loads(_record(path).read_text(encoding="utf-8"))
+        sealed = isinstance(record, dict) and integrity.is_sealed(record)
+        problem = integrity.damage(path, record[path.name]) if sealed else "its record has changed since it was written"
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"it cannot be checked ({error})"
+    if problem:
+        _LOG.warning("%s is damaged: %s. The texts are tokenised again.", path, problem)
+    return not problem
+
+
+def _digest(rows: Kept, text: TrainText, tokenizer: Any, how: str) -> str:
     """Of every text and how it is read; the same pass finds the empty ones."""
     found = hashlib.blake2b(how.encode(), digest_size=16)
     empty: list[str] = []
     for row in rows.rows():
-        filled = _fill(rows, row, text)
+        filled = _fill(rows, row, text, tokenizer)
         if not filled.strip():
             empty.append(row.id)
         part = filled.encode("utf-8", "surrogatepass")
@@ -164,14 +240,17 @@ def _digest(rows: Kept, text: str, how: str) -> str:
     return found.hexdigest()
 
 
-def _write(rows: Kept, text: str, tokenizer: Any, max_length: int, path: Path) -> None:
+def _write(rows: Kept, text: TrainText, tokenizer: Any, max_length: int, path: Path) -> None:
     short: list[str] = []
-    end = tokenizer.eos_token_id
+    # A chat template writes all special tokens itself, those that end a turn included.
+    is_text = text.messages is None
+    end = tokenizer.eos_token_id if is_text else None
     left = rows.rows()
     with write_atomically(path) as temporary, progress("tokenising", len(rows)) as advance:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
             while chunk := list(itertools.islice(left, _CHUNK)):
-                found = [list(ids) for ids in tokenizer([_fill(rows, row, text) for row in chunk])["input_ids"]]
+                texts = [_fill(rows, row, text, tokenizer) for row in chunk]
+                found = [list(ids) for ids in tokenizer(texts, add_special_tokens=is_text)["input_ids"]]
                 for row, ids in zip(chunk, found, strict=True):
                     if end is not None and ids[-1:] != [end]:
                         ids.append(end)
@@ -184,8 +263,8 @@ def _write(rows: Kept, text: str, tokenizer: Any, max_length: int, path: Path) -
         _refuse(rows, short, "have a text of one token at most, with none to predict")
 
 
-def _fill(rows: Kept, row: Row, text: str) -> str:
-    return render(text, row.fields, where=f"{rows.source.name}: row {row.position} ({row.id!r})")
+def _fill(rows: Kept, row: Row, text: TrainText, tokenizer: Any) -> str:
+    return text.of(row.fields, tokenizer, where=f"{rows.source.name}: row {row.position} ({row.id!r})")
 
 
 def _refuse(rows: Kept, ids: list[str], what: str) -> None:
@@ -193,5 +272,5 @@ def _refuse(rows: Kept, ids: list[str], what: str) -> None:
         named = ", ".join(map(repr, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
         raise SparsortError(
             f"{len(ids)} of {len(rows)} rows of {rows.source.name} {what}: {named}. "
-            "Leave them out of the file, or change the template (--text)."
+            "Leave them out of the file, or change what is read (--text, --messages)."
         )

@@ -1,16 +1,19 @@
 """What a model answers: log-probabilities of given answers behind a prompt, and what the query's last state looks like.
 
-Contract: `log_p[q, l]` is the sum of the log-probabilities, in nats, of the tokens of answer l behind prompt and query q, as a
-plain forward pass over the whole text gives it (to 1e-3 in fp32). The prefix's keys and values are computed once, all answers
-of a query hang on one stem, and the head runs at their positions alone.
+Contract: `log_p[q, l]` is the sum of the log-probabilities, in nats, of the tokens of answer l after prompt and query q, as a
+plain forward pass over the whole text gives it (to 1e-3 in fp32). Which tokens are the answer's follows the rule "continuation"
+(`branches`) from the prompt and that answer alone, so neither the other answers nor the other queries of a call change a number;
+the features are those of the prompt's own last token. The prefix's keys and values are computed once, all answers of a query
+hang on one stem, and the head runs at their positions alone.
 
 Sources of the cost: OpenICL's perplexity inferencer runs |L| whole prompts a query; here a query costs its own tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ class Answers:
 
     Attributes:
         log_p: (Q, L) summed log-probabilities in nats.
-        n_tokens: (Q, L) tokens of each answer.
+        n_tokens: (Q, L) scored tokens of each answer.
         features: (Q, F) of the query's last state, in the order of `FEATURES`: the metrics of sparsity at each site, and
             the entropy in nats of the next token; NaN where a state has no metric.
         tokens_read: tokens that were run for it, padding left out.
@@ -105,7 +108,8 @@ class AnswerReader:
             chunks: what stands in front of every query, in parts at whose borders other prefixes may part from it
                 (instruction, demonstrations, each with its separator); none for no prefix.
             queries: Q texts, each joined to the prefix as it stands.
-            answers: L texts, each joined to the query as it stands (begin it with a space where one belongs).
+            answers: L texts, each joined to the query as it stands (begin it with a space where one belongs). Whitespace that
+                ends a query is scored with the answer.
 
         Raises:
             SparsortError: an empty answer, no queries, or a prompt longer than the model's context.
@@ -114,10 +118,13 @@ class AnswerReader:
             raise SparsortError("there are no queries to answer. Give at least one.")
         layout = self.lay_out(chunks, queries, answers).shared()
         before = self.reader.n_tokens
-        gathered = _Gathered(layout.passages)
-        for segments, places in layout.groups():
-            self._read(segments, layout.passages, places, gathered)
-        log_p, features = self._finish(gathered, len(answers))
+        if self.backbone.depends_on_length:
+            # Of one stem the states differ with what follows it: the query and each of its answers are read by themselves.
+            nothing, features = self._score(layout.of_queries(), 0)
+            columns = [self._score(layout.of_answer(number), 1)[0] for number in range(len(answers))]
+            log_p = np.concatenate([nothing, *columns], axis=1)
+        else:
+            log_p, features = self._score(layout, len(answers))
         return Answers(
             log_p=log_p,
             n_tokens=layout.answer_lengths(len(answers)),
@@ -129,6 +136,8 @@ class AnswerReader:
         self, chunks: Sequence[str], openings: Sequence[str], texts: Sequence[str]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Loss on each query's own text behind a prefix, as ConE takes it (arXiv 2401.12087).
+
+        Scored is every token that holds a character of the text, and no whitespace in front of it.
 
         Args:
             chunks: as `answers`.
@@ -151,10 +160,7 @@ class AnswerReader:
             lead = "" if all(openings) or not chunks else chunks[-1]
             shared = chunks[: len(chunks) - bool(lead)]
             layout = self.lay_out(shared, [lead + opening for opening in openings], texts, own=True)
-        gathered = _Gathered(layout.passages)
-        for segments, places in layout.groups():
-            self._read(segments, layout.passages, places, gathered)
-        return -self._finish(gathered, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
+        return -self._score(layout, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
 
     def lay_out(
         self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False, room: int = 0
@@ -163,7 +169,7 @@ class AnswerReader:
 
         Args:
             chunks, queries, answers: as `answers`; no answers for stems alone.
-            own: there is one answer for each query, its own.
+            own: there is one answer for each query, its own text.
             room: tokens that are to be written behind each query.
 
         Raises:
@@ -174,7 +180,8 @@ class AnswerReader:
         texts = list(queries) if segments or not chunks else ["".join(chunks) + query for query in queries]
         if own:
             passages = [
-                self.trees.passages(shared, [text], [mine])[0] for text, mine in zip(texts, answers, strict=True)
+                self.trees.passages(shared, [text], [mine], own=True)[0]
+                for text, mine in zip(texts, answers, strict=True)
             ]
         else:
             passages = self.trees.passages(shared, texts, answers)
@@ -191,10 +198,10 @@ class AnswerReader:
         passages = []
         for text, passage in zip(texts, self.trees.passages(chunks, texts, ()), strict=True):
             if passage.whole:
-                (cut,) = self.trees.passages((), ["".join(chunks)], [text])
-                passages.append(Passage(stem=cut.stem, branches=cut.branches, whole=True))
+                (cut,) = self.trees.passages((), ["".join(chunks)], [text], own=True)
+                passages.append(replace(cut, whole=True))
             else:
-                passages.append(Passage(stem=(last,), branches=(passage.stem,)))
+                passages.append(Passage(stem=(last,), branches=(passage.stem,), starts=(1,)))
         layout = Layout(segments=[*before, *([tuple(most)] if most else [])], passages=passages)
         self._check_length(layout, 0)
         return layout
@@ -206,7 +213,7 @@ class AnswerReader:
         n_prefix = sum(map(len, layout.segments))
         for passage in layout.passages:
             length = (0 if passage.whole else n_prefix) + len(passage.stem) + room
-            length += max((len(branch) for branch in passage.branches), default=0)
+            length += max(map(len, (passage.rest, *passage.branches)))
             if length > limit:
                 written = f", and {room} more may be written" if room else ""
                 fewer = ", or a smaller max_new_tokens" if room else ""
@@ -214,6 +221,13 @@ class AnswerReader:
                     f"a prompt has {length - room} tokens, {n_prefix} of them demonstrations{written}; {self.loaded.name!r} was "
                     f"made for {limit}. Use fewer shots or shorter demonstrations{fewer}."
                 )
+
+    def _score(self, layout: Layout, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(Q, L) log-probabilities and (Q, F) features."""
+        gathered = _Gathered(layout.passages)
+        for segments, places in layout.groups():
+            self._read(segments, layout.passages, places, gathered)
+        return self._finish(gathered, n_answers)
 
     def _read(
         self,
@@ -246,50 +260,52 @@ class AnswerReader:
 
     def _read_whole(self, passages: Sequence[Passage], places: Sequence[int], gathered: _Gathered) -> None:
         """The same for a model that reads whole texts only: every answer is a text of its own."""
-        texts = [
-            (row, answer, [*passages[row].stem, *branch[:-1]])
-            for row in places
-            for answer, branch in enumerate(passages[row].branches or ((0,),))
-        ]
+        texts = []
+        for row in places:
+            stem, chains = passages[row].stem, passages[row].chains
+            begins = itertools.accumulate(map(len, chains), initial=len(stem))
+            run = [(row, begin, [*stem, *chain]) for begin, chain in zip(begins, chains, strict=False) if chain]
+            texts += run or [(row, len(stem), [*stem])]
         ids = [text for _, _, text in texts]
-        # No shared head is cut into a stem's last token, whose state is wanted for every row.
-        plan = self.backbone.plan(ids, max_depth=min(len(passages[row].stem) for row in places) - 1)
+        # No shared head is cut into the tokens whose states are read.
+        plan = self.backbone.plan(ids, max_depth=min(passages[row].first for row in places))
         for piece in self.backbone.walk(ids, plan, self.reader.sites):
             self.reader.n_tokens += int(piece.lengths.sum())
             if piece.is_head:
                 continue
             for number, text in enumerate(piece.rows.tolist()):
-                row, answer, tokens = texts[text]
-                first, last = len(passages[row].stem) - 1, len(tokens)
-                begin, end = piece.start, piece.start + int(piece.lengths[number])
-                for position in range(max(first, begin), min(last, end)):
-                    found = {site: states[number, position - begin] for site, states in piece.states.items()}
-                    gathered.put(row, answer, position - first, found)
+                row, chain, _ = texts[text]
+                length = len(passages[row].stem)
+                for token in gathered.wanted[row]:
+                    # Tokens of other chains are read in other texts.
+                    at = (token if token < length else token - chain + length) - piece.start
+                    if (token < length or token >= chain) and 0 <= at < piece.lengths[number]:
+                        gathered.put(row, token, {site: block[number, at] for site, block in piece.states.items()})
 
     def _finish(self, gathered: _Gathered, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(Q, L) log-probabilities and (Q, F) features."""
-        states = {site: torch.stack(rows) for site, rows in gathered.stems.items()}
-        last = states.get("post_norm", states["pre_norm"])
-        features, normaliser = self.features(states)
-        log_p = np.zeros((len(last), n_answers))
-        rows, answers, targets = gathered.first_tokens()
+        place = {key: number for number, key in enumerate(gathered.last)}
+        last_NH = torch.stack(list(gathered.last.values()))
+        normaliser_N, entropy_N = self._normalisers(last_NH)
+        rows, answers, tokens, before = gathered.scored(place)
+        log_p = np.zeros((len(gathered.ends), n_answers))
         if len(rows):
-            np.add.at(log_p, (rows, answers), self._of_tokens(last[rows], targets) - normaliser[rows])
-        if gathered.rest:
-            rows, answers, targets = gathered.rest_tokens()
-            rest = torch.stack([state for _, _, _, state in gathered.rest])
-            np.add.at(log_p, (rows, answers), self._of_tokens(rest, targets) - self._normalisers(rest)[0])
-        return log_p, features
+            np.add.at(log_p, (rows, answers), self._of_tokens(last_NH[before], tokens) - normaliser_N[before])
+        ends = [place[row, end] for row, end in enumerate(gathered.ends)]
+        states = {site: torch.stack(held) for site, held in gathered.sites.items()}
+        return log_p, self._features(states, entropy_N[ends])
 
-    def features(self, states: dict[str, Tensor]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(Q, F) features of states, site → (Q, width), in the order of `FEATURES`; and (Q,) log sums of the softmax."""
-        last = states.get("post_norm", states["pre_norm"])
-        features = np.full((len(last), len(FEATURES)), np.nan)
+    def features(self, states: dict[str, Tensor]) -> NDArray[np.float64]:
+        """(Q, F) features of states, site → (Q, width), in the order of `FEATURES`."""
+        return self._features(states, self._normalisers(states.get("post_norm", states["pre_norm"]))[1])
+
+    def _features(self, states: dict[str, Tensor], entropy_Q: NDArray[np.float64]) -> NDArray[np.float64]:
+        features = np.full((len(entropy_Q), len(FEATURES)), np.nan)
         for site, states_QH in states.items():
             start = SITES.index(site) * len(METRICS)
             features[:, start : start + len(METRICS)] = sparsity_rows(states_QH).values_NM.double().cpu().numpy()
-        normaliser, features[:, -1] = self._normalisers(last)
-        return features, normaliser
+        features[:, -1] = entropy_Q
+        return features
 
     def _of_tokens(self, states_NH: Tensor, targets: NDArray[np.int64]) -> NDArray[np.float64]:
         targets_N = torch.from_numpy(targets).to(states_NH.device)
@@ -303,63 +319,61 @@ class AnswerReader:
 
 
 class _Gathered:
-    """States that the head and the metrics are to read: the end of every stem, and the inner tokens of every answer."""
+    """States that the head and the metrics are to read: those before scored tokens, and those at the ends of queries.
+
+    A state is known by its row and by which of the row's tokens it belongs to, in the order in which a pass runs them.
+
+    Attributes:
+        ends: each row's last token of the query.
+        wanted: each row's tokens whose states are read.
+    """
 
     def __init__(self, passages: Sequence[Passage]) -> None:
-        self._passages = passages
-        self.stems: dict[str, list[Tensor]] = {}
-        self.rest: list[tuple[int, int, int, Tensor]] = []
+        self.ends = [passage.end for passage in passages]
+        self._scored = [list(passage.scored()) for passage in passages]
+        self.wanted = [
+            sorted({end, *(before for _, before, _ in scored)})
+            for end, scored in zip(self.ends, self._scored, strict=True)
+        ]
+        self.sites: dict[str, list[Tensor]] = {}
+        self.last: dict[tuple[int, int], Tensor] = {}
 
-    def put(self, row: int, answer: int, depth: int, states: dict[str, Tensor]) -> None:
-        """Take copies of the states of one token, `depth` tokens behind the end of the stem."""
+    def put(self, row: int, token: int, states: dict[str, Tensor]) -> None:
+        """Take copies of the states of one token."""
         # Copies: a view would keep the states of its whole batch.
-        if depth == 0:
+        if token == self.ends[row]:
             for site, state in states.items():
-                self.stems.setdefault(site, [state] * len(self._passages))[row] = state.clone()
-        else:
-            self.rest.append((row, answer, depth, states.get("post_norm", states["pre_norm"]).clone()))
+                self.sites.setdefault(site, [state] * len(self.ends))[row] = state.clone()
+        self.last[row, token] = states.get("post_norm", states["pre_norm"]).clone()
 
     def take(self, rows: Sequence[int], states: dict[str, Tensor]) -> None:
         """Take what is wanted from a block of `_tree`."""
         for number, row in enumerate(rows):
-            at = len(self._passages[row].stem)
-            self.put(row, 0, 0, {site: block[number, at - 1] for site, block in states.items()})
-            for answer, branch in enumerate(self._passages[row].branches):
-                for depth in range(1, len(branch)):
-                    self.put(row, answer, depth, {site: block[number, at] for site, block in states.items()})
-                    at += 1
+            for token in self.wanted[row]:
+                self.put(row, token, {site: block[number, token] for site, block in states.items()})
 
-    def first_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Rows, answers and tokens of all that a stem's end predicts."""
-        return _columns(
-            (row, answer, branch[0])
-            for row, passage in enumerate(self._passages)
-            for answer, branch in enumerate(passage.branches)
-        )
-
-    def rest_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Rows, answers and tokens of all that `rest` predicts."""
-        return _columns(
-            (row, answer, self._passages[row].branches[answer][depth]) for row, answer, depth, _ in self.rest
-        )
-
-
-def _columns(
-    rows: Iterable[tuple[int, int, int]],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    array = np.array(list(rows), dtype=np.int64).reshape(-1, 3)
-    return array[:, 0], array[:, 1], array[:, 2]
+    def scored(
+        self, place: dict[tuple[int, int], int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Rows, answers and tokens of all that is scored, and the places of the states that predict them."""
+        columns = [
+            (row, answer, token, place[row, before])
+            for row, scored in enumerate(self._scored)
+            for answer, before, token in scored
+        ]
+        array = np.array(columns, dtype=np.int64).reshape(-1, 4)
+        return array[:, 0], array[:, 1], array[:, 2], array[:, 3]
 
 
 def _tree(chosen: Sequence[Passage], device: torch.device) -> _Batch:
-    """Stems, each with its branches behind it, as rows of one block."""
+    """Stems, each with its chains after it, as rows of one block."""
     width = max(passage.n_tokens for passage in chosen)
     # Padded with the row's own last token: a padding token's embedding may be NaN, and 0 · NaN is NaN in attention.
     ids = np.array([passage.stem[-1] for passage in chosen], dtype=np.int64)[:, None].repeat(width, axis=1)
     # One chain a row needs no mask.
-    plain = all(sum(len(branch) > 1 for branch in passage.branches) <= 1 for passage in chosen)
+    plain = all(sum(map(bool, passage.chains)) <= 1 for passage in chosen)
     for number, passage in enumerate(chosen):
-        flat = [*passage.stem, *(token for branch in passage.branches for token in branch[:-1])]
+        flat = [*passage.stem, *(token for chain in passage.chains for token in chain)]
         ids[number, : len(flat)] = flat
     if plain:
         return _Batch(ids_BT=torch.from_numpy(ids).to(device), offset_BT=None, visible_BTT=None)
@@ -368,8 +382,7 @@ def _tree(chosen: Sequence[Passage], device: torch.device) -> _Batch:
     for number, passage in enumerate(chosen):
         stem = len(passage.stem)
         at = stem
-        for branch in passage.branches:
-            length = len(branch) - 1
+        for length in map(len, passage.chains):
             offset[number, at : at + length] = np.arange(stem, stem + length)
             visible[number, at : at + length, stem:at] = False
             at += length

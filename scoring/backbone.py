@@ -138,6 +138,11 @@ class Backbone:
         """Most tokens of a row in one pass; None when this model can only run a row whole."""
         return _CHUNK if self.can_continue and self._alone_over() is None else None
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's state depends on how long the whole text is (some rotary embeddings)."""
+        return self._alone_over() is not None
+
     def _alone_over(self) -> int | None:
         rope = getattr(self.config, "rope_parameters", None) or {}
         kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]

@@ -18,7 +18,8 @@ from sparsort.errors import SparsortError
 from sparsort.progress import progress
 from sparsort.scoring import engine
 from sparsort.scoring.prompts import Prompt, Truncation, Turns
-from sparsort.scoring.sources import Row, RowSource, open_rows
+from sparsort.scoring.shards import MANIFEST, read_manifest
+from sparsort.scoring.sources import SAMPLING, Row, RowSource, open_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +54,8 @@ class Request:
             first = next(iter(source.rows()), None)
             columns = ", ".join(map(str, first.fields)) if first else "none"
             raise SparsortError(
-                f"this scorer reads text. Pass prompt='…' (--prompt) with columns in braces; this data has: {columns}."
+                "this scorer reads text. Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) for a "
+                f"column of conversations; this data has: {columns}."
             )
         return self.prompt_or_none
 
@@ -93,8 +95,9 @@ class Scorer(ABC):
     def score(
         self,
         data: Any,
-        prompt: str | Turns | None = None,
+        prompt: str | Turns | Prompt | None = None,
         *,
+        messages: str | None = None,
         answer: str | None = None,
         system: str | None = None,
         chat: bool = False,
@@ -110,7 +113,9 @@ class Scorer(ABC):
         Args:
             data: a path (.jsonl, .json, .csv, .tsv, .parquet, a saved `datasets` folder), a `datasets.Dataset`, or a list of
                 dicts.
-            prompt: format string over the columns, or chat turns (see `Prompt.of`).
+            prompt: format string over the columns, or chat turns (see `Prompt.of`); or a `Prompt`.
+            messages: instead, the column that holds whole conversations (see `sparsort.scoring.conversations`): their last
+                assistant turn is the answer, and the model's chat template is applied.
             answer: format string of the answer behind the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
             chat: put the prompt into the model's chat template.
@@ -129,10 +134,10 @@ class Scorer(ABC):
         Raises:
             SparsortError: bad input; the message says what to do.
         """
-        asked = Prompt.of(prompt, answer=answer, system=system, chat=chat) if prompt is not None else None
+        asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
         source = open_rows(data, id_column=id_column, content=self.content(asked))
         if asked is not None:
-            source.require(asked.fields)
+            source.require(asked.fields, asked)
         request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length)
         folder = Path(out).expanduser() if out is not None else None
         job = self.prepare(source, request, like.provenance if like is not None else _previous(folder))
@@ -161,12 +166,34 @@ def _refuse_unlike(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _previous(out: Path | None) -> dict[str, Any] | None:
-    """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot."""
-    manifest = out / "manifest.json" if out is not None else None
-    if manifest is None or not manifest.is_file():
+    """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot.
+
+    Raises:
+        SparsortError: the run is not finished, and its outlier rule depends on the order of the rows.
+    """
+    if out is None or not (out / MANIFEST).is_file():
         return None
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]
-    except (OSError, ValueError, KeyError, TypeError):
+        held = read_manifest(out)
+    except SparsortError:
         return None
-    return found if isinstance(found, dict) else None
+    if "shards" not in held:
+        _refuse_sampling_by_position(held["provenance"], out)
+    return dict(held["provenance"])
+
+
+def _refuse_sampling_by_position(provenance: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue a run of an earlier version, whose outlier rules were fitted on rows at even distances.
+
+    A finished run keeps its rule, and so does a calibration, which is fitted once for all data.
+    """
+    fits = [provenance.get("outliers"), *(provenance.get("fits") or {}).values()]
+    if "calibration" in provenance:
+        return
+    for fit in fits:
+        if isinstance(fit, dict) and fit.get("rule", "none") != "none" and fit.get("sampling") != SAMPLING:
+            raise SparsortError(
+                f"{folder} holds an unfinished run of an earlier version, whose outlier rule {fit['rule']!r} depends on the "
+                "order of the rows. The rule is now fitted on rows chosen by their digests. Choose another folder (--out), or "
+                "delete this one to score again."
+            )

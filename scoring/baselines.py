@@ -15,12 +15,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from sparsort.conditions import Table, When, among, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
 from sparsort.scoring.embedded import load_tokenizer
 from sparsort.scoring.prompts import Encoder, Prompt, hash_tokenizer
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import Row, RowSource
+from sparsort.values import has_text, is_missing
+
+_NO_MODEL = (When(holds=lambda values: False, why="this scorer runs no model, and cuts no text"),)
+# What a request asks of a scorer that runs no model; see `sparsort.conditions`.
+_REQUEST_READ_BY: Table = {"truncation": _NO_MODEL, "max_length": _NO_MODEL}
+_TOKENS = (among("unit", ("tokens",), of=("tokens", "characters")),)
+_LENGTH_READ_BY: Table = {"model": _TOKENS, "revision": _TOKENS, "trust_remote_code": _TOKENS}
 
 
 class _RowJob(Job):
@@ -38,31 +46,32 @@ class _RowJob(Job):
     def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
         found = [self._value(row) for row in rows]
         advance(len(rows))
-        values = np.array([value for _, value in found])
+        values = np.array([value for _, _, value in found])
         return score_table(
             rows,
             difficulty=values,
-            status=[status for status, _ in found],
-            reason=[_REASONS[status] for status, _ in found],
+            status=[status for status, _, _ in found],
+            reason=[reason for _, reason, _ in found],
             n_tokens=np.nan_to_num(values).astype(int) if self._scorer.counts_tokens else [0] * len(rows),
             n_truncated=[0] * len(rows),
             metrics={self._scorer.kind: values},
         )
 
-    def _value(self, row: Row) -> tuple[str, float]:
-        if not self._scorer.reads_text:
-            return self._scorer.value(row, None)
-        where = f"row {row.position} (id {row.id!r})"
-        rendered = self._request.prompt.render(row.fields, where=where, tokenizer=self._scorer.tokenizer)
-        if rendered.problem is not None:
-            return rendered.problem[0], math.nan
-        return self._scorer.value(row, rendered.text)
+    def _value(self, row: Row) -> tuple[str, str, float]:
+        """(status, reason, difficulty) of one row."""
+        text = None
+        if self._scorer.reads_text:
+            where = f"row {row.position} (id {row.id!r})"
+            rendered = self._request.prompt.render(row.fields, where=where, tokenizer=self._scorer.tokenizer)
+            if rendered.problem is not None:
+                return *rendered.problem, math.nan
+            text = rendered.text
+        status, value = self._scorer.value(row, text)
+        return status, _REASONS[status], value
 
 
 _REASONS = {
     "ok": "",
-    "empty": "the fields of the prompt are empty or null",
-    "invalid": "the text holds half of a surrogate pair, which is no character",
     "missing": "the column holds no finite number",
 }
 
@@ -73,8 +82,13 @@ class _RowScorer(Scorer):
     tokenizer: Any = None
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+        read = {"truncation": request.truncation, "max_length": request.max_length}
+        refuse_unread_arguments(self.score, _REQUEST_READ_BY, read)
         if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
-            raise SparsortError(f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away.")
+            raise SparsortError(
+                f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away; of a conversation "
+                "(--messages) name a part instead, such as --prompt '{messages[0].content}'."
+            )
         return _RowJob(self, request)
 
     def options(self) -> dict[str, Any]:
@@ -91,7 +105,7 @@ class LengthScorer(_RowScorer):
 
     Args:
         unit: "tokens" (of `model`'s tokenizer) or "characters".
-        model: whose tokenizer counts; unused for characters.
+        model: whose tokenizer counts; characters are counted without one, and refuse it.
     """
 
     kind: ClassVar[str] = "length"
@@ -106,6 +120,8 @@ class LengthScorer(_RowScorer):
     ) -> None:
         if unit not in ("tokens", "characters"):
             raise unknown_choice("unit", unit, ("tokens", "characters"))
+        read = {"unit": unit, "model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+        refuse_unread_arguments(LengthScorer, _LENGTH_READ_BY, read)
         self.unit, self.model = unit, model
         self.counts_tokens = unit == "tokens"
         if self.counts_tokens:
@@ -186,9 +202,11 @@ class ColumnScorer(_RowScorer):
         if self.column not in row.fields:
             raise unknown_choice(f"column (row {row.position}, id {row.id!r})", self.column, map(str, row.fields))
         given = row.fields[self.column]
-        if given is None:
+        if is_missing(given):
             return "missing", math.nan
         try:
+            if not has_text(given):  # an array of one element is a number to `float`
+                raise TypeError
             number = float(given)
         except (TypeError, ValueError):
             raise SparsortError(

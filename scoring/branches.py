@@ -2,8 +2,14 @@
 
 Contract: the ids along a path are those of the whole text, tokenised once. Pieces are tokenised apart only where that gives
 the very same ids, which is checked at every border; where it does not (a tokenizer that merges across it) the text is
-taken whole, which is slower and as right. An answer's tokens are counted from the first token in which the text of any
-answer begins, so a token that straddles the border belongs to the answer, as in `prompts.Encoder`.
+taken whole, which is slower and as right.
+
+The rule "continuation" says which tokens are an answer's. Whitespace at the end of the prompt moves to the answer; prompt and
+prompt + answer are tokenised, and the answer's tokens are those of the second from the first one in which it differs from the
+first. Where no token merges across the boundary, this is `_encode_pair` of lm-evaluation-harness. An answer's tokens thus
+depend on the prompt and on that answer alone: answers may part from the prompt at different places and still share one pass.
+
+A query's own text (`own=True`) is scored from the first token that holds one of its characters, as in `prompts.Encoder`.
 """
 
 from __future__ import annotations
@@ -18,6 +24,11 @@ from numpy.typing import NDArray
 from sparsort.errors import SparsortError
 from sparsort.scoring.prompts import Encoded, Encoder, Rendered
 
+# The name of the rule above; stored outcomes of queries for which it matters are filed under it.
+RULE = "continuation"
+# Characters of the prefix, in whole chunks, with which a query is tokenised: a chunk may be a part of a word ("x'" + "v" before
+# "ed"), and what stands before that part decides how the word is cut.
+_CONTEXT = 32
 # Texts tokenised at once.
 _AT_ONCE = 1024
 # Queries that are kept with their ids.
@@ -26,22 +37,50 @@ _KEPT = 2**14
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passage:
-    """A query and its possible answers as ids.
+    """A query and its possible answers as ids. A pass runs the stem, then chains that see the stem and themselves.
 
     Attributes:
-        stem: the query's ids behind the shared prefix.
-        branches: L lists of ids, each an answer; empty lists never.
+        stem: ids after the shared prefix that the query and all of its answers begin with; never empty.
+        branches: L tuples of ids, what each answer's text adds to the stem; never empty.
+        starts: L indices into stem + branch, at least 1: the first token of each answer that is scored.
+        rest: what the query alone adds to the stem, where an answer merges with the query's last tokens.
         whole: the stem holds the whole text in front too, because it cannot be cut at the prefix's end.
     """
 
     stem: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...] = ()
+    rest: tuple[int, ...] = ()
     whole: bool = False
+
+    @property
+    def chains(self) -> list[tuple[int, ...]]:
+        """What a pass runs after the stem: the rest of the query, then each answer without its last token."""
+        return [self.rest, *(branch[:-1] for branch in self.branches)]
 
     @property
     def n_tokens(self) -> int:
         """Tokens that a pass must run: no answer's last token."""
-        return len(self.stem) + sum(len(branch) - 1 for branch in self.branches)
+        return len(self.stem) + sum(map(len, self.chains))
+
+    @property
+    def end(self) -> int:
+        """Which of the tokens that a pass runs, in their order, is the query's last."""
+        return len(self.stem) + len(self.rest) - 1
+
+    @property
+    def first(self) -> int:
+        """The first of these tokens whose state is read."""
+        return min([len(self.stem) - 1, *(start - 1 for start in self.starts)])
+
+    def scored(self) -> Iterator[tuple[int, int, int]]:
+        """(answer, which of the tokens that a pass runs predicts, the token it predicts), for every scored token."""
+        stem, begin = len(self.stem), len(self.stem) + len(self.rest)
+        for answer, (branch, start) in enumerate(zip(self.branches, self.starts, strict=True)):
+            for index in range(start, stem + len(branch)):
+                before = index - 1 if index <= stem else begin + index - 1 - stem
+                yield answer, before, self.stem[index] if index < stem else branch[index - stem]
+            begin += len(branch) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +108,34 @@ class Layout:
         if not self.segments or len(cut) < 2:
             return self
         stems = [self.passages[place].stem for place in cut]
-        # A stem keeps its last token, whose state is wanted for every query.
-        length = min(_common(stems), min(map(len, stems)) - 1)
+        # A stem keeps the tokens whose states are read.
+        length = min(_common(stems), *(self.passages[place].first for place in cut))
         if length < 1:
             return self
-        passages = [
-            passage if passage.whole else replace(passage, stem=passage.stem[length:]) for passage in self.passages
-        ]
+        passages = [passage if passage.whole else _without(passage, length) for passage in self.passages]
         return Layout(segments=[*self.segments, stems[0][:length]], passages=passages)
 
+    def of_queries(self) -> Layout:
+        """The queries without their answers."""
+        passages = [replace(p, stem=p.stem + p.rest, rest=(), branches=(), starts=()) for p in self.passages]
+        return replace(self, passages=passages)
+
+    def of_answer(self, answer: int) -> Layout:
+        """One answer of each query, without what the query alone adds to the stem."""
+        passages = [
+            replace(p, rest=(), branches=(p.branches[answer],), starts=(p.starts[answer],)) for p in self.passages
+        ]
+        return replace(self, passages=passages)
+
     def answer_lengths(self, count: int) -> NDArray[np.int64]:
-        """(Q, count) tokens of each answer."""
-        lengths = [[len(branch) for branch in passage.branches] for passage in self.passages]
+        """(Q, count) scored tokens of each answer."""
+        lengths = [
+            [
+                len(passage.stem) + len(branch) - start
+                for branch, start in zip(passage.branches, passage.starts, strict=True)
+            ]
+            for passage in self.passages
+        ]
         return np.array(lengths, dtype=np.int64).reshape(len(lengths), count)
 
 
@@ -97,7 +152,7 @@ class TreeEncoder:
         self._encoder = encoder
         self._alone: dict[str, list[int]] = {}
         self._tails: dict[tuple[str, str], tuple[int, ...] | None] = {}
-        self._trees: dict[tuple[str, str, tuple[str, ...]], Passage | None] = {}
+        self._trees: dict[tuple[str, str, tuple[str, ...], bool], Passage | None] = {}
 
     def segments(self, chunks: Sequence[str]) -> list[tuple[int, ...]] | None:
         """Ids of each chunk of a prefix, special tokens in front of the first; None when it cannot be cut so.
@@ -118,40 +173,43 @@ class TreeEncoder:
         whole = self._encode("".join(chunks))
         return segments if [token for segment in segments for token in segment] == whole else None
 
-    def passages(self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str]) -> list[Passage]:
+    def passages(
+        self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False
+    ) -> list[Passage]:
         """Each query and its answers behind a prefix.
 
         Args:
             chunks: the prefix, as given to `segments`, which must not have returned None; or none, to take texts whole.
             queries: Q texts.
             answers: L texts; none for a stem alone.
+            own: the answers are the queries' own texts, of which every token that holds a character is scored and no other.
 
         Raises:
             SparsortError: a query without tokens, an answer that adds none, or a text that is not Unicode.
         """
-        left = chunks[-1] if chunks else ""
-        key = tuple(answers)
+        left = _end_of(chunks)
+        key = (tuple(answers), own)
         if len(self._trees) > _KEPT:
             self._trees.clear()
         # Whole prompts do not come again, and they are long.
         kept = self._trees if chunks else {}
-        unknown = [query for query in dict.fromkeys(queries) if (left, query, key) not in kept]
+        unknown = [query for query in dict.fromkeys(queries) if (left, query, *key) not in kept]
         for start in range(0, len(unknown), _AT_ONCE):
             part = unknown[start : start + _AT_ONCE]
-            for query, passage in zip(part, self._cut(left, part, key), strict=True):
-                kept[left, query, key] = passage
-        found = [kept[left, query, key] for query in queries]
+            for query, passage in zip(part, self._cut(left, part, *key), strict=True):
+                kept[left, query, *key] = passage
+        found = [kept[left, query, *key] for query in queries]
         uncut = [place for place, passage in enumerate(found) if passage is None]
         if uncut:
             before = "".join(chunks)
-            whole = self._cut("", [before + queries[place] for place in uncut], key)
+            whole = self._cut("", [before + queries[place] for place in uncut], *key)
             for place, passage in zip(uncut, whole, strict=True):
                 if passage is None:
                     raise SparsortError(
-                        f"the query {queries[place][:80]!r} has no tokens, so nothing predicts what follows. "
+                        f"the query {queries[place][:80]!r} has no tokens of its own, so nothing predicts what follows. "
                         "Put some text before the answer."
                     )
-                found[place] = Passage(stem=passage.stem, branches=passage.branches, whole=True)
+                found[place] = replace(passage, whole=True)
         return [passage for passage in found if passage is not None]
 
     def forget(self) -> None:
@@ -160,36 +218,30 @@ class TreeEncoder:
         self._tails.clear()
         self._trees.clear()
 
-    def _cut(self, left: str, queries: Sequence[str], answers: tuple[str, ...]) -> list[Passage | None]:
+    def _cut(self, left: str, queries: Sequence[str], answers: tuple[str, ...], own: bool) -> list[Passage | None]:
         """Stems and branches behind the ids of `left`; None for a query that does not part from it cleanly."""
-        texts = answers or ("",)
-        encoded = self._encoded(
-            [Rendered(text=left + q + a, answer_start=len(left + q)) for q in queries for a in texts]
+        prompts = [left + query for query in queries]
+        paths = self._encoded(
+            [Rendered(text=text + a, answer_start=len(text if own else text + a)) for text in prompts for a in answers]
         )
+        texts = [] if own else list(dict.fromkeys([*prompts, *(text.rstrip() for text in prompts if answers)]))
+        ids_of = {
+            text: item.ids for text, item in zip(texts, self._encoded([_bare(text) for text in texts]), strict=True)
+        }
         before = self._ids(left) if left else []
         cut: list[Passage | None] = []
-        for number, query in enumerate(queries):
-            paths = encoded[number * len(texts) : (number + 1) * len(texts)]
-            if any(path.ids[: len(before)] != before for path in paths):
-                cut.append(None)
-                continue
-            if not answers:
-                stem = tuple(paths[0].ids[len(before) :])
-                cut.append(Passage(stem=stem, branches=()) if stem else None)
-                continue
-            end = min(min(path.answer_start for path in paths), _common([path.ids for path in paths]))
-            for path, answer in zip(paths, answers, strict=True):
-                if len(path.ids) <= end or path.answer_start >= len(path.ids):
+        for number, (query, text) in enumerate(zip(queries, prompts, strict=True)):
+            mine = paths[number * len(answers) : (number + 1) * len(answers)]
+            if own:
+                starts = [path.answer_start for path in mine]
+                asked = mine[0].ids[: starts[0]]
+            else:
+                starts = [_common([ids_of[text.rstrip()], path.ids]) for path in mine]
+                asked = ids_of[text]
+            for path, start, answer in zip(mine, starts, answers, strict=True):
+                if start >= len(path.ids) or path.ids == asked[: len(path.ids)]:
                     raise SparsortError(f"the answer {answer!r} adds no token to the query {query[:80]!r}.")
-            if end <= len(before):
-                # An answer that reaches into the prefix: nothing is left to predict it from.
-                cut.append(None)
-                continue
-            cut.append(
-                Passage(
-                    stem=tuple(paths[0].ids[len(before) : end]), branches=tuple(tuple(path.ids[end:]) for path in paths)
-                )
-            )
+            cut.append(_passage(before, asked, [path.ids for path in mine], starts))
         return cut
 
     def _tail(self, left: str, right: str) -> tuple[int, ...] | None:
@@ -206,7 +258,7 @@ class TreeEncoder:
         return self._alone[text]
 
     def _encode(self, text: str) -> list[int]:
-        return self._encoded([Rendered(text=text, answer_start=len(text))])[0].ids
+        return self._encoded([_bare(text)])[0].ids
 
     def _encoded(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         try:
@@ -219,6 +271,53 @@ class TreeEncoder:
                         "Leave that row out, or repair its text."
                     ) from error
             raise
+
+
+def moves_boundary(encoder: Encoder, query: str, answers: Sequence[str]) -> bool:
+    """Whether the rule matters for a query: whitespace ends it, or an answer merges with its last tokens.
+
+    Everywhere else an answer's tokens are those that follow the query's own, under any rule. Decided from the query's own text,
+    whatever the prefix.
+    """
+    if not query or query != query.rstrip():
+        return True
+    own, *paths = (item.ids for item in encoder.encode([_bare(query + text) for text in ("", *answers)]))
+    return any(path[: len(own)] != own for path in paths)
+
+
+def _passage(before: list[int], query: list[int], paths: Sequence[list[int]], starts: Sequence[int]) -> Passage | None:
+    """A passage of whole texts' ids, of which `before` are the prefix's; None where something is not the prefix's to predict."""
+    rows, cut = [query, *paths], len(before)
+    end = _common(rows)
+    # The state before the first scored token must be the row's own: a prefix keeps keys and values alone.
+    if any(row[:cut] != before for row in rows) or min([end, *starts]) <= cut:
+        return None
+    return Passage(
+        stem=tuple(query[cut:end]),
+        branches=tuple(tuple(path[end:]) for path in paths),
+        starts=tuple(start - cut for start in starts),
+        rest=tuple(query[end:]),
+    )
+
+
+def _without(passage: Passage, length: int) -> Passage:
+    """A passage whose stem's first tokens have become part of the prefix."""
+    starts = tuple(start - length for start in passage.starts)
+    return replace(passage, stem=passage.stem[length:], starts=starts)
+
+
+def _end_of(chunks: Sequence[str]) -> str:
+    """The last chunks, as many as hold `_CONTEXT` characters."""
+    end = ""
+    for chunk in reversed(chunks):
+        end = chunk + end
+        if len(end) >= _CONTEXT:
+            break
+    return end
+
+
+def _bare(text: str) -> Rendered:
+    return Rendered(text=text, answer_start=len(text))
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

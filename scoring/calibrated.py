@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from sparsort.errors import SparsortError
 from sparsort.scoring.base import Request
 from sparsort.scoring.calibration import Calibration
-from sparsort.scoring.prompts import Encoder, Turns
+from sparsort.scoring.prompts import Encoder, Prompt, Turns
 from sparsort.scoring.scorers import ModelJob, SparsityScorer
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import RowSource
@@ -54,13 +54,16 @@ class CalibratedScorer(SparsityScorer):
                 "the score of this calibration is not known to carry difficulty. %s", self.calibration.sentence()
             )
 
-    def score(self, data: Any, prompt: str | Turns | None = None, **options: Any) -> Scores:
+    def score(self, data: Any, prompt: str | Turns | Prompt | None = None, **options: Any) -> Scores:
         """Score every row of `data`; see `Scorer.score`. Without a prompt the calibrated one is used.
 
         Raises:
             SparsortError: another prompt or answer than the calibrated one.
         """
-        if prompt is None:
+        column = self.definition.prompt.messages
+        if prompt is None and column is not None and options.get("messages") in (None, column):
+            return super().score(data, self.definition.prompt, **{**options, "messages": None})
+        if prompt is None and options.get("messages") is None:
             made = self.definition
             options = {"answer": made.answer} | {name: value for name, value in options.items() if value is not None}
             prompt = [{"role": role, "content": text} for role, text in made.turns]

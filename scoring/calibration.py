@@ -2,7 +2,8 @@
 
 Contract: `compare.compare` makes a `Calibration` and `calibrated.CalibratedScorer` applies it. The file is one JSON object of a
 stated version that holds the whole definition of the score (model, weights, prompt, site, pooling, metric, fitted outlier rule,
-orientation), the verdicts, and every candidate's numbers, to four digits.
+orientation), the verdicts, every candidate's numbers, to four digits, and a digest of all of it. A file of version 1 has no
+digest: it is taken if the parts that repeat one another (verdict, sentence, definition) agree.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,15 +21,23 @@ import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
+from sparsort.integrity import is_sealed, seal
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
 from sparsort.scoring.verdict import Associations, HeldOut, Judgement, Verdict
 
 FORMAT = "sparsort-calibration"
-VERSION = 1
+VERSION = 2
+_UNSEALED = 1
 LENGTH = "length"
+# Said in the file next to the numbers of all candidates, where some are null.
+_NULLS = (
+    "null: the candidate was not compared with this reference, does not vary (in fixed_…: once length is held fixed), varies in "
+    "too few draws for an interval, or the reference has fewer than three levels"
+)
 
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _COLUMNS = tuple(Associations.__dataclass_fields__)
 
 
@@ -79,7 +89,7 @@ class Definition:
         if asked.turns != self.turns:
             raise SparsortError(
                 f"this calibration is of the prompt {_shown(self.turns)}, and {_shown(asked.turns)} was asked for. What a score "
-                "says changes with the prompt: leave --prompt away to use the calibrated one, or calibrate the other."
+                "says changes with the prompt: leave --prompt away (--messages too) to use the calibrated one, or calibrate this."
             )
         if asked.answer != self.answer:
             what = f"reads the answer {self.answer!r}" if self.answer is not None else "reads the prompt alone"
@@ -168,7 +178,7 @@ class Calibration:
         """
         text = ",\n".join(
             f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
-            for key, value in self.to_dict().items()
+            for key, value in seal(self.to_dict()).items()
         )
         with write_atomically(Path(path).expanduser()) as temporary:
             temporary.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
@@ -178,7 +188,7 @@ class Calibration:
         """Read a file that `save` wrote.
 
         Raises:
-            SparsortError: it is missing, truncated, of another version, or something else.
+            SparsortError: it is missing, damaged, of another version, or something else.
         """
         path = Path(path).expanduser()
         try:
@@ -191,7 +201,12 @@ class Calibration:
             raise SparsortError(
                 f"{path} cannot be read as a calibration ({error}). Make it again with sparsort calibrate … --out {path}."
             ) from error
-        return cls.from_dict(found, str(path))
+        made = cls.from_dict(found, str(path))
+        if found["version"] != _UNSEALED and not is_sealed(found):
+            raise SparsortError(
+                f"{path} is damaged: it has changed since it was written. Make it again with sparsort calibrate … --out {path}."
+            )
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """The calibration as JSON values; numbers to four digits, NaN as null."""
@@ -215,10 +230,10 @@ class Calibration:
         """
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise SparsortError(f"{name} is no calibration of sparsort. Make one with sparsort calibrate … --out FILE.")
-        if found.get("version") != VERSION:
+        if found.get("version") not in (_UNSEALED, VERSION):
             raise SparsortError(
-                f"{name} is a calibration of version {found.get('version')!r}, and this sparsort reads {VERSION}. "
-                "Update sparsort, or calibrate again."
+                f"{name} is a calibration of version {found.get('version')!r}, and this sparsort reads {_UNSEALED} and "
+                f"{VERSION}. Update sparsort, or calibrate again."
             )
         try:
             definition = {**found["definition"], "candidate": Candidate(**found["definition"]["candidate"])}
@@ -236,10 +251,26 @@ class Calibration:
                 n_rows=found["n_rows"],
                 settings=found["settings"],
             )
-            made.judgements[made.target]
-        except (KeyError, TypeError, ValueError) as error:
+            made._check_repeated(found)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise SparsortError(f"{name} is not whole: {error!r}. Make it again with sparsort calibrate.") from error
         return made
+
+    def _check_repeated(self, found: Mapping[str, Any]) -> None:
+        """Check that what the JSON says twice agrees; a file of version 1 has no other guard.
+
+        Raises:
+            ValueError: it does not.
+        """
+        chosen = self.judgements[self.target]
+        if found["verdict"] != self.verdict or not _alike(found["sentence"], self.sentence()):
+            raise ValueError("its verdict is not the one of its numbers")
+        # Site, pooling, rule and metric are in the definition and in the candidate's name.
+        if (self.definition.candidate.name, self.definition.orientation) != (
+            self.candidates[chosen.best],
+            chosen.orientation,
+        ):
+            raise ValueError("its definition is not the candidate that was chosen")
 
 
 # How references are called in sentences.
@@ -247,7 +278,19 @@ _NAMES = {"loss": "the model's own loss", "correct": "its errors", LENGTH: "leng
 
 
 def _interval(held: HeldOut) -> str:
+    if not math.isfinite(held.rho):
+        return f"unknown ({held.reason})"
+    if held.reason:
+        return f"{held.rho:+.2f} (no interval: {held.reason}), p = {held.p:.3f}"
     return f"{held.rho:+.2f} [{held.low:+.2f}, {held.high:+.2f}], p = {held.p:.3f}"
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two sentences differ by no more than what rounding the numbers in the file does to those in the sentence."""
+    if _NUMBER.sub("", one) != _NUMBER.sub("", other):
+        return False
+    pairs = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True)
+    return all(abs(float(a) - float(b)) < 0.011 for a, b in pairs)
 
 
 def _shown(turns: Sequence[tuple[str, str]]) -> str:
@@ -261,9 +304,14 @@ def _number(value: Any) -> float | None:
 
 def _judgement_to_json(found: Judgement) -> dict[str, Any]:
     def held(part: HeldOut) -> dict[str, Any]:
-        return {name: _number(value) if isinstance(value, float) else value for name, value in asdict(part).items()}
+        made = {name: _number(value) if isinstance(value, float) else value for name, value in asdict(part).items()}
+        return made | {"reason": part.reason or None}
 
-    columns = {name: [_number(value) for value in getattr(found.associations, name)] for name in _COLUMNS}
+    columns: dict[str, Any] = {
+        name: [_number(value) for value in getattr(found.associations, name)] for name in _COLUMNS
+    }
+    if any(None in values for values in columns.values()):
+        columns["reason"] = _NULLS
     plain = {name: getattr(found, name) for name in ("verdict", "n_rows", "n_levels", "best", "orientation")}
     return plain | {"plain": held(found.plain), "fixed": held(found.fixed), "associations": columns}
 
@@ -287,6 +335,7 @@ def _judgement_from_json(found: Mapping[str, Any], count: int) -> Judgement:
             chosen=(one, other),
             orientation=(sign, other_sign),
             holds=bool(part["holds"]),
+            reason=part.get("reason") or "",
         )
 
     if found["verdict"] not in get_args(Verdict) or not 0 <= found["best"] < count:

@@ -1,8 +1,8 @@
 """The forward pass behind `candidates`: rows are read once, prompt and answer as one text, and every candidate collected.
 
-Contract: the outlier rules are fitted when the job is made, on rows spread over the source: 256 of them, fewer where the states
-that wait for the fit would take more than `_KEPT_BYTES`. Those rows are scored with the fit at once, so that their shards find
-them done. A job that continues a run takes the recorded fits and runs no sample.
+Contract: the outlier rules are fitted when the job is made, on a sample of the source (`RowSource.sample`): 256 rows, fewer where
+the states that wait for the fit would take more than `_KEPT_BYTES`. Those rows are scored with the fit at once, so that their
+shards find them done. A job that continues a run takes the recorded fits and runs no sample.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from sparsort.scoring.pooling import OutlierFit, restore_outliers
 from sparsort.scoring.prompts import Encoded, Encoder
 from sparsort.scoring.scorers import ModelJob, ModelScorer
 from sparsort.scoring.sites import Site
-from sparsort.scoring.sources import Row, RowSource
+from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
 
 # Columns beside the candidates.
 LOSS, ANSWER_TOKENS = "answer_loss", "answer_tokens"
 
-_SAMPLE_ROWS = 256
 _KEPT_BYTES = 512 * 2**20
 
 
@@ -146,7 +145,7 @@ class CandidateJob(ModelJob):
         return values, reasons
 
     def _fit(self, source: RowSource) -> None:
-        sample = [item for item in self.encode(source.sample(_SAMPLE_ROWS)) if item.problem is None]
+        sample = [item for item in self.encode(source.sample(SAMPLE_ROWS)) if item.problem is None]
         element = next(self.backbone.decoder.parameters()).element_size()
         waiting = sum(len(pair.text) for pair in _pairs(sample)) * element * sum(self._measured.values())
         sample = sample[:: max(1, -(-waiting // _KEPT_BYTES))]

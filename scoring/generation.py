@@ -118,7 +118,7 @@ def generate(
         ids=writer.ids,
         ended=writer.ended,
         tokens_read=reader.reader.n_tokens - before - job.steps,
-        features=reader.features({site: torch.stack(rows) for site, rows in job.states.items()})[0],
+        features=reader.features({site: torch.stack(rows) for site, rows in job.states.items()}),
     )
 
 

@@ -15,6 +15,8 @@ the model's massive activations.
 | `none` | nothing |
 | `drop:n` | the n dimensions of largest RMS over a sample are left out; the width counts without them |
 | `rms` | every dimension is divided by its RMS over a sample |
+
+The sample is `RowSource.sample`: rows chosen by their digests, so that a score is a function of the set of rows.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from sparsort.kernels.sparsity.names import ROW_REASONS
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Plan
 from sparsort.scoring.prompts import Encoded
+from sparsort.scoring.sources import SAMPLING
 from sparsort.scoring.spans import Span
 
 Pooling = Literal["last", "mean_metric", "mean_state", "answer"]
@@ -83,13 +86,14 @@ def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -
         rms = np.sqrt(mean_square_H)
         # A dimension that is zero all over the sample says nothing of spread: it is left out.
         scale = np.divide(1.0, rms, out=np.zeros(width), where=rms > 0).astype(np.float32)
-        record = {"rule": rule, "n_states": n_states, "scale": [float(value) for value in scale]}
+        record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "scale": [float(value) for value in scale]}
         return OutlierFit(scale_H=torch.from_numpy(scale), record=record)
     count = int(rule.partition(":")[2])
     if count >= width:
         raise SparsortError(f"the outlier rule {rule!r} drops every one of the {width} dimensions. Drop fewer.")
-    widest = np.argsort(-mean_square_H, kind="stable")[:count]
-    return _drop(rule, [int(d) for d in widest], width, n_states)
+    widest = [int(d) for d in np.argsort(-mean_square_H, kind="stable")[:count]]
+    record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "dims": widest}
+    return OutlierFit(scale_H=_without(widest, width), record=record)
 
 
 def restore_outliers(record: dict[str, object], width: int) -> OutlierFit:
@@ -97,13 +101,13 @@ def restore_outliers(record: dict[str, object], width: int) -> OutlierFit:
     if record["rule"] == "rms":
         scale = torch.tensor(record["scale"], dtype=torch.float32)
         return OutlierFit(scale_H=scale, record=record)
-    return _drop(str(record["rule"]), list(record["dims"]), width, int(record["n_states"]))  # type: ignore[call-overload]
+    return OutlierFit(scale_H=_without(list(record["dims"]), width), record=record)  # type: ignore[call-overload]
 
 
-def _drop(rule: str, dims: list[int], width: int, n_states: int) -> OutlierFit:
+def _without(dims: list[int], width: int) -> Tensor:
     scale = torch.ones(width)
     scale[dims] = 0.0
-    return OutlierFit(scale_H=scale, record={"rule": rule, "n_states": n_states, "dims": dims})
+    return scale
 
 
 class Collector:

@@ -1,9 +1,11 @@
-"""From a row to token ids: a prompt is a format string or chat turns, with or without the answer behind it.
+"""From a row to token ids: a prompt is a format string, chat turns, or a conversation that the row holds.
 
 Contract: `Prompt.render` makes text, `Encoder.encode` makes ids. The text is tokenised once, prompt and answer together, so
-the ids are those the model would see; a token that straddles the border belongs to the answer. Exactly the special tokens
+the ids are those the model would see; a token that straddles the border belongs to the answer. (A row's own answer is meant,
+whose states and loss are read. Labels that are compared are scored by the rule in `branches`, which gives the same tokens but
+where whitespace ends the prompt or a token before the border changes.) Exactly the special tokens
 that the tokenizer puts in front are put in front (once), and none behind, so that the last token is the text's own.
-A row that cannot be encoded is returned with a `problem`; only a mistake in the template raises.
+A row that cannot be encoded is returned with a `problem`; a mistake in the template, or a value that is not text, raises.
 """
 
 from __future__ import annotations
@@ -15,12 +17,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.templates import fields_of, render
+from sparsort.paths import column_of, spell
+from sparsort.scoring.conversations import conversation_columns, split_answer, turns_of
+from sparsort.templates import check_values, columns_of, fields_of, render
+from sparsort.values import is_missing, value_at
 
 Truncation = Literal["error", "left", "right"]
 Turns = Sequence[Mapping[str, str]]
 
 _ROLES = ("system", "user", "assistant")
+# The role of the one turn of a prompt that is a conversation: its template is the name of the column.
+_MESSAGES = "messages"
+# The answer of such a prompt; no format string.
+LAST_ASSISTANT = "last assistant turn"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +71,10 @@ class Prompt:
     """What the model reads of a row.
 
     Attributes:
-        turns: `(role, template)` pairs; one pair with the role "text" is a plain format string.
-        answer: format string of the answer that follows the prompt, or None to score the prompt alone.
+        turns: `(role, template)` pairs; one pair with the role "text" is a plain format string, one with the role "messages" is
+            the name of the column that holds whole conversations.
+        answer: format string of the answer that follows the prompt, or None to score the prompt alone; `LAST_ASSISTANT` for
+            a conversation.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -106,6 +117,55 @@ class Prompt:
             )
         return cls(turns=tuple(turns), answer=answer)
 
+    @classmethod
+    def of_messages(cls, messages: str, *, answer: bool = True) -> Prompt:
+        """A prompt that is the conversation which each row holds, in the model's chat template.
+
+        Args:
+            messages: the column of the conversations; see `sparsort.scoring.conversations`.
+            answer: read the last assistant turn as the answer; False to read the prompt alone.
+
+        Raises:
+            SparsortError: `messages` names no column.
+        """
+        conversation_columns(messages)
+        return cls(turns=((_MESSAGES, messages),), answer=LAST_ASSISTANT if answer else None)
+
+    @classmethod
+    def given(
+        cls,
+        prompt: str | Turns | Prompt | None,
+        *,
+        messages: str | None = None,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
+    ) -> Prompt | None:
+        """The prompt that a caller described in one of the ways there are, or None.
+
+        Raises:
+            SparsortError: as `of`; or a conversation was given together with templates.
+        """
+        others = {"prompt": prompt if messages is not None else None, "answer": answer, "system": system}
+        taken = next((name for name, value in others.items() if value is not None), None)
+        if messages is not None:
+            if taken is not None:
+                raise SparsortError(
+                    f"messages={messages!r} (--messages) and {taken} (--{taken}) were given. A conversation brings its own "
+                    "turns, and its last assistant turn is the answer. Pass one of the two."
+                )
+            return cls.of_messages(messages)
+        if isinstance(prompt, Prompt):
+            if taken is not None:
+                raise SparsortError(f"the prompt is a Prompt, which has its own {taken}. Leave {taken}= out.")
+            return prompt
+        return None if prompt is None else cls.of(prompt, answer=answer, system=system, chat=chat)
+
+    @property
+    def messages(self) -> str | None:
+        """The column of the conversations, where the prompt is one that each row holds."""
+        return self.turns[0][1] if self.turns[0][0] == _MESSAGES else None
+
     @property
     def is_chat(self) -> bool:
         """Whether the model's chat template is applied."""
@@ -113,9 +173,42 @@ class Prompt:
 
     @property
     def fields(self) -> list[str]:
-        """The columns that the templates use, in order of appearance."""
-        templates = [template for _, template in self.turns] + ([self.answer] if self.answer else [])
-        return list(dict.fromkeys(field for template in templates for field in fields_of(template)))
+        """The columns that the prompt reads, in order of appearance."""
+        if self.messages is not None:
+            return conversation_columns(self.messages)
+        return list(dict.fromkeys(column for template in self._templates for column in columns_of(template)))
+
+    @property
+    def _templates(self) -> list[str]:
+        return [template for _, template in self.turns] + ([self.answer] if self.answer else [])
+
+    @property
+    def paths(self) -> set[str]:
+        """The fields that look into a column; no schema says whether there is anything."""
+        if self.messages is not None:
+            return set()
+        return {
+            field for template in self._templates for field in fields_of(template) if field != spell([column_of(field)])
+        }
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one row of a table says of all what can be read of them; each conversation has roles of its own."""
+        return self.messages is None
+
+    def check(self, fields: Mapping[str, Any], *, where: str) -> set[str]:
+        """Refuse a row that the prompt cannot read, without rendering it.
+
+        Returns:
+            The fields that are missing in this row.
+
+        Raises:
+            SparsortError: as `render`.
+        """
+        if self.messages is not None:
+            return set() if turns_of(fields, self.messages, where=where) else {self.messages}
+        found = (check_values(template, fields, where=where, way_out=_WAY_OUT) for template in self._templates)
+        return set().union(*found)
 
     def describe(self) -> dict[str, Any]:
         """The prompt as provenance."""
@@ -132,19 +225,57 @@ class Prompt:
         Raises:
             SparsortError: a field is missing, or the model has no chat template.
         """
-        used = {name for _, template in self.turns for name in fields_of(template)}
-        # A null is a row's own lack, not a mistake in the call: the row stays, without a score.
-        nulls = {name for name in self.fields if name in fields and fields[name] is None}
-        fields = {**fields, **dict.fromkeys(nulls, "")} if nulls else fields
+        if self.messages is not None:
+            return self._render_messages(fields, where, tokenizer)
+        asked = [field for _, template in self.turns for field in fields_of(template)]
+        values = [value_at(fields, field, where=where) for field in asked]
+        answers = fields_of(self.answer) if self.answer else []
+        lacking = any(is_missing(value_at(fields, field, where=where)) for field in answers)
+        # A missing value is a row's own lack, not a mistake in the call: the row stays, without a score.
+        if (
+            lacking
+            or any(map(is_missing, values))
+            or all(isinstance(value, str) and not value.strip() for value in values)
+        ):
+            return _without_text("empty", "the fields of the prompt are empty or null")
         filled = [(role, render(template, fields, where=where)) for role, template in self.turns]
-        problem = None
-        if nulls or not any(str(fields[name]).strip() for name in used):
-            problem = ("empty", "the fields of the prompt are empty or null")
-        text = _apply_chat_template(tokenizer, filled) if self.is_chat else filled[0][1]
+        text = apply_chat_template(tokenizer, filled) if self.is_chat else filled[0][1]
         answer = render(self.answer, fields, where=where) if self.answer is not None else ""
-        if any("\ud800" <= letter <= "\udfff" for letter in text + answer):
-            problem = ("invalid", "the text holds half of a surrogate pair, which is no character")
-        return Rendered(text=text + answer, answer_start=len(text), problem=problem)
+        return _rendered(text, answer)
+
+    def _render_messages(self, fields: Mapping[str, Any], where: str, tokenizer: Any) -> Rendered:
+        need_chat_template(tokenizer)
+        turns = turns_of(fields, str(self.messages), where=where)
+        asked, answer = split_answer(turns)
+        if not turns:
+            return _without_text("empty", "the conversation is empty or null, or a turn of it has no content")
+        if not any(turn["content"].strip() for turn in asked):
+            return _without_text("empty", "the conversation has no turn with text before its answer")
+        if self.answer is not None and answer is None:
+            return _without_text("empty", "the conversation has no assistant turn")
+        try:
+            text = apply_chat_template(tokenizer, [(turn["role"], turn["content"]) for turn in asked])
+        except RefusedTurnsError as error:
+            # The turns are the row's own, so it is the row that cannot be read.
+            return _without_text("invalid", str(error))
+        return _rendered(text, answer if self.answer is not None and answer is not None else "")
+
+
+_WAY_OUT = "A column of conversations is read with messages= (--messages)."
+
+
+class RefusedTurnsError(SparsortError):
+    """A chat template does not take the turns."""
+
+
+def _rendered(text: str, answer: str) -> Rendered:
+    if any("\ud800" <= letter <= "\udfff" for letter in text + answer):
+        return _without_text("invalid", "the text holds half of a surrogate pair, which is no character")
+    return Rendered(text=text + answer, answer_start=len(text))
+
+
+def _without_text(status: str, reason: str) -> Rendered:
+    return Rendered(text="", answer_start=0, problem=(status, reason))
 
 
 class Encoder:
@@ -246,7 +377,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     template = getattr(tokenizer, "chat_template", None)
     # Some templates insert the date: what they render is part of what is scored.
-    shown = _apply_chat_template(tokenizer, [("user", "x")]) if isinstance(template, str) else ""
+    shown = apply_chat_template(tokenizer, [("user", "x")]) if isinstance(template, str) else ""
     return f"sha256:{hashlib.sha256((body + json.dumps(template) + shown).encode()).hexdigest()}"
 
 
@@ -264,19 +395,31 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def _apply_chat_template(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
+def need_chat_template(tokenizer: Any) -> None:
+    """Refuse a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise SparsortError(
-            "this model's tokenizer has no chat template (a base model?). Use a plain prompt, without chat=True (--chat)."
+            "this model's tokenizer has no chat template (a base model?). Use a plain prompt, without chat=True (--chat) or "
+            "messages= (--messages), or a model that was tuned for chat."
         )
+
+
+def apply_chat_template(tokenizer: Any, turns: Sequence[tuple[str, str]], *, ask: bool = True) -> str:
+    """(role, content) turns as the text that the model's chat template makes of them; with `ask`, ready for the assistant.
+
+    Raises:
+        RefusedTurnsError: the template does not take these turns.
+        SparsortError: there is no template.
+    """
+    need_chat_template(tokenizer)
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except TemplateError as error:
         roles = ", ".join(role for role, _ in turns)
-        raise SparsortError(
+        raise RefusedTurnsError(
             f"this model's chat template refuses the turns {roles}: {error}. Leave out the system turn, or use a plain "
-            "prompt, without chat=True (--chat)."
+            "prompt instead of the chat template."
         ) from error

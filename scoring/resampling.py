@@ -27,6 +27,8 @@ Array = NDArray[np.floating[Any]]
 DEGREE = 5
 # Relative size below which a direction or a norm is rounding.
 _TINY = 1e-9
+# Correlations that differ by less are one number: draws are in float32.
+_EQUAL = 1e-5
 
 
 class Ranks:
@@ -183,8 +185,24 @@ def holm(p_C: Array) -> Array:
 
 
 def quantiles(draws: Array, level: float) -> tuple[Array, Array]:
-    """Percentile interval along the first axis, over the draws that have a value; NaN where none has."""
+    """Percentile interval along the first axis; NaN where there is none (see `missing_interval`)."""
     ends = np.full((2, *draws.shape[1:]), np.nan)
-    known = np.isfinite(draws).any(axis=0)
+    finite = np.isfinite(draws)
+    width = np.where(finite, draws, -np.inf).max(axis=0) - np.where(finite, draws, np.inf).min(axis=0)
+    known = (finite.mean(axis=0) >= level) & (width > _EQUAL)
     ends[:, known] = np.nanquantile(draws[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
     return ends[0], ends[1]
+
+
+def missing_interval(draws_B: Array, level: float) -> str:
+    """Why the draws of one statistic give no interval, in a clause; "" where they do.
+
+    A draw without a value (a side that does not vary in it) belongs to neither tail: with more of them than the interval leaves
+    out, its ends are anybody's guess. Draws that are all equal say nothing of how far another sample would lie.
+    """
+    finite = np.isfinite(draws_B)
+    if finite.mean() < level:
+        return f"in {int((~finite).sum())} of {len(draws_B)} draws of the rows one side does not vary"
+    if np.ptp(draws_B[finite]) <= _EQUAL:
+        return "all draws of the rows give the same number"
+    return ""

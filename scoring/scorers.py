@@ -34,10 +34,7 @@ from sparsort.scoring.pooling import (
 from sparsort.scoring.prompts import Encoded, Encoder
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sites import check_site
-from sparsort.scoring.sources import Row, RowSource
-
-# Rows of the sample on which an outlier rule is fitted.
-_SAMPLE_ROWS = 256
+from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
 
 
 class ModelScorer(Scorer):
@@ -264,10 +261,10 @@ class SparsityScorer(ModelScorer):
         return job
 
     def _fit(self, job: _SparsityJob, source: RowSource, recorded: dict[str, Any] | None) -> OutlierFit:
-        """The outlier rule as a run in the same folder has recorded it, or fitted on rows spread over the source."""
+        """The outlier rule as a run in the same folder or `like` has recorded it, or fitted on a sample of the source."""
         if recorded and recorded.get("rule") == self.outliers:
             return restore_outliers(recorded, self.backbone.width(self.site))
-        kept = [item for item in job.encode(source.sample(_SAMPLE_ROWS)) if item.problem is None]
+        kept = [item for item in job.encode(source.sample(SAMPLE_ROWS)) if item.problem is None]
         how = job.plan(kept)
         square = MeanSquare(Collector(self.pooling, kept, how, site=self.site.name), self.site.name)
         if kept:

@@ -7,13 +7,12 @@ last bit.
 
 Where provenance rides: Parquet, the schema metadata under `sparsort`; a folder, its manifest; JSONL, the file
 `NAME.provenance.json` beside it, so that every line of `NAME.jsonl` stays a row for other tools; `Dataset`, the text of
-`info.description`, which `map`, `select` and `save_to_disk` keep. Where it was lost, what is read says so.
+`info.description`, which `map`, `select` and `save_to_disk` keep. Where it was lost, what is read says so. Every form is written
+with digests and checked against them when it is read (`score_files`, `shards`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +21,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.files import write_atomically, write_json
-from sparsort.scoring.sources import Row, digest_of, open_rows
+from sparsort.paths import spell
+from sparsort.scoring import score_files
+from sparsort.scoring.sources import Row, digest_of
+from sparsort.values import as_text, is_missing
 
 if TYPE_CHECKING:
     import datasets
@@ -47,7 +47,6 @@ _BASE = pa.schema(
         ("digest", pa.string()),
     ]
 )
-_METADATA = b"sparsort"
 _SHOWN = 5  # rows named in an error before it says "and n more"
 
 
@@ -142,18 +141,16 @@ class Scores:
         column, content = self.provenance.get("id_column"), self.provenance.get("content")
         found, difficulty, absent = np.full(len(rows), np.nan), self.difficulty, []
         for place, row in enumerate(rows):
-            name = row.get(column) if column else None
+            name = _id_of(row, column, place)
             digest = digest_of(row, content)
-            index = self._by_digest.get(digest) if name is None else self._by_id.get(str(name))
+            index = self._by_digest.get(digest) if name is None else self._by_id.get(name)
             if index is not None and content is not None and self._digests[index] != digest:
                 raise SparsortError(
-                    f"row {place} ({column} {str(name)!r}) is not the row that was scored under this id: "
+                    f"row {place} ({column} {name!r}) is not the row that was scored under this id: "
                     f"{', '.join(content)} differ. Score the rows that you have (sparsort score)."
                 )
             if index is None:
-                absent.append(
-                    f"row {place} ({'looked up by its content' if name is None else f'{column} {str(name)!r}'})"
-                )
+                absent.append(f"row {place} ({'looked up by its content' if name is None else f'{column} {name!r}'})")
             else:
                 found[place] = difficulty[index]
         if absent:
@@ -178,74 +175,52 @@ class Scores:
 
     def to_dataset(self) -> datasets.Dataset:
         """A `datasets.Dataset` with the columns of `scores_schema`."""
-        import datasets
-
-        info = datasets.DatasetInfo(description=json.dumps({"sparsort": self.provenance}, ensure_ascii=False))
-        return datasets.Dataset(datasets.table.InMemoryTable(self.table), info=info)
+        return score_files.to_dataset(self.table, self.provenance)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset) -> Scores:
-        """What `to_dataset` gave, also after `map`, `select` or `save_to_disk`."""
-        table = dataset.with_format("arrow")[:]
-        try:
-            provenance = json.loads(dataset.info.description)["sparsort"]
-        except (ValueError, KeyError, TypeError):
-            provenance = _unknown("a dataset whose description holds no provenance")
-        return cls(table, provenance)
+        """What `to_dataset` gave, also after `map`, `select` or `save_to_disk`.
+
+        Raises:
+            SparsortError: its provenance is damaged, or its rows are although `datasets` did not change them.
+        """
+        return cls(*score_files.from_dataset(dataset))
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write one Parquet file, atomically."""
-        metadata = {_METADATA: json.dumps(self.provenance, ensure_ascii=False).encode()}
-        with write_atomically(Path(path)) as temporary:
-            pq.write_table(self.table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        """Write one Parquet file, atomically, with a digest of the whole file in it."""
+        score_files.write_parquet(self.table, self.provenance, Path(path))
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> Scores:
-        """What `to_parquet` wrote."""
-        try:
-            table = pq.read_table(path, partitioning=None)
-        except (pa.ArrowException, OSError) as error:
-            raise SparsortError(f"{path} cannot be read as Parquet: {error}.") from error
-        metadata = (table.schema.metadata or {}).get(_METADATA)
-        provenance = (
-            json.loads(metadata)
-            if metadata
-            else _unknown(f"{Path(path).name}, a Parquet file that holds no provenance")
-        )
-        return cls(table.replace_schema_metadata(None), provenance)
+        """What `to_parquet` wrote.
+
+        Raises:
+            SparsortError: it is missing, damaged, or something else.
+        """
+        return cls(*score_files.read_parquet(Path(path)))
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write one JSON object a row, and the provenance beside it. NaN is null, an infinity is a text."""
-        write_json(_beside(Path(path)), self.provenance)
-        with write_atomically(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as handle:
-            for batch in self.table.to_batches(max_chunksize=1024):
-                for row in batch.to_pylist():
-                    row = {name: _to_json(value) for name, value in row.items()}
-                    handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        """Write one JSON object per row, then the provenance with a digest of them. NaN is null, an infinity is text."""
+        score_files.write_jsonl(self.table, self.provenance, Path(path))
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> Scores:
-        """What `to_jsonl` wrote."""
-        beside = _beside(Path(path))
-        fields = [row.fields for row in open_rows(path).rows()]
-        names = [name for name in fields[0] if name not in _BASE.names]
-        schema = scores_schema(names)
-        _need_columns(fields[0])
-        columns = [
-            pa.array(
-                [
-                    _from_json(row.get(field.name)) if pa.types.is_floating(field.type) else row.get(field.name)
-                    for row in fields
-                ],
-                field.type,
-            )
-            for field in schema
-        ]
+        """What `to_jsonl` wrote.
+
+        Raises:
+            SparsortError: it is missing or damaged, or does not belong to the provenance next to it.
+        """
+        rows, provenance, is_whole = score_files.read_jsonl(Path(path))
+        _need_columns(rows[0])
+        schema = scores_schema([name for name in rows[0] if name not in _BASE.names])
         try:
-            provenance = json.loads(beside.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            provenance = _unknown(f"{Path(path).name} without {beside.name}")
-        return cls(pa.Table.from_arrays(columns, schema=schema), provenance)
+            columns = [_column_of(rows, field) for field in schema]
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise SparsortError(f"{path} does not hold scores: {error}. Score again (sparsort score).") from error
+        table = pa.Table.from_arrays(columns, schema=schema)
+        if not is_whole and provenance["scorer"] != "unknown":
+            score_files.refuse_implausible(table, provenance, Path(path))
+        return cls(table, provenance)
 
     def save(self, folder: str | Path) -> None:
         """Write a new score folder, such as `sparsort score --out` makes.
@@ -270,9 +245,7 @@ class Scores:
         if path.suffix == ".jsonl" and path.is_file():
             return cls.from_jsonl(path)
         if (path / "dataset_info.json").exists():
-            import datasets
-
-            return cls.from_dataset(datasets.load_from_disk(str(path)))
+            return cls(*score_files.load_dataset(path))
         from sparsort.scoring.shards import ShardStore
 
         store = ShardStore.complete(path)
@@ -354,19 +327,12 @@ def _need_columns(names: Iterable[str]) -> None:
         )
 
 
-def _unknown(what: str) -> dict[str, Any]:
-    return {"scorer": "unknown", "note": f"read from {what}; how these numbers were made is not known"}
+def _id_of(row: Mapping[str, Any], column: str | None, place: int) -> str | None:
+    """The id of a row that is looked up; None where it has none and is found by its content."""
+    given = row.get(column) if column else None
+    return None if is_missing(given) else as_text(given, field=spell([str(column)]), where=f"row {place}")
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.provenance.json")
-
-
-def _to_json(value: Any) -> Any:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return None if math.isnan(value) else str(value)
-
-
-def _from_json(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _column_of(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    values = [row.get(field.name) for row in rows]
+    return pa.array(map(score_files.from_json, values) if pa.types.is_floating(field.type) else values, field.type)

@@ -1,12 +1,17 @@
 """The score folder: one Parquet file a shard, written whole or not at all, under a manifest of the settings.
 
-Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` reads (its pages carry
-checksums), its row count is right and the digest it carries is that of its rows; a damaged one is scored again.
-`manifest.json` holds what was asked (`provenance`, `shard_rows`) and is made before the first shard, by exactly one of
-the processes that begin at once; the others take up its run, or are refused where their settings differ. Which
-shards are done is read from the files, so that two processes that score disjoint shards never write the same file;
-`finish` adds the list of shards when all are there, and every process that gets to it writes the same list. Two
-processes on the same shard would do its work twice, but the file would be whole.
+Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` is the file that was written and the
+rows and settings that it was sealed with are those at hand; a damaged one is scored again. `manifest.json` holds what was
+asked (`provenance`, `shard_rows`) and is made before the first shard, by exactly one of the processes that begin at once; the
+others take up its run, or are refused where their settings differ. Which shards are done is read from the files, so that two
+processes that score disjoint shards never write the same file; `finish` adds the list of shards when all are there, and every
+process that gets to it writes the same list. Two processes on the same shard would do its work twice, but the file would be
+whole.
+
+Digests: each shard carries one of itself (`parquet_seal`), which is what a run that resumes checks, without parsing Parquet. The
+manifest carries one of itself, and when the run is finished the size and digest of every shard; readers check these.
+Version 1 of the format has none of them. Its shards are checked against what they imply (`unsealed`), each time they are used
+until `finish` writes a manifest of version 2. Reading writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +32,15 @@ import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_atomically, write_json
+from sparsort.integrity import check_file, check_seal, damage, record_of, seal
+from sparsort.parquet_seal import DamagedError, add_seal, read_seal
+from sparsort.scoring import unsealed
+from sparsort.scoring.sources import rows_digest as rows_digest
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsort-scores"
-VERSION = 1
+VERSION = 2
+_UNSEALED = 1
 # Recorded, but no reason to refuse: they do not change a score, or the digests of the rows guard what they stand for.
 NOT_COMPARED = ("environment", "source")
 
@@ -53,6 +63,10 @@ class ShardStore:
         self.provenance: dict[str, Any] = manifest["provenance"]
         self.shard_rows: int = manifest["shard_rows"]
         self._rows = int(manifest.get("rows", 0))
+        self._sealed: bool = manifest["version"] != _UNSEALED
+        self._listed: dict[int, dict[str, Any]] = {shard["index"]: shard for shard in manifest.get("shards", [])}
+        # Shards that this process has checked or written, as the manifest is to list them.
+        self._known: dict[int, dict[str, Any]] = {}
         self._anew = f"Choose another folder for the changed data, or delete {folder} to score it anew."
         self._settings = _settings_digest(self.provenance, self.shard_rows)
 
@@ -73,7 +87,9 @@ class ShardStore:
         """
         if shard_rows < 1:
             raise SparsortError(f"shard_rows is {shard_rows}; expected at least 1.")
-        manifest = {"format": FORMAT, "version": VERSION, "shard_rows": shard_rows, "provenance": as_json(provenance)}
+        manifest = seal(
+            {"format": FORMAT, "version": VERSION, "shard_rows": shard_rows, "provenance": as_json(provenance)}
+        )
         try:
             if not (folder / MANIFEST).exists():
                 _refuse_foreign(folder)
@@ -85,7 +101,7 @@ class ShardStore:
         except OSError as error:
             raise disk_error(folder, error) from error
         # Read back even where this process meant to make it: another that began at once may have been first.
-        began = _read_manifest(folder)
+        began = read_manifest(folder)
         _refuse_other_settings(folder, began, manifest)
         return cls(folder, began)
 
@@ -96,7 +112,7 @@ class ShardStore:
         Raises:
             SparsortError: there is none, or it is not finished.
         """
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         store = cls(folder, manifest)
         if "shards" not in manifest:
             done = len(store.indices())
@@ -105,7 +121,37 @@ class ShardStore:
             )
         if missing := [shard["file"] for shard in manifest["shards"] if not (folder / shard["file"]).exists()]:
             raise SparsortError(f"{folder} lacks {', '.join(missing[:5])}. Run the command that made them again.")
+        if store._sealed:
+            for shard in manifest["shards"]:
+                check_file(folder / shard["file"], shard["record"], next_step=_SCORE_AGAIN)
+        else:
+            store._check_unsealed()
         return store
+
+    def _check_unsealed(self) -> None:
+        """Check a finished folder of version 1 as a whole, and each of its shards.
+
+        Raises:
+            SparsortError: something in it contradicts the rest.
+        """
+        rows = []
+        for number, (index, shard) in enumerate(self._listed.items()):
+            path = self.path(index)
+            try:
+                found = unsealed.check_shard(
+                    path, settings=self._settings, shard_rows=self.shard_rows, provenance=self.provenance
+                )
+            except DamagedError as error:
+                raise SparsortError(f"{error} {_SCORE_AGAIN}") from error
+            self._refuse_settings(path, found["settings"])
+            listed = (number, path.name, shard.get("rows"), shard.get("digest"))
+            if listed != (index, shard.get("file"), found["rows"], found["digest"]):
+                raise SparsortError(f"{path} is not the shard that {MANIFEST} lists. {_SCORE_AGAIN}")
+            rows.append(found["rows"])
+        if sum(rows) != self._rows or any(count != self.shard_rows for count in rows[:-1]):
+            raise SparsortError(
+                f"{self.folder} is damaged: its shards hold {sum(rows)} rows, and {MANIFEST} says {self._rows}."
+            )
 
     def path(self, index: int) -> Path:
         """The file of shard `index`."""
@@ -122,37 +168,25 @@ class ShardStore:
         Raises:
             SparsortError: it is whole, but of other rows or other settings; or the disk cannot read it.
         """
-        path = self.path(index)
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                metadata, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
-                readable = file.read().num_rows == rows
-        except FileNotFoundError:
+        entry = self._entry(index, note)
+        if entry is None:
             return False
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            if getattr(error, "errno", None):  # of the disk, not of the content
-                raise SparsortError(f"cannot read {path}: {error}.") from error
-            note(f"{path.name} is damaged ({str(error).splitlines()[0]}); its rows are scored again.")
-            return False
-        if not readable or not {b"sparsort.digest", b"sparsort.settings"} <= set(metadata):
-            note(f"{path.name} is not a shard of scores as sparsort writes them; its rows are scored again.")
-            return False
-        self._refuse_settings(path, metadata)
-        if metadata[b"sparsort.digest"].decode() != digest:
+        if entry["digest"] != digest:
             begin = index * self.shard_rows
             raise SparsortError(
-                f"the data has changed since {path.name} was scored: rows {begin} to {begin + rows - 1} "
-                f"are not the ones in it. {self._anew}"
+                f"the data has changed since {self.path(index).name} was scored: rows {begin} to "
+                f"{begin + entry['rows'] - 1} are not the ones in it. {self._anew}"
             )
         return True
 
     def write(self, index: int, table: pa.Table, digest: str) -> None:
         """Write shard `index`, durably: after this returns, no kill and no power cut loses it."""
-        metadata = {"sparsort.digest": digest, "sparsort.settings": self._settings}
+        facts = {"index": index, "rows": table.num_rows, "digest": digest, "settings": self._settings}
         with write_atomically(self.path(index)) as temporary:
-            pq.write_table(
-                table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True
-            )
+            pq.write_table(table.replace_schema_metadata(None), temporary, compression="zstd", write_page_checksum=True)
+            add_seal(temporary, facts)
+            record = record_of(temporary)
+        self._known[index] = self._listing(facts, record)
 
     def refuse_beyond(self, total: int) -> None:
         """Refuse a folder with shards beyond the data.
@@ -177,10 +211,15 @@ class ShardStore:
         present = self.indices()
         if len(present) < -(-total // self.shard_rows):
             return False
-        manifest = _read_manifest(self.folder)
-        shards = [self._entry(index) for index in present]
+        manifest = read_manifest(self.folder)
+        # A damaged shard of another process counts as one that is not there: that process scores it again.
+        entries = (self._known.get(index) or self._entry(index, lambda _sentence: None) for index in present)
+        shards = [entry for entry in entries if entry is not None]
+        if len(shards) < len(present):
+            return False
         if manifest.get("shards") != shards:
-            write_json(self.folder / MANIFEST, {**manifest, "rows": total, "shards": shards})
+            finished = {**manifest, "version": VERSION, "rows": total, "shards": shards}
+            write_json(self.folder / MANIFEST, seal(finished))
         return True
 
     @property
@@ -191,7 +230,7 @@ class ShardStore:
     @property
     def column_names(self) -> list[str]:
         """The columns of every shard."""
-        with self._open(self.path(self.indices()[0])) as file:
+        with self._open(self.path(self._to_read()[0])) as file:
             return list(file.schema_arrow.names)
 
     def select(self, columns: list[str]) -> pa.Table:
@@ -200,24 +239,65 @@ class ShardStore:
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The shards one after the other, without holding more than one."""
-        for index in self.indices():
+        for index in self._to_read():
             yield self._read(index, columns)
+
+    def _to_read(self) -> list[int]:
+        """The shards that the manifest lists; of a run that is not finished, those that have a file."""
+        return sorted(self._listed) or self.indices()
 
     def _read(self, index: int, columns: list[str] | None) -> pa.Table:
         with self._open(self.path(index)) as file:
             return file.read(columns=columns).replace_schema_metadata(None)
 
-    def _entry(self, index: int) -> dict[str, Any]:
-        path = self.path(index)
-        with self._open(path) as file:
-            metadata, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
-        self._refuse_settings(path, metadata)
-        return {"index": index, "file": path.name, "rows": rows, "digest": metadata[b"sparsort.digest"].decode()}
+    def _entry(self, index: int, note: Callable[[str], None]) -> dict[str, Any] | None:
+        """Shard `index` as the manifest lists it, once it is known to be the file that was written; None if it is not.
 
-    def _refuse_settings(self, path: Path, metadata: Mapping[bytes, bytes]) -> None:
-        if metadata.get(b"sparsort.settings", b"").decode() != self._settings:
+        Raises:
+            SparsortError: it is whole, but of other settings; or the disk cannot read it.
+        """
+        path, listed = self.path(index), self._listed.get(index)
+        try:
+            if self._sealed and listed is not None and damage(path, listed["record"]) is None:
+                self._known[index] = listed
+                return listed
+            facts = read_seal(path) or self._unsealed_facts(path)
+            record = record_of(path)
+        except FileNotFoundError:
+            return None
+        except DamagedError as error:
+            note(f"{path.name} is damaged ({error.reason}); its rows are scored again.")
+            return None
+        except OSError as error:
+            raise SparsortError(f"cannot read {path}: {error.strerror or error}.") from error
+        self._refuse_settings(path, facts["settings"])
+        if facts.get("index", index) != index:
+            note(f"{path.name} holds the rows of shard {facts['index']}; its own are scored again.")
+            return None
+        self._known[index] = self._listing({**facts, "index": index}, record)
+        return self._known[index]
+
+    def _unsealed_facts(self, path: Path) -> dict[str, Any]:
+        if self._sealed:
+            raise DamagedError(path, "it is not a shard of scores as sparsort writes them")
+        return unsealed.check_shard(
+            path, settings=self._settings, shard_rows=self.shard_rows, provenance=self.provenance
+        )
+
+    def _listing(self, facts: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+        file = self.path(facts["index"]).name
+        return {
+            "index": facts["index"],
+            "file": file,
+            "rows": facts["rows"],
+            "digest": facts["digest"],
+            "record": dict(record),
+        }
+
+    def _refuse_settings(self, path: Path, settings: str) -> None:
+        if settings != self._settings:
             raise SparsortError(
-                f"{path} was scored with other settings than {MANIFEST} beside it. "
+                f"{path} was scored with other settings than {MANIFEST} next to it. "
                 f"Delete {self.folder}, or choose another folder."
             )
 
@@ -227,17 +307,7 @@ class ShardStore:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 yield file
         except (pa.ArrowException, OSError) as error:
-            raise SparsortError(
-                f"{path} cannot be read: {error}. Run the command that made these scores again, it mends them."
-            ) from error
-
-
-def rows_digest(rows: Iterable[tuple[str, str]]) -> str:
-    """128 bits over the (id, digest) of consecutive rows, as hexadecimal digits."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, digest in rows:
-        state.update(f"{len(name)}:{name}{digest}".encode())
-    return state.hexdigest()
+            raise SparsortError(f"{path} cannot be read: {error}. {_SCORE_AGAIN}") from error
 
 
 def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +328,7 @@ def _create(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest unless there is one: of processes that do so at once, one makes it, whole, and the rest none.
 
     Where the disk has no hard links, the file itself is opened exclusively: one process makes it there too, but a kill
-    in the middle leaves a part of it, which `_read_manifest` refuses. The first shard's write syncs the folder.
+    in the middle leaves a part of it, which `read_manifest` refuses. The first shard's write syncs the folder.
     """
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +357,12 @@ def _write_new(path: Path, text: str) -> None:
             raise
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a score folder, finished or not.
+
+    Raises:
+        SparsortError: there is none, or it is damaged, of another version or of something else.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -301,16 +376,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise SparsortError(f"{path} was not written by sparsort score. Choose another folder.")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (_UNSEALED, VERSION):
         raise SparsortError(
-            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {VERSION}. "
+            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {_UNSEALED} and {VERSION}. "
             "Update sparsort, or choose another folder."
         )
-    if not isinstance(manifest.get("provenance"), dict) or not isinstance(manifest.get("shard_rows"), int):
+    if manifest["version"] == VERSION:
+        check_seal(manifest, path, next_step=f"Delete {folder} to score again, or choose another folder.")
+    if not _is_whole(manifest):
         raise SparsortError(
             f"{path} lacks the settings of the run. Delete {folder} to score anew, or choose another folder."
         )
     return manifest
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest of version 1, which has no digest, holds what one must hold."""
+    shards, numbers = manifest.get("shards", []), [manifest.get("shard_rows"), manifest.get("rows", 0)]
+    return (
+        isinstance(manifest.get("provenance"), dict)
+        and isinstance(manifest["provenance"].get("orientation", {}), dict)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) and {"index", "file"} <= shard.keys() for shard in shards)
+        and all(type(shard["index"]) is int and isinstance(shard["file"], str) for shard in shards)
+    )
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -393,3 +483,4 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 _ABSENT = object()
+_SCORE_AGAIN = "Run the command that made these scores again: it scores damaged shards again and keeps the others."

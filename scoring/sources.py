@@ -10,23 +10,34 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import itertools
 import json
 import os
 import re
 import sys
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from sparsort.errors import SparsortError
+from sparsort.paths import spell
 from sparsort.scoring.columnar import arrow_reader, dataset_reader, merge, parquet_reader, table_reader
 from sparsort.scoring.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader, json_reader
-from sparsort.templates import missing_field
+from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
+
+# How a sample of rows is drawn, as the records of what is fitted on one state it. A record without it is of an earlier
+# version, which took evenly spaced rows, so that the order of the rows changed what was fitted.
+SAMPLING = "distinct rows by digest"
+SAMPLE_ROWS = 256
+# Keyed, so that a sample is independent of whatever else is decided by a digest.
+_SAMPLE_KEY = b"sparsort sample"
+
+Item = TypeVar("Item")
 
 _NEXT_STEP = {
     "IterableDataset": "Save it first, as JSONL or with datasets.Dataset.from_generator(lambda: iter(stream)).",
@@ -46,6 +57,24 @@ class Row:
     digest: str
 
 
+class RowCheck(Hashable, Protocol):
+    """What reads the values of rows, and can say beforehand whether it is able to; `prompts.Prompt` is one."""
+
+    @property
+    def paths(self) -> set[str]:
+        """The fields that look into a column; a mistake where they lead to nothing in every row."""
+        ...
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one row of a table, whose columns have types, says of all whether they can be read."""
+        ...
+
+    def check(self, fields: Mapping[str, Any], *, where: str) -> set[str]:
+        """The fields that are missing in a row; raises what cannot be read."""
+        ...
+
+
 class RowSource:
     """Rows that can be read again and again, from any position.
 
@@ -60,7 +89,7 @@ class RowSource:
         self.content = tuple(sorted(content)) if content is not None else None
         self._reader = reader
         self._count: int | None = None
-        self._required: set[str] = set()
+        self._required: set[Hashable] = set()
         self._id_column = id_column
         self._explicit = id_column is not None
 
@@ -95,30 +124,44 @@ class RowSource:
         """The fields of the first row."""
         return [str(name) for name in next(self._reader.records())[1]] if self.count() else []
 
-    def require(self, fields: Sequence[str]) -> None:
-        """Make sure that every row has these fields, so that the last one cannot stop a run that has gone on for hours.
+    def require(self, fields: Sequence[str], reader: RowCheck | None = None) -> None:
+        """Make sure that every row can be read, so that the last one cannot stop a run that has gone on for hours.
+
+        Args:
+            fields: the columns that every row has to have.
+            reader: what will read the values of the rows, such as a prompt.
 
         Raises:
-            SparsortError: one is missing; names the row, the nearest field, and what there is.
+            SparsortError: a column is missing (names the row, the nearest one, and what there is); a value is of a kind that
+                `reader` cannot read; or a path of `reader` leads to nothing in any row.
         """
-        if set(fields) <= self._required:
+        if {*fields, reader} - {None} <= self._required:
             return
-        # A table has the same columns in every row; elsewhere each row may lack its own.
-        alike = not isinstance(self._reader, (SequenceReader, TextReader))
-        for position, (line, record) in enumerate(self._reader.records()):
+        # A table has the same columns in every row, of one type each; elsewhere each row may lack its own.
+        alike = not isinstance(self._reader, (SequenceReader, TextReader)) and (reader is None or reader.is_uniform)
+        missing: set[str] | None = None
+        for position, (line, record) in enumerate(self._reader.records(columns=fields)):
+            where = f"{self.name}: {_place(position, line)}"
             for name in fields:
                 if name not in record:
-                    raise missing_field(name, record, f"{self.name}: {_place(position, line)}")
-            if alike:
+                    raise missing_field(spell([name]), record, where)
+            here = set() if reader is None else reader.check(record, where=where)
+            missing = here if missing is None else missing & here
+            if alike and not missing:
                 break
-        self._required |= set(fields)
+        if reader is not None and (nowhere := sorted((missing or set()) & reader.paths)):
+            raise SparsortError(
+                f"{self.name}: the field {nowhere[0]!r} has no value in any row. Check the path, which is a column followed by "
+                "keys and indices, such as meta.lang or messages[0].content."
+            )
+        self._required |= {*fields, reader} - {None}
 
     def sample(self, n: int) -> list[Row]:
-        """`n` rows evenly spaced over the source, all of them where there are fewer."""
-        total = self.count()
-        positions = [(2 * i + 1) * total // (2 * n) for i in range(n)] if n < total else list(range(total))
-        records = zip(positions, self._reader.take(positions), strict=True)
-        return [self._row(position, line, fields) for position, (line, fields) in records]
+        """`n` rows of different contents, all contents where there are fewer; the order of the rows has no effect.
+
+        See `sample_by_digest`. Reads the whole source once.
+        """
+        return sample_by_digest(((row.digest, row) for row in self.rows()), n)
 
     def _check(self) -> int:
         first = next(self._reader.records(), None)
@@ -162,9 +205,9 @@ class RowSource:
         if self._id_column is None:
             return str(position)
         value = fields.get(self._id_column)
-        if value is None or isinstance(value, (bytes, list, dict)):
+        if is_missing(value) or not has_text(value):
             raise self._bad_identity(position, line, fields)
-        name = str(value)
+        name = as_text(value, field=spell([self._id_column]), where=self.name)
         if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
             raise SparsortError(f"{self.name}, {_place(position, line)}: the id {name!r} is not valid text.")
         return name
@@ -172,13 +215,23 @@ class RowSource:
     def _bad_identity(self, position: int, line: int, fields: Mapping[str, Any]) -> SparsortError:
         column, where = self._id_column or "", f"{self.name}, {_place(position, line)}"
         if column in fields:
-            kind = type(fields[column]).__name__
-            what = "is null" if fields[column] is None else f"holds a {kind}, not a text or a number"
-            return SparsortError(f"{where}: the id field {column!r} {what}.")
+            value = fields[column]
+            what = f"holds {kind_of(value)}, not a text or a number"
+            if is_missing(value):
+                what = f"is {missing_name(value)}"
+            return SparsortError(f"{where}: the id field {column!r} {what}. Name another with id_column (--id-column).")
         why = "" if self._explicit else " (the first row has one, so it holds the ids)"
         near = difflib.get_close_matches(column, list(fields), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return SparsortError(f"{where}: there is no field {column!r}{why}.{hint} The fields are: {', '.join(fields)}.")
+
+
+def rows_digest(rows: Iterable[tuple[str, str]]) -> str:
+    """128 bits over the (id, digest) of consecutive rows, as hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, digest in rows:
+        state.update(f"{len(name)}:{name}{digest}".encode())
+    return state.hexdigest()
 
 
 def digest_of(fields: Mapping[str, Any], content: Collection[str] | None = None) -> str:
@@ -188,15 +241,43 @@ def digest_of(fields: Mapping[str, Any], content: Collection[str] | None = None)
         fields: the row.
         content: the fields that count, None for all.
 
-    A field that is null counts as absent, because a table has to fill in what a JSON line may leave out. Bytes, arrays
-    and images count by their content.
+    A field that is missing (null, NaN, …) counts as absent, because a table has to fill in what a JSON line may leave out.
+    Bytes, arrays and images count by their content.
     """
-    present = {key: value for key, value in fields.items() if value is not None and (content is None or key in content)}
+    present = {
+        key: value for key, value in fields.items() if (content is None or key in content) and not is_missing(value)
+    }
     try:
         text = _ENCODER.encode(present)
     except TypeError:  # keys that are no text, or of several types, deeper in the row
         text = _ENCODER.encode(_text_keys(present))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def sample_by_digest(rows: Iterable[tuple[str, Item]], n: int) -> list[Item]:
+    """`n` of the rows: those with the smallest keyed hash of their digest, in the order of that hash.
+
+    The sample is a function of the set of digests: neither the order of the rows nor the number of copies of one changes
+    it, since rows with equal digests count once. Of such rows the first is returned.
+
+    Args:
+        rows: pairs of a digest and the row that has it; they are read once, and at most `n` are held at a time.
+        n: how many to take; all different ones where there are fewer.
+    """
+    kept: dict[int, Item] = {}
+    negated: list[int] = []  # heapq keeps the smallest number in front, and here the largest hash is the next to go
+    for digest, row in rows:
+        key = int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=16, key=_SAMPLE_KEY).digest(), "big")
+        if key in kept:
+            continue
+        if len(kept) < n:
+            heapq.heappush(negated, -key)
+        elif key < -negated[0]:
+            del kept[-heapq.heapreplace(negated, -key)]
+        else:
+            continue
+        kept[key] = row
+    return [kept[key] for key in sorted(kept)]
 
 
 def open_rows(source: Any, *, id_column: str | None = None, content: Sequence[str] | None = None) -> RowSource:
@@ -301,8 +382,8 @@ def _plain(value: Any) -> Any:
     """A JSON form, the same in every process, of what JSON has none for."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"bytes:{hashlib.blake2b(value, digest_size=16).hexdigest()}"
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
+    if callable(listed := getattr(value, "tolist", None)):  # NumPy's arrays and numbers, torch's tensors
+        return listed()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (set, frozenset)):

@@ -1,6 +1,7 @@
 """Does a score carry difficulty, here: many candidates against one reference, and the verdict with its rule.
 
-Contract: pure NumPy and SciPy; knows no model. A reference rises with difficulty. Everything is seeded.
+Contract: pure NumPy and SciPy; knows no model. A reference rises with difficulty. Everything is seeded; halves, draws and
+permutations are drawn by the position of a row, so the same rows in another order give other draws.
 
 The verdict, exactly. The rows are halved (seeded, alike in the reference). On each half the candidate of largest |ρ| is chosen,
 with its sign, and its ρ times that sign is read on the other half; the held-out ρ is the mean of the two. Its interval is
@@ -30,7 +31,7 @@ from scipy.stats import t as student
 
 from sparsort.errors import SparsortError
 from sparsort.progress import progress
-from sparsort.scoring.resampling import DEGREE, Array, Design, holm, orders, quantiles, step_down
+from sparsort.scoring.resampling import DEGREE, Array, Design, holm, missing_interval, orders, quantiles, step_down
 
 Verdict = Literal["carries difficulty", "carries length only", "carries nothing here"]
 
@@ -40,6 +41,11 @@ MIN_VARYING = 10
 # A reference of at most as many values has these as its levels; any other is cut into `LEVELS` of equal size.
 MAX_LEVELS = 10
 LEVELS = 5
+# Why there is no held-out ρ: plain, and with length held fixed.
+_UNKNOWN = (
+    "a candidate that one half chose does not vary on the other",
+    "a candidate that one half chose does not vary on the other once length is held fixed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +53,16 @@ class HeldOut:
     """A rank correlation of candidates chosen on one half and read on the other, the mean of both ways.
 
     Attributes:
-        rho: positive where the sign found on one half is that of the other.
-        low: lower end of its bootstrap interval.
+        rho: positive where the sign found on one half is that of the other; NaN where a candidate that one half chose does not
+            vary on the other.
+        low: lower end of its bootstrap interval; NaN where there is none.
         high: upper end.
-        p: share of permutations that do as well, choice included.
+        p: share of permutations that do as well, choice included; NaN without ρ.
         chosen: the candidate chosen on each half.
         orientation: the sign of ρ there.
-        holds: the interval lies above zero and p is at most (1 − level) / 2.
+        holds: the interval lies above zero and p is at most (1 − level) / 2. Where all draws give the same ρ, that has to lie
+            above zero.
+        reason: why there is no ρ or no interval, "" where there are both.
     """
 
     rho: float
@@ -63,6 +72,7 @@ class HeldOut:
     chosen: tuple[int, int]
     orientation: tuple[int, int]
     holds: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,19 +218,23 @@ def hold_out(
     permuted = [design.permutations(orders(design.n_rows, n_perm, rng)) for design in designs]
     found = []
     for kind in (0, 1):
-        rho_2C = np.stack([np.nan_to_num(pair[kind][0]) for pair in observed])
+        rho_2C = np.stack([pair[kind][0] for pair in observed])
         chosen, signs = zip(*(_largest(rho_C) for rho_C in rho_2C), strict=True)
         rho = float(np.mean([signs[0] * rho_2C[1, chosen[0]], signs[1] * rho_2C[0, chosen[1]]]))
         null_P = _held_out_under(np.stack([np.nan_to_num(pair[kind][:, 0]) for pair in permuted]))
-        p = (1 + int((null_P >= rho - 1e-12).sum())) / (1 + n_perm)
+        p = (1 + int((null_P >= rho - 1e-12).sum())) / (1 + n_perm) if np.isfinite(rho) else np.nan
         draws = np.zeros(n_boot)
         for other, candidate, sign in ((1, chosen[0], signs[0]), (0, chosen[1], signs[1])):
             part, columns = parts[other], [candidate]
             one = Design(x_NC[part][:, columns], y_N[part, None], lengths_NG[part], group_C[columns])
             draws += [sign * float(pair[kind][0, 0]) / 2 for pair in one.bootstrap(n_boot, rng)]
         low, high = (float(end[0]) for end in quantiles(draws[:, None], level))
-        holds = low > 0 and p <= (1 - level) / 2 + 1e-12
-        found.append(HeldOut(rho=rho, low=low, high=high, p=p, chosen=chosen, orientation=signs, holds=holds))
+        reason = missing_interval(draws, level) if np.isfinite(rho) else _UNKNOWN[kind]
+        least = low if not reason else float(draws.min())
+        holds = least > 0 and p <= (1 - level) / 2 + 1e-12
+        found.append(
+            HeldOut(rho=rho, low=low, high=high, p=p, chosen=chosen, orientation=signs, holds=holds, reason=reason)
+        )
     return found[0], found[1]
 
 

@@ -175,3 +175,31 @@ def _tiny_tokenizer() -> Any:
     )
     tokenizer.chat_template = _CHAT
     return tokenizer
+
+
+@pytest.fixture
+def damages() -> Callable[[Path], Iterator[str]]:
+    """Damages a file in one way after the other, says how each time, and puts it back.
+
+    One bit is flipped at both ends, within what most formats have as a header, and in eight places over the whole; the file is
+    cut to nothing, to its half, by its last byte; and it is removed.
+    """
+
+    def each(path: Path) -> Iterator[str]:
+        whole = path.read_bytes()
+        n = len(whole)
+        places = {0, 1, 7, 9, 40, n - 1, n - 3, *(n * part // 9 for part in range(1, 9))}
+        try:
+            for number, place in enumerate(sorted(place for place in places if 0 <= place < n)):
+                bit = (3 * number) % 8
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+                yield f"bit {bit} of byte {place} of {n} flipped"
+            for length in sorted({0, n // 2, max(0, n - 1)} - {n}):
+                path.write_bytes(whole[:length])
+                yield f"cut to {length} of {n} bytes"
+            path.unlink()
+            yield "removed"
+        finally:
+            path.write_bytes(whole)
+
+    return each

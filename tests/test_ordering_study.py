@@ -43,8 +43,10 @@ def recipe(tmp_path: Path) -> Ablation:
 def filled(folder: Path, recipe: Ablation) -> tuple[OutcomeStore, set[str], set[str]]:
     """A store with a group of two labels, and the digests of its test and of its dev queries."""
     data = TaskData(recipe.load_tasks()[0], recipe)
-    texts = Texts(data.task)
-    test, dev = ([texts.pair((), texts.query([], text))[1] for text in of] for of in (data.test_texts, data.dev_texts))
+    texts = Texts(data.task, None)
+    # Every other test query is one whose labels the rule of scoring concerns.
+    test = [texts.query_names(texts.query([], text))[place % 2] for place, text in enumerate(data.test_texts)]
+    dev = [texts.query_names(texts.query([], text))[0] for text in data.dev_texts]
     rng = np.random.default_rng(0)
     store = OutcomeStore(folder, {"weights": "ab"}, feature_names=("hoyer", "entropy"))
     for group, prefix in (("films/random/k4/seed0", "p"), ("films/none", "none")):
@@ -89,3 +91,8 @@ def test_another_file_and_another_store_are_refused(outcomes: Any, recipe: Ablat
     (tmp_path / "none.parquet").write_text("no Parquet", encoding="utf-8")
     with pytest.raises(SparsortError, match="no packed ordering study"):
         outcomes.unpack(tmp_path / "none.parquet", tmp_path / "new")
+    content = bytearray((tmp_path / "kept.parquet").read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "kept.parquet").write_bytes(content)
+    with pytest.raises(SparsortError, match=r"kept.parquet is damaged"):
+        outcomes.unpack(tmp_path / "kept.parquet", tmp_path / "new")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.data import Showing, TaskData
 from sparsort.curriculum.ablation.design import Ablation, Unit, applies, probes_of, units
-from sparsort.curriculum.ablation.order_notes import orders_of, showing_of
+from sparsort.curriculum.ablation.order_notes import orders_of, showing_of, stored_orders
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.results import Arm, ArmKind, Group, Results, SetInfo
 from sparsort.curriculum.ablation.store import OutcomeStore
@@ -51,7 +51,7 @@ class _Set:
         self.data, self.texts, self.unit = data, texts, unit
         self._ablation = ablation
         group = group_name(data.task, unit)
-        note = store.get_note(group, "orders")
+        note = stored_orders(store, group)
         self.note: Mapping[str, Any] = note or {}
         self.tokens: Mapping[str, Any] = store.get_note(group, "tokens") or {}
         probes = store.get_note(group, "probes") or {}
@@ -118,12 +118,10 @@ class Collector:
         ablation: the recipe.
         store: its outcomes.
         tasks: the recipe's tasks with their rows, by name.
-        tokenizer: for tasks in chat.
+        tokenizer: that of the model whose outcomes they are.
     """
 
-    def __init__(
-        self, ablation: Ablation, store: OutcomeStore, tasks: Mapping[str, TaskData], tokenizer: Any = None
-    ) -> None:
+    def __init__(self, ablation: Ablation, store: OutcomeStore, tasks: Mapping[str, TaskData], tokenizer: Any) -> None:
         self._ablation, self._store, self._tasks = ablation, store, tasks
         self._texts = {name: Texts(data.task, tokenizer) for name, data in tasks.items()}
         self.incomplete: list[str] = []
@@ -378,7 +376,9 @@ class Collector:
         for query, text in enumerate(one.data.test_texts):
             for r, order in enumerate(one.random):
                 demos = one.showing.demos(query, order)
-                places[query, r] = row.get(one.texts.pair(one.texts.prefix(demos), one.texts.query(demos, text)), -1)
+                places[query, r] = row.get(
+                    one.texts.own_pair(one.texts.prefix(demos), one.texts.query(demos, text)), -1
+                )
         return -outcomes.log_p[places, 0].astype(np.float64) if places.min() >= 0 else None
 
     def _chosen_by_query(self, name: str, sets: list[tuple[_Set, list[_Read]]], random: list[Arm], choice: Ints) -> Arm:

@@ -28,6 +28,7 @@ from sparsort.curriculum.demos.difficulty import ScoresLike
 from sparsort.curriculum.demos.pool import DemoPool
 from sparsort.curriculum.demos.select import select_demos
 from sparsort.errors import SparsortError
+from sparsort.templates import columns_of
 
 Row = dict[str, Any]
 
@@ -197,7 +198,7 @@ class TaskData:
         return unit.selector not in ("random", "balanced", "bm25")
 
     def _question(self, row: Mapping[str, Any]) -> Row:
-        return {name: row[name] for name in self.task.fields}
+        return {name: row[name] for name in columns_of(self.task.prompt)}
 
 
 def _check_unicode(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:

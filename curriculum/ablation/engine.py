@@ -24,6 +24,8 @@ from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.losses import LossScorer
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.sources import SAMPLE_ROWS, digest_of, sample_by_digest
+from sparsort.values import put
 
 # Raised when what is computed for a pair changes, so that older outcomes are not taken for it.
 VERSION = 1
@@ -75,18 +77,20 @@ class Engine:
             self._readers[task.chat] = AnswerReader(self.loaded, chat=task.chat, compile=self._compile)
         return self._readers[task.chat]
 
-    def sparsity(self, task: Task, rows: Rows, sample: Rows) -> NDArray[np.float64]:
-        """(N,) difficulty by sparsity; an outlier rule is fitted on `sample`."""
+    def sparsity(self, task: Task, rows: Rows, pool: Rows) -> NDArray[np.float64]:
+        """(N,) difficulty by sparsity; an outlier rule is fitted on a sample of `pool`, whatever the order of its rows."""
         options = self._prompt(task)
         like = None
         if self._ablation.outliers != "none":
+            fields = Prompt.of(**options).fields
+            sample = sample_by_digest(((digest_of(row, fields), row) for row in pool), SAMPLE_ROWS)
             like = self._sparsity_scorer.score([dict(row) for row in sample], **options)
         scores = self._sparsity_scorer.score([dict(row) for row in rows], like=like, **options)
         return np.asarray(scores.difficulty, dtype=np.float64)
 
     def loss(self, task: Task, rows: Rows) -> NDArray[np.float64]:
         """(N,) mean negative log-likelihood of each row's answer in nats a token."""
-        shown = [{**row, task.label: task.gold_text(row)} if not task.is_generation else dict(row) for row in rows]
+        shown = [dict(row) if task.is_generation else put(row, task.label, task.gold_text(row)) for row in rows]
         scores = self._loss_scorer.score(shown, answer=task.answer, **self._prompt(task))
         return np.asarray(scores.difficulty, dtype=np.float64)
 

@@ -21,6 +21,8 @@ from sparsort.errors import SparsortError, unknown_choice
 Over = Literal["sets", "items", "both"]
 Method = Literal["wild", "bootstrap_t", "t"]
 
+# What the clusters are called in reasons.
+SET, ITEM = "demonstration set", "test item"
 # With fewer items that differ (discordant ones, or errors), intervals over items were seen to cover 89 to 94 % at 95.
 _FEW = 10
 
@@ -36,11 +38,12 @@ class Estimate:
         level: nominal coverage.
         p_value: two-sided, of mean = `null`; NaN where there is no test.
         null: the value tested; NaN for none.
-        se: standard error of the mean; NaN where there is none.
+        se: standard error of the mean; NaN where there is no interval.
         per_set: (S,) mean of each set.
         over: what the interval generalises to, see `estimate`.
-        method: how the interval was made, in words.
+        method: how the interval was made, in words; "none" where there is none.
         note: what a reader must know, "" for nothing.
+        reason: why there is no interval and no test, "" where there are.
     """
 
     value: float
@@ -54,8 +57,11 @@ class Estimate:
     over: Over
     method: str
     note: str = ""
+    reason: str = ""
 
     def __str__(self) -> str:
+        if self.reason:
+            return f"{self.value:+.3f}, {self.reason}"
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p_value:.3g}"
 
 
@@ -68,6 +74,7 @@ def estimate(
     null: float = 0.0,
     draws: int = DRAWS,
     seed: int = 0,
+    scale: float | None = None,
 ) -> Estimate:
     """The mean of one number per demonstration set and item, with an interval over the population that is asked about.
 
@@ -84,16 +91,20 @@ def estimate(
         null: the mean that the p-value tests; NaN for no test.
         draws: sign vectors or resamples, where they are not enumerated.
         seed: of the draws.
+        scale: size of the numbers, by which rounding is told from a difference; by default the largest of the values. For
+            differences that nearly cancel, the size of what was subtracted.
 
-    With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With one cluster
-    there is no interval: NaN, and `note` says so. If all clusters are equal the interval has width zero.
+    With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With fewer than three
+    clusters (sets for "sets", items for "items", either for "both"), or clusters that do not differ, there is no interval, no
+    standard error and no p-value: they are NaN, and `reason` says why.
 
     Raises:
         SparsortError: bad shapes or numbers, an unknown choice, a level outside (0, 1), or too few draws for it.
     """
     values = numbers(values_SQ, "values", "SQ")
     _check(over, method, level, draws)
-    sets, items = values.shape
+    sets = len(values)
+    scale = float(np.abs(values).max()) if scale is None else scale
     notes = []
     if over != "items" and sets == 1:
         over = "items"
@@ -103,8 +114,8 @@ def estimate(
     low = high = p_value = se = np.nan
     how = "none"
     clusters = values.mean(axis=1) if over == "sets" else values.mean(axis=0)
-    if over != "sets" and items == 1:
-        notes.append("one item: no interval over items")
+    if reason := _missing(values, clusters, over, scale):
+        pass
     elif over == "both":
         low, high, p_value, se, degrees = resampling.two_way(values, level=level, null=null)
         how = f"two-way random effects, t with {degrees:.1f} degrees of freedom"
@@ -122,10 +133,6 @@ def estimate(
             )
         low, high, p_value, how = _over_clusters(clusters, method, level, null, draws, seed)
         se = float(clusters.std(ddof=1) / np.sqrt(len(clusters)))
-    if np.isnan(p_value) and how != "none" and not np.isnan(null):
-        notes.append(
-            f"all {over if over != 'both' else 'outcomes'} give the same number, so there is no spread to test against"
-        )
     if np.isinf(low) or np.isinf(high):
         notes.append("too many resamples hold one value only, so the interval is unbounded; use method='wild'")
     value = float(clusters.mean())
@@ -141,6 +148,7 @@ def estimate(
         over=over,
         method=how,
         note="; ".join(notes),
+        reason=reason,
     )
 
 
@@ -152,12 +160,22 @@ def estimate_sets(
     null: float = 0.0,
     draws: int = DRAWS,
     seed: int = 0,
+    scale: float | None = None,
 ) -> Estimate:
-    """The mean of one number per demonstration set, with an interval over sets; NaN and a note where there is one set."""
-    found = estimate(values_S[:, None], method=method, level=level, null=null, draws=draws, seed=seed)
+    """The mean of one number per demonstration set, with an interval over sets, never over items; see `estimate`."""
+    found = estimate(values_S[:, None], method=method, level=level, null=null, draws=draws, seed=seed, scale=scale)
     if len(values_S) > 1:
         return found
-    return replace(found, over="sets", note="one demonstration set: no interval over sets")
+    return replace(found, over="sets", note="", reason=resampling.missing_interval(values_S, SET))
+
+
+def _missing(values_SQ: Floats, clusters: Floats, over: Over, scale: float) -> str:
+    """Why there is no interval over the population."""
+    if over != "both":
+        return resampling.missing_interval(clusters, SET if over == "sets" else ITEM, scale=scale)
+    sets, items = values_SQ.shape
+    few = resampling.too_few(sets, SET) or resampling.too_few(items, ITEM)
+    return few or resampling.missing_interval(values_SQ.ravel(), "outcome", scale=scale)
 
 
 def _over_clusters(

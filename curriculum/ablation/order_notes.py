@@ -7,8 +7,9 @@ come since or stand elsewhere) is left out, to be ordered anew.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,12 @@ from sparsort.curriculum.ablation.splits import QUERY_SELECTORS
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import digest
 from sparsort.errors import SparsortError
+from sparsort.scoring.sources import SAMPLING
 
+if TYPE_CHECKING:
+    from sparsort.curriculum.ablation.store import OutcomeStore
+
+_LOG = logging.getLogger("sparsort")
 _READ_NO_SPARSITY = (
     *BY_SIMILARITY,
     "perplexity_ascending",
@@ -40,6 +46,37 @@ _READ_NO_SPARSITY = (
 def reads_sparsity(orderer: str) -> bool:
     """Whether an orderer goes by the sparsity of the demonstrations."""
     return base_order(orderer) not in _READ_NO_SPARSITY
+
+
+def stored_orders(store: OutcomeStore, group: str) -> Any:
+    """The note of a group's orders; None where there is none, or it cannot be one.
+
+    Notes of the first version of the store have no digest, so that damage in them shows here if anywhere.
+    """
+    note = store.get_note(group, "orders")
+    if note is not None and not _is_plausible(note):
+        _LOG.warning("%s: the note of the orders of %r is damaged; they are made again.", store.folder, group)
+        return None
+    return note
+
+
+def _is_plausible(note: Any) -> bool:
+    """Whether a note shows demonstrations that it has, in orders that are permutations."""
+    try:
+        shown, count = np.array(note["of_query"], dtype=np.int64), len(note["ids"])
+        orders = [np.array(order, dtype=np.int64) for order in note["named"].values()]
+        return (
+            shown.ndim == 2
+            and 0 <= shown.min(initial=0) <= shown.max(initial=0) < max(count, 1)
+            and len(note["texts"]) == len(note["labels"]) == count
+            and all(order.ndim == 2 and np.array_equal(np.sort(order), _counted(order.shape)) for order in orders)
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        return False
+
+
+def _counted(shape: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.broadcast_to(np.arange(shape[1]), shape)
 
 
 def order_note(
@@ -142,4 +179,6 @@ def _shown(note: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
 
 
 def _sparsity(ablation: Ablation) -> dict[str, str]:
-    return {name: getattr(ablation, name) for name in ("site", "pooling", "metric", "outliers")}
+    found = {name: getattr(ablation, name) for name in ("site", "pooling", "metric", "outliers")}
+    # Notes without it come from a version that fitted the rule on the first rows of the pool.
+    return found if ablation.outliers == "none" else {**found, "sampling": SAMPLING}

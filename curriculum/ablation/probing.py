@@ -16,7 +16,8 @@ from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.probes import opening_of, probing_set
 from sparsort.scoring.answers import AnswerReader
 from sparsort.scoring.generation import sample_probes
-from sparsort.templates import fields_of
+from sparsort.templates import pieces
+from sparsort.values import row_of
 
 
 def probes(
@@ -39,7 +40,7 @@ def probes(
         seed=seed,
     )
     found = probing_set(samples, task.prompt, task.separator, demos=showing.rows)
-    queries = [task.query_text(row) for row in found.rows]
+    queries = [task.query_text(row_of(row)) for row in found.rows]
     count = reader.encoder.count
     return {
         "texts": queries,
@@ -54,6 +55,4 @@ def probes(
 
 def _fixed_words(template: str) -> str:
     """A template without its fields."""
-    for name in fields_of(template):
-        template = template.replace("{" + name + "}", " ")
-    return template
+    return "".join(piece.literal + (" " if piece.field is not None else "") for piece in pieces(template))

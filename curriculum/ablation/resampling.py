@@ -1,7 +1,9 @@
 """Intervals of a mean over few clusters: wild cluster bootstrap, studentised bootstrap, t, and t over two crossed factors.
 
 Contract: pure, seeded, vectorised over columns. Every interval is the set of means that the test beside it does not reject,
-so that "p ≤ 1 − level" and "the interval leaves the null out" are one statement.
+so that "p ≤ 1 − level" and "the interval leaves the null out" are one statement. An interval is made from the spread between
+clusters: fewer than `MIN_CLUSTERS` of them, or clusters that do not differ, give NaN for both ends and for p
+(`missing_interval` says why), also where a formula would give a number.
 
 Ten demonstration sets are ten observations, however many items each was asked, and the percentile cluster bootstrap covers
 90 % there in place of 95 %. Coverage (%) with 10 clusters over 40 000 to 100 000 simulated studies, Monte-Carlo error 0.1; the
@@ -35,6 +37,9 @@ Floats = NDArray[np.float64]
 Interval = tuple[Floats, Floats, Floats]
 
 DRAWS = 9_999
+# Two values have one difference: t with one degree of freedom is 12.7 standard errors wide on either side, and an interval
+# of accuracies made with it leaves the possible range. With three it is 4.3.
+MIN_CLUSTERS = 3
 _BLOCK = 2_048
 _TIE = 1e-12
 # An interval may miss its nominal level by this much where the number of sign vectors is too small to hit it.
@@ -61,6 +66,9 @@ def wild(values_CN: Floats, *, level: float = 0.95, null: float = 0.0, draws: in
 
     Args:
         values_CN: (C, N) cluster means, a column an interval; all columns share the sign vectors.
+
+    Returns:
+        NaN in the columns whose clusters do not differ.
 
     Raises:
         SparsortError: so few sign vectors that the interval would be unbounded; ask `enough_signs` first.
@@ -124,19 +132,23 @@ def bootstrap_t(
     tails = np.minimum((t_TN <= seen_N).sum(axis=0), (t_TN >= seen_N).sum(axis=0))
     p_N = np.minimum(1.0, 2.0 * (tails + 1) / (draws + 1))
     with np.errstate(invalid="ignore"):
-        return _settle(values_CN, centre_N - upper_N * se_N, centre_N - lower_N * se_N, p_N, null, testable=False)
+        return _settle(values_CN, centre_N - upper_N * se_N, centre_N - lower_N * se_N, p_N, null)
 
 
 def student_t(values_CN: Floats, *, level: float = 0.95, null: float = 0.0) -> Interval:
     """Student's t over cluster means with C − 1 degrees of freedom: (low, high, p), (N,) each.
 
-    Exact for normal cluster means whatever C (Donald and Lang 2007); what is left when there are too few sets to flip.
+    Exact for normal cluster means (Donald and Lang 2007); what is left when there are too few sets to flip. NaN with fewer
+    than `MIN_CLUSTERS` clusters, and in the columns whose clusters do not differ.
     """
     degrees, centre_N = len(values_CN) - 1, values_CN.mean(axis=0)
+    if len(values_CN) < MIN_CLUSTERS:
+        nothing_N = np.full_like(centre_N, np.nan)
+        return nothing_N, nothing_N, nothing_N
     se_N = values_CN.std(axis=0, ddof=1) / np.sqrt(degrees + 1)
     half_N = stdtrit(degrees, (1 + level) / 2) * se_N
     p_N = 2.0 * stdtr(degrees, -np.abs(_ratio(centre_N - null, se_N)))
-    return _settle(values_CN, centre_N - half_N, centre_N + half_N, p_N, null, testable=False)
+    return _settle(values_CN, centre_N - half_N, centre_N + half_N, p_N, null)
 
 
 def two_way(values_SQ: Floats, *, level: float = 0.95, null: float = 0.0) -> tuple[float, float, float, float, float]:
@@ -149,11 +161,13 @@ def two_way(values_SQ: Floats, *, level: float = 0.95, null: float = 0.0) -> tup
 
     Owen's (2007) pigeonhole bootstrap estimates τ²/S + κ²/Q + 3ν²/SQ. One outcome a cell makes ν² large here, so that
     it covers 97 to 100 % at a nominal 95; this covers 94 to 96 %, and more only where neither sets nor items matter.
+
+    NaN throughout with fewer than `MIN_CLUSTERS` sets or items, and where all outcomes are equal.
     """
     sets, items = values_SQ.shape
     mean = float(values_SQ.mean())
-    if np.ptp(values_SQ) <= _TIE * np.abs(values_SQ).max():
-        return mean, mean, 1.0 if abs(mean - null) <= _TIE * abs(mean) else np.nan, 0.0, float(sets - 1)
+    if min(sets, items) < MIN_CLUSTERS or flat(values_SQ):
+        return np.nan, np.nan, np.nan, np.nan, np.nan
     by_set_S, by_item_Q = values_SQ.mean(axis=1) - mean, values_SQ.mean(axis=0) - mean
     rest_SQ = values_SQ - mean - by_set_S[:, None] - by_item_Q
     squares = np.array([items * (by_set_S**2).sum(), sets * (by_item_Q**2).sum(), (rest_SQ**2).sum()])
@@ -165,6 +179,34 @@ def two_way(values_SQ: Floats, *, level: float = 0.95, null: float = 0.0) -> tup
     half = float(stdtrit(degrees, (1.0 + level) / 2.0)) * se
     p_value = float(2.0 * stdtr(degrees, -abs(mean - null) / se))
     return mean - half, mean + half, p_value, se, degrees
+
+
+def flat(values: Floats, scale: float | None = None) -> bool:
+    """Whether the values are equal up to rounding, which is judged by `scale`: by default their own largest size."""
+    size = float(np.abs(values).max()) if scale is None else scale
+    return bool(np.ptp(values) <= _TIE * size)
+
+
+def missing_interval(clusters_C: Floats, what: str, *, scale: float | None = None) -> str:
+    """Why no interval can be made over these clusters, in a clause; "" where one can.
+
+    Args:
+        clusters_C: (C,) one number per cluster.
+        what: a cluster's name, in the singular ("demonstration set").
+        scale: see `flat`; for differences the size of what was subtracted.
+    """
+    if reason := too_few(len(clusters_C), what):
+        return reason
+    if flat(clusters_C, scale):
+        return f"outcomes that do not differ between {len(clusters_C)} {what}s allow no interval"
+    return ""
+
+
+def too_few(clusters: int, what: str) -> str:
+    """The part of `missing_interval` that only the number of clusters decides."""
+    if clusters >= MIN_CLUSTERS:
+        return ""
+    return f"one {what} allows no interval" if clusters == 1 else f"two {what}s allow no interval"
 
 
 def enough_signs(clusters: int, level: float, draws: int = DRAWS) -> bool:
@@ -213,12 +255,8 @@ def _ratio(top: Floats, bottom: Floats) -> Floats:
         return np.where((top == 0) & (bottom == 0), 0.0, top / bottom)
 
 
-def _settle(
-    values_CN: Floats, low_N: Floats, high_N: Floats, p_N: Floats, null: float, *, testable: bool = True
-) -> Interval:
-    """Columns without any spread: width zero, p = 1 at the null, and elsewhere no p unless the test can do without spread."""
-    centre_N, tie_N = values_CN.mean(axis=0), _TIE * np.abs(values_CN).max(axis=0)
-    flat_N = np.ptp(values_CN, axis=0) <= tie_N
-    p_N = np.where(flat_N & (not testable), np.nan, p_N)
-    p_N = np.where(flat_N & (np.abs(centre_N - null) <= tie_N), 1.0, p_N)
-    return np.where(flat_N, centre_N, low_N), np.where(flat_N, centre_N, high_N), np.where(np.isnan(null), np.nan, p_N)
+def _settle(values_CN: Floats, low_N: Floats, high_N: Floats, p_N: Floats, null: float) -> Interval:
+    """Columns without any spread have no interval and no p; without a null there is no p."""
+    flat_N = np.ptp(values_CN, axis=0) <= _TIE * np.abs(values_CN).max(axis=0)
+    low_N, high_N = np.where(flat_N, np.nan, low_N), np.where(flat_N, np.nan, high_N)
+    return low_N, high_N, np.where(flat_N | np.isnan(null), np.nan, p_N)

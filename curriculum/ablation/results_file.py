@@ -1,8 +1,10 @@
 """Results on disk: `results.json` for what a person may read, `arrays.npz` beside it for the outcomes.
 
-Contract: the JSON holds the digest of the arrays that it belongs to, so that a pair torn by a kill between the two writes is
-refused and never read as one. Log-probabilities are stored in fp32 and predictions in 16 bits; all else comes back as it was.
-No pickle on either way.
+Contract: the JSON is written last. It holds the size and digest of the arrays that it belongs to, so that a pair torn by a kill
+between the two writes is refused and never read as one, and a digest of itself. Log-probabilities are stored in fp32 and
+predictions in 16 bits; all else comes back as it was. No pickle on either way.
+
+JSON of format 1 has no digest of itself; it is read if it and the arrays fit together.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.results import Arm, Group, SetInfo, arrays_of
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
+from sparsort.files import write_atomically
+from sparsort.integrity import check_seal, damage, record_of, write_sealed
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.results import Results
 
 RESULTS = "results.json"
 ARRAYS = "arrays.npz"
-_FORMAT = "sparsort results 1"
+_FORMAT, _UNSEALED = "sparsort results 2", "sparsort results 1"
+_AGAIN = "Run sparsort ablate again: it makes the results from its store."
 _STORED = {"log_p": np.float32, "predicted": np.int16, "order_of_item": np.int16}
 
 
@@ -73,8 +77,10 @@ def rebuild(groups: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]) -> l
     """
     try:
         return [_rebuilt(number, group, arrays) for number, group in enumerate(groups)]
-    except (KeyError, IndexError) as error:
+    except LookupError as error:
         raise SparsortError(f"results without {error}; they were not written whole. Make them again.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SparsortError(f"results with a part that does not fit ({error}). Make them again.") from error
 
 
 def _rebuilt(number: int, group: Mapping[str, Any], arrays: Mapping[str, Any]) -> Group:
@@ -130,10 +136,10 @@ def save(results: Results, folder: Path) -> None:
     with write_atomically(folder / ARRAYS) as temporary:
         with temporary.open("wb") as handle:
             np.savez_compressed(handle, **stored)  # type: ignore[arg-type]
-        digest = _digest(temporary)
-    write_json(
+        record = record_of(temporary)
+    write_sealed(
         folder / RESULTS,
-        {"format": _FORMAT, "arrays": {"sha256": digest}, "provenance": results.provenance, "groups": groups},
+        {"format": _FORMAT, "arrays": record, "provenance": results.provenance, "groups": groups},
     )
 
 
@@ -141,7 +147,7 @@ def load(folder: Path) -> Results:
     """Read results from `folder`.
 
     Raises:
-        SparsortError: no results there, results of another format, or files that do not belong together.
+        SparsortError: no results there, results of another format, a damaged file, or files that do not belong together.
     """
     from sparsort.curriculum.ablation.results import Results
 
@@ -151,30 +157,38 @@ def load(folder: Path) -> Results:
             f"no {RESULTS} in {folder}. Expected a folder that 'sparsort ablate --out' wrote; give its path, or run that first."
         )
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_bytes())
     except ValueError as error:
-        raise SparsortError(f"{path} is not JSON ({error}). Make the results again.") from error
-    if not isinstance(held, dict) or held.get("format") != _FORMAT:
+        raise SparsortError(f"{path} is not JSON ({error}). {_AGAIN}") from error
+    if not isinstance(held, dict) or held.get("format") not in (_FORMAT, _UNSEALED):
         found = held.get("format") if isinstance(held, dict) else type(held).__name__
-        raise SparsortError(f"{path} is of the format {found!r}, expected {_FORMAT!r}. Make the results again.")
+        raise SparsortError(f"{path} is of the format {found!r}, expected {_FORMAT!r}. {_AGAIN}")
+    if held["format"] == _FORMAT:
+        check_seal(held, path, next_step=_AGAIN)
+    elif not all(
+        isinstance(held.get(name), kind) for name, kind in (("arrays", dict), ("provenance", dict), ("groups", list))
+    ):
+        raise SparsortError(f"{path} was not written whole. {_AGAIN}")
     arrays_path = folder / ARRAYS
     if not arrays_path.is_file():
         raise SparsortError(
             f"{ARRAYS} is missing beside {path}; the two belong together. Copy both, or make them again."
         )
-    if _digest(arrays_path) != held["arrays"]["sha256"]:
+    if not _is_recorded(arrays_path, held["arrays"]):
         raise SparsortError(
-            f"{arrays_path} is not the file that {RESULTS} was written with: a run was stopped between the two, or is "
-            "writing now. Wait for it, or run it again; finished work is kept."
+            f"{arrays_path} is not the file that {RESULTS} was written with: it is damaged, or a run was stopped between the "
+            f"two, or is writing now. Wait for it. {_AGAIN}"
         )
     try:
         with np.load(arrays_path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise SparsortError(f"{arrays_path} cannot be read ({error}). Make the results again.") from error
+        raise SparsortError(f"{arrays_path} cannot be read ({error}). {_AGAIN}") from error
     return Results(groups=rebuild(held["groups"], arrays), provenance=held["provenance"])
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _is_recorded(path: Path, record: Mapping[str, Any]) -> bool:
+    if "sha256" not in record:
+        return damage(path, record) is None
+    with path.open("rb") as handle:  # format 1
+        return bool(hashlib.file_digest(handle, "sha256").hexdigest() == record["sha256"])

@@ -31,7 +31,14 @@ from sparsort.curriculum.ablation.design import (
     units,
 )
 from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.order_notes import check_note, holds_for, order_note, orders_of, reads_sparsity
+from sparsort.curriculum.ablation.order_notes import (
+    check_note,
+    holds_for,
+    order_note,
+    orders_of,
+    reads_sparsity,
+    stored_orders,
+)
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.probing import probes
 from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS
@@ -48,8 +55,6 @@ from sparsort.scoring.generation import generate
 
 # Outcomes that are written at once, at least, where prefixes are many and their queries few.
 _ROWS_OF_BLOCK = 64
-# Rows of the sample on which an outlier rule is fitted.
-_SAMPLE_ROWS = 256
 
 Ask = tuple[tuple[str, ...], str]
 Answer = Callable[[Task, Sequence[str], Sequence[str], Sequence[tuple[str, str]]], Outcomes]
@@ -81,10 +86,7 @@ class Run:
     def __init__(self, ablation: Ablation, engine: Engine, store: OutcomeStore) -> None:
         self._ablation, self._engine, self._store = ablation, engine, store
         self.tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
-        self._texts = {
-            name: Texts(data.task, engine.loaded.tokenizer if data.task.chat else None)
-            for name, data in self.tasks.items()
-        }
+        self._texts = {name: Texts(data.task, engine.loaded.tokenizer) for name, data in self.tasks.items()}
         self._kept: dict[tuple[str, str], Any] = {}
         self.tokens_read = 0
         for data in self.tasks.values():
@@ -176,7 +178,8 @@ class Run:
     def _ask(self, name: str, group: str, asks: Iterable[Ask], answer: Answer | None = None) -> None:
         """Ask what the store does not know, prefix by prefix, those that begin alike together."""
         data, texts = self.tasks[name], self._texts[name]
-        by_pair = {texts.pair(chunks, query): (chunks, query) for chunks, query in asks}
+        pair_of = texts.pair if answer is None else texts.own_pair
+        by_pair = {pair_of(chunks, query): (chunks, query) for chunks, query in asks}
         missing: dict[tuple[str, ...], list[tuple[tuple[str, str], str]]] = {}
         for pair in self._store.missing(group, list(by_pair)):
             chunks, query = by_pair[pair]
@@ -286,7 +289,7 @@ class Run:
         asks = [(texts.prefix(demos), texts.query(demos, data.test_texts[query])) for query, demos in shown]
         # A chat template that cannot be cut leaves no query apart from its demonstrations.
         self._ask(name, group, [(chunks, asked) for chunks, asked in asks if chunks], self._lose)
-        return [texts.pair(chunks, asked) for chunks, asked in asks]
+        return [texts.own_pair(chunks, asked) for chunks, asked in asks]
 
     def _lose(
         self, task: Task, chunks: Sequence[str], queries: Sequence[str], pairs: Sequence[tuple[str, str]]
@@ -315,7 +318,7 @@ class Run:
         """The unit's orders, from its note as far as it has them."""
         data = self.tasks[unit.task]
         named: dict[str, NDArray[np.int64]] = {}
-        if note := self._store.get_note(group, "orders"):
+        if note := stored_orders(self._store, group):
             check_note(note, order_note(self._ablation, data.task, showing, {}, data.test_texts), group)
             named = orders_of(note, self._ablation, unit, data.test_texts)
         lacking = [name for name in self._ablation.orderers if name not in named]
@@ -360,8 +363,8 @@ class Run:
             return self._once(unit, "loss", lambda: self._engine.loss(data.task, showing.rows)), "answer_loss"
         if not reads_sparsity(name):
             return None, None
-        sample = data.splits.pool[:_SAMPLE_ROWS]
-        return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, sample)), "sparsity"
+        pool = data.splits.pool
+        return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, pool)), "sparsity"
 
     def _similarity(self, unit: Unit, data: TaskData, showing: Showing) -> NDArray[np.float64]:
         """(Q, U) cosine of every test query and row shown."""
@@ -385,11 +388,11 @@ class Run:
         embedded = unit.selector != "spread"
         for key, needed, make in (
             ("embeddings", embedded, lambda: self._engine.embeddings(data.task, rows)),
-            ("scores", scored, lambda: self._engine.sparsity(data.task, rows, rows[:_SAMPLE_ROWS])),
+            ("scores", scored, lambda: self._engine.sparsity(data.task, rows, rows)),
             (
                 "query scores",
                 unit.selector == "difficulty_matched",
-                lambda: self._engine.sparsity(data.task, data.splits.test, rows[:_SAMPLE_ROWS]),
+                lambda: self._engine.sparsity(data.task, data.splits.test, rows),
             ),
         ):
             if needed and (name, key) not in self._kept:

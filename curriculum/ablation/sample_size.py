@@ -1,6 +1,7 @@
 """How many items, or how many demonstration sets, it would take to see a difference.
 
-Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices.
+Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices, NaN where the outcomes at hand do not say:
+fewer than three sets, or outcomes without spread. No answer is below the three sets that an interval takes.
 
 A plan, not a second test: computed from the difference just found, "power" restates its p-value and says nothing new about
 it (Hoenig and Heisey 2001), and a difference that was picked for being large is larger than the truth, so the numbers come
@@ -13,12 +14,14 @@ Shapes: S demonstration sets, Q test items.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import nctdtr, nctdtrinc, ndtr, ndtri, stdtrit
 
-from sparsort.curriculum.ablation.estimates import check_fraction, numbers
+from sparsort.curriculum.ablation.estimates import ITEM, SET, check_fraction, numbers
+from sparsort.curriculum.ablation.resampling import MIN_CLUSTERS, Floats, flat, missing_interval
 from sparsort.errors import SparsortError
 
 # From here on t is the normal distribution to all digits that matter.
@@ -62,10 +65,8 @@ def power_of_sets(difference: float, sd: float, sets: int, *, alpha: float = 0.0
     """
     check_fraction("alpha", alpha)
     _check_sd(difference, sd)
-    if sets < 2:
-        raise SparsortError(f"the power of {sets} demonstration sets was asked for; expected at least 2.")
-    if sd == 0:
-        return 1.0 if difference else alpha
+    if sets < MIN_CLUSTERS:
+        raise SparsortError(f"the power of {sets} demonstration sets was asked for; expected at least {MIN_CLUSTERS}.")
     bound, centre = float(stdtrit(sets - 1, 1 - alpha / 2)), abs(difference) * math.sqrt(sets) / sd
     if sets > _NORMAL:
         return float(ndtr(centre - bound) + ndtr(-centre - bound))
@@ -82,7 +83,7 @@ def sets_needed(difference: float, sd: float, *, power: float = 0.8, alpha: floa
         alpha: two-sided level.
 
     Raises:
-        SparsortError: numbers that are not finite, a negative sd, or a power or level outside (0, 1).
+        SparsortError: numbers that are not finite, an sd that is not above 0, or a power or level outside (0, 1).
     """
     _check(power, alpha)
     _check_sd(difference, sd)
@@ -91,7 +92,9 @@ def sets_needed(difference: float, sd: float, *, power: float = 0.8, alpha: floa
     z = float(ndtri(1 - alpha / 2) + ndtri(power))
     if (nearly := (z * sd / difference) ** 2) > _NORMAL:
         return float(math.ceil(nearly))
-    high = 2
+    high = MIN_CLUSTERS
+    if power_of_sets(difference, sd, high, alpha=alpha) >= power:
+        return float(high)
     while power_of_sets(difference, sd, high, alpha=alpha) < power:
         high *= 2
     low = high // 2
@@ -110,9 +113,10 @@ class Needed:
         power, alpha: as asked.
         between_sd: true sd of the difference between sets, on endless items; 0 where its variance came out negative.
         within_sd: sd of one item's difference about its set's, beyond what the item does in every set.
-        sets: demonstration sets at the present Q items; NaN from one set alone.
+        sets: demonstration sets at the present Q items; NaN where `reason` says why.
         items: items per set at the present S sets, `inf` where S sets are too few however many items they are asked; from
-            one set, items for that set alone (Connor).
+            one set, items for that set alone (Connor). NaN where `reason_items` says why.
+        reason, reason_items: why the number is NaN, "" where it is not.
     """
 
     difference: float
@@ -122,6 +126,8 @@ class Needed:
     within_sd: float
     sets: float
     items: float
+    reason: str = ""
+    reason_items: str = ""
 
 
 def needed(values_SQ: ArrayLike, *, difference: float | None = None, power: float = 0.8, alpha: float = 0.05) -> Needed:
@@ -139,46 +145,71 @@ def needed(values_SQ: ArrayLike, *, difference: float | None = None, power: floa
 
     Raises:
         SparsortError: a bad shape or number, or a power or level outside (0, 1).
+
+    With fewer than three sets, or sets that do not differ, the numbers are NaN; from one set, items for that set alone.
     """
     _check(power, alpha)
     values = numbers(values_SQ, "values", "SQ")
-    sets, items = values.shape
     delta = float(values.mean()) if difference is None else float(difference)
-    if sets == 1:
-        spread = float(values.var(ddof=1)) if items > 1 else math.nan
-        enough = items_needed(delta, spread + delta**2, power=power, alpha=alpha) if items > 1 else math.nan
-        return Needed(
-            difference=delta,
-            power=power,
-            alpha=alpha,
-            between_sd=math.nan,
-            within_sd=math.sqrt(spread),
-            sets=math.nan,
-            items=enough,
-        )
-    by_set_S = values.mean(axis=1)
-    total = float(by_set_S.var(ddof=1))
-    within = math.nan
-    if items > 1:
-        rest = values - by_set_S[:, None] - values.mean(axis=0) + values.mean()
-        within = float((rest**2).sum()) / ((sets - 1) * (items - 1))
-    between = max(total - within / items, 0.0)
-    return Needed(
+    nothing = Needed(
         difference=delta,
         power=power,
         alpha=alpha,
-        between_sd=math.sqrt(between) if items > 1 else math.nan,
-        within_sd=math.sqrt(within) if items > 1 else math.nan,
-        sets=sets_needed(delta, math.sqrt(total), power=power, alpha=alpha),
-        items=_items_per_set(delta, between, within, sets, power, alpha),
+        between_sd=math.nan,
+        within_sd=math.nan,
+        sets=math.nan,
+        items=math.nan,
     )
+    by_set_S = values.mean(axis=1)
+    scale = float(np.abs(values).max())
+    reason = missing_interval(by_set_S, SET, scale=scale)
+    if len(values) == 1:
+        return _for_one_set(values[0], replace(nothing, reason=reason))
+    if reason:
+        return replace(nothing, reason=reason, reason_items=reason)
+    return _for_sets(values, by_set_S, replace(nothing, reason_items=_same_items(values, scale)))
+
+
+def _for_one_set(values_Q: Floats, found: Needed) -> Needed:
+    """Items for this set alone: the interval is over items, so these are the clusters that have to differ."""
+    if reason := missing_interval(values_Q, ITEM):
+        return replace(found, reason_items=reason)
+    spread = float(values_Q.var(ddof=1))
+    items = items_needed(found.difference, spread + found.difference**2, power=found.power, alpha=found.alpha)
+    return replace(found, within_sd=math.sqrt(spread), items=items)
+
+
+def _for_sets(values_SQ: Floats, by_set_S: Floats, found: Needed) -> Needed:
+    sets, items = values_SQ.shape
+    total = float(by_set_S.var(ddof=1))
+    found = replace(found, sets=sets_needed(found.difference, math.sqrt(total), power=found.power, alpha=found.alpha))
+    if found.reason_items:
+        return found
+    within = _interaction(values_SQ)
+    between = max(total - within / items, 0.0)
+    enough = _items_per_set(found.difference, between, within, sets, found.power, found.alpha)
+    return replace(found, between_sd=math.sqrt(between), within_sd=math.sqrt(within), items=enough)
+
+
+def _interaction(values_SQ: Floats) -> float:
+    """Mean square of the interaction of sets and items; at least 2 of each."""
+    sets, items = values_SQ.shape
+    rest = values_SQ - values_SQ.mean(axis=1, keepdims=True) - values_SQ.mean(axis=0) + values_SQ.mean()
+    return float((rest**2).sum() / ((sets - 1) * (items - 1)))
+
+
+def _same_items(values_SQ: Floats, scale: float) -> str:
+    """Why nothing can be said of other numbers of items: one item, or items that differ alike in every set."""
+    if values_SQ.shape[1] == 1:
+        return "one test item says nothing of other numbers of items"
+    if flat(np.array([0.0, math.sqrt(_interaction(values_SQ))]), scale):
+        return "test items whose differences are the same in every set say nothing of other numbers of items"
+    return ""
 
 
 def _items_per_set(delta: float, between: float, within: float, sets: int, power: float, alpha: float) -> float:
     if delta == 0:
         return math.inf
-    if math.isnan(within):
-        return math.nan
     bound = float(stdtrit(sets - 1, 1 - alpha / 2))
     centre = float(nctdtrinc(sets - 1, 1 - power, bound))
     room = sets * (delta / centre) ** 2 - between
@@ -201,7 +232,8 @@ def _check(power: float, alpha: float) -> None:
 
 
 def _check_sd(difference: float, sd: float) -> None:
-    if not (math.isfinite(difference) and math.isfinite(sd)) or sd < 0:
+    if not (math.isfinite(difference) and math.isfinite(sd)) or sd <= 0:
         raise SparsortError(
-            f"difference={difference!r} with sd={sd!r}; expected finite numbers and an sd of at least 0."
+            f"difference={difference!r} with sd={sd!r}; expected finite numbers and an sd above 0: sets that do not differ "
+            "allow no test, whatever their number."
         )

@@ -1,8 +1,9 @@
 """Which rows are asked (test), which choose an order (dev), and which may be shown (pool); and the sets that are drawn.
 
-Contract: pure and seeded. No row of the pool is, or nearly is, a test or dev row (`demos.leaks`), and no dev row is a
-test row; what was left out is reported. The pool and the dev rows do not change with the number of test rows, and more
-test rows are the fewer ones and some more behind them, so a study can grow without asking again what it has asked.
+Contract: pure and seeded; draws go by the position of a row, so the same rows in another order are split otherwise. No row of
+the pool is, or nearly is, a test or dev row (`demos.leaks`), and no dev row is a test row; what was left out is reported. The
+pool and the dev rows do not change with the number of test rows, and more test rows are the fewer ones and some more behind
+them, so a study can grow without asking again what it has asked.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sparsort.curriculum.demos.pool import DemoPool, field_text
 from sparsort.curriculum.demos.rows import ID_FIELD
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.values import has_text, is_missing, not_text
 
 Fields = dict[str, Any]
 
@@ -218,7 +220,12 @@ def check_selector(name: str) -> str:
 
 
 def _identified(row: Mapping[str, Any], position: int, which: str) -> Fields:
-    return dict(row) | ({ID_FIELD: f"{which}:{position}"} if row.get(ID_FIELD) is None else {})
+    given = row.get(ID_FIELD)
+    if is_missing(given):
+        return dict(row) | {ID_FIELD: f"{which}:{position}"}
+    if not has_text(given):
+        raise not_text(given, field=ID_FIELD, where=f"row {position} of the {which} rows")
+    return dict(row)
 
 
 def _without_leaks(

@@ -61,7 +61,7 @@ class Spread:
         order_sd: root of the order variance, 0 where that is negative: the sd over orders on endless items.
         real_share: order variance / (order variance + item noise), which is observed_sd², cut to [0, 1]; NaN if all orders give
             the same means.
-        order_variance: with its interval over sets and a test of zero.
+        order_variance: with its interval over sets and a test of zero; neither with fewer than three sets or equal ones.
         components: of one outcome.
     """
 
@@ -126,7 +126,7 @@ def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spr
         item_noise_sd=float(np.sqrt(noise)),
         order_sd=float(np.sqrt(np.maximum(order, 0.0))),
         real_share=np.nan if alike else float(np.clip(order / observed, 0.0, 1.0)),
-        order_variance=estimate_sets(order_S),
+        order_variance=estimate_sets(order_S, scale=float(np.abs(values).max()) ** 2),
         components=_components(mean_SQ, orders, order, float(rest_S.mean())),
     )
 

@@ -13,6 +13,7 @@ What a result here does and does not say:
 - Intervals are 95 % each, not jointly. Holm's correction is for the family of arms that one claim is picked from. Cells
   (tasks, shots, with and without contextual calibration) share items or sets and are not independent replications.
 - No interval from ten sets knows of a rare collapse (one set in twenty, say) that none of the ten met.
+- Fewer than three sets, or sets that do not differ, allow no interval and no p-value: these are NaN, and `reason` says why.
 
 Shapes: S demonstration sets, Q test items, R random orders of each set, M hypotheses.
 """
@@ -75,6 +76,7 @@ def difference(
         level=level,
         draws=draws,
         seed=seed,
+        scale=max(float(np.abs(arm).max()), float(np.abs(against).max())),
     )
     if over != "items" and len(arm) > 1 and (arm == arm[0]).all():
         note = (
@@ -128,8 +130,8 @@ def rank(
     u_s = (#{r: ȳ_rs < x̄_s} + ½ #{r: ȳ_rs = x̄_s}) / R, as a percentile in [0, 1]; 0.5 is a random order, and the p-value
     tests that. If the arm is no better than one more random draw, u_s is, ties aside, symmetric about 0.5 whatever the
     spread over orders looks like, so this test is right where few, far-off orders make differences in accuracy skewed. An
-    arm that is itself one of the R orders ties with itself: u_s then lies in [1/2R, 1 − 1/2R], still about 0.5. With one set
-    there is no interval (NaN).
+    arm that is itself one of the R orders ties with itself: u_s then lies in [1/2R, 1 − 1/2R], still about 0.5. With fewer
+    than three sets, or the same place in all of them, there is no interval (NaN) and `reason` says so.
 
     Raises:
         SparsortError: shapes that do not fit, or values that are not finite.
@@ -147,7 +149,7 @@ class McNemar:
     """McNemar's test of two arms on one set. `first_only` items only the first got right, `second_only` only the second.
 
     `p_mid` is the one to read: the exact p never rejects too often and nearly always too seldom (Fagerland, Lydersen and
-    Laake 2013); `p_exact` is for where a guarantee is wanted.
+    Laake 2013); `p_exact` is for where a guarantee is wanted. Both are NaN, with a `reason`, where no item tells the arms apart.
     """
 
     first_only: int
@@ -155,13 +157,15 @@ class McNemar:
     items: int
     p_exact: float
     p_mid: float
+    reason: str = ""
 
 
 def mcnemar(first_Q: ArrayLike, second_Q: ArrayLike) -> McNemar:
     """McNemar's test, exact and mid-p, for two arms on ONE demonstration set: are they right equally often on items like these?
 
     With b items that only the first arm got right, c only the second, X ~ Binomial(b + c, ½) and t = |b − c|:
-    p_exact = P(|2X − b − c| ≥ t), p_mid = P(|2X − b − c| > t) + ½ P(|2X − b − c| = t). Without discordant items both are 1.
+    p_exact = P(|2X − b − c| ≥ t), p_mid = P(|2X − b − c| > t) + ½ P(|2X − b − c| = t). Without discordant items nothing is
+    tested: both are NaN.
 
     It says nothing of other sets. Counts summed over sets are no McNemar table, as one item comes back in each and a set
     moves all of its items: use `clustered_mcnemar`. Against the mean over random orders, use `difference`.
@@ -182,7 +186,7 @@ def mcnemar(first_Q: ArrayLike, second_Q: ArrayLike) -> McNemar:
     _same_cells(first, second)
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     discordant, fewer = only_first + only_second, min(only_first, only_second)
-    p_exact = p_mid = 1.0
+    p_exact = p_mid = np.nan
     if discordant:
         at = float(
             np.exp(-np.log(discordant + 1.0) - betaln(discordant - fewer + 1, fewer + 1) - discordant * np.log(2))
@@ -190,12 +194,22 @@ def mcnemar(first_Q: ArrayLike, second_Q: ArrayLike) -> McNemar:
         tail = float(bdtr(fewer, discordant, 0.5))
         p_exact = min(1.0, 2.0 * tail)
         p_mid = 1.0 - at / 2.0 if only_first == only_second else 2.0 * tail - at
-    return McNemar(first_only=only_first, second_only=only_second, items=first.size, p_exact=p_exact, p_mid=p_mid)
+    return McNemar(
+        first_only=only_first,
+        second_only=only_second,
+        items=first.size,
+        p_exact=p_exact,
+        p_mid=p_mid,
+        reason="" if discordant else f"the arms do not differ on any of {first.size} test items, which allows no test",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClusteredMcNemar:
-    """Two arms over several sets: (S,) discordant counts of each, Durkalski's χ² with its p, and the p to use."""
+    """Two arms over several sets: (S,) discordant counts of each, Durkalski's χ² with its p, and the p to use.
+
+    All three are NaN, with a `reason`, where the sets allow no test: fewer than three, or sets that do not differ.
+    """
 
     first_only: NDArray[np.int64]
     second_only: NDArray[np.int64]
@@ -203,6 +217,7 @@ class ClusteredMcNemar:
     p_chi2: float
     p_value: float
     method: str
+    reason: str = ""
 
 
 def clustered_mcnemar(
@@ -214,7 +229,7 @@ def clustered_mcnemar(
     variance under the null): sets may correlate within, and outcomes need no model. Its χ² law wants many sets and with 10
     rejects at 4.2 % for a nominal 5; so `p_value` refers the same statistic to its sign vectors over sets, which never
     rejects too often if b_s − c_s is symmetric under the null, and is the p-value of `difference(first, second)`. Fewer than
-    7 sets: t.
+    7 sets: t. Fewer than 3, or the same b_s − c_s in all of them: no test.
 
     Raises:
         SparsortError: one set only (use `mcnemar`), unequal shapes, or values other than 0 and 1.
@@ -225,9 +240,8 @@ def clustered_mcnemar(
         raise SparsortError("clustered_mcnemar was given one demonstration set; expected at least 2. Use mcnemar(...).")
     only_first, only_second = (first & ~second).sum(axis=1), (~first & second).sum(axis=1)
     gain_S = (only_first - only_second).astype(np.float64)
-    squares = float((gain_S**2).sum())
-    chi2 = float(gain_S.sum()) ** 2 / squares if squares else 0.0
     found = estimate(first.astype(np.float64) - second, draws=draws, seed=seed)
+    chi2 = np.nan if found.reason else float(gain_S.sum()) ** 2 / float((gain_S**2).sum())
     return ClusteredMcNemar(
         first_only=only_first,
         second_only=only_second,
@@ -235,6 +249,7 @@ def clustered_mcnemar(
         p_chi2=float(chdtrc(1, chi2)),
         p_value=found.p_value,
         method=found.method,
+        reason=found.reason,
     )
 
 
@@ -242,7 +257,8 @@ def holm(p_M: ArrayLike) -> Floats:
     """Holm's (1979) step-down adjusted p-values, (M,), in the given order: max over j ≤ i of min(1, (m − j + 1) p_(j)).
 
     Rejecting where the adjusted p is below α keeps the chance of any false rejection below α, however the tests depend on
-    one another (arms share sets, items and random orders). A NaN stays NaN and does not count in m: no test was made.
+    one another (arms share sets, items and random orders). A NaN stays NaN and does not count in m: no test was made. Where
+    the claim is picked from hypotheses that include untestable ones, give those 1, which counts them and rejects none.
 
     Raises:
         SparsortError: not one-dimensional, or a value outside [0, 1].

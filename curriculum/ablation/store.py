@@ -3,7 +3,8 @@
 Contract: what `write` returned from is on the disk, and no kill and no power cut loses it. Each write adds one Parquet
 block of a name of its own, whole or absent, so that any number of processes may write to one store, and to one group,
 at once; of outcomes that came twice the first counts. A damaged block is set aside and logged, and its pairs are
-missing again. `store.json` holds what outcomes depend on besides the pair; a store of another model is refused.
+missing again. `store.json` holds what outcomes depend on besides the pair; a store of another model is refused. Blocks have a
+hash of their content in their names, `store.json` and the notes a digest in themselves.
 
     store.json                                       format, version, identity, feature names
     groups/trec-3f2a+random+k8+seed3/                the group "trec-3f2a/random/k8/seed3"
@@ -43,7 +44,9 @@ from sparsort.curriculum.ablation.store_folder import (
     make_folder,
     name_of_file,
     open_manifest,
+    open_note,
     read_manifest,
+    sealed_note,
     set_aside,
 )
 from sparsort.errors import SparsortError
@@ -98,6 +101,7 @@ class OutcomeStore:
         self.folder = folder
         self.identity: dict[str, Any] = manifest["identity"]
         self.feature_names: tuple[str, ...] = tuple(manifest["feature_names"])
+        self._has_seals: bool = "digest" in manifest
         text = json.dumps([self.identity, self.feature_names], sort_keys=True)
         self._digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self._claimed: set[str] = set()
@@ -217,13 +221,14 @@ class OutcomeStore:
         value = as_json(value, f"note {name!r}")
         make_folder(self._folder(group))
         with locked(self.folder / LOCK, wait=True):
-            write_json(self._note(group, name), value)
+            write_json(self._note(group, name), sealed_note(group, name, value))
 
     def get_note(self, group: str, name: str, default: Any = None) -> Any:
         """The note as JSON gives it back, or `default` where there is none; a damaged one is set aside and logged."""
         path = self._note(group, name)
         try:
-            return json.loads(path.read_bytes())
+            found = json.loads(path.read_bytes())
+            return open_note(found, group, name, must_be_sealed=self._has_seals)
         except (FileNotFoundError, NotADirectoryError):
             return default
         except ValueError as error:

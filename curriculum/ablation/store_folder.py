@@ -2,6 +2,9 @@
 
 Contract: what is made here is on the disk when the call returns. Of processes that make one store at once, one makes it
 and the others find it. Nothing is deleted but temporary files that no write can still be using.
+
+The manifest and the notes of version 2 carry digests of themselves. In a store of version 1 a note may have none, and the
+manifest is guarded by the blocks, which name its digest.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from typing import Any
 from urllib.parse import unquote
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error, write_json
+from sparsort.files import disk_error
+from sparsort.integrity import check_seal, is_sealed, seal, write_sealed
 from sparsort.locks import locked
 
 MANIFEST = "store.json"
 FORMAT = "sparsort-outcomes"
-VERSION = 1
+VERSION = 2
+_UNSEALED = 1
 LOCK = ".lock"
 
 _LOG = logging.getLogger("sparsort")
@@ -161,14 +166,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise cannot_read(path, error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise SparsortError(f"{path} was not written by sparsort ablate. Choose another folder.")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (_UNSEALED, VERSION):
         raise SparsortError(
-            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {VERSION}. "
+            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {_UNSEALED} and {VERSION}. "
             "Update sparsort, or choose another folder."
         )
+    if manifest["version"] == VERSION:
+        check_seal(manifest, path, next_step=_RESTORE)
     if not isinstance(manifest.get("identity"), dict) or not isinstance(manifest.get("feature_names"), list):
         raise SparsortError(f"{path} lacks what its outcomes depend on. Delete {folder}, or choose another folder.")
     return manifest
+
+
+def sealed_note(group: str, name: str, value: Any) -> dict[str, Any]:
+    """A note as it is written: with a digest, and with its place, so that another note cannot take it."""
+    return seal({"group": group, "name": name, "note": value})
+
+
+def open_note(found: Any, group: str, name: str, *, must_be_sealed: bool) -> Any:
+    """The value in a note.
+
+    Args:
+        found: JSON as it was read.
+        group, name: where it was read.
+        must_be_sealed: False in a store of version 1, whose notes may be the bare value.
+
+    Raises:
+        ValueError: it is damaged, or belongs elsewhere.
+    """
+    is_bare = not isinstance(found, dict) or len(_NOTE_KEYS & found.keys()) < 2  # one flipped bit changes one key
+    if is_bare and not must_be_sealed:
+        return found
+    if is_bare or not is_sealed(found) or (found["group"], found["name"]) != (group, name):
+        raise ValueError("its content has changed since it was written")
+    return found["note"]
 
 
 def _create(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -180,7 +211,7 @@ def _create(folder: Path, manifest: Mapping[str, Any]) -> None:
     make_folder(folder)
     with locked(folder / LOCK, wait=True):
         if not (folder / MANIFEST).exists():
-            write_json(folder / MANIFEST, manifest)
+            write_sealed(folder / MANIFEST, manifest)
 
 
 def _refuse_another(folder: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -195,3 +226,10 @@ def _refuse_another(folder: Path, began: Mapping[str, Any], now: Mapping[str, An
             f"{folder} holds outcomes of another model or engine:\n  " + "\n  ".join(changed) + "\n"
             "Choose another folder, run with what began it, or delete it to compute them anew."
         )
+
+
+_NOTE_KEYS = frozenset(("group", "name", "note", "digest"))
+_RESTORE = (
+    f"The outcomes in its blocks are whole: copy {MANIFEST} again from where this folder came from, or make it again "
+    "with sparsort ablate in another folder."
+)

@@ -5,7 +5,7 @@ is `query_text` and, directly behind it, the answer template filled with the row
 query is `query_text` alone. Everything that can be wrong with a task is said when it is made, and everything that can
 be wrong between a task and its data by `check_rows`, before any model runs.
 
-A label whose text begins another's ("number", "number of") is allowed: what follows it decides, see `scoring.answers`.
+A label whose text begins another's ("number", "number of") is allowed: what follows it decides, see `texts.Texts`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from typing import Any, Literal, get_args
 
 from sparsort.curriculum.ablation import tables
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.templates import fields_of, missing_field, render
+from sparsort.paths import canonical
+from sparsort.templates import fields_of, render
+from sparsort.values import is_missing, put, row_of, text_at
 
 Row = Mapping[str, Any]
 Judge = Literal["labels", "exact", "number", "math"]
 JUDGES: tuple[str, ...] = get_args(Judge)
 
+_LABEL_PATH = "A label (--label; in a task file, label = …) is written without braces."
 _READY = Path(__file__).parent / "task_files"
 # More different values than this in a label column are answers, not labels.
 MOST_LABELS = 64
@@ -46,7 +49,7 @@ class Task:
         prompt: format string of a row's question, such as "Question: {sentence}\\nType:".
         answer: format string of what follows it, such as " {label}". The field named by `label` is filled with the
             label's words; a generation task may show another field here (worked steps) than the one that is judged.
-        label: the field that holds the gold label, or the gold answer.
+        label: the field that holds the gold label, or the gold answer: a column, or a path as in a template ("meta.label").
         labels: value in the data to words in the prompt, in the order of the label indices; None for generation.
         judge: "labels" (the most probable one is the answer), or how generated text is compared with the gold answer:
             "exact", "number" (GSM8K's, behind ####) or "math" (equivalence).
@@ -166,43 +169,40 @@ class Task:
     def content_free_texts(self) -> list[str]:
         """The question with every field filled with each content-free input."""
         return [
-            render(self.prompt, dict.fromkeys(self.fields, text), where=f"the content-free input {text!r}")
+            render(self.prompt, row_of(dict.fromkeys(self.fields, text)), where=f"the content-free input {text!r}")
             for text in self.content_free
         ]
 
     def _answer(self, row: Row, words: str, where: str) -> str:
         # Generation shows the row's own field, which the judge may read otherwise than it stands there.
-        filled = row if self.labels is None else {**row, self.label: words}
+        filled = row if self.labels is None else put(row, self.label, words)
         return render(self.answer, filled, where=where)
 
     def _gold(self, row: Row) -> str:
-        value = row.get(self.label)
-        if value is None:
-            raise missing_field(self.label, row, _name(row))
-        return str(value)
+        return text_at(row, self.label, where=_name(row), way_out=_LABEL_PATH)
 
     def _check_templates(self) -> None:
-        asked, shown = fields_of(self.prompt), fields_of(self.answer)
+        asked, shown, label = fields_of(self.prompt), fields_of(self.answer), canonical(self.label)
         if not asked:
             raise self._error(
                 f"has the prompt {self.prompt!r}, which names no field of the data, so every query would read alike. "
                 "Put a field's name in braces, for example 'Question: {question}\\nAnswer:'."
             )
-        if self.label in asked:
+        if label in asked:
             raise self._error(
                 f"has the label field {self.label!r} in its prompt {self.prompt!r}, which gives the answer away. "
                 "Name it in the answer only."
             )
-        if not shown or (self.judge == "labels" and self.label not in shown):
+        if not shown or (self.judge == "labels" and label not in shown):
             raise self._error(
-                f"has the answer template {self.answer!r} without its field: write {{{self.label}}} where the answer "
-                f"stands, for example ' {{{self.label}}}'."
+                f"has the answer template {self.answer!r} without its field: write {{{label}}} where the answer "
+                f"stands, for example ' {{{label}}}'."
             )
         if self.judge == "labels" and len(shown) > 1:
-            others = ", ".join(repr(name) for name in shown if name != self.label)
+            others = ", ".join(repr(name) for name in shown if name != label)
             raise self._error(
                 f"has {others} in its answer template {self.answer!r}; a label is scored with nothing beside it but "
-                f"fixed words. Leave {{{self.label}}} only."
+                f"fixed words. Leave {{{label}}} only."
             )
         self.content_free_texts()
 
@@ -288,7 +288,7 @@ def task_from_flags(
     table: dict[str, Any] = {
         "name": name,
         "prompt": prompt,
-        "answer": answer or f" {{{label}}}",
+        "answer": answer or f" {{{canonical(label)}}}",
         "label": label,
         "judge": judge,
     }
@@ -359,10 +359,7 @@ def check_rows(task: Task, rows: Sequence[Row], what: str = "the data") -> list[
 def _discover(rows: Iterable[Row], label: str) -> list[str]:
     found: dict[str, None] = {}
     for position, row in enumerate(rows):
-        value = row.get(label)
-        if value is None:
-            raise missing_field(label, row, _name(row, position))
-        found.setdefault(str(value))
+        found.setdefault(text_at(row, label, where=_name(row, position), way_out=_LABEL_PATH))
         if len(found) > MOST_LABELS:
             raise SparsortError(
                 f"the field {label!r} has more than {MOST_LABELS} different values, so it does not look like a label. "
@@ -374,5 +371,6 @@ def _discover(rows: Iterable[Row], label: str) -> list[str]:
 
 
 def _name(row: Row, position: int | None = None) -> str:
-    given = row.get("id", position)
+    given = row.get("id")
+    given = position if is_missing(given) else given
     return "a row without an id" if given is None else f"row {given!r}"

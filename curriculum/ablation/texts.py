@@ -3,10 +3,14 @@
 Contract: `"".join(prefix(demos)) + query(demos, row)` is the whole prompt, and a demonstration's chunk does not depend on what
 follows it, so orders that begin alike share their first chunks. A chat template that rewrites earlier turns cannot be
 cut so: then the prefix is empty and the query is the whole prompt.
+
+A pair's name holds the rule by which labels are scored (`branches.RULE`) where the rule matters for the query. Outcomes of an
+earlier version, which scored all labels from one boundary, are therefore found again only where its boundary was the same.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +18,8 @@ from typing import Any
 
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.errors import SparsortError
+from sparsort.scoring.branches import RULE, moves_boundary
+from sparsort.scoring.prompts import Encoder
 
 Row = Mapping[str, Any]
 
@@ -26,7 +32,8 @@ class Texts:
 
     Args:
         task: the task.
-        tokenizer: for a task in chat: its chat template makes the turns.
+        tokenizer: the model's: its chat template makes the turns of a task in chat, and it decides how `pair` names a query. A
+            plain task of which no pair is named can do without (None).
 
     Attributes:
         answers: (L,) what is scored behind a query, a label each. Where one label begins another ("good", "good film") it
@@ -37,7 +44,7 @@ class Texts:
         SparsortError: the task is in chat, and the tokenizer has no chat template, or one that refuses the task's turns.
     """
 
-    def __init__(self, task: Task, tokenizer: Any = None) -> None:
+    def __init__(self, task: Task, tokenizer: Any) -> None:
         self.task = task
         self._tokenizer = tokenizer
         self._last: tuple[list[Row], tuple[str, ...]] | None = None
@@ -49,6 +56,7 @@ class Texts:
         self.answers = self._answers()
         generated = {"stop": task.stop, "max_new_tokens": task.max_new_tokens}
         self._asked = json.dumps(self.answers or generated)
+        self._names: dict[str, str] = {}
         if task.chat:
             self.query([], "x")
 
@@ -72,7 +80,23 @@ class Texts:
 
     def pair(self, chunks: Sequence[str], query: str) -> tuple[str, str]:
         """Digests of a prefix and a query: the pair that an outcome belongs to."""
-        return digest("".join(chunks)), digest(query + "\0" + self._asked)
+        plain, by_rule = self.query_names(query)
+        if plain not in self._names:
+            moved = bool(self.answers) and moves_boundary(self._encoder, query, self.answers)
+            self._names[plain] = by_rule if moved else plain
+        return digest("".join(chunks)), self._names[plain]
+
+    def own_pair(self, chunks: Sequence[str], query: str) -> tuple[str, str]:
+        """The pair of a loss on the query's own text, which no label changes."""
+        return digest("".join(chunks)), self.query_names(query)[0]
+
+    def query_names(self, query: str) -> tuple[str, str]:
+        """The two digests that a query may have in pairs: where any rule scores its labels alike, and where the rule matters."""
+        return digest(f"{query}\0{self._asked}"), digest(f"{query}\0{self._asked}\0{RULE}")
+
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self._tokenizer, max_length=None, chat=self.task.chat)
 
     def _chat_prefix(self, demos: Sequence[Row]) -> tuple[str, ...]:
         chunks, before = [], ""

@@ -67,8 +67,8 @@ def chat_text(tokenizer: Any, messages: Messages) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         what = "no tokenizer was given" if tokenizer is None else "this tokenizer has no chat template"
         raise SparsortError(
-            f"chat=True needs a model's chat template, but {what}. Pass the tokenizer, name or folder of an "
-            "instruction-tuned model as tokenizer=, or leave chat out to build plain text."
+            f"chat=True and messages= need a model's chat template, but {what}. Pass the tokenizer, name or folder of an "
+            "instruction-tuned model as tokenizer=, or use templates without chat to build plain text."
         )
     from jinja2.exceptions import TemplateError
 

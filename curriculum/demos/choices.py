@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.rows import listed
 from sparsort.errors import SparsortError
+from sparsort.values import as_text, is_missing
 
 
 def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int, str]) -> list[int]:
@@ -24,7 +25,7 @@ def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int,
     Raises:
         SparsortError: an id is unknown, named twice, borne by two rows, or belongs to an excluded row.
     """
-    names = [str(name) for name in wanted]
+    names = [as_text(name, field="ids", where=f"item {place} of ids=") for place, name in enumerate(wanted)]
     places: dict[str, list[int]] = {}
     for position, name in enumerate(pool_ids):
         places.setdefault(name, []).append(position)
@@ -54,7 +55,7 @@ def balanced(values: Sequence[Any], rows: NDArray[np.int64], k: int, *, field: s
     more labels than k, k of them are drawn. The result is shuffled, so that no label stands in a block.
 
     Args:
-        values: label of every pool row; None where there is none.
+        values: label of every pool row; None (or another missing value) where there is none.
         rows: positions that may be chosen.
         k: how many.
         field: the label's field, for errors.
@@ -63,16 +64,17 @@ def balanced(values: Sequence[Any], rows: NDArray[np.int64], k: int, *, field: s
     Raises:
         SparsortError: a row has no label, or a label has too few rows for its share.
     """
-    unlabelled = [str(position) for position, value in enumerate(values) if value is None]
+    unlabelled = [str(position) for position, value in enumerate(values) if is_missing(value)]
     if unlabelled:
         raise SparsortError(
             f"{len(unlabelled)} rows of the pool have no value in the label field {field!r}: {listed(unlabelled)} "
             "(positions from 0). Name the right field with label=, or leave those rows out."
         )
     generator = np.random.default_rng(seed)
-    members: dict[str, list[int]] = {str(value): [] for value in values}
+    labels = [as_text(value, field=field, where=f"row {position} of the pool") for position, value in enumerate(values)]
+    members: dict[str, list[int]] = {label: [] for label in labels}
     for place, position in enumerate(rows.tolist()):
-        members[str(values[position])].append(place)
+        members[labels[position]].append(place)
     share, over = divmod(k, len(members))
     lacking = [f"{label!r} ({len(found)})" for label, found in members.items() if len(found) < share]
     spare = [label for label, found in members.items() if len(found) > share]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError
+from sparsort.values import number_array
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ def _by_id(scores: Mapping[Any, float], rows: Sequence[Row], argument: str) -> l
 
 def _numbers(values: Any, count: int, argument: str) -> NDArray[np.float64]:
     try:
-        numbers = np.asarray(values, dtype=np.float64)
+        numbers = number_array(values)
     except (TypeError, ValueError) as error:
         raise SparsortError(
             f"{argument} must be a table of scores, a mapping from id to number, or one number a demonstration; "

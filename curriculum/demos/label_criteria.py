@@ -73,7 +73,8 @@ def pdo(log_p_OPL: Any, prior_L: Any = None) -> Floats:
 
     Args:
         log_p_OPL: scores of the labels.
-        prior_L: share of each label, or counts; positive.
+        prior_L: share of each label among the queries, or counts; positive. The shares of the pool are right only if the
+            queries have the same (`label_shift` estimates the queries').
 
     Cost: O·P pairs, or O·C for "pdo_null". Traps: the mean hides its parts, so an order under which the model always
     hedges is as good as one under which it is sure and right. Content-free inputs that were calibrated are uniform by
@@ -98,7 +99,7 @@ def best_on_dev(log_p_OPL: Any, gold_P: Any) -> Floats:
     order that always says it wins.
     """
     scores = label_scores(log_p_OPL, _AXES)
-    gold = _gold(gold_P, scores)
+    gold = gold_labels(gold_P, *scores.shape[1:])
     accuracy: Floats = (scores.argmax(axis=-1) == gold).mean(axis=1)
     return accuracy
 
@@ -110,14 +111,18 @@ def gold_log_likelihood(log_p_OPL: Any, gold_P: Any) -> Floats:
     Trap: one probe on which the model is sure and wrong can outweigh all others.
     """
     scores = label_scores(log_p_OPL, _AXES)
-    gold = _gold(gold_P, scores)
+    gold = gold_labels(gold_P, *scores.shape[1:])
     likelihood: Floats = log_softmax(scores)[:, np.arange(len(gold)), gold].mean(axis=1)
     return likelihood
 
 
-def _gold(gold_P: Any, scores_OPL: Floats) -> NDArray[np.int64]:
+def gold_labels(gold_P: Any, probes: int, labels: int) -> NDArray[np.int64]:
+    """Positions of the right labels, (P,), checked to fit `probes` rows and `labels` labels.
+
+    Raises:
+        SparsortError: another number of positions, or one that is no label's.
+    """
     given = numbers(gold_P, ("probes",), what="gold")
-    probes, labels = scores_OPL.shape[1:]
     if len(given) != probes:
         raise SparsortError(f"gold has {len(given)} labels for {probes} probes. Give one each.")
     bad = (given != np.floor(given)) | (given < 0) | (given >= labels)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos import diversity, levels, similarity
 from sparsort.curriculum.demos.choices import balanced, by_id
 from sparsort.curriculum.demos.pool import DemoPool
+from sparsort.paths import column_of
+from sparsort.values import value_at
 
 Places = NDArray[np.int64]
 
@@ -73,7 +75,11 @@ def _ids(task: Task) -> Places:
 
 
 def _balanced(task: Task) -> Places:
-    values = [row.get(task.label) for row in task.pool.rows]
+    column = column_of(task.label)
+    values = [
+        value_at(row, task.label, where=task.pool.name(position)) if column in row else None
+        for position, row in enumerate(task.pool.rows)
+    ]
     return balanced(values, task.rows, task.k, field=task.label, seed=task.seed)
 
 

@@ -7,13 +7,16 @@ and length come in as numbers. Difficulty rises with sparsity, so "sparse" reads
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
+from sparsort.conditions import Table, Values, When, refuse_unread_arguments
+from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.rows import Row, TextOf, id_of, listed, text_of
 from sparsort.errors import SparsortError, unknown_choice
 
@@ -71,10 +74,57 @@ _BY_SIMILARITY = {"similarity_ascending": _ascending, "similarity_descending": _
 _BY_LENGTH = {"length_ascending": _ascending, "length_descending": _descending}
 
 
+def base_order(order: str) -> str:
+    """An order without its "reverse:".
+
+    Raises:
+        SparsortError: there is no such order.
+    """
+    base = str(order)
+    while base.startswith(_REVERSE):
+        base = base.removeprefix(_REVERSE)
+    if base not in ORDERS:
+        raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
+    return base
+
+
+def default_order(kind: str | None) -> str:
+    """The order where none is named: the hardest first, by the name that goes with scores of this kind."""
+    return "sparse_to_dense" if kind in (None, "sparsity") else "hard_to_easy"
+
+
+def _keys(values: Values) -> frozenset[str]:
+    """What the order that is asked for ranks by."""
+    order = values["order"]
+    try:
+        base = base_order(order if order is not None else default_order(None))
+    except SparsortError:
+        return frozenset(("difficulty", "similarity", "length"))
+    return frozenset(
+        name
+        for name, orders in (("difficulty", _BY_DIFFICULTY), ("similarity", _BY_SIMILARITY), ("length", _BY_LENGTH))
+        if base in orders
+    )
+
+
+def ranks_by(*keys: str) -> Callable[[Values], bool]:
+    """Whether the order ranks by one of "difficulty", "similarity" and "length"; true of what is no order."""
+    return lambda values: bool(_keys(values) & set(keys))
+
+
+# The orders that read a setting; see `sparsort.conditions`. Numbers of the rows and a seed may be given where they are not read.
+READ_BY: Table = {
+    "missing": (
+        When(holds=ranks_by("difficulty", "similarity"), why="{order} ranks by nothing that a row could lack"),
+    ),
+    "text": (When(holds=ranks_by("length"), why="only the orders by length read a text, and this is {order}"),),
+}
+
+
 def order_demos(
     demos: Sequence[Row],
     scores: ScoresLike | None = None,
-    order: str = "sparse_to_dense",
+    order: str | None = None,
     *,
     similarity: Mapping[Any, float] | Sequence[float] | NDArray[Any] | None = None,
     seed: int = 0,
@@ -98,7 +148,8 @@ def order_demos(
     Args:
         demos: K rows.
         scores: a table of scores, a mapping from id to difficulty, or K numbers; higher is harder.
-        order: one of the names above.
+        order: one of the names above; None for the hardest first: `sparse_to_dense`, or `hard_to_easy` for scores of another kind
+            than sparsity.
         similarity: K similarities to the query, or a mapping from id; for the similarity orders.
         seed: of the random order.
         text: a row's text, for the length orders; by default all its text fields but the id.
@@ -106,12 +157,16 @@ def order_demos(
             the prompt (also under `reverse:`), or leave them out ("drop").
 
     Returns:
-        Copies of the rows, first to last.
+        Copies of the rows, first to last. Duplicates are kept, and logged as a warning (logger "sparsort").
 
     Raises:
-        SparsortError: unknown order, a missing input, scores of the wrong kind or length, NaN under missing="error".
+        SparsortError: unknown order, a missing input, scores of the wrong kind or length, NaN under missing="error", or a
+            setting that the order does not read.
     """
-    base = _base(order)
+    refuse_unread_arguments(order_demos, READ_BY, {"order": order, "missing": missing, "text": text})
+    if order is None:
+        order = default_order(scores.kind if isinstance(scores, DifficultyTable) else None)
+    base = base_order(order)
     difficulty = kind = near = lengths = None
     if base in _BY_DIFFICULTY and scores is not None:
         resolved = resolve(scores, demos)
@@ -131,7 +186,10 @@ def order_demos(
         missing=missing,
         names=[id_of(row, position) for position, row in enumerate(demos)],
     )
-    return [dict(demos[index]) for index in indices]
+    ordered = [dict(demos[index]) for index in indices]
+    for note in duplicates(ordered):
+        logging.getLogger("sparsort").warning("%s", note)
+    return ordered
 
 
 def order_indices(
@@ -162,7 +220,7 @@ def order_indices(
     Raises:
         SparsortError: as `order_demos`.
     """
-    base = _base(order)
+    base = base_order(order)
     if missing not in get_args(Missing):
         raise unknown_choice("treatment of missing scores", missing, get_args(Missing))
     if base == "given":
@@ -177,15 +235,6 @@ def order_indices(
     else:
         return _rank(order, _BY_LENGTH[base], _key(base, lengths, count, "lengths"), missing, names)
     return ranked[::-1].copy() if _is_reversed(order) else ranked
-
-
-def _base(order: str) -> str:
-    base = str(order)
-    while base.startswith(_REVERSE):
-        base = base.removeprefix(_REVERSE)
-    if base not in ORDERS:
-        raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
-    return base
 
 
 def _is_reversed(order: str) -> bool:

@@ -21,7 +21,9 @@ from sparsort.curriculum.demos.leaks import Leak, leaks_of
 from sparsort.curriculum.demos.rows import ANSWER_FIELDS, Row, TextOf, id_of, name_of, text_fields, text_of
 from sparsort.curriculum.demos.similarity import WordIndex
 from sparsort.errors import SparsortError
+from sparsort.paths import column_of, spell
 from sparsort.templates import fields_of
+from sparsort.values import is_missing, text_at, value_at
 
 Query = Mapping[str, Any] | str
 InputTexts = dict[str, str]
@@ -42,7 +44,7 @@ class DemoPool:
         rows: the rows, as a list or a dataset.
         prompt: the prompt template; its fields are the input that a query is compared by.
         text: instead, a function from a row to the text that it is compared by.
-        label: the field that holds the label, left out of the comparison.
+        label: the field that holds the label, left out of the comparison; a path as in a template may be given.
 
     Raises:
         SparsortError: both `prompt` and `text` are given, or the template names no field.
@@ -83,7 +85,8 @@ class DemoPool:
             return {_WHOLE: self._text(query)}
         fields = self._fields
         if fields is None:
-            fields = [name for name in text_fields(query, self._hidden()) if not self.rows or name in self.rows[0]]
+            names = text_fields(query, self._hidden())
+            fields = [spell([name]) for name in names if not self.rows or name in self.rows[0]]
         if not fields:
             has = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
             raise SparsortError(
@@ -139,13 +142,13 @@ class DemoPool:
     def _text_columns(self) -> dict[str, Fingerprints]:
         """The fingerprints of every text field that some row has, blank where a row has none."""
         if self._columns is None:
-            texts = [{field: str(row[field]) for field in text_fields(row, self._hidden())} for row in self.rows]
+            texts = [{spell([name]): row[name] for name in text_fields(row, self._hidden())} for row in self.rows]
             names = dict.fromkeys(field for fields in texts for field in fields)
             self._columns = {name: fingerprints([fields.get(name, "") for fields in texts]) for name in names}
         return self._columns
 
     def _hidden(self) -> set[str]:
-        return {*ANSWER_FIELDS, *([self.label] if self.label else [])}
+        return {*ANSWER_FIELDS, *([column_of(self.label)] if self.label else [])}
 
     def _column(self, field: str) -> list[str]:
         if field not in self._texts:
@@ -197,15 +200,14 @@ def field_text(row: Row, field: str, where: str) -> str:
     """One field of a row as text.
 
     Raises:
-        SparsortError: the row lacks it.
+        SparsortError: the row lacks it, or it has no text of its own.
     """
-    value = row.get(field)
-    if value is None:
+    if column_of(field) not in row or is_missing(value_at(row, field, where=where)):
         raise SparsortError(
             f"{where} has no value in the field {field!r}, which it is compared by; "
             f"it has: {', '.join(map(str, row)) or 'no fields'}."
         )
-    return str(value)
+    return text_at(row, field, where=where)
 
 
 def leaking_rows(demos: Sequence[Row], query: Row, fields: Sequence[str]) -> list[Leak]:

@@ -11,14 +11,15 @@ model at temperature 2 over its whole vocabulary writes nothing that reads as a 
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sparsort.curriculum.demos.rows import Row
 from sparsort.errors import SparsortError
-from sparsort.templates import fields_of
+from sparsort.paths import column_of
+from sparsort.templates import fields_of, pieces
+from sparsort.values import is_missing, text_at, value_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class ProbingSet:
     """The probes of a set of sampled texts.
 
     Attributes:
-        rows: the queries, each once, in the order of their first appearance.
+        rows: field to text of the queries, each once, in the order of their first appearance; `sparsort.values.row_of` makes
+            a row of one.
         sampled: how many texts there were.
         unparsed: how many did not read as a query.
         repeated: how many repeated an earlier probe.
@@ -56,7 +58,7 @@ def probing_set(
         SparsortError: the template or the separator cannot be used.
     """
     names = list(dict.fromkeys(part.field for part in _split(prompt_template)[1]))
-    shown = {tuple(str(demo.get(name, "")).strip() for name in names) for demo in demos}
+    shown = {tuple(_shown(demo, name) for name in names) for demo in demos}
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     sampled = unparsed = repeated = copied = 0
     for sample in samples:
@@ -74,7 +76,7 @@ def probing_set(
 
 
 def parse_probe(text: str, prompt_template: str, separator: str, *, ended: bool = False) -> dict[str, str] | None:
-    """The fields of the first query in a sampled text, or None where it does not read as one.
+    """Field to text of the first query in a sampled text, or None where it does not read as one.
 
     A query reads as the template's words in their order with something in every field. Spaces around the text and
     around fields are dropped. None where a field is empty; holds the separator or words of the template, so that another
@@ -132,6 +134,13 @@ def opening_of(prompt_template: str) -> str:
     return _split(prompt_template)[0].rstrip(" ")
 
 
+def _shown(demo: Row, field: str) -> str:
+    """What a demonstration has in a field; "" where it has nothing."""
+    where = "a demonstration"
+    there = column_of(field) in demo and not is_missing(value_at(demo, field, where=where))
+    return text_at(demo, field, where=where).strip() if there else ""
+
+
 class _Part(NamedTuple):
     field: str
     literal: str
@@ -144,7 +153,7 @@ def _split(template: str) -> tuple[str, list[_Part]]:
             f"the template {template!r} has no field, so no query reads out of it. Write one as {{question}}."
         )
     opening, parts = "", list[_Part]()
-    for literal, field, spec, conversion in string.Formatter().parse(template):
+    for literal, field, spec, conversion in pieces(template):
         if not parts:
             opening += literal
         else:

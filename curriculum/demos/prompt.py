@@ -8,18 +8,29 @@ query that is among its own demonstrations is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from sparsort.conditions import Table, excludes, needs, refuse_unread_arguments
+from sparsort.curriculum.demos.blocks import Blocks, conversation_blocks, template_blocks
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
-from sparsort.curriculum.demos.pool import input_fields, leaking_rows, only_field
+from sparsort.curriculum.demos.duplicates import duplicates
+from sparsort.curriculum.demos.leaks import Leak
 from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.templates import render
+from sparsort.scoring.prompts import Prompt
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
+# What a setting needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "separator": (
+        excludes("chat", "{chat} makes a turn of every block"),
+        excludes("messages", "{messages} makes turns of every conversation"),
+    ),
+    "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
+}
 _WHICH = {
     "farthest": "farthest from the query in the order",
     "nearest": "nearest to the query in the order",
@@ -39,6 +50,7 @@ class Assembled:
         dropped: positions of those that the budget took away.
         n_tokens: tokens of `text` with its special tokens, or None without a tokenizer.
         report: one sentence about what is in the prompt and what was dropped.
+        notes: duplicates among the demonstrations in it, one sentence each; they are kept.
     """
 
     text: str
@@ -48,14 +60,16 @@ class Assembled:
     dropped: list[int]
     n_tokens: int | None
     report: str
+    notes: list[str] = field(default_factory=list)
 
 
 def build_prompt(
     demos: Sequence[Row],
     query: Row | str,
     *,
-    prompt: str,
-    answer: str,
+    prompt: str | None = None,
+    answer: str | None = None,
+    messages: str | None = None,
     system: str | None = None,
     separator: str = "\n\n",
     chat: bool = False,
@@ -66,13 +80,15 @@ def build_prompt(
 ) -> str:
     """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and returns what was dropped.
 
-    What a budget drops is logged as a warning (logger "sparsort"), which Python prints on stderr by default.
+    What a budget drops, and demonstrations that are in the prompt twice, are logged as warnings (logger "sparsort"), which Python
+    prints on stderr by default.
     """
     made = assemble(
         demos,
         query,
         prompt=prompt,
         answer=answer,
+        messages=messages,
         system=system,
         separator=separator,
         chat=chat,
@@ -81,8 +97,8 @@ def build_prompt(
         drop=drop,
         allow_leaks=allow_leaks,
     )
-    if made.dropped:
-        logging.getLogger("sparsort").warning("%s", made.report)
+    for note in [*([made.report] if made.dropped else []), *made.notes]:
+        logging.getLogger("sparsort").warning("%s", note)
     return made.text
 
 
@@ -90,8 +106,9 @@ def assemble(
     demos: Sequence[Row],
     query: Row | str,
     *,
-    prompt: str,
-    answer: str,
+    prompt: str | None = None,
+    answer: str | None = None,
+    messages: str | None = None,
     system: str | None = None,
     separator: str = "\n\n",
     chat: bool = False,
@@ -107,6 +124,9 @@ def assemble(
         query: the row to be answered, or its bare text where the prompt has one field.
         prompt: format string of a row's question, such as "Question: {question}\\nAnswer:".
         answer: format string of its answer, such as " {answer}"; it follows the prompt directly.
+        messages: instead of both, the column that holds whole conversations (see `sparsort.scoring.conversations`): each is shown
+            as chat turns up to its last assistant turn. A query is bare text, which is a user's turn, or a row of the same
+            column. The conversations' system turns must agree.
         system: an instruction, as it stands: the first block of the text, or the system turn.
         separator: what stands between blocks of text; not used in chat.
         chat: make user and assistant turns (answers stripped of the spaces around them) and put them through the
@@ -120,29 +140,29 @@ def assemble(
 
     Raises:
         SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query;
-            chat without a tokenizer that has a chat template; an unknown policy.
+            chat without a tokenizer that has a chat template; an unknown policy; a separator in chat, or a policy without a
+            budget, neither of which is read.
     """
     if drop not in get_args(Drop):
         raise unknown_choice("policy for what to drop", drop, get_args(Drop))
+    read = {"separator": separator, "drop": drop, "chat": chat, "messages": messages, "max_tokens": max_tokens}
+    refuse_unread_arguments(assemble, READ_BY, read)
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
-    fields = input_fields(prompt)
-    row = query if isinstance(query, Mapping) else {only_field(fields): query}
-    names = [name_of(demo, position) for position, demo in enumerate(demos)]
-    questions = [render(prompt, demo, where=name) for demo, name in zip(demos, names, strict=True)]
-    answers = [render(answer, demo, where=name) for demo, name in zip(demos, names, strict=True)]
-    asked = render(prompt, row, where="the query")
-    if not allow_leaks:
-        _refuse_leaks(demos, row, fields)
+    chat = chat or messages is not None
+    blocks = _blocks(demos, query, prompt, answer, messages, system, find_leaks=not allow_leaks)
+    if blocks.leaks:
+        raise _leaking(demos, blocks.leaks)
     reader = load(DEFAULT_MODEL if tokenizer is None and max_tokens is not None else tokenizer)
 
     def prompt_with(kept: Sequence[int]) -> tuple[str, Messages | None]:
-        shown = [(questions[position], answers[position]) for position in kept]
         if chat:
-            messages = _turns(shown, asked, system)
-            return chat_text(reader, messages), messages
-        head = [system] if system else []
-        return separator.join([*head, *(question + reply for question, reply in shown), asked]), None
+            turns: Messages = [{"role": "system", "content": blocks.system}] if blocks.system else []
+            turns += [turn for position in kept for turn in blocks.turns[position]]
+            turns += blocks.asked_turns
+            return chat_text(reader, turns), turns
+        head = [blocks.system] if blocks.system else []
+        return separator.join([*head, *(blocks.texts[position] for position in kept), blocks.asked]), None
 
     kept, n_tokens = list(range(len(demos))), None
     if reader is not None:
@@ -150,39 +170,51 @@ def assemble(
         if max_tokens is None:
             n_tokens = count(prompt_with(kept)[0])
         else:
-            sizes = [len(question) + len(reply) for question, reply in zip(questions, answers, strict=True)]
+            sizes = [len(text) for text in blocks.texts]
             kept, n_tokens = _fit(sizes, max_tokens, drop, lambda chosen: count(prompt_with(chosen)[0]))
-    text, messages = prompt_with(kept)
+    text, shown = prompt_with(kept)
     dropped = [position for position in range(len(demos)) if position not in kept]
     return Assembled(
         text=text,
         add_special_tokens=not chat,
-        messages=messages,
+        messages=shown,
         kept=kept,
         dropped=dropped,
         n_tokens=n_tokens,
+        notes=duplicates([demos[at] for at in kept], [blocks.texts[at] for at in kept]),
         report=_report([id_of(demo, at) for at, demo in enumerate(demos)], dropped, n_tokens, max_tokens, drop),
     )
 
 
-def _turns(shown: Sequence[tuple[str, str]], asked: str, system: str | None) -> Messages:
-    messages: Messages = [{"role": "system", "content": system}] if system else []
-    for question, reply in shown:
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": reply.strip()})
-    return [*messages, {"role": "user", "content": asked}]
+def _blocks(
+    demos: Sequence[Row],
+    query: Row | str,
+    prompt: str | None,
+    answer: str | None,
+    messages: str | None,
+    system: str | None,
+    *,
+    find_leaks: bool,
+) -> Blocks:
+    if messages is not None:
+        # Refuses what does not go with a conversation.
+        Prompt.given(prompt, messages=messages, answer=answer, system=system)
+        return conversation_blocks(demos, query, messages, find_leaks=find_leaks)
+    if prompt is None or answer is None:
+        raise SparsortError(
+            "a prompt needs prompt= and answer=, format strings such as 'Question: {question}\\nAnswer:' and ' {answer}', or "
+            "messages=, the column of whole conversations."
+        )
+    return template_blocks(demos, query, prompt, answer, system, find_leaks=find_leaks)
 
 
-def _refuse_leaks(demos: Sequence[Row], query: Row, fields: list[str]) -> None:
-    found = leaking_rows(demos, query, fields)
-    if not found:
-        return
+def _leaking(demos: Sequence[Row], leaks: Sequence[Leak]) -> SparsortError:
     who = [
         name_of(demos[leak.demo], leak.demo)
         + (" (the same text)" if leak.kind == "exact" else f" (similarity {leak.similarity:.2f})")
-        for leak in found
+        for leak in leaks
     ]
-    raise SparsortError(
+    return SparsortError(
         f"the query is among its own demonstrations, so its answer is given away: {listed(who)}. "
         "Leave it out of the demonstrations, or pass allow_leaks=True."
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sparsort.errors import SparsortError
+from sparsort.values import as_text, has_text, is_missing
 
 Row = Mapping[str, Any]
 TextOf = Callable[[Row], str]
@@ -19,15 +20,21 @@ ANSWER_FIELDS = ("label", "answer")
 
 
 def id_of(row: Row, position: int) -> str:
-    """The row's id as text: its field `id`, else its position."""
+    """The row's id as text: its field `id`, else its position.
+
+    Raises:
+        SparsortError: the field holds something without a text of its own, such as a list.
+    """
     given = row.get(ID_FIELD)
-    return str(position if given is None else given)
+    return str(position) if is_missing(given) else as_text(given, field=ID_FIELD, where=f"demonstration {position}")
 
 
 def name_of(row: Row, position: int) -> str:
     """What an error calls the row: "demonstration 'q7'", or "demonstration 3" (counted from 0) where it has no id."""
     given = row.get(ID_FIELD)
-    return f"demonstration {position}" if given is None else f"demonstration {str(given)!r}"
+    if is_missing(given) or not has_text(given):
+        return f"demonstration {position}"
+    return f"demonstration {as_text(given, field=ID_FIELD, where='')!r}"
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -11,14 +11,16 @@ Shapes: N pool rows, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, among, refuse_unread_arguments
 from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
+from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.leaks import Leak
 from sparsort.curriculum.demos.methods import CHOOSE, Task
 from sparsort.curriculum.demos.pool import DemoPool, InputTexts, Query
@@ -40,8 +42,16 @@ Method = Literal[
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_SCORED = ("spread", "difficulty_matched")
+# The methods that read a setting; see `sparsort.conditions`. Numbers of the rows and a seed may be given where they are not read.
+READ_BY: Table = {
+    "ids": (among("method", ("ids",), of=METHODS),),
+    "trade_off": (among("method", ("mmr",), of=METHODS),),
+    "fetch": (among("method", ("mmr", "kdpp", "difficulty_matched"), of=METHODS),),
+    "n_levels": (among("method", ("difficulty_matched",), of=METHODS),),
+    "neighbours": (among("method", ("vote_k",), of=METHODS),),
+}
+EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
+SCORED = ("spread", "difficulty_matched")
 _BY_QUERY_EMBEDDING = ("knn", "mmr", "kdpp", "difficulty_matched")
 
 
@@ -65,6 +75,7 @@ class Selection:
             `order_demos(selection.demos, order="similarity_ascending", similarity=selection.similarity)` takes it.
         excluded: the rows that were left out, with reasons.
         method: how they were chosen.
+        notes: duplicates among them, one sentence each; they are kept.
     """
 
     demos: list[dict[str, Any]]
@@ -72,6 +83,7 @@ class Selection:
     similarity: list[float] | None
     excluded: list[Excluded]
     method: str
+    notes: list[str] = field(default_factory=list)
 
 
 def select_demos(
@@ -134,10 +146,13 @@ def select_demos(
         neighbours: out-degree of the graph of "vote_k".
 
     Raises:
-        SparsortError: unknown method, a missing input (named), or fewer rows left than asked for.
+        SparsortError: unknown method, a missing input (named), a setting that the method does not read, or fewer rows left than
+            asked for.
     """
     if method not in METHODS:
         raise unknown_choice("selection method", method, METHODS)
+    read = {"ids": ids, "trade_off": trade_off, "fetch": fetch, "n_levels": n_levels, "neighbours": neighbours}
+    refuse_unread_arguments(select_demos, READ_BY, {"method": method, **read})
     shop = _as_pool(pool, prompt, text, label)
     label = label or shop.label
     wanted = _how_many(k, method, ids)
@@ -149,9 +164,9 @@ def select_demos(
         method,
         {
             "query": (query is not None, ("bm25",)),
-            "embeddings": (embeddings is not None, _EMBEDDED),
+            "embeddings": (embeddings is not None, EMBEDDED),
             "query_embedding": (query_embedding is not None, _BY_QUERY_EMBEDDING),
-            "scores": (scores is not None, _SCORED),
+            "scores": (scores is not None, SCORED),
             "query_difficulty": (query_difficulty is not None, ("difficulty_matched",)),
             "label": (label is not None, ("balanced",)),
         },
@@ -170,14 +185,14 @@ def select_demos(
     near = _nearness(method, shop, inputs, unit, query_embedding)
     difficulty = (
         shop.kept("difficulty", scores, lambda: resolve(scores, shop.rows).values)
-        if scores is not None and method in _SCORED
+        if scores is not None and method in SCORED
         else None
     )
 
     excluded: dict[int, str] = {}
     if inputs is not None and not allow_leaks:
         excluded |= {leak.demo: _leak_reason(leak) for leak in shop.leaks(inputs)}
-    if unit is not None and method in _EMBEDDED:
+    if unit is not None and method in EMBEDDED:
         for position in np.flatnonzero(np.isnan(unit).any(axis=1)).tolist():
             excluded.setdefault(position, "its embedding is zero or not finite")
     if difficulty is not None:
@@ -205,12 +220,14 @@ def select_demos(
         neighbours=neighbours,
     )
     chosen = rows[CHOOSE[method](task)].tolist() if wanted else []
+    demos = [dict(shop.rows[position]) for position in chosen]
     return Selection(
-        demos=[dict(shop.rows[position]) for position in chosen],
+        demos=demos,
         indices=chosen,
         similarity=None if near is None else [float(near[position]) for position in chosen],
         excluded=[Excluded(position=at, id=shop.ids[at], reason=excluded[at]) for at in sorted(excluded)],
         method=method,
+        notes=duplicates(demos),
     )
 
 

@@ -1,4 +1,4 @@
-"""Is this the data that the state was written for?
+"""Is this the data that the state was written for? (Whether it is the data of the plan: `verification`.)
 
 Contract: a fingerprint is the number of rows and a digest of each column over at most 16 rows at fixed places (the
 first, the last, and evenly between); it costs 32 reads at any N and a change in other rows is not seen. It is about
@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.sources import digest_of
 
 Fingerprint = str | dict[str, Any]
 
@@ -54,25 +53,6 @@ def places_of(n: int) -> list[int]:
     return sorted({i * (n - 1) // (MOST_ROWS - 1) for i in range(MOST_ROWS)}) if n else []
 
 
-def unplanned(noted: Mapping[str, Any] | None, dataset: Any) -> str | None:
-    """Which row is not the one that a plan was made for, in words; None where none of those that were noted is.
-
-    Args:
-        noted: "content" of the plan's notes, where it was made from scores of named fields.
-        dataset: with `[row]`. Rows that are no mappings, or lack those fields (tokenised ones), tell nothing.
-    """
-    if not noted or noted["fields"] is None:
-        return None
-    with _random_state_put_back():
-        for place, digest in noted["sample"].items():
-            row = dataset[int(place)]
-            if not isinstance(row, Mapping) or any(field not in row for field in noted["fields"]):
-                return None
-            if digest_of(row, noted["fields"]) != digest:
-                return f"row {place} has another {' and '.join(noted['fields'])}"
-    return None
-
-
 def fingerprint_of_stream(stream: Iterable[Any], n_rows: int) -> dict[str, Any]:
     """The same for data that is read from front to back: `n_rows`, and the first 16 rows only."""
     return {"rows": n_rows, "columns": _columns(lambda: list(islice(stream, MOST_ROWS)), None)}
@@ -96,7 +76,7 @@ def difference(saved: Any, current: Fingerprint) -> str | None:
 
 
 def _columns(read: Callable[[], list[Any]], columns: Sequence[str] | None) -> dict[str, str]:
-    with _random_state_put_back():
+    with random_state_put_back():
         first, second = (_digests(read(), columns) for _ in range(2))
     stable = [(name, digest) for name, digest in first.items() if second.get(name) == digest]
     return dict(sorted(stable)[:MOST_COLUMNS])
@@ -163,7 +143,8 @@ def _canonical(value: Any) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _random_state_put_back() -> Iterator[None]:
+def random_state_put_back() -> Iterator[None]:
+    """Read a dataset without moving the global generators of torch, NumPy and `random`."""
     python, numpy = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")
     tensor = torch.get_rng_state() if torch else None

@@ -19,14 +19,22 @@ import torch
 import torch.utils.data
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, needs, refuse_unread_arguments
 from sparsort.curriculum.loading.fetching import Fetcher, Key, Part
-from sparsort.curriculum.loading.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream, unplanned
+from sparsort.curriculum.loading.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream
 from sparsort.curriculum.loading.packing import PackedCollator
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.resuming import make_state, position_of
 from sparsort.curriculum.loading.shuffling import key_of
 from sparsort.curriculum.loading.streams import StreamFetcher, check_stream, is_stream
+from sparsort.curriculum.loading.verification import another_size, check_name, verify_rows
 from sparsort.errors import SparsortError
+
+_WORKERS = (needs("num_workers", "the batches are loaded without workers", num_workers=2),)
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = dict.fromkeys(
+    ("prefetch_factor", "persistent_workers", "worker_init_fn", "multiprocessing_context", "timeout"), _WORKERS
+)
 
 Hook = Callable[["CurriculumLoader", int], CurriculumPlan | None]
 
@@ -47,8 +55,10 @@ class CurriculumLoader:
         micro_batches: pieces of the rank's share of a global batch, handed out one by one (gradient accumulation).
         num_workers, prefetch_factor, pin_memory, persistent_workers, worker_init_fn, multiprocessing_context, timeout: as
             of torch's DataLoader. Persistent workers live through all epochs, unless `on_stage` is set.
-        fingerprint: a name for the data instead of a digest of some of its rows: for data whose rows must not be read in
-            the main process.
+        fingerprint: your own name for the data. Where the plan was made with a name too, the names are compared instead of
+            rows, and no row is read in the main process; states then carry the name instead of a digest of some rows.
+        verify: compare the dataset with what the plan knows of its rows: ids, or contents (`verification`). False takes any
+            dataset with as many rows.
 
     Attributes:
         epoch: the epoch of the current position.
@@ -60,8 +70,8 @@ class CurriculumLoader:
             an edge it is called for that edge again.
 
     Raises:
-        SparsortError: the dataset has not the plan's rows, or the smallest batch does not give every rank and
-            micro-batch something.
+        SparsortError: the dataset has not the plan's rows in their order, or nothing that could be compared with them; or
+            the smallest batch does not give every rank and micro-batch something.
     """
 
     # Trainer looks for these on whatever it trains from.
@@ -85,6 +95,7 @@ class CurriculumLoader:
         multiprocessing_context: Any = None,
         timeout: float = 0,
         fingerprint: str | None = None,
+        verify: bool = True,
     ) -> None:
         if isinstance(plan, (str, Path)):
             plan = CurriculumPlan.open(plan)
@@ -95,11 +106,19 @@ class CurriculumLoader:
             )
         if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
+        read: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "timeout": timeout}
+        read |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
+        read |= {"multiprocessing_context": multiprocessing_context}
+        refuse_unread_arguments(CurriculumLoader, READ_BY, read)
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None
         self._part = _part(rank, world_size, micro_batches)
         self._is_stream = is_stream(dataset)
+        check_name(fingerprint)
+        self._fingerprint: Fingerprint | None = fingerprint
+        self._name, self._verify = fingerprint, verify
+        self._verified: str | None = None  # the plan whose rows the dataset was compared with
         self._plan = self._checked(plan)
         if collate_fn is None:
             packs = plan.settings.packing != "none"
@@ -115,12 +134,6 @@ class CurriculumLoader:
             "multiprocessing_context": multiprocessing_context,
             "timeout": timeout,
         }
-        self._fingerprint: Fingerprint | None = fingerprint
-        if fingerprint is None and not self._is_stream and (other := unplanned(plan.notes.get("content"), dataset)):
-            raise SparsortError(
-                f"these are not the rows that the plan was made for, or they stand in another order: {other} than was scored. "
-                "Load the data that was planned, or plan anew with plan_curriculum(scores, data=…)."
-            )
         self._epoch = self._batch = 0
         self._run = 0  # which iterator may move the position: the one made last, until the position is set
         self._latest: tuple[CurriculumPlan, Key] | None = None
@@ -296,10 +309,7 @@ class CurriculumLoader:
         if self._is_stream:
             check_stream(plan, self.dataset, self.num_workers)
         elif len(self.dataset) != plan.n_rows:
-            raise SparsortError(
-                f"the dataset has {len(self.dataset)} rows and the plan was made for {plan.n_rows}. Load the data that was "
-                "planned (one split, unfiltered), or plan anew."
-            )
+            raise another_size(plan, len(self.dataset))
         needed = self._part.world_size * self._part.micro_batches
         if plan.smallest_batch < needed:
             raise SparsortError(
@@ -307,6 +317,11 @@ class CurriculumLoader:
                 f"{self._part.world_size} ranks × {self._part.micro_batches} micro-batches need at least {needed}, or some "
                 f"would get nothing. Plan with larger batches, or use at most {max(1, plan.smallest_batch)} in all."
             )
+        # A revision is over the rows of the plan that it revises.
+        base = str(plan.notes.get("revises", plan.fingerprint))
+        if self._verify and base != self._verified:
+            verify_rows(plan, self.dataset, fingerprint=self._name)
+            self._verified = base
         return plan
 
 

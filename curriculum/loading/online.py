@@ -24,6 +24,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from sparsort.conditions import Table, among, refuse_unread_arguments
 from sparsort.curriculum.loading.gathering import gather as gather
 from sparsort.curriculum.loading.observations import Observations
 from sparsort.curriculum.loading.token_spans import Spans, example_spans
@@ -36,6 +37,10 @@ Tokens = Literal["last", "mean"]
 _MASKS = ("attention_mask", "labels", "position_ids")
 # Micro-batches whose values are joined on the device: a tensor of its own for each would hold 512 bytes on a GPU.
 _JOINED = 256
+
+
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {"per_sequence": (among("tokens", ("mean",), of=get_args(Tokens)),)}
 
 
 class OnlineDifficulty:
@@ -66,6 +71,7 @@ class OnlineDifficulty:
             raise unknown_choice("choice of tokens", tokens, get_args(Tokens))
         if per_sequence < 1:
             raise SparsortError(f"per_sequence is {per_sequence}; at least one token must be read.")
+        refuse_unread_arguments(OnlineDifficulty, READ_BY, {"tokens": tokens, "per_sequence": per_sequence})
         self.metric, self.tokens, self.per_sequence = metric, tokens, per_sequence
         self._column = METRICS.index(metric)
         self._sign = 1.0 if HIGHER_IS_SPARSER[metric] else -1.0

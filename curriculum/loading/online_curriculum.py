@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sparsort import integrity
 from sparsort.curriculum.loading.gathering import gather
 from sparsort.curriculum.loading.loader import CurriculumLoader
 from sparsort.curriculum.loading.observations import Observations
@@ -30,7 +31,9 @@ from sparsort.curriculum.loading.running import RunningDifficulty
 from sparsort.errors import SparsortError
 from sparsort.files import write_json
 
-_FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 1
+_FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
+_WITHOUT_DIGEST = 1  # still read
+_FIELDS = {"format", "version", "base", "measure", "loader", "running", "plan"}
 
 
 class OnlineCurriculum:
@@ -122,7 +125,7 @@ class OnlineCurriculum:
         """Write everything that a resume needs, the loader's state and a revised plan included. Every rank calls it.
 
         Call it between two steps. `online.json` is written last and names the other files, so a kill leaves the checkpoint
-        that was there before.
+        that was there before. Every file carries digests of what it holds.
         """
         folder, loader = Path(folder), self.loader
         position = loader.state_dict()
@@ -143,28 +146,18 @@ class OnlineCurriculum:
             "measure": self._measure(),
             "loader": position,
         }
-        write_json(folder / _FILE, {**about, "running": running_name, "plan": plan_name})
+        write_json(folder / _FILE, integrity.seal({**about, "running": running_name, "plan": plan_name}))
         _tidy(folder, {running_name, plan_name})
 
     def load(self, folder: Path | str) -> None:
         """Go on from what `save` wrote: the loader, its plan, and what is known of each example.
 
         Raises:
-            SparsortError: nothing was saved there, by another version, for another plan, or measured otherwise.
+            SparsortError: nothing was saved there, by another version, for another plan, or measured otherwise; or a file has
+                changed since.
         """
         folder = Path(folder)
-        try:
-            about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SparsortError(
-                f"cannot read an online curriculum from {folder / _FILE}: {error}. The checkpoint was written without one, or in "
-                "part: resume without online=, or from another checkpoint."
-            ) from error
-        if about.get("format") != _FORMAT or about.get("version") != _VERSION:
-            raise SparsortError(
-                f"{folder / _FILE} is version {about.get('version')!r} of {about.get('format')!r}; expected version "
-                f"{_VERSION} of {_FORMAT!r}. Use the sparsort that wrote it, or start anew."
-            )
+        about = _read(folder)
         if about["base"] != self._base:
             raise SparsortError(
                 f"{folder} was saved for the plan {about['base']}, and the loader's is {self._base}. Load with the plan and "
@@ -206,6 +199,30 @@ class OnlineCurriculum:
         if now != self._measured:
             self._measured = now
             self.online.collect(rows, epoch * loader.plan.n_batches + number)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What `online.json` says, checked."""
+    path = folder / _FILE
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SparsortError(
+            f"cannot read an online curriculum from {path}: {error}. The checkpoint was written without one, or in part: "
+            "resume without online=, or from another checkpoint."
+        ) from error
+    given = (about.get("format"), about.get("version")) if isinstance(about, dict) else (None, None)
+    if given not in ((_FORMAT, _VERSION), (_FORMAT, _WITHOUT_DIGEST)):
+        raise SparsortError(
+            f"{path} is version {given[1]!r} of {given[0]!r}; expected version {_VERSION} of {_FORMAT!r}. Use the sparsort "
+            "that wrote it, or start anew."
+        )
+    next_step = "Resume from another checkpoint."
+    if given[1] == _VERSION:
+        integrity.check_seal(about, path, next_step=next_step)
+    elif about.keys() != _FIELDS:
+        raise SparsortError(f"{path} is damaged: it has other fields than were written. {next_step}")
+    return dict(about)
 
 
 def check_revisable(plan: CurriculumPlan) -> None:

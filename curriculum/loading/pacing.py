@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 from numbers import Real
@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.conditions import Table, among, refuse_unread, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 
 PacingKind = Literal[
@@ -43,21 +44,30 @@ PACINGS: tuple[PacingKind, ...] = get_args(PacingKind)
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """What a kind of pacing computes before the clamp, whose it is, and where the clamp to [b, 1] matters."""
+    """What a kind of pacing computes before the clamp, whose it is, where the clamp to [b, 1] matters, and what it reads.
+
+    `reads` names the settings of `Pacing` that the formula has; one that it lacks is refused where it is given.
+    """
 
     formula: str
     source: str
     clamp: str
+    reads: tuple[str, ...] = ("start", "until")
 
 
 _WU = "Wu, Dyer, Neyshabur 2021 (arXiv 2012.03107)"
 _AFTER = "1 from aT on"
 FORMULAS: dict[PacingKind, Formula] = {
     "constant": Formula(
-        formula="1", source="no curriculum; Wu et al.'s standard training", clamp="none: b, a are not read"
+        formula="1", source="no curriculum; Wu et al.'s standard training", clamp="none: b, a are not read", reads=()
     ),
     "linear": Formula(formula="b + (1−b)·x", source=f"{_WU}; Platanios et al. 2019 (arXiv 1903.09848)", clamp=_AFTER),
-    "root": Formula(formula="b + (1−b)·x^(1/p)", source=f"{_WU}, there with p = 2", clamp=_AFTER),
+    "root": Formula(
+        formula="b + (1−b)·x^(1/p)",
+        source=f"{_WU}, there with p = 2",
+        clamp=_AFTER,
+        reads=("start", "until", "power"),
+    ),
     "quadratic": Formula(formula="b + (1−b)·x²", source=_WU, clamp=_AFTER),
     "step": Formula(formula="b, then 1", source=_WU, clamp="1 from aT on; unclamped code goes on to 1+b, 2+b, …"),
     "exponential": Formula(formula="b + (1−b)·(e^(10x)−1)/(e^10−1)", source=_WU, clamp=_AFTER),
@@ -71,12 +81,20 @@ FORMULAS: dict[PacingKind, Formula] = {
         formula="(x·(1−b^p) + b^p)^(1/p)",
         source="Platanios et al. 2019 (arXiv 1903.09848), whose c0 is b and whose T is aT",
         clamp="1 from aT on; b where b^p underflows",
+        reads=("start", "until", "power"),
     ),
     "baby_steps": Formula(
         formula="b + (1−b)·⌊K·x⌋/(K−1)",
         source="Spitkovsky et al. 2010 (N10-1116); Cirik et al. 2016 (arXiv 1611.06204)",
         clamp="1 from the K-th phase on, which begins at aT·(K−1)/K; b = 1/K gives equal buckets",
+        reads=("start", "until", "buckets"),
     ),
+}
+
+# The kinds that read a setting.
+READ_BY: Table = {
+    name: (among("kind", [kind for kind in PACINGS if name in FORMULAS[kind].reads], of=PACINGS),)
+    for name in ("start", "until", "power", "buckets")
 }
 
 # Far more digits than a float64 has, so that rounding to one keeps a growing function growing.
@@ -99,9 +117,10 @@ class Pacing:
         power: p of "root" and "competence", above 0.
         buckets: K of "baby_steps", which has K phases of equal length: the easiest b of the examples alone, then one
             more of the K−1 equal buckets of the rest in each phase, everything in the last.
+        stored: the settings come from a file that was written before, where one that is not read is kept as it is.
 
     Raises:
-        SparsortError: an unknown kind, or a number outside its range.
+        SparsortError: an unknown kind, a number outside its range, or a setting that the kind does not read.
     """
 
     kind: PacingKind = "linear"
@@ -109,8 +128,9 @@ class Pacing:
     until: float = 1.0
     power: float = 2.0
     buckets: int = 5
+    stored: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, stored: bool) -> None:
         if self.kind not in PACINGS:
             raise unknown_choice("pacing", self.kind, PACINGS)
         _set(self, "start", _share("start", self.start, "the share of the examples that is available at step 0", 0.2))
@@ -122,6 +142,8 @@ class Pacing:
         if isinstance(self.buckets, bool) or not isinstance(self.buckets, int | np.integer) or self.buckets < 1:
             raise SparsortError(f"a pacing has buckets = {self.buckets!r}; a whole number of at least 1 is needed.")
         _set(self, "buckets", int(self.buckets))
+        if not stored:
+            refuse_unread_fields(self, READ_BY)
 
     def share(self, step: int | Sequence[int] | NDArray[np.integer[Any]], total: int) -> NDArray[np.float64]:
         """The share of the examples that is available at each step.
@@ -182,11 +204,16 @@ class Pacing:
         return np.asarray(self.start + (1 - self.start) * (phase_S / (self.buckets - 1)), dtype=np.float64)
 
     @classmethod
-    def parse(cls, text: str) -> Pacing:
+    def parse(cls, text: str, *, stored: bool = False) -> Pacing:
         """A pacing from a line: "linear", or "root:start=0.2,until=0.5,power=3".
 
+        Args:
+            text: the line.
+            stored: see `Pacing`.
+
         Raises:
-            SparsortError: an unknown kind or setting (with the nearest one), or a value out of range.
+            SparsortError: an unknown kind or setting (with the nearest one), one that the kind does not read, or a value out of
+                range.
         """
         kind, _, rest = str(text).partition(":")
         values: dict[str, Any] = {"kind": kind.strip()}
@@ -208,7 +235,11 @@ class Pacing:
             except ValueError as error:
                 what = "whole number" if name == "buckets" else "number"
                 raise SparsortError(f"the pacing {text!r} has {name} = {value!r}, which is not a {what}.") from error
-        return cls(**values)
+        made = cls(**values, stored=stored)
+        if not stored:
+            # One that was given with the value of its default has no effect either.
+            refuse_unread(READ_BY, made.to_json(), [name for name in values if name != "kind"])
+        return made
 
     def __str__(self) -> str:
         """What `parse` reads back: the kind, and the settings that are not the default."""
@@ -224,8 +255,8 @@ class Pacing:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Pacing:
-        """What `to_json` gave; fields that are not there have their defaults.
+    def from_json(cls, values: Mapping[str, Any], *, stored: bool = False) -> Pacing:
+        """What `to_json` gave; fields that are not there have their defaults. `stored`: see `Pacing`.
 
         Raises:
             SparsortError: not a table of fields, an unknown field, or a value out of range.
@@ -238,7 +269,7 @@ class Pacing:
         for name in values:
             if name not in ("kind", *_SETTINGS):
                 raise unknown_choice("setting of a pacing", name, ("kind", *_SETTINGS))
-        return cls(**values)
+        return cls(**values, stored=stored)
 
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Pacing) if field.name != "kind")

@@ -11,8 +11,6 @@ needs the stage as a whole, once an epoch.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from sparsort.curriculum.loading import pool
 from sparsort.curriculum.loading.batches import WINDOW
 from sparsort.curriculum.loading.building import Spans, base_order, rows_at, warm_place
-from sparsort.curriculum.loading.plan_files import read_plan, write_plan
+from sparsort.curriculum.loading.plan_files import fingerprint_of, read_plan, write_plan
 from sparsort.curriculum.loading.ranking import Rows, row_type
 from sparsort.curriculum.loading.sequences import like_lengths
 from sparsort.curriculum.loading.settings import CurriculumSettings
@@ -80,7 +78,7 @@ class CurriculumPlan:
         self._n_batches = stage_edges[-1]
         # Batches by count in one pass, the common case, whose rows are looked up in blocks.
         self._is_flat = settings.mode == "one_pass" and "sequence" not in arrays and not settings.group_by_length
-        self.fingerprint = fingerprint or self._digest()
+        self.fingerprint = fingerprint or fingerprint_of(self._described(), self._arrays)
 
     def __repr__(self) -> str:
         what = "pool" if self.settings.mode == "pool" else self.settings.schedule
@@ -210,32 +208,30 @@ class CurriculumPlan:
         )
 
     def save(self, folder: str | Path) -> CurriculumPlan:
-        """Write the plan as a folder and return it mapped from there. Saving the same plan again changes nothing.
+        """Write the plan as a folder and return it mapped from there.
+
+        Saving the same plan again changes nothing, except that files of it that are damaged are written again.
 
         Raises:
             SparsortError: the folder holds another plan, or the disk refuses.
         """
         folder = Path(folder)
-        facts = {name: getattr(self, name) for name in _FACTS}
-        described = {
-            "fingerprint": self.fingerprint,
-            "settings": self.settings.to_json(),
-            "n_rows": self.n_rows,
-            **facts,
-        }
-        write_plan(folder, described, self._arrays)
-        return CurriculumPlan.open(folder)
+        write_plan(folder, {"fingerprint": self.fingerprint, **self._described()}, self._arrays)
+        return CurriculumPlan._mapped(folder, check=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> CurriculumPlan:
-        """Map a plan that `save` wrote.
+        """Map a plan that `save` wrote, after reading it once to see that nothing of it has changed (about 1 s a gigabyte).
 
         Raises:
-            SparsortError: no plan is there, another version wrote it, or a file is missing or has another length.
+            SparsortError: no plan is there, another version wrote it, or a file is missing or has changed.
         """
-        folder = Path(folder).expanduser()
-        found, arrays = read_plan(folder)
-        settings = CurriculumSettings.from_json(found.pop("settings"))
+        return cls._mapped(Path(folder).expanduser(), check=True)
+
+    @classmethod
+    def _mapped(cls, folder: Path, *, check: bool) -> CurriculumPlan:
+        found, arrays = read_plan(folder, check=check)
+        settings = CurriculumSettings.from_json(found.pop("settings"), stored=True)
         return cls(settings, arrays, folder=folder.resolve(), **found)
 
     def in_memory(self) -> CurriculumPlan:
@@ -245,14 +241,21 @@ class CurriculumPlan:
         held._arrays = {name: np.array(array) for name, array in self._arrays.items()}
         return held
 
-    # A worker process maps the files again instead of receiving the arrays.
+    # A worker process maps the files again instead of receiving the arrays. They were checked when the plan was opened.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}, **({"_arrays": {}} if self.folder else {})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.folder is not None:
-            self._arrays = read_plan(self.folder)[1]
+            found, self._arrays = read_plan(self.folder, check=False)
+            if found["fingerprint"] != self.fingerprint:
+                raise SparsortError(f"{self.folder} holds another plan than when it was opened. Open the plan again.")
+
+    def _described(self) -> dict[str, Any]:
+        """What `plan.json` says of the plan, but for its fingerprint."""
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return {"settings": self.settings.to_json(), "n_rows": self.n_rows, **facts}
 
     def _other_batch(self, number: int, epoch: int) -> NDArray[np.int64]:
         """A batch that is drawn, or was cut by length, or is put together by length."""
@@ -350,13 +353,3 @@ class CurriculumPlan:
         # One assignment, so that threads see a whole dictionary.
         self._made = {**dict(list(self._made.items())[1 - _KEPT :]), name: made}
         return made
-
-    def _digest(self) -> str:
-        found = hashlib.blake2b(digest_size=16)
-        settings = json.dumps(self.settings.to_json(), sort_keys=True)
-        found.update(f"{settings}\n{self.n_rows}\n{self.stage_edges}\n{self.revision}".encode())
-        found.update(json.dumps(self.notes.get("groups")).encode())
-        for name in sorted(self._arrays):
-            found.update(f"\n{name} {self._arrays[name].dtype} {self._arrays[name].shape}\n".encode())
-            found.update(np.ascontiguousarray(self._arrays[name]).data.cast("B"))
-        return found.hexdigest()

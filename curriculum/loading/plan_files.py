@@ -1,64 +1,109 @@
-"""The folder of a plan: `plan.json`, written last, and one `.npy` file an array, mapped and never loaded.
+"""The folder of a plan: one `.npy` file an array, mapped and never loaded, and `plan.json`, written last.
 
-Contract: each file is whole or absent. A folder without `plan.json` is no plan, whatever lies in it.
+Contract: each file is whole or absent, and a folder without `plan.json` is no plan, whatever lies in it. `plan.json` carries a
+digest of itself and records every array with its size and digest (version 2). A plan is checked whole before any value of it is
+used: one sequential read of its arrays, about a second for a gigabyte. Whoever maps a checked plan again, such as a worker
+process, skips the check.
+
+Version 1 recorded no digests of arrays. Its `fingerprint`, though, is a digest of the settings and of every array, so it is
+computed again and compared. (The order alone could not be: it was sorted from float64 difficulties, and the folder keeps
+float32.) Saving the same plan into such a folder adds the digests, once that check has passed. Reading never writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import tokenize
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort import integrity
+from sparsort.curriculum.loading.verification import noted_for_other_rows
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically, write_json
 
 FORMAT = "sparsort-curriculum"
-VERSION = 1
+VERSION = 2
+_WITHOUT_DIGESTS = 1  # still read
 _FILE = "plan.json"
+_AT_ONCE = 4  # files that are read for their digests; hashing lets other threads run
+_LOG = logging.getLogger("sparsort")
+# What NumPy raises for headers that it cannot read; it evaluates them as Python literals.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, tokenize.TokenError)
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
-def write_plan(folder: Path, described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write a plan, or leave the same one as it is.
+def write_plan(folder: Path, described: Mapping[str, Any], arrays: Arrays) -> None:
+    """Write a plan. The same plan is left as it is where it is there already; what is damaged of it is written again.
 
     Raises:
         SparsortError: the folder holds another plan, or the disk refuses.
     """
-    shapes = {name: [str(array.dtype), len(array)] for name, array in arrays.items()}
-    whole = {"format": FORMAT, "version": VERSION, **described, "arrays": shapes}
     if (folder / _FILE).exists():
-        if read_description(folder)["fingerprint"] != described["fingerprint"]:
+        there = read_description(folder)
+        if there["fingerprint"] != described["fingerprint"] or noted_for_other_rows(there["notes"], described["notes"]):
             raise SparsortError(f"{folder} already holds another plan. Choose another folder, or delete it.")
-        return
-    if folder.is_dir() and (
+        try:
+            read_plan(folder)
+        except SparsortError as error:
+            # A plan that is mapped from this very folder has the damage in memory.
+            if fingerprint_of(described, arrays) != described["fingerprint"]:
+                raise
+            _LOG.warning("%s The plan is written again.", str(error).partition(". ")[0] + ".")
+        else:
+            # The same batches over the same rows, of which more may be known than an older sparsort noted.
+            notes = json.loads(json.dumps({**there["notes"], **described["notes"]}))
+            is_old = there["version"] == _WITHOUT_DIGESTS or notes != there["notes"]
+            if is_old and os.access(folder, os.W_OK):
+                _write_description(folder, {**{name: there[name] for name in described}, "notes": notes}, arrays)
+            return
+    elif folder.is_dir() and (
         others := sorted(path.name for path in folder.iterdir() if path.suffix not in (".npy", ".tmp"))
     ):
         raise SparsortError(
             f"{folder} holds other files, such as {others[0]}. A plan has a folder of its own: choose a new one."
         )
     for name, array in arrays.items():
-        _write_array(folder / f"{name}.npy", array)
-    write_json(folder / _FILE, {**whole, "digest": _digest(whole)})
+        with write_atomically(folder / f"{name}.npy") as temporary, temporary.open("wb") as handle:
+            np.save(handle, array, allow_pickle=False)
+    _write_description(folder, described, arrays)
 
 
-def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def read_plan(folder: Path, *, check: bool = True) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """What `write_plan` was given, the arrays mapped.
 
+    Args:
+        folder: of the plan.
+        check: compare every array with what was written; False only where this plan was checked before.
+
     Raises:
-        SparsortError: no plan is there, another version wrote it, or a file is missing or has another length.
+        SparsortError: no plan is there, another version wrote it, or a file is missing or has changed.
     """
-    found = read_description(folder)
-    arrays = {name: _map_array(folder / f"{name}.npy", *shape) for name, shape in found.pop("arrays").items()}
-    del found["format"], found["version"], found["digest"]
-    return found, arrays
+    described = read_description(folder)
+    records = described.pop("arrays")
+    has_digests = described["version"] != _WITHOUT_DIGESTS
+    if has_digests and check:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: _check_array(folder, name, records[name]), records))
+    kinds = {name: (found["dtype"], found["length"]) for name, found in records.items()} if has_digests else records
+    arrays = {name: _map_array(folder / f"{name}.npy", *kind) for name, kind in kinds.items()}
+    if check and not has_digests and fingerprint_of(described, arrays) != described["fingerprint"]:
+        raise SparsortError(f"{folder} is damaged: its arrays have changed since they were written. {_again(folder)}")
+    del described["format"], described["version"], described[integrity.SEAL]
+    return described, arrays
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The JSON of a plan, checked for format and version."""
+    """The JSON of a plan, checked for format, version and its own digest."""
     path = folder / _FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -67,26 +112,52 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} holds no curriculum plan. Make one with: sparsort plan SCORES --out {folder}."
         ) from None
     except (OSError, ValueError) as error:
-        raise SparsortError(f"{path} cannot be read ({error}). Make the plan again with sparsort plan.") from error
+        raise SparsortError(f"{path} cannot be read ({error}). {_again(folder)}") from error
     given = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
-    if given != (FORMAT, VERSION):
+    if given not in ((FORMAT, VERSION), (FORMAT, _WITHOUT_DIGESTS)):
         raise SparsortError(
-            f"{path} is version {given[1]!r} of {given[0]!r}, and this sparsort reads version {VERSION} of {FORMAT!r}. "
-            "Make the plan again with sparsort plan."
+            f"{path} is version {given[1]!r} of {given[0]!r}, and this sparsort reads versions {_WITHOUT_DIGESTS} and "
+            f"{VERSION} of {FORMAT!r}. {_again(folder)}"
         )
-    if found.get("digest") != _digest({name: value for name, value in found.items() if name != "digest"}):
-        raise SparsortError(f"{path} was changed after it was written. Make the plan again with sparsort plan.")
+    integrity.check_seal(found, path, next_step=_again(folder))
     return dict(found)
 
 
-def _digest(described: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
+def fingerprint_of(described: Mapping[str, Any], arrays: Arrays) -> str:
+    """A digest of everything that decides a batch: settings, edges, revision, names of groups, and every array.
+
+    Args:
+        described: `settings` as JSON values, `n_rows`, `stage_edges`, `revision` and `notes`.
+        arrays: by name.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    settings = json.dumps(described["settings"], sort_keys=True)
+    edges, revision = described["stage_edges"], described["revision"]
+    found.update(f"{settings}\n{described['n_rows']}\n{edges}\n{revision}".encode())
+    found.update(json.dumps(described["notes"].get("groups")).encode())
+    for name in sorted(arrays):
+        found.update(f"\n{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        found.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
+    return found.hexdigest()
 
 
-def _write_array(path: Path, array: NDArray[Any]) -> None:
-    """One array as .npy, whole or not at all."""
-    with write_atomically(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, array, allow_pickle=False)
+def _write_description(folder: Path, described: Mapping[str, Any], arrays: Arrays) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        written = list(pool.map(lambda name: integrity.record_of(folder / f"{name}.npy"), arrays))
+    records = {
+        name: {"dtype": str(array.dtype), "length": len(array), **record}
+        for (name, array), record in zip(arrays.items(), written, strict=True)
+    }
+    whole = {"format": FORMAT, "version": VERSION, **described, "arrays": records}
+    write_json(folder / _FILE, integrity.seal(whole))
+
+
+def _again(folder: Path) -> str:
+    return f"Delete {folder} and make the plan again with the command that made it, such as sparsort plan."
+
+
+def _check_array(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    integrity.check_file(folder / f"{name}.npy", record, next_step=_again(folder))
 
 
 def _map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
@@ -97,13 +168,11 @@ def _map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
     """
     try:
         found: NDArray[Any] = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise SparsortError(
-            f"{path} is missing or damaged ({error}). Make the plan again with sparsort plan."
-        ) from error
+    except _UNREADABLE as error:
+        raise SparsortError(f"{path} is missing or damaged ({error}). {_again(path.parent)}") from error
     if str(found.dtype) != dtype or found.shape != (length,):
         raise SparsortError(
-            f"{path} holds {found.dtype} of shape {found.shape}, and the plan says {dtype} of ({length},). "
-            "Make the plan again with sparsort plan."
+            f"{path} is damaged: it holds {found.dtype} of shape {found.shape}, and the plan says {dtype} of ({length},). "
+            f"{_again(path.parent)}"
         )
     return np.asarray(found)  # still mapped; slicing an np.memmap itself takes five times as long

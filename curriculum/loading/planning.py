@@ -7,8 +7,7 @@ uses) is counted in the plan's notes.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 from sparsort.curriculum.loading import batches
 from sparsort.curriculum.loading.building import Spans, available, base_order, cut, fewest, rows_at
 from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combine
-from sparsort.curriculum.loading.fingerprints import places_of
 from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.ranking import by_id, row_type
+from sparsort.curriculum.loading.ranking import by_id, group_names, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.verification import check_name, ids_from, note_rows
+from sparsort.curriculum.loading.verification import content_digest as content_digest
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.paths import spell
 from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import digest_of
+from sparsort.values import as_text, is_missing, number_array
 
 Given = Scores | str | Path | ArrayLike
 _SHOWN = 5
@@ -35,8 +36,10 @@ def plan_curriculum(
     *,
     data: Sequence[Mapping[str, Any]] | None = None,
     ids: Sequence[str] | None = None,
+    id_column: str | None = None,
     groups: str | Sequence[Any] | None = None,
     lengths: ArrayLike | None = None,
+    fingerprint: str | None = None,
     combination: Combination = "rank_average",
     weights: Mapping[str, float] | None = None,
     out: str | Path | None = None,
@@ -47,11 +50,16 @@ def plan_curriculum(
     Args:
         scores: `Scores`, a path that `Scores.load` reads, or one difficulty a row, (N,); or several by name, combined.
         data: the rows to train on, as a `datasets.Dataset` or a sequence of mappings: scores are matched to them by id or
-            content. Without, row i of the data is row i of the scores.
-        ids: of the rows; ties in difficulty break by them. Taken from scores that have an id column.
+            content. Without, row i of the data is row i of the scores. The plan notes their ids and contents, so that a
+            loader or trainer can tell whether it is given the same rows (`verification`).
+        ids: one id a row; ties in difficulty break by them. Taken from scores that have an id column.
+        id_column: the field of the data, and of the dataset that is trained on, with the id of each row; by default that of
+            the scores, else "id". With `data` and without `ids`, the ids are taken from it.
         groups: the group of each row, or the name of the field of `data` that tells it. A curriculum then takes each
             group's easiest together, so that none is starved.
         lengths: tokens of each row; scores that count tokens bring their own.
+        fingerprint: your own name for the data. A loader or trainer that is given the same name takes its dataset for these
+            rows without comparing them.
         combination: of several scores: "rank_average", "lexicographic" or "intersection" (`combine`).
         weights: of the scores in "rank_average".
         out: folder to save the plan in; it is then mapped from there.
@@ -62,10 +70,13 @@ def plan_curriculum(
     """
     if isinstance(groups, str) and data is None:
         raise SparsortError(f"groups={groups!r} names a field of the data: pass data too, or one group a row.")
+    check_name(fingerprint)
     asked = CurriculumSettings.from_json(settings)
     read = _read(scores)
     difficulty, notes = _difficulty(read, data, combination, weights)
     n = len(difficulty)
+    if ids is None and id_column is not None and data is not None:
+        ids = ids_from(data, id_column)
     if n == 0:
         raise SparsortError("there are no rows to plan for. Give at least one scored row.")
     _check_size(asked, n)
@@ -90,6 +101,7 @@ def plan_curriculum(
         limit = asked.pack_length or asked.token_budget
         what = "a packed sequence" if asked.pack_length else "a batch"
         arrays["lengths"], notes["cut"] = batches.cut_lengths(found, asked.max_length, limit, what)
+    notes |= note_rows(_scores_in(read), data, ids=ids, id_column=id_column, fingerprint=fingerprint)
     plan = _assemble(asked, arrays, difficulty, notes, n)
     return plan if out is None else plan.save(out)
 
@@ -153,6 +165,8 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
         if not isinstance(given, Scores):
             try:
                 given = np.asanyarray(given)
+                if given.dtype == object and given.ndim == 1:
+                    given = number_array(given)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise SparsortError(
                     f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
@@ -194,9 +208,8 @@ def _difficulty(
             f"the numbers of rows differ: {told}. Pass one difficulty for each row, or Scores together with the data, "
             "which are matched by id."
         )
-    first = next(iter(read.values()))
-    if isinstance(first, Scores):
-        notes["content"] = _content(first, data)
+    if data is None:
+        _check_same_rows(read)
     if combination not in COMBINATIONS:
         raise unknown_choice("combination", combination, COMBINATIONS)
     if len(columns) == 1:
@@ -208,23 +221,27 @@ def _difficulty(
     return combine(columns, combination, weights=weights), notes
 
 
-def content_digest(rows: Iterable[Mapping[str, Any]], fields: Sequence[str] | None) -> str:
-    """The content of rows in their order: what of it `fields` name, None for all. A plan notes it of the rows it is for."""
-    return _digest_of_all(digest_of(row, fields) for row in rows)
+def _scores_in(read: Mapping[str, Scores | NDArray[Any]]) -> Scores | None:
+    return next((given for given in read.values() if isinstance(given, Scores)), None)
 
 
-def _content(scores: Scores, data: Iterable[Mapping[str, Any]] | None) -> dict[str, Any]:
-    fields = scores.provenance.get("content")
-    digests = list(scores.column("digest") if data is None else (digest_of(row, fields) for row in data))
-    sample = {str(place): digests[place] for place in places_of(len(digests))}
-    return {"fields": fields, "digest": _digest_of_all(digests), "sample": sample}
-
-
-def _digest_of_all(digests: Iterable[str]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for digest in digests:
-        found.update(f"{digest}\n".encode())
-    return found.hexdigest()
+def _check_same_rows(read: Mapping[str, Scores | NDArray[Any]]) -> None:
+    """Refuse scores that would be combined by position although they are of other rows, or of rows in another order."""
+    named = [(name, given) for name, given in read.items() if isinstance(given, Scores)]
+    for name, other in named[1:]:
+        first_name, first = named[0]
+        about = [scores.provenance for scores in (first, other)]
+        if all(each.get("id_column") is not None for each in about):
+            column = "id"
+        elif about[0].get("content") is not None and about[0].get("content") == about[1].get("content"):
+            column = "digest"
+        else:
+            continue
+        if (differing := np.flatnonzero(first.column(column) != other.column(column))).size:
+            raise SparsortError(
+                f"the scores {first_name} and {name} are of other rows, or of rows in another order, such as row "
+                f"{int(differing[0])}. Pass data, to which both are matched by id or content (--data FILE)."
+            )
 
 
 def _ids(
@@ -239,9 +256,9 @@ def _ids(
         if not isinstance(first, Scores) or column is None:
             return None
         named = first.ids if data is None else [row.get(column) for row in data]
-        if any(name is None for name in named):  # rows that were found by their content have their place alone
+        if any(map(is_missing, named)):  # rows that were found by their content have their place alone
             return None
-        ids = [str(name) for name in named]
+        ids = [as_text(name, field=spell([column]), where=f"row {place}") for place, name in enumerate(named)]
     if len(ids) != n:
         raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id a row, or none.")
     order = by_id(ids)
@@ -256,15 +273,15 @@ def _groups(
             "quotas need the group of each row: pass groups, one a row or the name of a field of the data."
         )
     if isinstance(groups, str):
-        rows = data if data is not None else []
-        if absent := [place for place, row in enumerate(rows) if row.get(groups) is None]:
-            raise SparsortError(
-                f"{len(absent)} of {n} rows have no {groups!r}, such as row {absent[0]}: a group is needed of every row."
-            )
-        groups = [row[groups] for row in rows]
+        return _coded([row.get(groups) for row in data or []], groups, n, asked)
+    return _coded(groups, "groups", n, asked)
+
+
+def _coded(groups: Sequence[Any], field: str, n: int, asked: CurriculumSettings) -> tuple[NDArray[np.int32], list[str]]:
+    """(n,) the number of each row's group, and the groups' names."""
     if len(groups) != n:
         raise SparsortError(f"{len(groups)} groups for {n} rows: pass one group a row.")
-    names, codes = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
+    names, codes = np.unique(np.array(group_names(groups, field)), return_inverse=True)
     found = [str(name) for name in names]
     for name, share in (asked.quotas or {}).items():
         if name not in found:

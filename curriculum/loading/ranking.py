@@ -9,7 +9,7 @@ a stable argsort and needs no room beside the keys. Differences that only float6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.curriculum.loading.settings import Unscored
 from sparsort.errors import SparsortError
+from sparsort.paths import spell
+from sparsort.values import as_text, is_missing
 
 Rows = NDArray[Any]
 
@@ -29,6 +31,20 @@ _LOW = np.uint64(0xFFFFFFFF)
 def row_type(n: int) -> type[np.unsignedinteger[Any]]:
     """The narrowest type that holds row numbers below n."""
     return np.uint32 if n < 2**32 else np.uint64
+
+
+def group_names(groups: Iterable[Any], field: str) -> list[str]:
+    """The name of each row's group.
+
+    Raises:
+        SparsortError: a group is missing, or has no text of its own.
+    """
+    values = list(groups)
+    if absent := [place for place, value in enumerate(values) if is_missing(value)]:
+        raise SparsortError(
+            f"{len(absent)} of {len(values)} rows have no {field!r}, such as row {absent[0]}: a group is needed of every row."
+        )
+    return [as_text(value, field=spell([field]), where=f"row {place}") for place, value in enumerate(values)]
 
 
 def by_id(ids: Sequence[str] | NDArray[Any]) -> Rows:

@@ -29,21 +29,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsort import integrity
 from sparsort.curriculum.loading.observations import Observations as Observations
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
 
-_KIND, _VERSION = "sparsort running difficulty", 1
+_KIND, _VERSION = "sparsort running difficulty", 2
+_WITHOUT_DIGESTS = 1  # still read
 # Beyond four deviations of its contemporaries a value says no more than "very hard", and must not own the average.
 _CLIP = 4.0
 _LARGEST = 1e100  # whose square a float64 still holds
 _LAST_STEP = np.iinfo(np.int32).max
+
+_OTHERWISE = "Resume from another checkpoint, or start without it."
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -161,7 +166,7 @@ class RunningDifficulty:
         return result
 
     def save(self, path: Path | str) -> None:
-        """Write the whole state to one safetensors file, atomically."""
+        """Write the whole state to one safetensors file, atomically, with digests of all that it holds."""
         from safetensors.numpy import save_file
 
         about = {
@@ -170,10 +175,11 @@ class RunningDifficulty:
             "fingerprint": self.fingerprint,
             "settings": self._settings,
             "next_step": self._next_step,
+            "arrays": _digests(self._arrays()),
         }
         with write_atomically(Path(path)) as temporary:
             # One entry: safetensors writes several in no fixed order, and equal states should be equal files.
-            save_file(self._arrays(), str(temporary), metadata={"sparsort": json.dumps(about)})
+            save_file(self._arrays(), str(temporary), metadata={"sparsort": json.dumps(integrity.seal(about))})
 
     @classmethod
     def load(cls, path: Path | str, *, fingerprint: str | None = None) -> RunningDifficulty:
@@ -184,7 +190,7 @@ class RunningDifficulty:
             fingerprint: of the plan that is being continued; None takes any.
 
         Raises:
-            SparsortError: no such file, another kind or version, or another plan's.
+            SparsortError: no such file, another kind or version, another plan's, or one that has changed since it was written.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -192,13 +198,20 @@ class RunningDifficulty:
             with safe_open(str(path), framework="numpy") as file:
                 about = json.loads((file.metadata() or {}).get("sparsort", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SparsortError(f"cannot read the running difficulty {path}: {error}.") from error
-        if about.get("kind") != _KIND or about.get("version") != _VERSION:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise SparsortError(f"cannot read the running difficulty {path}: {error}. {_OTHERWISE}") from error
+        if about.get("kind") != _KIND or about.get("version") not in (_VERSION, _WITHOUT_DIGESTS):
             raise SparsortError(
                 f"{path} is {about.get('kind', 'another file')!r}, version {about.get('version')}; "
                 f"expected {_KIND!r}, version {_VERSION}. Use the sparsort that wrote it, or start anew."
             )
+        if about["version"] == _VERSION:
+            integrity.check_seal(about, Path(path), next_step=_OTHERWISE)
+            intact = about["arrays"] == _digests(arrays)
+        else:
+            intact = _is_possible(about, arrays)
+        if not intact:
+            raise SparsortError(f"{path} is damaged: its content has changed since it was written. {_OTHERWISE}")
         if fingerprint is not None and about["fingerprint"] != fingerprint:
             raise SparsortError(
                 f"{path} belongs to the plan {about['fingerprint']!r}, not to {fingerprint!r}: its rows are other rows. "
@@ -256,6 +269,37 @@ class RunningDifficulty:
         """What is left after `age` steps."""
         half_life = self._settings["half_life_steps"]
         return np.ones(len(age)) if half_life is None else _halvings(age / half_life)
+
+
+def _digests(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Type, shape and digest of each array, as JSON values."""
+    return {
+        name: [str(array.dtype), list(array.shape), integrity.digest_of_bytes(array.tobytes())]
+        for name, array in arrays.items()
+    }
+
+
+def _is_possible(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a state without digests is one that `save` can have written."""
+    step, settings = about.get("next_step"), about.get("settings")
+    n = len(arrays.get("prior", ()))
+    if not (n and isinstance(step, int) and isinstance(settings, dict) and isinstance(about.get("fingerprint"), str)):
+        return False
+    try:
+        fresh = RunningDifficulty(n, **settings)
+    except (SparsortError, TypeError):
+        return False
+    of_its_kind = {name: (array.dtype, array.shape) for name, array in fresh._arrays().items()}
+    if settings != fresh._settings or of_its_kind != {name: (a.dtype, a.shape) for name, a in arrays.items()}:
+        return False
+    seen, weight = arrays["seen"], arrays["weight"]
+    return (
+        all(bool(np.isfinite(array).all()) for array in arrays.values())
+        and bool((weight >= 0).all())
+        and bool(((seen >= 0) & (seen < max(1, step)) & ((weight > 0) | (seen == 0))).all())
+        # Standard ranks are at most √3, in mean and in deviation.
+        and bool((np.abs(arrays["value"]) <= (_CLIP + 1) * math.sqrt(3)).all())
+    )
 
 
 def standard_ranks(difficulty: ArrayLike) -> NDArray[np.float32]:

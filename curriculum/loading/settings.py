@@ -7,11 +7,12 @@ scores with equal settings are the same plan. Combinations that have no meaning 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from sparsort.conditions import ALWAYS, Table, When, among, excludes, refuse_unread_fields
 from sparsort.curriculum.loading.pacing import Pacing
 from sparsort.errors import SparsortError, unknown_choice
 
@@ -29,6 +30,57 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "later_epochs": get_args(Later),
     "unscored": get_args(Unscored),
     "packing": get_args(Packing),
+}
+
+
+_ONE_PASS = When(holds=lambda v: v["mode"] != "pool", why="pool mode draws every batch anew")
+_POOL = When(
+    holds=lambda v: v["mode"] != "one_pass",
+    why="one pass shows each example once, as often as the data has it",
+    instead={"mode": "pool"},
+)
+_SORTED = When(
+    holds=lambda v: v["schedule"] not in ("folded", "interleaved", "shuffle", "as_given"),
+    why="{schedule} has its own order",
+    instead={"schedule": "sorted"},
+)
+RANKED = When(
+    holds=lambda v: v["schedule"] not in ("shuffle", "as_given"),
+    why="{schedule} has no easy and hard end",
+    instead={"schedule": "sorted"},
+)
+# What every setting needs to be read; see `sparsort.conditions`. Seeds and limits may be given where nothing is drawn or cut.
+READ_BY: Table = {
+    "batch_size": ALWAYS,
+    "token_budget": ALWAYS,
+    "mode": ALWAYS,
+    "schedule": (_ONE_PASS,),
+    "direction": (RANKED,),
+    "pacing": (_SORTED,),
+    "stages": (_SORTED,),
+    "folds": (among("schedule", ("folded", "interleaved"), of=get_args(Schedule)),),
+    "warm_up": (_ONE_PASS, RANKED),
+    "later_epochs": (
+        _ONE_PASS,
+        When(holds=lambda v: v["schedule"] != "as_given", why="{schedule} has no easy and hard end"),
+    ),
+    "steps": (_POOL,),
+    "quotas": (_POOL,),
+    "group_by_length": (
+        _ONE_PASS,
+        _SORTED,
+        excludes("warm_up", "after {warm_up} there are no stages to group lengths in"),
+    ),
+    "max_length": ALWAYS,
+    "packing": (_ONE_PASS,),
+    "pack_length": ALWAYS,
+    "unscored": (
+        When(
+            holds=lambda v: v["unscored"] == "error" or (RANKED.holds(v) and v["direction"] != "random"),
+            why="{schedule} with {direction} does not look at scores",
+        ),
+    ),
+    "seed": ALWAYS,
 }
 
 
@@ -61,6 +113,10 @@ class CurriculumSettings:
         pack_length: tokens of a packed sequence.
         unscored: where rows without a score stand in "easy_to_hard".
         seed: of every draw.
+        stored: the settings come from a plan that was saved, where one that is not read is kept as it is.
+
+    Raises:
+        SparsortError: an unknown choice, a number out of range, settings that need others, or one that is not read (`READ_BY`).
     """
 
     batch_size: int | None = None
@@ -81,8 +137,9 @@ class CurriculumSettings:
     pack_length: int | None = None
     unscored: Unscored = "last"
     seed: int = 0
+    stored: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, stored: bool) -> None:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), np.integer | np.floating):
                 object.__setattr__(self, field.name, value.item())
@@ -109,6 +166,8 @@ class CurriculumSettings:
             raise SparsortError(
                 f"pacing must be a Pacing or its text, such as 'linear:start=0.2,until=0.8', not {self.pacing!r}."
             )
+        if not stored:
+            refuse_unread_fields(self, READ_BY)
         self._check_mode()
         self._check_lengths()
         self._check_quotas()
@@ -126,52 +185,25 @@ class CurriculumSettings:
         return {**asdict(self), "pacing": None if self.pacing is None else str(self.pacing)}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CurriculumSettings:
-        """Settings by name; a pacing may be given as text, such as "root:start=0.2"."""
+    def from_json(cls, value: Mapping[str, Any], *, stored: bool = False) -> CurriculumSettings:
+        """Settings by name; a pacing may be given as text, such as "root:start=0.2". `stored`: see the class."""
         names = [field.name for field in fields(cls)]
         for name in value:
             if name not in names:
                 raise unknown_choice("setting", name, names)
         pacing = value.get("pacing")
-        return cls(**{**value, "pacing": Pacing.parse(pacing) if isinstance(pacing, str) else pacing})
+        if isinstance(pacing, str):
+            pacing = Pacing.parse(pacing, stored=stored)
+        return cls(**{**value, "pacing": pacing}, stored=stored)
 
     def _check_mode(self) -> None:
         if self.mode == "pool":
-            self._refuse(
-                "pool mode draws every batch anew",
-                schedule=self.schedule != "sorted",
-                warm_up=self.warm_up is not None,
-                later_epochs=self.later_epochs != "repeat",
-                group_by_length=self.group_by_length,
-                packing=self.packing != "none",
-            )
             if self.pacing is None or self.steps is None:
                 raise SparsortError(
                     "pool mode needs a pacing (the share to draw from) and steps (batches to draw), such as "
                     "pacing='linear:start=0.1', steps=1000 (--pacing linear:start=0.1 --steps 1000)."
                 )
             return
-        self._refuse(
-            "one pass shows each example once, as often as the data has it",
-            steps=self.steps is not None,
-            quotas=self.quotas is not None,
-        )
-        if self.schedule != "sorted":
-            self._refuse(
-                f"the schedule {self.schedule!r} has its own order",
-                pacing=self.pacing is not None,
-                stages=self.stages is not None,
-                group_by_length=self.group_by_length,
-            )
-        if self.schedule in ("shuffle", "as_given"):
-            self._refuse(
-                f"the schedule {self.schedule!r} has no easy and hard end",
-                direction=self.direction != "easy_to_hard",
-                warm_up=self.warm_up is not None,
-                later_epochs=self.schedule == "as_given" and self.later_epochs != "repeat",
-            )
-        if self.group_by_length:
-            self._refuse("after a warm-up there are no stages to group lengths in", warm_up=self.warm_up is not None)
         if self.pacing is not None and self.stages is None:
             raise SparsortError(
                 "one pass with a pacing needs stages, the number of times the pacing is looked at in an epoch, "
@@ -210,10 +242,3 @@ class CurriculumSettings:
             )
         if self.batch_size is None:
             raise SparsortError("quotas count examples of a batch: give batch_size, not token_budget.")
-
-    def _refuse(self, reason: str, **given: bool) -> None:
-        if names := [name for name, present in given.items() if present]:
-            raise SparsortError(
-                f"{reason}, so {' and '.join(f'{name}={getattr(self, name)!r}' for name in names)} has no meaning here. "
-                "Leave it out, or change the mode or schedule (docs/curriculum.md)."
-            )

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.curriculum.loading.coverage import Coverage, coverage_of, spaced
 from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.curriculum.loading.ranking import group_names
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.progress import progress
@@ -140,7 +141,7 @@ class Shown:
             tokens = np.minimum(np.asarray(lengths), plan.settings.max_length)
         if groups is None:
             return cls(tokens, plan.groups, list(plan.notes.get("groups", [])))
-        names, codes = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
+        names, codes = np.unique(np.array(group_names(groups, "groups")), return_inverse=True)
         return cls(tokens, codes.astype(np.int32), [str(name) for name in names])
 
 

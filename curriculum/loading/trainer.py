@@ -6,12 +6,16 @@ options (`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, acceler
 loader is sharded already and never passes through `accelerator.prepare`, whose wrap-around would show the easiest
 examples again after the hardest.
 
-The one thing changed in the caller's arguments is `ignore_data_skip`, which is on while `train` runs (Trainer would
-otherwise walk over the data up to the checkpoint) and as it was when `train` returns.
+Checkpoints are finished by a manifest and checked against it before they are used (`checkpoints`).
+
+Two of the caller's arguments are changed, for a while: `ignore_data_skip` is on while `train` runs (Trainer would otherwise
+walk over the data up to the checkpoint), and `save_total_limit` is None while a checkpoint is written (Trainer would
+otherwise delete older ones before every process has written its part).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
+from sparsort.curriculum.loading import checkpoints
 from sparsort.curriculum.loading.fetching import Part
 from sparsort.curriculum.loading.loader import CurriculumLoader
 from sparsort.curriculum.loading.packing import PackedCollator
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.trainer_callback import CurriculumCallback
-from sparsort.curriculum.loading.trainer_callback import last_whole_checkpoint as last_whole_checkpoint
+from sparsort.curriculum.loading.trainer_classes import refuse_own_batches
+from sparsort.curriculum.loading.verification import check_name, rows_agree, verify_rows
 from sparsort.errors import SparsortError
 
 if TYPE_CHECKING:
@@ -43,9 +49,16 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
     Args:
         curriculum: the plan of the training data's rows, or the folder that `plan.save` wrote.
+        fingerprint: your own name for the training data, as of `CurriculumLoader`.
+        verify: compare `train_dataset`, as it is given and before any column is removed, with what the plan knows of its
+            rows. False takes any dataset with as many rows.
         online: measure the difficulty of the examples while training on them, and plan anew from it at the edges of stages
             (`OnlineCurriculum`). The checkpoints then hold a folder `curriculum` with what was learnt.
         args, kwargs: of the Trainer beside it.
+
+    Raises:
+        SparsortError: a trainer that chooses its own batches (`trainer_classes`), or a `train_dataset` without the plan's
+            rows in their order, or without anything that could be compared with them (`verification`).
     """
 
     def __init__(
@@ -53,6 +66,8 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         *args: Any,
         curriculum: CurriculumPlan | str | Path,
         online: OnlineDifficulty | None = None,
+        fingerprint: str | None = None,
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
         if not isinstance(curriculum, (CurriculumPlan, str, Path)):
@@ -66,28 +81,35 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self.online = online
         self._learning: OnlineCurriculum | None = None
         self._resumed_from: Path | None = None
+        self._passed_over: list[Path] = []
+        self._sealed: Path | None = None
         self._micro = 0
         self.curriculum = (
             curriculum if isinstance(curriculum, CurriculumPlan) else CurriculumPlan.open(Path(curriculum))
         )
+        check_name(fingerprint)
+        self._fingerprint, self._verify = fingerprint, verify
+        # All of this before the model is loaded, and before the class beside removes columns from the data.
+        passed = _passed(super().__init__, args, kwargs)
+        refuse_own_batches(type(self), CurriculumMixin, passed.get("args"))
+        given = passed.get("train_dataset")
+        if given is not None and verify:
+            verify_rows(self.curriculum, given, fingerprint=fingerprint)
         super().__init__(*args, **kwargs)
+        self._verified = self._verify_prepared(given)
         # The first to be called, so that the others see the epoch that it puts right.
         self.callback_handler.callbacks.insert(0, CurriculumCallback())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, as Trainer does. With `resume_from_checkpoint=True`, a checkpoint that a kill left half written is passed over.
+        """Train, as Trainer does. With `resume_from_checkpoint=True`, checkpoints that are damaged, or that a kill left half
+        written, are passed over with a warning.
 
         Raises:
-            SparsortError: the checkpoint is not of this plan over this data, or was written without a curriculum.
+            SparsortError: the checkpoint is damaged, is not of this plan over this data, or was written without a curriculum.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
-            raise SparsortError(
-                f"there is no checkpoint {resume_from_checkpoint}. Give a folder that training wrote, or "
-                "resume_from_checkpoint=True for the newest whole one in output_dir."
-            )
-        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._resumed_from, self._passed_over = checkpoints.choose(resume_from_checkpoint, self.args)
+        if self._resumed_from is not None:
+            resume_from_checkpoint = str(self._resumed_from)
         skip = self.args.ignore_data_skip
         self.args.ignore_data_skip = True
         try:
@@ -110,6 +132,10 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise SparsortError("training needs train_dataset=, the data that the plan was made for.")
         self._check_parallelism()
+        if self._verify and self.train_dataset is not self._verified:
+            # Given after construction.
+            verify_rows(self.curriculum, self.train_dataset, fingerprint=self._fingerprint)
+            self._verified = self.train_dataset
         if self.curriculum.settings.batch_size is not None:
             check_global_batch(
                 self.curriculum.settings.batch_size,
@@ -130,6 +156,8 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            fingerprint=self._fingerprint,
+            verify=False,  # the whole dataset was, with the columns that are removed here
         )
         self._learn(loader)
         return loader
@@ -166,10 +194,51 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # All processes are here; a callback's state is asked for in the first one only. Trainer's own state is written
         # after this, so a checkpoint that has it has all.
+        args, runs = self.args, Path(self._get_output_dir(trial=trial))
+        folder = runs / f"checkpoint-{self.state.global_step}"
+        self._sealed = None
+        if args.should_save:
+            checkpoints.open_for_writing(folder)
         if self._learning is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / _ONLINE
-            self._learning.save(folder)
-        super()._save_checkpoint(model, trial)
+            self._learning.save(folder / _ONLINE)
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self._seal(folder)
+        if args.should_save:
+            best = self.state.best_model_checkpoint
+            keep = [folder, *([Path(best)] if best else [])]
+            checkpoints.rotate(runs, limit, keep=keep, first=self._passed_over)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload runs in a thread of its own, which must find the manifest written.
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        checkpoints.choose(self.state.best_model_checkpoint, self.args, may_be_missing=True)
+        super()._load_best_model()
+
+    def _seal(self, folder: Path) -> None:
+        """Finish a checkpoint, once, after every process has written its part of it."""
+        if self._sealed == folder:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal_checkpoint(folder)
+        self._sealed = folder
+
+    def _verify_prepared(self, given: Any) -> Any:
+        """The dataset that counts as compared after construction: the one that was given, as the class beside prepared it."""
+        prepared = self.train_dataset
+        if given is None:
+            return None
+        if prepared is not given and self._verify and self._fingerprint is None:
+            # Ids alone: templates may have changed the contents, and a class may have dropped the columns.
+            rows_agree(self.curriculum, prepared, content=False)
+        return prepared
 
     def _learn(self, loader: CurriculumLoader) -> None:
         self._stop_learning()
@@ -248,6 +317,15 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
 class CurriculumTrainer(CurriculumMixin):
     """transformers' Trainer in the order of a plan: `CurriculumTrainer(model, args, curriculum=plan, train_dataset=data)`."""
+
+
+def _passed(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as far as the signature names them."""
+    try:
+        bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # for the call itself to report
+        return kwargs
+    return {**bound, **kwargs}
 
 
 def check_global_batch(batch_size: int, per_device: int, accumulation: int, processes: int) -> None:

@@ -10,11 +10,8 @@ whose every batch is a function of its number needs no walking. `CurriculumMixin
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +29,14 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     `CurriculumMixin` adds one. Its state travels in the checkpoint's `trainer_state.json`; it is read from there also
     when `restore_callback_states_from_checkpoint` is off, as it is by default.
+
+    Attributes:
+        position: the loader's state.
+        processes: that train together.
+        manifest: whether a checkpoint with this state is finished by a manifest (`checkpoints`).
     """
+
+    manifest = True
 
     def __init__(self) -> None:
         self.position: dict[str, Any] | None = None
@@ -44,7 +48,8 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def state(self) -> dict[str, Any]:
         """What transformers keeps in a checkpoint, and makes the callback anew from."""
-        return {"args": {}, "attributes": {"position": self.position, "processes": self.processes}}
+        attributes = {"position": self.position, "processes": self.processes, "manifest": self.manifest}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the loader to where the checkpoint left it, and say where training will not end with the curriculum.
@@ -53,6 +58,11 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             SparsortError: the checkpoint holds no curriculum, another one, or one that stands at another step.
         """
         loader: CurriculumLoader = kwargs["train_dataloader"]
+        if not isinstance(loader, CurriculumLoader):
+            raise SparsortError(
+                f"training would follow a {type(loader).__name__} instead of the plan: get_train_dataloader was overridden. "
+                "Return the loader of super().get_train_dataloader()."
+            )
         if state.global_step > 0:
             _resume(loader, state, type(self).__name__)
         self._loader, self.processes = loader, args.world_size
@@ -99,26 +109,10 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         return measured
 
 
-def last_whole_checkpoint(folder: Path) -> str:
-    """The newest checkpoint in `folder` whose writing was finished, as Trainer writes them: piece by piece, in place.
-
-    Raises:
-        SparsortError: there is none.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if _is_whole(checkpoint):
-            return str(checkpoint)
-        _LOG.warning("%s was not written to its end and is passed over.", checkpoint)
-    raise SparsortError(
-        f"there is no whole checkpoint to resume from in {folder}. Train from the start, without resume_from_checkpoint."
-    )
-
-
 def _resume(loader: CurriculumLoader, state: Any, name: str) -> None:
     stored = state.stateful_callbacks.get(name)
     stored = stored[-1] if isinstance(stored, list) else stored
-    position = stored["attributes"]["position"] if stored else None
+    position = stored.get("attributes", {}).get("position") if stored else None
     if position is None:
         raise SparsortError(
             f"the checkpoint at step {state.global_step} was written by a trainer without a curriculum: it does not say "
@@ -151,20 +145,3 @@ def _cut_short(plan: CurriculumPlan, steps: int) -> str | None:
         f"training ends at step {steps}, inside an epoch of {n_batches}: the last {n_batches - left} batches of the "
         f"curriculum {what}. Set max_steps to a multiple of {n_batches} to go through it whole."
     )
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The first process writes its state last; the others write their random state beside it, whenever they get there."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        position = state["stateful_callbacks"][CurriculumCallback.__name__]["attributes"]
-    except (OSError, ValueError):
-        return False
-    except (KeyError, TypeError):
-        return True  # another trainer's, or saved twice over: whole, and for the callback to judge
-    if not any(checkpoint.glob("rng_state*")):
-        return True  # save_only_model
-    ranks = range(position["processes"])
-    names = [f"rng_state_{rank}.pth" for rank in ranks] if len(ranks) > 1 else ["rng_state.pth"]
-    # torch saves a zip, whose directory comes at its end.
-    return all(zipfile.is_zipfile(checkpoint / name) for name in names)

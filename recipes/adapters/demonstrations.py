@@ -7,6 +7,7 @@ scores, embeddings and word index are made once. No sparsort model is run here: 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,17 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsort.conditions import refuse_unread_fields
 from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
-from sparsort.curriculum.demos.order import Missing, order_indices
+from sparsort.curriculum.demos.duplicates import duplicates
+from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_indices
 from sparsort.curriculum.demos.pool import DemoPool, Query
-from sparsort.curriculum.demos.rows import Row, TextOf, name_of, text_of
+from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of, text_of
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.scores import Scores
+
+_LOG = logging.getLogger("sparsort")
 
 Embed = Callable[[list[str]], ArrayLike]
 
@@ -37,7 +42,7 @@ class DemoOptions:
     """How demonstrations are chosen and ordered.
 
     Attributes:
-        order: an order of `order_demos`, first to last; the last stands next to the query.
+        order: an order of `order_demos`, first to last; the last stands next to the query. None for the hardest first.
         select: a selector of `select_demos`, all but "ids".
         scores: difficulties of the pool's rows: a score folder or file (read at once), a table of scores, a mapping
             from id, or one number a row of the pool.
@@ -53,11 +58,11 @@ class DemoOptions:
         allow_leaks: let rows stand that are the query itself or nearly so.
 
     Raises:
-        SparsortError: an unknown name, scores given twice or unreadable, or something that the order or the selector
-            needs is not given.
+        SparsortError: an unknown name, scores given twice or unreadable, something that the order or the selector needs and that
+            is not given, or a setting that the order does not read.
     """
 
-    order: str = "sparse_to_dense"
+    order: str | None = None
     select: str = "random"
     scores: ScoresLike | str | Path | None = None
     score_column: str | None = None
@@ -79,9 +84,12 @@ class DemoOptions:
             raise SparsortError("scores= and score_column= both say how hard a demonstration is. Give one of them.")
         if isinstance(self.scores, str | Path):
             object.__setattr__(self, "scores", Scores.load(self.scores))
+        refuse_unread_fields(self, READ_BY)
         kind = self.scores.kind if isinstance(self.scores, DifficultyTable) else None
+        if self.order is None:
+            object.__setattr__(self, "order", default_order(kind))
         # With nothing to order, this checks that the order exists and goes with the scores.
-        order_indices(self.order, 0, difficulty=[] if self.has_scores else None, kind=kind, similarity=[], lengths=[])
+        order_indices(self.by_name, 0, difficulty=[] if self.has_scores else None, kind=kind, similarity=[], lengths=[])
         if self.by_similarity and self.embed is None and self.select != "bm25":
             raise SparsortError(
                 f"the order {self.order!r} needs embed=, a function from texts to embeddings, or select='bm25'."
@@ -97,6 +105,11 @@ class DemoOptions:
             raise SparsortError(f"the selection method {self.select!r} needs {' and '.join(absent)}.")
 
     @property
+    def by_name(self) -> str:
+        """The order, the default's name where none was given."""
+        return str(self.order)
+
+    @property
     def has_scores(self) -> bool:
         """Difficulties are given, in one form or the other."""
         return self.scores is not None or self.score_column is not None
@@ -104,7 +117,7 @@ class DemoOptions:
     @property
     def by_similarity(self) -> bool:
         """The order is by similarity to the query."""
-        return self.order.rpartition(":")[2].startswith("similarity_")
+        return self.by_name.rpartition(":")[2].startswith("similarity_")
 
     @property
     def by_query(self) -> bool:
@@ -134,6 +147,8 @@ class DemoChooser:
         self.options = options
         every = [dict(row) for row in rows]
         self._count = len(every)
+        if notes := duplicates(every):
+            _LOG.warning("the pool of demonstrations: %s", listed([note.removesuffix(".") for note in notes], most=2))
         difficulty = _difficulty(every, options)
         pool = DemoPool(every, prompt=options.prompt, label=options.label)
         asked = () if options.allow_leaks else held_out
@@ -182,7 +197,7 @@ class DemoChooser:
         )
         chosen = selection.indices
         places = order_indices(
-            options.order,
+            options.by_name,
             len(chosen),
             difficulty=None if self._difficulty is None else self._difficulty[chosen],
             similarity=selection.similarity,
@@ -194,7 +209,7 @@ class DemoChooser:
         return [int(self._positions[chosen[place]]) for place in places]
 
     def _lengths(self, chosen: Sequence[int]) -> list[int] | None:
-        if "length_" not in self.options.order:
+        if "length_" not in self.options.by_name:
             return None
         rows, text = self._pool.rows, self.options.text
         return [len(text(rows[at]) if text else text_of(rows[at], at)) for at in chosen]
@@ -232,5 +247,5 @@ def _difficulty(rows: Sequence[Row], options: DemoOptions) -> NDArray[np.float64
             f"{name_of(rows[first], first)} has no field {column!r}, which score_column= names (of {len(rows)} rows "
             f"{len(absent)} lack it); it has: {', '.join(map(str, rows[first]))}. A row without a score has null there."
         )
-    values = [np.nan if row[column] is None else row[column] for row in rows]
+    values = [row[column] for row in rows]
     return resolve(values, rows, argument=f"the column {column!r}").values

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
+from sparsort.files import write_json
 
 SEAL = "digest"
 _BITS = 128
@@ -113,3 +114,35 @@ def check_seal(values: Mapping[str, Any], path: Path, *, next_step: str) -> None
 def digest_of_values(values: Any) -> str:
     """A digest of JSON values that does not depend on the order of keys or on white space."""
     return digest_of_bytes(json.dumps(values, sort_keys=True).encode())
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON values with their seal, atomically.
+
+    Raises:
+        SparsortError: the disk refuses.
+    """
+    write_json(path, seal(values))
+
+
+def read_sealed(path: Path, *, next_step: str) -> dict[str, Any]:
+    """The values that `write_sealed` wrote.
+
+    Args:
+        path: the file.
+        next_step: the last sentence of an error.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        SparsortError: it is damaged, has no seal, or cannot be read.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SparsortError(f"{path} cannot be read ({error}). {next_step}") from error
+    if not isinstance(values, dict):
+        raise SparsortError(f"{path} is not what sparsort writes. {next_step}")
+    check_seal(values, path, next_step=next_step)
+    return {name: value for name, value in values.items() if name != SEAL}

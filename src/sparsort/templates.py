@@ -1,23 +1,37 @@
 """Prompt templates: format strings over a row's fields, such as "Question: {question}\\nAnswer:".
 
-Contract: a template is data from the user and a field's value is data from the world, so neither may run code. Only
-`{name}`, `{name!r}` and `{name:spec}` are read; attribute and index look-ups (`{x.__class__}`, `{x[0]}`) are refused.
-A value is inserted once and never read as a template, whatever braces it holds. Literal braces are doubled: `{{`, `}}`.
+Contract: a template is data from the user and a field's value is data from the world, so neither may run code. A field is a
+column and a path of keys and indices into its value, as `sparsort.paths` reads it: `{question}`, `{meta.lang}`,
+`{messages[0].content}`, `{[a.b]}`; attributes of objects are never looked up. A conversion and a format may follow, as in
+`{name!r}` and `{score:.2f}`. A value is inserted once and never read as a template, whatever braces it holds. Literal braces
+are doubled: `{{`, `}}`.
+
+Text, numbers, booleans, dates and times are written as Python's `format` writes them. A list or a dictionary is refused, except
+with `!r` or `!a`: those ask for Python's notation of the value, and get it.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
+import re
 import string
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sparsort.errors import SparsortError
+from sparsort.paths import canonical, column_of, spell
+from sparsort.values import has_text, is_missing, missing_field, not_text, scalar, value_at
+
+# Up to the end of a field: text in brackets may hold anything.
+_FIELD = re.compile(r"\{((?:\[(?:[^\]]|\]\])*\]|[^\[\]{}:!])*)(?:!([^:{}]*))?(?::([^{}]*))?\}")
+_BRACE = re.compile(r"\{\{|\}\}|[{}]")
+_FORMATTER = string.Formatter()
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
+    """Literal text, and the field behind it: its canonical spelling, or None where the template ends without one."""
+
     literal: str
     field: str | None
     spec: str
@@ -25,12 +39,21 @@ class _Piece(NamedTuple):
 
 
 def fields_of(template: str) -> list[str]:
-    """The field names of a template, each once, in the order of their first use.
+    """The fields of a template in their canonical spelling, each once, in the order of their first use.
 
     Raises:
-        SparsortError: the template cannot be read, or holds something other than plain field names.
+        SparsortError: the template cannot be read.
     """
-    return list(dict.fromkeys(piece.field for piece in _pieces(template) if piece.field is not None))
+    return list(dict.fromkeys(piece.field for piece in pieces(template) if piece.field is not None))
+
+
+def columns_of(template: str) -> list[str]:
+    """The columns that the fields of a template look into, each once, in the order of their first use.
+
+    Raises:
+        SparsortError: the template cannot be read.
+    """
+    return list(dict.fromkeys(map(column_of, fields_of(template))))
 
 
 def render(template: str, fields: Mapping[str, Any], *, where: str) -> str:
@@ -38,75 +61,114 @@ def render(template: str, fields: Mapping[str, Any], *, where: str) -> str:
 
     Args:
         template: the format string.
-        fields: field name to value; values are formatted by `format`, so numbers work as well as text.
+        fields: column to value.
         where: what the row is called in an error, such as "row 'q7' (line 8 of data.jsonl)".
 
     Raises:
-        SparsortError: the template cannot be read; a field is missing or null; a value does not take its format spec.
+        SparsortError: the template cannot be read; a field is missing or null, has no text of its own, or does not take its
+            format.
     """
     parts: list[str] = []
-    for literal, field, spec, conversion in _pieces(template):
-        parts.append(literal)
-        if field is None:
+    for piece, value in _values(template, fields, where, ""):
+        parts.append(piece.literal)
+        if piece.field is None:
             continue
-        value = fields.get(field)
-        if value is None:
-            raise missing_field(field, fields, where)
-        if type(value) is str and not spec and conversion is None:
-            parts.append(value)
-            continue
-        try:
-            parts.append(format(_FORMATTER.convert_field(value, conversion), spec))
-        except (TypeError, ValueError) as error:
-            shown = textwrap.shorten(repr(value), 60, placeholder=" …")
-            raise SparsortError(
-                f"{where}: the value {shown} of the field {field!r} does not take the format {spec!r} ({error}). "
-                f"Change the template {template!r} or the value."
-            ) from error
+        if is_missing(value):
+            raise missing_field(piece.field, fields, where)
+        parts.append(
+            value
+            if type(value) is str and not piece.spec and not piece.conversion
+            else _formatted(template, piece, value, where)
+        )
     return "".join(parts)
 
 
-_FORMATTER = string.Formatter()
+def check_values(template: str, fields: Mapping[str, Any], *, where: str, way_out: str = "") -> set[str]:
+    """The fields of a template that are missing in one row.
+
+    Args:
+        template: the format string.
+        fields: column to value.
+        where: as in `render`.
+        way_out: a sentence for the error about a value without a text of its own.
+
+    Raises:
+        SparsortError: as `render`, but a missing value is no error here.
+    """
+    found = _values(template, fields, where, way_out)
+    return {piece.field for piece, value in found if piece.field is not None and is_missing(value)}
 
 
 @functools.lru_cache(maxsize=256)
-def _pieces(template: str) -> tuple[_Piece, ...]:
-    try:
-        parsed = list(_FORMATTER.parse(template))
-    except ValueError as error:
-        raise SparsortError(
-            f"the template {template!r} cannot be read: {error}. Write literal braces as {{{{ and }}}}."
-        ) from error
-    pieces = []
-    for literal, field, spec, conversion in parsed:
-        if field is not None:
-            _check(template, field, spec or "", conversion)
-        pieces.append(_Piece(literal, field, spec or "", conversion))
-    return tuple(pieces)
+def pieces(template: str) -> tuple[Piece, ...]:
+    """A template as literal texts, each with the field behind it.
+
+    Raises:
+        SparsortError: the template cannot be read.
+    """
+    found: list[Piece] = []
+    literal, at = "", 0
+    while brace := _BRACE.search(template, at):
+        literal += template[at : brace.start()]
+        at = brace.end()
+        if len(brace[0]) == 2:
+            literal += brace[0][0]
+            continue
+        field = _FIELD.match(template, brace.start())
+        if field is None:
+            raise SparsortError(
+                f"the template {template!r} cannot be read from {template[brace.start() :]!r} on. Write a field as {{question}}, "
+                "a part of it as {meta.lang} or {messages[0].content}, and literal braces as {{ and }}; braces do not nest."
+            )
+        found.append(_piece(template, literal, *field.groups()))
+        literal, at = "", field.end()
+    literal += template[at:]
+    return (*found, Piece(literal, None, "", None)) if literal else tuple(found)
 
 
-def _check(template: str, field: str, spec: str, conversion: str | None) -> None:
+def _piece(template: str, literal: str, field: str, conversion: str | None, spec: str | None) -> Piece:
     if not field or field.isdigit():
+        name = spell([field])
         raise SparsortError(
-            f"the template {template!r} holds {{{field}}}, which names no field. "
-            f"Write {{question}} for the field 'question', or {{{{{field}}}}} for literal braces."
+            f"the template {template!r} holds {{{field}}}, which names no field. Write {{question}} for the field 'question', "
+            f"{{{name}}} for a column that is called {field!r}, or {{{{{field}}}}} for literal braces."
         )
-    if any(mark in field for mark in ".[]{}"):
-        raise SparsortError(
-            f"the template {template!r} holds {{{field}}}, but a template may only name fields, not look inside them. "
-            "Put the part that you want into a field of its own."
-        )
-    if "{" in spec or "}" in spec:
-        raise SparsortError(f"the template {template!r} nests braces in the format of {field!r}, which is not allowed.")
     if conversion not in (None, "r", "s", "a"):
         raise SparsortError(f"the template {template!r} asks for the conversion !{conversion}; choose !r, !s or !a.")
+    try:
+        return Piece(literal, canonical(field), spec or "", conversion)
+    except SparsortError as error:
+        raise SparsortError(f"the template {template!r}: {error}") from error
 
 
-def missing_field(field: str, fields: Mapping[str, Any], where: str) -> SparsortError:
-    """The error for a row whose `field` is absent or null, with the nearest name suggested."""
-    names = [str(name) for name in fields]
-    if field in fields:
-        return SparsortError(f"{where} has null in the field {field!r}. Give it a value, or leave the row out.")
-    near = difflib.get_close_matches(field, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return SparsortError(f"{where} has no field {field!r}.{hint} It has: {', '.join(names) or 'no fields'}.")
+def _values(template: str, fields: Mapping[str, Any], where: str, way_out: str) -> Iterator[tuple[Piece, Any]]:
+    """Each piece with the value of its field; a value that the piece cannot show is refused."""
+    for piece in pieces(template):
+        value = None if piece.field is None else value_at(fields, piece.field, where=where)
+        if type(value) is not str and not is_missing(value) and not _can_show(piece, value):
+            raise not_text(value, field=str(piece.field), where=where, way_out=way_out)
+        yield piece, value
+
+
+def _can_show(piece: Piece, value: Any) -> bool:
+    return has_text(value) or (piece.conversion in ("r", "a") and _is_data(value))
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a value is made of dictionaries, lists and values with a text, so that its notation is the same everywhere."""
+    if isinstance(value, Mapping):
+        return all(_is_data(key) and _is_data(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return is_missing(value) or has_text(value)
+
+
+def _formatted(template: str, piece: Piece, value: Any, where: str) -> str:
+    try:
+        return format(_FORMATTER.convert_field(scalar(value), piece.conversion), piece.spec)
+    except (TypeError, ValueError) as error:
+        shown = textwrap.shorten(repr(value), 60, placeholder=" …")
+        raise SparsortError(
+            f"{where}: the value {shown} of the field {piece.field!r} does not take the format {piece.spec!r} ({error}). "
+            f"Change the template {template!r} or the value."
+        ) from error

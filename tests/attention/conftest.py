@@ -74,7 +74,8 @@ def sparse(dense: Callable[..., Any]) -> Callable[..., Any]:
     from sparsort.attention.attach import attach_index_branch
 
     def make(family: str = "llama", *, model: dict[str, Any] | None = None, **changes: Any) -> Any:
-        settings = {"block_size": BLOCK, "blocks": BLOCKS, "index_dim": 8, **changes}
+        indexed = changes.get("selector", "index_branch") in ("index_branch", "seer", "lm_trained")
+        settings = {"block_size": BLOCK, "blocks": BLOCKS, **({"index_dim": 8} if indexed else {}), **changes}
         return attach_index_branch(dense(family, **(model or {})), **settings)
 
     return make

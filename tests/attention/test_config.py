@@ -40,8 +40,8 @@ _FIELDS = st.fixed_dictionaries(
 
 @given(_FIELDS, _BUDGETS)
 def test_it_comes_back_from_json_as_it_went(fields: dict[str, Any], budget: dict[str, Any]) -> None:
-    config = SparseAttentionConfig(**fields, **budget)
-    back = SparseAttentionConfig.from_json(json.loads(json.dumps(config.to_json())))
+    config = SparseAttentionConfig(**fields, **budget, stored=True)
+    back = SparseAttentionConfig.from_json(json.loads(json.dumps(config.to_json())), stored=True)
     assert back == config
     assert hash(back) == hash(config)
 
@@ -101,6 +101,11 @@ def test_the_budget(fields: dict[str, Any], budget: object) -> None:
         ({"layers": [0.5]}, "is 0.5"),
         ({"layers": "12"}, "layers is '12'"),
         ({"layers": 2}, "layers is 2"),
+        ({"selector": "moba", "index_dim": 8}, "index_dim=8 has no effect: index_branch, seer, lm_trained read it"),
+        ({"selector": "seer", "index_norm": False}, "index_norm=False has no effect"),
+        ({"selector": "nsa", "alignment_weight": 0.5}, "alignment_weight=0.5 has no effect"),
+        ({"selector": "window", "top_p": 0.5}, "top_p=0.5 has no effect"),
+        ({"selector": "random", "threshold": 0.5}, "threshold=0.5 has no effect"),
     ],
 )
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:

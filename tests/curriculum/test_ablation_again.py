@@ -101,7 +101,9 @@ def test_more_and_fewer_test_rows_in_one_folder(
     assert fewer.tokens_read == 0 or (selector, least) == ("bm25", 1)
     if selector == "random":
         # What the smaller recipe does not ask is still known of the larger one.
-        kept = sparsort.ablate(a_recipe(folder, **asked(9)), out=tmp_path / "other", run=False, report=False)
+        kept = sparsort.ablate(
+            a_recipe(folder, **asked(9)), out=tmp_path / "other", model=loaded, run=False, report=False
+        )
         assert [arm.name for arm in only(kept.results).arms] == [arm.name for arm in only(whole.results).arms]
     for done, other in ((more, whole), (fewer, few)):
         for arm, like in zip(only(done.results).arms, only(other.results).arms, strict=True):
@@ -128,7 +130,7 @@ def test_another_test_file_in_one_folder(folder: Path, loaded: LoadedModel, tmp_
     # Taken as it is, a store says nothing about queries that it has not seen.
     write(data / "test.jsonl", range(400, 409))
     with pytest.raises(SparsortError, match="no complete demonstration set"):
-        sparsort.ablate(recipe, out=tmp_path / "one", run=False, report=False)
+        sparsort.ablate(recipe, out=tmp_path / "one", model=loaded, run=False, report=False)
 
 
 def test_probes_of_another_number_of_orders_choose_nothing(
@@ -144,7 +146,7 @@ def test_probes_of_another_number_of_orders_choose_nothing(
     few, more = (a_recipe(folder, random_orders=number, **changes) for number in (3, 5))
     first = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)
     sparsort.ablate(more, out=tmp_path, model=loaded, report=False)
-    now = sparsort.ablate(few, out=tmp_path, run=False, report=False)
+    now = sparsort.ablate(few, out=tmp_path, model=loaded, run=False, report=False)
     assert "globale" in {arm.name for arm in only(first.results).arms}
     assert "globale" not in {arm.name for arm in only(now.results).arms}
     again = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)

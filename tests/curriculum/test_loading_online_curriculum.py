@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +65,7 @@ def setting(
     plan = plan_curriculum(rng.normal(size=N), seed=3, **PLANS[plan_name])
     toy = Toy(torch.randn((N, WIDTH), generator=torch.Generator().manual_seed(2)))
     loader = CurriculumLoader(
-        plan, dataset, rank=rank, world_size=world_size, micro_batches=micro_batches, num_workers=workers
+        plan, dataset, rank=rank, world_size=world_size, micro_batches=micro_batches, num_workers=workers, verify=False
     )
     return toy, loader
 
@@ -244,6 +244,38 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         other.load(tmp_path)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_damage_to_what_was_saved_is_refused(
+    version: int, tmp_path: Path, damages: Callable[[Path], Iterator[str]]
+) -> None:
+    toy, loader = setting("pool")
+    with OnlineCurriculum(toy, loader) as online:
+        online.save(tmp_path)
+        path = tmp_path / "online.json"
+        about = json.loads(path.read_text())
+        if version == 1:
+            del about["digest"]
+            path.write_text(json.dumps(about | {"version": 1}))
+            online.load(tmp_path)
+            path.write_text(json.dumps(about | {"version": 1, "spare": 0}))
+            with pytest.raises(SparsortError, match=r"online.json is damaged: it has other fields"):
+                online.load(tmp_path)
+            return
+        tried = 0
+        for what in damages(path):
+            if path.exists() and path.read_bytes().strip() == json.dumps(about, indent=2).encode():
+                continue  # the line break at the end
+            with pytest.raises(SparsortError):
+                _load(online, tmp_path, what)
+            tried += 1
+        assert tried > 15
+
+
+def _load(online: OnlineCurriculum, folder: Path, what: str) -> None:
+    online.load(folder)
+    pytest.fail(what)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -257,7 +289,7 @@ def test_a_plan_that_cannot_be_revised_is_refused_at_once(settings: dict[str, An
     plan = plan_curriculum(np.arange(N), lengths=np.full(N, 2), **settings)
     toy, loader = setting("pool")
     with pytest.raises(SparsortError, match=message):
-        OnlineCurriculum(toy, CurriculumLoader(plan, loader.dataset, collate_fn=list))
+        OnlineCurriculum(toy, CurriculumLoader(plan, loader.dataset, collate_fn=list, verify=False))
     with pytest.raises(SparsortError, match="running difficulty is of 5 rows"):
         OnlineCurriculum(toy, loader, running=RunningDifficulty(5))
 

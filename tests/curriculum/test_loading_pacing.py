@@ -19,10 +19,15 @@ SHARES = st.floats(0.0, 1.0, exclude_min=True) | st.sampled_from([0.1, 0.2, 0.25
 STEPPED = ("constant", "step", "baby_steps")
 
 
+def of_what_it_reads(kind: Any, **settings: Any) -> Pacing:
+    """A pacing with those of the settings that its formula reads; the others are refused."""
+    return Pacing(kind=kind, **{name: value for name, value in settings.items() if name in FORMULAS[kind].reads})
+
+
 @st.composite
 def pacings(draw: st.DrawFn) -> Pacing:
-    return Pacing(
-        kind=draw(st.sampled_from(PACINGS)),
+    return of_what_it_reads(
+        draw(st.sampled_from(PACINGS)),
         start=draw(SHARES),
         until=draw(SHARES),
         power=draw(st.floats(0.05, 50) | st.sampled_from([1.0, 2.0, 3.0])),
@@ -56,7 +61,7 @@ def unclamped(kind: str, t: int, total: int, *, a: float, b: float, p: float, bu
 )
 def test_a_share_is_the_formula_clamped(kind: Any, a: float, b: float, p: float, buckets: int) -> None:
     total = 90
-    got = Pacing(kind=kind, start=b, until=a, power=p, buckets=buckets).share(np.arange(total), total)
+    got = of_what_it_reads(kind, start=b, until=a, power=p, buckets=buckets).share(np.arange(total), total)
     expected = [
         1.0
         if t >= Fraction(str(a)) * total
@@ -162,7 +167,7 @@ def test_where_published_code_differs() -> None:
 def test_shares_are_the_same_bits_everywhere() -> None:
     # A resume on another processor draws by these numbers: a change here breaks the plans that are under way.
     got = {
-        kind: float(Pacing(kind=kind, start=0.1, power=3).share(37, 101)).hex()  # type: ignore[arg-type]
+        kind: float(of_what_it_reads(kind, start=0.1, power=3).share(37, 101)).hex()
         for kind in ("root", "competence", "geometric", "exponential", "logarithmic")
     }
     assert got == BITS
@@ -198,9 +203,39 @@ def test_parsing() -> None:
 
 
 def test_numbers_of_numpy_become_plain() -> None:
-    pacing = Pacing(start=np.float32(0.5), until=np.float64(1), power=np.int64(3), buckets=np.int64(4))  # type: ignore[arg-type]
-    assert str(pacing) == "linear:start=0.5,power=3.0,buckets=4"
-    assert [type(value) for value in pacing.to_json().values()] == [str, float, float, float, int]
+    pacing = Pacing(kind="root", start=np.float32(0.5), until=np.float64(1), power=np.int64(3))  # type: ignore[arg-type]
+    assert str(pacing) == "root:start=0.5,power=3.0"
+    stepped = Pacing(kind="baby_steps", buckets=np.int64(4))  # type: ignore[arg-type]
+    assert str(stepped) == "baby_steps:buckets=4"
+    for made in (pacing, stepped):
+        assert [type(value) for value in made.to_json().values()] == [str, float, float, float, int]
+
+
+@pytest.mark.parametrize("kind", PACINGS)
+@pytest.mark.parametrize("setting", ["start=0.3", "until=0.6", "power=3", "power=2", "buckets=5", "buckets=3"])
+def test_a_setting_that_the_formula_does_not_have_is_refused(kind: Any, setting: str) -> None:
+    name, _, value = setting.partition("=")
+    # What changes no share of any step is not read.
+    shares = [
+        Pacing(kind=kind, **{name: number}, stored=True).share(np.arange(50), 50).tolist()  # type: ignore[arg-type]
+        for number in ((2, 3) if name == "buckets" else (0.3, 0.6))
+    ]
+    if shares[0] != shares[1]:
+        assert str(Pacing.parse(f"{kind}:{setting}")).startswith(kind)
+        return
+    with pytest.raises(
+        SparsortError, match=rf"^{name}=.* has no effect: .*kind='{kind}'\. Leave it out, or pass kind="
+    ):
+        Pacing.parse(f"{kind}:{setting}")
+    if value not in ("2", "5"):  # the defaults, which count as not given
+        with pytest.raises(SparsortError, match="has no effect"):
+            Pacing(kind=kind, **{name: type(getattr(Pacing, name))(float(value))})
+
+
+def test_a_stored_pacing_keeps_what_it_does_not_read() -> None:
+    text = "linear:start=0.2,power=3.0"
+    assert str(Pacing.parse(text, stored=True)) == text
+    assert Pacing.from_json({"kind": "step", "buckets": 3}, stored=True).buckets == 3
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_an_edited_plan_is_refused(tmp_path):
     plan_of("sorted").save(tmp_path)
     path = tmp_path / "plan.json"
     path.write_text(path.read_text().replace('"batch_size": 8', '"batch_size": 4'))
-    with pytest.raises(SparsortError, match="was changed after it was written"):
+    with pytest.raises(SparsortError, match="has changed since it was written"):
         CurriculumPlan.open(tmp_path)
 
 
@@ -360,17 +360,17 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
     description = tmp_path / "plan" / "plan.json"
     text = description.read_text()
     description.write_text(json.dumps({**json.loads(text), "version": 99}))
-    with pytest.raises(SparsortError, match=r"version 99 .* reads version 1"):
+    with pytest.raises(SparsortError, match=r"version 99 .* reads versions 1 and 2"):
         CurriculumPlan.open(tmp_path / "plan")
     description.write_text(text[:40])
     with pytest.raises(SparsortError, match=r"cannot be read"):
         CurriculumPlan.open(tmp_path / "plan")
     description.write_text(text)
     np.save(tmp_path / "plan" / "order.npy", np.arange(5, dtype=np.uint32))
-    with pytest.raises(SparsortError, match=r"holds uint32 of shape \(5,\)"):
+    with pytest.raises(SparsortError, match=r"bytes, and .* were written"):
         CurriculumPlan.open(tmp_path / "plan")
     (tmp_path / "plan" / "order.npy").unlink()
-    with pytest.raises(SparsortError, match="missing or damaged"):
+    with pytest.raises(SparsortError, match="it is missing"):
         CurriculumPlan.open(tmp_path / "plan")
 
 

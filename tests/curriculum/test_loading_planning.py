@@ -104,6 +104,9 @@ def test_rows_without_a_score_stand_where_they_are_put(unscored, place):
         plan_curriculum(difficulty, batch_size=2, unscored="error")
 
 
+_PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
+
+
 @pytest.mark.parametrize(
     ("difficulty", "given_", "message"),
     [
@@ -121,11 +124,24 @@ def test_rows_without_a_score_stand_where_they_are_put(unscored, place):
         ([1.0, 2.0], {"batch_size": 1, "mode": "pool"}, "pool mode needs a pacing .* and steps"),
         ([1.0, 2.0], {"batch_size": 1, "pacing": "linear"}, "one pass with a pacing needs stages"),
         ([1.0, 2.0], {"batch_size": 1, "pacing": "linear:start=1.5", "stages": 2}, "start"),
-        ([1.0, 2.0], {"batch_size": 1, "schedule": "shuffle", "stages": 2}, "'shuffle' has its own order, so stages=2"),
+        (
+            [1.0, 2.0],
+            {"batch_size": 1, "schedule": "shuffle", "stages": 2},
+            "stages=2 has no effect: schedule='shuffle' has its own order",
+        ),
         ([1.0, 2.0], {"batch_size": 1, "schedule": "shuffle", "direction": "random"}, "no easy and hard end"),
         ([1.0, 2.0], {"batch_size": 1, "warm_up": 1.0}, "between 0 and 1, not 1.0"),
-        ([1.0, 2.0], {"batch_size": 1, "steps": 3}, "one pass shows each example once.* steps=3"),
+        ([1.0, 2.0], {"batch_size": 1, "steps": 3}, "steps=3 has no effect: one pass shows each example once"),
         ([1.0, 2.0], {"batch_size": 1, "group_by_length": True}, "there are no stages"),
+        ([1.0, 2.0], {"batch_size": 1, "folds": 2}, "folds=2 has no effect: folded and interleaved read it"),
+        (
+            [1.0, 2.0],
+            {"batch_size": 1, "direction": "random", "unscored": "first"},
+            "unscored='first' has no effect: .*direction='random'",
+        ),
+        ([1.0, 2.0], {"batch_size": 1, "stages": 1, "pacing": "linear:power=3"}, "power=3.0 has no effect"),
+        ([1.0, 2.0], {**_PACED, "schedule": "folded"}, "schedule='folded' has no effect: pool mode"),
+        ([1.0, 2.0], {**_PACED, "group_by_length": True}, "group_by_length=True has no effect: pool mode"),
         ([1.0, 2.0], {"batch_size": 1, "packing": "next_fit"}, "packing needs both"),
         ([1.0, 2.0], {"token_budget": 8, "packing": "next_fit", "pack_length": 4}, "give batch_size, not token_budget"),
         ([1.0, 2.0], {"token_budget": 8, "max_length": 9}, "max_length=9 is above the 8 tokens"),

@@ -242,7 +242,9 @@ def _lines(log: Path, rank: int = 0, what: str = "rank") -> list[Line]:
 
 def _plan(folder: Path, n: int, **settings: Any) -> CurriculumPlan:
     difficulty = np.random.default_rng(2).integers(0, 20, n).astype(np.float32)
-    return plan_curriculum(difficulty, out=folder, **{"batch_size": 8, "stages": 3, "seed": 5, **settings})
+    return plan_curriculum(
+        difficulty, data=_rows(n), out=folder, **{"batch_size": 8, "stages": 3, "seed": 5, **settings}
+    )
 
 
 def _planned(plan: CurriculumPlan, steps: range) -> list[list[int]]:

@@ -3,10 +3,11 @@ of simulated training."""
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from scipy.stats import spearmanr
 
@@ -316,6 +318,57 @@ def test_a_state_that_does_not_belong_here_is_refused(tmp_path: Path) -> None:
         RunningDifficulty.load(path)
     save_file({"a": np.zeros(1)}, str(path))
     with pytest.raises(SparsortError, match="is 'another file'"):
+        RunningDifficulty.load(path)
+
+
+def _folded(path: Path) -> RunningDifficulty:
+    running = RunningDifficulty(40, prior=np.arange(40.0), half_life_steps=30.5, fingerprint="plan-1")
+    running.fold(some(np.random.default_rng(3), n_rows=40, n_steps=50, batch=10))
+    running.save(path)
+    return running
+
+
+def _as_before(path: Path) -> None:
+    """Turn a state into what version 1 wrote."""
+    with safe_open(str(path), framework="numpy") as file:
+        about = json.loads(file.metadata()["sparsort"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    del about["arrays"], about["digest"]
+    save_file(arrays, str(path), metadata={"sparsort": json.dumps(about | {"version": 1})})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_damage_to_a_state_is_refused_or_changes_nothing(
+    version: int, tmp_path: Path, damages: Callable[[Path], Iterator[str]]
+) -> None:
+    path = tmp_path / "running.safetensors"
+    whole = _folded(path)
+    if version == 1:
+        _as_before(path)
+    assert same_bits(RunningDifficulty.load(path), whole, 200)
+    refused = 0
+    for what in damages(path):
+        try:
+            again = RunningDifficulty.load(path)
+        except SparsortError:
+            refused += 1
+        else:  # a space of the header; without digests, also a bit of a number
+            assert version == 1 or same_bits(again, whole, 200), what
+    assert refused > (5 if version == 1 else 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seen", -1), ("seen", 10_000), ("weight", -1.0), ("value", math.nan), ("value", 1e30)]
+)
+def test_a_state_without_digests_is_held_to_what_is_possible(name: str, value: float, tmp_path: Path) -> None:
+    path = tmp_path / "running.safetensors"
+    _folded(path)
+    _as_before(path)
+    with safe_open(str(path), framework="numpy") as file:
+        metadata, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    arrays[name][3] = value
+    save_file(arrays, str(path), metadata=metadata)
+    with pytest.raises(SparsortError, match=r"is damaged: .* Resume from another checkpoint"):
         RunningDifficulty.load(path)
 
 

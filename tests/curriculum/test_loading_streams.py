@@ -55,7 +55,7 @@ def rows(examples: list[dict[str, Any]]) -> list[int]:
 def load(plan: CurriculumPlan, data: Any, **options: Any) -> CurriculumLoader:
     if options.get("num_workers"):
         options["multiprocessing_context"] = "fork"
-    return CurriculumLoader(plan, data, **{"collate_fn": rows, **options})
+    return CurriculumLoader(plan, data, **{"verify": False, "collate_fn": rows, **options})
 
 
 def two_epochs(loader: CurriculumLoader) -> list[list[int]]:

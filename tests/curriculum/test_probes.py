@@ -143,7 +143,7 @@ def test_spaces_between_fields_are_ambiguous() -> None:
         ("{a}{b}", "nothing between 'a' and 'b'"),
         ("{a:.2f} x", "formats the field 'a'"),
         ("{a!r} x", "formats the field 'a'"),
-        ("{a.b}", "may only name fields"),
+        ("{a.}", "cannot be read"),
         ("{a", "cannot be read"),
     ],
 )

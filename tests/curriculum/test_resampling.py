@@ -227,13 +227,42 @@ def test_columns_do_not_know_of_one_another() -> None:
         np.testing.assert_allclose(together, apart, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [2, 5, 30])
+@pytest.mark.parametrize("count", [3, 5, 30])
 def test_student_t_is_scipys(count: int) -> None:
     values = np.random.default_rng(count).standard_normal(count)
     low, high, p = (float(end[0]) for end in resampling.student_t(values[:, None], level=0.9, null=0.2))
     theirs = stats.ttest_1samp(values, 0.2)
     assert p == pytest.approx(theirs.pvalue)
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
+
+
+@pytest.mark.parametrize("null", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_no_interval_and_no_p_without_variance(count: int, null: float) -> None:
+    level = np.full((count, 1), 0.1) + 1e-17 * np.arange(count)[:, None]
+    flat = [resampling.student_t(level, null=null)]
+    if count >= 7:
+        flat += [resampling.wild(level, null=null), resampling.bootstrap_t(level, null=null, draws=99)]
+    for found in flat:
+        assert np.isnan(found).all()
+    assert np.isnan(resampling.two_way(np.full((count, 5), 0.1), null=null)).all()
+    varied = np.linspace(0, 1, count)
+    assert np.isnan(resampling.student_t(varied[:, None], null=null)).all() == (count < 3)
+    for table in (varied[:, None] + np.eye(count, 5), (varied[:, None] + np.eye(count, 5)).T):
+        assert np.isnan(resampling.two_way(table, null=null)).all() == (count < 3)
+
+
+def test_why_there_is_no_interval() -> None:
+    assert resampling.missing_interval(np.array([0.2]), "set") == "one set allows no interval"
+    assert resampling.missing_interval(np.array([0.2, 0.9]), "set") == "two sets allow no interval"
+    assert (
+        resampling.missing_interval(np.zeros(4), "set")
+        == "outcomes that do not differ between 4 sets allow no interval"
+    )
+    noise = 1e-17 * np.arange(4.0)
+    assert resampling.missing_interval(noise, "set") == ""
+    assert "do not differ" in resampling.missing_interval(noise, "set", scale=1.0)
+    assert resampling.missing_interval(np.array([0.2, 0.2, 0.3]), "set") == ""
 
 
 def test_bootstrap_t_against_resampling_one_by_one() -> None:

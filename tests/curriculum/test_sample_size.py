@@ -52,11 +52,13 @@ def test_sets_needed_where_t_is_normal_and_at_the_ends() -> None:
     assert sets_needed(1e-6, 0.05) == pytest.approx((2.801585 * 0.05e6) ** 2, rel=1e-5)
     assert sets_needed(0.001, 0.1119) == pytest.approx(sets_needed(0.001, 0.1131), rel=0.03)
     assert sets_needed(0.0, 0.05) == math.inf
-    assert sets_needed(0.1, 0.0) == 2
+    # Two sets would do by the formula, and allow no interval.
+    assert sets_needed(0.1, 1e-3) == 3
+    assert power_of_sets(0.1, 1e-3, 3) > 0.99
 
 
 def test_power_of_sets_against_quadrature_and_everywhere_a_number() -> None:
-    for sets, effect in ((2, 3.0), (5, 0.9), (10, 0.996), (40, 0.2)):
+    for sets, effect in ((3, 3.0), (5, 0.9), (10, 0.996), (40, 0.2)):
         bound, root = stats.t.ppf(0.975, sets - 1), math.sqrt(sets - 1)
 
         def density(u: float, bound: float = bound, root: float = root, at: float = effect * math.sqrt(sets)) -> float:
@@ -64,7 +66,7 @@ def test_power_of_sets_against_quadrature_and_everywhere_a_number() -> None:
             return float(both * stats.chi.pdf(u * root, root**2) * root)
 
         assert power_of_sets(effect, 1.0, sets) == pytest.approx(integrate.quad(density, 0, 20)[0], abs=1e-6)
-    for sets in (2, 9, 58, 1000, 10**7):
+    for sets in (3, 9, 58, 1000, 10**7):
         power = [power_of_sets(effect, 1.0, sets, alpha=1e-4) for effect in np.geomspace(1e-4, 1e3, 40)]
         assert (np.diff(power) >= -1e-9).all()
         assert 1e-4 <= power[0] < power[-1] <= 1.0
@@ -114,7 +116,29 @@ def test_one_set_needs_items_and_one_item_says_nothing() -> None:
     thin = needed([[0.1], [0.3], [0.1]])
     assert math.isnan(thin.items)
     assert thin.sets > 2
-    assert needed(np.zeros((3, 4))).sets == needed(np.zeros((3, 4))).items == math.inf
+    assert "one test item" in thin.reason_items
+    level = needed([[0.5, 0.0], [0.25, 0.25], [0.0, 0.25]], difference=0.0)
+    assert (level.sets, level.items) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason", "reason_items"),
+    [
+        (np.zeros((3, 4)), "do not differ", "do not differ"),
+        (np.full((10, 4), 0.25), "do not differ", "do not differ"),
+        (np.array([[0.5, -0.5, 0.0], [0.0, 0.5, -0.5], [0.0, 0.0, 0.0]]), "do not differ", "do not differ"),
+        (np.eye(2, 6), "two demonstration sets", "two demonstration sets"),
+        (np.array([[0.1], [0.3]]), "two demonstration sets", "two demonstration sets"),
+        (np.full((1, 9), 0.3), "one demonstration set", "do not differ between 9 test items"),
+        (np.array([[0.1, 0.4]]), "one demonstration set", "two test items"),
+        (np.arange(3.0)[:, None] + np.arange(4.0), "", "the same in every set"),
+    ],
+)
+def test_no_sample_size_without_variance(values: NDArray[np.float64], reason: str, reason_items: str) -> None:
+    found = needed(values, difference=0.2)
+    for number, why, expected in ((found.sets, found.reason, reason), (found.items, found.reason_items, reason_items)):
+        assert math.isnan(number) == bool(expected)
+        assert expected in why
 
 
 @pytest.mark.parametrize(
@@ -123,9 +147,11 @@ def test_one_set_needs_items_and_one_item_says_nothing() -> None:
         (lambda: items_needed(0.5, 0.1), "at least difference²"),
         (lambda: items_needed(0.1, 0.2, power=80), "power=80"),
         (lambda: items_needed(0.1, 0.2, power=0.01), "above alpha"),
-        (lambda: sets_needed(0.1, -1.0), "sd of at least 0"),
+        (lambda: sets_needed(0.1, -1.0), "sd above 0"),
+        (lambda: sets_needed(0.1, 0.0), "sets that do not differ allow no test"),
+        (lambda: power_of_sets(0.1, 0.0, 9), "sets that do not differ allow no test"),
         (lambda: sets_needed(math.nan, 1.0), "finite"),
-        (lambda: power_of_sets(0.1, 1.0, 1), "at least 2"),
+        (lambda: power_of_sets(0.1, 1.0, 2), "at least 3"),
         (lambda: needed([0.1, 0.2]), "shape"),
         (lambda: needed([[0.1, 0.2]], alpha=0.0), "alpha=0"),
     ],

@@ -34,17 +34,18 @@ def study(
 
 
 def test_a_difference_by_hand() -> None:
-    arm = [[1, 1, 0, 1], [0, 1, 0, 0]]
-    random = [[[1, 0, 0, 1], [0, 0, 0, 1]], [[0, 0, 0, 1], [1, 1, 0, 1]]]
+    arm = [[1, 1, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]
+    random = [[[1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1]]]
     found = statistics.difference(arm, random)
-    # Set 0: 3/4 against the mean of 2/4 and 1/4; set 1: 1/4 against the mean of 1/4 and 3/4.
-    assert found.per_set.tolist() == [0.375, -0.25]
-    assert found.value == pytest.approx(0.0625)
-    assert found.se == pytest.approx(0.3125)
-    assert (found.low, found.high) == pytest.approx((0.0625 - 12.7062 * 0.3125, 0.0625 + 12.7062 * 0.3125), rel=1e-4)
-    assert found.p_value == pytest.approx(stats.ttest_1samp([0.375, -0.25], 0).pvalue)
-    assert "8" not in found.note
-    assert "2 sets have 4 sign vectors" in found.note
+    # Set 0: 3/4 against the mean of 2/4 and 1/4; set 1: 1/4 against that of 1/4 and 3/4; set 2: 1/4 against that of 0 and 1/4.
+    assert found.per_set.tolist() == [0.375, -0.25, 0.125]
+    assert found.value == pytest.approx(1 / 12)
+    se = math.sqrt(0.09895833) / math.sqrt(3)
+    assert found.se == pytest.approx(se)
+    assert (found.low, found.high) == pytest.approx((1 / 12 - 4.30265 * se, 1 / 12 + 4.30265 * se), rel=1e-4)
+    assert found.p_value == pytest.approx(stats.ttest_1samp([0.375, -0.25, 0.125], 0).pvalue)
+    assert "3 sets have 8 sign vectors" in found.note
+    assert found.reason == ""
 
 
 @pytest.mark.parametrize("method", ["wild", "bootstrap_t", "t"])
@@ -111,15 +112,28 @@ def test_one_set_speaks_of_items_and_says_so() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
 
 
-@pytest.mark.parametrize(("sets", "p"), [(10, 2 / 1024), (3, math.nan)])
-def test_equal_differences_have_width_zero(sets: int, p: float) -> None:
+@pytest.mark.parametrize("over", ["sets", "both"])
+@pytest.mark.parametrize("sets", [2, 3, 10])
+def test_equal_differences_and_two_sets_allow_no_interval(sets: int, over: str) -> None:
     arm, random = np.tile([1, 1, 0, 1, 0.3], (sets, 1)), np.tile([0.1, 1, 0, 1, 0.3], (2, sets, 1))
-    found = statistics.difference(arm, random)
-    assert found.low == found.value == found.high == pytest.approx(0.18)
-    assert found.p_value == pytest.approx(p, nan_ok=True)
-    assert ("no spread to test against" in found.note) == math.isnan(p)
-    same = statistics.difference(arm, arm)
-    assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    same = statistics.difference(arm, arm, over=over)
+    found = statistics.difference(arm, random) if over == "sets" else same
+    assert found.value == pytest.approx(0.18 if over == "sets" else 0.0)
+    for one in (found, same):
+        assert np.isnan([one.low, one.high, one.p_value, one.se]).all()
+        assert ("two demonstration sets" if sets == 2 else "do not differ") in one.reason
+        assert one.reason in str(one)
+        assert "nan" not in str(one)
+
+
+def test_differences_that_are_rounding_alone_are_no_variance() -> None:
+    # The mean of 3 equal numbers is off by the last digit in some sets, and d_s is some 1e-16 instead of 0.
+    rng = np.random.default_rng(0)
+    arm = -np.round(rng.exponential(size=(10, 7)), 3)
+    found = statistics.difference(arm, np.stack([arm] * 3) * np.array([1.0, 1 + 1e-16, 1 - 2e-16])[:, None, None])
+    assert np.ptp(found.per_set) > 0
+    assert "do not differ" in found.reason
+    assert math.isnan(found.p_value)
 
 
 def test_sets_that_are_one_set_are_told() -> None:
@@ -130,10 +144,11 @@ def test_sets_that_are_one_set_are_told() -> None:
 
 
 def test_no_interval_without_a_second_cluster() -> None:
-    for found in (estimate([[0.3]]), estimate([[0.3], [0.4]], over="items"), estimate([[0.3], [0.4]], over="both")):
+    three = [[0.3], [0.4], [0.1]]
+    for found in (estimate([[0.3]]), estimate(three, over="items"), estimate(three, over="both")):
         assert np.isnan([found.low, found.high, found.p_value]).all()
-        assert "one item" in found.note
-    assert np.isfinite(estimate([[0.3], [0.4]]).low)
+        assert found.reason == "one test item allows no interval"
+    assert np.isfinite(estimate(three).low)
 
 
 def test_few_discordant_items_are_told() -> None:
@@ -214,15 +229,16 @@ def test_accuracy_is_cut_and_untested() -> None:
 
 def test_a_rank_by_hand() -> None:
     random = np.array([[[0, 0, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]], [[1, 1, 0], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]]])
-    # Set 0: 1/3 beats one of four and ties with one; set 1: 1 beats two and ties with two.
-    found = statistics.rank([[0, 0, 1], [1, 1, 1]], random)
-    assert found.per_set.tolist() == [1.5 / 4, 3 / 4]
+    random = random[:, [0, 1, 1]]
+    # Set 0: 1/3 beats one of four and ties with one; set 1: 1 beats two and ties with two; set 2: 0 beats none.
+    found = statistics.rank([[0, 0, 1], [1, 1, 1], [0, 0, 0]], random)
+    assert found.per_set.tolist() == [1.5 / 4, 3 / 4, 0.0]
     assert found.null == 0.5
     assert (found.low, found.high) == (0.0, 1.0)
     alone = statistics.rank([[0, 0, 1]], random[:, :1])
     assert alone.value == 1.5 / 4
     assert math.isnan(alone.low)
-    assert alone.note == "one demonstration set: no interval over sets"
+    assert (alone.over, alone.reason) == ("sets", "one demonstration set allows no interval")
 
 
 def test_the_rank_test_holds_its_level_where_orders_collapse() -> None:
@@ -246,8 +262,10 @@ def test_mcnemar_against_the_binomial(b: int, c: int) -> None:
     found = statistics.mcnemar(first, second)
     assert (found.first_only, found.second_only, found.items) == (b, c, b + c + 3)
     if b + c == 0:
-        assert (found.p_exact, found.p_mid) == (1.0, 1.0)
+        assert np.isnan([found.p_exact, found.p_mid]).all()
+        assert found.reason == "the arms do not differ on any of 3 test items, which allows no test"
         return
+    assert found.reason == ""
     assert found.p_exact == pytest.approx(stats.binomtest(b, b + c).pvalue)
     every = np.arange(b + c + 1)
     chance, apart = stats.binom.pmf(every, b + c, 0.5), np.abs(2 * every - b - c)
@@ -276,7 +294,11 @@ def test_clustered_mcnemar_by_hand_and_as_a_difference() -> None:
     assert found.p_chi2 == pytest.approx(stats.chi2.sf(found.chi2, 1))
     assert found.p_value == statistics.difference(arm, random[0]).p_value
     same = statistics.clustered_mcnemar(arm, arm)
-    assert (same.chi2, same.p_chi2, same.p_value) == (0.0, 1.0, 1.0)
+    assert np.isnan([same.chi2, same.p_chi2, same.p_value]).all()
+    assert "do not differ" in same.reason
+    two = statistics.clustered_mcnemar(arm[:2], random[0, :2])
+    assert np.isnan([two.chi2, two.p_chi2, two.p_value]).all()
+    assert "two demonstration sets" in two.reason
 
 
 def test_clustered_mcnemar_holds_its_level_where_pooled_counts_do_not() -> None:

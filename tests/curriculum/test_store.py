@@ -274,7 +274,8 @@ def test_a_folder_without_a_store_is_not_read(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ("[]", "was not written by sparsort"),
         ('{"format": "sparsort-scores", "version": 1}', "was not written by sparsort"),
-        ('{"format": "sparsort-outcomes", "version": 2}', "format version 2; this sparsort reads 1"),
+        ('{"format": "sparsort-outcomes", "version": 3}', "format version 3; this sparsort reads 1 and 2"),
+        ('{"format": "sparsort-outcomes", "version": 2, "identity": {}, "feature_names": []}', "content has changed"),
         ('{"format": "sparsort-outcomes", "version": 1}', "lacks what its outcomes depend on"),
     ],
 )

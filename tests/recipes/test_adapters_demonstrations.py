@@ -132,7 +132,8 @@ def test_scores_from_a_file_find_their_rows_by_id_and_by_content(tmp_path: Path)
     with pytest.raises(SparsortError, match="no score"):
         DemoChooser([*POOL, {"question": "new"}], options)
     with pytest.raises(SparsortError, match="by sparsity, but these scores are of kind 'length'"):
-        DemoOptions(scores=tmp_path / "scores.parquet")
+        DemoOptions(order="sparse_to_dense", scores=tmp_path / "scores.parquet")
+    assert DemoOptions(scores=tmp_path / "scores.parquet").order == "hard_to_easy"
 
 
 def test_missing_scores_are_refused_or_treated_as_told() -> None:
@@ -191,6 +192,8 @@ def test_what_nothing_reads_is_not_embedded() -> None:
         ({"order": "reverse:similarity_ascending"}, "needs embed="),
         ({"order": "given", "missing": "ignore"}, "unknown treatment"),
         ({"scores": [1.0], "score_column": "hard"}, "Give one of them"),
+        ({"order": "given", "missing": "drop"}, "missing='drop' has no effect"),
+        ({"order": "random", "text": str}, "only the orders by length read a text"),
         ({"scores": "no/such/folder"}, "no/such/folder"),
     ],
 )

@@ -68,12 +68,90 @@ def test_a_compiled_program_asks_behind_our_demonstrations_in_our_order() -> Non
 
 
 def test_every_predictor_has_them() -> None:
-    compiled = SparsortFewShot(2, FALLING).compile(_made(TwoSteps), trainset=TRAIN)
+    train = [dspy.Example(shorter=demo.question[:9], **dict(demo.items())).with_inputs("question") for demo in TRAIN]
+    compiled = SparsortFewShot(2, FALLING).compile(_made(TwoSteps), trainset=train)
     named = dict(compiled.named_predictors())
     assert len(named) == 2
-    assert all(predictor.demos == [TRAIN[1], TRAIN[0]] for predictor in named.values())
+    assert all(predictor.demos == [train[1], train[0]] for predictor in named.values())
     named["rewrite"].demos.clear()
     assert len(named["answer.predict"].demos) == 2
+
+
+def _shown(predictor: Any) -> int:
+    """Demonstrations that DSPy shows of a predictor's."""
+    return len(dspy.ChatAdapter().format_demos(predictor.signature, predictor.demos)) // 2
+
+
+def test_a_predictor_that_could_use_none_is_named_and_gets_none(caplog: pytest.LogCaptureFixture) -> None:
+    compiled = SparsortFewShot(2, FALLING).compile(_made(TwoSteps), trainset=TRAIN)
+    named = dict(compiled.named_predictors())
+    assert [(name, len(one.demos), _shown(one)) for name, one in named.items()] == [
+        ("rewrite", 0, 0),
+        ("answer.predict", 2, 2),
+    ]
+    (warning,) = caplog.messages
+    assert warning == (
+        "The predictor 'rewrite' has the inputs question and the outputs shorter; the training examples that were chosen have "
+        "question, answer. It gets no demonstrations."
+    )
+    # What would have happened: DSPy drops them.
+    named["rewrite"].demos = TRAIN[:2]
+    assert _shown(named["rewrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("signature", "fields"),
+    [
+        ("question -> answer", {"numbers": "1 1", "total": "2"}),
+        ("question -> answer", {"question": "1 + 1?", "total": "2"}),
+        ("question -> answer", {"sum": "1 + 1?", "answer": "2"}),
+        ("question, passage -> answer, source", {"question": "1 + 1?", "passage": "One."}),
+        ("question -> answer", {}),
+    ],
+)
+def test_a_program_that_could_use_no_demonstration_is_refused(signature: str, fields: dict[str, str]) -> None:
+    inputs, outputs = (part.strip() for part in signature.split("->"))
+    train = [dspy.Example(other=f"film {n}", **fields).with_inputs("other") for n in range(3)]
+    program = _made(dspy.Predict, signature)
+    program.demos = train
+    assert _shown(program) == 0
+    options = DemoOptions(order="random", select="random")
+    with pytest.raises(SparsortError) as caught:
+        SparsortFewShot(2, options).compile(program, trainset=train)
+    told = str(caught.value)
+    assert f"the inputs {inputs} and the outputs {outputs}; " in told
+    assert f"have {', '.join(['other', *fields])}." in told
+    assert "Rename the fields" in told
+    both = _made(TwoSteps)
+    with pytest.raises(
+        SparsortError, match=r"'rewrite' has the inputs question.*'answer.predict' has the inputs question"
+    ):
+        SparsortFewShot(2, options).compile(both, trainset=[dspy.Example(n=str(n), m="a") for n in range(3)])
+
+
+def test_inputs_that_are_partly_there_are_shown_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    program = _made(dspy.Predict, "passage, question -> answer")
+    compiled = SparsortFewShot(3, FALLING).compile(program, trainset=TRAIN)
+    assert compiled.demos == [TRAIN[1], TRAIN[0], TRAIN[2]]
+    turns = [
+        message["content"]
+        for message in dspy.ChatAdapter().format_demos(compiled.signature, compiled.demos)
+        if message["role"] == "user"
+    ]
+    assert all(demo.question in turn for demo, turn in zip(compiled.demos, turns, strict=True))
+    assert "lack the input passage" in caplog.text
+
+
+def test_demonstrations_of_which_dspy_would_drop_some_are_refused() -> None:
+    program = _made(dspy.Predict, "question, passage -> answer, source")
+    half = [dspy.Example(question=question, answer=answer) for question, answer in ROWS[:2]]
+    bare = [dspy.Example(question=question, passage="One.") for question, _ in ROWS[2:]]
+    program.demos = [*half, *bare]
+    assert _shown(program) == 2
+    with pytest.raises(
+        SparsortError, match=r"predictor 'self', 2 lack every input \(question, passage\) or every output"
+    ):
+        SparsortFewShot(4, FALLING).compile(program, trainset=[*half, *bare])
 
 
 def test_nothing_of_the_validation_set_becomes_a_demonstration() -> None:

@@ -127,3 +127,12 @@ def test_an_input_that_shares_no_field_is_told() -> None:
     selector = SparsortExampleSelector(EXAMPLES, 2, DemoOptions(order="given"))
     with pytest.raises(SparsortError, match="share no text field"):
         selector.select_examples({"topic": "birds"})
+
+
+def test_examples_without_the_templates_fields_do_not_vanish() -> None:
+    """LangChain looks up every variable of the example's template, so an example without it is an error, not an empty line."""
+    others = [{"question": example["question"], "reply": example["answer"]} for example in EXAMPLES]
+    for examples in (others, [EXAMPLES[0], *others[1:]]):
+        template = _template(SparsortExampleSelector(examples, 2, DemoOptions(order="given", select="first")))
+        with pytest.raises(KeyError, match="answer"):
+            template.format(instruction="Answer.", question=QUERY)

@@ -17,6 +17,7 @@ from sparsort.errors import SparsortError
 pytest.importorskip("lm_eval")
 
 import lm_eval
+from jinja2 import UndefinedError
 from lm_eval.api.samplers import SAMPLER_REGISTRY, get_sampler
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
@@ -217,3 +218,24 @@ def test_a_task_with_a_sampler_of_the_harness_is_left_alone(tmp_path: Path) -> N
     task = _task(tmp_path)
     assert isinstance(task, QueryTask)
     assert task.fewshot_context(TEST[0], 2) == _prompt(TRAIN[:2], TEST[0])
+
+
+@pytest.mark.parametrize(
+    ("renamed", "options", "error", "says"),
+    [
+        ({"question": "q", "answer": "a"}, "", SparsortError, "share no text field"),
+        ({"question": "q", "answer": "a"}, ", allow_leaks=True", UndefinedError, "'question' is undefined"),
+        ({"answer": "a"}, "", UndefinedError, "'answer' is undefined"),
+    ],
+)
+def test_documents_without_the_templates_fields_do_not_vanish(
+    renamed: dict[str, str], options: str, error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    """The harness renders templates strictly, so a document without a field is an error, not an empty demonstration."""
+    shots = [{renamed.get(name, name): value for name, value in row.items()} for row in TRAIN]
+    _write_task(tmp_path, "!function demos.ordered", options=f"order='given', select='first'{options}", shots=2)
+    text = (tmp_path / "local.yaml").read_text(encoding="utf-8").replace("fewshot_split: train\n", "")
+    text = text.replace("fewshot_config:\n", f"fewshot_config:\n  samples: {json.dumps(shots)}\n")
+    (tmp_path / "local.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(error, match=says):
+        _prompts(tmp_path)

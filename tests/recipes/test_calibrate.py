@@ -172,7 +172,9 @@ def test_another_prompt_model_or_option_is_refused(
         CalibratedScorer(saved, str(make_tiny_model("llama", rms_norm_eps=1e-3)))
     with pytest.raises(SparsortError, match=r"metric is 'l1'.*of 'hoyer'"):
         score_file(file, scorer=ScorerConfig(calibration=saved, metric="l1"), text=TextConfig())
-    with pytest.raises(SparsortError, match="the scorer is 'length'"):
+    with pytest.raises(
+        SparsortError, match=r"calibration=.* has no effect: sparsity reads it, and this is scorer='length'"
+    ):
         ScorerConfig(calibration=saved, scorer="length")
     with pytest.raises(SparsortError, match="there is no calibration"):
         score_file(file, scorer=ScorerConfig(calibration=saved.with_name("absent.json")), text=TextConfig())

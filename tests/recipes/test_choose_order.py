@@ -140,14 +140,6 @@ def test_sampled_probes_take_the_place_of_queries(loaded: LoadedModel, monkeypat
         sparsort.choose_order(DEMOS, by="globale", model=loaded, **ASKED)
 
 
-def test_a_prior_is_in_the_order_of_the_labels(loaded: LoadedModel) -> None:
-    options = {"by": "pdo_prior", "model": loaded, **ASKED}
-    one = sparsort.choose_order(DEMOS, QUERIES, prior={"0": 0.9, "1": 0.1}, **options)
-    same = sparsort.choose_order(DEMOS, QUERIES, prior={"1": 0.1, "0": 0.9}, **options)
-    other = sparsort.choose_order(DEMOS, QUERIES, prior={"0": 0.1, "1": 0.9}, **options)
-    assert one.scores == same.scores != other.scores
-
-
 def test_many_orders_are_a_seeded_sample(loaded: LoadedModel) -> None:
     demos = [{"text": f"{word} film", "label": str(n % 2)} for n, word in enumerate("abcdef")]
     found = sparsort.choose_order(demos, QUERIES, orders=10, seed=3, model=loaded, **ASKED)
@@ -165,10 +157,6 @@ def test_many_orders_are_a_seeded_sample(loaded: LoadedModel) -> None:
         (DEMOS, [], {}, "none were given"),
         (DEMOS, QUERIES, {"by": "locl"}, "locale"),
         (DEMOS, QUERIES, {"by": "mdl"}, "one order for all"),
-        (DEMOS, QUERIES, {"by": "pdo_prior"}, "Pass prior"),
-        (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": 1.0}}, "Give one number each"),
-        (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": 0.0, "1": 1.0}}, "a number above 0"),
-        (DEMOS, QUERIES, {"by": "pdo_prior", "prior": {"0": "a", "1": "b"}}, "a number above 0"),
         (DEMOS, QUERIES, {"by": "best_on_dev+locale"}, "locale_unlabelled"),
         (DEMOS, QUERIES, {"orders": 0}, "at least 1"),
         (DEMOS, QUERIES, {"seed": -1}, "may not be negative"),
@@ -199,16 +187,16 @@ def test_the_command_and_what_it_writes(make_tiny_model: Callable[..., Path], tm
     result = CliRunner().invoke(app, [*call, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert (found["queries"], found["by"]) == (3, "pdo_prior")
+    assert (found["queries"], found["by"]) == (3, "pdo")
     written = [json.loads(line) for line in ordered.read_text(encoding="utf-8").splitlines()]
     assert written == found["demos"]
     given = CliRunner().invoke(
-        app, ["order", str(ordered), "--order", "given", "-q", "another", "-a", " {label}", *model, "--json"]
+        app, ["order", str(ordered), "--order", "given", "-q", "another", "-a", " {label}", *model[2:], "--json"]
     )
     assert given.exit_code == 0, given.output
     assert [row["id"] for row in json.loads(given.stdout)["demonstrations"]] == [row["id"] for row in written]
     whole = CliRunner().invoke(app, ["choose", str(ordered), "--on", str(file), "--allow-leaks", *model, "--json"])
-    assert json.loads(whole.stdout)["by"] == "pdo"
+    assert json.loads(whole.stdout)["prior"]["source"] == "uniform"
     shown = CliRunner().invoke(app, call)
     assert "best of 6 orders over 3 queries" in shown.stdout
 
@@ -219,6 +207,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"uid": "twin"}]), encoding="utf-8")
     found = read_rows(file, prompt="{text}:", k=2, queries=4, id_column="uid")
     assert found.counts == {"0": 5, "1": 4}
+    assert len(found.pool) == 9
     assert len(found.queries) == 4
     shown = {row["text"] for row in found.demos}
     assert not shown & {row["text"] for row in found.queries}
@@ -229,28 +218,6 @@ def test_rows_of_files(tmp_path: Path) -> None:
     asked = read_rows(file, other, prompt="{text}:", k=2, queries=2, id_column="uid").queries
     assert len(asked) == 2
     assert all(row["text"] in ("one", "two", "three") for row in asked)
-
-
-def test_the_default_goes_by_shares_only_where_every_label_has_one(
-    make_tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    rows = [{"text": f"{word} of the world", "label": n % 2} for n, word in enumerate("abcdefgh")]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    call = ["choose", str(file), "-k", "3", "-p", "{text}:", "--model", str(make_tiny_model("llama")), "--json"]
-    three = [*call, "--labels", "0=bad,1=good,2=neutral"]
-    assert json.loads(CliRunner().invoke(app, three).stdout)["by"] == "pdo"
-    told = CliRunner().invoke(app, [*three, "--by", "pdo_prior"])
-    assert told.exit_code == 2
-    assert "holds no row with 2. Take --by pdo" in " ".join(told.output.split())
-    # Rows without a known label are no share of any, and are no matter where none is drawn.
-    unlabelled = [{"text": f"{word} of no world", "label": -1} for word in "ij"]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows + unlabelled), encoding="utf-8")
-    seeds = [
-        CliRunner().invoke(app, [*call, "--labels", "0=bad,1=good", "--seed", str(seed)], catch_exceptions=False)
-        for seed in range(3)
-    ]
-    assert {json.loads(one.stdout)["by"] for one in seeds if one.exit_code == 0} == {"pdo_prior"}
 
 
 def test_free_answers_are_no_labels(tmp_path: Path) -> None:

@@ -70,7 +70,6 @@ def test_rows_without_a_score_are_told_and_strict_fails(model: str, tmp_path: Pa
         (["--prompt", PROMPT, "--site", "prenorm"], "Did you mean 'pre_norm'"),
         (["--prompt", PROMPT, "--scorer", "sparsty"], "Did you mean 'sparsity'"),
         (["--prompt", PROMPT, "--truncation", "both"], "unknown truncation"),
-        (["--prompt", PROMPT, "--scorer", "column"], "--column NAME"),
         (["--prompt", PROMPT, "--id-column", "idd"], "idd"),
         (["--prompt", PROMPT, "--scorer", "answer_loss"], "--answer"),
         (["--prompt", PROMPT, "--shard-rows", "0"], "shard_rows"),
@@ -81,6 +80,10 @@ def test_mistakes_are_one_message_and_exit_code_2(arguments: list[str], message:
     result = _run("score", file, "--model", model, *arguments, code=2)
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_the_scorer_column_asks_for_its_column(file: Path) -> None:
+    assert "--column NAME" in _run("score", file, "--scorer", "column", code=2).stderr
 
 
 def test_a_folder_without_a_model_and_a_missing_file(file: Path, tmp_path: Path) -> None:
@@ -214,8 +217,8 @@ def test_a_reader_that_goes_away_is_no_error(file: Path) -> None:
     ("arguments", "message"),
     [
         (["--select", "knn"], "needs the number of demonstrations"),
-        (["--select", "knn", "--ids", "q1"], "one of the two"),
-        (["--scorer", "length"], "length"),
+        (["--select", "knn", "--ids", "q1"], "--ids q1 names the demonstrations"),
+        (["--scorer", "length", "--order", "sparse_to_dense"], "the same order is called 'hard_to_easy'"),
         (["--select", "knnn", "-k", "2"], "Did you mean 'knn'"),
         (["--order", "random:reverse"], "unknown order"),
     ],
@@ -243,11 +246,9 @@ def test_scores_of_another_prompt_are_told(file: Path, model: str, tmp_path: Pat
     assert "another prompt" in found["notes"][0]
 
 
-def test_the_length_order_is_that_of_the_demonstration_in_the_prompt(model: str, tmp_path: Path) -> None:
+def test_the_length_order_is_that_of_the_demonstration_in_the_prompt(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"id": "long-id-" * 9, "question": "a", "answer": "b"}, {"id": "x", "question": "Paris is", "answer": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = json.loads(
-        _run("order", path, "--model", model, "-q", "Rome?", "--order", "length_ascending", "--json").stdout
-    )
+    found = json.loads(_run("order", path, "-q", "Rome?", "--order", "length_ascending", "--json").stdout)
     assert [demo["id"] for demo in found["demonstrations"]] == ["long-id-" * 9, "x"]

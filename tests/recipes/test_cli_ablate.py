@@ -132,8 +132,8 @@ def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], t
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--stop", "x"], "--stop: labels are scored, and nothing is written"),
-        (["--max-new-tokens", "4"], "--max-new-tokens: labels are scored"),
+        (["--stop", "x"], "--stop x has no effect: labels are scored, and nothing is written"),
+        (["--max-new-tokens", "4"], "--max-new-tokens 4 has no effect: labels are scored"),
         (["--contextual", "maybe"], "setting of contextual calibration"),
         (["-k", "two"], "whole numbers"),
         (["--choosers", "pdo_piror"], "pdo_prior"),
@@ -161,3 +161,42 @@ def test_choosers_that_cannot_be_used_are_told(ablate: Callable[..., Any], revie
     dry = ablate(reviews, *asked("--selectors", "random,bm25", "--choosers", "pdo,mdl"), "--dry-run", "--json")
     (note,) = [note for note in json.loads(dry.stdout)["notes"] if "left out: " in note]
     assert note.startswith("reviews, bm25: pdo left out: one order for all queries")
+
+
+def test_two_sets_of_a_model_that_gives_one_label(ablate: Callable[..., Any], tmp_path: Path) -> None:
+    """Labels of which one begins another, two sets, eight rows: what can be said is said, and no number is made up."""
+    films = Path(__file__).parents[1] / "data" / "lab_prefix.jsonl"
+    options = [
+        "--prompt",
+        r"Review: {text}\nLabel:",
+        "--orderers",
+        "given,length_ascending,u_shape",
+        "--choosers",
+        "density",
+    ]
+    options += ["--test-rows", "8", "--contextual", "off", "--no-report"]
+    done = ablate(films, *options)
+    assert done.exit_code == 0, done.output
+    assert (
+        "k = 2: two demonstration sets allow no interval, so no orderer was tested; run with --sets 3 or more"
+        in done.stdout
+    )
+    for absurd in ("would have to exceed", "95 % interval +", "95 % interval −", "nan", "inf,"):
+        assert absurd not in done.output
+    written = RUNNER.invoke(app, ["report", str(tmp_path / "out")])
+    assert written.exit_code == 0, written.output
+    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text(encoding="utf-8"))
+    (cell,) = report["cells"]
+    for arm in cell["arms"]:
+        difference = arm["difference"]
+        absent = [name for name, value in difference.items() if value is None]
+        assert set(difference) - set(absent) == {"value", "reason"}
+        if arm["kind"] != "oracle":
+            assert difference["reason"] == "two demonstration sets allow no interval"
+    as_json = json.loads(ablate(films, *options, "--no-run", "--no-report", "--json").stdout)
+    assert as_json["cells"] == report["cells"]
+    assert as_json["warnings"] == report["warnings"]
+    for said in (done.stdout, written.stdout):
+        assert "two demonstration sets" in said
+        assert said.startswith("Warning: ") == bool(report["warnings"])
+        assert all(f"Warning: {one['text']}\n" in said for one in report["warnings"])

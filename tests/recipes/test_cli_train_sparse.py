@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparsort
+from sparsort import manifests
 from sparsort.recipes import cli_train
 from sparsort.recipes.cli import app
 from sparsort.recipes.train_recipe import RECIPES
@@ -79,7 +80,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path) -> N
     process = subprocess.Popen([sys.executable, "-m", "sparsort", "train", *command], env=environment)
     end = time.monotonic() + 120
     try:
-        while not (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists():
+        while not (tmp_path / "run" / "checkpoints" / "checkpoint-4" / manifests.FILE).exists():
             assert process.poll() is None, "it ended before its first checkpoint"
             assert time.monotonic() < end
             time.sleep(0.005)

@@ -116,13 +116,13 @@ def test_every_option_reaches_the_settings(scores: Path, data: Path, tmp_path: P
     default = CurriculumSettings(batch_size=4).to_json()
     assert settings("--batch-size", 4) == default
     pool = ["--mode", "pool", "--pacing", "root:start=0.2,until=0.5", "--steps", 30, "--groups", "source"]
-    quotas = ["--quota", "web=0.75", "--quota", "code=0.25", "--direction", "random", "--stages", 3]
+    quotas = ["--quota", "web=0.75", "--quota", "code=0.25", "--direction", "hard_to_easy", "--stages", 3]
     assert settings("--batch-size", 4, *pool, *quotas, "--seed", 3, "--unscored", "first") == default | {
         "mode": "pool",
         "pacing": "root:start=0.2,until=0.5",
         "steps": 30,
         "quotas": {"web": 0.75, "code": 0.25},
-        "direction": "random",
+        "direction": "hard_to_easy",
         "stages": 3,
         "seed": 3,
         "unscored": "first",
@@ -232,6 +232,9 @@ def test_one_row_and_rows_without_any_score_under_a_shuffle(tmp_path: Path) -> N
     assert found["parts"][0]["difficulty"] is None
 
 
+POOL = ["--batch-size", "4", "--mode", "pool", "--pacing", "linear", "--steps", "9"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -248,9 +251,9 @@ def test_one_row_and_rows_without_any_score_under_a_shuffle(tmp_path: Path) -> N
         (["--batch-size", "0"], "at least 1"),
         (["--batch-size", "4", "--stages", "99"], "99 stages do not fit"),
         (["--batch-size", "4", "--mode", "pool", "--steps", "5"], "needs a pacing"),
-        (["--batch-size", "4", "--quota", "web"], "--quota web=0.7"),
-        (["--batch-size", "4", "--quota", "web=lots"], "NAME=NUMBER"),
-        (["--batch-size", "4", "--quota", "web=0.5", "--quota", "web=0.5"], "twice"),
+        ([*POOL, "--quota", "web"], "--quota web=0.7"),
+        ([*POOL, "--quota", "web=lots"], "NAME=NUMBER"),
+        ([*POOL, "--quota", "web=0.5", "--quota", "web=0.5"], "twice"),
         (["--batch-size", "4", "--quota", "web=1"], "one pass"),
         (["--batch-size", "4", "--draw", "plan.bmp"], "png, pdf, svg"),
         (["--batch-size", "4", "--groups", "source"], "--data"),

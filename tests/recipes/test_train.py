@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from sparsort import manifests
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError
@@ -157,12 +158,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_pat
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-m", "sparsort", "train", *command], env=environment)
     try:
-        _wait_for(out / "checkpoints" / "checkpoint-10" / "trainer_state.json", lambda: process.poll() is None)
+        _wait_for(out / "checkpoints" / "checkpoint-10" / manifests.FILE, lambda: process.poll() is None)
     finally:
         process.kill()
         process.wait()
     assert not (out / "result.json").exists()
-    # Written by the kill's victim or not, a checkpoint without its last file does not count.
+    # Written by the kill's victim or not, a checkpoint without its manifest does not count.
     (out / "checkpoints" / "checkpoint-1000").mkdir()
     summary = json.loads(_cli(*command, "--json").stdout)
     assert summary["resumed"] >= 10
@@ -248,7 +249,23 @@ def test_a_plan_of_rows_that_changed_since_is_refused(data: Path, tmp_path: Path
     for rows in ([*lines[:3], changed, *lines[4:]], lines[::-1]):
         (tmp_path / "changed.jsonl").write_text("".join(rows), encoding="utf-8")
         asked = (tmp_path / "changed.jsonl", "--text", TEXT, "--plan", tmp_path / "plan", "--out", tmp_path / "run")
-        assert "differ or stand in another order" in " ".join(_cli(*asked, code=2).output.split())
+        assert "not the rows that the plan was made for" in " ".join(_cli(*asked, code=2).output.split())
+
+
+def test_a_plan_that_knows_nothing_of_its_rows_is_taken_by_name_or_unverified(data: Path, tmp_path: Path) -> None:
+    n = len((data / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    plan_curriculum(list(range(n)), batch_size=8, out=tmp_path / "plan")
+    plan_curriculum(list(range(n)), batch_size=8, fingerprint="rows v1", out=tmp_path / "named")
+    asked = (data / "rows.jsonl", "--text", TEXT, "--max-steps", "1", "--out", tmp_path / "run")
+    said = " ".join(_cli(*asked, "--plan", tmp_path / "plan", code=2).output.split())
+    assert "cannot tell whether these are the rows" in said
+    assert "here (--fingerprint); or pass verify=False (--no-verify)" in said
+    _cli(*asked, "--plan", tmp_path / "named", "--fingerprint", "rows v2", code=2)
+    _cli(*asked, "--plan", tmp_path / "named", "--fingerprint", "rows v1")
+    with pytest.raises(SparsortError, match=r"verify=False \(--no-verify\) concerns a plan that was made before"):
+        train(data / "rows.jsonl", TEXT, out=tmp_path / "other", scores=data / "scores", verify=False, **CONFIG)
+    result = train(data / "rows.jsonl", TEXT, out=tmp_path / "free", plan=tmp_path / "plan", verify=False, max_steps=1)
+    assert result.steps == 1
 
 
 @pytest.mark.parametrize(
@@ -261,7 +278,7 @@ def test_a_plan_of_rows_that_changed_since_is_refused(data: Path, tmp_path: Path
     ],
 )
 def test_every_kind_of_batch_trains(curriculum: dict[str, Any], data: Path, tmp_path: Path) -> None:
-    config = {**CONFIG, "max_steps": 3, "eval_share": 0.2, "lr_schedule": "wsd", "warmup_steps": 1}
+    config = {**CONFIG, "epochs": 1, "max_steps": 3, "eval_share": 0.2, "lr_schedule": "wsd", "warmup_steps": 1}
     scores = None if curriculum.get("schedule") == "shuffle" else data / "scores"
     result = train(data / "rows.jsonl", TEXT, out=tmp_path, scores=scores, curriculum=curriculum, **config)
     assert (result.steps, result.rows, result.eval_rows) == (3, 34, 8)
@@ -314,7 +331,9 @@ def test_padding_has_no_label_and_an_end_that_pads_has_one() -> None:
         (["--eval-share", 0.2, "--eval-data", "HELD"], "eval_share"),
         (["--online", "--schedule", "shuffle"], "nothing to learn online"),
         (["--online"], "--mode pool"),
-        (["--online-metric", "hoier"], "Did you mean 'hoyer'"),
+        (["--online-metric", "hoier", "--online"], "Did you mean 'hoyer'"),
+        (["--online-metric", "gini"], "--online-metric gini has no effect"),
+        (["--epochs", 2, "--max-steps", 3], "--epochs 2 has no effect: --max-steps 3 says how long the run is"),
         (["--plan", "PLAN"], "not both"),
         (["--plan", "PLAN", "--scores", None, "--stages", 2], "its own settings"),
         (["--plan", "PLAN", "--scores", None, "--eval-share", 0.1], "--eval-data"),
@@ -365,6 +384,19 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> 
     assert json.loads(done.stdout)["steps"] == STEPS
     assert _losses(tmp_path / "run") == pytest.approx(_losses(whole), rel=1e-3)
     assert _history(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(_history(whole)[-1]["eval_loss"], rel=1e-3)
+
+    # Both processes pass over what one of them finds damaged, here the random state of the other.
+    history = (tmp_path / "run" / "history.jsonl").read_bytes()
+    newest = tmp_path / "run" / "checkpoints" / f"checkpoint-{STEPS}"
+    listed = json.loads((newest / manifests.FILE).read_text(encoding="utf-8"))["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
+    (newest / "rng_state_1.pth").write_bytes((newest / "rng_state_1.pth").read_bytes()[:-1])
+    (tmp_path / "run" / "result.json").unlink()
+    done = subprocess.run([*map(str, run)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed"] == 30
+    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in done.stderr
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == history
 
 
 def _wait_for(path: Path, going: Callable[[], bool], seconds: float = 120) -> None:

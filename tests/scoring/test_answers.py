@@ -173,7 +173,7 @@ def test_padding_is_not_counted_and_states_keep_no_batch_alive(
     found = reader.answers([], QUERIES, LABELS)
     stems = sum(len(reader.loaded.tokenizer(query)["input_ids"]) for query in QUERIES)
     assert found.tokens_read == stems + (found.n_tokens - 1).sum()
-    states = [*(state for rows in held[0].stems.values() for state in rows), *(row[-1] for row in held[0].rest)]
+    states = [*(state for rows in held[0].sites.values() for state in rows), *held[0].last.values()]
     assert all(state.untyped_storage().nbytes() == state.nbytes for state in states)
 
 
@@ -189,7 +189,7 @@ def test_what_the_encoder_keeps_is_bounded(
         assert len(reader.trees._trees) <= 2 + len(QUERIES)
     monkeypatch.undo()
     reader.answers([], QUERIES, LABELS)
-    assert all(left for left, _, _ in reader.trees._trees)
+    assert all(left for left, *_ in reader.trees._trees)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])

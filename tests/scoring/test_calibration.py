@@ -205,6 +205,32 @@ def test_a_file_is_read_back(found: Calibration, tmp_path: Path) -> None:
     assert (held["verdict"], held["sentence"]) == (found.verdict, found.sentence())
 
 
+def test_what_has_no_interval_is_said_in_words_and_null_in_the_file(found: Calibration, tmp_path: Path) -> None:
+    loss = found.judgements["loss"]
+    nothing = dict.fromkeys(("rho", "low", "high", "p"), np.nan)
+    judged = replace(
+        loss,
+        verdict="carries length only",
+        plain=replace(loss.plain, low=np.nan, high=np.nan, reason="all draws of the rows give the same number"),
+        fixed=replace(loss.fixed, **nothing, holds=False, reason="a candidate does not vary"),
+    )
+    made = replace(found, judgements={**found.judgements, "loss": judged})
+    assert "length held fixed unknown (a candidate does not vary)" in made.sentence()
+    assert "(no interval: all draws of the rows give the same number), p = " in made.sentence()
+    assert "nan" not in made.sentence()
+    made.save(tmp_path / "c.json")
+    held = json.loads((tmp_path / "c.json").read_text())["reference loss"]
+    assert held["fixed"]["rho"] is held["fixed"]["low"] is held["plain"]["low"] is None
+    assert held["fixed"]["reason"] == "a candidate does not vary"
+    assert "was not compared" in held["associations"]["reason"]
+    assert Calibration.load(tmp_path / "c.json").sentence() == made.sentence()
+    # Files of the version before have no reasons.
+    old = json.loads((tmp_path / "c.json").read_text())
+    for side in ("plain", "fixed"):
+        del old["reference loss"][side]["reason"]
+    assert Calibration.from_dict(old).judgements["loss"].fixed.reason == ""
+
+
 def _without(found: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != key}
 
@@ -227,7 +253,10 @@ def test_files_that_are_no_calibration(found: Calibration, tmp_path: Path) -> No
     broken: list[tuple[Any, str]] = [
         ([], "no calibration of sparsort"),
         ({"format": "sparsort-scores"}, "no calibration of sparsort"),
-        (held | {"version": 2}, "version 2, and this sparsort reads 1"),
+        (held | {"version": 3}, "version 3, and this sparsort reads 1 and 2"),
+        (held | {"n_rows": held["n_rows"] + 1}, "has changed since it was written"),
+        (_without(held, "digest"), "has changed since it was written"),
+        (held | {"verdict": "carries nothing here"}, "not whole"),
         (_without(held, "definition"), "not whole"),
         (_without(held, "reference loss"), "not whole"),
         (held | {"definition": _without(held["definition"], "weights")}, "not whole"),

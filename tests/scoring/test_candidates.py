@@ -193,7 +193,7 @@ def test_every_row_is_run_once(
     monkeypatch.setattr(
         backbone_module.Backbone, "walk", lambda self, ids, *a: walked.append(len(ids)) or plain(self, ids, *a)
     )
-    monkeypatch.setattr(candidate_job, "_SAMPLE_ROWS", 10)
+    monkeypatch.setattr(candidate_job, "SAMPLE_ROWS", 10)
     loaded = _loaded(make_tiny_model, "llama")
     found = CandidateScorer(loaded, sites=["post_norm"]).score(rows, PROMPT, answer=ANSWER, shard_rows=11)
     assert walked[0] == 10

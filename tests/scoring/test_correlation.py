@@ -56,3 +56,27 @@ def test_nan_pairs_are_left_out_and_counted() -> None:
 def test_what_has_no_correlation_is_refused(x: list[float], y: list[float]) -> None:
     with pytest.raises(SparsortError, match="correlation"):
         spearman(x, y)
+
+
+def test_what_length_decides_has_no_correlation_beside_it() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=60), rng.normal(size=60)
+    # What a fit leaves of x is rounding, which correlated with anything before.
+    for fixed in (x, np.exp(x), -x):
+        with pytest.raises(SparsortError, match="nothing is left of one side of 60 pairs"):
+            spearman(x, y, fixed=fixed, n_boot=10)
+
+
+def test_draws_that_say_nothing_give_no_interval() -> None:
+    rising = np.arange(30.0)
+    found = spearman(rising, rising**3)
+    assert found.rho == 1.0
+    assert np.isnan([found.low, found.high]).all()
+    assert "all draws of the rows give the same number" in str(found)
+    assert not found.excludes_zero
+    rare = np.array([1.0] + [0.0] * 19)
+    found = spearman(np.arange(20.0), rare)
+    assert "one side does not vary" in found.reason
+    assert "nan" not in str(found)
+    common = np.array([1.0, 0.0] * 10)
+    assert spearman(np.arange(20.0), common).reason == ""

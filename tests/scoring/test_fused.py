@@ -24,9 +24,10 @@ DEMOS = ["Question: Where is Rome ?\nType: location\n\n", "Question: Who wrote i
 QUERIES = [
     "Question: Why ?\nType:",
     "Question: What does this long question with many words want to know from us ?\nType:",
-    "Question: How far is the moon ?\nType:",
+    "Question: How far is the moon ? an",
 ]
-LABELS = [" number", " a reason", " num"]
+# The last one makes a token of the last query's end, " answer".
+LABELS = [" number", " a reason", " num", "swer"]
 
 
 # It has windows, and the activation that is replaced.

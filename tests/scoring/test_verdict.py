@@ -102,6 +102,31 @@ def test_the_p_of_the_whole_choice_is_even_where_there_is_nothing() -> None:
         assert stats.kstest(column, "uniform").statistic < 0.18
 
 
+def test_a_candidate_that_length_decides_has_no_number_with_length_fixed() -> None:
+    rng = np.random.default_rng(10)
+    lengths = rng.permutation(80.0 + np.arange(80.0))[:, None]
+    x = np.concatenate([lengths, -lengths], axis=1)
+    y = lengths[:, 0] + 10 * rng.normal(size=80)
+    (found,) = judge(x, y[:, None], lengths, np.zeros(2, dtype=np.int64), seed=0, **QUICK)
+    assert found.verdict == "carries length only"
+    assert np.isnan([found.fixed.rho, found.fixed.low, found.fixed.high, found.fixed.p]).all()
+    assert found.fixed.reason.endswith("does not vary on the other once length is held fixed")
+    assert not found.fixed.holds
+    assert np.isnan(found.associations.fixed_low).all()
+    assert found.plain.reason == ""
+
+
+def test_a_perfect_candidate_holds_without_an_interval() -> None:
+    rng = np.random.default_rng(11)
+    y = rng.normal(size=80)
+    (found,) = judge(y[:, None], y[:, None], rng.normal(size=(80, 1)), np.zeros(1, dtype=np.int64), seed=0, **QUICK)
+    assert found.plain.rho == pytest.approx(1.0)
+    assert np.isnan([found.plain.low, found.plain.high]).all()
+    assert found.plain.reason == "all draws of the rows give the same number"
+    assert found.plain.holds
+    assert found.verdict == "carries difficulty"
+
+
 def test_halves_are_disjoint_and_alike() -> None:
     y = np.array([0.0] * 90 + [1.0] * 11)
     one, other = halve(y, np.random.default_rng(0))

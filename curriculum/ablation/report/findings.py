@@ -1,21 +1,27 @@
 """What the numbers say, in sentences made by rule: which orderers help, hurt or show nothing, and what could have been seen.
 
 Contract: "helps" and "hurts" are verdicts after Holm's correction; everything else is "shows nothing", told together with the
-smallest difference that this study would have found, so that a null is read as what it is. No sentence without its number.
+smallest difference that this study would have found, so that a null is read as what it is. No sentence without its number, and
+no number where there is none: fewer than three sets, or outcomes that do not differ, are said in its place, with what to do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from sparsort.curriculum.ablation.estimates import SET
 from sparsort.curriculum.ablation.report.rows import count, percent, points
 from sparsort.curriculum.ablation.report.shape import Cell, Difference, Finding, Pooled, PooledArm, Report
+from sparsort.curriculum.ablation.resampling import MIN_CLUSTERS, too_few
 
 _MOST = 6
 _MOST_LEFT_OUT = 12
+_MORE_SETS = "run with --sets 3 or more (10 are better)"
+_MORE_ROWS = "more test rows, or harder ones, may tell them apart"
 
 
 def findings(report: Report) -> list[Finding]:
@@ -42,7 +48,11 @@ def notes(report: Report) -> list[str]:
         said.append(
             f"One demonstration set only in {_list(one)}: nothing there speaks of other sets, and nothing is tested."
         )
-    if few := [cell["id"] for cell in cells if 1 < cell["sets"] < 7]:
+    if two := [cell["id"] for cell in cells if cell["sets"] == 2]:
+        said.append(
+            f"Two demonstration sets only in {_list(two)}: they allow no interval, no test and no sample size; {_MORE_SETS}."
+        )
+    if few := [cell["id"] for cell in cells if MIN_CLUSTERS <= cell["sets"] < 7]:
         said.append(
             f"Fewer than 7 demonstration sets in {_list(few)}: intervals there take the sets' means for nearly normal."
         )
@@ -82,7 +92,7 @@ def _overall(report: Report, pool: Pooled, cells: Sequence[Cell], where: str) ->
     arms = {arm["name"]: arm["difference"] for arm in pool["arms"]}
     tasks = len(pool["tasks"])
     told = {_where_run(arm, pool["tasks"]): arm["difference"] for arm in pool["arms"]}
-    sentences = [_verdicts(told), *_null(arms)]
+    sentences = [*_verdicts(told), *_untested(told), *_null(arms)]
     if bought := [arm for arm in pool["arms"] if arm["difference"]["verdict"] == "helps"]:
         sentences.append(_cheapest(bought))
     sentences.append(_spread(cells))
@@ -94,7 +104,10 @@ def _overall(report: Report, pool: Pooled, cells: Sequence[Cell], where: str) ->
         )
     ]
     alone = "none of them" if not helped else _list(helped) + (" only" if len(helped) < tasks else "")
-    sentences.append(f"Within single tasks, which have fewer sets, an orderer helps beyond chance on {alone}.")
+    if any(_is_tested(arm["difference"]) for cell in cells for arm in cell["arms"]):
+        sentences.append(f"Within single tasks, which have fewer sets, an orderer helps beyond chance on {alone}.")
+    else:
+        sentences.append("Within single tasks nothing can be tested.")
     if pool["calibrated"]:
         sentences += _calibration(report, pool["selector"])
     return Finding(
@@ -102,6 +115,7 @@ def _overall(report: Report, pool: Pooled, cells: Sequence[Cell], where: str) ->
         task=None,
         selector=pool["selector"],
         calibrated=pool["calibrated"],
+        tested=any(map(_is_tested, arms.values())),
         helps=_named(arms, "helps"),
         hurts=_named(arms, "hurts"),
         sentences=sentences,
@@ -114,14 +128,12 @@ def _where_run(arm: PooledArm, tasks: Sequence[str]) -> str:
 
 
 def _of_task(cells: Sequence[Cell], task: str, where: str) -> Finding:
-    sentences, helps, hurts = [], [], []
+    sentences, helps, hurts, tested = [], [], [], False
     for cell in cells:
         arms = {arm["name"]: arm["difference"] for arm in cell["arms"] if arm["kind"] != "oracle"}
         shots = f"k = {cell['k']}: "
-        if cell["sets"] == 1:
-            sentences.append(f"{shots}one demonstration set, so nothing can be said of other sets.")
-        else:
-            sentences.append(shots + " ".join([_verdicts(arms, short=True), *_null(arms, short=True)]))
+        tested = tested or any(map(_is_tested, arms.values()))
+        sentences.append(shots + " ".join(_of_cell(cell, arms)))
         helps += [f"{name} (k = {cell['k']})" for name in _named(arms, "helps")]
         hurts += [f"{name} (k = {cell['k']})" for name in _named(arms, "hurts")]
     sentences.append(_spread(cells))
@@ -130,10 +142,36 @@ def _of_task(cells: Sequence[Cell], task: str, where: str) -> Finding:
         task=task,
         selector=cells[0]["selector"],
         calibrated=cells[0]["calibrated"],
+        tested=tested,
         helps=helps,
         hurts=hurts,
         sentences=sentences,
     )
+
+
+def _of_cell(cell: Cell, arms: dict[str, Difference]) -> list[str]:
+    if few := too_few(cell["sets"], SET):
+        rest = "so nothing can be said of other sets" if cell["sets"] == 1 else "so no orderer was tested"
+        return [f"{few}, {rest}; {_MORE_SETS}."]
+    return [*_verdicts(arms, short=True), *_untested(arms), *_null(arms, short=True)]
+
+
+def _is_tested(one: Difference) -> bool:
+    return one["verdict"] is not None
+
+
+def _untested(arms: dict[str, Difference]) -> list[str]:
+    """Which arms have no test, by reason, and what to do."""
+    by_reason: dict[str, list[str]] = {}
+    for name, one in arms.items():
+        if not _is_tested(one):
+            by_reason.setdefault(one["reason"] or "", []).append(name)
+    made = []
+    for reason, names in by_reason.items():
+        advice = _MORE_ROWS if "do not differ" in reason else _MORE_SETS
+        whom = "No orderer" if len(names) == len(arms) else f"Not {_list(names)}"
+        made.append(f"{whom} could be tested: {reason}; {advice}.")
+    return made
 
 
 def _named(arms: dict[str, Difference], verdict: str) -> list[str]:
@@ -141,22 +179,24 @@ def _named(arms: dict[str, Difference], verdict: str) -> list[str]:
     return sorted(found, key=lambda name: -abs(arms[name]["value"]))
 
 
-def _verdicts(arms: dict[str, Difference], *, short: bool = False) -> str:
-    tested = {name: one for name, one in arms.items() if one["verdict"] is not None}
+def _verdicts(arms: dict[str, Difference], *, short: bool = False) -> list[str]:
+    tested = {name: one for name, one in arms.items() if _is_tested(one)}
     if not tested:
-        return "No orderer could be tested."
+        return []
     helps, hurts = _named(arms, "helps"), _named(arms, "hurts")
     if not helps and not hurts:
         best = max(tested, key=lambda name: tested[name]["value"])
         gain = _with_interval(tested[best])
         if len(tested) == 1:
-            return f"{best} cannot be told from the mean random order ({gain})."
+            return [f"{best} cannot be told from the mean random order ({gain})."]
         if short:
-            return f"no orderer can be told from the mean random order. Largest gain: {best}, {gain} before Holm's correction."
-        return (
+            return [
+                f"no orderer can be told from the mean random order. Largest gain: {best}, {gain} before Holm's correction."
+            ]
+        return [
             f"None of the {len(tested)} orderers can be told from the mean random order. The largest gain is that of {best}, "
             f"{gain}, not beyond what chance may give the best of {len(tested)}."
-        )
+        ]
     parts = []
     for names, one, more in ((helps, "helps", "help"), (hurts, "hurts", "hurt")):
         if names:
@@ -166,19 +206,21 @@ def _verdicts(arms: dict[str, Difference], *, short: bool = False) -> str:
     rest = len(tested) - len(helps) - len(hurts)
     nothing = f" The other {rest} show nothing." if rest > 1 else " The other one shows nothing." if rest else ""
     total = f"{'of' if short else 'Of'} {len(tested)} orderers, " if len(tested) > 1 else ""
-    return f"{total}{'; '.join(parts)}.{nothing}"
+    return [f"{total}{'; '.join(parts)}.{nothing}"]
 
 
 def _null(arms: dict[str, Difference], *, short: bool = False) -> list[str]:
     visible = [
-        one["smallest_visible"]
+        math.inf if one["smallest_visible"] is None else one["smallest_visible"]
         for one in arms.values()
-        if one["verdict"] == "nothing" and one["smallest_visible"] is not None
+        if one["verdict"] == "nothing"
     ]
     if not visible:
         return []
-    middle = float(np.median(visible))
-    size = percent(middle)
+    # The middle one or the upper of two: a mean with infinity is no size.
+    middle = float(np.quantile(visible, 0.5, method="higher")) if math.inf in visible else float(np.median(visible))
+    # Rounded to a tenth, a small one must not read as no difference at all.
+    size = percent(max(middle, 0.001))
     if middle >= 1:
         return ["With so few sets no difference whatever would be found reliably."]
     if short:
@@ -231,10 +273,15 @@ def _calibration(report: Report, selector: str) -> list[str]:
         return []
     change = float(np.mean([arm["change"]["value"] for arm in random]))
     found = {verdict: sum(arm["change"]["verdict"] == verdict for arm in random) for verdict in ("helps", "hurts")}
-    said = (
-        f"Contextual calibration changes the mean random order by {points(change)} points on average; beyond chance it raises it "
-        f"in {found['helps']} and lowers it in {found['hurts']} of {len(random)} cells."
+    tested = sum(_is_tested(arm["change"]) for arm in random)
+    said = f"Contextual calibration changes the mean random order by {points(change)} points on average; "
+    said += (
+        f"beyond chance it raises it in {found['helps']} and lowers it in {found['hurts']} of {tested} cells."
+        if tested
+        else "no cell allows a test of that."
     )
+    if 0 < tested < len(random):
+        said += f" {len(random) - tested} more could not be tested."
     spreads = [(pair["spread_off"], pair["spread_on"]) for pair in own]
     if known := [(off, on) for off, on in spreads if off is not None and on is not None]:
         off, on = (float(np.sqrt(np.mean(np.square([pair[side] for pair in known])))) for side in (0, 1))

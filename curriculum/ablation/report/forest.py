@@ -2,7 +2,7 @@
 
 Thick line: interval at the report's level. Thin line: widened for the number of arms compared. A filled mark differs from
 zero after Holm's correction. The band around zero holds what a study of this size would miss more often than one time in
-five.
+five. An arm without an interval is a mark without a line, and the figure says so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sparsort.curriculum.ablation.report.rows import Blocks, places, points, pro
 from sparsort.curriculum.ablation.report.shape import Difference
 from sparsort.curriculum.ablation.report.style import KIND_NAME, Tips, colour
 
+_BARE = "no interval"
 _COLOUR = {"helps": "helps", "hurts": "hurts", "nothing": "muted", None: "muted"}
 
 
@@ -88,6 +89,8 @@ def draw_forest(
     if numbers:
         for name, y in at.items():
             _write(axes, arms.get(name), y, size)
+    elif present and all(one["low"] is None for _, one, _ in present):
+        axes.text(0.98, 0.01, _BARE, transform=axes.transAxes, ha="right", va="bottom", fontsize=size - 1)
     for kind, listed in rows:
         if at[listed[0]]:
             axes.axhline(at[listed[0]] - 1.35, color=colour("faint"), linewidth=0.6, zorder=0.6)
@@ -133,11 +136,18 @@ def _arrows(axes: Any, x: float, beyond: Sequence[tuple[float, str]], mark: str)
         )
 
 
+def without_interval(arms: Iterable[Difference]) -> str:
+    """What a caption adds where arms have no interval: that, and why; "" where all have one."""
+    reasons = dict.fromkeys(one["reason"] for one in arms if one["low"] is None and one["reason"])
+    return f" A mark without a line has no interval: {'; '.join(map(str, reasons))}." if reasons else ""
+
+
 def told(one: Difference) -> str:
     """A difference with its interval and p in words, in points."""
     said = f"{points(one['value'])} points"
-    if one["low"] is not None:
-        said += f" [{points(one['low'])}, {points(one['high'])}]"
+    if one["low"] is None:
+        return f"{said}; {one['reason']}" if one["reason"] else said
+    said += f" [{points(one['low'])}, {points(one['high'])}]"
     if one["p_adjusted"] is not None:
         said += f", p {probability(one['p'])}, after Holm {probability(one['p_adjusted'])}"
     return said
@@ -149,6 +159,5 @@ def _write(axes: Any, one: Difference | None, y: float, size: float) -> None:
         return
     shade = _COLOUR[one["verdict"]] if _found(one) else "ink"
     beside(axes, y, points(one["value"]), size, side="right", shade=shade, offset=3.9 * size)
-    if one["low"] is not None:
-        interval = f"{points(one['low'])} to {points(one['high'])}"
-        beside(axes, y, interval, size - 0.5, side="right", shade="muted", offset=11.6 * size)
+    interval = _BARE if one["low"] is None else f"{points(one['low'])} to {points(one['high'])}"
+    beside(axes, y, interval, size - 0.5, side="right", shade="muted", offset=11.6 * size)

@@ -23,7 +23,8 @@ def markdown(report: Report, pictures: Sequence[tuple[str, str]]) -> str:
         report: the numbers.
         pictures: file name, without suffix, in `figures/`, and caption of every sheet.
     """
-    parts = [f"# {escaped(report['title'])}", _table(("", ""), facts(report), "ll"), "## What was found"]
+    parts = [f"# {escaped(report['title'])}", *(f"> **Warning.** {escaped(one['text'])}" for one in report["warnings"])]
+    parts += [_table(("", ""), facts(report), "ll"), "## What was found"]
     for finding in report["findings"]:
         parts.append(f"### {escaped(finding['title'])}")
         parts += [escaped(sentence) for sentence in finding["sentences"]]
@@ -139,6 +140,8 @@ def _calibration(pair: CalibrationCell) -> list[str]:
     title = f"### {escaped(pair['task'])}, k = {pair['k']}, {escaped(pair['selector'])}"
     spread = (
         f"Over random orders, sd {percent(pair['spread_off'])} points without and {percent(pair['spread_on'])} with."
+        if pair["spread_off"] is not None
+        else f"No spread over random orders: {pair['reason']}."
     )
     return [title, spread, _table(head, rows, "lrrrlrr")]
 

@@ -135,6 +135,7 @@ def forest_picture(panel: Cell | Pooled, rows: Blocks, limit: float, margin: flo
     forest.draw_forest(axes, arms, rows, tips, limit=limit, notes=notes)
     axes.set_xlabel(_POINTS)
     caption = f"{title_of(panel)}: difference of every orderer to the mean random order, with intervals"
+    caption += forest.without_interval(arms.values())
     return Picture(name=_name("forest", panel), caption=caption, figure=figure, tips=tips)
 
 

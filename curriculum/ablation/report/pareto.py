@@ -18,6 +18,9 @@ from sparsort.curriculum.ablation.report.rows import points
 from sparsort.curriculum.ablation.report.shape import Cell, Difference, Pooled
 from sparsort.curriculum.ablation.report.style import KIND_COLOUR, KIND_MARKER, Tips, colour
 
+# A tenth of a point of accuracy.
+_LEAST = 0.001
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -140,7 +143,11 @@ def _draw(axes: Any, listed: Sequence[Point], x: Sequence[float], best: int, tip
             [100 * point.difference["value"] for point, _ in own],
             tips,
             [
-                (f"{one.name}: {points(one.difference['value'])} points at {one.cost:.2f}× the tokens", one.name)
+                (
+                    f"{one.name}: {points(one.difference['value'])} points at {one.cost:.2f}× the tokens"
+                    + (", no interval" if one.difference["low"] is None else ""),
+                    one.name,
+                )
                 for one, _ in own
             ],
             marker=KIND_MARKER[kind],
@@ -178,4 +185,6 @@ def limits_of(panels: Sequence[Sequence[Point]]) -> tuple[float, float]:
         if end is not None
     ]
     low, high = float(np.quantile(ends, 0.01)), float(np.quantile(ends, 0.99))
-    return min(low, 0.0) * 1.05, max(high, 0.0) * 1.12
+    low, high = min(low, 0.0) * 1.05, max(high, 0.0) * 1.12
+    # Where nothing differs from the random orders, the axis still needs a width.
+    return (low, high) if high - low >= _LEAST else (-_LEAST, _LEAST)

@@ -54,6 +54,7 @@ def sheets(report: Report) -> Iterator[Picture]:
             drawn = forest_picture(pooled[0], rows, shared_limit(pooled), margin)
             over = "every k" if pooled[0]["k"] is None else f"k = {pooled[0]['k']}"
             caption = f"Difference of every orderer to the mean random order, all tasks, {over}{said}."
+            caption += forest.without_interval(arm["difference"] for arm in pooled[0]["arms"])
             yield replace(drawn, name=f"pooled{view}", caption=caption)
         yield _spread(grid, view, said)
         if any(arm["kind"] != "oracle" for cell in cells for arm in cell["arms"]):
@@ -186,6 +187,8 @@ def _forest(
             forest.draw_forest(axes, arms, rows, sheet.tips, limit=limit, names=column == 0, numbers=False)
             axes.set_title(_head(panel), fontsize=SIZE)
     caption = f"Difference of every orderer to the mean random order of the same demonstration sets{said}."
+    shown = [arm for across in lines for panel in across for arm in panel["arms"] if arm["kind"] != "oracle"]
+    caption += forest.without_interval(arm["difference"] for arm in shown)
     return sheet.picture(f"forest{view}", caption, "points of accuracy against the mean random order", _INTERVALS)
 
 

@@ -2,7 +2,8 @@
 
 Contract: pure; knows no figure, no page and no model. What is compared with what: an arm with the mean over the random orders
 of the same demonstration sets, item by item. Families for Holm's correction: the arms of one cell, and the arms of one pooled
-panel; oracles are chosen by the test labels and stand in no family. Arms that a cell lacks are absent there.
+panel; oracles are chosen by the test labels and stand in no family. Arms that a cell lacks are absent there. A number that
+cannot be had is None, with its reason next to it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from sparsort.curriculum.ablation.results import Arm, Group, Results
 def summarise(results: Results, *, title: str = "Does the order of demonstrations matter here?") -> Report:
     """Every number of the report."""
     from sparsort.curriculum.ablation.report.findings import findings, notes
+    from sparsort.curriculum.ablation.report.warnings import one_label
 
     cells = [_cell(group) for group in results.groups]
     report = Report(
@@ -44,6 +46,7 @@ def summarise(results: Results, *, title: str = "Does the order of demonstration
         power=POWER,
         provenance=results.provenance,
         tasks=_distinct(group.task for group in results.groups),
+        warnings=one_label(cells, results.provenance.get("model")),
         notes=[],
         findings=[],
         cells=cells,
@@ -74,7 +77,8 @@ def _cell(group: Group) -> Cell:
     )
     base = float(random_RSQ.mean())
     for arm in group.arms:
-        differences.setdefault(arm.name, _bare(float(arm.correct.mean()) - base))
+        value = float(arm.correct.mean()) - base
+        differences.setdefault(arm.name, compare.untested(value, "an oracle is picked by the test labels"))
     gold = np.array([group.labels.index(answer) for answer in group.gold]) if group.labels else np.empty(0, np.int64)
     return Cell(
         id=cell_id(group),
@@ -93,8 +97,9 @@ def _cell(group: Group) -> Cell:
 
 
 def _spread(group: Group, random_RSQ: NDArray[np.bool_]) -> Spread:
-    accuracy, low, high = compare.accuracy(random_RSQ.mean(axis=0))
-    parts = compare.spread_parts(random_RSQ)
+    accuracy, low, high, missing = compare.accuracy(random_RSQ.mean(axis=0))
+    parts, reasons = compare.spread_parts(random_RSQ)
+    reasons = {"low, high": missing, "label_entropy": _no_entropy(group.labels), **reasons}
     share_RSL = np.stack([_shares(arm.predicted, len(group.labels)) for arm in group.random])
     return Spread(
         accuracy=accuracy,
@@ -106,6 +111,7 @@ def _spread(group: Group, random_RSQ: NDArray[np.bool_]) -> Spread:
         sd_orders_true=parts["sd_orders_true"],
         real_share=parts["real_share"],
         sd_sets=parts["sd_sets"],
+        reason=compare.explain(reasons),
         tokens=float(np.mean([arm.tokens.mean() for arm in group.random])),
         label_share=share_RSL.mean(axis=(0, 1)).tolist(),
         label_entropy=_mean(_entropy(share_RSL)) if len(group.labels) > 1 else None,
@@ -115,7 +121,7 @@ def _spread(group: Group, random_RSQ: NDArray[np.bool_]) -> Spread:
 
 
 def _arm(group: Group, arm: Arm, difference: Difference, random_RSQ: NDArray[np.bool_]) -> ArmNumbers:
-    accuracy, low, high = compare.accuracy(arm.correct)
+    accuracy, low, high, missing = compare.accuracy(arm.correct)
     share_SL = _shares(arm.predicted, len(group.labels))
     several = len(group.labels) > 1
     answering, choosing = float(arm.tokens.mean()), float(arm.choosing_tokens.mean())
@@ -134,6 +140,7 @@ def _arm(group: Group, arm: Arm, difference: Difference, random_RSQ: NDArray[np.
         label_share=share_SL.mean(axis=0).tolist(),
         label_entropy=_mean(_entropy(share_SL)) if several else None,
         label_entropy_by_set=_entropy(share_SL).tolist() if several else [],
+        reason=compare.explain({"low, high": missing, "label_entropy": _no_entropy(group.labels)}),
         by_query=arm.order is None,
     )
 
@@ -154,25 +161,13 @@ def _entropy(share: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(entr(share).sum(axis=-1) / np.log(share.shape[-1]), dtype=np.float64)
 
 
+def _no_entropy(labels: Sequence[str]) -> str:
+    """Why predictions have no entropy over labels."""
+    return "" if len(labels) > 1 else "there is one label" if labels else "answers are generated"
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean())
-
-
-def _bare(value: float) -> Difference:
-    """A difference that no test is made of."""
-    return Difference(
-        value=value,
-        low=None,
-        high=None,
-        adjusted_low=None,
-        adjusted_high=None,
-        p=None,
-        p_adjusted=None,
-        verdict=None,
-        smallest_visible=None,
-        sets_needed=None,
-        items_needed=None,
-    )
 
 
 def _distinct(values: Any) -> list[Any]:
@@ -209,33 +204,23 @@ def _panel(selector: str, k: int | None, calibrated: bool, groups: Sequence[Grou
                 name=name,
                 kind=kind,
                 tasks=_distinct(group.task for group in held[name]),
-                clusters=len(values),
+                clusters=sum(map(len, by_task)),
                 difference=difference,
                 cost=float(np.mean([_cost(group, group.arm(name)) for group in held[name]])),
             )
-            for (name, kind), values, difference in zip(names, clusters, differences, strict=True)
+            for (name, kind), by_task, difference in zip(names, clusters, differences, strict=True)
         ],
     )
 
 
-def _clusters(name: str, groups: Sequence[Group]) -> NDArray[np.float64]:
-    """(N,) an arm's difference in every (task, set): the mean over k where a set was run with several.
-
-    Values are weighted so that their mean is the mean over tasks, also where tasks have different numbers of sets.
-    """
+def _clusters(name: str, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
+    """(sets of the task,) for every task, an arm's difference in every set: the mean over k where a set was run with several."""
     by_task: dict[str, dict[int, list[float]]] = {}
     for group in groups:
         gain_S = (group.arm(name).correct - group.random_correct.mean(axis=0)).mean(axis=1)
         for one, gain in zip(group.sets, gain_S.tolist(), strict=True):
             by_task.setdefault(group.task, {}).setdefault(one.seed, []).append(gain)
-    total = sum(len(by_seed) for by_seed in by_task.values())
-    return np.array(
-        [
-            float(np.mean(gains)) * total / (len(by_task) * len(by_seed))
-            for by_seed in by_task.values()
-            for gains in by_seed.values()
-        ]
-    )
+    return [np.array([float(np.mean(gains)) for gains in by_seed.values()]) for by_seed in by_task.values()]
 
 
 def _cost(group: Group, arm: Arm) -> float:
@@ -278,14 +263,19 @@ def _calibrated(off: Group, on: Group) -> CalibrationCell | None:
         CalibrationArm(name=name, kind=kind, off=float(before.mean()), on=float(after.mean()), change=change)
         for (name, kind, before, after), change in zip(rows, changes, strict=True)
     ]
+    parts_off, reasons = compare.spread_parts(random_off)
+    parts_on, _ = compare.spread_parts(random_on)
+    # Both sides have the same orders and items, so both lack it or neither.
+    missing = next(iter(reasons.values())) if parts_off["sd_orders"] is None else ""
     return CalibrationCell(
         id=f"{off.task}/{off.selector}/{off.k}",
         task=off.task,
         selector=off.selector,
         k=off.k,
         sets=len(sets_off),
-        spread_off=compare.spread_parts(random_off)["sd_orders"],
-        spread_on=compare.spread_parts(random_on)["sd_orders"],
+        spread_off=parts_off["sd_orders"],
+        spread_on=parts_on["sd_orders"],
+        reason=compare.explain({"spread_off, spread_on": missing}),
         arms=arms,
     )
 

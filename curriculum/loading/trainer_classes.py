@@ -1,0 +1,87 @@
+"""Which trainers a curriculum can be mixed into: those that leave the choice of batches to transformers' Trainer.
+
+Contract: a trainer that chooses its own batches is refused by its name when it is constructed, before a model is loaded. It would
+either bypass the plan, or be bypassed by it: TRL's GRPOTrainer repeats each prompt for a group of completions and generates for
+several steps at once, and without its own sampler its groups are torn apart, advantages are normalised across different
+prompts, and a part of each batch is never generated for.
+
+Not refused are trainers that generate within a step for the prompts of that step alone (TRL's OnlineDPOTrainer, GKDTrainer):
+they take the batches that they are given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+
+from sparsort.errors import SparsortError
+
+_SAMPLER, _LOADER, _INPUTS = "_get_train_sampler", "get_train_dataloader", "_prepare_inputs"
+_GENERATION = ("num_generations", "generation_batch_size", "steps_per_generation")
+_REORDERING = {
+    "packing": "pack with the plan instead: plan_curriculum(…, packing='next_fit', pack_length=…)",
+    "shuffle_dataset": "leave it out: the plan orders the rows",
+}
+
+
+def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
+    """Refuse a class of trainer that chooses, orders or generates its own training batches.
+
+    Args:
+        trainer: the class that is constructed, a subclass of `mixin`.
+        mixin: the class that gives a trainer its curriculum.
+        args: the trainer's arguments, where they are known.
+
+    Raises:
+        SparsortError: a class of the MRO defines its own sampler or train dataloader, or generates batches, or the arguments
+            ask for packing or shuffling by the trainer.
+    """
+    for cls in trainer.__mro__:
+        ours = cls in Trainer.__mro__ or cls.__module__.startswith("sparsort.")
+        if not ours and (how := _own_batches(cls, mixin)):
+            raise _refusal(cls, how, args)
+    if generating := [name for name in _GENERATION if getattr(args, name, None) is not None]:
+        raise _refusal(_nearest_class(trainer, mixin), f"{type(args).__name__} sets {generating[0]}", args)
+    for name, instead in _REORDERING.items():
+        if getattr(args, name, False) is True:
+            raise SparsortError(
+                f"{name}=True has {_nearest_class(trainer, mixin).__name__} put the rows together in an order of its own, in "
+                f"which they are not the plan's; {instead}."
+            )
+
+
+def _own_batches(cls: type, mixin: type) -> str | None:
+    """What a class does to choose its own batches, in words."""
+    own = vars(cls)
+    if _SAMPLER in own:
+        return f"it defines {_SAMPLER}"
+    if issubclass(cls, mixin):  # a trainer made from the mixin may take its loader and add to it
+        return None
+    if _LOADER in own:
+        return f"it defines {_LOADER}"
+    if _INPUTS in own and _generates(own[_INPUTS]):
+        return f"it generates in {_INPUTS}"
+    return None
+
+
+def _generates(method: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    return code is not None and any("generat" in name for name in (*code.co_names, *code.co_varnames))
+
+
+def _nearest_class(trainer: type, mixin: type) -> type:
+    """The class that the mixin was put before; the trainer itself where there is none."""
+    after = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
+    return next((cls for cls in after if cls is not Trainer and issubclass(cls, Trainer)), trainer)
+
+
+def _refusal(cls: type, how: str, args: Any) -> SparsortError:
+    kept = " and shuffle_dataset=False" if hasattr(args, "shuffle_dataset") else ""
+    return SparsortError(
+        f"{cls.__name__} chooses its own training batches ({how}), which a curriculum would replace: use it without "
+        f"CurriculumMixin, on rows that are in order already (train_dataset.select(plan.order){kept}), or mix the curriculum "
+        "into a trainer that leaves batches to transformers' Trainer, such as TRL's SFTTrainer or DPOTrainer."
+    )

@@ -1,0 +1,95 @@
+"""When each option of selecting, ordering and assembling demonstrations has an effect: for `order_file` and `sparsort order`.
+
+Contract: conditions look at the options alone; see `sparsort.conditions`. What is no choice at all counts as one that reads
+everything, so that the misspelt name is what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sparsort.conditions import Table, Values, When, always, among, needs, under
+from sparsort.curriculum.demos.order import ORDERS, default_order, ranks_by
+from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
+from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
+from sparsort.curriculum.demos.select import EMBEDDED, METHODS, SCORED
+from sparsort.recipes.score import MODEL_SCORERS, SCORERS
+from sparsort.recipes.score import READ_BY as SCORER_READ_BY
+
+SYSTEM = (needs("chat", "a plain prompt has no system turn", chat=True),)
+# Ordering has no such options.
+_SCORER = {name: own for name, own in SCORER_READ_BY.items() if name not in ("unit", "token_budget")}
+
+
+def _is(values: Values, name: str, choices: Collection[str], known: Collection[str]) -> bool:
+    """Whether a choice is one of some, or is no choice at all."""
+    return values[name] in choices or values[name] not in known
+
+
+def _ranks(values: Values) -> bool:
+    return ranks_by("difficulty")(values) or _is(values, "select", SCORED, METHODS)
+
+
+def _scores_now(values: Values) -> bool:
+    return _ranks(values) and (values["scores"] is None or values["select"] == "difficulty_matched")
+
+
+def _embeds(values: Values) -> bool:
+    return _is(values, "select", EMBEDDED, METHODS) or ranks_by("similarity")(values)
+
+
+def _runs_model(values: Values) -> bool:
+    scored = _scores_now(values) and _is(values, "scorer", MODEL_SCORERS, SCORERS)
+    return scored or (_embeds(values) and values["embedder"] is None)
+
+
+def _reads_model(values: Values) -> bool:
+    counts = values["max_tokens"] is not None or values["chat"]
+    return _runs_model(values) or counts or (_scores_now(values) and values["scorer"] == "length")
+
+
+def _draws(values: Values) -> bool:
+    drawn = values["k"] is not None and _is(values, "select", ("random", "balanced", "spread"), METHODS)
+    base = str(values["order"] or default_order(None)).rpartition("reverse:")[2]
+    shuffled = base == "random" or base not in ORDERS
+    return drawn or shuffled or (_scores_now(values) and values["scorer"] == "random")
+
+
+_RANKED = When(holds=_ranks, why="no score is read here, neither to select nor to order")
+_NOT_SCORED_YET = When(holds=_scores_now, why="{scores} holds the scores")
+_OWN_PROMPT = When(
+    holds=lambda values: values["calibration"] is None or values["prompt"] is not None,
+    why="{calibration} has its own prompt",
+)
+_NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
+_NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
+
+READ_BY: Table = {
+    **always("prompt", "answer", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
+    **under(_RANKED, under(_NOT_SCORED_YET, _SCORER)),
+    "scores": (_RANKED,),
+    "system": (_OWN_PROMPT, *SYSTEM),
+    "chat": (_OWN_PROMPT,),
+    "select": (
+        When(
+            holds=lambda values: values["ids"] is None or values["select"] == "ids",
+            why="{ids} names the demonstrations",
+        ),
+        When(
+            holds=lambda values: values["k"] is not None or values["select"] != "random",
+            why="every row is shown unless the number of demonstrations is given",
+            instead={"k": 4},
+        ),
+    ),
+    "label": (among("select", ("balanced",), of=METHODS),),
+    "drop": PROMPT_READ_BY["drop"],
+    "separator": PROMPT_READ_BY["separator"],
+    "missing": ORDERS_READ_BY["missing"],
+    "embedder": (When(holds=_embeds, why="nothing here reads embeddings"),),
+    "seed": (When(holds=_draws, why="nothing here is drawn at random"),),
+    "model": _NEEDS_TOKENIZER,
+    "revision": _NEEDS_TOKENIZER,
+    "trust_remote_code": _NEEDS_TOKENIZER,
+    "dtype": _NEEDS_MODEL,
+    "device": _NEEDS_MODEL,
+}

@@ -1,0 +1,164 @@
+"""When an option has an effect, and the error for one that was given where it has none.
+
+Contract: a table maps every option of a call to its conditions. All of them must hold for the option to be read; `ALWAYS`, the
+empty tuple, is an option that is read whatever else is chosen. Only options that the caller gave are checked: the command line
+knows which those are, and in Python they are the ones that differ from their defaults. A condition holds for values that are
+no choice at all, so that a misspelt name is reported as such, by whoever reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from sparsort.errors import SparsortError
+
+Values = Mapping[str, Any]
+Shown = Callable[[str, Any], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class When:
+    """One condition of an option.
+
+    Attributes:
+        holds: whether the option is read, by the values of all options of the call.
+        why: a clause that says why it is not, where `holds` is false; `{name}` stands for another option as the user would
+            write it, with its value.
+        instead: options, with the values under which the condition holds, to be suggested.
+    """
+
+    holds: Callable[[Values], bool]
+    why: str
+    instead: Mapping[str, Any] = field(default_factory=dict)
+
+
+Conditions = tuple[When, ...]
+Table = Mapping[str, Conditions]
+
+ALWAYS: Conditions = ()
+
+
+def always(*names: str) -> dict[str, Conditions]:
+    """A table of options that are always read."""
+    return dict.fromkeys(names, ALWAYS)
+
+
+def under(condition: When, table: Table) -> dict[str, Conditions]:
+    """A table with one more condition, put before the others."""
+    return {name: (condition, *own) for name, own in table.items()}
+
+
+def among(name: str, read_by: Collection[Any], *, of: Collection[Any]) -> When:
+    """The option is read by some choices of `name`.
+
+    Args:
+        name: the option that is chosen.
+        read_by: the choices that read it; the first is suggested.
+        of: all choices.
+    """
+    ignored_by = frozenset(of) - frozenset(read_by)
+    listed = " and ".join(map(str, read_by)) if len(read_by) <= 2 else ", ".join(map(str, read_by))
+    return When(
+        holds=lambda values: values[name] not in ignored_by,
+        why=f"{listed} {'reads' if len(read_by) == 1 else 'read'} it, and this is {{{name}}}",
+        instead={name: next(iter(read_by))},
+    )
+
+
+def needs(name: str, why: str, **example: Any) -> When:
+    """The option is read where `name` is given too; `example` is a value of it."""
+    return When(holds=lambda values: _is_given(values[name]), why=why, instead=example)
+
+
+def excludes(name: str, why: str) -> When:
+    """The option is read where `name` is not given."""
+    return When(holds=lambda values: not _is_given(values[name]), why=why)
+
+
+def in_python(name: str, value: Any) -> str:
+    """An argument as it is written in Python: `metric='gini'`."""
+    return name if value is None else f"{name}={value!r}"
+
+
+def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Shown = in_python) -> None:
+    """Refuse the first of the options given that has no effect.
+
+    Args:
+        table: the conditions of every option of this call.
+        values: every option's value, the defaults included.
+        given: the options that the caller gave.
+        shown: writes an option and its value as the caller would.
+
+    Raises:
+        SparsortError: an option has no effect; the message says why, and what to do.
+    """
+    for name in given:
+        unmet = next((condition for condition in table[name] if not condition.holds(values)), None)
+        if unmet is None:
+            continue
+        why = unmet.why.format_map(_Shown(values, shown))
+        step = " ".join(shown(other, value) for other, value in unmet.instead.items())
+        raise SparsortError(
+            f"{shown(name, values[name])} has no effect: {why}. Leave it out{f', or pass {step}' if step else ''}."
+        )
+
+
+def changed(config: Any) -> list[str]:
+    """The fields of a dataclass that differ from their defaults."""
+    return [
+        one.name
+        for one in dataclasses.fields(config)
+        if not _same(getattr(config, one.name), one.default if one.default is not MISSING else None)
+    ]
+
+
+def refuse_unread_fields(config: Any, table: Table) -> None:
+    """Refuse a setting of a dataclass that differs from its default and has no effect.
+
+    Args:
+        config: the dataclass.
+        table: the conditions of its fields; fields that are not in it are not checked.
+
+    Raises:
+        SparsortError: see `refuse_unread`.
+    """
+    values = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    refuse_unread(table, values, [name for name in changed(config) if name in table])
+
+
+def refuse_unread_arguments(function: Callable[..., Any], table: Table, values: Values) -> None:
+    """Refuse an argument that differs from its default and has no effect.
+
+    Args:
+        function: whose signature has the defaults.
+        table: the conditions of its arguments; arguments that are not in it are not checked.
+        values: the arguments, such as `locals()` at the beginning of the function.
+
+    Raises:
+        SparsortError: see `refuse_unread`.
+    """
+    defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    differing = [name for name in table if name in defaults and not _same(values[name], defaults[name])]
+    refuse_unread(table, values, differing)
+
+
+class _Shown(dict[str, str]):
+    def __init__(self, values: Values, shown: Shown) -> None:
+        super().__init__()
+        self._values, self._as = values, shown
+
+    def __missing__(self, name: str) -> str:
+        return self._as(name, self._values[name])
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, (bool, int)) and value == 0)
+
+
+def _same(value: Any, default: Any) -> bool:
+    # Arrays and tables compare by element, and no default is one.
+    return value is default or (type(value) is type(default) and bool(value == default))

@@ -1,0 +1,119 @@
+"""A digest of a whole Parquet file, kept inside it, so that the file can be checked wherever it was copied.
+
+Contract: `add_seal` puts a block of JSON between the last page and the footer. Parquet readers find pages by the offsets in the
+footer and the footer from the end of the file, so they never look at the block. `read_seal` returns the block only if every
+other bit of the file is as it was, and it does so without parsing Parquet: 10,000 shards of 30 kB are checked in a second.
+
+    PAR1 · pages · "sparsort" · JSON · its length (4 bytes, little endian) · "sparsort" · footer · its length (4 bytes) · PAR1
+
+The word is there twice, so that one flipped bit cannot turn a sealed file into one without a seal. A file without a seal was
+written before there were seals, or by another program, such as pyarrow from a table that was read from a sealed file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sparsort.errors import SparsortError
+from sparsort.integrity import digest_of_file, is_sealed, seal
+
+_MAGIC = b"sparsort"
+_PARQUET = b"PAR1"
+_TAIL = 4 + len(_PARQUET)
+_END = 4 + len(_MAGIC)
+_PIECE = 1 << 20
+
+
+class DamagedError(SparsortError):
+    """A file is not the one that was written. `reason` says how it was found out."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged: {reason}.")
+        self.reason = reason
+
+
+def add_seal(path: Path, facts: Mapping[str, Any]) -> None:
+    """Put a digest of a Parquet file, and `facts`, into the file.
+
+    Args:
+        path: a Parquet file without a seal that nobody reads yet, such as a temporary one.
+        facts: JSON values to be read back with the seal.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    size = path.stat().st_size
+    file = {"bytes": size, "digest": digest_of_file(path)}
+    block = _MAGIC + json.dumps(seal({"file": file, "facts": dict(facts)}), ensure_ascii=False).encode()
+    with path.open("rb+") as handle:
+        footer = _footer(handle, size)
+        if footer is None:
+            raise DamagedError(path, "it does not end as a Parquet file")
+        handle.seek(footer)
+        tail = handle.read()
+        handle.seek(footer)
+        handle.write(block + len(block).to_bytes(4, "little") + _MAGIC + tail)
+
+
+def read_seal(path: Path) -> dict[str, Any] | None:
+    """The facts that a Parquet file was sealed with; None if it has no seal.
+
+    Raises:
+        DamagedError: the file has a seal, and a bit of the seal or of the rest has changed.
+        OSError: the file is missing, or the disk cannot read it.
+    """
+    with path.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        footer = _footer(handle, size)
+        if footer is None or footer < _END:
+            return None
+        handle.seek(footer - _END)
+        end = handle.read(_END)
+        begin = footer - _END - int.from_bytes(end[:4], "little")
+        handle.seek(max(begin, 0))
+        marks = handle.read(len(_MAGIC)), end[4:]
+        if _MAGIC not in marks:
+            return None
+        values = _parse(handle.read(footer - _END - begin - len(_MAGIC))) if marks == (_MAGIC, _MAGIC) else {}
+        file = {"bytes": size - (footer - begin), "digest": _digest_around(handle, begin, footer)} if values else None
+    if file is None or values["file"] != file:
+        raise DamagedError(path, "its content has changed since it was written")
+    return dict(values["facts"])
+
+
+def _footer(handle: BinaryIO, size: int) -> int | None:
+    """Where the footer begins; None if the file does not end as a Parquet file."""
+    if size < len(_PARQUET) + _TAIL:
+        return None
+    handle.seek(size - _TAIL)
+    tail = handle.read(_TAIL)
+    begin = size - _TAIL - int.from_bytes(tail[:4], "little")
+    return begin if tail[4:] == _PARQUET and begin >= len(_PARQUET) else None
+
+
+def _parse(block: bytes) -> dict[str, Any]:
+    """The values in a block; an empty dictionary if they are not the ones that were sealed."""
+    try:
+        values = json.loads(block)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) and is_sealed(values) else {}
+
+
+def _digest_around(handle: BinaryIO, begin: int, end: int) -> str:
+    """What `digest_of_file` gave before the bytes from `begin` to `end` were put in."""
+    state = hashlib.blake2b(digest_size=16)
+    handle.seek(0)
+    left = begin
+    while left and (piece := handle.read(min(left, _PIECE))):
+        state.update(piece)
+        left -= len(piece)
+    handle.seek(end)
+    while piece := handle.read(_PIECE):
+        state.update(piece)
+    return state.hexdigest()

@@ -1,0 +1,261 @@
+"""What a row's value is: missing or not, text or not, and what lies at a field of the row.
+
+Contract: every place that asks whether a value is there calls `is_missing`, and every place that writes a value into a prompt,
+a label, an id or an excerpt calls `as_text`. A NaN is missing in every form that data libraries give it. A list or a
+dictionary has no text of its own: it is refused with the path to the part that was probably meant. Only keys of mappings and
+items of sequences are looked up, never attributes. Neither pandas nor torch is imported.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from numbers import Number
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.errors import SparsortError
+from sparsort.paths import is_index, parse_field, spell
+
+# Kinds of NumPy scalars that have a text: booleans, numbers, times and text. Not bytes, objects and records.
+_NUMPY_TEXT = "biufcmMU"
+_TEXT = (str, Number, datetime.date, datetime.time, datetime.timedelta, uuid.UUID)
+_BYTES = (bytes, bytearray, memoryview)
+_EXAMPLE_DEPTH = 4
+
+
+def is_missing(value: Any) -> bool:
+    """Whether there is no value: None, NaN (Python, NumPy, Decimal, a 0-d tensor), NaT, `pandas.NA`, a masked element."""
+    if value is None:
+        return True
+    if isinstance(value, (str, int)):
+        return False
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    if isinstance(value, (float, complex, np.number, np.datetime64)):
+        return bool(value != value)
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and (isinstance(value, np.ma.core.MaskedConstant) or is_missing(value[()]))
+    if _is_scalar_tensor(value):
+        return bool((value != value).item())
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and (value is getattr(pandas, "NA", None) or value is getattr(pandas, "NaT", None))
+
+
+def missing_name(value: Any) -> str:
+    """What a missing value is called in a message."""
+    if value is None:
+        return "null"
+    return "NaN (a missing value)" if isinstance(value, (float, np.number)) else f"{value} (a missing value)"
+
+
+def has_text(value: Any) -> bool:
+    """Whether a value that is there has a text of its own: text, numbers, booleans, dates and times, UUIDs."""
+    if isinstance(value, np.generic):
+        return value.dtype.kind in _NUMPY_TEXT
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and has_text(value[()])
+    return isinstance(value, _TEXT) or _is_scalar_tensor(value)
+
+
+def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
+    """The text of a value that is there, as `str` writes it.
+
+    Args:
+        value: the value.
+        field: where it lies, as `sparsort.paths` writes it.
+        where: what the row is called in an error, such as "row 'q7'".
+        way_out: a sentence about what else can be done, for the error.
+
+    Raises:
+        SparsortError: the value has no text of its own.
+    """
+    if type(value) is str:
+        return value
+    if not has_text(value):
+        raise not_text(value, field=field, where=where, way_out=way_out)
+    # A tensor's own text is its notation, "tensor(2.5)".
+    return str(value.item() if _is_scalar_tensor(value) else scalar(value))
+
+
+def scalar(value: Any) -> Any:
+    """The element of a 0-d array; any other value as it is."""
+    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
+def not_text(value: Any, *, field: str, where: str, way_out: str = "") -> SparsortError:
+    """The error for a value that has no text of its own, with the path to a part that has."""
+    part = _example(value, field)
+    step = f"Name the part that you want, such as {{{part}}}" if part else "Put its text into a column of its own"
+    return SparsortError(
+        f"{where} has {kind_of(value)} in the field {field!r}, which has no text of its own. {step}.{way_out and f' {way_out}'}"
+    )
+
+
+def missing_field(field: str, row: Mapping[str, Any], where: str) -> SparsortError:
+    """The error for a row that lacks the column of `field`, with the nearest name, or that has nothing there."""
+    column, *steps = parse_field(field)
+    if column in row:
+        value = value_at(row, field, where=where)
+        what = "no value" if steps and value is None else missing_name(value)
+        return SparsortError(f"{where} has {what} in the field {field!r}. Give it a value, or leave the row out.")
+    names = [str(name) for name in row]
+    near = difflib.get_close_matches(column, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    # A path that, read as a name, is a column: the brackets are what the user needs to know of.
+    if steps and (plain := next((name for name in names if name == field), None)):
+        hint = f" For the column {plain!r} write {{{spell([plain])}}}: a dot outside brackets begins a path."
+    return SparsortError(f"{where} has no field {column!r}.{hint} It has: {', '.join(names) or 'no fields'}.")
+
+
+def value_at(row: Mapping[str, Any], field: str, *, where: str) -> Any:
+    """The value at a field of a row; None where the path into its column leads to nothing.
+
+    A key that a dictionary lacks counts as null, because a table fills in what a JSON line may leave out.
+
+    Raises:
+        SparsortError: the row lacks the column, or a step of the path does not fit the value that it is taken on.
+    """
+    column, *steps = parse_field(field)
+    if column not in row:
+        raise missing_field(field, row, where)
+    value = row[column]
+    for depth, step in enumerate(steps):
+        if is_missing(value):
+            return None
+        value = _inside(value, step, spell([column, *steps[:depth]]), where)
+    return value
+
+
+def text_at(row: Mapping[str, Any], field: str, *, where: str, way_out: str = "") -> str:
+    """The text at a field of a row; `way_out` as in `as_text`.
+
+    Raises:
+        SparsortError: as `value_at`; or nothing is there, or something without a text of its own.
+    """
+    value = value_at(row, field, where=where)
+    if is_missing(value):
+        raise missing_field(field, row, where)
+    return as_text(value, field=field, where=where, way_out=way_out)
+
+
+def put(row: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
+    """A copy of a row with another value at a field; dictionaries and lists on the way there are copied, or made."""
+    column, *steps = parse_field(field)
+    return {**row, column: _put(row.get(column), steps, value)}
+
+
+def number_array(values: Any) -> NDArray[np.float64]:
+    """One number each as fp64, NaN where one is missing; an array keeps its shape.
+
+    Raises:
+        TypeError, ValueError: something is not a number.
+    """
+    if isinstance(values, (list, tuple)) or getattr(getattr(values, "dtype", None), "kind", "") == "O":
+        values = [np.nan if is_missing(value) else value for value in values]
+    return np.asarray(values, dtype=np.float64)
+
+
+def row_of(texts: Mapping[str, str]) -> dict[str, Any]:
+    """A row that has each text at its field.
+
+    Raises:
+        SparsortError: no row can, because two of the fields lie in one another.
+    """
+    row: dict[str, Any] = {}
+    for field, text in texts.items():
+        row = put(row, field, text)
+    for field, text in texts.items():
+        if value_at(row, field, where="the row") != text:
+            raise SparsortError(
+                f"the fields {', '.join(texts)} overlap at {field!r}, so their texts cannot be given one by one. "
+                "Pass a whole row, as a mapping."
+            )
+    return row
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a user's words."""
+    if isinstance(value, Mapping):
+        return "a dictionary"
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, _BYTES) or (isinstance(value, np.generic) and value.dtype.kind == "S"):
+        return "bytes"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}"
+    if isinstance(value, (set, frozenset)):
+        return "a set"
+    if isinstance(value, Number):
+        return "a number"
+    return f"an object of the type {type(value).__name__}"
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a sequence of items, rather than a text, bytes or a scalar."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, *_BYTES))
+
+
+def _inside(value: Any, step: str, field: str, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(step)
+    if is_list(value):
+        if not is_index(step):
+            raise SparsortError(
+                f"{where} has {kind_of(value)} in the field {field!r}, of which the key {step!r} was asked for. "
+                f"Count its items first, such as {{{field}[0].{step}}}."
+            )
+        place = int(step)
+        return value[place] if -len(value) <= place < len(value) else None
+    raise SparsortError(
+        f"{where} has {kind_of(value)} in the field {field!r}, and {step!r} was asked for inside it. Only dictionaries and lists "
+        f"have parts; write {{{field}}} for the whole value."
+    )
+
+
+def _put(old: Any, steps: Sequence[str], value: Any) -> Any:
+    if not steps:
+        return value
+    step, *rest = steps
+    if isinstance(old, Mapping) or not is_index(step):
+        held = dict(old) if isinstance(old, Mapping) else {}
+        return {**held, step: _put(held.get(step), rest, value)}
+    items, place = list(old) if is_list(old) else [], int(step)
+    items += [None] * (max(place + 1, -place) - len(items))
+    items[place] = _put(items[place], rest, value)
+    return items
+
+
+def _example(value: Any, field: str) -> str | None:
+    """The field of the first part of a value that has a text; None where it has no such part nearby."""
+    parts: list[str | int] = list(parse_field(field))
+    for _ in range(_EXAMPLE_DEPTH):
+        step: str | int | None
+        if isinstance(value, Mapping):
+            step = next((key for key in ("content", "value", "text") if key in value), None) or next(
+                (key for key in value if isinstance(key, str)), None
+            )
+        else:
+            step = 0 if is_list(value) and len(value) else None
+        if step is None:
+            return None
+        parts.append(step)
+        value = value[step]
+        if not is_missing(value) and has_text(value):
+            return spell(parts)
+    return None
+
+
+def _is_scalar_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor) and value.dim() == 0
