@@ -72,7 +72,11 @@ SIZES: dict[str, Any] = {
     "index_topk": 256,
 }
 # Family → what else it needs.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 128},
+}
 
 
 def tiny_config(family: str, vocab_size: int) -> Any:
