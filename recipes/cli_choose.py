@@ -21,17 +21,17 @@ from sparsort.recipes.options import (
     RevisionOption,
     SystemOption,
     TrustOption,
-    console,
-    print_json,
-    table,
     unescape,
 )
+from sparsort.terminal import note, one_line, show, show_json
+from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
     from sparsort.recipes.choose_order import ChosenOrder
 
 EXAMPLE = r"Example: `sparsort choose reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4`"
 _SHOWN = 8
+_MOST_OF_ID = 40
 
 
 def choose(
@@ -119,10 +119,6 @@ def choose(
         trust_remote_code=trust_remote_code,
         seed=seed,
     )
-    if as_json:
-        print_json(chosen.summary() | {"out": str(out) if out else None})
-    else:
-        _print(chosen, given.demos)
     if out is not None:
         from sparsort.files import write_atomically
 
@@ -130,20 +126,24 @@ def choose(
         with write_atomically(out) as temporary:
             # Half of a surrogate pair is written as JSON escapes it.
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-        if not as_json:
-            typer.echo(f"Demonstrations: {out}")
+    if as_json:
+        show_json(chosen.summary() | {"out": str(out) if out else None})
+        return
+    _show(chosen, given.demos)
+    if out is not None:
+        show(f"Demonstrations: {out}")
 
 
-def _print(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
+def _show(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
     from sparsort.curriculum.demos.rows import id_of
 
-    names = [str(id_of(row, place)) for place, row in enumerate(demos)]
-    rows = table("rank", "score", "order, first to last")
+    names = [one_line(str(id_of(row, place)), _MOST_OF_ID) for place, row in enumerate(demos)]
+    table = Table(number("rank"), number("score"), prose("order, first to last"))
     for rank, (order, score) in enumerate(zip(chosen.candidates[:_SHOWN], chosen.scores, strict=False), 1):
-        rows.add_row(str(rank), f"{score:.4g}", " ".join(names[place] for place in order))
-    console().print(rows)
-    typer.echo(
+        table.add_row(str(rank), f"{score:.4g}", " ".join(names[place] for place in order))
+    table.show()
+    show(
         f"{chosen.by}: best of {len(chosen.candidates)} orders over {chosen.queries} queries, {chosen.tokens_read:,} tokens read."
     )
-    for note in chosen.notes:
-        typer.echo(note, err=True)
+    for sentence in chosen.notes:
+        note(sentence)

@@ -84,6 +84,7 @@ READ_BY: Table = {
     ),
     "label": (among("select", ("balanced",), of=METHODS),),
     "drop": PROMPT_READ_BY["drop"],
+    "allow_zero_shot": PROMPT_READ_BY["allow_zero_shot"],
     "separator": PROMPT_READ_BY["separator"],
     "missing": ORDERS_READ_BY["missing"],
     "embedder": (When(holds=_embeds, why="nothing here reads embeddings"),),

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.files import cache_folder, disk_error
 from sparsort.integrity import damage, read_sealed, record_of, write_sealed
+from sparsort.terminal import note
 
 DEMO = "demo"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -158,11 +158,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _to_stderr(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-
-
-def demo_folder(*, progress: Callable[[str], None] = _to_stderr) -> Path:
+def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
     """The folder of the embedded model as safetensors, converted into the user's cache on first use.
 
     Args:

@@ -159,7 +159,7 @@ def _hash_parameters(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return f"sha256:{digest.hexdigest()}"

@@ -110,6 +110,12 @@ class RowSource:
         for position, (line, fields) in enumerate(self._reader.records(start), start):
             yield self._row(position, line, fields)
 
+    def take(self, positions: Sequence[int]) -> list[Row]:
+        """The rows at `positions`, which ascend."""
+        self.count()
+        found = zip(positions, self._reader.take(positions), strict=True)
+        return [self._row(position, line, fields) for position, (line, fields) in found]
+
     def count(self) -> int:
         """The number of rows. The first call checks the whole source.
 

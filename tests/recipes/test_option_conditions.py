@@ -111,6 +111,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--select knn", "--ids a,b", "--ids a,b names the demonstrations"),
         ("--label kind", "--select knn -k 2", "balanced reads it"),
         ("--drop longest", "", "nothing is dropped without --max-tokens"),
+        ("--allow-zero-shot", "", "nothing is dropped without --max-tokens"),
         ("--separator x", "--chat", "--chat makes a turn of every block"),
         ("--missing drop", "--order length_ascending", "ranks by nothing that a row could lack"),
         ("--embedder e", "", "nothing here reads embeddings"),
