@@ -299,7 +299,7 @@ def _json(path: Path) -> Any:
 def _number(value: Any, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"the prior {where} has the share {value!r}, which is not a number.") from error
 
 
@@ -312,7 +312,7 @@ def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> ND
             "number each."
         )
     for value, share in held.items():
-        number = float(share) if isinstance(share, (int, float, np.number)) else math.nan
+        number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
         if not 0 < number < math.inf:
             raise SparsortError(
                 f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."

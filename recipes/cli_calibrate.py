@@ -15,6 +15,7 @@ from sparsort.recipes.options import (
     AnswerOption,
     BudgetOption,
     ChatOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -25,6 +26,7 @@ from sparsort.recipes.options import (
     RevisionOption,
     SystemOption,
     TrustOption,
+    names_in,
     print_json,
     table,
     unescape,
@@ -53,6 +55,7 @@ def calibrate(
         int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=TEXT_PANEL)
     ] = None,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     level: Annotated[
         str | None, typer.Option(help="Column that rises with human difficulty.", rich_help_panel=_REFERENCES)
     ] = None,
@@ -108,6 +111,7 @@ def calibrate(
         truncation=truncation,  # type: ignore[arg-type]
         max_length=max_length,
         id_column=id_column,
+        columns=names_in(columns),
         level=level,
         correct=correct,
         target=target,

@@ -53,6 +53,14 @@ IdOption = Annotated[
         "--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=TEXT_PANEL
     ),
 ]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Comma-separated names of the columns of a .csv or .tsv file without a header.",
+        rich_help_panel=TEXT_PANEL,
+    ),
+]
 ScorerOption = Annotated[
     str,
     typer.Option(
@@ -124,6 +132,11 @@ def console() -> Any:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def names_in(text: str | None) -> tuple[str, ...] | None:
+    """The names of a comma-separated list, without spaces around them; None for None."""
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def unescape(text: str | None) -> str | None:
