@@ -32,6 +32,7 @@ from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.files import cache_folder, disk_error
 from sparsort.integrity import damage, read_sealed, record_of, write_sealed
+from sparsort.scoring.hub import cached_only
 
 DEMO = "demo"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -66,6 +67,11 @@ class ResolvedModel:
     folder_or_id: str
     gguf_file: str | None
     name: str
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the model is one of the hub's, rather than a folder."""
+        return not Path(self.folder_or_id).is_dir()
 
 
 def resolve_model(name: str) -> ResolvedModel:
@@ -110,6 +116,8 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if resolved.is_hub_id:
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
     if resolved.gguf_file:
         need("gguf", "gguf", "reading a GGUF model")
         options["gguf_file"] = resolved.gguf_file

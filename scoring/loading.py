@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.hub import cached_only
 from sparsort.scoring.prompts import hash_tokenizer
 
 _WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
@@ -76,6 +77,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": kind.value, "revision": revision, "trust_remote_code": trust_remote_code}
+    if resolved.is_hub_id:
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
     if resolved.gguf_file:
         from transformers import GgufConfig
 
