@@ -21,6 +21,7 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.integrity import parse_json
 
 Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
@@ -291,7 +292,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(f"the prior {path.name} cannot be read as JSON ({error}). Repair it.") from error
 

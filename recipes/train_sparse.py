@@ -261,7 +261,6 @@ def _trained_branch(model: str, attention: SparseAttentionConfig) -> dict[str, A
 
     from sparsort.attention.loading import load_sparse
     from sparsort.scoring.embedded import quiet_transformers, resolve_model
-    from sparsort.scoring.hub import cached_only
 
     config.sparse_attention = attention.to_json()
     with quiet_transformers():

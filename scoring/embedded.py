@@ -31,7 +31,7 @@ from typing import Any
 from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.files import cache_folder, disk_error
-from sparsort.integrity import damage, read_sealed, record_of, write_sealed
+from sparsort.integrity import damage, parse_json, read_sealed, record_of, write_sealed
 from sparsort.scoring.hub import cached_only
 
 DEMO = "demo"
@@ -302,7 +302,7 @@ _CHECKED: dict[Path, dict[str, tuple[int, int]]] = {}
 def _is_whole(folder: Path) -> bool:
     """Whether the folder is a conversion of this model and every file in it is the one that was written."""
     try:
-        record = json.loads((folder / _RECORD).read_bytes())
+        record = parse_json((folder / _RECORD).read_bytes())
         stamps = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
         if stamps == _CHECKED.get(folder):
             return True
@@ -322,7 +322,7 @@ def _is_whole(folder: Path) -> bool:
 def _adopt(folder: Path, record: dict[str, Any]) -> bool:
     """Check a conversion from before there were digests by its record, and add digests to it if it passes."""
     sizes = {name: (folder / name).stat().st_size for name in record["files"]}
-    config = json.loads((folder / "config.json").read_bytes())
+    config = parse_json((folder / "config.json").read_bytes())
     with (folder / "model.safetensors").open("rb") as handle:
         weights = hashlib.file_digest(handle, "sha256").hexdigest()
     is_whole = (sizes, weights) == (record["files"], record["model_sha256"]) and config | _CONFIG == config
