@@ -245,7 +245,7 @@ def main() -> None:
     report = FuzzReport("fuzz_readers", torch.device("cpu"), seed=arguments.seed)
     report.tallies = {kind.name: Tally() for kind in chosen}
     # A kind whose reader is slow has fewer examples in a round.
-    examples = {kind.name: max(3, round((100 if kind.share >= 1 else 10) * kind.share)) for kind in chosen}
+    examples = {kind.name: max(3, round((250 if kind.share >= 1 else 20) * kind.share)) for kind in chosen}
     start, number = time.perf_counter(), arguments.seed
     while time.perf_counter() - start < 60 * minutes:
         for kind in chosen:

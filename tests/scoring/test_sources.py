@@ -272,8 +272,32 @@ def test_what_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
         open_rows(row for row in ROWS)
     with pytest.raises(SparsortError, match="dict of columns"):
         open_rows({"q": ["a"]})
-    with pytest.raises(SparsortError, match=r"DataFrame.*to_dict"):
+    with pytest.raises(SparsortError, match=r"DataFrame.*to_dict\('records'\)"):
         open_rows(dataset.to_pandas())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("DataFrame", r"frame\.to_dicts\(\), or frame\.to_arrow\(\)"), ("LazyFrame", r"frame\.collect\(\)\.to_arrow\(\)")],
+)
+def test_frames_of_polars_get_advice_of_polars(name: str, message: str) -> None:
+    frame = type(name, (), {"__module__": "polars.dataframe.frame"})()
+    with pytest.raises(SparsortError, match=message):
+        open_rows(frame)
+
+
+def test_parts_of_tables_are_refused_with_the_way_to_the_table() -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pytest.raises(SparsortError, match=r"Pass pyarrow\.Table\.from_batches\(\[batch\]\)"):
+        open_rows(table.to_batches()[0])
+    with pytest.raises(SparsortError, match=r"Pass reader\.read_all\(\)"):
+        open_rows(table.to_reader())
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_cannot_be_is_no_file(name: str) -> None:
+    with pytest.raises(SparsortError, match="there is no file"):
+        open_rows(name)
 
 
 def test_a_dataset_is_read_as_stored_unless_it_has_a_transform() -> None:
