@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
@@ -90,7 +89,7 @@ def load_model(
                 resolved.folder_or_id, output_loading_info=True, **options
             )
             loaded = loaded.to(where.value).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SparsortError(
             f"cannot load the model {str(model)!r}: {first} "

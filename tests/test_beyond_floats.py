@@ -39,7 +39,10 @@ def _prior(folder: Path) -> Any:
     ("call", "message"),
     [
         (lambda _: ColumnScorer("x").score([{"x": 1}, {"x": BIG}]), "column 'x' of row 1 .* expected a number"),
-        (lambda _: render("{x:.2f}", {"x": BIG}, where="row 0"), r"row 0: the value .* does not take the format '\.2f'"),
+        (
+            lambda _: render("{x:.2f}", {"x": BIG}, where="row 0"),
+            r"row 0: the value .* does not take the format '\.2f'",
+        ),
         (lambda _: plan_curriculum([1, BIG, 3], batch_size=1), "cannot be read as numbers"),
         (lambda _: numbers([[BIG]], ("orders", "labels"), what="shares"), "cannot be read as an array of numbers"),
         (_plan_lengths, "the field 'tokens' holds a number of tokens beyond 64 bits"),

@@ -41,7 +41,9 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Session:
 
 def test_a_hub_that_does_not_answer_is_asked_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_args, **_options: None)
-    message = r"'org/model' is not a folder, and the hub at http.*cannot be reached.*Name or service not known.*Give a folder"
+    message = (
+        r"'org/model' is not a folder, and the hub at http.*cannot be reached.*Name or service not known.*Give a folder"
+    )
     for load in (load_model, embedded.load_tokenizer):
         session.requests = 0
         with pytest.raises(SparsortError, match=message):
