@@ -258,6 +258,7 @@ def read_rows(
     queries: int = 32,
     seed: int = 0,
     id_column: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Given:
     """Demonstrations and queries of files.
 
@@ -270,6 +271,7 @@ def read_rows(
         queries: most queries; of more rows, as many are drawn.
         seed: of the drawing.
         id_column: the column of ids in `file`.
+        columns: names of the columns of `file` and `on`, if these are CSV or TSV files without a header.
 
     Raises:
         SparsortError: files that cannot be read, or too few rows.
@@ -278,7 +280,7 @@ def read_rows(
         raise SparsortError(f"queries is {queries}; at least 1 is needed.")
     if seed < 0:
         raise SparsortError(f"the seed is {seed}; it may not be negative.")
-    rows = _fields(file, prompt, id_column)
+    rows = _fields(file, prompt, id_column, columns)
     if k is not None and not 2 <= k <= len(rows):
         raise SparsortError(
             f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
@@ -291,17 +293,19 @@ def read_rows(
         alike = alike_rows(fields_of(prompt or ""), rest, demos)
         asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
     else:
-        others = _fields(on, prompt, None)
+        others = _fields(on, prompt, None, columns)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
     values = [label_of(row, label, where=f"row {row['id']!r}") for row in rows]
     counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
-def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:
+def _fields(
+    file: str | Path, prompt: str | None, id_column: str | None, columns: Sequence[str] | None
+) -> list[dict[str, Any]]:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(file, id_column=id_column)
+    source = open_rows(file, id_column=id_column, columns=columns)
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass --prompt with columns in braces; "

@@ -21,6 +21,7 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.integrity import parse_json
 from sparsort.paths import column_of
 from sparsort.values import as_text, is_missing, value_at
 
@@ -303,7 +304,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(f"the prior {path.name} cannot be read as JSON ({error}). Repair it.") from error
 
@@ -311,7 +312,7 @@ def _json(path: Path) -> Any:
 def _number(value: Any, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"the prior {where} has the share {value!r}, which is not a number.") from error
 
 
@@ -324,7 +325,7 @@ def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> ND
             "number each."
         )
     for value, share in held.items():
-        number = float(share) if isinstance(share, (int, float, np.number)) else math.nan
+        number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
         if not 0 < number < math.inf:
             raise SparsortError(
                 f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."

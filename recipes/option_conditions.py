@@ -81,7 +81,7 @@ _HAS_TURNS = among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS)
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
 SCORE: Table = {
-    **always("file", "prompt", "messages", "id_column", "out", "shard_rows", "strict", "as_json"),
+    **always("file", "prompt", "messages", "id_column", "columns", "out", "shard_rows", "strict", "as_json"),
     **_SCORER,
     "answer": (
         among("scorer", [name for name in SCORERS if name not in ("prompt_loss", "random", "column")], of=SCORERS),
@@ -98,7 +98,7 @@ ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY}
 
 CHOOSE: Table = {
     **always("file", "by", "prompt", "answer", "label", "labels", "chat", "id_column", "k", "orders", "seed", "model"),
-    **always("dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
+    **always("columns", "dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
     "system": (SYSTEM,),
@@ -109,7 +109,7 @@ CALIBRATE: Table = {
     **always(
         "file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"
     ),
-    **always("poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
+    **always("columns", "poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
     **always("trust_remote_code", "draws", "seed", "out", "as_json"),
     "answer": CALIBRATE_READ_BY["answer"],
     "system": (NO_CONVERSATION, SYSTEM),
@@ -157,7 +157,7 @@ ABLATE: Table = {
         "no_report",
         "as_json",
     ),
-    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test"), (_OWN_TASK,)),
+    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "columns", "test"), (_OWN_TASK,)),
     "labels": (_OWN_TASK, _SCORES_LABELS),
     "stop": (_OWN_TASK, _WRITES),
     "max_new_tokens": (_OWN_TASK, _WRITES),
@@ -208,6 +208,7 @@ PLAN: Table = {
     "groups": (_NAMES_A_FIELD, _GROUPED),
     "show_groups": (_NAMES_A_FIELD,),
     "lengths": (_NAMES_A_FIELD,),
+    "columns": (needs("data", "it names the columns of the data", data="FILE"),),
     "combination": (_COMBINES,),
     "weight": (_WEIGHS, among("combination", ("rank_average",), of=COMBINATIONS)),
     "beside": (needs("draw", "plans stand next to each other in a figure", draw="FILE"),),
@@ -217,7 +218,9 @@ _OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLD
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
 TRAIN: Table = {
     **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
-    **always("learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "eval_share", "eval_data"),
+    **always(
+        "learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "columns", "eval_share", "eval_data"
+    ),
     **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
     **under(_OF_SCORES, _CURRICULUM),
     "groups": (_OF_SCORES, _GROUPED),

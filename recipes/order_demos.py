@@ -68,6 +68,7 @@ class OrderConfig:
     system: str | None = None
     chat: bool = False
     id_column: str | None = None
+    columns: tuple[str, ...] | None = None
     missing: Any = "error"
     embedder: str | None = None
 
@@ -130,7 +131,7 @@ def order_file(
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    rows = list(open_rows(file, id_column=config.id_column).rows())
+    rows = list(open_rows(file, id_column=config.id_column, columns=config.columns).rows())
     text = DemoText.of(
         list(rows[0].fields),
         prompt=config.prompt,

@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
-from sparsort.integrity import is_sealed, seal
+from sparsort.integrity import as_written, is_sealed, parse_json, seal
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
@@ -192,7 +192,7 @@ class Calibration:
         """
         path = Path(path).expanduser()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SparsortError(
                 f"there is no calibration {path}. Make one with sparsort calibrate … --out {path}."
@@ -201,7 +201,8 @@ class Calibration:
             raise SparsortError(
                 f"{path} cannot be read as a calibration ({error}). Make it again with sparsort calibrate … --out {path}."
             ) from error
-        made = cls.from_dict(found, str(path))
+        with as_written(path, next_step=f"Make it again with sparsort calibrate … --out {path}."):
+            made = cls.from_dict(found, str(path))
         if found["version"] != _UNSEALED and not is_sealed(found):
             raise SparsortError(
                 f"{path} is damaged: it has changed since it was written. Make it again with sparsort calibrate … --out {path}."

@@ -167,7 +167,7 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
                 given = np.asanyarray(given)
                 if given.dtype == object and given.ndim == 1:
                     given = number_array(given)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (OverflowError, TypeError, ValueError, RuntimeError) as error:
                 raise SparsortError(
                     f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
                     "row; of a tensor, tensor.detach().float().numpy()."
