@@ -271,6 +271,11 @@ def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> 
 
 def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.float64]:
     """Shares of a file: an object {label: share}, a table of labels with their shares or counts, or labelled rows."""
+    if not isinstance(prior, (str, Path)) or not str(prior):
+        raise SparsortError(
+            f"the prior is {prior!r}; expected one of {', '.join(get_args(PriorName))}, a mapping from label value to share, or "
+            "a file."
+        )
     path = Path(prior).expanduser()
     if not path.exists():
         if path.suffix or path.parent != Path():

@@ -24,6 +24,7 @@ from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.calibrate import _number
 from sparsort.recipes.choose_order import read_rows
 from sparsort.recipes.score_table import text_of
+from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.sources import digest_of, open_rows
 
 MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), torch.tensor(float("nan"))]
@@ -116,6 +117,33 @@ def test_nested_values_are_refused_by_every_reader(reader: str) -> None:
     for value, _ in NESTED:
         with pytest.raises(SparsortError):
             READERS[reader](value)
+
+
+@pytest.mark.parametrize("value", MISSING)
+def test_a_missing_system_turn_is_none_and_a_missing_query_or_template_is_named(value: Any) -> None:
+    demos, query = [{"text": "red apples", "label": "a"}], {"text": "old wine"}
+    templates: dict[str, Any] = {"prompt": "{text}", "answer": " {label}"}
+    assert sparsort.build_prompt(demos, query, **templates, system=value) == "red apples a\n\nold wine"
+    assert Prompt.of("{text}", system=value, answer=value, chat=True) == Prompt.of("{text}", chat=True)
+    for given, changes, message in (
+        (value, {}, "the query is .*Give its text"),
+        (query, {"prompt": float("nan")}, r"prompt= is a format string .*not NaN"),
+        (query, {"answer": float("nan")}, r"answer= is a format string .*not NaN"),
+    ):
+        with pytest.raises(SparsortError, match=message):
+            sparsort.build_prompt(demos, given, **templates | changes)
+
+
+@pytest.mark.parametrize("value", [["x"], {"x": 1}, b"x", 5])
+def test_a_template_that_is_no_text_is_refused(value: Any) -> None:
+    with pytest.raises(SparsortError, match=r"system= is the text of an instruction, not (a|bytes)"):
+        sparsort.build_prompt([], "old wine", prompt="{text}", answer=" {label}", system=value)
+    for changes in ({"system": value}, {"answer": value}):
+        with pytest.raises(SparsortError, match=r"(system|answer) is (a|bytes)"):
+            Prompt.of("{text}", chat=True, **changes)
+    for turns in (value, [("user", "{text}")], [{"role": "user", "content": value}]):
+        with pytest.raises(SparsortError, match="expected a format string such as"):
+            Prompt.of(turns)
 
 
 @pytest.mark.parametrize(("value", "kind"), NESTED)

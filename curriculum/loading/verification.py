@@ -288,8 +288,26 @@ def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
     return found.hex()
 
 
+def refuse_frame(dataset: Any) -> None:
+    """Refuse a data frame, whose `[position]` is a column.
+
+    Raises:
+        SparsortError: it is one, of pandas or polars.
+    """
+    if type(dataset).__name__ == "DataFrame":
+        raise SparsortError(
+            "a DataFrame has no rows that can be read by their position. Pass datasets.Dataset.from_pandas(frame), or "
+            "frame.to_dict('records')."
+        )
+
+
 def unformatted(dataset: Any) -> Any:
-    """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is."""
+    """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is.
+
+    Raises:
+        SparsortError: it is a data frame.
+    """
+    refuse_frame(dataset)
     datasets = sys.modules.get("datasets")  # whoever passes a dataset has imported its library
     return dataset.with_format(None) if datasets is not None and isinstance(dataset, datasets.Dataset) else dataset
 
