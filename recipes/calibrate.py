@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.conditions import Table, When, needs, refuse_unread_arguments
+from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.values import has_text, is_missing, number_array
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 # What an argument needs to be read; see `sparsort.conditions`.
 READ_BY: Table = {
-    "own_loss": (needs("answer", "the model's own loss is read from an answer, and there is none"),),
+    "own_loss": (
+        When(
+            holds=lambda values: values["answer"] is not None or values["messages"] is not None,
+            why="the model's own loss is read from an answer, and there is none",
+            instead={"answer": "{answer}"},
+        ),
+    ),
     "answer": (
         When(
             holds=lambda values: values["own_loss"] or "answer" in (values["poolings"] or ("answer",)),
@@ -111,7 +117,7 @@ def calibrate(
     from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)
-    read = {"own_loss": own_loss, "answer": answer, "poolings": poolings}
+    read = {"own_loss": own_loss, "answer": answer, "messages": messages, "poolings": poolings}
     refuse_unread_arguments(calibrate, READ_BY, read)
     file = _check_out(out)
     asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)

@@ -26,7 +26,7 @@ from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
-from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
+from sparsort.curriculum.demos.prompt import PLAIN_TEXT
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
@@ -41,10 +41,20 @@ Rows = Sequence[Mapping[str, Any]]
 
 # What an argument needs to be read; see `sparsort.conditions`.
 READS_QUERIES = When(
-    holds=lambda values: values["by"] is None or _asks(values["by"]),
+    holds=lambda values: _asks(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
-READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "separator": PROMPT_READ_BY["separator"]}
+READ_BY: Table = {
+    "allow_leaks": (READS_QUERIES,),
+    "separator": (PLAIN_TEXT,),
+    "prior": (
+        When(
+            holds=lambda values: not _is_criterion(values["by"]) or reads_prior(values["by"]),
+            why="the criterion reads no prior, and this is {by}",
+            instead={"by": "pdo"},
+        ),
+    ),
+}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
@@ -137,16 +147,15 @@ def choose_order(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
-    read = {"by": by, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
+    read = {"by": by, "prior": prior, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
     refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
     asks = probes == "dev"
     _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
-    if not reads_prior(by) and (prior is not None or pool):
+    if pool and not reads_prior(by):
         raise SparsortError(
-            f"{'a prior' if prior is not None else 'a pool'} was given, and the criterion {by!r} reads no prior. Leave it out "
-            "(--prior), or take the criterion 'pdo' (--by pdo)."
+            f"a pool was given, and the criterion {by!r} reads no prior. Leave pool= out, or take the criterion 'pdo'."
         )
     shown = [*demos, *(row for row in pool if row.get(label) is not None)]
     task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
@@ -375,11 +384,16 @@ def needs_labels(by: str) -> bool:
 
 
 def _asks(by: str) -> bool:
-    """Whether a criterion reads queries that are given; true of what is no criterion."""
+    """Whether a criterion reads queries that are given; true for anything that is not a criterion."""
+    return not _is_criterion(by) or probes_of(by, sampled=True) == "dev"
+
+
+def _is_criterion(by: str) -> bool:
     try:
-        return probes_of(by, sampled=True) == "dev"
+        criterion(by)
     except SparsortError:
-        return True
+        return False
+    return True
 
 
 def _criterion(by: str) -> Criterion:

@@ -20,8 +20,8 @@ from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
+from sparsort.recipes.order_conditions import OWN_TURNS, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
-from sparsort.recipes.order_conditions import SYSTEM as _SYSTEM
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
 from sparsort.recipes.train_config import READ_BY as TRAIN_READ_BY
@@ -66,6 +66,8 @@ def _on_the_command_line(context: Any) -> Shown:
         if parameter.param_type_name == "argument":
             return str(value)
         flag: str = max(parameter.opts, key=len)
+        if value is False and parameter.secondary_opts:
+            return str(parameter.secondary_opts[0])
         if value is None or isinstance(value, bool):
             return flag
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -84,8 +86,9 @@ SCORE: Table = {
     "answer": (
         among("scorer", [name for name in SCORERS if name not in ("prompt_loss", "random", "column")], of=SCORERS),
     ),
-    "system": (_HAS_TURNS, *_SYSTEM),
-    "chat": (_HAS_TURNS,),
+    "messages": (_HAS_TURNS,),
+    "system": (_HAS_TURNS, OWN_TURNS, *SYSTEM),
+    "chat": (_HAS_TURNS, OWN_TURNS),
     "truncation": (among("scorer", MODEL_SCORERS, of=SCORERS),),
     "max_length": (among("scorer", MODEL_SCORERS, of=SCORERS),),
 }
@@ -99,16 +102,17 @@ CHOOSE: Table = {
     **always("dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
-    "system": _SYSTEM,
+    "system": SYSTEM,
     **CHOOSE_READ_BY,
 }
 
 CALIBRATE: Table = {
-    **always("file", "prompt", "chat", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"),
+    **always("file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"),
     **always("poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
     **always("trust_remote_code", "draws", "seed", "out", "as_json"),
     "answer": CALIBRATE_READ_BY["answer"],
-    "system": _SYSTEM,
+    "system": (OWN_TURNS, *SYSTEM),
+    "chat": (OWN_TURNS,),
     "no_loss": CALIBRATE_READ_BY["own_loss"],
     "top": (excludes("as_json", "{as_json} prints every candidate"),),
 }
@@ -195,7 +199,7 @@ _CURRICULUM = {
     if name not in ("seed", "quotas", "steps", "max_length")
 }
 PLAN: Table = {
-    **always("scores", "data", "out", "draw", "epoch", "max_length", "as_json"),
+    **always("scores", "data", "out", "fingerprint", "draw", "epoch", "max_length", "as_json"),
     **_CURRICULUM,
     "steps": CURRICULUM_READ_BY["steps"],
     "quota": CURRICULUM_READ_BY["quotas"],
@@ -209,12 +213,17 @@ PLAN: Table = {
 }
 
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
+_OF_PLAN = (
+    needs("plan", "it concerns a plan that was made before; scores are matched to the rows by id or content", plan="FOLDER"),
+)
 TRAIN: Table = {
-    **always("file", "text", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
+    **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
     **always("learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "eval_share", "eval_data"),
     **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
     **under(_OF_SCORES, _CURRICULUM),
     "groups": (_OF_SCORES, _GROUPED),
+    "fingerprint": _OF_PLAN,
+    "verify": _OF_PLAN,
     **TRAIN_READ_BY,
     "eval_steps": (
         When(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sparsort.conditions import Table, Values, When, always, among, needs, under
+from sparsort.conditions import Table, Values, When, always, among, excludes, needs, under
 from sparsort.curriculum.demos.order import ORDERS, default_order, ranks_by
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
@@ -17,6 +17,7 @@ from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
 
 SYSTEM = (needs("chat", "a plain prompt has no system turn", chat=True),)
+OWN_TURNS = excludes("messages", "{messages} has its own turns, and the chat template is always applied to them")
 # Ordering has no such options.
 _SCORER = {name: own for name, own in SCORER_READ_BY.items() if name not in ("unit", "token_budget")}
 
@@ -65,11 +66,11 @@ _NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
 _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
-    **always("prompt", "answer", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
+    **always("prompt", "answer", "messages", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
     **under(_RANKED, under(_NOT_SCORED_YET, _SCORER)),
     "scores": (_RANKED,),
-    "system": (_OWN_PROMPT, *SYSTEM),
-    "chat": (_OWN_PROMPT,),
+    "system": (_OWN_PROMPT, OWN_TURNS, *SYSTEM),
+    "chat": (_OWN_PROMPT, OWN_TURNS),
     "select": (
         When(
             holds=lambda values: values["ids"] is None or values["select"] == "ids",

@@ -55,8 +55,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         *(
             (f"--{name}", "--scorer compression", "length read it")
-            for name in ("model demo", "revision main", "trust-remote-code", "chat")
+            for name in ("model demo", "revision main", "trust-remote-code", "chat", "messages m")
         ),
+        ("--chat", "--messages m", "--messages m has its own turns"),
+        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--answer x", "--scorer prompt_loss", "and this is --scorer prompt_loss"),
         ("--answer x", "--scorer column --column hard", "and this is --scorer column"),
         ("--system x", "", "a plain prompt has no system turn"),
@@ -110,6 +112,9 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--label kind", "--select knn -k 2", "balanced reads it"),
         ("--drop longest", "", "nothing is dropped without --max-tokens"),
         ("--separator x", "--chat", "--chat makes a turn of every block"),
+        ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
+        ("--chat", "--messages m", "--messages m has its own turns"),
+        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--missing drop", "--order length_ascending", "ranks by nothing that a row could lack"),
         ("--embedder e", "", "nothing here reads embeddings"),
         ("--seed 1", "", "nothing here is drawn at random"),
@@ -131,11 +136,14 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("--system x", "", "a plain prompt has no system turn"),
         ("--separator x", "--chat", "--chat makes a turn"),
+        ("--prior pool", "--by density", "the criterion reads no prior, and this is --by density"),
     ],
     "calibrate": [
         ("--answer x", "--no-loss --poolings last,mean_state", "nothing reads it"),
         ("--no-loss", "--level steps", "there is none"),
         ("--system x", "", "a plain prompt has no system turn"),
+        ("--chat", "--messages m", "--messages m has its own turns"),
+        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--top 5", "--json", "--json prints every candidate"),
     ],
     "ablate": [
@@ -245,6 +253,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--epochs 1", "--max-steps 5", "--max-steps 5 says how long the run is"),
         ("--eval-steps 5", "--eval-share 0", "no rows are held out"),
         ("--eval-steps 5", "--plan p", "no rows are held out"),
+        ("--fingerprint v1", "", "it concerns a plan that was made before"),
+        ("--no-verify", "--scores s", "it concerns a plan that was made before"),
     ],
 }
 REFUSED = [(command, *case) for command, cases in CASES.items() for case in cases]
@@ -272,8 +282,13 @@ ACCEPTED = [
     ("order", "--scorer length --model m --order hard_to_easy", None),
     ("choose", "--by locale_unlabelled --on q.jsonl --queries 8 --allow-leaks", None),
     ("choose", "--on q.jsonl --queries 8", None),
+    ("choose", "--separator x --prior pool", None),
+    ("choose", "--by pdo_prior+density --prior s.json", None),
     ("calibrate", "--answer x --no-loss --poolings last,answer", None),
     ("calibrate", "--answer x --no-loss --level steps", None),
+    ("calibrate", "--messages m --no-loss --level steps", None),
+    ("score", "--messages m --scorer length", None),
+    ("order", "--messages m --max-tokens 9 --drop longest", None),
     ("ablate", "--prompt x --judge number --stop x --max-new-tokens 9", None),
     ("ablate", "--prompt x --labels a,b --label-score mean --contextual on", None),
     ("ablate", "--dry-run --out o --dtype float32 --device cpu --compile --no-report --json", None),
@@ -283,6 +298,8 @@ ACCEPTED = [
     ("plan", "--schedule shuffle --unscored error --seed 1", None),
     ("plan", "other --weight a=1 --weight other=2 --combination rank_average", None),
     ("train", "--plan p --eval-data e.jsonl --eval-steps 5", None),
+    ("train", "--plan p --fingerprint v1 --messages m", None),
+    ("train", "--plan p --no-verify", None),
     ("train", "--epochs 2 --online --online-metric gini --eval-steps 5 --stages 3", None),
     ("train", "--recipe sparse --schedule folded --folds 4", None),
 ]
@@ -387,7 +404,7 @@ def test_what_has_an_effect_passes(command: str, arguments: str, refused: str | 
         ("score", "--scorer lenght --metric gini --seed 1 --column c"),
         ("order", "--order randon --seed 1 --missing drop --metric gini"),
         ("order", "--select nkn -k 2 --label kind --embedder e --seed 1"),
-        ("choose", "--by globla --on q.jsonl"),
+        ("choose", "--by globla --on q.jsonl --prior pool"),
         ("plan", "--schedule fold --folds 3 --stages 2"),
         ("plan", "--combination mean"),
         ("ablate", "--judge numbr --label-score mean --stop x"),
