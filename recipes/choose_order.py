@@ -30,12 +30,11 @@ from sparsort.curriculum.demos.prompt import PLAIN_TEXT
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
-from sparsort.paths import column_of
 from sparsort.progress import progress
 from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
-from sparsort.values import as_text, is_missing, value_at
+from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -157,7 +156,7 @@ def choose_order(
         raise SparsortError(
             f"a pool was given, and the criterion {by!r} reads no prior. Leave pool= out, or take the criterion 'pdo'."
         )
-    shown = [*demos, *(row for row in pool if row.get(label) is not None)]
+    shown = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
     _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
     plan = None
@@ -302,9 +301,8 @@ def read_rows(
     else:
         others = _fields(on, prompt, None)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    values = [value_at(row, label, where=f"row {row['id']!r}") for row in rows if column_of(label) in row]
-    present = [value for value in values if not is_missing(value)]
-    counts = Counter(as_text(value, field=label, where=Path(file).name) for value in present)
+    values = [text_if_any(row, label, where=f"row {row['id']!r}") for row in rows]
+    counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 

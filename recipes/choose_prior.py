@@ -21,6 +21,8 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.paths import column_of
+from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
@@ -224,8 +226,8 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
     """The row's label; None if it has none of the task's."""
-    value = row.get(task.label)
-    return str(value) if value is not None and str(value) in (task.labels or {}) else None
+    value = text_if_any(row, task.label, where="a row of the pool")
+    return value if value in (task.labels or {}) else None
 
 
 def _pool_counts(task: Task, pool: Rows, *, required: bool = True) -> Counter[str]:
@@ -272,18 +274,18 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
     from sparsort.scoring.sources import open_rows
 
     source = open_rows(path)
-    columns = source.columns()
-    weight = next((name for name in ("share", "count") if set(columns) == {label, name}), None)
-    if label not in columns:
+    columns, column = source.columns(), column_of(label)
+    weight = next((name for name in ("share", "count") if set(columns) == {column, name}), None)
+    if column not in columns:
         raise SparsortError(
-            f"the prior {path.name} has no column {label!r}; it has: {', '.join(columns)}. Give labelled rows, a table with the "
-            f"columns {label!r} and 'share' or 'count', or a JSON object {{label: share}}."
+            f"the prior {path.name} has no column {column!r}; it has: {', '.join(columns)}. Give labelled rows, a table with the "
+            f"columns {column!r} and 'share' or 'count', or a JSON object {{label: share}}."
         )
     rows = [row.fields for row in source.rows()]
+    values = [text_if_any(row, label, where=f"row {place} of {path.name}") for place, row in enumerate(rows)]
     if weight is None:
-        counts = Counter(str(row[label]) for row in rows if row.get(label) is not None)
-        return _counted(labels, counts, path.name)
-    table = {str(row[label]): _number(row[weight], path.name) for row in rows}
+        return _counted(labels, Counter(value for value in values if value is not None), path.name)
+    table = {str(value): _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
     if len(table) < len(rows):
         raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
     return _shares(labels, table, path.name)

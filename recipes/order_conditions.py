@@ -45,8 +45,8 @@ def _runs_model(values: Values) -> bool:
 
 
 def _reads_model(values: Values) -> bool:
-    counts = values["max_tokens"] is not None or values["chat"]
-    return _runs_model(values) or counts or (_scores_now(values) and values["scorer"] == "length")
+    reads_tokenizer = values["max_tokens"] is not None or values["chat"] or values["messages"] is not None
+    return _runs_model(values) or reads_tokenizer or (_scores_now(values) and values["scorer"] == "length")
 
 
 def _draws(values: Values) -> bool:

@@ -145,6 +145,17 @@ def text_at(row: Mapping[str, Any], field: str, *, where: str, way_out: str = ""
     return as_text(value, field=field, where=where, way_out=way_out)
 
 
+def text_if_any(row: Mapping[str, Any], field: str, *, where: str, way_out: str = "") -> str | None:
+    """The text at a field of a row; None where the row has no such column, or no value there.
+
+    Raises:
+        SparsortError: there is a value that has no text of its own, or a step of the path does not fit.
+    """
+    if parse_field(field)[0] not in row or is_missing(value_at(row, field, where=where)):
+        return None
+    return text_at(row, field, where=where, way_out=way_out)
+
+
 def put(row: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
     """A copy of a row with another value at a field; dictionaries and lists on the way there are copied, or made."""
     column, *steps = parse_field(field)

@@ -289,6 +289,7 @@ ACCEPTED = [
     ("calibrate", "--messages m --no-loss --level steps", None),
     ("score", "--messages m --scorer length", None),
     ("order", "--messages m --max-tokens 9 --drop longest", None),
+    ("order", "--messages m --order given --model m", None),
     ("ablate", "--prompt x --judge number --stop x --max-new-tokens 9", None),
     ("ablate", "--prompt x --labels a,b --label-score mean --contextual on", None),
     ("ablate", "--dry-run --out o --dtype float32 --device cpu --compile --no-report --json", None),

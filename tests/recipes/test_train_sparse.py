@@ -34,21 +34,12 @@ from sparsort.recipes.train_sparse import SparseTraining, summary
 ROOT = Path(__file__).parents[2]
 TEXT = "{question} {answer}"
 N, MAX_LENGTH, LR, STEPS = 32, 32, 2e-3, 12
-ATTENTION: dict[str, Any] = {
-    "selector": "index_branch",
-    "block_size": 4,
-    "blocks": 2,
-    "index_dim": 8,
-    "alignment_weight": 0.5,
-}
+BLOCKS = {"block_size": 4, "blocks": 2}
+ATTENTION: dict[str, Any] = {"selector": "index_branch", **BLOCKS, "index_dim": 8, "alignment_weight": 0.5}
 RECIPE: dict[str, Any] = {
     "train": {
-        "max_length": MAX_LENGTH,
-        "learning_rate": LR,
-        "lr_schedule": "constant",
-        "max_steps": STEPS,
-        "save_steps": 5,
-        "seed": 5,
+        **{"max_length": MAX_LENGTH, "learning_rate": LR, "lr_schedule": "constant"},
+        **{"max_steps": STEPS, "save_steps": 5, "seed": 5},
     },
     "curriculum": {"stages": 2, "batch_size": 4},
     "attention": ATTENTION,
