@@ -107,7 +107,9 @@ CHOOSE: Table = {
 }
 
 CALIBRATE: Table = {
-    **always("file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"),
+    **always(
+        "file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"
+    ),
     **always("poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
     **always("trust_remote_code", "draws", "seed", "out", "as_json"),
     "answer": CALIBRATE_READ_BY["answer"],
@@ -214,7 +216,11 @@ PLAN: Table = {
 
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
 _OF_PLAN = (
-    needs("plan", "it concerns a plan that was made before; scores are matched to the rows by id or content", plan="FOLDER"),
+    needs(
+        "plan",
+        "it concerns a plan that was made before; scores are matched to the rows by id or content",
+        plan="FOLDER",
+    ),
 )
 TRAIN: Table = {
     **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),

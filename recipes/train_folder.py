@@ -19,7 +19,7 @@ from typing import Any
 
 from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error, write_json
+from sparsort.files import disk_error
 from sparsort.locks import locked
 
 FORMAT, VERSION = "sparsort-train", 2
@@ -71,7 +71,7 @@ def claim(folder: Path, asked: Mapping[str, Any], *, write: bool) -> None:
         SparsortError: the folder holds another run, something else, or the disk refuses.
     """
     if not compare(folder, asked) and write:
-        write_json(folder / _RUN, integrity.seal({"format": FORMAT, "version": VERSION, **asked}))
+        integrity.write_sealed(folder / _RUN, {"format": FORMAT, "version": VERSION, **asked})
 
 
 def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
@@ -123,7 +123,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Mark the run as finished, when model and history are written."""
     files = {name: integrity.record_of(folder / name) for name in _RECORDED}
-    write_json(folder / _RESULT, integrity.seal({"format": FORMAT, "version": VERSION, **result, "files": files}))
+    integrity.write_sealed(folder / _RESULT, {"format": FORMAT, "version": VERSION, **result, "files": files})
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from sparsort import integrity
 from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
+from sparsort.files import write_atomically
 from sparsort.progress import progress
 from sparsort.scoring.conversations import turns_of
 from sparsort.scoring.prompts import Prompt, RefusedTurnsError, apply_chat_template, hash_tokenizer, need_chat_template
@@ -200,7 +200,7 @@ def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, fo
     path = folder / f"tokens-{digest}.arrow"
     if not is_intact(path):
         _write(rows, text, tokenizer, max_length, path)
-        write_json(_record(path), integrity.seal({path.name: integrity.record_of(path)}))
+        integrity.write_sealed(_record(path), {path.name: integrity.record_of(path)})
     dataset = datasets.Dataset.from_file(str(path))
     lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
     cut = np.count_nonzero(dataset.data.column("n_tokens").to_numpy() > lengths)

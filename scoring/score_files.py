@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
-from sparsort.integrity import check_file, is_sealed, record_of, seal
+from sparsort.files import write_atomically
+from sparsort.integrity import check_file, is_sealed, record_of, seal, write_sealed
 from sparsort.parquet_seal import add_seal, read_seal
 from sparsort.scoring.sources import open_rows
 
@@ -87,7 +87,7 @@ def write_jsonl(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> N
                     row = {name: _to_json(value) for name, value in row.items()}
                     handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         record = record_of(temporary)
-    write_json(provenance_file(path), seal({"version": _VERSION, "rows": record, "provenance": dict(provenance)}))
+    write_sealed(provenance_file(path), {"version": _VERSION, "rows": record, "provenance": dict(provenance)})
 
 
 def read_jsonl(path: Path) -> tuple[list[Mapping[str, Any]], dict[str, Any], bool]:

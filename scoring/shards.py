@@ -17,7 +17,6 @@ until `finish` writes a manifest of version 2. Reading writes nothing.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -31,11 +30,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error, write_atomically, write_json
-from sparsort.integrity import check_file, check_seal, damage, record_of, seal
+from sparsort.files import disk_error, write_atomically
+from sparsort.integrity import check_file, check_seal, damage, digest_of_values, record_of, seal, write_sealed
 from sparsort.parquet_seal import DamagedError, add_seal, read_seal
 from sparsort.scoring import unsealed
-from sparsort.scoring.sources import rows_digest as rows_digest
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsort-scores"
@@ -218,8 +216,7 @@ class ShardStore:
         if len(shards) < len(present):
             return False
         if manifest.get("shards") != shards:
-            finished = {**manifest, "version": VERSION, "rows": total, "shards": shards}
-            write_json(self.folder / MANIFEST, seal(finished))
+            write_sealed(self.folder / MANIFEST, {**manifest, "version": VERSION, "rows": total, "shards": shards})
         return True
 
     @property
@@ -461,8 +458,7 @@ def _alive(process: int) -> bool:
 
 
 def _settings_digest(provenance: Mapping[str, Any], shard_rows: int) -> str:
-    text = json.dumps({"shard_rows": shard_rows, **_compared(provenance)}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest_of_values({"shard_rows": shard_rows, **_compared(provenance)})
 
 
 def _compared(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from sparsort.curriculum.loading.online import OnlineDifficulty, unwrap
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.running import RunningDifficulty
 from sparsort.errors import SparsortError
-from sparsort.files import write_json
 
 _FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
 _WITHOUT_DIGEST = 1  # still read
@@ -146,7 +145,7 @@ class OnlineCurriculum:
             "measure": self._measure(),
             "loader": position,
         }
-        write_json(folder / _FILE, integrity.seal({**about, "running": running_name, "plan": plan_name}))
+        integrity.write_sealed(folder / _FILE, {**about, "running": running_name, "plan": plan_name})
         _tidy(folder, {running_name, plan_name})
 
     def load(self, folder: Path | str) -> None:

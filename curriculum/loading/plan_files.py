@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from sparsort import integrity
 from sparsort.curriculum.loading.verification import noted_for_other_rows
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
+from sparsort.files import write_atomically
 
 FORMAT = "sparsort-curriculum"
 VERSION = 2
@@ -148,8 +148,7 @@ def _write_description(folder: Path, described: Mapping[str, Any], arrays: Array
         name: {"dtype": str(array.dtype), "length": len(array), **record}
         for (name, array), record in zip(arrays.items(), written, strict=True)
     }
-    whole = {"format": FORMAT, "version": VERSION, **described, "arrays": records}
-    write_json(folder / _FILE, integrity.seal(whole))
+    integrity.write_sealed(folder / _FILE, {"format": FORMAT, "version": VERSION, **described, "arrays": records})
 
 
 def _again(folder: Path) -> str:

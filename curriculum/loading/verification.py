@@ -111,7 +111,7 @@ def verify_rows(plan: CurriculumPlan, dataset: Any, *, fingerprint: str | None =
     Raises:
         SparsortError: other rows, rows in another order, another name, or nothing that could be compared.
     """
-    if same_name(plan, fingerprint):
+    if _same_name(plan, fingerprint):
         return
     if not rows_agree(plan, dataset):
         raise incomparable(plan, fingerprint)
@@ -151,7 +151,7 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
     Raises:
         SparsortError: as `verify_rows`. The message names the options of `sparsort train`.
     """
-    if same_name(plan, fingerprint):
+    if _same_name(plan, fingerprint):
         return
     first = _fields(next(iter(rows), {}))
     ids: dict[str, Any] = plan.notes.get(IDS) or {}
@@ -182,7 +182,7 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
         raise incomparable(plan, fingerprint, command=True)
 
 
-def same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
+def _same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
     """Whether plan and dataset have the same name; False where one of them has none.
 
     Raises:
@@ -236,7 +236,7 @@ def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool
     keep = (
         f"Keep the column {ids['column']!r} in the dataset" if ids else "Keep an id column in the data and the dataset"
     )
-    plans = "" if data_was_noted(plan) else " (and plan with plan_curriculum(scores, data=rows))"
+    plans = "" if ids or content else " (and plan with plan_curriculum(scores, data=rows))"
     names = "fingerprint='a name for the data'" if name is None else f"fingerprint={name!r}"
     here = "to this call" if not command else "here (--fingerprint)"
     skip = "verify=False (--no-verify)" if command else "verify=False"
@@ -249,11 +249,6 @@ def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool
         f"cannot tell whether these are the rows that the plan was made for: {why}.{given} {keep}{plans}; or pass the same "
         f"{names} to plan_curriculum, which stores it, and {here}; or pass {skip} to train without this check."
     )
-
-
-def data_was_noted(plan: CurriculumPlan) -> bool:
-    """Whether the plan knows ids or contents of its rows."""
-    return bool(plan.notes.get(IDS) or plan.notes.get(CONTENT))
 
 
 def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
@@ -278,14 +273,6 @@ def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> 
             and content[0]["digest"] != content[1]["digest"]
         )
     )
-
-
-def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
-    """The content of rows in their order: what of it `fields` name, None for all. A plan notes it of the rows it is for."""
-    found = _Digest()
-    for row in rows:
-        found.add(_content(row, fields))
-    return found.hex()
 
 
 def unformatted(dataset: Any) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 
 from sparsort import integrity
 from sparsort.errors import SparsortError
-from sparsort.files import write_json
 
 FILE = "sparsort-manifest.json"
 FORMAT, VERSION = "sparsort-manifest", 1
@@ -53,7 +52,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
             f"cannot list what {folder} holds: {error.filename or ''} {error.strerror or error}."
         ) from error
     files = {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
-    write_json(folder / FILE, integrity.seal({"format": FORMAT, "version": VERSION, "files": files}))
+    integrity.write_sealed(folder / FILE, {"format": FORMAT, "version": VERSION, "files": files})
 
 
 def damage_in(folder: Path) -> str | None:
