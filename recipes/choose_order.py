@@ -348,7 +348,7 @@ class _Asking:
         return plan.estimate(evidence.log_p[0], log_p, [self._task.gold_index(row) for row in plan.labelled])
 
     def evidence(self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
-        """What the criterion reads but a prior, asked under every order; those that begin alike one after the other."""
+        """What the criterion reads, except a prior, under every order; orders that begin alike follow one another."""
         free = self._task.content_free_texts() if "content_free" in by.needs else []
         log_p: list[Any] = [None] * len(self._orders)
         features: list[Any] = [None] * len(self._orders)

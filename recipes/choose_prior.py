@@ -1,6 +1,6 @@
 """The label shares that PDO compares the model's predictions with: which ones, and what is needed to know them.
 
-Contract: everything but the estimate is decided before a model is loaded, and whatever is wrong is reported by then.
+Contract: everything but the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
 `estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.label_shift`).
 """
 
@@ -28,7 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
 Prior = PriorName | Mapping[str, float] | str | Path
 
-# How many labelled rows the model is asked about, under one order; and the fewest by which the default estimates.
+# How many labelled rows the model reads, under one order; and the fewest by which the default estimates.
 LABELLED_ROWS, FEWEST_ROWS = 64, 16
 _BLOCK = 4 * LABELLED_ROWS
 
@@ -225,7 +225,7 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
-    """The row's label; None if it has none of the task's."""
+    """The row's label; None if it has no label of the task."""
     value = text_if_any(row, task.label, where="a row of the pool")
     return value if value in (task.labels or {}) else None
 

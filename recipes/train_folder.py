@@ -5,7 +5,7 @@ a device, accumulation, processes, how often to save) is not in it. `result.json
 finished. Both are whole or absent, and carry a digest of themselves. `result.json` also records what the run wrote, the history
 and the manifest of the model, so that a finished run that is called again does not name files that have changed since.
 
-Folders of version 1 have no digests: their files are held to what they tell themselves.
+Folders of version 1 have no digests: their files are checked as far as their content allows.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _read(path: Path, *, next_step: str) -> dict[str, Any] | None:
         raise SparsortError(f"{path} cannot be read ({error}). {next_step}") from error
     if not isinstance(found, dict):
         raise SparsortError(f"{path} is not what sparsort writes. {next_step}")
-    # Either of the two says so, and no single change takes both away.
+    # The version and the seal both mark a sealed file, so no single change removes both marks.
     if found.get("version") == VERSION or integrity.SEAL in found:
         integrity.check_seal(found, path, next_step=next_step)
     return found

@@ -1,8 +1,8 @@
 """Rows → texts → token ids, on disk: what a language model trains on, in the order of the rows.
 
 Contract: row i of the result is the i-th row that was kept. A text is its template filled from the row, read by the
-tokenizer with its own special tokens, an end-of-text token behind it where the tokenizer has one, and cut at
-`max_length` tokens; how many were cut is told. A conversation is what the model's chat template makes of all its turns, whose
+tokenizer with its own special tokens, an end-of-text token after it where the tokenizer has one, and cut at
+`max_length` tokens; how many were cut is reported. A conversation is what the model's chat template makes of all its turns, whose
 special tokens are the only ones. No row is left out in silence: one whose text is empty, or too short to
 have a token to predict, stops the run before it begins, by name.
 

@@ -1,6 +1,6 @@
 """How many items, or how many demonstration sets, it would take to see a difference.
 
-Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices, NaN where the outcomes at hand do not say:
+Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices, NaN where the outcomes do not determine it:
 fewer than three sets, or outcomes without spread. No answer is below the three sets that an interval takes.
 
 A plan, not a second test: computed from the difference just found, "power" restates its p-value and says nothing new about

@@ -44,7 +44,7 @@ class DemoPool:
         rows: the rows, as a list or a dataset.
         prompt: the prompt template; its fields are the input that a query is compared by.
         text: instead, a function from a row to the text that it is compared by.
-        label: the field that holds the label, left out of the comparison; a path as in a template may be given.
+        label: the field that holds the label, excluded from the comparison; a column, or a path as in a template.
 
     Raises:
         SparsortError: both `prompt` and `text` are given, or the template names no field.

@@ -149,7 +149,7 @@ class OnlineCurriculum:
         _tidy(folder, {running_name, plan_name})
 
     def load(self, folder: Path | str) -> None:
-        """Go on from what `save` wrote: the loader, its plan, and what is known of each example.
+        """Resume from what `save` wrote: the loader, its plan, and what is known of each example.
 
         Raises:
             SparsortError: nothing was saved there, by another version, for another plan, or measured otherwise; or a file has
@@ -165,7 +165,7 @@ class OnlineCurriculum:
         if about["measure"] != self._measure():
             raise SparsortError(
                 f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
-                "Measure as before, or start anew."
+                "Measure as before, or start again."
             )
         self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
         if about["plan"] is not None:
@@ -214,7 +214,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if given not in ((_FORMAT, _VERSION), (_FORMAT, _WITHOUT_DIGEST)):
         raise SparsortError(
             f"{path} is version {given[1]!r} of {given[0]!r}; expected version {_VERSION} of {_FORMAT!r}. Use the sparsort "
-            "that wrote it, or start anew."
+            "that wrote it, or start again."
         )
     next_step = "Resume from another checkpoint."
     if given[1] == _VERSION:

@@ -1,6 +1,6 @@
 """The folder of a plan: one `.npy` file an array, mapped and never loaded, and `plan.json`, written last.
 
-Contract: each file is whole or absent, and a folder without `plan.json` is no plan, whatever lies in it. `plan.json` carries a
+Contract: each file is whole or absent, and a folder without `plan.json` is not a plan, whatever is in it. `plan.json` carries a
 digest of itself and records every array with its size and digest (version 2). A plan is checked whole before any value of it is
 used: one sequential read of its arrays, about a second for a gigabyte. Whoever maps a checked plan again, such as a worker
 process, skips the check.

@@ -1,7 +1,7 @@
 """Are these the rows that a plan was made for? What a plan notes of its rows, and how a dataset is compared with it.
 
 Contract: the first of these that both sides have decides: the user's own name for the data (`fingerprint=`), the ids, the
-content that was scored. Where both sides have none of them, the dataset is refused: a comparison of nothing is no agreement.
+content that was scored. Where they have nothing in common, the dataset is refused: comparing nothing is not agreement.
 
 How much is compared. Ids of a `datasets.Dataset`, a list or a tuple: all of them, so that two exchanged rows are found. Ids of
 any other dataset, and content: a sample of at most 144 rows, which are the first 16, the last, and one from each of 128 equal
@@ -255,7 +255,7 @@ def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
     """The error where a dataset has another number of rows than the plan."""
     return SparsortError(
         f"the dataset has {n_rows} rows and the plan was made for {plan.n_rows}. Load the data that was planned (one split, "
-        "unfiltered), or plan anew."
+        "unfiltered), or plan it again."
     )
 
 
@@ -277,7 +277,7 @@ def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> 
 
 def unformatted(dataset: Any) -> Any:
     """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is."""
-    datasets = sys.modules.get("datasets")  # whoever passes a dataset has imported its library
+    datasets = sys.modules.get("datasets")  # a dataset exists only if its library is imported
     return dataset.with_format(None) if datasets is not None and isinstance(dataset, datasets.Dataset) else dataset
 
 
@@ -318,7 +318,7 @@ def _note_content(digests: Sequence[str], fields: Sequence[str] | None) -> dict[
 
 
 def _places(n: int, digests: Sequence[str] | None = None) -> list[int]:
-    """The rows that are compared. Of each part, one of those whose content is rarest: only they tell where they are."""
+    """The rows that are compared. Of each part, a row whose content is rarest, since only rare content identifies a position."""
     if not n:
         return []
     counts = Counter(digests)

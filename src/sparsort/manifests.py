@@ -76,7 +76,7 @@ def damage_in(folder: Path) -> str | None:
 
 
 def unreadable_in(folder: Path) -> str | None:
-    """What of a folder without a manifest is not whole, in words, as far as files tell it themselves; None if nothing is.
+    """What is damaged in a folder without a manifest, in words, as far as the files show it; None if nothing is.
 
     JSON must parse, safetensors have a header that fits their size, and records that torch.save wrote have their CRC.
     """

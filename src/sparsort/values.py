@@ -1,4 +1,4 @@
-"""What a row's value is: missing or not, text or not, and what lies at a field of the row.
+"""What a row's value is: missing or not, text or not, and what is at a field of the row.
 
 Contract: every place that asks whether a value is there calls `is_missing`, and every place that writes a value into a prompt,
 a label, an id or an excerpt calls `as_text`. A NaN is missing in every form that data libraries give it. A list or a
@@ -69,7 +69,7 @@ def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
 
     Args:
         value: the value.
-        field: where it lies, as `sparsort.paths` writes it.
+        field: the field that it was read from, as `sparsort.paths` writes it.
         where: what the row is called in an error, such as "row 'q7'".
         way_out: a sentence about what else can be done, for the error.
 
@@ -177,7 +177,7 @@ def row_of(texts: Mapping[str, str]) -> dict[str, Any]:
     """A row that has each text at its field.
 
     Raises:
-        SparsortError: no row can, because two of the fields lie in one another.
+        SparsortError: no row can, because one of the fields is inside another.
     """
     row: dict[str, Any] = {}
     for field, text in texts.items():
@@ -223,8 +223,8 @@ def _inside(value: Any, step: str, field: str, where: str) -> Any:
     if is_list(value):
         if not is_index(step):
             raise SparsortError(
-                f"{where} has {kind_of(value)} in the field {field!r}, of which the key {step!r} was asked for. "
-                f"Count its items first, such as {{{field}[0].{step}}}."
+                f"{where} has {kind_of(value)} in the field {field!r}, and its key {step!r} was asked for. "
+                f"Index the list first, such as {{{field}[0].{step}}}."
             )
         place = int(step)
         return value[place] if -len(value) <= place < len(value) else None

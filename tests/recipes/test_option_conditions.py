@@ -174,7 +174,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "env": [],
     "plan": [
         *(
-            (f"--{name}", "--mode pool", "pool mode draws every batch anew")
+            (f"--{name}", "--mode pool", "pool mode draws every batch by itself")
             for name in (
                 "schedule folded",
                 "warm-up 0.3",
@@ -205,7 +205,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--combination lexicographic", "", "several scores are combined, and there is one"),
         ("--weight a=1", "", "weights weigh several scores"),
         ("--weight a=1", "other --combination intersection", "rank_average reads it"),
-        ("--beside p", "", "plans stand next to each other in a figure"),
+        ("--beside p", "", "plans are drawn next to each other in a figure"),
     ],
     "train": [
         *(
@@ -229,7 +229,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             )
         ),
         *(
-            (f"--{name}", "--mode pool", "pool mode draws every batch anew")
+            (f"--{name}", "--mode pool", "pool mode draws every batch by itself")
             for name in (
                 "schedule folded",
                 "warm-up 0.3",
@@ -250,7 +250,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--unscored last", "--schedule shuffle", "does not look at scores"),
         ("--groups kind", "--schedule shuffle", "does not take the easiest of each group"),
         ("--online-metric hoyer", "", "the difficulty is not learned in training"),
-        ("--epochs 1", "--max-steps 5", "--max-steps 5 says how long the run is"),
+        ("--epochs 1", "--max-steps 5", "--max-steps 5 sets the length of the run"),
         ("--eval-steps 5", "--eval-share 0", "no rows are held out"),
         ("--eval-steps 5", "--plan p", "no rows are held out"),
         ("--fingerprint v1", "", "it concerns a plan that was made before"),

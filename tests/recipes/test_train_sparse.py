@@ -382,7 +382,7 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
         ({"attention": 3}, r"expected a table, \[attention\]"),
         ({"attention": {"selecter": "moba"}}, "Did you mean 'selector'"),
         ({"attention": {"selector": "moba", "index_dim": 8}}, "index_dim=8 has no effect"),
-        ({"train": {"epochs": 2, "max_steps": 3}}, "epochs=2 has no effect: max_steps=3 says how long"),
+        ({"train": {"epochs": 2, "max_steps": 3}}, "epochs=2 has no effect: max_steps=3 sets the length"),
         ({"train": {"online_metric": "gini"}}, "online_metric='gini' has no effect"),
         ({"attention": {"freeze_bass": True}}, "Did you mean 'freeze_base'"),
         ({"attention": {"selector": "mobba"}}, "Did you mean 'moba'"),
