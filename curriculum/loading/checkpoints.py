@@ -7,8 +7,8 @@ is passed over for the newest one that is intact. Files that are added to a chec
 
 Checkpoints of sparsort 0.1.0, and of trainers without a curriculum, have no manifest. They are checked as far as their content
 allows: the files that belong together, JSON that parses, the headers of safetensors, and the CRC of every record that
-torch.save writes. Other damage (a bit in a weight) is not found there. `trainer_state.json` of a newer checkpoint says that it has
-a manifest, so losing the manifest does not turn it into a checkpoint of 0.1.0.
+torch.save writes. Other damage (a bit in a weight) is not found there. `trainer_state.json` of a newer checkpoint says that it
+has a manifest, so losing the manifest does not turn it into a checkpoint of 0.1.0.
 """
 
 from __future__ import annotations
