@@ -257,7 +257,7 @@ class _Session:
 
     def text_of(self, row: Row) -> str:
         """The demonstration as it will appear in the prompt, without chat markers."""
-        return self.text.whole(row.fields, where=f"row {row.position} (id {row.id!r})")
+        return self.text.whole(row.fields, where=row.name)
 
     def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
         """(n,) cosine similarity of rows and query."""
@@ -377,7 +377,7 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
 def _excerpt(row: Row, text: DemoText) -> str:
     """The beginning of a demonstration, for a person: its conversation, or the fields that have a text."""
     if text.messages is not None:
-        words = text.whole(row.fields, where=f"row {row.position} (id {row.id!r})").split()
+        words = text.whole(row.fields, where=row.name).split()
     else:
         shown = {key: value for key, value in row.fields.items() if key != "id" and not is_missing(value)}
         words = [

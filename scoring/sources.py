@@ -56,6 +56,11 @@ class Row:
     fields: Mapping[str, Any]
     digest: str
 
+    @property
+    def name(self) -> str:
+        """What an error calls the row: "row 7 (id 'q7')"."""
+        return f"row {self.position} (id {self.id!r})"
+
 
 class RowCheck(Hashable, Protocol):
     """What reads the values of rows, and can say beforehand whether it is able to; `prompts.Prompt` is one."""
