@@ -208,7 +208,7 @@ def _references(
             for name in read:
                 if name not in row.fields:
                     raise unknown_choice(f"column (row {row.position}, id {row.id!r})", name, map(str, row.fields))
-                read[name].append(_number(row.fields[name], f"column {name!r} of row {row.position} (id {row.id!r})"))
+                read[name].append(_number(row.fields[name], f"column {name!r} of {row.name}"))
     found = {}
     for name, values in given.items():
         numbers = np.array(read[values] if isinstance(values, str) else _array(name, values), dtype=np.float64)

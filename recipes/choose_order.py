@@ -39,7 +39,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 # What an argument needs to be read; see `sparsort.conditions`.
 READS_QUERIES = When(
-    holds=lambda values: values["by"] is None or _asks(values["by"]),
+    holds=lambda values: _asks(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
 READS_PRIOR = When(
@@ -344,7 +344,7 @@ class _Asking:
         return plan.estimate(evidence.log_p[0], log_p, [self._task.gold_index(row) for row in plan.labelled])
 
     def evidence(self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
-        """What the criterion reads but a prior, asked under every order; those that begin alike one after the other."""
+        """What the criterion reads, except a prior, under every order; orders that begin alike follow one another."""
         free = self._task.content_free_texts() if "content_free" in by.needs else []
         log_p: list[Any] = [None] * len(self._orders)
         features: list[Any] = [None] * len(self._orders)
@@ -378,11 +378,16 @@ def needs_labels(by: str) -> bool:
 
 
 def _asks(by: str) -> bool:
-    """Whether a criterion reads queries that are given; true of what is no criterion."""
+    """Whether a criterion reads queries that are given; true for anything that is not a criterion."""
+    return not _is_criterion(by) or probes_of(by, sampled=True) == "dev"
+
+
+def _is_criterion(by: str) -> bool:
     try:
-        return probes_of(by, sampled=True) == "dev"
+        criterion(by)
     except SparsortError:
-        return True
+        return False
+    return True
 
 
 def _is_criterion(by: str) -> bool:

@@ -1,6 +1,6 @@
 """The label shares that PDO compares the model's predictions with: which ones, and what is needed to know them.
 
-Contract: everything but the estimate is decided before a model is loaded, and whatever is wrong is reported by then.
+Contract: everything but the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
 `estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.label_shift`).
 """
 
@@ -29,7 +29,7 @@ Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
 Prior = PriorName | Mapping[str, float] | str | Path
 
-# How many labelled rows the model is asked about, under one order; and the fewest by which the default estimates.
+# How many labelled rows the model reads, under one order; and the fewest by which the default estimates.
 LABELLED_ROWS, FEWEST_ROWS = 64, 16
 _BLOCK = 4 * LABELLED_ROWS
 
@@ -299,6 +299,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
             f"columns {label!r} and 'share' or 'count', or a JSON object {{label: share}}."
         )
     rows = [row.fields for row in source.rows()]
+    values = [text_if_any(row, label, where=f"row {place} of {path.name}") for place, row in enumerate(rows)]
     if weight is None:
         return _counted(labels, Counter(label_of(row, label, where=path.name) for row in rows), path.name)
     table = {label_of(row, label, where=path.name): _number(row[weight], path.name) for row in rows}

@@ -49,7 +49,7 @@ def train(
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to resume after a stop.")],
     text: Annotated[
         str | None,
         typer.Option(

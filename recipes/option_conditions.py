@@ -33,7 +33,7 @@ Resolve = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """The conditions of a command's options; `resolve` fills in what stands for options that were not given."""
+    """The conditions of a command's options; `resolve` fills in the values of options that were not given."""
 
     table: Table
     resolve: Resolve = lambda values, given: values
@@ -143,7 +143,7 @@ _WRITES = When(
     instead={"judge": "exact"},
 )
 ABLATE: Table = {
-    # --dry-run and --no-run are put behind a whole command, so they take the options that describe its run and its report.
+    # --dry-run and --no-run are appended to a whole command, so they accept the options that describe its run and its report.
     **always("source", "out", "shots", "sets", "first_seed", "selectors", "orderers", "choosers", "random_orders"),
     **always(
         "test_rows",
@@ -211,11 +211,18 @@ PLAN: Table = {
     "columns": (needs("data", "it names the columns of the data", data="FILE"),),
     "combination": (_COMBINES,),
     "weight": (_WEIGHS, among("combination", ("rank_average",), of=COMBINATIONS)),
-    "beside": (needs("draw", "plans stand next to each other in a figure", draw="FILE"),),
+    "beside": (needs("draw", "plans are drawn next to each other in a figure", draw="FILE"),),
 }
 
 _OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
+_OF_PLAN = (
+    needs(
+        "plan",
+        "it concerns a plan that was made before; scores are matched to the rows by id or content",
+        plan="FOLDER",
+    ),
+)
 TRAIN: Table = {
     **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
     **always(
@@ -242,12 +249,12 @@ TRAIN: Table = {
 
 
 def _calibrated(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the arguments of `calibrate` that the options stand for."""
+    """With the arguments of `calibrate` that the options set."""
     return values | {"own_loss": not values["no_loss"]}
 
 
 def _planned(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the settings of a curriculum that stand for the options that were not given."""
+    """With the defaults of a curriculum for the options that were not given."""
     defaults = {field.name: field.default for field in fields(CurriculumSettings)}
     return values | {name: default for name, default in defaults.items() if name in values and values[name] is None}
 

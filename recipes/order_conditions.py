@@ -1,7 +1,7 @@
 """When each option of selecting, ordering and assembling demonstrations has an effect: for `order_file` and `sparsort order`.
 
-Contract: conditions look at the options alone; see `sparsort.conditions`. What is no choice at all counts as one that reads
-everything, so that the misspelt name is what is reported.
+Contract: conditions look at the options alone; see `sparsort.conditions`. A value that is not a valid choice counts as one
+that reads everything, so that the misspelt name is what is reported.
 """
 
 from __future__ import annotations

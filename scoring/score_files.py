@@ -87,7 +87,7 @@ def write_jsonl(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> N
                     row = {name: _to_json(value) for name, value in row.items()}
                     handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         record = record_of(temporary)
-    write_json(provenance_file(path), seal({"version": _VERSION, "rows": record, "provenance": dict(provenance)}))
+    write_sealed(provenance_file(path), {"version": _VERSION, "rows": record, "provenance": dict(provenance)})
 
 
 def read_jsonl(path: Path) -> tuple[list[Mapping[str, Any]], dict[str, Any], bool]:

@@ -27,7 +27,7 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.integrity import as_written
 from sparsort.paths import spell
 from sparsort.scoring import score_files
-from sparsort.scoring.sources import Row, digest_of
+from sparsort.scoring.sources import Row, digest_of, rows_digest
 from sparsort.values import as_text, is_missing
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class Scores:
         Raises:
             SparsortError: the folder is not empty, or the disk refuses.
         """
-        from sparsort.scoring.shards import MANIFEST, ShardStore, rows_digest
+        from sparsort.scoring.shards import MANIFEST, ShardStore
 
         if (Path(folder) / MANIFEST).exists():
             raise SparsortError(f"{folder} already holds scores. Choose another folder, or delete it.")

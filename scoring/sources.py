@@ -72,22 +72,27 @@ class Row:
     fields: Mapping[str, Any]
     digest: str
 
+    @property
+    def name(self) -> str:
+        """What an error calls the row: "row 7 (id 'q7')"."""
+        return f"row {self.position} (id {self.id!r})"
+
 
 class RowCheck(Hashable, Protocol):
     """What reads the values of rows, and can say beforehand whether it is able to; `prompts.Prompt` is one."""
 
     @property
     def paths(self) -> set[str]:
-        """The fields that look into a column; a mistake where they lead to nothing in every row."""
+        """The fields that are paths into a column; a mistake if they lead to nothing in every row."""
         ...
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one row of a table, whose columns have types, says of all whether they can be read."""
+        """Whether one row of a table, whose columns have types, shows that all rows can be read."""
         ...
 
     def check(self, fields: Mapping[str, Any], *, where: str) -> set[str]:
-        """The fields that are missing in a row; raises what cannot be read."""
+        """The fields that are missing in a row; raises an error for a value that cannot be read."""
         ...
 
 

@@ -28,7 +28,6 @@ from sparsort.curriculum.loading.online import OnlineDifficulty, unwrap
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.running import RunningDifficulty
 from sparsort.errors import SparsortError
-from sparsort.files import write_json
 
 _FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
 _WITHOUT_DIGEST = 1  # still read
@@ -145,11 +144,11 @@ class OnlineCurriculum:
             "measure": self._measure(),
             "loader": position,
         }
-        write_json(folder / _FILE, integrity.seal({**about, "running": running_name, "plan": plan_name}))
+        integrity.write_sealed(folder / _FILE, {**about, "running": running_name, "plan": plan_name})
         _tidy(folder, {running_name, plan_name})
 
     def load(self, folder: Path | str) -> None:
-        """Go on from what `save` wrote: the loader, its plan, and what is known of each example.
+        """Resume from what `save` wrote: the loader, its plan, and what is known of each example.
 
         Raises:
             SparsortError: nothing was saved there, by another version, for another plan, or measured otherwise; or a file has
@@ -215,7 +214,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if given not in ((_FORMAT, _VERSION), (_FORMAT, _WITHOUT_DIGEST)):
         raise SparsortError(
             f"{path} is version {given[1]!r} of {given[0]!r}; expected version {_VERSION} of {_FORMAT!r}. Use the sparsort "
-            "that wrote it, or start anew."
+            "that wrote it, or start again."
         )
     next_step = "Resume from another checkpoint."
     if given[1] == _VERSION:

@@ -259,7 +259,7 @@ class CurriculumPlan:
                 raise SparsortError(f"{self.folder} holds another plan than when it was opened. Open the plan again.")
 
     def _described(self) -> dict[str, Any]:
-        """What `plan.json` says of the plan, but for its fingerprint."""
+        """The plan as `plan.json` holds it, except for its fingerprint."""
         facts = {name: getattr(self, name) for name in _FACTS}
         return {"settings": self.settings.to_json(), "n_rows": self.n_rows, **facts}
 

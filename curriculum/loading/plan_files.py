@@ -1,6 +1,6 @@
 """The folder of a plan: one `.npy` file an array, mapped and never loaded, and `plan.json`, written last.
 
-Contract: each file is whole or absent, and a folder without `plan.json` is no plan, whatever lies in it. `plan.json` carries a
+Contract: each file is whole or absent, and a folder without `plan.json` is not a plan, whatever is in it. `plan.json` carries a
 digest of itself and records every array with its size and digest (version 2). A plan is checked whole before any value of it is
 used: one sequential read of its arrays, about a second for a gigabyte. Whoever maps a checked plan again, such as a worker
 process, skips the check.
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from sparsort import integrity
 from sparsort.curriculum.loading.verification import noted_for_other_rows
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
+from sparsort.files import write_atomically
 
 FORMAT = "sparsort-curriculum"
 VERSION = 2
@@ -152,8 +152,7 @@ def _write_description(folder: Path, described: Mapping[str, Any], arrays: Array
         name: {"dtype": str(array.dtype), "length": len(array), **record}
         for (name, array), record in zip(arrays.items(), written, strict=True)
     }
-    whole = {"format": FORMAT, "version": VERSION, **described, "arrays": records}
-    write_json(folder / _FILE, integrity.seal(whole))
+    integrity.write_sealed(folder / _FILE, {"format": FORMAT, "version": VERSION, **described, "arrays": records})
 
 
 def _again(folder: Path) -> str:

@@ -22,7 +22,6 @@ from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.ranking import by_id, group_names, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.curriculum.loading.verification import check_name, ids_from, note_rows
-from sparsort.curriculum.loading.verification import content_digest as content_digest
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
 from sparsort.scoring.scores import Scores

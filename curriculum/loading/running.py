@@ -205,7 +205,7 @@ class RunningDifficulty:
         if about.get("kind") != _KIND or about.get("version") not in (_VERSION, _WITHOUT_DIGESTS):
             raise SparsortError(
                 f"{path} is {about.get('kind', 'another file')!r}, version {about.get('version')}; "
-                f"expected {_KIND!r}, version {_VERSION}. Use the sparsort that wrote it, or start anew."
+                f"expected {_KIND!r}, version {_VERSION}. Use the sparsort that wrote it, or start again."
             )
         with integrity.as_written(path, next_step=_OTHERWISE):
             if about["version"] == _VERSION:

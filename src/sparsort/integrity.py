@@ -72,7 +72,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: `{"bytes": size, "digest": …}`.
+    """A file's entry in a manifest: `{"bytes": size, "digest": …}`.
 
     Raises:
         OSError: the file cannot be read.

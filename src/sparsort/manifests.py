@@ -20,7 +20,6 @@ from typing import Any
 
 from sparsort import integrity
 from sparsort.errors import SparsortError
-from sparsort.files import write_json
 
 FILE = "sparsort-manifest.json"
 FORMAT, VERSION = "sparsort-manifest", 1
@@ -52,7 +51,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
             f"cannot list what {folder} holds: {error.filename or ''} {error.strerror or error}."
         ) from error
     files = {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
-    write_json(folder / FILE, integrity.seal({"format": FORMAT, "version": VERSION, "files": files}))
+    integrity.write_sealed(folder / FILE, {"format": FORMAT, "version": VERSION, "files": files})
 
 
 def damage_in(folder: Path) -> str | None:
@@ -79,7 +78,7 @@ def damage_in(folder: Path) -> str | None:
 
 
 def unreadable_in(folder: Path) -> str | None:
-    """What of a folder without a manifest is not whole, in words, as far as files tell it themselves; None if nothing is.
+    """What is damaged in a folder without a manifest, in words, as far as the files show it; None if nothing is.
 
     JSON must parse, safetensors have a header that fits their size, and records that torch.save wrote have their CRC.
     """

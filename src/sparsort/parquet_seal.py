@@ -30,7 +30,7 @@ _PIECE = 1 << 20
 
 
 class DamagedError(SparsortError):
-    """A file is not the one that was written. `reason` says how it was found out."""
+    """A file is not the one that was written. `reason` says how the damage was found."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged: {reason}.")

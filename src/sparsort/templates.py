@@ -30,7 +30,7 @@ _FORMATTER = string.Formatter()
 
 
 class Piece(NamedTuple):
-    """Literal text, and the field behind it: its canonical spelling, or None where the template ends without one."""
+    """Literal text, and the field after it: its canonical spelling, or None where the template ends without one."""
 
     literal: str
     field: str | None
@@ -101,7 +101,7 @@ def check_values(template: str, fields: Mapping[str, Any], *, where: str, way_ou
 
 @functools.lru_cache(maxsize=256)
 def pieces(template: str) -> tuple[Piece, ...]:
-    """A template as literal texts, each with the field behind it.
+    """A template as literal texts, each with the field after it.
 
     Raises:
         SparsortError: the template cannot be read.
