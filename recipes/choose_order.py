@@ -31,9 +31,10 @@ from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.progress import progress
-from sparsort.recipes.choose_prior import Prior, PriorPlan, label_of, plan_prior, reads_prior, with_prior
+from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
+from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -148,7 +149,7 @@ def choose_order(
     _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
     if pool and not reads_prior(by):
         raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Leave it out.")
-    shown = [*demos, *(row for row in pool if label_of(row, label, where="a row of the pool") is not None)]
+    shown = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
     _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
     plan = None
@@ -295,7 +296,7 @@ def read_rows(
     else:
         others = _fields(on, prompt, None, columns)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    values = [label_of(row, label, where=f"row {row['id']!r}") for row in rows]
+    values = [text_if_any(row, label, where=f"row {row['id']!r}") for row in rows]
     counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
@@ -388,13 +389,6 @@ def _is_criterion(by: str) -> bool:
     except SparsortError:
         return False
     return True
-
-
-def _is_criterion(by: str) -> bool:
-    try:
-        return bool(criterion(by))
-    except SparsortError:
-        return False
 
 
 def _criterion(by: str) -> Criterion:

@@ -23,7 +23,7 @@ from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, sha
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.integrity import parse_json
 from sparsort.paths import column_of
-from sparsort.values import as_text, is_missing, value_at
+from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
@@ -85,16 +85,6 @@ class PriorPlan:
             labelled=self.labelled,
             notes=tuple(notes),
         )
-
-
-def label_of(row: Mapping[str, Any], label: str, *, where: str) -> str | None:
-    """The text of a row's label; None if the row lacks it.
-
-    Raises:
-        SparsortError: the label has no text of its own.
-    """
-    value = value_at(row, label, where=where) if column_of(label) in row else None
-    return None if is_missing(value) else as_text(value, field=label, where=where)
 
 
 def reads_prior(by: str) -> bool:
@@ -237,7 +227,7 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
     """The row's label; None if it has none of the task's."""
-    value = label_of(row, task.label, where="a row of the pool")
+    value = text_if_any(row, task.label, where="a row of the pool")
     return value if value in (task.labels or {}) else None
 
 
@@ -301,8 +291,8 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
     rows = [row.fields for row in source.rows()]
     values = [text_if_any(row, label, where=f"row {place} of {path.name}") for place, row in enumerate(rows)]
     if weight is None:
-        return _counted(labels, Counter(label_of(row, label, where=path.name) for row in rows), path.name)
-    table = {label_of(row, label, where=path.name): _number(row[weight], path.name) for row in rows}
+        return _counted(labels, Counter(value for value in values if value is not None), path.name)
+    table = {value: _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
     if len(table) < len(rows):
         raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
     return _shares(labels, table, path.name)

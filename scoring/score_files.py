@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
-from sparsort.integrity import check_file, is_sealed, parse_json, record_of, seal
+from sparsort.files import write_atomically
+from sparsort.integrity import check_file, is_sealed, parse_json, record_of, seal, write_sealed
 from sparsort.parquet_seal import add_seal, read_seal
 from sparsort.scoring.sources import open_rows
 

@@ -30,8 +30,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error, write_atomically, write_json
-from sparsort.integrity import check_file, check_seal, damage, parse_json, record_of, seal
+from sparsort.files import disk_error, write_atomically
+from sparsort.integrity import (
+    check_file,
+    check_seal,
+    damage,
+    digest_of_values,
+    parse_json,
+    record_of,
+    seal,
+    write_sealed,
+)
 from sparsort.parquet_seal import DamagedError, add_seal, read_seal
 from sparsort.scoring import unsealed
 
