@@ -93,7 +93,9 @@ def check_family(family: str) -> Outcome:
     except SparsortError as error:
         return Outcome(family=family, model_class=name, kind="refused", detail=_first_line(error))
     except Exception as error:  # noqa: BLE001  a crash is the outcome
-        return Outcome(family=family, model_class=name, kind="crash", detail=f"{type(error).__name__}: {_first_line(error)}")
+        return Outcome(
+            family=family, model_class=name, kind="crash", detail=f"{type(error).__name__}: {_first_line(error)}"
+        )
     kind = "different" if problems else "equal"
     return Outcome(family=family, model_class=name, kind=kind, detail="; ".join(problems))
 
@@ -216,7 +218,9 @@ def run_apart(family: str) -> Outcome:
         return Outcome(family=family, model_class=family, kind="crash", detail=f"no result within {SECONDS} s")
     except EOFError:
         process.join()
-        return Outcome(family=family, model_class=family, kind="crash", detail=f"the process ended with {process.exitcode}")
+        return Outcome(
+            family=family, model_class=family, kind="crash", detail=f"the process ended with {process.exitcode}"
+        )
     finally:
         process.kill()
         process.join()

@@ -13,11 +13,20 @@ LAYERS, WIDTH, HEADS, HEAD_DIM = 2, 64, 4, 16
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_decoder_layers"),
+        (
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "num_layers",
+            "decoder_layers",
+            "encoder_layers",
+            "num_decoder_layers",
+        ),
         LAYERS,
     ),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), HEADS
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"),
+        HEADS,
     ),
     **dict.fromkeys(
         (
@@ -115,7 +124,9 @@ def _shrunk(config_class: Any, vocab_size: int, special: dict[str, Any]) -> Any:
         if hasattr(part, "model_type") and getattr(default, name, None) is not None and not isinstance(part, str):
             own = special.get(name, {}) if isinstance(special.get(name, {}), dict) else {}
             options[name] = _shrunk(type(getattr(default, name)), vocab_size, own)
-    options.update({name: value for name, value in special.items() if name not in getattr(config_class, "sub_configs", {})})
+    options.update(
+        {name: value for name, value in special.items() if name not in getattr(config_class, "sub_configs", {})}
+    )
     return config_class(**{name: value for name, value in options.items() if value is not ...})
 
 

@@ -86,7 +86,7 @@ def ablate(
         recipe: an `Ablation`, its fields as a mapping, a TOML file, or None to give the fields as `changes`.
         out: the folder to work in; run again it goes on where it was.
         model: a `LoadedModel` that is at hand, or a name or folder; None for the recipe's.
-        run: ask the model what is missing; False takes the store as it is, finished or not, and loads only the tokenizer.
+        run: query the model for what is missing; False takes the store as it is, finished or not, and loads only the tokenizer.
         report: also write `report/` (needs the extra "plots").
         compile: compile the model first, half a minute; worth it from some million tokens on (needs a C++ compiler).
         changes: fields of `Ablation` that differ from the recipe, such as `sets=4, shots=(4,)`.
@@ -239,7 +239,7 @@ def find_source(
 ) -> dict[str, Any]:
     """Fields of the recipe that a command line's SOURCE stands for: a recipe, a data file, or names of ready tasks.
 
-    Options of a data file beside a recipe, and the other way round, are refused by `option_conditions` before.
+    On the command line `option_conditions` has already refused options of a data file that are given with a recipe.
 
     Raises:
         SparsortError: it is none of these, or a data file without a prompt.
@@ -273,7 +273,7 @@ def _task_of_file(
 ) -> Task:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(path)
+    source = open_rows(path, columns=options.get("columns"))
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass --prompt with columns in braces; "

@@ -31,15 +31,16 @@ from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
 from sparsort.progress import progress
-from sparsort.recipes.choose_prior import Prior, PriorPlan, label_of, plan_prior, reads_prior, with_prior
+from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
 from sparsort.templates import fields_of
+from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
 
 # What an argument needs to be read; see `sparsort.conditions`.
 READS_QUERIES = When(
-    holds=lambda values: values["by"] is None or _asks(values["by"]),
+    holds=lambda values: _asks(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
 READS_PRIOR = When(
@@ -148,7 +149,7 @@ def choose_order(
     _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
     if pool and not reads_prior(by):
         raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Leave it out.")
-    shown = [*demos, *(row for row in pool if label_of(row, label, where="a row of the pool") is not None)]
+    shown = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
     _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
     plan = None
@@ -258,6 +259,7 @@ def read_rows(
     queries: int = 32,
     seed: int = 0,
     id_column: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Given:
     """Demonstrations and queries of files.
 
@@ -270,6 +272,7 @@ def read_rows(
         queries: most queries; of more rows, as many are drawn.
         seed: of the drawing.
         id_column: the column of ids in `file`.
+        columns: names of the columns of `file` and `on`, if these are CSV or TSV files without a header.
 
     Raises:
         SparsortError: files that cannot be read, or too few rows.
@@ -278,7 +281,7 @@ def read_rows(
         raise SparsortError(f"queries is {queries}; at least 1 is needed.")
     if seed < 0:
         raise SparsortError(f"the seed is {seed}; it may not be negative.")
-    rows = _fields(file, prompt, id_column)
+    rows = _fields(file, prompt, id_column, columns)
     if k is not None and not 2 <= k <= len(rows):
         raise SparsortError(
             f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
@@ -291,17 +294,19 @@ def read_rows(
         alike = alike_rows(fields_of(prompt or ""), rest, demos)
         asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
     else:
-        others = _fields(on, prompt, None)
+        others = _fields(on, prompt, None, columns)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
-    values = [label_of(row, label, where=f"row {row['id']!r}") for row in rows]
+    values = [text_if_any(row, label, where=f"row {row['id']!r}") for row in rows]
     counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
-def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:
+def _fields(
+    file: str | Path, prompt: str | None, id_column: str | None, columns: Sequence[str] | None
+) -> list[dict[str, Any]]:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(file, id_column=id_column)
+    source = open_rows(file, id_column=id_column, columns=columns)
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass --prompt with columns in braces; "
@@ -340,7 +345,7 @@ class _Asking:
         return plan.estimate(evidence.log_p[0], log_p, [self._task.gold_index(row) for row in plan.labelled])
 
     def evidence(self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
-        """What the criterion reads but a prior, asked under every order; those that begin alike one after the other."""
+        """What the criterion reads, except a prior, under every order; orders that begin alike follow one another."""
         free = self._task.content_free_texts() if "content_free" in by.needs else []
         log_p: list[Any] = [None] * len(self._orders)
         features: list[Any] = [None] * len(self._orders)
@@ -374,18 +379,16 @@ def needs_labels(by: str) -> bool:
 
 
 def _asks(by: str) -> bool:
-    """Whether a criterion reads queries that are given; true of what is no criterion."""
-    try:
-        return probes_of(by, sampled=True) == "dev"
-    except SparsortError:
-        return True
+    """Whether a criterion reads queries that are given; true for anything that is not a criterion."""
+    return not _is_criterion(by) or probes_of(by, sampled=True) == "dev"
 
 
 def _is_criterion(by: str) -> bool:
     try:
-        return bool(criterion(by))
+        criterion(by)
     except SparsortError:
         return False
+    return True
 
 
 def _criterion(by: str) -> Criterion:

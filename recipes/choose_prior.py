@@ -1,6 +1,6 @@
 """The label shares that PDO compares the model's predictions with: which ones, and what is needed to know them.
 
-Contract: everything but the estimate is decided before a model is loaded, and whatever is wrong is reported by then.
+Contract: everything but the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
 `estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.label_shift`).
 """
 
@@ -21,14 +21,15 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.integrity import parse_json
 from sparsort.paths import column_of
-from sparsort.values import as_text, is_missing, value_at
+from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
 Prior = PriorName | Mapping[str, float] | str | Path
 
-# How many labelled rows the model is asked about, under one order; and the fewest by which the default estimates.
+# How many labelled rows the model reads, under one order; and the fewest by which the default estimates.
 LABELLED_ROWS, FEWEST_ROWS = 64, 16
 _BLOCK = 4 * LABELLED_ROWS
 
@@ -84,16 +85,6 @@ class PriorPlan:
             labelled=self.labelled,
             notes=tuple(notes),
         )
-
-
-def label_of(row: Mapping[str, Any], label: str, *, where: str) -> str | None:
-    """The text of a row's label; None if the row lacks it.
-
-    Raises:
-        SparsortError: the label has no text of its own.
-    """
-    value = value_at(row, label, where=where) if column_of(label) in row else None
-    return None if is_missing(value) else as_text(value, field=label, where=where)
 
 
 def reads_prior(by: str) -> bool:
@@ -236,7 +227,7 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
     """The row's label; None if it has none of the task's."""
-    value = label_of(row, task.label, where="a row of the pool")
+    value = text_if_any(row, task.label, where="a row of the pool")
     return value if value in (task.labels or {}) else None
 
 
@@ -298,9 +289,10 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
             f"columns {label!r} and 'share' or 'count', or a JSON object {{label: share}}."
         )
     rows = [row.fields for row in source.rows()]
+    values = [text_if_any(row, label, where=f"row {place} of {path.name}") for place, row in enumerate(rows)]
     if weight is None:
-        return _counted(labels, Counter(label_of(row, label, where=path.name) for row in rows), path.name)
-    table = {label_of(row, label, where=path.name): _number(row[weight], path.name) for row in rows}
+        return _counted(labels, Counter(value for value in values if value is not None), path.name)
+    table = {value: _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
     if len(table) < len(rows):
         raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
     return _shares(labels, table, path.name)
@@ -308,7 +300,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(f"the prior {path.name} cannot be read as JSON ({error}). Repair it.") from error
 
@@ -316,7 +308,7 @@ def _json(path: Path) -> Any:
 def _number(value: Any, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"the prior {where} has the share {value!r}, which is not a number.") from error
 
 
@@ -329,7 +321,7 @@ def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> ND
             "number each."
         )
     for value, share in held.items():
-        number = float(share) if isinstance(share, (int, float, np.number)) else math.nan
+        number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
         if not 0 < number < math.inf:
             raise SparsortError(
                 f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."

@@ -34,6 +34,7 @@ from sparsort.recipes.options import (
     CalibrationOption,
     ChatOption,
     CheckedCommand,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -50,6 +51,7 @@ from sparsort.recipes.options import (
     SiteOption,
     SystemOption,
     TrustOption,
+    names_in,
     unescape,
 )
 from sparsort.terminal import MOST_OF_PROMPT, discard, note, printable_messages, show, show_json
@@ -122,6 +124,7 @@ def score(
         int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=TEXT_PANEL)
     ] = None,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     scorer: ScorerOption = "sparsity",
     site: SiteOption = "pre_norm",
     pooling: PoolingOption = "last",
@@ -180,6 +183,7 @@ def score(
         truncation=truncation,
         max_length=max_length,
         id_column=id_column,
+        columns=names_in(columns),
     )
     report = score_file(file, scorer=config, text=text, out=out, shard_rows=shard_rows)
     summary = report.summary()
@@ -211,6 +215,7 @@ def order(
     system: SystemOption = None,
     chat: ChatOption = False,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     k: Annotated[
         int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE, up to 64].")
     ] = None,
@@ -293,6 +298,7 @@ def order(
         system=unescape(system),
         chat=chat,
         id_column=id_column,
+        columns=names_in(columns),
     )
     scoring = ScorerConfig(
         scorer=scorer,

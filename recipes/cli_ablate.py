@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from sparsort.recipes.options import (
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    names_in,
     unescape,
 )
 from sparsort.terminal import note, show, show_json
@@ -65,6 +67,7 @@ def ablate(
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TASK)] = False,
+    columns: ColumnsOption = None,
     test: Annotated[
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
     ] = None,
@@ -143,6 +146,7 @@ def ablate(
         stop=tuple(str(unescape(text)) for text in stop) if stop else None,
         max_new_tokens=max_new_tokens,
         chat=chat or None,
+        columns=names_in(columns),
     )
     changes: dict[str, Any] = {
         "sets": sets,

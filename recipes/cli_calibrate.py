@@ -14,6 +14,7 @@ from sparsort.recipes.options import (
     AnswerOption,
     BudgetOption,
     ChatOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -24,6 +25,7 @@ from sparsort.recipes.options import (
     RevisionOption,
     SystemOption,
     TrustOption,
+    names_in,
     unescape,
 )
 from sparsort.terminal import note, show, show_json
@@ -52,6 +54,7 @@ def calibrate(
         int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=TEXT_PANEL)
     ] = None,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     level: Annotated[
         str | None, typer.Option(help="Column that rises with human difficulty.", rich_help_panel=_REFERENCES)
     ] = None,
@@ -107,6 +110,7 @@ def calibrate(
         truncation=truncation,  # type: ignore[arg-type]
         max_length=max_length,
         id_column=id_column,
+        columns=names_in(columns),
         level=level,
         correct=correct,
         target=target,

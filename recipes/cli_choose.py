@@ -12,6 +12,7 @@ from sparsort.recipes.options import (
     TEXT_PANEL,
     AnswerOption,
     ChatOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -21,6 +22,7 @@ from sparsort.recipes.options import (
     RevisionOption,
     SystemOption,
     TrustOption,
+    names_in,
     unescape,
 )
 from sparsort.terminal import note, one_line, show, show_json
@@ -69,6 +71,7 @@ def choose(
     chat: ChatOption = False,
     separator: Annotated[str, typer.Option(help="Between demonstrations.", rich_help_panel=TEXT_PANEL)] = r"\n\n",
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     k: Annotated[int | None, typer.Option("-k", "--shots", help="Draw this many demonstrations from FILE.")] = None,
     queries: Annotated[int, typer.Option(help="Most queries to ask about.")] = 32,
     orders: Annotated[int, typer.Option(help="Orders to try: all, or random ones where there are more.")] = 24,
@@ -94,7 +97,15 @@ def choose(
     # A misspelt criterion should not cost the reading of files.
     scored = needs_labels(by)
     given = read_rows(
-        file, on, prompt=unescape(prompt), label=label, k=k, queries=queries, seed=seed, id_column=id_column
+        file,
+        on,
+        prompt=unescape(prompt),
+        label=label,
+        k=k,
+        queries=queries,
+        seed=seed,
+        id_column=id_column,
+        columns=names_in(columns),
     )
     named = given.label_set(label, labels) if scored or labels else {}
     chosen = choose_order(

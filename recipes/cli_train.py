@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsort.recipes.options import MODEL_PANEL, TEXT_PANEL, IdOption, JsonOption, unescape
+from sparsort.recipes.options import MODEL_PANEL, TEXT_PANEL, ColumnsOption, IdOption, JsonOption, names_in, unescape
 from sparsort.recipes.options_curriculum import (
     BatchSizeOption,
     DirectionOption,
@@ -49,7 +49,7 @@ def train(
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to go on after a stop.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to resume after a stop.")],
     text: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +130,7 @@ def train(
     warmup_steps: Annotated[int, typer.Option(help="In which the learning rate rises.", rich_help_panel=_TRAINING)] = 0,
     max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.", rich_help_panel=TEXT_PANEL)] = 1024,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     eval_share: Annotated[
         float | None,
         typer.Option(help="Share of the rows to hold out [default: 0.1, none with --plan].", rich_help_panel=_TRAINING),
@@ -209,6 +210,7 @@ def train(
         groups=groups,
         eval_data=eval_data,
         id_column=id_column,
+        columns=names_in(columns),
         fingerprint=fingerprint,
         verify=verify,
         recipe=recipe,

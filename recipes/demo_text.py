@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsort.curriculum.demos.blocks import compared_text, demo_turns, query_row
 from sparsort.errors import SparsortError
+from sparsort.integrity import parse_json
 from sparsort.scoring.conversations import turns_of
 from sparsort.scoring.prompts import Prompt
 from sparsort.templates import fields_of, render
@@ -70,19 +71,19 @@ class DemoText:
         return Prompt.of(str(self.prompt), answer=self.answer if answer else None, system=self.system, chat=self.chat)
 
     def question(self, row: Mapping[str, Any], *, where: str) -> str:
-        """The question of a row as text, chat markers apart."""
+        """The question of a row as text, without chat markers."""
         if self.messages is not None:
             return compared_text(row, self.messages, where=where)
         return render(str(self.prompt), row, where=where)
 
     def whole(self, row: Mapping[str, Any], *, where: str) -> str:
-        """A demonstration as it will stand in the prompt, chat markers apart."""
+        """A demonstration as it will appear in the prompt, without chat markers."""
         if self.messages is not None:
             return "\n".join(turn["content"] for turn in demo_turns(row, self.messages, where=where))
         return self.question(row, where=where) + render(str(self.answer), row, where=where)
 
     def compared_by(self) -> dict[str, Any]:
-        """The argument of `select_demos` that says what a query is compared by."""
+        """The argument of `select_demos` that defines the text by which a query is compared."""
         if self.messages is not None:
             return {"text": lambda row: self.question(row, where="a row")}
         return {"prompt": self.prompt}
@@ -117,7 +118,7 @@ def _json(query: str) -> Any:
     if opening not in ("{", "["):
         return query
     try:
-        return json.loads(query)
+        return parse_json(query)
     except json.JSONDecodeError as error:
         if opening == "[":
             return query

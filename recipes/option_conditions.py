@@ -33,7 +33,7 @@ Resolve = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """The conditions of a command's options; `resolve` fills in what stands for options that were not given."""
+    """The conditions of a command's options; `resolve` fills in the values of options that were not given."""
 
     table: Table
     resolve: Resolve = lambda values, given: values
@@ -81,7 +81,7 @@ _HAS_TURNS = among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS)
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
 SCORE: Table = {
-    **always("file", "prompt", "messages", "id_column", "out", "shard_rows", "strict", "as_json"),
+    **always("file", "prompt", "messages", "id_column", "columns", "out", "shard_rows", "strict", "as_json"),
     **_SCORER,
     "answer": (
         among("scorer", [name for name in SCORERS if name not in ("prompt_loss", "random", "column")], of=SCORERS),
@@ -98,7 +98,7 @@ ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY}
 
 CHOOSE: Table = {
     **always("file", "by", "prompt", "answer", "label", "labels", "chat", "id_column", "k", "orders", "seed", "model"),
-    **always("dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
+    **always("columns", "dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
     "system": (SYSTEM,),
@@ -109,7 +109,7 @@ CALIBRATE: Table = {
     **always(
         "file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"
     ),
-    **always("poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
+    **always("columns", "poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
     **always("trust_remote_code", "draws", "seed", "out", "as_json"),
     "answer": CALIBRATE_READ_BY["answer"],
     "system": (NO_CONVERSATION, SYSTEM),
@@ -143,7 +143,7 @@ _WRITES = When(
     instead={"judge": "exact"},
 )
 ABLATE: Table = {
-    # --dry-run and --no-run are put behind a whole command, so they take the options that describe its run and its report.
+    # --dry-run and --no-run are appended to a whole command, so they accept the options that describe its run and its report.
     **always("source", "out", "shots", "sets", "first_seed", "selectors", "orderers", "choosers", "random_orders"),
     **always(
         "test_rows",
@@ -157,7 +157,7 @@ ABLATE: Table = {
         "no_report",
         "as_json",
     ),
-    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test"), (_OWN_TASK,)),
+    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "columns", "test"), (_OWN_TASK,)),
     "labels": (_OWN_TASK, _SCORES_LABELS),
     "stop": (_OWN_TASK, _WRITES),
     "max_new_tokens": (_OWN_TASK, _WRITES),
@@ -208,16 +208,26 @@ PLAN: Table = {
     "groups": (_NAMES_A_FIELD, _GROUPED),
     "show_groups": (_NAMES_A_FIELD,),
     "lengths": (_NAMES_A_FIELD,),
+    "columns": (needs("data", "it names the columns of the data", data="FILE"),),
     "combination": (_COMBINES,),
     "weight": (_WEIGHS, among("combination", ("rank_average",), of=COMBINATIONS)),
-    "beside": (needs("draw", "plans stand next to each other in a figure", draw="FILE"),),
+    "beside": (needs("draw", "plans are drawn next to each other in a figure", draw="FILE"),),
 }
 
 _OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
+_OF_PLAN = (
+    needs(
+        "plan",
+        "it concerns a plan that was made before; scores are matched to the rows by id or content",
+        plan="FOLDER",
+    ),
+)
 TRAIN: Table = {
     **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
-    **always("learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "eval_share", "eval_data"),
+    **always(
+        "learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "columns", "eval_share", "eval_data"
+    ),
     **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
     **under(_OF_SCORES, _CURRICULUM),
     "groups": (_OF_SCORES, _GROUPED),
@@ -239,12 +249,12 @@ TRAIN: Table = {
 
 
 def _calibrated(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the arguments of `calibrate` that the options stand for."""
+    """With the arguments of `calibrate` that the options set."""
     return values | {"own_loss": not values["no_loss"]}
 
 
 def _planned(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the settings of a curriculum that stand for the options that were not given."""
+    """With the defaults of a curriculum for the options that were not given."""
     defaults = {field.name: field.default for field in fields(CurriculumSettings)}
     return values | {name: default for name, default in defaults.items() if name in values and values[name] is None}
 

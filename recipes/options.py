@@ -54,6 +54,14 @@ IdOption = Annotated[
         "--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=TEXT_PANEL
     ),
 ]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Comma-separated names of the columns of a .csv or .tsv file without a header.",
+        rich_help_panel=TEXT_PANEL,
+    ),
+]
 ScorerOption = Annotated[
     str,
     typer.Option(
@@ -103,6 +111,11 @@ class CheckedCommand(PrintableUsage, TyperCommand):
 
         check(ctx)
         return super().invoke(ctx)
+
+
+def names_in(text: str | None) -> tuple[str, ...] | None:
+    """The names of a comma-separated list, without spaces around them; None for None."""
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def unescape(text: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """When each option of selecting, ordering and assembling demonstrations has an effect: for `order_file` and `sparsort order`.
 
-Contract: conditions look at the options alone; see `sparsort.conditions`. What is no choice at all counts as one that reads
-everything, so that the misspelt name is what is reported.
+Contract: conditions look at the options alone; see `sparsort.conditions`. A value that is not a valid choice counts as one
+that reads everything, so that the misspelt name is what is reported.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
 _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
-    **always("prompt", "answer", "messages", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
+    **always("prompt", "answer", "messages", "id_column", "columns", "k", "ids", "order", "max_tokens", "allow_leaks"),
     **under(_RANKED, under(_NOT_SCORED_YET, _SCORER)),
     "scores": (_RANKED,),
     "system": (NO_CONVERSATION, _OWN_PROMPT, SYSTEM),

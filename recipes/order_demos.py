@@ -68,6 +68,7 @@ class OrderConfig:
     system: str | None = None
     chat: bool = False
     id_column: str | None = None
+    columns: tuple[str, ...] | None = None
     missing: Any = "error"
     embedder: str | None = None
 
@@ -130,7 +131,7 @@ def order_file(
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    rows = list(open_rows(file, id_column=config.id_column).rows())
+    rows = list(open_rows(file, id_column=config.id_column, columns=config.columns).rows())
     text = DemoText.of(
         list(rows[0].fields),
         prompt=config.prompt,
@@ -259,8 +260,8 @@ class _Session:
         return self._queries[key]
 
     def text_of(self, row: Row) -> str:
-        """The demonstration as it will stand in the prompt, chat markers apart."""
-        return self.text.whole(row.fields, where=f"row {row.position} (id {row.id!r})")
+        """The demonstration as it will appear in the prompt, without chat markers."""
+        return self.text.whole(row.fields, where=row.name)
 
     def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
         """(n,) cosine similarity of rows and query."""
@@ -350,7 +351,7 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
 
 
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
-    """Refuse what was configured and has no effect; a seed, and a scorer beside scores, may be given where they are not read."""
+    """Refuse what was configured and has no effect; a seed, and a scorer next to scores, may be given where they are not read."""
     values = {**vars(scorer), **vars(config), "scores": scores}
     refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
 

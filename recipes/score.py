@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -214,6 +215,7 @@ class TextConfig:
     truncation: Any = "error"
     max_length: int | None = None
     id_column: str | None = None
+    columns: Sequence[str] | None = None
 
     def read(self) -> Prompt | None:
         """The prompt, if one was given."""
@@ -304,7 +306,7 @@ def score_file(
     prompt = text.read()
     reads_column = scorer.scorer == "column" and scorer.column is not None
     content = [str(scorer.column)] if reads_column else prompt.fields if prompt is not None else None
-    source = open_rows(file, id_column=text.id_column, content=content)
+    source = open_rows(file, id_column=text.id_column, content=content, columns=text.columns)
     if prompt is not None:
         source.require(prompt.fields, prompt)
     elif scorer.reads_text:

@@ -35,7 +35,7 @@ IDENTITY = (
 # What a setting needs to be read; see `sparsort.conditions`.
 READ_BY: Table = {
     "online_metric": (needs("online", "the difficulty is not learned in training", online=True),),
-    "epochs": (excludes("max_steps", "{max_steps} says how long the run is"),),
+    "epochs": (excludes("max_steps", "{max_steps} sets the length of the run"),),
 }
 
 
@@ -56,7 +56,7 @@ class TrainConfig:
         max_length: tokens at which a text is cut.
         eval_share: of the rows, held out by chance; 0.1 with scores and 0 with a plan unless given.
         eval_steps: steps between two looks at the held-out loss; None for one at the end.
-        online: learn the difficulty from the model in training, and plan anew from it.
+        online: learn the difficulty from the model in training, and plan again from it.
         online_metric: sparsity metric of the hidden states.
         save_steps: steps between two checkpoints.
         report_to: "none", or a tracker of transformers, such as "tensorboard".

@@ -5,7 +5,7 @@ a device, accumulation, processes, how often to save) is not in it. `result.json
 finished. Both are whole or absent, and carry a digest of themselves. `result.json` also records what the run wrote, the history
 and the manifest of the model, so that a finished run that is called again does not name files that have changed since.
 
-Folders of version 1 have no digests: their files are held to what they tell themselves.
+Folders of version 1 have no digests: their files are checked as far as their content allows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error, write_json
+from sparsort.files import disk_error
 from sparsort.locks import locked
 
 FORMAT, VERSION = "sparsort-train", 2
@@ -71,7 +71,7 @@ def claim(folder: Path, asked: Mapping[str, Any], *, write: bool) -> None:
         SparsortError: the folder holds another run, something else, or the disk refuses.
     """
     if not compare(folder, asked) and write:
-        write_json(folder / _RUN, integrity.seal({"format": FORMAT, "version": VERSION, **asked}))
+        integrity.write_sealed(folder / _RUN, {"format": FORMAT, "version": VERSION, **asked})
 
 
 def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
@@ -123,7 +123,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Mark the run as finished, when model and history are written."""
     files = {name: integrity.record_of(folder / name) for name in _RECORDED}
-    write_json(folder / _RESULT, integrity.seal({"format": FORMAT, "version": VERSION, **result, "files": files}))
+    integrity.write_sealed(folder / _RESULT, {"format": FORMAT, "version": VERSION, **result, "files": files})
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Any]) -> None:
@@ -163,14 +163,14 @@ def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
 def _read(path: Path, *, next_step: str) -> dict[str, Any] | None:
     """A JSON object, with its seal where this version wrote it; None where there is no file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = integrity.parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise SparsortError(f"{path} cannot be read ({error}). {next_step}") from error
     if not isinstance(found, dict):
         raise SparsortError(f"{path} is not what sparsort writes. {next_step}")
-    # Either of the two says so, and no single change takes both away.
+    # The version and the seal both mark a sealed file, so no single change removes both marks.
     if found.get("version") == VERSION or integrity.SEAL in found:
         integrity.check_seal(found, path, next_step=next_step)
     return found

@@ -203,7 +203,7 @@ def _schedule(config: TrainConfig, steps: int) -> tuple[SchedulerType, dict[str,
 
 
 def _train(trainer: TextTrainer) -> None:
-    """Train from the newest intact checkpoint, or from the beginning, also where the first one was not written to its end."""
+    """Train from the newest intact checkpoint, or from the beginning if there is no intact one."""
     if any(Path(trainer.args.output_dir).glob("checkpoint-*")):
         try:
             trainer.train(resume_from_checkpoint=True)

@@ -99,7 +99,7 @@ def _build(found: Mapping[str, Any], where: str) -> Recipe:
             raise SparsortError(f"{where}: {name} is {table!r}; expected a table, [{name}], of settings.")
     train, curriculum = dict(found.get("train", {})), dict(found.get("curriculum", {}))
     with _named(where):
-        # Whether training is online may be said beside the recipe; `train` checks what both come to.
+        # `online` may be given outside the recipe, so it is assumed here; `train` checks the combination.
         tables.build(TrainConfig, {"online": True, **train}, kind="[train] table", where=where)
     for name in curriculum:
         if name not in _CURRICULUM:

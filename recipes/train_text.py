@@ -1,8 +1,8 @@
 """Rows → texts → token ids, on disk: what a language model trains on, in the order of the rows.
 
 Contract: row i of the result is the i-th row that was kept. A text is its template filled from the row, read by the
-tokenizer with its own special tokens, an end-of-text token behind it where the tokenizer has one, and cut at
-`max_length` tokens; how many were cut is told. A conversation is what the model's chat template makes of all its turns, whose
+tokenizer with its own special tokens, an end-of-text token after it where the tokenizer has one, and cut at
+`max_length` tokens; how many were cut is reported. A conversation is what the model's chat template makes of all its turns, whose
 special tokens are the only ones. No row is left out in silence: one whose text is empty, or too short to
 have a token to predict, stops the run before it begins, by name.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from sparsort import integrity
 from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
+from sparsort.files import write_atomically
 from sparsort.progress import progress
 from sparsort.scoring.conversations import turns_of
 from sparsort.scoring.prompts import Prompt, RefusedTurnsError, apply_chat_template, hash_tokenizer, need_chat_template
@@ -200,7 +199,7 @@ def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, fo
     path = folder / f"tokens-{digest}.arrow"
     if not is_intact(path):
         _write(rows, text, tokenizer, max_length, path)
-        write_json(_record(path), integrity.seal({path.name: integrity.record_of(path)}))
+        integrity.write_sealed(_record(path), {path.name: integrity.record_of(path)})
     dataset = datasets.Dataset.from_file(str(path))
     lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
     cut = np.count_nonzero(dataset.data.column("n_tokens").to_numpy() > lengths)
@@ -216,7 +215,7 @@ def is_intact(path: Path) -> bool:
     if not (path.exists() and _record(path).exists()):
         return False
     try:
-        record = json.loads(_record(path).read_text(encoding="utf-8"))
+        record = integrity.parse_json(_record(path).read_text(encoding="utf-8"))
         sealed = isinstance(record, dict) and integrity.is_sealed(record)
         problem = integrity.damage(path, record[path.name]) if sealed else "its record has changed since it was written"
     except (OSError, ValueError, KeyError) as error:

@@ -4,7 +4,7 @@ Contract: `log_p[q, l]` is the sum of the log-probabilities, in nats, of the tok
 plain forward pass over the whole text gives it (to 1e-3 in fp32). Which tokens are the answer's follows the rule "continuation"
 (`branches`) from the prompt and that answer alone, so neither the other answers nor the other queries of a call change a number;
 the features are those of the prompt's own last token. The prefix's keys and values are computed once, all answers of a query
-hang on one stem, and the head runs at their positions alone.
+share one stem, and the head runs at their positions alone.
 
 Sources of the cost: OpenICL's perplexity inferencer runs |L| whole prompts a query; here a query costs its own tokens.
 """

@@ -61,8 +61,7 @@ class _RowJob(Job):
         """(status, reason, difficulty) of one row."""
         text = None
         if self._scorer.reads_text:
-            where = f"row {row.position} (id {row.id!r})"
-            rendered = self._request.prompt.render(row.fields, where=where, tokenizer=self._scorer.tokenizer)
+            rendered = self._request.prompt.render(row.fields, where=row.name, tokenizer=self._scorer.tokenizer)
             if rendered.problem is not None:
                 return *rendered.problem, math.nan
             text = rendered.text
@@ -208,9 +207,9 @@ class ColumnScorer(_RowScorer):
             if not has_text(given):  # an array of one element is a number to `float`
                 raise TypeError
             number = float(given)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise SparsortError(
-                f"column {self.column!r} of row {row.position} (id {row.id!r}) holds {given!r}; expected a number. "
+                f"column {self.column!r} of {row.name} holds {given!r}; expected a number. "
                 "Name a numeric column, or convert it first."
             ) from None
         return ("ok", -number if self.descending else number) if math.isfinite(number) else ("missing", math.nan)

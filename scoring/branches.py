@@ -27,7 +27,7 @@ from sparsort.scoring.prompts import Encoded, Encoder, Rendered
 # The name of the rule above; stored outcomes of queries for which it matters are filed under it.
 RULE = "continuation"
 # Characters of the prefix, in whole chunks, with which a query is tokenised: a chunk may be a part of a word ("x'" + "v" before
-# "ed"), and what stands before that part decides how the word is cut.
+# "ed"), and the text before that part decides how the word is cut.
 _CONTEXT = 32
 # Texts tokenised at once.
 _AT_ONCE = 1024

@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
-from sparsort.integrity import is_sealed, seal
+from sparsort.integrity import as_written, is_sealed, parse_json, seal
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
@@ -31,7 +31,7 @@ FORMAT = "sparsort-calibration"
 VERSION = 2
 _UNSEALED = 1
 LENGTH = "length"
-# Said in the file next to the numbers of all candidates, where some are null.
+# Written next to the numbers of all candidates, if some are null.
 _NULLS = (
     "null: the candidate was not compared with this reference, does not vary (in fixed_…: once length is held fixed), varies in "
     "too few draws for an interval, or the reference has fewer than three levels"
@@ -89,7 +89,7 @@ class Definition:
         if asked.turns != self.turns:
             raise SparsortError(
                 f"this calibration is of the prompt {_shown(self.turns)}, and {_shown(asked.turns)} was asked for. What a score "
-                "says changes with the prompt: leave --prompt away (--messages too) to use the calibrated one, or calibrate this."
+                "says changes with the prompt: omit --prompt and --messages to use the calibrated one, or calibrate this one."
             )
         if asked.answer != self.answer:
             what = f"reads the answer {self.answer!r}" if self.answer is not None else "reads the prompt alone"
@@ -192,7 +192,7 @@ class Calibration:
         """
         path = Path(path).expanduser()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SparsortError(
                 f"there is no calibration {path}. Make one with sparsort calibrate … --out {path}."
@@ -201,7 +201,8 @@ class Calibration:
             raise SparsortError(
                 f"{path} cannot be read as a calibration ({error}). Make it again with sparsort calibrate … --out {path}."
             ) from error
-        made = cls.from_dict(found, str(path))
+        with as_written(path, next_step=f"Make it again with sparsort calibrate … --out {path}."):
+            made = cls.from_dict(found, str(path))
         if found["version"] != _UNSEALED and not is_sealed(found):
             raise SparsortError(
                 f"{path} is damaged: it has changed since it was written. Make it again with sparsort calibrate … --out {path}."
@@ -257,7 +258,7 @@ class Calibration:
         return made
 
     def _check_repeated(self, found: Mapping[str, Any]) -> None:
-        """Check that what the JSON says twice agrees; a file of version 1 has no other guard.
+        """Check that the parts of the JSON that repeat one another agree; a file of version 1 has no other guard.
 
         Raises:
             ValueError: it does not.

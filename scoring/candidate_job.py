@@ -99,10 +99,7 @@ class CandidateJob(ModelJob):
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Ids of every row: the prompt's own, and those of prompt and answer."""
         tokenizer = self.encoder.tokenizer
-        rendered = [
-            self.request.prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=tokenizer)
-            for row in rows
-        ]
+        rendered = [self.request.prompt.render(row.fields, where=row.name, tokenizer=tokenizer) for row in rows]
         together = self.encoder.encode(rendered)
         alone = together
         if self.request.prompt.answer is not None:

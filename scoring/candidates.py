@@ -8,7 +8,7 @@ answer behind it.
 
 One pass: prompt and answer run as one text, since the prompt's states cannot see the answer. Where tokenising them together
 changes the prompt's own tokens (a token straddles the border) that row is read twice, alone and with its answer. The outlier
-rules are fitted on a sample of the source, which is scored in the same breath (`candidate_job`); the fits stand in the
+rules are fitted on a sample of the source, which is scored in the same pass (`candidate_job`); the fits are in the
 provenance.
 """
 

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.scores import Scores, scores_schema
-from sparsort.scoring.shards import ShardStore, as_json, rows_digest
-from sparsort.scoring.sources import Row, RowSource
+from sparsort.scoring.shards import ShardStore, as_json
+from sparsort.scoring.sources import Row, RowSource, rows_digest
 
 SHARD_ROWS = 2048
 

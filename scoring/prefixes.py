@@ -46,7 +46,8 @@ _EXTENDED_AT_ONCE = 2048
 _LEAST_FUSED = 256
 # Rounding in bf16 moves the states of right models by 0.01 to 0.03 of their size; 64 steps of it would let half of it pass.
 _MOST_GAP = 0.1
-# What a model raises whose attention or cache is not what `attend` and `_Feed` stand in for. RuntimeError holds NotImplementedError.
+# What a model raises if its attention or cache is not of the kind that `attend` and `_Feed` replace. RuntimeError includes
+# NotImplementedError.
 _UNLIKE_OTHERS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _PASSED = threading.local()
 _LOCKING = threading.Lock()
@@ -446,7 +447,9 @@ class PrefixReader:
         T = ids_BT.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).tril()
         offset = torch.arange(T, device=ids_BT.device).repeat(2).expand(len(ids_BT), -1)
-        visible = torch.block_diag(causal, causal).expand(len(ids_BT), -1, -1)
+        nothing = torch.zeros_like(causal)
+        visible = torch.cat([torch.cat([causal, nothing], dim=1), torch.cat([nothing, causal], dim=1)])
+        visible = visible.expand(len(ids_BT), -1, -1)
         block = self.read(prefix, ids_BT.repeat(1, 2), offset_BT=offset, visible_BTT=visible, sites=[site])
         return block.states[site.name]
 

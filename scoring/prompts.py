@@ -1,9 +1,9 @@
 """From a row to token ids: a prompt is a format string, chat turns, or a conversation that the row holds.
 
 Contract: `Prompt.render` makes text, `Encoder.encode` makes ids. The text is tokenised once, prompt and answer together, so
-the ids are those the model would see; a token that straddles the border belongs to the answer. (A row's own answer is meant,
-whose states and loss are read. Labels that are compared are scored by the rule in `branches`, which gives the same tokens but
-where whitespace ends the prompt or a token before the border changes.) Exactly the special tokens
+the ids are those the model would see; a token that straddles the border belongs to the answer. This holds for a row's
+own answer, whose states and loss are read. Labels that are compared are scored by the rule in `branches`, which gives other
+tokens only where whitespace ends the prompt or a token before the border changes. Exactly the special tokens
 that the tokenizer puts in front are put in front (once), and none behind, so that the last token is the text's own.
 A row that cannot be encoded is returned with a `problem`; a mistake in the template, or a value that is not text, raises.
 """
@@ -186,7 +186,7 @@ class Prompt:
 
     @property
     def paths(self) -> set[str]:
-        """The fields that look into a column; no schema says whether there is anything."""
+        """The fields that are paths into a column; a schema does not show whether they lead to a value."""
         if self.messages is not None:
             return set()
         return {
@@ -195,7 +195,7 @@ class Prompt:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one row of a table says of all what can be read of them; each conversation has roles of its own."""
+        """Whether one row of a table shows that all rows can be read; conversations differ from row to row."""
         return self.messages is None
 
     def check(self, fields: Mapping[str, Any], *, where: str) -> set[str]:

@@ -197,8 +197,8 @@ def quantiles(draws: Array, level: float) -> tuple[Array, Array]:
 def missing_interval(draws_B: Array, level: float) -> str:
     """Why the draws of one statistic give no interval, in a clause; "" where they do.
 
-    A draw without a value (a side that does not vary in it) belongs to neither tail: with more of them than the interval leaves
-    out, its ends are anybody's guess. Draws that are all equal say nothing of how far another sample would lie.
+    A draw without a value (a side that does not vary in it) belongs to neither tail: if there are more of them than the interval
+    excludes, its ends are unknown. Draws that are all equal do not show how far other samples would differ.
     """
     finite = np.isfinite(draws_B)
     if finite.mean() < level:

@@ -167,10 +167,7 @@ class ModelJob(Job):
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Token ids of the rows; an answer that is wanted and empty is a problem of the row."""
         prompt = self.request.prompt
-        rendered = [
-            prompt.render(row.fields, where=f"row {row.position} (id {row.id!r})", tokenizer=self.encoder.tokenizer)
-            for row in rows
-        ]
+        rendered = [prompt.render(row.fields, where=row.name, tokenizer=self.encoder.tokenizer) for row in rows]
         encoded = self.encoder.encode(rendered)
         if not self.wants_answer:
             return encoded

@@ -1,7 +1,7 @@
 """The score folder: one Parquet file a shard, written whole or not at all, under a manifest of the settings.
 
 Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` is the file that was written and the
-rows and settings that it was sealed with are those at hand; a damaged one is scored again. `manifest.json` holds what was
+rows and settings that it was sealed with are the current ones; a damaged one is scored again. `manifest.json` holds what was
 asked (`provenance`, `shard_rows`) and is made before the first shard, by exactly one of the processes that begin at once; the
 others take up its run, or are refused where their settings differ. Which shards are done is read from the files, so that two
 processes that score disjoint shards never write the same file; `finish` adds the list of shards when all are there, and every
@@ -10,14 +10,13 @@ whole.
 
 Digests: each shard carries one of itself (`parquet_seal`), which is what a run that resumes checks, without parsing Parquet. The
 manifest carries one of itself, and when the run is finished the size and digest of every shard; readers check these.
-Version 1 of the format has none of them. Its shards are checked against what they imply (`unsealed`), each time they are used
+Version 1 of the format has no digests. Its shards are checked against what they imply (`unsealed`), each time they are used
 until `finish` writes a manifest of version 2. Reading writes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -31,11 +30,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error, write_atomically, write_json
-from sparsort.integrity import check_file, check_seal, damage, record_of, seal
+from sparsort.files import disk_error, write_atomically
+from sparsort.integrity import (
+    check_file,
+    check_seal,
+    damage,
+    digest_of_values,
+    parse_json,
+    record_of,
+    seal,
+    write_sealed,
+)
 from sparsort.parquet_seal import DamagedError, add_seal, read_seal
 from sparsort.scoring import unsealed
-from sparsort.scoring.sources import rows_digest as rows_digest
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsort-scores"
@@ -163,7 +170,7 @@ class ShardStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def is_done(self, index: int, digest: str, note: Callable[[str], None]) -> bool:
-        """Whether shard `index` is there, whole, and of the rows with this `rows_digest`; `note` is told of damage.
+        """Whether shard `index` is there, whole, and of the rows with this `rows_digest`; `note` is called with any damage.
 
         Raises:
             SparsortError: it is whole, but of other rows or other settings; or the disk cannot read it.
@@ -218,8 +225,7 @@ class ShardStore:
         if len(shards) < len(present):
             return False
         if manifest.get("shards") != shards:
-            finished = {**manifest, "version": VERSION, "rows": total, "shards": shards}
-            write_json(self.folder / MANIFEST, seal(finished))
+            write_sealed(self.folder / MANIFEST, {**manifest, "version": VERSION, "rows": total, "shards": shards})
         return True
 
     @property
@@ -365,7 +371,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
             f"{folder} is no score folder: it has no {MANIFEST}. Make one with sparsort score --out {folder}."
@@ -391,15 +397,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest of version 1, which has no digest, holds what one must hold."""
+    """Whether a manifest holds what one must hold: version 1 has no digest, and a digest does not say who wrote the values."""
     shards, numbers = manifest.get("shards", []), [manifest.get("shard_rows"), manifest.get("rows", 0)]
+    # What version 1 does not have is left to the checks of its shards.
+    kinds = {"index": int, "file": str} if manifest["version"] == _UNSEALED else _SHARD_KINDS
     return (
         isinstance(manifest.get("provenance"), dict)
         and isinstance(manifest["provenance"].get("orientation", {}), dict)
         and all(type(number) is int and number >= 0 for number in numbers)
         and isinstance(shards, list)
-        and all(isinstance(shard, dict) and {"index", "file"} <= shard.keys() for shard in shards)
-        and all(type(shard["index"]) is int and isinstance(shard["file"], str) for shard in shards)
+        and all(isinstance(shard, dict) for shard in shards)
+        and all(type(shard.get(name)) is kind for shard in shards for name, kind in kinds.items())
     )
 
 
@@ -461,8 +469,7 @@ def _alive(process: int) -> bool:
 
 
 def _settings_digest(provenance: Mapping[str, Any], shard_rows: int) -> str:
-    text = json.dumps({"shard_rows": shard_rows, **_compared(provenance)}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest_of_values({"shard_rows": shard_rows, **_compared(provenance)})
 
 
 def _compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,4 +490,5 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 _ABSENT = object()
+_SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}
 _SCORE_AGAIN = "Run the command that made these scores again: it scores damaged shards again and keeps the others."

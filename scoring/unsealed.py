@@ -23,7 +23,7 @@ from sparsort.scoring.scores import STATUSES, scores_schema
 from sparsort.scoring.sources import rows_digest
 
 # What pyarrow raises for a file whose bytes have changed.
-UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 def check_shard(path: Path, *, settings: str, shard_rows: int, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def find_problem(table: pa.Table, provenance: Mapping[str, Any]) -> str | None:
 
 
 def find_other_difficulty(table: pa.Table, provenance: Mapping[str, Any]) -> str | None:
-    """Whether the difficulty is not the metric that the provenance names, turned by its orientation; None if it is.
+    """What is wrong if the difficulty is not the oriented metric that the provenance names; None if it is that metric.
 
     Every scorer of sparsort 0.1 gave such tables. The check is for files whose values have no other guard.
     """

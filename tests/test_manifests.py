@@ -85,7 +85,7 @@ def test_a_file_system_without_sync_is_put_up_with_and_a_broken_disk_is_not(
     code: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").write_bytes(b"1")
-    monkeypatch.setattr(manifests, "write_json", lambda *_: None)  # which has its own
+    monkeypatch.setattr(integrity, "write_sealed", lambda *_: None)  # it calls fsync itself
 
     def fsync(_: int) -> None:
         raise OSError(code, os.strerror(code))

@@ -1,6 +1,6 @@
 """How many items, or how many demonstration sets, it would take to see a difference.
 
-Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices, NaN where the outcomes at hand do not say:
+Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices, NaN where the outcomes do not determine it:
 fewer than three sets, or outcomes without spread. No answer is below the three sets that an interval takes.
 
 A plan, not a second test: computed from the difference just found, "power" restates its p-value and says nothing new about
@@ -135,7 +135,8 @@ def needed(values_SQ: ArrayLike, *, difference: float | None = None, power: floa
 
     The variance of d_s is τ² + ν²/Q. ν² is the interaction mean square of the S × Q table and τ² = var(d_s) − ν²/Q, both
     unbiased. More sets shrink both parts, more items the second alone. With t's noncentrality λ at which S − 1 degrees
-    reach the power, items = ν² / (S (δ/λ)² − τ²); without a positive denominator no number of items will do.
+    reach the power, items = ν² / (S (δ/λ)² − τ²); without a positive denominator no number of items will do. With fewer than
+    three sets, or sets that do not differ, the numbers are NaN; from one set, `items` is for that set alone.
 
     Args:
         values_SQ: (S, Q) an arm minus the mean over random orders, or minus another arm.
@@ -145,8 +146,6 @@ def needed(values_SQ: ArrayLike, *, difference: float | None = None, power: floa
 
     Raises:
         SparsortError: a bad shape or number, or a power or level outside (0, 1).
-
-    With fewer than three sets, or sets that do not differ, the numbers are NaN; from one set, items for that set alone.
     """
     _check(power, alpha)
     values = numbers(values_SQ, "values", "SQ")

@@ -1,7 +1,7 @@
 """Which rows are asked (test), which choose an order (dev), and which may be shown (pool); and the sets that are drawn.
 
 Contract: pure and seeded; draws go by the position of a row, so the same rows in another order are split otherwise. No row of
-the pool is, or nearly is, a test or dev row (`demos.leaks`), and no dev row is a test row; what was left out is reported. The
+the pool is, or nearly is, a test or dev row (`demos.leaks`), and no dev row is a test row; excluded rows are reported. The
 pool and the dev rows do not change with the number of test rows, and more test rows are the fewer ones and some more behind
 them, so a study can grow without asking again what it has asked.
 """
@@ -88,7 +88,7 @@ def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | Non
     path = base / name
     if not path.exists() and (base / path.name).exists():
         path = base / path.name
-    source = open_rows(path, id_column=task.id_column)
+    source = open_rows(path, id_column=task.id_column, columns=task.columns)
     if source.id_column is None:
         return [_identified(row.fields, row.position, which) for row in source.rows()]
     return [dict(row.fields) | {ID_FIELD: row.id} for row in source.rows()]

@@ -1,7 +1,7 @@
 """The label shares of unlabelled queries, estimated from what the model predicts for them.
 
 Contract: pure functions of label scores; no model. The queries alone cannot separate a model that prefers a label from
-queries that bear it more often, so the model's bias is fitted first, on labelled rows whose labels may be distributed in any
+queries that have it more often, so the model's bias is fitted first, on labelled rows whose labels may be distributed in any
 way. Assumption (label shift): for each label, the queries and the labelled rows are drawn from the same distribution, and
 only the shares of the labels differ.
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos import diversity, levels, similarity
 from sparsort.curriculum.demos.choices import balanced, by_id
 from sparsort.curriculum.demos.pool import DemoPool
-from sparsort.paths import column_of
-from sparsort.values import value_at
+from sparsort.values import text_if_any
 
 Places = NDArray[np.int64]
 
@@ -75,11 +74,8 @@ def _ids(task: Task) -> Places:
 
 
 def _balanced(task: Task) -> Places:
-    column = column_of(task.label)
-    values = [
-        value_at(row, task.label, where=task.pool.name(position)) if column in row else None
-        for position, row in enumerate(task.pool.rows)
-    ]
+    rows = enumerate(task.pool.rows)
+    values = [text_if_any(row, task.label, where=task.pool.name(position)) for position, row in rows]
     return balanced(values, task.rows, task.k, field=task.label, seed=task.seed)
 
 

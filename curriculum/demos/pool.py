@@ -23,7 +23,7 @@ from sparsort.curriculum.demos.similarity import WordIndex
 from sparsort.errors import SparsortError
 from sparsort.paths import column_of, spell
 from sparsort.templates import fields_of
-from sparsort.values import is_missing, text_at, value_at
+from sparsort.values import text_if_any
 
 Query = Mapping[str, Any] | str
 InputTexts = dict[str, str]
@@ -44,7 +44,7 @@ class DemoPool:
         rows: the rows, as a list or a dataset.
         prompt: the prompt template; its fields are the input that a query is compared by.
         text: instead, a function from a row to the text that it is compared by.
-        label: the field that holds the label, left out of the comparison; a path as in a template may be given.
+        label: the field that holds the label, excluded from the comparison; a column, or a path as in a template.
 
     Raises:
         SparsortError: both `prompt` and `text` are given, or the template names no field.
@@ -202,12 +202,13 @@ def field_text(row: Row, field: str, where: str) -> str:
     Raises:
         SparsortError: the row lacks it, or it has no text of its own.
     """
-    if column_of(field) not in row or is_missing(value_at(row, field, where=where)):
+    text = text_if_any(row, field, where=where)
+    if text is None:
         raise SparsortError(
             f"{where} has no value in the field {field!r}, which it is compared by; "
             f"it has: {', '.join(map(str, row)) or 'no fields'}."
         )
-    return text_at(row, field, where=where)
+    return text
 
 
 def leaking_rows(demos: Sequence[Row], query: Row, fields: Sequence[str]) -> list[Leak]:

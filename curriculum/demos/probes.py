@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from sparsort.curriculum.demos.rows import Row
 from sparsort.errors import SparsortError
-from sparsort.paths import column_of
 from sparsort.templates import fields_of, pieces
-from sparsort.values import is_missing, text_at, value_at
+from sparsort.values import text_if_any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +135,7 @@ def opening_of(prompt_template: str) -> str:
 
 def _shown(demo: Row, field: str) -> str:
     """What a demonstration has in a field; "" where it has nothing."""
-    where = "a demonstration"
-    there = column_of(field) in demo and not is_missing(value_at(demo, field, where=where))
-    return text_at(demo, field, where=where).strip() if there else ""
+    return (text_if_any(demo, field, where="a demonstration") or "").strip()
 
 
 class _Part(NamedTuple):

@@ -23,8 +23,9 @@ from sparsort.scoring.prompts import Prompt
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
-# What a setting needs to be read; see `sparsort.conditions`.
+# A separator has an effect in plain text only.
 NOT_IN_CHAT = excludes("chat", "{chat} makes a turn of every block")
+# What a setting needs to be read; see `sparsort.conditions`.
 READ_BY: Table = {
     "separator": (NOT_IN_CHAT, excludes("messages", "{messages} makes turns of every conversation")),
     "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),

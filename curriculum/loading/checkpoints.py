@@ -5,15 +5,14 @@ has written its part and before older checkpoints are deleted. So at any time, w
 was finished is still there. A checkpoint is checked before anything of it is used, and one that is damaged or was not finished
 is passed over for the newest one that is intact. Files that are added to a checkpoint later are no damage.
 
-Checkpoints of sparsort 0.1.0, and of trainers without a curriculum, have no manifest. They are held to all that they imply: the
-files that belong together, JSON that parses, the headers of safetensors, and the CRC of every record that torch.save
-writes. What none of these covers (a bit in a weight) is not found there. Checkpoints say themselves, in
-`trainer_state.json`, that they have a manifest, so losing it does not turn one of ours into one of those.
+Checkpoints of sparsort 0.1.0, and of trainers without a curriculum, have no manifest. They are checked as far as their content
+allows: the files that belong together, JSON that parses, the headers of safetensors, and the CRC of every record that
+torch.save writes. Other damage (a bit in a weight) is not found there. `trainer_state.json` of a newer checkpoint says that it
+has a manifest, so losing the manifest does not turn it into a checkpoint of 0.1.0.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 from sparsort import manifests
 from sparsort.errors import SparsortError
+from sparsort.integrity import parse_json
 
 _LOG = logging.getLogger("sparsort")
 _STATE = "trainer_state.json"
@@ -29,7 +29,7 @@ _STATE = "trainer_state.json"
 _PASSING = ("checkpoint-is-incomplete.txt",)
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 
-# What the first process says instead of a step.
+# Codes that the first process broadcasts instead of a step.
 _DAMAGED, _NONE = -1, -2
 
 
@@ -142,14 +142,14 @@ def damage_of(checkpoint: Path) -> str | None:
     if (checkpoint / manifests.FILE).exists():
         return manifests.damage_in(checkpoint)
     try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / _STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"it was not written to its end, as {_STATE} is missing"
+        return f"it was not written completely, as {_STATE} is missing"
     except (OSError, ValueError) as error:
         return f"{_STATE} cannot be read ({error})"
     own = _own_state(state)
     if own.get("manifest"):
-        return f"it was not written to its end, or lost its {manifests.FILE}"
+        return f"it was not written completely, or lost its {manifests.FILE}"
     try:
         return next(_contradictions(checkpoint, state, own), None)
     except OSError as error:
@@ -233,7 +233,7 @@ def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
         yield "its weights are missing"
     for index in checkpoint.glob("*.index.json"):
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (KeyError, TypeError, AttributeError, ValueError):
             yield f"{index.name} is no index of weights"
             continue

@@ -11,7 +11,6 @@ ranks rounds its sums otherwise. An order that was planned is saved, so only lat
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +28,6 @@ from sparsort.curriculum.loading.online import OnlineDifficulty, unwrap
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.running import RunningDifficulty
 from sparsort.errors import SparsortError
-from sparsort.files import write_json
 
 _FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
 _WITHOUT_DIGEST = 1  # still read
@@ -146,11 +144,11 @@ class OnlineCurriculum:
             "measure": self._measure(),
             "loader": position,
         }
-        write_json(folder / _FILE, integrity.seal({**about, "running": running_name, "plan": plan_name}))
+        integrity.write_sealed(folder / _FILE, {**about, "running": running_name, "plan": plan_name})
         _tidy(folder, {running_name, plan_name})
 
     def load(self, folder: Path | str) -> None:
-        """Go on from what `save` wrote: the loader, its plan, and what is known of each example.
+        """Resume from what `save` wrote: the loader, its plan, and what is known of each example.
 
         Raises:
             SparsortError: nothing was saved there, by another version, for another plan, or measured otherwise; or a file has
@@ -158,21 +156,22 @@ class OnlineCurriculum:
         """
         folder = Path(folder)
         about = _read(folder)
-        if about["base"] != self._base:
-            raise SparsortError(
-                f"{folder} was saved for the plan {about['base']}, and the loader's is {self._base}. Load with the plan and "
-                "the scores that training began with."
-            )
-        if about["measure"] != self._measure():
-            raise SparsortError(
-                f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
-                "Measure as before, or start anew."
-            )
-        self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
-        if about["plan"] is not None:
-            # Not mapped from the checkpoint, which may be rotated away while it is followed.
-            self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]).in_memory())
-        self.loader.load_state_dict(about["loader"])
+        with integrity.as_written(folder / _FILE, next_step="Resume from another checkpoint."):
+            if about["base"] != self._base:
+                raise SparsortError(
+                    f"{folder} was saved for the plan {about['base']}, and the loader's is {self._base}. Load with the plan and "
+                    "the scores that training began with."
+                )
+            if about["measure"] != self._measure():
+                raise SparsortError(
+                    f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
+                    "Measure as before, or start anew."
+                )
+            self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
+            if about["plan"] is not None:
+                # Not mapped from the checkpoint, which may be rotated away while it is followed.
+                self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]).in_memory())
+            self.loader.load_state_dict(about["loader"])
         self.online.drain()
         self._pending, self._measured = Observations.join([]), None
 
@@ -205,7 +204,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """What `online.json` says, checked."""
     path = folder / _FILE
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = integrity.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(
             f"cannot read an online curriculum from {path}: {error}. The checkpoint was written without one, or in part: "
@@ -215,7 +214,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if given not in ((_FORMAT, _VERSION), (_FORMAT, _WITHOUT_DIGEST)):
         raise SparsortError(
             f"{path} is version {given[1]!r} of {given[0]!r}; expected version {_VERSION} of {_FORMAT!r}. Use the sparsort "
-            "that wrote it, or start anew."
+            "that wrote it, or start again."
         )
     next_step = "Resume from another checkpoint."
     if given[1] == _VERSION:

@@ -22,7 +22,6 @@ from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.ranking import by_id, group_names, row_type
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.curriculum.loading.verification import check_name, ids_from, note_rows
-from sparsort.curriculum.loading.verification import content_digest as content_digest
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
 from sparsort.scoring.scores import Scores
@@ -189,7 +188,7 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
                 given = np.asanyarray(given)
                 if given.dtype == object and given.ndim == 1:
                     given = number_array(given)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (OverflowError, TypeError, ValueError, RuntimeError) as error:
                 raise SparsortError(
                     f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
                     "row; of a tensor, tensor.detach().float().numpy()."

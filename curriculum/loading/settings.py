@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-_ONE_PASS = When(holds=lambda v: v["mode"] != "pool", why="pool mode draws every batch anew")
+_ONE_PASS = When(holds=lambda v: v["mode"] != "pool", why="pool mode draws every batch by itself")
 _POOL = When(
     holds=lambda v: v["mode"] != "one_pass",
     why="one pass shows each example once, as often as the data has it",

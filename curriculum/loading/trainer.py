@@ -89,7 +89,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         )
         check_name(fingerprint)
         self._fingerprint, self._verify = fingerprint, verify
-        # All of this before the model is loaded, and before the class beside removes columns from the data.
+        # All of this before the model is loaded, and before the other base class removes columns from the data.
         passed = _passed(super().__init__, args, kwargs)
         refuse_own_batches(type(self), CurriculumMixin, passed.get("args"))
         given = passed.get("train_dataset")
@@ -231,7 +231,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self._sealed = folder
 
     def _verify_prepared(self, given: Any) -> Any:
-        """The dataset that counts as compared after construction: the one that was given, as the class beside prepared it."""
+        """The dataset that counts as compared after construction: the given one, as the other base class prepared it."""
         prepared = self.train_dataset
         if given is None:
             return None

@@ -1,7 +1,7 @@
 """Are these the rows that a plan was made for? What a plan notes of its rows, and how a dataset is compared with it.
 
 Contract: the first of these that both sides have decides: the user's own name for the data (`fingerprint=`), the ids, the
-content that was scored. Where both sides have none of them, the dataset is refused: a comparison of nothing is no agreement.
+content that was scored. Where they have nothing in common, the dataset is refused: comparing nothing is not agreement.
 
 How much is compared. Ids of a `datasets.Dataset`, a list or a tuple: all of them, so that two exchanged rows are found. Ids of
 any other dataset, and content: a sample of at most 144 rows, which are the first 16, the last, and one from each of 128 equal
@@ -111,7 +111,7 @@ def verify_rows(plan: CurriculumPlan, dataset: Any, *, fingerprint: str | None =
     Raises:
         SparsortError: other rows, rows in another order, another name, or nothing that could be compared.
     """
-    if same_name(plan, fingerprint):
+    if _same_name(plan, fingerprint):
         return
     if not rows_agree(plan, dataset):
         raise incomparable(plan, fingerprint)
@@ -151,7 +151,7 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
     Raises:
         SparsortError: as `verify_rows`. The message names the options of `sparsort train`.
     """
-    if same_name(plan, fingerprint):
+    if _same_name(plan, fingerprint):
         return
     first = _fields(next(iter(rows), {}))
     ids: dict[str, Any] = plan.notes.get(IDS) or {}
@@ -182,7 +182,7 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
         raise incomparable(plan, fingerprint, command=True)
 
 
-def same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
+def _same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
     """Whether plan and dataset have the same name; False where one of them has none.
 
     Raises:
@@ -236,7 +236,7 @@ def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool
     keep = (
         f"Keep the column {ids['column']!r} in the dataset" if ids else "Keep an id column in the data and the dataset"
     )
-    plans = "" if data_was_noted(plan) else " (and plan with plan_curriculum(scores, data=rows))"
+    plans = "" if ids or content else " (and plan with plan_curriculum(scores, data=rows))"
     names = "fingerprint='a name for the data'" if name is None else f"fingerprint={name!r}"
     here = "to this call" if not command else "here (--fingerprint)"
     skip = "verify=False (--no-verify)" if command else "verify=False"
@@ -251,16 +251,11 @@ def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool
     )
 
 
-def data_was_noted(plan: CurriculumPlan) -> bool:
-    """Whether the plan knows ids or contents of its rows."""
-    return bool(plan.notes.get(IDS) or plan.notes.get(CONTENT))
-
-
 def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
     """The error where a dataset has another number of rows than the plan."""
     return SparsortError(
         f"the dataset has {n_rows} rows and the plan was made for {plan.n_rows}. Load the data that was planned (one split, "
-        "unfiltered), or plan anew."
+        "unfiltered), or plan it again."
     )
 
 
@@ -349,7 +344,7 @@ def _note_content(digests: Sequence[str], fields: Sequence[str] | None) -> dict[
 
 
 def _places(n: int, digests: Sequence[str] | None = None) -> list[int]:
-    """The rows that are compared. Of each part, one of those whose content is rarest: only they tell where they are."""
+    """The rows that are compared. Of each part, a row whose content is rarest, since only rare content identifies a position."""
     if not n:
         return []
     counts = Counter(digests)

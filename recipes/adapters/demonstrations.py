@@ -42,7 +42,7 @@ class DemoOptions:
     """How demonstrations are chosen and ordered.
 
     Attributes:
-        order: an order of `order_demos`, first to last; the last stands next to the query. None for the hardest first.
+        order: an order of `order_demos`, first to last; the last is next to the query. None for the hardest first.
         select: a selector of `select_demos`, all but "ids".
         scores: difficulties of the pool's rows: a score folder or file (read at once), a table of scores, a mapping
             from id, or one number a row of the pool.

@@ -2,8 +2,8 @@
 
 Contract: a table maps every option of a call to its conditions. All of them must hold for the option to be read; `ALWAYS`, the
 empty tuple, is an option that is read whatever else is chosen. Only options that the caller gave are checked: the command line
-knows which those are, and in Python they are the ones that differ from their defaults. A condition holds for values that are
-no choice at all, so that a misspelt name is reported as such, by whoever reads it.
+knows which those are, and in Python they are the ones that differ from their defaults. A condition holds for a value
+that is not a valid choice, so that the code that reads it can report the misspelt name.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _FORMATTER = string.Formatter()
 
 
 class Piece(NamedTuple):
-    """Literal text, and the field behind it: its canonical spelling, or None where the template ends without one."""
+    """Literal text, and the field after it: its canonical spelling, or None where the template ends without one."""
 
     literal: str
     field: str | None
@@ -101,7 +101,7 @@ def check_values(template: str, fields: Mapping[str, Any], *, where: str, way_ou
 
 @functools.lru_cache(maxsize=256)
 def pieces(template: str) -> tuple[Piece, ...]:
-    """A template as literal texts, each with the field behind it.
+    """A template as literal texts, each with the field after it.
 
     Raises:
         SparsortError: the template cannot be read.
@@ -166,7 +166,7 @@ def _is_data(value: Any) -> bool:
 def _formatted(template: str, piece: Piece, value: Any, where: str) -> str:
     try:
         return format(_FORMATTER.convert_field(scalar(value), piece.conversion), piece.spec)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         shown = textwrap.shorten(repr(value), 60, placeholder=" …")
         raise SparsortError(
             f"{where}: the value {shown} of the field {piece.field!r} does not take the format {piece.spec!r} ({error}). "

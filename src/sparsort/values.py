@@ -1,4 +1,4 @@
-"""What a row's value is: missing or not, text or not, and what lies at a field of the row.
+"""What a row's value is: missing or not, text or not, and what is at a field of the row.
 
 Contract: every place that asks whether a value is there calls `is_missing`, and every place that writes a value into a prompt,
 a label, an id or an excerpt calls `as_text`. A NaN is missing in every form that data libraries give it. A list or a
@@ -69,7 +69,7 @@ def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
 
     Args:
         value: the value.
-        field: where it lies, as `sparsort.paths` writes it.
+        field: the field that it was read from, as `sparsort.paths` writes it.
         where: what the row is called in an error, such as "row 'q7'".
         way_out: a sentence about what else can be done, for the error.
 
@@ -80,8 +80,11 @@ def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
         return value
     if not has_text(value):
         raise not_text(value, field=field, where=where, way_out=way_out)
-    # A tensor's own text is its notation, "tensor(2.5)".
-    return str(value.item() if _is_scalar_tensor(value) else scalar(value))
+    try:
+        # A tensor's own text is its notation, "tensor(2.5)".
+        return str(value.item() if _is_scalar_tensor(value) else scalar(value))
+    except ValueError as error:  # Python writes whole numbers of at most 4300 digits
+        raise SparsortError(f"{where} has a value in the field {field!r} that has no text: {error}.") from error
 
 
 def scalar(value: Any) -> Any:
@@ -145,6 +148,17 @@ def text_at(row: Mapping[str, Any], field: str, *, where: str, way_out: str = ""
     return as_text(value, field=field, where=where, way_out=way_out)
 
 
+def text_if_any(row: Mapping[str, Any], field: str, *, where: str, way_out: str = "") -> str | None:
+    """The text at a field of a row; None where the row has no such column, or no value there.
+
+    Raises:
+        SparsortError: there is a value that has no text of its own, or a step of the path does not fit.
+    """
+    if parse_field(field)[0] not in row or is_missing(value_at(row, field, where=where)):
+        return None
+    return text_at(row, field, where=where, way_out=way_out)
+
+
 def put(row: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
     """A copy of a row with another value at a field; dictionaries and lists on the way there are copied, or made."""
     column, *steps = parse_field(field)
@@ -166,7 +180,7 @@ def row_of(texts: Mapping[str, str]) -> dict[str, Any]:
     """A row that has each text at its field.
 
     Raises:
-        SparsortError: no row can, because two of the fields lie in one another.
+        SparsortError: no row can, because one of the fields is inside another.
     """
     row: dict[str, Any] = {}
     for field, text in texts.items():
@@ -212,8 +226,8 @@ def _inside(value: Any, step: str, field: str, where: str) -> Any:
     if is_list(value):
         if not is_index(step):
             raise SparsortError(
-                f"{where} has {kind_of(value)} in the field {field!r}, of which the key {step!r} was asked for. "
-                f"Count its items first, such as {{{field}[0].{step}}}."
+                f"{where} has {kind_of(value)} in the field {field!r}, and its key {step!r} was asked for. "
+                f"Index the list first, such as {{{field}[0].{step}}}."
             )
         place = int(step)
         return value[place] if -len(value) <= place < len(value) else None

@@ -140,7 +140,7 @@ def test_without_an_intact_checkpoint_every_reason_is_given(run: Path) -> None:
     (run / "checkpoint-2" / "rng_state.pth").unlink()
     with pytest.raises(
         SparsortError,
-        match=r"no intact checkpoint .* checkpoint-3 is damaged: it was not written to its end, or lost its "
+        match=r"no intact checkpoint .* checkpoint-3 is damaged: it was not written completely, or lost its "
         r"sparsort-manifest.json. checkpoint-2 is damaged: rng_state.pth .* it is missing. Train from the start",
     ):
         _trainer(run).train(resume_from_checkpoint=True)

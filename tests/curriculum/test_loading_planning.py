@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 
 import sparsort
 from sparsort import SparsortError
-from sparsort.curriculum.loading.planning import content_digest, plan_curriculum
+from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.scoring.sources import digest_of
 
 ROWS = [
     {"id": f"r{number:02d}", "text": "word " * (1 + number % 7), "lang": "de" if number % 5 == 0 else "en"}
@@ -50,9 +52,11 @@ def test_a_plan_notes_the_content_of_its_rows(scores):
     noted = plan_curriculum(scores, batch_size=8).notes["content"]
     assert noted["fields"] == ["text"]
     assert noted == plan_curriculum(scores, data=ROWS, batch_size=8).notes["content"]
-    assert noted["digest"] == content_digest(ROWS, ["text"])
-    for other in (ROWS[::-1], [{**ROWS[0], "text": "changed"}, *ROWS[1:]]):
-        assert content_digest(other, ["text"]) != noted["digest"]
+    lines = "".join(f"{digest_of({'text': row['text']})}\n" for row in ROWS)
+    assert noted["digest"] == hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+    other = plan_curriculum(scores, data=ROWS[::-1], batch_size=8).notes["content"]
+    assert other["fields"] == noted["fields"]
+    assert other["digest"] != noted["digest"]
 
 
 def test_a_dataset_is_matched_as_rows_are(scores, tmp_path):

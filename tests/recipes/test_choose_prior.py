@@ -70,6 +70,27 @@ def test_each_prior_and_its_shares(loaded: LoadedModel, tmp_path: Path) -> None:
     assert by_name["estimated"].tokens_read > pool.tokens_read == uniform.tokens_read
 
 
+def test_labels_at_a_path_and_rows_without_one(loaded: LoadedModel, tmp_path: Path) -> None:
+    def nested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"text": row["text"], "meta": {"label": row["label"]}} for row in rows]
+
+    unlabelled = [{"text": "a"}, {"text": "b", "meta": None}, {"text": "c", "meta": {"label": float("nan")}}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in nested(POOL)), encoding="utf-8")
+    # Without label words, the labels are those of the demonstrations and the pool.
+    asked = {"prompt": PROMPT, "label": "meta.label", "separator": "\n", "model": loaded}
+    plain = sparsort.choose_order(
+        DEMOS, QUERIES, prompt=PROMPT, pool=POOL, prior="estimated", separator="\n", model=loaded
+    )
+    pool = [*nested(POOL), *unlabelled]
+    found = sparsort.choose_order(nested(DEMOS), QUERIES, pool=pool, prior="estimated", **asked)
+    assert found.prior == plain.prior
+    assert found.scores == pytest.approx(plain.scores)
+    for prior in ("pool", file):
+        counted = sparsort.choose_order(nested(DEMOS), QUERIES, pool=pool, prior=prior, **asked)
+        assert prior_of(counted)[1] == {"0": 0.75, "1": 0.25}
+
+
 def test_scores_are_minus_the_divergence_from_the_prior(loaded: LoadedModel) -> None:
     found = chosen(loaded, prior={"0": 0.9, "1": 0.1})
     mean = mean_prediction(loaded, found.candidates[0])

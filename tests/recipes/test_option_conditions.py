@@ -57,8 +57,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         *(
             (f"--{name}", "--scorer compression", "length read it")
-            for name in ("model demo", "revision main", "trust-remote-code", "chat")
+            for name in ("model demo", "revision main", "trust-remote-code", "chat", "messages m")
         ),
+        ("--chat", "--messages m", "--messages m has its own turns"),
+        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--answer x", "--scorer prompt_loss", "and this is --scorer prompt_loss"),
         ("--answer x", "--scorer column --column hard", "and this is --scorer column"),
         ("--system x", "", "a plain prompt has no system turn"),
@@ -113,6 +115,9 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--drop longest", "", "nothing is dropped without --max-tokens"),
         ("--allow-zero-shot", "", "nothing is dropped without --max-tokens"),
         ("--separator x", "--chat", "--chat makes a turn of every block"),
+        ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
+        ("--chat", "--messages m", "--messages m has its own turns"),
+        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--missing drop", "--order length_ascending", "ranks by nothing that a row could lack"),
         ("--embedder e", "", "nothing here reads embeddings"),
         ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
@@ -147,6 +152,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--answer x", "--no-loss --poolings last,mean_state", "nothing reads it"),
         ("--no-loss", "--level steps", "there is none"),
         ("--system x", "", "a plain prompt has no system turn"),
+        ("--chat", "--messages m", "--messages m has its own turns"),
+        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--top 5", "--json", "--json prints every candidate"),
         ("--system x", "--messages m", "--messages m holds whole conversations"),
         ("--chat", "--messages m", "--messages m holds whole conversations"),
@@ -179,7 +186,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "env": [],
     "plan": [
         *(
-            (f"--{name}", "--mode pool", "pool mode draws every batch anew")
+            (f"--{name}", "--mode pool", "pool mode draws every batch by itself")
             for name in (
                 "schedule folded",
                 "warm-up 0.3",
@@ -210,7 +217,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--combination lexicographic", "", "several scores are combined, and there is one"),
         ("--weight a=1", "", "weights weigh several scores"),
         ("--weight a=1", "other --combination intersection", "rank_average reads it"),
-        ("--beside p", "", "plans stand next to each other in a figure"),
+        ("--beside p", "", "plans are drawn next to each other in a figure"),
     ],
     "train": [
         *(
@@ -234,7 +241,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             )
         ),
         *(
-            (f"--{name}", "--mode pool", "pool mode draws every batch anew")
+            (f"--{name}", "--mode pool", "pool mode draws every batch by itself")
             for name in (
                 "schedule folded",
                 "warm-up 0.3",
@@ -260,6 +267,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--epochs 1", "--max-steps 5", "--max-steps 5 says how long the run is"),
         ("--eval-steps 5", "--eval-share 0", "no rows are held out"),
         ("--eval-steps 5", "--plan p", "no rows are held out"),
+        ("--fingerprint v1", "", "it concerns a plan that was made before"),
+        ("--no-verify", "--scores s", "it concerns a plan that was made before"),
     ],
 }
 REFUSED = [(command, *case) for command, cases in CASES.items() for case in cases]
@@ -287,8 +296,14 @@ ACCEPTED = [
     ("order", "--scorer length --model m --order hard_to_easy", None),
     ("choose", "--by locale_unlabelled --on q.jsonl --queries 8 --allow-leaks", None),
     ("choose", "--on q.jsonl --queries 8", None),
+    ("choose", "--separator x --prior pool", None),
+    ("choose", "--by pdo_prior+density --prior s.json", None),
     ("calibrate", "--answer x --no-loss --poolings last,answer", None),
     ("calibrate", "--answer x --no-loss --level steps", None),
+    ("calibrate", "--messages m --no-loss --level steps", None),
+    ("score", "--messages m --scorer length", None),
+    ("order", "--messages m --max-tokens 9 --drop longest", None),
+    ("order", "--messages m --order given --model m", None),
     ("ablate", "--prompt x --judge number --stop x --max-new-tokens 9", None),
     ("ablate", "--prompt x --labels a,b --label-score mean --contextual on", None),
     ("ablate", "--dry-run --out o --dtype float32 --device cpu --compile --no-report --json", None),
@@ -303,6 +318,8 @@ ACCEPTED = [
     ("plan", "--schedule shuffle --unscored error --seed 1", None),
     ("plan", "other --weight a=1 --weight other=2 --combination rank_average", None),
     ("train", "--plan p --eval-data e.jsonl --eval-steps 5", None),
+    ("train", "--plan p --fingerprint v1 --messages m", None),
+    ("train", "--plan p --no-verify", None),
     ("train", "--epochs 2 --online --online-metric gini --eval-steps 5 --stages 3", None),
     ("train", "--recipe sparse --schedule folded --folds 4", None),
 ]

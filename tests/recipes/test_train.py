@@ -333,7 +333,7 @@ def test_padding_has_no_label_and_an_end_that_pads_has_one() -> None:
         (["--online"], "--mode pool"),
         (["--online-metric", "hoier", "--online"], "Did you mean 'hoyer'"),
         (["--online-metric", "gini"], "--online-metric gini has no effect"),
-        (["--epochs", 2, "--max-steps", 3], "--epochs 2 has no effect: --max-steps 3 says how long the run is"),
+        (["--epochs", 2, "--max-steps", 3], "--epochs 2 has no effect: --max-steps 3 sets the length of the run"),
         (["--plan", "PLAN"], "not both"),
         (["--plan", "PLAN", "--scores", None, "--stages", 2], "its own settings"),
         (["--plan", "PLAN", "--scores", None, "--eval-share", 0.1], "--eval-data"),

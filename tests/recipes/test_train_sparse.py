@@ -38,12 +38,8 @@ _BLOCKS = {"block_size": 4, "blocks": 2}
 ATTENTION: dict[str, Any] = {"selector": "index_branch", **_BLOCKS, "index_dim": 8, "alignment_weight": 0.5}
 RECIPE: dict[str, Any] = {
     "train": {
-        "max_length": MAX_LENGTH,
-        "learning_rate": LR,
-        "lr_schedule": "constant",
-        "max_steps": STEPS,
-        "save_steps": 5,
-        "seed": 5,
+        **{"max_length": MAX_LENGTH, "learning_rate": LR, "lr_schedule": "constant"},
+        **{"max_steps": STEPS, "save_steps": 5, "seed": 5},
     },
     "curriculum": {"stages": 2, "batch_size": 4},
     "attention": ATTENTION,

@@ -224,8 +224,8 @@ def test_what_has_no_interval_is_said_in_words_and_null_in_the_file(found: Calib
     assert held["fixed"]["reason"] == "a candidate does not vary"
     assert "was not compared" in held["associations"]["reason"]
     assert Calibration.load(tmp_path / "c.json").sentence() == made.sentence()
-    # Files of the version before have no reasons.
-    old = json.loads((tmp_path / "c.json").read_text())
+    # Files of version 1 have no reasons; every ρ in them is a number.
+    old = {**found.to_dict(), "version": 1}
     for side in ("plain", "fixed"):
         del old["reference loss"][side]["reason"]
     assert Calibration.from_dict(old).judgements["loss"].fixed.reason == ""
@@ -310,7 +310,7 @@ def test_a_digest_changes_with_what_changes_a_number_only() -> None:
 def test_another_prompt_or_model_is_refused_with_what_to_do() -> None:
     made = _definition()
     made.refuse_other_prompt(Prompt.of("Q: {q}"))
-    with pytest.raises(SparsortError, match=r"'Q: \{q\}'.*'Question: \{q\}'.*leave --prompt away"):
+    with pytest.raises(SparsortError, match=r"'Q: \{q\}'.*'Question: \{q\}'.*omit --prompt and --messages"):
         made.refuse_other_prompt(Prompt.of("Question: {q}"))
     with pytest.raises(SparsortError, match="of the prompt 'Q"):
         made.refuse_other_prompt(Prompt.of("Q: {q}", chat=True))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
 from sparsort.scoring import shards
-from sparsort.scoring.shards import ShardStore, rows_digest
+from sparsort.scoring.shards import ShardStore
+from sparsort.scoring.sources import rows_digest
 
 PROVENANCE: dict[str, Any] = {
     "scorer": "sparsity",

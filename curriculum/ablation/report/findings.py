@@ -1,8 +1,8 @@
 """What the numbers say, in sentences made by rule: which orderers help, hurt or show nothing, and what could have been seen.
 
 Contract: "helps" and "hurts" are verdicts after Holm's correction; everything else is "shows nothing", told together with the
-smallest difference that this study would have found, so that a null is read as what it is. No sentence without its number, and
-no number where there is none: fewer than three sets, or outcomes that do not differ, are said in its place, with what to do.
+smallest difference that this study would have found, so that a null is read as what it is. No sentence without its number. Where
+there is none, the reason is reported in its place, with the next step: fewer than three sets, or outcomes that do not differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The shape of `report.json`: every number that the page, the Markdown and the figures show, and nothing else.
 
 Units: accuracies and shares from 0 to 1; differences likewise (0.01 is one point); tokens as counted by the model's tokenizer;
-entropies as a share of log L, so 1 is an even use of the L labels. None stands where a number cannot be had: fewer than three
+entropies as a share of log L, so 1 is an even use of the L labels. A number that cannot be computed is None: fewer than three
 sets, outcomes that do not differ, an oracle, an answer that is generated. Every object with a number that is None says why in its
 `reason`: clauses, separated by semicolons, each beginning with the fields that it is about unless it is about all of them.
 """

@@ -1,4 +1,4 @@
-"""What is said before all else: cells in which the model gives one label to nearly every row, whatever it is shown.
+"""Warnings that come first in a report: cells in which the model gives one label to nearly every row, whatever it is shown.
 
 Contract: from the cells of a report alone, over all random orders and sets of a cell together. Where the test rows themselves
 hold so much of that label, the warning says so: then the rows are one-sided, and the model may be right.
@@ -39,12 +39,12 @@ def _warning(cell: Cell, model: str | None) -> OneLabel:
     place, share = _most(cell)
     label, gold_share = cell["labels"][place], cell["gold_share"][place]
     calibration = ", with contextual calibration" if cell["calibrated"] else ""
-    said = (
+    text = (
         f"{cell['task']}, k = {cell['k']}, {cell['selector']} demonstrations{calibration}: {model or 'the model'} predicts "
         f"{label!r} for {percent(share)} % of the test rows, over all random orders. "
     )
     if gold_share >= ONE_LABEL - _ROUNDING:
-        said += (
+        text += (
             f"That label is also {percent(gold_share)} % of the gold labels, so these test rows hardly tell a good order from a "
             "bad one. Choose test rows with more of the other labels."
         )
@@ -54,9 +54,9 @@ def _warning(cell: Cell, model: str | None) -> OneLabel:
             if share < 1 - _ROUNDING
             else "orders cannot differ"
         )
-        said += (
+        text += (
             f"It is {percent(gold_share)} % of the gold labels, so accuracy here measures how often that label is right, not "
             f"what an order does: {rest}. Try another prompt or model"
             + ("." if cell["calibrated"] else ", or contextual calibration.")
         )
-    return OneLabel(cell=cell["id"], model=model, label=label, share=share, gold_share=gold_share, text=said)
+    return OneLabel(cell=cell["id"], model=model, label=label, share=share, gold_share=gold_share, text=text)
