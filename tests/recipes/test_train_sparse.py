@@ -26,7 +26,7 @@ from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.recipes import train_loop
 from sparsort.recipes.train import train
-from sparsort.recipes.train_config import TrainConfig
+from sparsort.recipes.train_config import TrainConfig, make_config
 from sparsort.recipes.train_model import make_model, make_tokenizer
 from sparsort.recipes.train_recipe import RECIPES, Recipe, read_recipe
 from sparsort.recipes.train_sparse import SparseTraining, summary
@@ -383,7 +383,6 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
         ({"attention": {"selecter": "moba"}}, "Did you mean 'selector'"),
         ({"attention": {"selector": "moba", "index_dim": 8}}, "index_dim=8 has no effect"),
         ({"train": {"epochs": 2, "max_steps": 3}}, "epochs=2 has no effect: max_steps=3 sets the length"),
-        ({"train": {"online_metric": "gini"}}, "online_metric='gini' has no effect"),
         ({"attention": {"freeze_bass": True}}, "Did you mean 'freeze_base'"),
         ({"attention": {"selector": "mobba"}}, "Did you mean 'moba'"),
         ({"attention": {"blocks": "many"}}, "blocks is 'many', but a whole number is expected"),
@@ -422,6 +421,13 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
 def test_a_recipe_with_a_mistake_is_refused_with_the_nearest_name(recipe: Any, message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         read_recipe(recipe)
+
+
+def test_a_metric_in_a_recipe_needs_online_there_or_in_the_call() -> None:
+    read = read_recipe({"train": {"online_metric": "gini"}}).train
+    assert make_config(online=True, **read).online_metric == "gini"
+    with pytest.raises(SparsortError, match="online_metric='gini' has no effect"):
+        make_config(**read)
 
 
 def test_a_start_that_the_budget_cannot_be_is_refused_before_training(data: dict[str, Any], tmp_path: Path) -> None:
