@@ -273,7 +273,7 @@ def _task_of_file(
 ) -> Task:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(path)
+    source = open_rows(path, columns=options.get("columns"))
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass --prompt with columns in braces; "

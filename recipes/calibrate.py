@@ -24,7 +24,6 @@ READ_BY: Table = {
         When(
             holds=lambda values: values["answer"] is not None or values["messages"] is not None,
             why="the model's own loss is read from an answer, and there is none",
-            instead={"answer": "{answer}"},
         ),
     ),
     "answer": (
@@ -62,6 +61,7 @@ def calibrate(
     truncation: Truncation = "error",
     max_length: int | None = None,
     id_column: str | None = None,
+    columns: Sequence[str] | None = None,
     out: str | Path | None = None,
     shard_rows: int = 256,
     n_boot: int = 1000,
@@ -80,7 +80,7 @@ def calibrate(
     Args:
         data: see `Scorer.score`; at least 40 rows that can be scored, a few hundred to see a weak signal.
         prompt: the prompt as it will be scored, without the answer; see `Scorer.score`, also for `system`, `chat`, `truncation`,
-            `max_length` and `id_column`.
+            `max_length`, `id_column` and `columns`.
         messages: instead of a prompt, the column that holds whole conversations; their last assistant turn is the answer.
         answer: the reference answer's template, such as " {answer}": gives the reference `loss` and the pooling `answer`.
         model: see `ModelScorer`; so are `tokenizer`, `dtype`, `device`, `token_budget`, `revision` and `trust_remote_code`.
@@ -121,7 +121,8 @@ def calibrate(
     refuse_unread_arguments(calibrate, READ_BY, read)
     file = _check_out(out)
     asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
-    source = open_rows(data, id_column=id_column, content=asked.fields if asked is not None else None)
+    content = asked.fields if asked is not None else None
+    source = open_rows(data, id_column=id_column, content=content, columns=columns)
     if asked is None:
         raise SparsortError(
             "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) for "
@@ -225,7 +226,7 @@ def _references(
 def _array(name: str, values: Any) -> NDArray[np.float64]:
     try:
         return number_array(values)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"{name} must be a column's name or one number a row ({error}).") from error
 
 
@@ -238,7 +239,7 @@ def _number(value: Any, where: str) -> float:
         if not has_text(value):  # an array of one element is a number to `float`
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise SparsortError(
             f"{where} holds {value!r}; expected a number that rises with difficulty (for --correct: 1 or 0). "
             "Name a numeric column, or convert it first."

@@ -26,7 +26,7 @@ from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
-from sparsort.curriculum.demos.prompt import PLAIN_TEXT
+from sparsort.curriculum.demos.prompt import NOT_IN_CHAT
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.names import METRICS
@@ -43,17 +43,12 @@ READS_QUERIES = When(
     holds=lambda values: _asks(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
-READ_BY: Table = {
-    "allow_leaks": (READS_QUERIES,),
-    "separator": (PLAIN_TEXT,),
-    "prior": (
-        When(
-            holds=lambda values: not _is_criterion(values["by"]) or reads_prior(values["by"]),
-            why="the criterion reads no prior, and this is {by}",
-            instead={"by": "pdo"},
-        ),
-    ),
-}
+READS_PRIOR = When(
+    holds=lambda values: values["by"] is None or not _is_criterion(values["by"]) or reads_prior(values["by"]),
+    why="the criterion compares the predictions with no prior, and this is {by}",
+    instead={"by": "pdo"},
+)
+READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "prior": (READS_PRIOR,), "separator": (NOT_IN_CHAT,)}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
 
@@ -146,16 +141,14 @@ def choose_order(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
-    read = {"by": by, "prior": prior, "allow_leaks": allow_leaks, "separator": separator, "chat": chat}
+    read = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": chat}
     refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
     asks = probes == "dev"
     _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
     if pool and not reads_prior(by):
-        raise SparsortError(
-            f"a pool was given, and the criterion {by!r} reads no prior. Leave pool= out, or take the criterion 'pdo'."
-        )
+        raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Leave it out.")
     shown = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
     _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
@@ -266,6 +259,7 @@ def read_rows(
     queries: int = 32,
     seed: int = 0,
     id_column: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Given:
     """Demonstrations and queries of files.
 
@@ -278,6 +272,7 @@ def read_rows(
         queries: most queries; of more rows, as many are drawn.
         seed: of the drawing.
         id_column: the column of ids in `file`.
+        columns: names of the columns of `file` and `on`, if these are CSV or TSV files without a header.
 
     Raises:
         SparsortError: files that cannot be read, or too few rows.
@@ -286,7 +281,7 @@ def read_rows(
         raise SparsortError(f"queries is {queries}; at least 1 is needed.")
     if seed < 0:
         raise SparsortError(f"the seed is {seed}; it may not be negative.")
-    rows = _fields(file, prompt, id_column)
+    rows = _fields(file, prompt, id_column, columns)
     if k is not None and not 2 <= k <= len(rows):
         raise SparsortError(
             f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
@@ -299,17 +294,19 @@ def read_rows(
         alike = alike_rows(fields_of(prompt or ""), rest, demos)
         asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
     else:
-        others = _fields(on, prompt, None)
+        others = _fields(on, prompt, None, columns)
         asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
     values = [text_if_any(row, label, where=f"row {row['id']!r}") for row in rows]
     counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
-def _fields(file: str | Path, prompt: str | None, id_column: str | None) -> list[dict[str, Any]]:
+def _fields(
+    file: str | Path, prompt: str | None, id_column: str | None, columns: Sequence[str] | None
+) -> list[dict[str, Any]]:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(file, id_column=id_column)
+    source = open_rows(file, id_column=id_column, columns=columns)
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass --prompt with columns in braces; "

@@ -21,6 +21,7 @@ from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.integrity import parse_json
 from sparsort.paths import column_of
 from sparsort.values import text_if_any
 
@@ -225,7 +226,7 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
-    """The row's label; None if it has no label of the task."""
+    """The row's label; None if it has none of the task's."""
     value = text_if_any(row, task.label, where="a row of the pool")
     return value if value in (task.labels or {}) else None
 
@@ -260,6 +261,11 @@ def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> 
 
 def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.float64]:
     """Shares of a file: an object {label: share}, a table of labels with their shares or counts, or labelled rows."""
+    if not isinstance(prior, (str, Path)) or not str(prior):
+        raise SparsortError(
+            f"the prior is {prior!r}; expected one of {', '.join(get_args(PriorName))}, a mapping from label value to share, or "
+            "a file."
+        )
     path = Path(prior).expanduser()
     if not path.exists():
         if path.suffix or path.parent != Path():
@@ -274,18 +280,19 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
     from sparsort.scoring.sources import open_rows
 
     source = open_rows(path)
-    columns, column = source.columns(), column_of(label)
+    columns = source.columns()
+    column = column_of(label)
     weight = next((name for name in ("share", "count") if set(columns) == {column, name}), None)
     if column not in columns:
         raise SparsortError(
             f"the prior {path.name} has no column {column!r}; it has: {', '.join(columns)}. Give labelled rows, a table with the "
-            f"columns {column!r} and 'share' or 'count', or a JSON object {{label: share}}."
+            f"columns {label!r} and 'share' or 'count', or a JSON object {{label: share}}."
         )
     rows = [row.fields for row in source.rows()]
     values = [text_if_any(row, label, where=f"row {place} of {path.name}") for place, row in enumerate(rows)]
     if weight is None:
         return _counted(labels, Counter(value for value in values if value is not None), path.name)
-    table = {str(value): _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
+    table = {value: _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
     if len(table) < len(rows):
         raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
     return _shares(labels, table, path.name)
@@ -293,7 +300,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(f"the prior {path.name} cannot be read as JSON ({error}). Repair it.") from error
 
@@ -301,7 +308,7 @@ def _json(path: Path) -> Any:
 def _number(value: Any, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"the prior {where} has the share {value!r}, which is not a number.") from error
 
 
@@ -314,7 +321,7 @@ def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> ND
             "number each."
         )
     for value, share in held.items():
-        number = float(share) if isinstance(share, (int, float, np.number)) else math.nan
+        number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
         if not 0 < number < math.inf:
             raise SparsortError(
                 f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."

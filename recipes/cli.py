@@ -1,13 +1,14 @@
 """The command line: `sparsort score`, `order`, `choose`, `calibrate`, `ablate`, `report`, `plan`, `train` and `env`.
 
-Contract: results on stdout, progress and warnings on stderr; `--json` prints one object and nothing else. Exit codes: 0 done;
+Contract: results on stdout, progress and warnings on stderr, all printable (see `sparsort.terminal`); `--json` prints one object
+and nothing else. Exit codes: 0 done;
+1 stdout cannot be written;
 2 a mistake in the call or the input, told in one message; 3 done, but rows have no score and `--strict` was given;
 130 interrupted, with the shards that are finished kept where there is a folder for them.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -33,6 +34,7 @@ from sparsort.recipes.options import (
     CalibrationOption,
     ChatOption,
     CheckedCommand,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -42,32 +44,34 @@ from sparsort.recipes.options import (
     ModelOption,
     OutliersOption,
     PoolingOption,
+    PrintableUsage,
     PromptOption,
     RevisionOption,
     ScorerOption,
     SiteOption,
     SystemOption,
     TrustOption,
-    console,
-    print_json,
-    table,
+    names_in,
     unescape,
 )
+from sparsort.terminal import MOST_OF_PROMPT, discard, note, printable_messages, show, show_json
+from sparsort.terminal_tables import Table, number, prose, text
 
 
-class _Commands(TyperGroup):
+class _Commands(PrintableUsage, TyperGroup):
     """Turns the errors that a user can mend, and an interrupt, into one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with printable_messages():
+                return super().invoke(ctx)
         except SparsortError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             _fail("interrupted. Run the same command again; with --out it goes on behind what was finished.", 130)
         except BrokenPipeError:
             # The reader of our output went away (`| head`); nothing is left to say to it.
-            sys.stderr.close()
+            discard(sys.stdout)
             sys.exit(0)
 
 
@@ -86,7 +90,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         import sparsort
 
-        typer.echo(f"sparsort {sparsort.__version__}")
+        show(f"sparsort {sparsort.__version__}")
         raise typer.Exit
 
 
@@ -120,6 +124,7 @@ def score(
         int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=TEXT_PANEL)
     ] = None,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     scorer: ScorerOption = "sparsity",
     site: SiteOption = "pre_norm",
     pooling: PoolingOption = "last",
@@ -149,6 +154,7 @@ def score(
 ) -> None:
     """Score every row of FILE: how hard it is for the model, by the sparsity of its last hidden state."""
     from sparsort.recipes.score import ScorerConfig, TextConfig, score_file
+    from sparsort.recipes.score_table import show_scores
 
     config = ScorerConfig(
         scorer=scorer,
@@ -177,19 +183,19 @@ def score(
         truncation=truncation,
         max_length=max_length,
         id_column=id_column,
+        columns=names_in(columns),
     )
     report = score_file(file, scorer=config, text=text, out=out, shard_rows=shard_rows)
     summary = report.summary()
     unscored = summary["rows"] - summary["status"].get("ok", 0)
     if as_json:
-        print_json(summary)
+        show_json(summary)
     else:
-        _print_scores(report.scores, summary)
+        show_scores(report)
     if unscored:
         reasons = ", ".join(f"{count} {status}" for status, count in summary["status"].items() if status != "ok")
-        typer.echo(
-            f"{unscored} of {summary['rows']} rows have no score: {reasons}. Their reasons stand in the column 'reason'.",
-            err=True,
+        note(
+            f"{unscored} of {summary['rows']} rows have no score: {reasons}. Their reasons stand in the column 'reason'."
         )
         if strict:
             raise typer.Exit(3)
@@ -209,6 +215,7 @@ def order(
     system: SystemOption = None,
     chat: ChatOption = False,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     k: Annotated[
         int | None, typer.Option("-k", "--shots", help="Demonstrations to select [default: all of FILE, up to 64].")
     ] = None,
@@ -255,6 +262,9 @@ def order(
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Allow the query among its own demonstrations.")
     ] = False,
+    allow_zero_shot: Annotated[
+        bool, typer.Option("--allow-zero-shot", help="Allow a budget to drop every demonstration.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of random selection and order.")] = 0,
     model: ModelOption = "demo",
     dtype: DtypeOption = "auto",
@@ -280,6 +290,7 @@ def order(
         embedder=embedder,
         separator=unescape(separator) or "",
         allow_leaks=allow_leaks,
+        allow_zero_shot=allow_zero_shot,
         seed=seed,
         prompt=unescape(prompt),
         answer=unescape(answer),
@@ -287,6 +298,7 @@ def order(
         system=unescape(system),
         chat=chat,
         id_column=id_column,
+        columns=names_in(columns),
     )
     scoring = ScorerConfig(
         scorer=scorer,
@@ -313,9 +325,9 @@ def order(
         with write_atomically(out) as temporary:
             temporary.write_text(result.prompt, encoding="utf-8")
     if as_json:
-        print_json(result.summary() | {"out": str(out) if out else None})
+        show_json(result.summary() | {"out": str(out) if out else None})
     else:
-        _print_order(result)
+        _show_order(result)
 
 
 app.command(cls=CheckedCommand, epilog=CHOOSE_EXAMPLE)(choose)
@@ -339,51 +351,42 @@ def env(as_json: JsonOption = False) -> None:
 
     found = describe_environment()
     if as_json:
-        print_json(found)
+        show_json(found)
         return
-    rows = table("", "value", "why")
-    rows.add_row("sparsort", found["version"], "")
+    table = Table(text(""), prose("value"), prose("why"))
+    table.add_row("sparsort", found["version"], "")
     for name, choice in found["choices"].items():
-        rows.add_row(name, choice["value"], choice["reason"])
+        table.add_row(name, choice["value"], choice["reason"])
     for name, version in found["versions"].items():
         if name != "sparsort":
-            rows.add_row(name, version, "")
-    rows.add_row("threads", str(found["threads"]), "")
-    rows.add_row("cache", found["cache"], "set SPARSORT_CACHE to move it")
-    console().print(rows)
+            table.add_row(name, version, "")
+    table.add_row("threads", str(found["threads"]), "")
+    table.show()
     # Not in the table, which would break a path over several lines.
-    typer.echo(f"demo_model  {found['demo_model'] or 'none'}\n            {found['demo_model_note']}")
+    show(f"cache       {found['cache']}\n            set SPARSORT_CACHE to move it")
+    show(f"demo_model  {found['demo_model'] or 'none'}\n            {found['demo_model_note']}")
 
 
-def _print_scores(scores: Any, summary: dict[str, Any]) -> None:
-    rows = table("rank", "id", "difficulty", "tokens", title="easiest and hardest by this score")
-    # Columns of a run on disk are read when they are asked for: once each.
-    difficulty, ids, tokens = scores.difficulty, scores.column("id"), scores.column("n_tokens")
-    known = [place for place in scores.order() if math.isfinite(difficulty[place])]
-    shown = [*enumerate(known)] if len(known) <= 10 else [*enumerate(known[:5]), *enumerate(known[-5:], len(known) - 5)]
-    for rank, place in shown:
-        rows.add_row(str(rank + 1), str(ids[place]), f"{difficulty[place]:.4f}", str(tokens[place]))
-    console().print(rows)
-    rate = f" ({summary['tokens'] / summary['seconds']:.0f} tokens/s, loading included)" if summary["tokens"] else ""
-    scored = f"{summary['status'].get('ok', 0)} of {summary['rows']} rows scored"
-    typer.echo(f"{scored} in {summary['seconds']:.1f} s{rate}.")
-    if summary["out"]:
-        typer.echo(f"Scores: {summary['out']}")
-
-
-def _print_order(result: Any) -> None:
-    rows = table("place", "id", "difficulty", "demonstration", title=f"{result.order}, first to last")
+def _show_order(result: Any) -> None:
+    drops = not all(demo["kept"] for demo in result.demonstrations)
+    ranks = any(demo["difficulty"] is not None for demo in result.demonstrations)
+    columns = [
+        number("place"),
+        text("id"),
+        *([number("difficulty")] if ranks else []),
+        *([text("kept")] if drops else []),
+    ]
+    table = Table(*columns, text("demonstration"), title=f"{result.order}, first to last")
     for place, demo in enumerate(result.demonstrations, 1):
-        difficulty = demo["difficulty"]
-        shown = "" if difficulty is None else f"{difficulty:.4f}"
-        rows.add_row(str(place), demo["id"], shown if demo["kept"] else f"{shown} (dropped)", demo["excerpt"])
-    console().print(rows)
-    for note in result.notes:
-        typer.echo(note, err=True)
-    typer.echo("")
-    typer.echo(result.prompt)
+        difficulty = ["" if demo["difficulty"] is None else f"{demo['difficulty']:.4f}"] if ranks else []
+        kept = ["yes" if demo["kept"] else "dropped"] if drops else []
+        table.add_row(str(place), demo["id"], *difficulty, *kept, demo["excerpt"])
+    table.show()
+    for sentence in result.notes:
+        note(sentence)
+    show(result.prompt, most=MOST_OF_PROMPT)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"sparsort: {message}", err=True)
+    note(f"sparsort: {message}")
     sys.exit(code)

@@ -8,14 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sparsort.recipes.options import (
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
-    console,
-    print_json,
-    table,
+    names_in,
     unescape,
 )
+from sparsort.terminal import note, show, show_json
+from sparsort.terminal_tables import Table, number, prose, text
 
 _TASK = "Task"
 _DESIGN = "Design"
@@ -66,6 +67,7 @@ def ablate(
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TASK)] = False,
+    columns: ColumnsOption = None,
     test: Annotated[
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
     ] = None,
@@ -144,6 +146,7 @@ def ablate(
         stop=tuple(str(unescape(text)) for text in stop) if stop else None,
         max_new_tokens=max_new_tokens,
         chat=chat or None,
+        columns=names_in(columns),
     )
     changes: dict[str, Any] = {
         "sets": sets,
@@ -165,34 +168,35 @@ def ablate(
     ablation = recipes.make_recipe(fields, **{name: value for name, value in changes.items() if value is not None})
     if dry_run:
         cost, notes = recipes.estimate_cost(ablation)
-        _print_cost(cost, notes, as_json)
+        _show_cost(cost, notes, as_json)
         return
     done = recipes.ablate(ablation, out=out, run=not no_run, report=not no_report, compile=compile)
     if as_json:
-        print_json(done.summary())
+        show_json(done.summary())
     else:
-        _print_results(done)
+        _show_results(done)
 
 
-def _print_cost(cost: Any, notes: list[str], as_json: bool) -> None:
+def _show_cost(cost: Any, notes: list[str], as_json: bool) -> None:
     if as_json:
-        print_json(cost.to_dict() | {"notes": notes})
+        show_json(cost.to_dict() | {"notes": notes})
         return
-    rows = table("task", "selector", "k", "sets", "pairs", "tokens", "longest prompt")
+    names = ("k", "sets", "pairs", "tokens", "longest prompt")
+    table = Table(text("task"), text("selector"), *map(number, names))
     for row in cost.rows:
         cells = (row.k, row.sets, row.pairs, row.tokens, row.longest_prompt)
-        rows.add_row(row.task, row.selector, *(f"{cell:,}" for cell in cells))
-    console().print(rows)
-    typer.echo(f"{cost.pairs:,} pairs of prefix and query, {cost.tokens:,} tokens at most; as full prompts it would be")
-    typer.echo(f"{cost.plain_tokens:,}. What the store holds already is not asked again.")
-    for note in notes:
-        typer.echo(note, err=True)
+        table.add_row(row.task, row.selector, *(f"{cell:,}" for cell in cells))
+    table.show()
+    show(f"{cost.pairs:,} pairs of prefix and query, {cost.tokens:,} tokens at most; as full prompts it would be")
+    show(f"{cost.plain_tokens:,}. What the store holds already is not asked again.")
+    for sentence in notes:
+        note(sentence)
 
 
-def _print_results(done: Any) -> None:
+def _show_results(done: Any) -> None:
     summary = done.summary()
     for warning in summary["warnings"]:
-        typer.echo(f"Warning: {warning['text']}")
+        show(f"Warning: {warning['text']}")
     plain = {(cell["task"], cell["selector"], cell["k"]) for cell in summary["cells"] if not cell["calibrated"]}
     for cell in summary["cells"]:
         if cell["calibrated"] and (cell["task"], cell["selector"], cell["k"]) in plain:
@@ -203,11 +207,12 @@ def _print_results(done: Any) -> None:
             f"{cell['task']}, k = {cell['k']}: random orders of {cell['sets']} sets {spread['accuracy']:.3f} on average, "
             f"{min(lows):.3f} to {max(lows):.3f}"
         )
-        rows = table("order", "accuracy", "Δ random", "95 % interval", "p (Holm)", "tokens", title=title)
+        names = ("accuracy", "Δ random", "95 % interval", "p (Holm)", "tokens")
+        table = Table(prose("order"), *map(number, names), title=title)
         for arm in sorted(cell["arms"], key=lambda arm: -arm["accuracy"]):
             one = arm["difference"]
             known = one["low"] is not None
-            rows.add_row(
+            table.add_row(
                 arm["name"].replace("_", " "),
                 f"{arm['accuracy']:.3f}",
                 f"{100 * one['value']:+.1f}",
@@ -215,19 +220,19 @@ def _print_results(done: Any) -> None:
                 "none" if one["p_adjusted"] is None else f"{one['p_adjusted']:.3f}",
                 f"{arm['tokens_per_answer']:.0f}",
             )
-        console().print(rows)
+        table.show()
     said = {(finding["task"], finding["selector"]) for finding in summary["findings"] if not finding["calibrated"]}
     shown = [f for f in summary["findings"] if not f["calibrated"] or (f["task"], f["selector"]) not in said]
     for finding in shown:
         if len(shown) > 1:
-            typer.echo(f"{finding['title']}:")
+            show(f"{finding['title']}:")
         for sentence in finding["sentences"]:
-            typer.echo(sentence)
-    for note in done.notes:
-        typer.echo(note, err=True)
+            show(sentence)
+    for sentence in done.notes:
+        note(sentence)
     for left_out in dict.fromkeys(done.results.provenance["incomplete"]):
-        typer.echo(f"Left out: {left_out}.", err=True)
+        note(f"Left out: {left_out}.")
     rate = f", {done.tokens_read:,} tokens read in {done.seconds:.0f} s" if done.tokens_read else ""
-    typer.echo(f"Results: {done.out}{rate}.")
+    show(f"Results: {done.out}{rate}.")
     if done.report:
-        typer.echo(f"Report: {done.report}")
+        show(f"Report: {done.report}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from sparsort.recipes.options import (
     AnswerOption,
     BudgetOption,
     ChatOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -25,10 +25,11 @@ from sparsort.recipes.options import (
     RevisionOption,
     SystemOption,
     TrustOption,
-    print_json,
-    table,
+    names_in,
     unescape,
 )
+from sparsort.terminal import note, show, show_json
+from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
     from sparsort.scoring.calibration import Calibration
@@ -53,6 +54,7 @@ def calibrate(
         int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=TEXT_PANEL)
     ] = None,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     level: Annotated[
         str | None, typer.Option(help="Column that rises with human difficulty.", rich_help_panel=_REFERENCES)
     ] = None,
@@ -108,6 +110,7 @@ def calibrate(
         truncation=truncation,  # type: ignore[arg-type]
         max_length=max_length,
         id_column=id_column,
+        columns=names_in(columns),
         level=level,
         correct=correct,
         target=target,
@@ -128,53 +131,45 @@ def calibrate(
         out=out,
     )
     if as_json:
-        print_json(found.to_dict() | {"out": str(out) if out else None})
+        show_json(found.to_dict() | {"out": str(out) if out else None})
     else:
-        _print(found, top, out)
+        _show(found, top, out)
 
 
-def _print(found: Calibration, top: int, out: Path | None) -> None:
+def _show(found: Calibration, top: int, out: Path | None) -> None:
     percent = f"{100 * float(found.settings['level']):g} %"
-    console = _console()
-    columns = ("reference", "candidate", "ρ", "ρ, length fixed", "p", "levels r")
-    shown = table(*columns, title=f"{len(found.candidates)} candidates, all rows")
+    names: tuple[str, ...] = ("ρ", "ρ, length fixed", "p", "levels r")
+    title = f"{len(found.candidates)} candidates, all rows"
+    table = Table(prose("reference"), prose("candidate"), *map(number, names), title=title)
     for name, judgement in found.judgements.items():
         for place, row in enumerate(found.best(name, top)):
             label = f"{name} (n = {judgement.n_rows})" if place == 0 else ""
             adjusted = row["p"] if row["fixed_p"] is None else row["fixed_p"]
             numbers = (_interval(row, ""), _interval(row, "fixed_"), _p(adjusted), _r(row["of_levels"]))
-            shown.add_row(label, row["candidate"], *numbers)
-    console.print(shown)
-    held = ("reference", "held-out ρ", "held-out ρ, length fixed", "p", "verdict")
-    shown = table(*held, title="Chosen on one half of the rows, read on the other")
+            table.add_row(label, row["candidate"], *numbers)
+    table.show()
+    names = ("held-out ρ", "held-out ρ, length fixed", "p")
+    title = "Chosen on one half of the rows, read on the other"
+    table = Table(prose("reference"), *map(number, names), prose("verdict"), title=title)
     for name, judgement in found.judgements.items():
         if name != "length":
             plain, fixed = (_interval(vars(part), "") for part in (judgement.plain, judgement.fixed))
-            shown.add_row(name, plain, fixed, _p(judgement.fixed.p), judgement.verdict)
-    console.print(shown)
-    typer.echo(
+            table.add_row(name, plain, fixed, _p(judgement.fixed.p), judgement.verdict)
+    table.show()
+    show(
         f"Intervals: {percent} bootstrap. p: with length fixed (length: plain), adjusted for all candidates above, of the whole "
         "choice below.\nlevels r: correlation of the means of the reference's levels, which flatters: ρ is per example."
     )
     for sentence in found.left_out[:_MOST_NOTES]:
-        typer.echo(f"note: {sentence}", err=True)
+        note(f"note: {sentence}")
     if len(found.left_out) > _MOST_NOTES:
-        typer.echo(f"note: and {len(found.left_out) - _MOST_NOTES} more that were not compared (see --json)", err=True)
-    typer.echo(found.sentence())
+        note(f"note: and {len(found.left_out) - _MOST_NOTES} more that were not compared (see --json)")
+    show(found.sentence())
     if out is not None:
-        typer.echo(f"Calibration: {out}  (sparsort score FILE --calibration {out})")
-
-
-def _console() -> Any:
-    """stdout, without markup; wide where it is no terminal, so that a name stays on one line."""
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+        show(f"Calibration: {out}  (sparsort score FILE --calibration {out})")
 
 
 _MOST_NOTES = 5
-# Of the tables where no terminal says.
-_WIDTH = 150
 
 
 def _interval(row: dict[str, Any], prefix: str) -> str:

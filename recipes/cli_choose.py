@@ -12,6 +12,7 @@ from sparsort.recipes.options import (
     TEXT_PANEL,
     AnswerOption,
     ChatOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     IdOption,
@@ -21,17 +22,18 @@ from sparsort.recipes.options import (
     RevisionOption,
     SystemOption,
     TrustOption,
-    console,
-    print_json,
-    table,
+    names_in,
     unescape,
 )
+from sparsort.terminal import note, one_line, show, show_json
+from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
     from sparsort.recipes.choose_order import ChosenOrder
 
 EXAMPLE = r"Example: `sparsort choose reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4`"
 _SHOWN = 8
+_MOST_OF_ID = 40
 
 
 def choose(
@@ -69,6 +71,7 @@ def choose(
     chat: ChatOption = False,
     separator: Annotated[str, typer.Option(help="Between demonstrations.", rich_help_panel=TEXT_PANEL)] = r"\n\n",
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     k: Annotated[int | None, typer.Option("-k", "--shots", help="Draw this many demonstrations from FILE.")] = None,
     queries: Annotated[int, typer.Option(help="Most queries to ask about.")] = 32,
     orders: Annotated[int, typer.Option(help="Orders to try: all, or random ones where there are more.")] = 24,
@@ -94,7 +97,15 @@ def choose(
     # A misspelt criterion should not cost the reading of files.
     scored = needs_labels(by)
     given = read_rows(
-        file, on, prompt=unescape(prompt), label=label, k=k, queries=queries, seed=seed, id_column=id_column
+        file,
+        on,
+        prompt=unescape(prompt),
+        label=label,
+        k=k,
+        queries=queries,
+        seed=seed,
+        id_column=id_column,
+        columns=names_in(columns),
     )
     named = given.label_set(label, labels) if scored or labels else {}
     chosen = choose_order(
@@ -119,10 +130,6 @@ def choose(
         trust_remote_code=trust_remote_code,
         seed=seed,
     )
-    if as_json:
-        print_json(chosen.summary() | {"out": str(out) if out else None})
-    else:
-        _print(chosen, given.demos)
     if out is not None:
         from sparsort.files import write_atomically
 
@@ -130,20 +137,24 @@ def choose(
         with write_atomically(out) as temporary:
             # Half of a surrogate pair is written as JSON escapes it.
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-        if not as_json:
-            typer.echo(f"Demonstrations: {out}")
+    if as_json:
+        show_json(chosen.summary() | {"out": str(out) if out else None})
+        return
+    _show(chosen, given.demos)
+    if out is not None:
+        show(f"Demonstrations: {out}")
 
 
-def _print(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
+def _show(chosen: ChosenOrder, demos: list[dict[str, Any]]) -> None:
     from sparsort.curriculum.demos.rows import id_of
 
-    names = [str(id_of(row, place)) for place, row in enumerate(demos)]
-    rows = table("rank", "score", "order, first to last")
+    names = [one_line(str(id_of(row, place)), _MOST_OF_ID) for place, row in enumerate(demos)]
+    table = Table(number("rank"), number("score"), prose("order, first to last"))
     for rank, (order, score) in enumerate(zip(chosen.candidates[:_SHOWN], chosen.scores, strict=False), 1):
-        rows.add_row(str(rank), f"{score:.4g}", " ".join(names[place] for place in order))
-    console().print(rows)
-    typer.echo(
+        table.add_row(str(rank), f"{score:.4g}", " ".join(names[place] for place in order))
+    table.show()
+    show(
         f"{chosen.by}: best of {len(chosen.candidates)} orders over {chosen.queries} queries, {chosen.tokens_read:,} tokens read."
     )
-    for note in chosen.notes:
-        typer.echo(note, err=True)
+    for sentence in chosen.notes:
+        note(sentence)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.options import JsonOption, console, print_json, table
+from sparsort.recipes.options import ColumnsOption, JsonOption, names_in
 from sparsort.recipes.options_curriculum import (
     BATCH_PANEL,
     ORDER_PANEL,
@@ -30,6 +30,8 @@ from sparsort.recipes.options_curriculum import (
     WarmUpOption,
     given,
 )
+from sparsort.terminal import one_line, show, show_json
+from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.summary import PlanSummary
@@ -49,6 +51,7 @@ def plan(
     data: Annotated[
         Path | None, typer.Option(help="Rows to train on, matched to the scores [default: the scored rows].")
     ] = None,
+    columns: ColumnsOption = None,
     batch_size: BatchSizeOption = None,
     token_budget: TokenBudgetOption = None,
     mode: ModeOption = None,
@@ -137,6 +140,7 @@ def plan(
         named_paths(scores),
         settings=settings,
         data=data,
+        columns=names_in(columns),
         groups=groups,
         show_groups=show_groups,
         lengths=lengths,
@@ -149,13 +153,13 @@ def plan(
         beside=named_paths(beside or [], "plans"),
     )
     if as_json:
-        print_json(made.to_json())
+        show_json(made.to_json())
         return
-    _print(made.summary, combination)
+    _show(made.summary, combination)
     if out is not None:
-        typer.echo(f"Plan: {out}")
+        show(f"Plan: {out}")
     if draw is not None:
-        typer.echo(f"Figure: {draw}")
+        show(f"Figure: {draw}")
 
 
 def named_paths(texts: Sequence[str], what: str = "scores") -> dict[str, str]:
@@ -196,10 +200,10 @@ def _numbers(texts: Sequence[str] | None, option: str) -> dict[str, float] | Non
     return found
 
 
-def _print(summary: PlanSummary, combination: str) -> None:
-    typer.echo(f"{summary.what}; {_size(summary)}")
+def _show(summary: PlanSummary, combination: str) -> None:
+    show(f"{summary.what}; {_size(summary)}")
     about = "" if summary.exact else "≈"
-    typer.echo(
+    show(
         f"{summary.rows:,} rows in {summary.batches:,} batches, "
         f"{about}{sum(part.examples for part in summary.parts) / summary.batches:,.1f} examples each"
         + (f"; epoch {summary.epoch}" if summary.epoch else "")
@@ -209,25 +213,25 @@ def _print(summary: PlanSummary, combination: str) -> None:
         named = [
             scorer if len(summary.scores) == 1 else f"{name} ({scorer})" for name, scorer in summary.scores.items()
         ]
-        typer.echo(f"difficulty: {', '.join(named)}{how}")
-    _table(summary)
+        show(f"difficulty: {', '.join(named)}{how}")
+    _show_table(summary)
     if summary.group_names:
-        held = _shares(summary.group_names, summary.group_shares, most=10)
-        typer.echo(f"groups in the data: {held}")
+        held = _shares(summary.group_names, summary.group_shares, most=10).replace("\xa0", " ")
+        show(f"groups in the data: {held}")
     stand = {"last": "they stand last", "first": "they stand first"}.get(summary.settings["unscored"], "")
-    typer.echo(f"rows without a score: {summary.unscored:,}{f' ({stand})' if summary.unscored and stand else ''}")
+    show(f"rows without a score: {summary.unscored:,}{f' ({stand})' if summary.unscored and stand else ''}")
     if summary.cut is not None:
-        typer.echo(f"rows cut: {summary.cut:,}")
-    typer.echo(f"scores of no row: {summary.unused_scores:,}")
-    typer.echo(_seen(summary))
+        show(f"rows cut: {summary.cut:,}")
+    show(f"scores of no row: {summary.unused_scores:,}")
+    show(_seen(summary))
     if summary.below_batch:
-        typer.echo(
+        show(
             f"the pacing allows less than a batch needs in {summary.below_batch:,} batches, which draw from just enough"
         )
     if not summary.exact:
         looked = sum(part.looked_at for part in summary.parts)
-        typer.echo(f"≈ from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
-    typer.echo(f"fingerprint: {summary.fingerprint}")
+        show(f"≈ from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
+    show(f"fingerprint: {summary.fingerprint}")
 
 
 def _size(summary: PlanSummary) -> str:
@@ -247,7 +251,7 @@ def _seen(summary: PlanSummary) -> str:
     return f"{never} ({how}); an example is seen {seen.mean:.2f} times on average{most}"
 
 
-def _table(summary: PlanSummary) -> None:
+def _show_table(summary: PlanSummary) -> None:
     parts, about = summary.parts, "" if summary.exact else "≈"
     whole = len(parts) > 1 and parts[-1].stages[1] > 0
     columns: dict[str, list[str]] = {
@@ -270,18 +274,13 @@ def _table(summary: PlanSummary) -> None:
         columns["padding"] = ["–" if part.padding is None else f"{100 * part.padding:.0f} %" for part in parts]
     if len(summary.group_names) > 1:
         columns["groups"] = [_shares(summary.group_names, part.groups or [], most=5) for part in parts]
-    shown = table(*columns)
-    for column in shown.columns:
-        column.justify, column.no_wrap = ("left", False) if column.header == "groups" else ("right", True)
+    shown = Table(*(prose(name) if name == "groups" else number(name) for name in columns))
     for line in zip(*columns.values(), strict=True):
         shown.add_row(*line)
-    printer: Any = console()
-    # A table in a file or a pipe is not cut to a terminal that is not there.
-    printer.width = printer.width if printer.is_terminal else _WIDTH
-    printer.print(shown)
+    shown.show()
 
 
-_WIDTH = 150
+_MOST_OF_NAME = 40
 
 
 def _span(first: int, last: int, origin: int) -> str:
@@ -296,5 +295,6 @@ def _percents(pair: tuple[float, float]) -> str:
 def _shares(names: Sequence[str], shares: Sequence[float], most: int) -> str:
     """The largest first."""
     ranked = sorted(zip(shares, names, strict=False), key=lambda pair: -pair[0])
-    said = [f"{name} {100 * share:.0f} %" for share, name in ranked[:most]]
+    # A name and its share stay on one line.
+    said = [f"{one_line(name, _MOST_OF_NAME)}\xa0{100 * share:.0f}\xa0%" for share, name in ranked[:most]]
     return ", ".join(said) + (f", {len(ranked) - most} more" if len(ranked) > most else "")

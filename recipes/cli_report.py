@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sparsort.recipes.options import JsonOption, print_json
+from sparsort.recipes.options import JsonOption
+from sparsort.terminal import show, show_json
 
 
 def report(
@@ -27,15 +28,15 @@ def report(
 
     written = make_report(results, out, figures=figures, title=title)
     if as_json:
-        print_json(written.summary())
+        show_json(written.summary())
         return
     for warning in written.report["warnings"]:
-        typer.echo(f"Warning: {warning['text']}")
+        show(f"Warning: {warning['text']}")
     for finding in written.report["findings"]:
         if finding["task"] is None or len(written.report["tasks"]) == 1:
-            typer.echo(f"{finding['title']}:")
+            show(f"{finding['title']}:")
             for sentence in finding["sentences"]:
-                typer.echo(f"  {sentence}")
-    typer.echo(f"Report: {written.page}")
+                show(f"  {sentence}")
+    show(f"Report: {written.page}")
     if figures is not None:
-        typer.echo(f"Figures: {figures}")
+        show(f"Figures: {figures}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsort.recipes.options import MODEL_PANEL, TEXT_PANEL, IdOption, JsonOption, console, print_json, table, unescape
+from sparsort.recipes.options import MODEL_PANEL, TEXT_PANEL, ColumnsOption, IdOption, JsonOption, names_in, unescape
 from sparsort.recipes.options_curriculum import (
     BatchSizeOption,
     DirectionOption,
@@ -27,6 +27,8 @@ from sparsort.recipes.options_curriculum import (
     WarmUpOption,
     given,
 )
+from sparsort.terminal import note, show, show_json
+from sparsort.terminal_tables import Table, prose
 
 if TYPE_CHECKING:
     from sparsort.recipes.train import TrainResult
@@ -128,6 +130,7 @@ def train(
     warmup_steps: Annotated[int, typer.Option(help="In which the learning rate rises.", rich_help_panel=_TRAINING)] = 0,
     max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.", rich_help_panel=TEXT_PANEL)] = 1024,
     id_column: IdOption = None,
+    columns: ColumnsOption = None,
     eval_share: Annotated[
         float | None,
         typer.Option(help="Share of the rows to hold out [default: 0.1, none with --plan].", rich_help_panel=_TRAINING),
@@ -207,6 +210,7 @@ def train(
         groups=groups,
         eval_data=eval_data,
         id_column=id_column,
+        columns=names_in(columns),
         fingerprint=fingerprint,
         verify=verify,
         recipe=recipe,
@@ -217,9 +221,9 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        print_json(result.summary())
+        show_json(result.summary())
     else:
-        _print(result)
+        _show(result)
 
 
 def _chosen(context: typer.Context, **options: Any) -> dict[str, Any]:
@@ -239,8 +243,8 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _print(result: TrainResult) -> None:
-    rows = table("", "value")
+def _show(result: TrainResult) -> None:
+    rows = Table(prose(""), prose("value"))
     for name in ("loss", "eval_loss"):
         value = getattr(result, name)
         rows.add_row(name.replace("eval_", "held-out "), "not there" if value is None else f"{value:.4f}")
@@ -250,17 +254,17 @@ def _print(result: TrainResult) -> None:
     rows.add_row("rows", f"{result.rows} trained on, {result.eval_rows} held out")
     rows.add_row("tokens", str(result.tokens))
     rows.add_row("parameters", str(result.parameters))
-    console().print(rows)
-    for note in result.notes:
-        typer.echo(f"note: {note}", err=True)
+    rows.show()
+    for sentence in result.notes:
+        note(f"note: {sentence}")
     if result.resumed == result.steps:
-        typer.echo("The run was finished before; this is its result.")
+        show("The run was finished before; this is its result.")
     elif result.resumed:
-        typer.echo(f"Went on from step {result.resumed}.")
-    typer.echo(f"Model: {result.model}\nLosses: {result.history}")
+        show(f"Went on from step {result.resumed}.")
+    show(f"Model: {result.model}\nLosses: {result.history}")
 
 
-def _add_sparse(rows: Any, sparse: dict[str, float | None]) -> None:
+def _add_sparse(rows: Table, sparse: dict[str, float | None]) -> None:
     """What sparse attention came to, over the last tenth of the run."""
     if (kl := sparse["kl"]) is not None:
         rows.add_row("selector's loss (KL)", f"{kl:.4f}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsort.curriculum.demos.blocks import compared_text, demo_turns, query_row
 from sparsort.errors import SparsortError
+from sparsort.integrity import parse_json
 from sparsort.scoring.conversations import turns_of
 from sparsort.scoring.prompts import Prompt
 from sparsort.templates import fields_of, render
@@ -117,7 +118,7 @@ def _json(query: str) -> Any:
     if opening not in ("{", "["):
         return query
     try:
-        return json.loads(query)
+        return parse_json(query)
     except json.JSONDecodeError as error:
         if opening == "[":
             return query

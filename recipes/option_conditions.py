@@ -20,7 +20,7 @@ from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
-from sparsort.recipes.order_conditions import OWN_TURNS, SYSTEM
+from sparsort.recipes.order_conditions import NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
@@ -67,7 +67,7 @@ def _on_the_command_line(context: Any) -> Shown:
             return str(value)
         flag: str = max(parameter.opts, key=len)
         if value is False and parameter.secondary_opts:
-            return str(parameter.secondary_opts[0])
+            return str(max(parameter.secondary_opts, key=len))
         if value is None or isinstance(value, bool):
             return flag
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -81,14 +81,13 @@ _HAS_TURNS = among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS)
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
 SCORE: Table = {
-    **always("file", "prompt", "id_column", "out", "shard_rows", "strict", "as_json"),
+    **always("file", "prompt", "messages", "id_column", "columns", "out", "shard_rows", "strict", "as_json"),
     **_SCORER,
     "answer": (
         among("scorer", [name for name in SCORERS if name not in ("prompt_loss", "random", "column")], of=SCORERS),
     ),
-    "messages": (_HAS_TURNS,),
-    "system": (_HAS_TURNS, OWN_TURNS, *SYSTEM),
-    "chat": (_HAS_TURNS, OWN_TURNS),
+    "system": (_HAS_TURNS, NO_CONVERSATION, SYSTEM),
+    "chat": (_HAS_TURNS, NO_CONVERSATION),
     "truncation": (among("scorer", MODEL_SCORERS, of=SCORERS),),
     "max_length": (among("scorer", MODEL_SCORERS, of=SCORERS),),
 }
@@ -99,10 +98,10 @@ ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY}
 
 CHOOSE: Table = {
     **always("file", "by", "prompt", "answer", "label", "labels", "chat", "id_column", "k", "orders", "seed", "model"),
-    **always("dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
+    **always("columns", "dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
-    "system": SYSTEM,
+    "system": (SYSTEM,),
     **CHOOSE_READ_BY,
 }
 
@@ -110,11 +109,11 @@ CALIBRATE: Table = {
     **always(
         "file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"
     ),
-    **always("poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
+    **always("columns", "poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
     **always("trust_remote_code", "draws", "seed", "out", "as_json"),
     "answer": CALIBRATE_READ_BY["answer"],
-    "system": (OWN_TURNS, *SYSTEM),
-    "chat": (OWN_TURNS,),
+    "system": (NO_CONVERSATION, SYSTEM),
+    "chat": (NO_CONVERSATION,),
     "no_loss": CALIBRATE_READ_BY["own_loss"],
     "top": (excludes("as_json", "{as_json} prints every candidate"),),
 }
@@ -158,7 +157,7 @@ ABLATE: Table = {
         "no_report",
         "as_json",
     ),
-    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test"), (_OWN_TASK,)),
+    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "columns", "test"), (_OWN_TASK,)),
     "labels": (_OWN_TASK, _SCORES_LABELS),
     "stop": (_OWN_TASK, _WRITES),
     "max_new_tokens": (_OWN_TASK, _WRITES),
@@ -201,7 +200,7 @@ _CURRICULUM = {
     if name not in ("seed", "quotas", "steps", "max_length")
 }
 PLAN: Table = {
-    **always("scores", "data", "out", "fingerprint", "draw", "epoch", "max_length", "as_json"),
+    **always("scores", "data", "fingerprint", "out", "draw", "epoch", "max_length", "as_json"),
     **_CURRICULUM,
     "steps": CURRICULUM_READ_BY["steps"],
     "quota": CURRICULUM_READ_BY["quotas"],
@@ -209,11 +208,13 @@ PLAN: Table = {
     "groups": (_NAMES_A_FIELD, _GROUPED),
     "show_groups": (_NAMES_A_FIELD,),
     "lengths": (_NAMES_A_FIELD,),
+    "columns": (needs("data", "it names the columns of the data", data="FILE"),),
     "combination": (_COMBINES,),
     "weight": (_WEIGHS, among("combination", ("rank_average",), of=COMBINATIONS)),
     "beside": (needs("draw", "plans are drawn next to each other in a figure", draw="FILE"),),
 }
 
+_OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
 _OF_PLAN = (
     needs(
@@ -224,12 +225,14 @@ _OF_PLAN = (
 )
 TRAIN: Table = {
     **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
-    **always("learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "eval_share", "eval_data"),
+    **always(
+        "learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "columns", "eval_share", "eval_data"
+    ),
     **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
     **under(_OF_SCORES, _CURRICULUM),
     "groups": (_OF_SCORES, _GROUPED),
-    "fingerprint": _OF_PLAN,
-    "verify": _OF_PLAN,
+    "fingerprint": (_OF_A_PLAN,),
+    "verify": (_OF_A_PLAN,),
     **TRAIN_READ_BY,
     "eval_steps": (
         When(

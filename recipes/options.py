@@ -1,13 +1,14 @@
-"""What the commands share: the options that more than one of them has, and how they print."""
+"""What the commands share: the options that more than one of them has."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from sparsort.terminal import OutputError, printable, unwritable
 
 TEXT_PANEL = "Text"
 SCORER_PANEL = "Scorer"
@@ -53,6 +54,14 @@ IdOption = Annotated[
         "--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=TEXT_PANEL
     ),
 ]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Comma-separated names of the columns of a .csv or .tsv file without a header.",
+        rich_help_panel=TEXT_PANEL,
+    ),
+]
 ScorerOption = Annotated[
     str,
     typer.Option(
@@ -75,7 +84,26 @@ CalibrationOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-class CheckedCommand(TyperCommand):
+# typer brings a copy of click, and gives the base class of its usage errors no public name.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class PrintableUsage:
+    """A command, or the group of them, whose usage errors repeat the arguments printably, and whose help can fail to print."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)  # type: ignore[misc]
+        except _UsageError as error:
+            error.message = printable(error.message)
+            raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(unwritable(error)) from error
+
+
+class CheckedCommand(PrintableUsage, TyperCommand):
     """A command that refuses options without an effect before it does anything."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -85,45 +113,9 @@ class CheckedCommand(TyperCommand):
         return super().invoke(ctx)
 
 
-# Columns that stand to the right.
-_NUMBERS = frozenset(
-    (
-        "rank",
-        "place",
-        "difficulty",
-        "tokens",
-        "k",
-        "sets",
-        "pairs",
-        "longest prompt",
-        "accuracy",
-        "Δ random",
-        "p (Holm)",
-    )
-)
-
-
-def table(*columns: str, title: str | None = None) -> Any:
-    """A plain table; columns of numbers stand to the right."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in columns:
-        made.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
-    return made
-
-
-def console() -> Any:
-    """stdout, without markup."""
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+def names_in(text: str | None) -> tuple[str, ...] | None:
+    """The names of a comma-separated list, without spaces around them; None for None."""
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def unescape(text: str | None) -> str | None:

@@ -16,8 +16,8 @@ from sparsort.curriculum.demos.select import EMBEDDED, METHODS, SCORED
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
 
-SYSTEM = (needs("chat", "a plain prompt has no system turn", chat=True),)
-OWN_TURNS = excludes("messages", "{messages} has its own turns, and the chat template is always applied to them")
+NO_CONVERSATION = excludes("messages", "{messages} holds whole conversations, with their own turns")
+SYSTEM = needs("chat", "a plain prompt has no system turn", chat=True)
 # Ordering has no such options.
 _SCORER = {name: own for name, own in SCORER_READ_BY.items() if name not in ("unit", "token_budget")}
 
@@ -45,8 +45,8 @@ def _runs_model(values: Values) -> bool:
 
 
 def _reads_model(values: Values) -> bool:
-    reads_tokenizer = values["max_tokens"] is not None or values["chat"] or values["messages"] is not None
-    return _runs_model(values) or reads_tokenizer or (_scores_now(values) and values["scorer"] == "length")
+    counts = values["max_tokens"] is not None or values["chat"] or values["messages"] is not None
+    return _runs_model(values) or counts or (_scores_now(values) and values["scorer"] == "length")
 
 
 def _draws(values: Values) -> bool:
@@ -66,11 +66,11 @@ _NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
 _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
-    **always("prompt", "answer", "messages", "id_column", "k", "ids", "order", "max_tokens", "allow_leaks"),
+    **always("prompt", "answer", "messages", "id_column", "columns", "k", "ids", "order", "max_tokens", "allow_leaks"),
     **under(_RANKED, under(_NOT_SCORED_YET, _SCORER)),
     "scores": (_RANKED,),
-    "system": (_OWN_PROMPT, OWN_TURNS, *SYSTEM),
-    "chat": (_OWN_PROMPT, OWN_TURNS),
+    "system": (NO_CONVERSATION, _OWN_PROMPT, SYSTEM),
+    "chat": (NO_CONVERSATION, _OWN_PROMPT),
     "select": (
         When(
             holds=lambda values: values["ids"] is None or values["select"] == "ids",
@@ -84,6 +84,7 @@ READ_BY: Table = {
     ),
     "label": (among("select", ("balanced",), of=METHODS),),
     "drop": PROMPT_READ_BY["drop"],
+    "allow_zero_shot": PROMPT_READ_BY["allow_zero_shot"],
     "separator": PROMPT_READ_BY["separator"],
     "missing": ORDERS_READ_BY["missing"],
     "embedder": (When(holds=_embeds, why="nothing here reads embeddings"),),

@@ -20,16 +20,17 @@ from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
 from sparsort.curriculum.demos.prompt import assemble
 from sparsort.curriculum.demos.select import METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.paths import spell
 from sparsort.recipes.demo_text import DemoText
 from sparsort.recipes.order_conditions import READ_BY
 from sparsort.recipes.score import ScorerConfig
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
-from sparsort.values import as_text, has_text, is_missing
+from sparsort.terminal import one_line
 
 # With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
 MOST_DEMOS = 64
+# Characters of a demonstration's excerpt, for a person.
+EXCERPT = 80
 _NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
 _NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
 _NEEDS_NO_SCORES = (
@@ -59,6 +60,7 @@ class OrderConfig:
     drop: Any = "farthest"
     separator: str = "\n\n"
     allow_leaks: bool = False
+    allow_zero_shot: bool = False
     seed: int = 0
     prompt: str | None = None
     answer: str | None = None
@@ -66,6 +68,7 @@ class OrderConfig:
     system: str | None = None
     chat: bool = False
     id_column: str | None = None
+    columns: tuple[str, ...] | None = None
     missing: Any = "error"
     embedder: str | None = None
 
@@ -128,7 +131,7 @@ def order_file(
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    rows = list(open_rows(file, id_column=config.id_column).rows())
+    rows = list(open_rows(file, id_column=config.id_column, columns=config.columns).rows())
     text = DemoText.of(
         list(rows[0].fields),
         prompt=config.prompt,
@@ -171,6 +174,7 @@ def order_file(
         tokenizer=session.tokenizer() if config.max_tokens is not None or text.chat else None,
         drop=config.drop,
         allow_leaks=config.allow_leaks,
+        allow_zero_shot=config.allow_zero_shot,
     )
     notes += [*([made.report] if made.dropped else []), *made.notes]
     kept = set(made.kept)
@@ -179,7 +183,7 @@ def order_file(
             "id": row.id,
             "difficulty": None if math.isnan(difficulty[place]) else float(difficulty[place]),
             "kept": number in kept,
-            "excerpt": _excerpt(row, text),
+            "excerpt": one_line(session.text_of(row), EXCERPT),
         }
         for number, (row, place) in enumerate(zip(ordered, places, strict=True))
     ]
@@ -372,19 +376,3 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
     system = scorer.found.definition.turns[0][1] if roles[0] == "system" else None
     prompt, chat = scorer.found.definition.turns[-1][1], roles != ["text"]
     return replace(config, order=order, prompt=prompt, system=system, chat=chat)
-
-
-def _excerpt(row: Row, text: DemoText) -> str:
-    """The beginning of a demonstration, for a person: its conversation, or the fields that have a text."""
-    if text.messages is not None:
-        words = text.whole(row.fields, where=row.name).split()
-    else:
-        shown = {key: value for key, value in row.fields.items() if key != "id" and not is_missing(value)}
-        words = [
-            word
-            for key, value in shown.items()
-            if has_text(value)
-            for word in as_text(value, field=spell([key]), where=row.id).split()
-        ]
-    excerpt = " ".join(words)
-    return excerpt if len(excerpt) <= 80 else f"{excerpt[:79]}…"

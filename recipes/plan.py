@@ -49,6 +49,7 @@ def make_plan(
     *,
     settings: CurriculumSettings,
     data: Any = None,
+    columns: Sequence[str] | None = None,
     groups: str | None = None,
     show_groups: str | None = None,
     lengths: str | None = None,
@@ -66,6 +67,7 @@ def make_plan(
         scores: what `Scores.load` reads, such as a folder of `sparsort score`; several by name are combined.
         settings: of the curriculum.
         data: the rows to train on, as `open_rows` takes them; without, row i of the data is row i of the scores.
+        columns: names of the columns of the data, a CSV or TSV file without a header.
         groups: field of the data with each row's group; the curriculum then takes each group's easiest together.
         show_groups: field whose shares are shown and do not change the plan.
         lengths: field of the data with the tokens of each row, by default those that the scores counted.
@@ -111,7 +113,7 @@ def make_plan(
     fields = {"groups": groups, "show_groups": show_groups, "lengths": lengths}
     if data is None and (asked := [name for name, field in fields.items() if field is not None]):
         raise SparsortError(f"{asked[0]}={fields[asked[0]]!r} names a field of the data: pass data too (--data FILE).")
-    source = None if data is None else open_rows(data)
+    source = None if data is None else open_rows(data, columns=columns)
     if source is not None:
         source.require([field for field in fields.values() if field is not None])
     read = {name: Scores.load(path) for name, path in paths.items()}
@@ -192,7 +194,10 @@ def _field_numbers(rows: _Rows, field: str) -> NDArray[np.int64]:
             f"row {wrong} has {values[wrong]!r} in the field {field!r}, and lengths are whole numbers of tokens. "
             "Name a field that holds them, or leave lengths out to take those that the scores counted."
         )
-    return np.array(values, dtype=np.int64)
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError as error:
+        raise SparsortError(f"the field {field!r} holds a number of tokens beyond 64 bits. Repair the data.") from error
 
 
 def _counted(read: Mapping[str, Scores], rows: _Rows | None) -> NDArray[Any] | None:

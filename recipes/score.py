@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.sources import RowSource, open_rows
 
 if TYPE_CHECKING:
     from sparsort.scoring.base import Scorer
@@ -214,6 +215,7 @@ class TextConfig:
     truncation: Any = "error"
     max_length: int | None = None
     id_column: str | None = None
+    columns: Sequence[str] | None = None
 
     def read(self) -> Prompt | None:
         """The prompt, if one was given."""
@@ -242,11 +244,28 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
-    """What became of a file."""
+    """What became of a file.
+
+    Attributes:
+        scores: one row a row of the file.
+        seconds: the time of the whole call: checks, loading and scoring.
+        loading_seconds: the part before scoring: libraries, the checks of the file, the model.
+        scoring_seconds: the rest, in which rows were read and scored.
+        resumed: whether rows may have been scored by an earlier call.
+        out: the score folder.
+        source: the rows of the file.
+        prompt: how a row becomes text; None where the scorer reads no text.
+        counts: rows by status.
+    """
 
     scores: Scores
     seconds: float
+    loading_seconds: float
+    scoring_seconds: float
+    resumed: bool
     out: str | None
+    source: RowSource
+    prompt: Prompt | None
     counts: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -263,6 +282,8 @@ class ScoreReport:
             "tokens": int(tokens[np.isfinite(difficulty)].sum()),
             "truncated_rows": int((self.scores.column("n_truncated") > 0).sum()),
             "seconds": round(self.seconds, 3),
+            "loading_seconds": round(self.loading_seconds, 3),
+            "scoring_seconds": round(self.scoring_seconds, 3),
             "provenance": self.scores.provenance,
         }
 
@@ -276,6 +297,8 @@ def score_file(
     shard_rows: int = 2048,
 ) -> ScoreReport:
     """Score every row of `file`; see `Scorer.score`."""
+    from sparsort.scoring.shards import MANIFEST
+
     start = time.perf_counter()
     scorer, text = scorer.calibrated(), text.calibrated(scorer.found)
     scorer.check(text, shard_rows)
@@ -283,7 +306,7 @@ def score_file(
     prompt = text.read()
     reads_column = scorer.scorer == "column" and scorer.column is not None
     content = [str(scorer.column)] if reads_column else prompt.fields if prompt is not None else None
-    source = open_rows(file, id_column=text.id_column, content=content)
+    source = open_rows(file, id_column=text.id_column, content=content, columns=text.columns)
     if prompt is not None:
         source.require(prompt.fields, prompt)
     elif scorer.reads_text:
@@ -291,10 +314,19 @@ def score_file(
             "which columns make the prompt? Pass --prompt with columns in braces, or --messages with a column of conversations; "
             f"this data has: {', '.join(source.columns())}."
         )
-    scores = scorer.load().score(source, out=out, shard_rows=shard_rows, **text.options())
+    resumed = out is not None and (Path(out).expanduser() / MANIFEST).exists()
+    loaded = scorer.load()
+    scoring = time.perf_counter()
+    scores = loaded.score(source, out=out, shard_rows=shard_rows, **text.options())
+    end = time.perf_counter()
     return ScoreReport(
         scores=scores,
-        seconds=time.perf_counter() - start,
+        seconds=end - start,
+        loading_seconds=scoring - start,
+        scoring_seconds=end - scoring,
+        resumed=resumed,
         out=str(out) if out is not None else None,
+        source=source,
+        prompt=prompt,
         counts=scores.counts("status"),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ def train(
     groups: str | None = None,
     eval_data: Any = None,
     id_column: str | None = None,
+    columns: Sequence[str] | None = None,
     fingerprint: str | None = None,
     verify: bool = True,
     config: TrainConfig | None = None,
@@ -110,6 +111,7 @@ def train(
         groups: with scores, the column that names each row's group.
         eval_data: held-out rows, of the same columns.
         id_column: the column that identifies a row.
+        columns: names of the columns of `data` and `eval_data`, if these are CSV or TSV files without a header.
         fingerprint: with a plan, your own name for the data. Where the plan was made with a name too, the names are compared
             instead of the rows.
         verify: False takes a plan for any data with as many rows.
@@ -138,9 +140,9 @@ def train(
     run = Run(
         config=config,
         out=Path(out).expanduser(),
-        source=_open(data, read, id_column),
+        source=_open(data, read, id_column, columns),
         text=read,
-        held=None if eval_data is None else _open(eval_data, read, id_column),
+        held=None if eval_data is None else _open(eval_data, read, id_column, columns),
         curriculum={**asked.curriculum, **curriculum},
         groups=groups,
         fingerprint=fingerprint,
@@ -163,10 +165,10 @@ def _opened(plan: str | Path | CurriculumPlan | None) -> CurriculumPlan | None:
     return CurriculumPlan.open(plan) if isinstance(plan, str | Path) else plan
 
 
-def _open(data: Any, text: TrainText, id_column: str | None) -> RowSource:
+def _open(data: Any, text: TrainText, id_column: str | None, columns: Sequence[str] | None) -> RowSource:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(data, id_column=id_column)
+    source = open_rows(data, id_column=id_column, columns=columns)
     text.check(source)
     return source
 

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ from sparsort.files import write_atomically
 from sparsort.progress import progress
 from sparsort.recipes.train_config import TrainConfig
 from sparsort.recipes.train_text import TextCollator
+from sparsort.terminal import note
 
 if TYPE_CHECKING:
     from sparsort.attention.callback import SparseAttentionCallback
@@ -268,7 +268,7 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         def ask(number: int, frame: Any) -> None:
             self.asked = True
             signal.signal(number, before)
-            sys.stderr.write("sparsort: stopping after this step; interrupt again to stop at once.\n")
+            note("sparsort: stopping after this step; interrupt again to stop at once.")
 
         if threading.current_thread() is not threading.main_thread():
             yield

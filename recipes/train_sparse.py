@@ -205,11 +205,14 @@ def _configuration(model: str) -> Any:
     from transformers import AutoConfig, LlamaConfig
 
     from sparsort.scoring.embedded import quiet_transformers, resolve_model
+    from sparsort.scoring.hub import cached_only
 
     if model in PRESETS:
         return LlamaConfig(**PRESETS[model])
     resolved = resolve_model(model)
-    given = {"gguf_file": resolved.gguf_file} if resolved.gguf_file else {}
+    given: dict[str, Any] = {"gguf_file": resolved.gguf_file} if resolved.gguf_file else {}
+    if resolved.is_hub_id:
+        given["local_files_only"] = cached_only(resolved.folder_or_id)
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(resolved.folder_or_id, **given)

@@ -89,8 +89,7 @@ class AnswerReader:
         if compile and token_budget is None and loaded.device.value.type == "cpu":
             token_budget = _COMPILED_BUDGET
         self.backbone = Backbone(loaded, token_budget=token_budget)
-        sites = SITES if self.backbone.final_norm is not None else SITES[:1]
-        self.reader = PrefixReader(self.backbone, sites=sites, compile=compile)
+        self.reader = PrefixReader(self.backbone, sites=self.backbone.answer_sites, compile=compile)
         self.head = Head(loaded.model, self.backbone.config, loaded.name, compile=self.reader.compiled)
         self.encoder = Encoder(loaded.tokenizer, max_length=None, chat=chat)
         self.trees = TreeEncoder(self.encoder)
@@ -224,7 +223,7 @@ class AnswerReader:
 
     def _score(self, layout: Layout, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(Q, L) log-probabilities and (Q, F) features."""
-        gathered = _Gathered(layout.passages)
+        gathered = _Gathered(layout.passages, self.backbone.head_site.name)
         for segments, places in layout.groups():
             self._read(segments, layout.passages, places, gathered)
         return self._finish(gathered, n_answers)
@@ -297,11 +296,13 @@ class AnswerReader:
 
     def features(self, states: dict[str, Tensor]) -> NDArray[np.float64]:
         """(Q, F) features of states, site → (Q, width), in the order of `FEATURES`."""
-        return self._features(states, self._normalisers(states.get("post_norm", states["pre_norm"]))[1])
+        return self._features(states, self._normalisers(states[self.backbone.head_site.name])[1])
 
     def _features(self, states: dict[str, Tensor], entropy_Q: NDArray[np.float64]) -> NDArray[np.float64]:
         features = np.full((len(entropy_Q), len(FEATURES)), np.nan)
         for site, states_QH in states.items():
+            if site not in SITES:  # what the head reads, in a model without a final norm
+                continue
             start = SITES.index(site) * len(METRICS)
             features[:, start : start + len(METRICS)] = sparsity_rows(states_QH).values_NM.double().cpu().numpy()
         features[:, -1] = entropy_Q
@@ -328,7 +329,8 @@ class _Gathered:
         wanted: each row's tokens whose states are read.
     """
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
+    def __init__(self, passages: Sequence[Passage], head_site: str) -> None:
+        self._head_site = head_site
         self.ends = [passage.end for passage in passages]
         self._scored = [list(passage.scored()) for passage in passages]
         self.wanted = [
@@ -344,7 +346,7 @@ class _Gathered:
         if token == self.ends[row]:
             for site, state in states.items():
                 self.sites.setdefault(site, [state] * len(self.ends))[row] = state.clone()
-        self.last[row, token] = states.get("post_norm", states["pre_norm"]).clone()
+        self.last[row, token] = states[self._head_site].clone()
 
     def take(self, rows: Sequence[int], states: dict[str, Tensor]) -> None:
         """Take what is wanted from a block of `_tree`."""

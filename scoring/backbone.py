@@ -24,6 +24,8 @@ from sparsort.scoring.batching import Limits, Plan, plan
 from sparsort.scoring.loading import LoadedModel
 from sparsort.scoring.sites import Site, blocks_of, find_site, norm_candidates
 
+# The site that the head reads in a model without a final norm; see `Backbone.head_site`.
+HEAD_INPUT = "head_input"
 # Tokens of one row in one pass: longer rows continue chunk after chunk, so the mask is chunk × length, not length².
 _CHUNK = 2048
 # Tokens of one batch. On a CPU the activations should stay in the outer cache; on a GPU the matrix products want width.
@@ -68,7 +70,7 @@ class Backbone:
         self.loaded = loaded
         config = loaded.model.config
         self.config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        self.decoder = _decoder_of(loaded.model)
+        self.decoder = decoder_of(loaded.model)
         self.device = next(loaded.model.parameters()).device
         self.hidden_size = int(self.config.hidden_size)
         self.blocks = blocks_of(self.decoder, int(self.config.num_hidden_layers))
@@ -84,8 +86,25 @@ class Backbone:
         return int(value) if value else None
 
     def site(self, name: str) -> Site:
-        """Resolve a site by name (see `sites`)."""
+        """Resolve a site by name (see `sites`), or `HEAD_INPUT`."""
+        if name == HEAD_INPUT:
+            return self.head_site
         return find_site(name, blocks=self.blocks, final_norm=self.final_norm, hidden_size=self.hidden_size)
+
+    @property
+    def head_site(self) -> Site:
+        """Where the states are that the head reads: `post_norm`, or what the decoder returns if that is no norm's output.
+
+        Without a final norm that is the last block's output, and for a few models (OPT 350M) a projection of it.
+        """
+        if self.final_norm is not None:
+            return self.site("post_norm")
+        return Site(name=HEAD_INPUT, module=self.decoder, reads="output")
+
+    @property
+    def answer_sites(self) -> tuple[str, str]:
+        """The names of the sites that answers are read at: `pre_norm`, and the one that the head reads."""
+        return "pre_norm", self.head_site.name
 
     def width(self, site: Site) -> int:
         """Number of dimensions of a site's states."""
@@ -236,7 +255,7 @@ class Backbone:
 _PROBE = 8
 
 
-def _decoder_of(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
     """The stack of blocks below the head, also within a multimodal wrapper."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     # Some classes name themselves; their blocks are one attribute further.
@@ -302,7 +321,9 @@ def _hook(site: Site, caught: dict[str, Tensor]) -> Any:
         caught[site.name] = args[0] if args else next(iter(kwargs.values()))
 
     def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
-        caught[site.name] = output[0] if isinstance(output, tuple) else output
+        # A block returns a tensor, or a tuple or list of which it is the first; the decoder returns an output object.
+        output = getattr(output, "last_hidden_state", output)
+        caught[site.name] = output[0] if isinstance(output, tuple | list) else output
 
     if site.reads == "input":
         return site.module.register_forward_pre_hook(keep_input, with_kwargs=True)

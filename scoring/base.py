@@ -104,6 +104,7 @@ class Scorer(ABC):
         truncation: Truncation = "error",
         max_length: int | None = None,
         id_column: str | None = None,
+        columns: Sequence[str] | None = None,
         out: str | Path | None = None,
         shard_rows: int = 2048,
         like: Scores | None = None,
@@ -123,6 +124,7 @@ class Scorer(ABC):
                 "right" cut that end of the prompt and count what was cut.
             max_length: limit in tokens; None for the model's own context.
             id_column: column that identifies a row; None for "id" if there is one, else the row's position.
+            columns: names of the columns of a CSV or TSV file without a header.
             out: folder for durable shards; run again after a kill it goes on where it was. None keeps all in memory.
             shard_rows: rows of one shard, the unit that is kept or redone. Does not change a score beyond rounding.
             like: scores made before, to be comparable with: what was fitted for them (an outlier rule) is used again,
@@ -135,7 +137,7 @@ class Scorer(ABC):
             SparsortError: bad input; the message says what to do.
         """
         asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
-        source = open_rows(data, id_column=id_column, content=self.content(asked))
+        source = open_rows(data, id_column=id_column, content=self.content(asked), columns=columns)
         if asked is not None:
             source.require(asked.fields, asked)
         request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length)

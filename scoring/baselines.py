@@ -207,7 +207,7 @@ class ColumnScorer(_RowScorer):
             if not has_text(given):  # an array of one element is a number to `float`
                 raise TypeError
             number = float(given)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise SparsortError(
                 f"column {self.column!r} of {row.name} holds {given!r}; expected a number. "
                 "Name a numeric column, or convert it first."

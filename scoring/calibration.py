@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
-from sparsort.integrity import is_sealed, seal
+from sparsort.integrity import as_written, is_sealed, parse_json, seal
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
@@ -192,7 +192,7 @@ class Calibration:
         """
         path = Path(path).expanduser()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SparsortError(
                 f"there is no calibration {path}. Make one with sparsort calibrate … --out {path}."
@@ -201,7 +201,8 @@ class Calibration:
             raise SparsortError(
                 f"{path} cannot be read as a calibration ({error}). Make it again with sparsort calibrate … --out {path}."
             ) from error
-        made = cls.from_dict(found, str(path))
+        with as_written(path, next_step=f"Make it again with sparsort calibrate … --out {path}."):
+            made = cls.from_dict(found, str(path))
         if found["version"] != _UNSEALED and not is_sealed(found):
             raise SparsortError(
                 f"{path} is damaged: it has changed since it was written. Make it again with sparsort calibrate … --out {path}."
@@ -263,8 +264,12 @@ class Calibration:
             ValueError: it does not.
         """
         chosen = self.judgements[self.target]
-        if found["verdict"] != self.verdict or not _alike(found["sentence"], self.sentence()):
+        if found["verdict"] != self.verdict:
             raise ValueError("its verdict is not the one of its numbers")
+        numbers = [value for held in (chosen.plain, chosen.fixed) for value in (held.rho, held.low, held.high)]
+        # Version 1 did not say why a number is absent, so its sentence can be compared only where all are there.
+        if all(map(math.isfinite, numbers)) and not _alike(found["sentence"], self.sentence()):
+            raise ValueError("its sentence is not the one of its numbers")
         # Site, pooling, rule and metric are in the definition and in the candidate's name.
         if (self.definition.candidate.name, self.definition.orientation) != (
             self.candidates[chosen.best],

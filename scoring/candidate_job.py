@@ -82,8 +82,7 @@ class CandidateJob(ModelJob):
         super().__init__(scorer, request, encoder, provenance, columns)
         self._ways, self._head, self._threshold = ways, head, l0_threshold
         self._reads_answer = head is not None or any(pooling == "answer" for _, pooling, _ in ways)
-        # The last hidden state is what the head reads, whether or not the model has a final norm.
-        last = self.backbone.site("post_norm" if self.backbone.final_norm is not None else "pre_norm")
+        last = self.backbone.head_site
         self._head_site = last.name
         self._measured = {site.name: self.backbone.width(site) for site in sites}
         self._sites = [*sites, *([last] if head and last.name not in self._measured else [])]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.readers import STRIDE, Reader, Record, SequenceReader
+
+_BUFFER = 1 << 20  # bytes
 
 
 class TableReader:
@@ -27,7 +29,7 @@ class TableReader:
 
     def records(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
         for piece in self._pieces(start, columns):
-            for fields in piece.to_pylist():
+            for fields in self._listed(piece):
                 yield 0, fields
 
     def take(self, positions: Sequence[int]) -> Iterator[Record]:
@@ -39,11 +41,22 @@ class TableReader:
             while inside < len(positions) and positions[inside] < first + piece.num_rows:
                 inside += 1
             if inside > taken:
-                for fields in piece.take([position - first for position in positions[taken:inside]]).to_pylist():
+                for fields in self._listed(piece.take([position - first for position in positions[taken:inside]])):
                     yield 0, fields
             first, taken = first + piece.num_rows, inside
             if taken == len(positions):
                 return
+
+    def _listed(self, piece: Any) -> list[dict[str, Any]]:
+        """Rows as Python objects. Arrow holds values that Python cannot: dates after the year 9999, text that is not UTF-8."""
+        try:
+            return cast(list[dict[str, Any]], piece.to_pylist())
+        except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            name = next((name for name in piece.column_names if not _has_python_values(piece.column(name))), None)
+            which = "" if name is None else f", column {name!r} ({piece.schema.field(name).type})"
+            raise SparsortError(
+                f"{self.name}{which} holds a value that cannot be read: {error}. Convert the column to text, or leave it out."
+            ) from error
 
     def _pieces(self, start: int, columns: Sequence[str] | None) -> Iterator[Any]:
         """At most STRIDE rows at a time, so that a row group of long texts never stands as Python objects."""
@@ -78,12 +91,15 @@ def parquet_reader(path: Path) -> TableReader:
     import pyarrow.parquet as pq
 
     try:
-        total = pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            total, names = file.metadata.num_rows, file.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(str(path), "Parquet", error) from error
+    _check_names(names, str(path))
 
     def batches(start: int, columns: Sequence[str] | None) -> Iterator[Any]:
-        with pq.ParquetFile(path) as file:
+        # With a buffer, pages are read as they are needed; without, the whole column of a row group at once.
+        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             groups: list[int] = []
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
@@ -109,9 +125,24 @@ def arrow_reader(path: Path) -> TableReader:
         with path.open("rb") as handle:
             stream = handle.read(6) != b"ARROW1"
         table = (pa.ipc.open_stream if stream else pa.ipc.open_file)(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowException, OSError) as error:
+        table.validate()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(str(path), "Arrow", error) from error
-    return table_reader(table, str(path))
+    return table_reader(table, str(path), checked=True)
+
+
+def saved_dataset_reader(folder: Path) -> Reader:
+    """The rows of a folder that `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the JSON files decide what runs: lookups, casts, memory maps
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise SparsortError(
+            f"{folder} cannot be read as a saved dataset: {reason}. Save it again with save_to_disk."
+        ) from error
+    return dataset_reader(dataset, str(folder))
 
 
 def dataset_reader(dataset: Any, name: str | None = None) -> Reader:
@@ -129,14 +160,41 @@ def dataset_reader(dataset: Any, name: str | None = None) -> Reader:
     return TableReader(name, len(dataset), batches)
 
 
-def table_reader(table: Any, name: str) -> TableReader:
-    """The rows of a `pyarrow.Table`."""
+def table_reader(table: Any, name: str, *, checked: bool = False) -> TableReader:
+    """The rows of a `pyarrow.Table`.
+
+    Args:
+        table: the table.
+        name: for messages.
+        checked: validate the values as they are read. A damaged Arrow file has offsets outside of its buffers, which
+            would be followed.
+    """
+    _check_names(table.column_names, name)
 
     def batches(start: int, columns: Sequence[str] | None) -> Iterator[Any]:
         kept = _known(columns, table.column_names)
-        yield (table.select(kept) if kept else table).slice(start)
+        part = (table.select(kept) if kept else table).slice(start)
+        for offset in range(0, part.num_rows, STRIDE) if checked else ():
+            piece = part.slice(offset, STRIDE)
+            piece.validate(full=True)
+            yield piece
+        if not checked:
+            yield part
 
     return TableReader(name, table.num_rows, batches)
+
+
+def _check_names(names: Sequence[str], name: str) -> None:
+    if twice := next((column for column in names if names.count(column) > 1), None):
+        raise SparsortError(f"{name} has two columns with the name {twice!r}. Rename one of them.")
+
+
+def _has_python_values(column: Any) -> bool:
+    try:
+        column.to_pylist()
+    except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _unreadable(name: str, form: str, error: Exception) -> SparsortError:

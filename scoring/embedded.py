@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,7 +30,9 @@ from typing import Any
 from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.files import cache_folder, disk_error
-from sparsort.integrity import damage, read_sealed, record_of, write_sealed
+from sparsort.integrity import damage, parse_json, read_sealed, record_of, write_sealed
+from sparsort.scoring.hub import cached_only
+from sparsort.terminal import note
 
 DEMO = "demo"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -66,6 +67,11 @@ class ResolvedModel:
     folder_or_id: str
     gguf_file: str | None
     name: str
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the model is one of the hub's, rather than a folder."""
+        return not Path(self.folder_or_id).is_dir()
 
 
 def resolve_model(name: str) -> ResolvedModel:
@@ -110,6 +116,8 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if resolved.is_hub_id:
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
     if resolved.gguf_file:
         need("gguf", "gguf", "reading a GGUF model")
         options["gguf_file"] = resolved.gguf_file
@@ -158,11 +166,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _to_stderr(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-
-
-def demo_folder(*, progress: Callable[[str], None] = _to_stderr) -> Path:
+def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
     """The folder of the embedded model as safetensors, converted into the user's cache on first use.
 
     Args:
@@ -294,7 +298,7 @@ _CHECKED: dict[Path, dict[str, tuple[int, int]]] = {}
 def _is_whole(folder: Path) -> bool:
     """Whether the folder is a conversion of this model and every file in it is the one that was written."""
     try:
-        record = json.loads((folder / _RECORD).read_bytes())
+        record = parse_json((folder / _RECORD).read_bytes())
         stamps = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
         if stamps == _CHECKED.get(folder):
             return True
@@ -314,7 +318,7 @@ def _is_whole(folder: Path) -> bool:
 def _adopt(folder: Path, record: dict[str, Any]) -> bool:
     """Check a conversion from before there were digests by its record, and add digests to it if it passes."""
     sizes = {name: (folder / name).stat().st_size for name in record["files"]}
-    config = json.loads((folder / "config.json").read_bytes())
+    config = parse_json((folder / "config.json").read_bytes())
     with (folder / "model.safetensors").open("rb") as handle:
         weights = hashlib.file_digest(handle, "sha256").hexdigest()
     is_whole = (sizes, weights) == (record["files"], record["model_sha256"]) and config | _CONFIG == config

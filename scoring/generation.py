@@ -241,22 +241,29 @@ class _Job:
             yield block.layers, lengths
 
     def _whole(self, batch: Sequence[int]) -> Iterator[int]:
-        """One batch by transformers' `generate`, for a model that cannot share prefixes."""
-        model, stems = self.reader.loaded.model, [self.passages[row].stem for row in batch]
-        longest = max(map(len, stems))
-        ids = torch.tensor([[stem[-1]] * (longest - len(stem)) + list(stem) for stem in stems])
-        mask = torch.arange(longest) >= longest - torch.tensor([len(stem) for stem in stems])[:, None]
-        self.reader.reader.n_tokens += int(mask.sum())
-        device = self.reader.backbone.device
+        """One batch by transformers' `generate`, for a model that cannot share prefixes.
+
+        Rows of one length run together: padding on the left would move the positions of models that count them by column.
+        """
+        by_length: dict[int, list[int]] = {}
+        for row in batch:
+            by_length.setdefault(len(self.passages[row].stem), []).append(row)
+        for rows in by_length.values():
+            self._whole_of_one_length(rows)
+            yield len(rows)
+
+    def _whole_of_one_length(self, rows: Sequence[int]) -> None:
+        model = self.reader.loaded.model
+        ids = torch.tensor([self.passages[row].stem for row in rows], device=self.reader.backbone.device)
+        self.reader.reader.n_tokens += ids.numel()
         with self.reader.backbone.catch(self.reader.reader.sites) as caught, _plain_generation(model) as config:
             model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.long().to(device),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 generation_config=config(max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=0),
-                logits_processor=[_Choice(self, batch, caught)],
-                stopping_criteria=[_AllDone(self.writer, batch)],
+                logits_processor=[_Choice(self, rows, caught)],
+                stopping_criteria=[_AllDone(self.writer, rows)],
             )
-        yield len(batch)
 
 
 class _Choice:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.backbone import decoder_of
 from sparsort.scoring.fused import fused
 
 # Positions whose logits stand in memory at once: 128 × 262144 × 4 bytes are 134 MB.
@@ -98,16 +99,23 @@ class Head:
 
     @torch.inference_mode()
     def _check(self, model: Any, name: str) -> None:
+        """Compare the logits of a few tokens with the model's own, from the states that `Backbone.head_site` gives."""
         device = next(model.parameters()).device
         ids = torch.arange(3, device=device)[None]
-        result = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-        ours = self.logits(result.hidden_states[-1][0])
-        theirs = result.logits[0].float()
+        states: list[Tensor] = []
+        hook = decoder_of(model).register_forward_hook(lambda _module, _args, output: states.append(output[0]))
+        try:
+            theirs = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
         # One rounding of the model's dtype at the logits' size is what a different order of the same steps may cost.
-        tolerance = 8 * torch.finfo(result.logits.dtype).eps * max(1.0, float(theirs.abs().max()))
+        tolerance = 8 * torch.finfo(theirs.dtype).eps * max(1.0, float(theirs.abs().max()))
+        fits = len(states) == 1 and states[0].shape[-1] == self._matrix.weight.shape[-1]
+        ours = self.logits(states[0][0]) if fits else theirs.new_zeros(0)
+        theirs = theirs[0].float()
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True):
             raise SparsortError(
-                f"{name!r} changes its logits after the head in a way that sparsort does not know, so losses and entropies would "
+                f"{name!r} computes its logits in a way that sparsort does not know, so losses, entropies and answers would "
                 "be wrong. Use a sparsity, length or compression scorer, and report the model."
             )
 

@@ -87,8 +87,7 @@ class _HeadJob(ModelJob):
         super().__init__(scorer, request, encoder, provenance, [scorer.kind])
         self.kind, self.head = scorer.kind, head
         self.wants_answer = scorer.kind == "answer_loss"
-        # The last hidden state is what the head reads, whether or not the model has a final norm.
-        self.site = scorer.backbone.site("post_norm" if scorer.backbone.final_norm is not None else "pre_norm")
+        self.site = scorer.backbone.head_site
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         too_short = ("empty", "a single token has nothing to be predicted from")

@@ -20,7 +20,7 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of, spell
 from sparsort.scoring.conversations import conversation_columns, split_answer, turns_of
 from sparsort.templates import check_values, columns_of, fields_of, render
-from sparsort.values import is_missing, value_at
+from sparsort.values import is_list, is_missing, kind_of, missing_name, value_at
 
 Truncation = Literal["error", "left", "right"]
 Turns = Sequence[Mapping[str, str]]
@@ -94,28 +94,30 @@ class Prompt:
             chat: put `prompt` into the model's chat template as the user's turn.
 
         Raises:
-            SparsortError: no field in any template, an unknown role, a system turn without chat.
+            SparsortError: no field in any template, an unknown role, a system turn without chat, a template that is no text.
         """
         if isinstance(prompt, str):
             turns = [("user" if chat else "text", prompt)]
         else:
-            turns = [(str(turn.get("role")), str(turn.get("content"))) for turn in prompt]
+            turns = _turn_templates(prompt)
             for role, _ in turns:
                 if role not in _ROLES:
                     raise unknown_choice("role", role, _ROLES)
-        if system is not None:
+        if not is_missing(system):
             if turns[0][0] == "text":
                 raise SparsortError(
                     "a system turn was given with a plain prompt. Pass chat=True (--chat) to use the chat template."
                 )
-            turns.insert(0, ("system", system))
+            turns.insert(0, ("system", _template(system, "system")))
+        if not is_missing(answer):
+            _template(answer, "answer")
         if not any(fields_of(template) for _, template in turns):
             shown = turns[-1][1] if turns else ""
             raise SparsortError(
                 f"the prompt {shown!r} uses no field of the data, so every row would score alike. "
                 "Put a column name in braces, for example 'Question: {question}\\nAnswer:'."
             )
-        return cls(turns=tuple(turns), answer=answer)
+        return cls(turns=tuple(turns), answer=None if is_missing(answer) else answer)
 
     @classmethod
     def of_messages(cls, messages: str, *, answer: bool = True) -> Prompt:
@@ -259,6 +261,23 @@ class Prompt:
             # The turns are the row's own, so it is the row that cannot be read.
             return _without_text("invalid", str(error))
         return _rendered(text, answer if self.answer is not None and answer is not None else "")
+
+
+def _turn_templates(prompt: Any) -> list[tuple[str, str]]:
+    """The `(role, template)` pairs of chat turns."""
+    if not is_list(prompt) or not all(isinstance(turn, Mapping) for turn in prompt):
+        raise SparsortError(
+            f"the prompt is {prompt!r:.80}; expected a format string such as 'Question: {{question}}\\nAnswer:', or chat turns "
+            'such as [{"role": "user", "content": "{question}"}].'
+        )
+    return [(str(turn.get("role")), _template(turn.get("content"), "content")) for turn in prompt]
+
+
+def _template(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        what = missing_name(value) if is_missing(value) else kind_of(value)
+        raise SparsortError(f"{name} is {what}; expected a format string such as '{{{name}}}'.")
+    return value
 
 
 _WAY_OUT = "A column of conversations is read with messages= (--messages)."

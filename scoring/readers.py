@@ -8,17 +8,17 @@ Mistakes in the input (broken line, wrong encoding) are a `SparsortError` that n
 
 from __future__ import annotations
 
-import csv
-import gzip
+import contextlib
 import json
-import zlib
+import shlex
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.encodings import READ_ERRORS, nul_bytes, open_utf8, skip, wrong_encoding
 
 Record = tuple[int, Mapping[str, Any]]
 STRIDE = 1024  # records between two remembered positions, and rows turned into Python objects at a time
@@ -68,7 +68,7 @@ class SequenceReader:
 
 
 class TextReader(ABC):
-    """Records in the lines of a UTF-8 file, plain or gzipped."""
+    """Records in the lines of a text file, plain or gzipped; see `encodings` for what it may be encoded in."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -108,27 +108,43 @@ class TextReader(ABC):
             raise SparsortError(f"{self.name} was changed while it was being read. Run the command again.")
         mark = min(start // STRIDE, len(self._marks) - 1)
         offset, line = self._marks[mark]
-        with self._open() as handle:
-            handle.seek(offset)
+        with self.opened() as handle:
             lines = Lines(handle, self.name, offset, line)
+            lines.skip()
             for position, unit in enumerate(self.split(lines), mark * STRIDE):
                 if position + 1 == len(self._marks) * STRIDE:
                     self._marks.append((lines.offset, lines.number))
                 if position >= start:
                     yield unit
 
-    def _open(self) -> IO[bytes]:
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """The file as UTF-8 bytes, from its beginning.
+
+        Raises:
+            SparsortError: it cannot be opened.
+        """
         try:
-            packed = self._path.suffix.lower() == ".gz"
-            return cast(IO[bytes], gzip.open(self._path, "rb") if packed else self._path.open("rb"))
-        except OSError as error:
-            raise SparsortError(f"cannot read {self.name}: {error.strerror or error}.") from error
+            handle = open_utf8(self._path)
+        except READ_ERRORS as error:
+            raise SparsortError(f"{self.name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        with handle:
+            yield handle
+
+    def read(self) -> bytes:
+        """The whole file as UTF-8.
+
+        Raises:
+            SparsortError: it cannot be read.
+        """
+        with self.opened() as handle:
+            return b"".join(Lines(handle, self.name, 0, 0))
 
     def _fingerprint(self) -> tuple[int, int]:
         try:
             status = self._path.stat()
         except OSError as error:
-            raise SparsortError(f"cannot read {self.name}: {error.strerror or error}.") from error
+            raise SparsortError(f"{self.name} cannot be read: {error.strerror or error}.") from error
         return status.st_size, status.st_mtime_ns
 
 
@@ -145,8 +161,15 @@ class Lines:
                 self.offset += len(raw)
                 self.number += 1
                 yield raw.removeprefix(BOM_UTF8) if self.number == 1 else raw
-        except (OSError, EOFError, zlib.error) as error:
+        except READ_ERRORS as error:
             raise SparsortError(f"{self.name} cannot be read after line {self.number}: {error}.") from error
+
+    def skip(self) -> None:
+        """Move the file, which is at its beginning, to `offset`."""
+        try:
+            skip(self._handle, self.offset)
+        except READ_ERRORS as error:
+            raise SparsortError(f"{self.name} cannot be read up to line {self.number}: {error}.") from error
 
 
 class JsonLines(TextReader):
@@ -161,59 +184,31 @@ class JsonLines(TextReader):
     def parse(self, line: int, unit: tuple[bytes, int]) -> dict[str, Any]:
         raw, begin = unit
         text = decode_line(raw, self.name, line, begin)
-        fields = parse_json(text, f"{self.name}, line {line}")
+        try:
+            fields = parse_json(text, f"{self.name}, line {line}")
+        except SparsortError as error:
+            if b"\0" in raw:
+                raise nul_bytes(self.name, line) from error
+            if is_unfinished(text):
+                raise SparsortError(f"{error} {self._over_several_lines(text)}") from error
+            raise
         if not isinstance(fields, dict):
+            way_out = " A file that holds one array has the suffix .json." if isinstance(fields, list) else ""
             raise SparsortError(
                 f"{self.name}, line {line} holds {_kind(fields)}, not a JSON object "
-                f'such as {{"question": "…"}}: {_excerpt(text, 0)}'
+                f'such as {{"question": "…"}}: {_excerpt(text, 0)}{way_out}'
             )
         return fields
 
-
-class Delimited(TextReader):
-    """CSV or TSV whose first line names the columns. Every value is text, as it stands in the file."""
-
-    def __init__(self, path: Path, delimiter: str) -> None:
-        super().__init__(path)
-        self._delimiter = delimiter
-        self._header: list[str] = []
-
-    def split(self, lines: Lines) -> Iterator[tuple[int, Any]]:
-        # The module's own limit, 128 KiB a field, is less than one long document; it is lifted for the process or not.
-        csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
-        at_head = lines.offset == 0
-        rows = csv.reader(
-            (decode_line(raw, self.name, lines.number, lines.offset - len(raw)) for raw in lines),
-            delimiter=self._delimiter,
-            strict=True,
+    def _over_several_lines(self, text: str) -> str:
+        if text.lstrip().startswith("["):
+            return "A file that holds one array has the suffix .json."
+        file = shlex.quote(self._path.name)
+        source = f"gunzip -c {file} | jq -c ." if self._path.suffix.lower() == ".gz" else f"jq -c . {file}"
+        return (
+            "The line ends before its object does: the file is cut off here, or its objects are spread over several lines. "
+            f"In the second case write each on one line: {source} > lines.jsonl"
         )
-        while True:
-            line = lines.number + 1
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                raise SparsortError(f"{self.name}, line {line}: not valid delimited text ({error}).") from error
-            if row is None:
-                return
-            if not row:
-                continue
-            if at_head:
-                at_head, self._header = False, self._checked_header(row)
-            else:
-                yield line, row
-
-    def parse(self, line: int, unit: list[str]) -> dict[str, Any]:
-        if len(unit) != len(self._header):
-            raise SparsortError(
-                f"{self.name}, line {line} has {len(unit)} values where the header names {len(self._header)} columns "
-                f"({', '.join(self._header)}). Quote values that hold the delimiter {self._delimiter!r}."
-            )
-        return dict(zip(self._header, unit, strict=True))
-
-    def _checked_header(self, row: list[str]) -> list[str]:
-        if twice := next((name for name in row if row.count(name) > 1), None):
-            raise SparsortError(f"{self.name}: the header names the column {twice!r} twice. Rename one of them.")
-        return row
 
 
 def decode_line(raw: bytes, name: str, line: int, offset: int) -> str:
@@ -221,23 +216,7 @@ def decode_line(raw: bytes, name: str, line: int, offset: int) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise not_utf8(name, line, offset + error.start, raw[error.start]) from error
-
-
-def json_reader(path: Path) -> Reader:
-    """A `.json` file: an array of objects, which is read into memory, or JSON lines."""
-    lines = JsonLines(path)
-    with lines._open() as handle:
-        head = handle.read(64).removeprefix(BOM_UTF8).lstrip()
-        if not head.startswith(b"["):
-            return lines  # many tools write JSON lines under this suffix
-        handle.seek(0)
-        raw = handle.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise not_utf8(str(path), raw.count(b"\n", 0, error.start) + 1, error.start, raw[error.start]) from error
-    return SequenceReader(str(path), parse_json(text, str(path)))
+        raise wrong_encoding(name, line, offset + error.start, raw[error.start]) from error
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -245,19 +224,23 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise SparsortError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}): {_excerpt(text, error.pos)}"
+            f"{where}: not valid JSON ({error.msg} at {line}column {error.colno}): {_excerpt(text, error.pos)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise SparsortError(f"{where}: JSON that cannot be read ({error}): {_excerpt(text, 0)}") from error
 
 
-def not_utf8(name: str, line: int, offset: int, byte: int) -> SparsortError:
-    """The error for a byte that is no UTF-8, `offset` bytes into the (decompressed) file."""
-    return SparsortError(
-        f"{name}, line {line}: byte 0x{byte:02x} at offset {offset} is not valid UTF-8. "
-        f"Save the file as UTF-8, for example: iconv -f latin1 -t utf-8 {Path(name).name}"
-    )
+def is_unfinished(text: str) -> bool:
+    """Whether JSON breaks off at the end of `text`, as the first line of an object that is spread over several lines does."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _excerpt(text: str, position: int) -> str:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
-from sparsort.integrity import check_file, is_sealed, record_of, seal, write_sealed
+from sparsort.integrity import check_file, is_sealed, parse_json, record_of, seal, write_sealed
 from sparsort.parquet_seal import add_seal, read_seal
 from sparsort.scoring.sources import open_rows
 
@@ -150,7 +150,7 @@ def from_dataset(
     """
     table = dataset.with_format("arrow")[:]
     try:
-        found = json.loads(dataset.info.description)["sparsort"]
+        found = parse_json(dataset.info.description)["sparsort"]
     except (ValueError, KeyError, TypeError):
         found = None
     given = fingerprint or str(dataset._fingerprint)
@@ -183,7 +183,7 @@ def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
         if not isinstance(loaded, datasets.Dataset):
             raise SparsortError(f"{folder} holds several datasets. Load one of its folders.")
         loaded.data.table.validate(full=True)
-        state = json.loads((folder / "state.json").read_bytes())
+        state = parse_json((folder / "state.json").read_bytes())
         return from_dataset(loaded, name=str(folder), fingerprint=str(state["_fingerprint"]))
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
         raise SparsortError(
@@ -221,7 +221,7 @@ def from_json(value: Any) -> float:
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise SparsortError(f"the provenance in {path} cannot be read ({error}). {_AGAIN}") from error
     if not isinstance(found, dict) or not isinstance(found.get("orientation", {}), dict):

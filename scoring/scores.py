@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.integrity import as_written
 from sparsort.paths import spell
 from sparsort.scoring import score_files
 from sparsort.scoring.sources import Row, digest_of, rows_digest
@@ -210,7 +211,8 @@ class Scores:
         Raises:
             SparsortError: it is missing or damaged, or does not belong to the provenance next to it.
         """
-        rows, provenance, is_whole = score_files.read_jsonl(Path(path))
+        with as_written(path, next_step="Score again (sparsort score)."):
+            rows, provenance, is_whole = score_files.read_jsonl(Path(path))
         _need_columns(rows[0])
         schema = scores_schema([name for name in rows[0] if name not in _BASE.names])
         try:
@@ -218,7 +220,7 @@ class Scores:
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise SparsortError(f"{path} does not hold scores: {error}. Score again (sparsort score).") from error
         table = pa.Table.from_arrays(columns, schema=schema)
-        if not is_whole and provenance["scorer"] != "unknown":
+        if not is_whole and provenance.get("scorer") != "unknown":
             score_files.refuse_implausible(table, provenance, Path(path))
         return cls(table, provenance)
 

@@ -31,7 +31,16 @@ import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_atomically
-from sparsort.integrity import check_file, check_seal, damage, digest_of_values, record_of, seal, write_sealed
+from sparsort.integrity import (
+    check_file,
+    check_seal,
+    damage,
+    digest_of_values,
+    parse_json,
+    record_of,
+    seal,
+    write_sealed,
+)
 from sparsort.parquet_seal import DamagedError, add_seal, read_seal
 from sparsort.scoring import unsealed
 
@@ -362,7 +371,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
             f"{folder} is no score folder: it has no {MANIFEST}. Make one with sparsort score --out {folder}."
@@ -388,15 +397,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest of version 1, which has no digest, holds what one must hold."""
+    """Whether a manifest holds what one must hold: version 1 has no digest, and a digest does not say who wrote the values."""
     shards, numbers = manifest.get("shards", []), [manifest.get("shard_rows"), manifest.get("rows", 0)]
+    # What version 1 does not have is left to the checks of its shards.
+    kinds = {"index": int, "file": str} if manifest["version"] == _UNSEALED else _SHARD_KINDS
     return (
         isinstance(manifest.get("provenance"), dict)
         and isinstance(manifest["provenance"].get("orientation", {}), dict)
         and all(type(number) is int and number >= 0 for number in numbers)
         and isinstance(shards, list)
-        and all(isinstance(shard, dict) and {"index", "file"} <= shard.keys() for shard in shards)
-        and all(type(shard["index"]) is int and isinstance(shard["file"], str) for shard in shards)
+        and all(isinstance(shard, dict) for shard in shards)
+        and all(type(shard.get(name)) is kind for shard in shards for name, kind in kinds.items())
     )
 
 
@@ -479,4 +490,5 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 _ABSENT = object()
+_SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}
 _SCORE_AGAIN = "Run the command that made these scores again: it scores damaged shards again and keeps the others."

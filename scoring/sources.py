@@ -26,8 +26,17 @@ import numpy as np
 
 from sparsort.errors import SparsortError
 from sparsort.paths import spell
-from sparsort.scoring.columnar import arrow_reader, dataset_reader, merge, parquet_reader, table_reader
-from sparsort.scoring.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader, json_reader
+from sparsort.scoring.columnar import (
+    arrow_reader,
+    dataset_reader,
+    merge,
+    parquet_reader,
+    saved_dataset_reader,
+    table_reader,
+)
+from sparsort.scoring.delimited import Delimited
+from sparsort.scoring.json_files import json_reader
+from sparsort.scoring.readers import JsonLines, Reader, SequenceReader, TextReader
 from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
 
 # How a sample of rows is drawn, as the records of what is fitted on one state it. A record without it is of an earlier
@@ -39,10 +48,17 @@ _SAMPLE_KEY = b"sparsort sample"
 
 Item = TypeVar("Item")
 
+# What separates the cells of a text file; None where it is told from the file.
+_DELIMITERS: Mapping[str, str | None] = {".csv": None, ".tsv": "\t"}
+
 _NEXT_STEP = {
     "IterableDataset": "Save it first, as JSONL or with datasets.Dataset.from_generator(lambda: iter(stream)).",
     "generator": "Make it a list, or a file of JSON lines.",
     "DataFrame": "Pass frame.to_dict('records'), or datasets.Dataset.from_pandas(frame).",
+    "polars.DataFrame": "Pass frame.to_dicts(), or frame.to_arrow().",
+    "polars.LazyFrame": "Pass frame.collect().to_arrow().",
+    "RecordBatch": "Pass pyarrow.Table.from_batches([batch]).",
+    "RecordBatchReader": "Pass reader.read_all().",
     "dict": "Pass a list of rows; for a dict of columns use datasets.Dataset.from_dict(columns).",
 }
 
@@ -115,6 +131,12 @@ class RowSource:
         for position, (line, fields) in enumerate(self._reader.records(start), start):
             yield self._row(position, line, fields)
 
+    def take(self, positions: Sequence[int]) -> list[Row]:
+        """The rows at `positions`, which ascend."""
+        self.count()
+        found = zip(positions, self._reader.take(positions), strict=True)
+        return [self._row(position, line, fields) for position, (line, fields) in found]
+
     def count(self) -> int:
         """The number of rows. The first call checks the whole source.
 
@@ -149,7 +171,7 @@ class RowSource:
             where = f"{self.name}: {_place(position, line)}"
             for name in fields:
                 if name not in record:
-                    raise missing_field(spell([name]), record, where)
+                    raise self._without_column(name, record, where)
             here = set() if reader is None else reader.check(record, where=where)
             missing = here if missing is None else missing & here
             if alike and not missing:
@@ -167,6 +189,14 @@ class RowSource:
         See `sample_by_digest`. Reads the whole source once.
         """
         return sample_by_digest(((row.digest, row) for row in self.rows()), n)
+
+    def _without_column(self, name: str, record: Mapping[str, Any], where: str) -> SparsortError:
+        error = missing_field(spell([name]), record, where)
+        if not isinstance(self._reader, Delimited):
+            return error
+        return SparsortError(
+            f"{error} If its first line is no header, name the columns with columns (--columns a,b,c)."
+        )
 
     def _check(self) -> int:
         first = next(self._reader.records(), None)
@@ -285,22 +315,49 @@ def sample_by_digest(rows: Iterable[tuple[str, Item]], n: int) -> list[Item]:
     return [kept[key] for key in sorted(kept)]
 
 
-def open_rows(source: Any, *, id_column: str | None = None, content: Sequence[str] | None = None) -> RowSource:
+def open_rows(
+    source: Any,
+    *,
+    id_column: str | None = None,
+    content: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> RowSource:
     """The rows of `source`.
 
     Args:
-        source: a path to `.jsonl`, `.ndjson`, `.json` (an array, which is read into memory, or lines), `.csv`, `.tsv`
-            (these also gzipped), `.parquet`, `.arrow`, a folder of Parquet files or one that `Dataset.save_to_disk`
+        source: a path to `.jsonl`, `.ndjson`, `.json` (an array or columns, which are read into memory, or lines), `.csv`,
+            `.tsv` (these also gzipped), `.parquet`, `.arrow`, a folder of Parquet files or one that `Dataset.save_to_disk`
             wrote; a `datasets.Dataset`; a `pyarrow.Table`; a list of dicts; or a `RowSource`, returned as it is.
         id_column: see `RowSource`.
         content: see `RowSource`.
+        columns: names of the columns of a CSV or TSV file without a header.
 
     Raises:
-        SparsortError: the path is missing, the format is not known, or the source cannot be read twice.
+        SparsortError: the path is missing, the format is not known, the source cannot be read twice, or `columns` is given for
+            rows that have names.
     """
     if isinstance(source, RowSource):
         return source
+    if columns is not None:
+        return RowSource(_headless_reader(source, columns), id_column, content)
     return RowSource(_reader(source), id_column, content)
+
+
+def _headless_reader(source: Any, columns: Sequence[str]) -> Reader:
+    names = [columns] if isinstance(columns, str) else list(columns)
+    if not names or "" in names or len(set(names)) < len(names):
+        raise SparsortError(
+            f"columns (--columns) is {names}; expected different names, none of them empty, such as a,b,c."
+        )
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        if _suffix(path) in _DELIMITERS and _exists(path) and not path.is_dir():
+            return Delimited(path, _DELIMITERS[_suffix(path)], names)
+    reader = _reader(source)
+    raise SparsortError(
+        f"columns (--columns) names the columns of a .csv or .tsv file without a header; {reader.name} has names of its own. "
+        "Leave it out."
+    )
 
 
 def _reader(source: Any) -> Reader:
@@ -315,28 +372,28 @@ def _reader(source: Any) -> Reader:
     if arrow is not None and isinstance(source, arrow.Table):
         return table_reader(source, f"table of {source.num_rows} rows")
     kind = type(source).__name__
-    step = _NEXT_STEP.get(kind, "Pass a path, a datasets.Dataset or a list of dicts.")
+    package = type(source).__module__.partition(".")[0]
+    step = _NEXT_STEP.get(f"{package}.{kind}") or _NEXT_STEP.get(
+        kind, "Pass a path, a datasets.Dataset or a list of dicts."
+    )
     if kind in ("DatasetDict", "IterableDatasetDict"):
         step = f"Pass one split of it: {', '.join(f'dataset[{name!r}]' for name in source)}."
     raise SparsortError(f"cannot read rows from a {kind}: they are read more than once, and from any position. {step}")
 
 
 def _path_reader(path: Path) -> Reader:
+    if not _exists(path):
+        raise SparsortError(f"there is no file {path}.{_nearest(path)}")
     if path.is_dir():
         return _folder_reader(path)
-    if not path.exists():
-        raise SparsortError(f"there is no file {path}.{_nearest(path)}")
-    name = path.name.lower()
-    match Path(name.removesuffix(".gz")).suffix:
+    match suffix := _suffix(path):
         case ".jsonl" | ".ndjson":
             return JsonLines(path)
         case ".json":
             return json_reader(path)
-        case ".csv":
-            return Delimited(path, ",")
-        case ".tsv":
-            return Delimited(path, "\t")
-    match Path(name).suffix:
+        case ".csv" | ".tsv":
+            return Delimited(path, _DELIMITERS[suffix])
+    match path.suffix.lower():
         case ".parquet":
             return parquet_reader(path)
         case ".arrow":
@@ -347,14 +404,24 @@ def _path_reader(path: Path) -> Reader:
     )
 
 
+def _suffix(path: Path) -> str:
+    """The suffix that names the format of a text file, in lower case and without that of its compression."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or that holds a NUL
+        return False
+
+
 def _folder_reader(folder: Path) -> Reader:
     if (folder / "dataset_dict.json").exists():
         splits = ", ".join(sorted(str(child) for child in folder.iterdir() if child.is_dir()))
         raise SparsortError(f"{folder} holds several splits. Pass one of them: {splits}.")
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        import datasets
-
-        return dataset_reader(datasets.load_from_disk(str(folder)), str(folder))
+        return saved_dataset_reader(folder)
     files = sorted(folder.glob("*.parquet"))
     matches = (re.fullmatch(r"(.+)-\d+-of-\d+\.parquet", file.name) for file in files)
     splits = ", ".join(sorted({match[1] for match in matches if match}))

@@ -23,7 +23,7 @@ from sparsort.scoring.scores import STATUSES, scores_schema
 from sparsort.scoring.sources import rows_digest
 
 # What pyarrow raises for a file whose bytes have changed.
-UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 def check_shard(path: Path, *, settings: str, shard_rows: int, provenance: Mapping[str, Any]) -> dict[str, Any]:

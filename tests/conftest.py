@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ _TEXT = """A question has an answer. How many apples are left when two of seven 
 Question: What is 2 + 3? Answer: 5. Review: The screen is bright and the battery lasts. Label: positive.
 Problem: A train leaves at 9:40 and arrives at 11:05. Solution: It travels for 85 minutes, which is an hour and 25.
 Sparse states, dense states; 0 1 2 3 4 5 6 7 8 9 10 20 30 100 1000. Paris is the capital of France, Rome of Italy."""
+# Arabic letter mark and the directional marks, embeddings, overrides and isolates.
+_DIRECTIONS = {"RLE", "LRE", "RLO", "LRO", "PDF", "RLI", "LRI", "FSI", "PDI"}
+_MARKS = {"\u061c", "\u200e", "\u200f"}
 _CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -203,3 +207,21 @@ def damages() -> Callable[[Path], Iterator[str]]:
             path.write_bytes(whole)
 
     return each
+
+
+@pytest.fixture(scope="session")
+def is_printed_safely() -> Callable[[str], bool]:
+    """Whether a text has no control character but the newline, and no mark of direction, by Unicode's own tables."""
+
+    def is_safe(written: str) -> bool:
+        return all(
+            character == "\n"
+            or (
+                unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
+                and unicodedata.bidirectional(character) not in _DIRECTIONS
+                and character not in _MARKS
+            )
+            for character in written
+        )
+
+    return is_safe

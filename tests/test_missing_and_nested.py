@@ -23,9 +23,9 @@ from sparsort.errors import SparsortError
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.calibrate import _number
 from sparsort.recipes.choose_order import read_rows
-from sparsort.recipes.demo_text import DemoText
-from sparsort.recipes.order_demos import _excerpt
-from sparsort.scoring.sources import Row, digest_of, open_rows
+from sparsort.recipes.score_table import text_of
+from sparsort.scoring.prompts import Prompt
+from sparsort.scoring.sources import digest_of, open_rows
 
 MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), torch.tensor(float("nan"))]
 NESTED: list[tuple[Any, str]] = [
@@ -94,16 +94,12 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "order": lambda v: sparsort.order_demos(_rows("x", 1), scores=[1, v, 0, 2, 3, 4], order="easy_to_hard", missing="last"),
     "level": lambda v: str(_number(v, "here")),
     "train text": _train_text,
-    "excerpt": lambda v: _excerpt(Row(0, "q", {"text": "words", "x": v}, ""), _text()),
+    "excerpt": lambda v: text_of(None, {"text": "words", "x": v}),
 }  # fmt: skip
 
 
 def _task() -> Task:
     return Task(name="t", prompt="{text}", answer=" {label}", labels={"a": "a", "b": "b"})
-
-
-def _text() -> DemoText:
-    return DemoText(prompt="{text}", answer=" {label}", messages=None, system=None, chat=False)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -123,6 +119,33 @@ def test_nested_values_are_refused_by_every_reader(reader: str) -> None:
             READERS[reader](value)
 
 
+@pytest.mark.parametrize("value", MISSING)
+def test_a_missing_system_turn_is_none_and_a_missing_query_or_template_is_named(value: Any) -> None:
+    demos, query = [{"text": "red apples", "label": "a"}], {"text": "old wine"}
+    templates: dict[str, Any] = {"prompt": "{text}", "answer": " {label}"}
+    assert sparsort.build_prompt(demos, query, **templates, system=value) == "red apples a\n\nold wine"
+    assert Prompt.of("{text}", system=value, answer=value, chat=True) == Prompt.of("{text}", chat=True)
+    for given, changes, message in (
+        (value, {}, "the query is .*Give its text"),
+        (query, {"prompt": float("nan")}, r"prompt= is a format string .*not NaN"),
+        (query, {"answer": float("nan")}, r"answer= is a format string .*not NaN"),
+    ):
+        with pytest.raises(SparsortError, match=message):
+            sparsort.build_prompt(demos, given, **templates | changes)
+
+
+@pytest.mark.parametrize("value", [["x"], {"x": 1}, b"x", 5])
+def test_a_template_that_is_no_text_is_refused(value: Any) -> None:
+    with pytest.raises(SparsortError, match=r"system= is the text of an instruction, not (a|bytes)"):
+        sparsort.build_prompt([], "old wine", prompt="{text}", answer=" {label}", system=value)
+    for changes in ({"system": value}, {"answer": value}):
+        with pytest.raises(SparsortError, match=r"(system|answer) is (a|bytes)"):
+            Prompt.of("{text}", chat=True, **changes)
+    for turns in (value, [("user", "{text}")], [{"role": "user", "content": value}]):
+        with pytest.raises(SparsortError, match="expected a format string such as"):
+            Prompt.of(turns)
+
+
 @pytest.mark.parametrize(("value", "kind"), NESTED)
 def test_the_refusal_names_the_row_the_field_and_the_kind(value: Any, kind: str) -> None:
     for reader, field in {
@@ -137,8 +160,8 @@ def test_the_refusal_names_the_row_the_field_and_the_kind(value: Any, kind: str)
 
 
 def test_an_excerpt_shows_only_what_has_a_text() -> None:
-    row = Row(0, "q", {"id": "q", "tags": ["a"], "text": "some words", "gone": float("nan"), "n": 5}, "")
-    assert _excerpt(row, _text()) == "some words 5"
+    row = {"id": "q", "tags": ["a"], "text": "some words", "gone": float("nan"), "n": 5}
+    assert text_of(None, row) == "some words 5"
 
 
 def test_present_data_keeps_its_digest() -> None:

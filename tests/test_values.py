@@ -196,3 +196,9 @@ def test_numbers_keep_a_gap_for_every_form_of_nothing() -> None:
     assert np.array_equal(number_array(np.array([1, pd.NA], dtype=object)), [1, np.nan], equal_nan=True)
     with pytest.raises(ValueError, match="could not convert"):
         number_array(["five"])
+
+
+def test_a_number_beyond_the_digits_that_python_writes_is_refused() -> None:
+    with pytest.raises(SparsortError, match="has a value in the field 'n' that has no text"):
+        as_text(10**5000, field="n", where="row 0")
+    assert as_text(10**400, field="n", where="row 0") == "1" + "0" * 400

@@ -10,7 +10,6 @@ JSON of format 1 has no digest of itself; it is read if it and the arrays fit to
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.ablation.results import Arm, Group, SetInfo, arrays_of
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
-from sparsort.integrity import check_seal, damage, record_of, write_sealed
+from sparsort.integrity import check_seal, damage, parse_json, record_of, write_sealed
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.results import Results
@@ -77,9 +76,9 @@ def rebuild(groups: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]) -> l
     """
     try:
         return [_rebuilt(number, group, arrays) for number, group in enumerate(groups)]
-    except LookupError as error:
+    except (LookupError, RecursionError) as error:
         raise SparsortError(f"results without {error}; they were not written whole. Make them again.") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, TypeError, ValueError, AttributeError) as error:
         raise SparsortError(f"results with a part that does not fit ({error}). Make them again.") from error
 
 
@@ -157,7 +156,7 @@ def load(folder: Path) -> Results:
             f"no {RESULTS} in {folder}. Expected a folder that 'sparsort ablate --out' wrote; give its path, or run that first."
         )
     try:
-        held = json.loads(path.read_bytes())
+        held = parse_json(path.read_bytes())
     except ValueError as error:
         raise SparsortError(f"{path} is not JSON ({error}). {_AGAIN}") from error
     if not isinstance(held, dict) or held.get("format") not in (_FORMAT, _UNSEALED):
@@ -165,7 +164,7 @@ def load(folder: Path) -> Results:
         raise SparsortError(f"{path} is of the format {found!r}, expected {_FORMAT!r}. {_AGAIN}")
     if held["format"] == _FORMAT:
         check_seal(held, path, next_step=_AGAIN)
-    elif not all(
+    if not all(
         isinstance(held.get(name), kind) for name, kind in (("arrays", dict), ("provenance", dict), ("groups", list))
     ):
         raise SparsortError(f"{path} was not written whole. {_AGAIN}")

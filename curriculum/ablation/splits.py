@@ -88,7 +88,7 @@ def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | Non
     path = base / name
     if not path.exists() and (base / path.name).exists():
         path = base / path.name
-    source = open_rows(path, id_column=task.id_column)
+    source = open_rows(path, id_column=task.id_column, columns=task.columns)
     if source.id_column is None:
         return [_identified(row.fields, row.position, which) for row in source.rows()]
     return [dict(row.fields) | {ID_FIELD: row.id} for row in source.rows()]

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error
-from sparsort.integrity import check_seal, is_sealed, seal, write_sealed
+from sparsort.integrity import check_seal, is_sealed, parse_json, seal, write_sealed
 from sparsort.locks import locked
 
 MANIFEST = "store.json"
@@ -155,7 +155,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
             f"{folder} is no result store: it has no {MANIFEST}. Make one with sparsort ablate."
@@ -197,9 +197,9 @@ def open_note(found: Any, group: str, name: str, *, must_be_sealed: bool) -> Any
     is_bare = not isinstance(found, dict) or len(_NOTE_KEYS & found.keys()) < 2  # one flipped bit changes one key
     if is_bare and not must_be_sealed:
         return found
-    if is_bare or not is_sealed(found) or (found["group"], found["name"]) != (group, name):
+    if is_bare or not is_sealed(found) or (found.get("group"), found.get("name")) != (group, name):
         raise ValueError("its content has changed since it was written")
-    return found["note"]
+    return found.get("note")
 
 
 def _create(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -138,7 +138,8 @@ def _convert(given: Any, hint: Any) -> Any:
     if hint is Path:
         return Path(given) if isinstance(given, (str, Path)) else _MISMATCH
     if hint is float:
-        return float(given) if type(given) in (int, float) else _MISMATCH
+        # A whole number beyond the range of floats is none of them.
+        return float(given) if type(given) is float or (type(given) is int and abs(given) < 2**1024) else _MISMATCH
     return given if type(given) is hint else _MISMATCH
 
 

@@ -37,7 +37,7 @@ MOST_LABELS = 64
 # Judges of answers that show their work, and the most tokens of such an answer.
 _WORKED = {"number": 256, "math": 512}
 # Where the data lies and what it is called there change no outcome.
-_NOT_IN_DIGEST = ("name", "train", "test", "id_column")
+_NOT_IN_DIGEST = ("name", "train", "test", "id_column", "columns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class Task:
         system: the system turn; in chat only.
         train, test: files below the data folder; without `test` a part of `train` is set aside.
         id_column: the field of a row's id; None for "id" where there is one, else the position.
+        columns: names of the columns of the files, if these are CSV or TSV without a header.
         stop: generation ends where one of these begins, and it is cut off.
         max_new_tokens: generation ends after as many.
         content_free: inputs without content, for contextual calibration (arXiv 2102.09690).
@@ -77,6 +78,7 @@ class Task:
     train: str | None = None
     test: str | None = None
     id_column: str | None = None
+    columns: tuple[str, ...] | None = None
     stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = 32
     content_free: tuple[str, ...] = ("N/A", "", "[MASK]")

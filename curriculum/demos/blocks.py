@@ -17,7 +17,7 @@ from sparsort.curriculum.demos.rows import Row, name_of
 from sparsort.errors import SparsortError
 from sparsort.scoring.conversations import Turn, conversation_fields, question_text, split_answer, turns_of
 from sparsort.templates import render
-from sparsort.values import put, row_of
+from sparsort.values import is_missing, kind_of, missing_name, put, row_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,18 @@ def template_blocks(
     """Blocks that templates fill; in chat an answer is stripped of the spaces around it.
 
     Raises:
-        SparsortError: a field is missing, or the query is bare text and the prompt has several fields.
+        SparsortError: a field is missing, the query is bare text and the prompt has several fields, or what should be text is
+            not.
     """
+    for name, template in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(template, str):
+            raise SparsortError(f"{name}= is a format string such as '{{{name}}}', not {_what(template)}.")
+    if is_missing(system):
+        system = None
+    elif not isinstance(system, str):
+        raise SparsortError(f"system= is the text of an instruction, not {_what(system)}.")
+    if is_missing(query):
+        raise SparsortError(f"the query is {_what(query)}. Give its text, or a row of its fields.")
     fields = input_fields(prompt)
     row = query if isinstance(query, Mapping) else row_of({only_field(fields): query})
     names = [name_of(demo, position) for position, demo in enumerate(demos)]
@@ -149,3 +159,7 @@ def _asked(turns: list[Turn]) -> list[Turn]:
 
 def _without_system(turns: list[Turn]) -> Messages:
     return [turn for turn in turns if turn["role"] != "system"]
+
+
+def _what(value: Any) -> str:
+    return missing_name(value) if is_missing(value) else kind_of(value)

@@ -48,7 +48,7 @@ def counter(tokenizer: Any, *, add_special_tokens: bool) -> Count:
         number = tokenizer(text)
         try:
             return int(number)
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise SparsortError(
                 f"the tokenizer function gave a {type(number).__name__} for a text; it must give the number of tokens."
             ) from error

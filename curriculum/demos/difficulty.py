@@ -83,7 +83,7 @@ def _by_id(scores: Mapping[Any, float], rows: Sequence[Row], argument: str) -> l
 def _numbers(values: Any, count: int, argument: str) -> NDArray[np.float64]:
     try:
         numbers = number_array(values)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(
             f"{argument} must be a table of scores, a mapping from id to number, or one number a demonstration; "
             f"{type(values).__name__} was given ({error})."

@@ -32,7 +32,7 @@ def numbers(values: Any, axes: tuple[str, ...], *, what: str) -> Floats:
     """
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(
             f"{what} cannot be read as an array of numbers ({error}). Pass one of shape ({', '.join(axes)})."
         ) from error

@@ -24,11 +24,12 @@ from sparsort.scoring.prompts import Prompt
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
 # A separator has an effect in plain text only.
-PLAIN_TEXT = excludes("chat", "{chat} makes a turn of every block")
+NOT_IN_CHAT = excludes("chat", "{chat} makes a turn of every block")
 # What a setting needs to be read; see `sparsort.conditions`.
 READ_BY: Table = {
-    "separator": (PLAIN_TEXT, excludes("messages", "{messages} makes turns of every conversation")),
+    "separator": (NOT_IN_CHAT, excludes("messages", "{messages} makes turns of every conversation")),
     "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
+    "allow_zero_shot": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
 }
 _WHICH = {
     "farthest": "farthest from the query in the order",
@@ -76,6 +77,7 @@ def build_prompt(
     tokenizer: Any = None,
     drop: Drop = "farthest",
     allow_leaks: bool = False,
+    allow_zero_shot: bool = False,
 ) -> str:
     """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and returns what was dropped.
 
@@ -95,6 +97,7 @@ def build_prompt(
         tokenizer=tokenizer,
         drop=drop,
         allow_leaks=allow_leaks,
+        allow_zero_shot=allow_zero_shot,
     )
     for note in [*([made.report] if made.dropped else []), *made.notes]:
         logging.getLogger("sparsort").warning("%s", note)
@@ -115,6 +118,7 @@ def assemble(
     tokenizer: Any = None,
     drop: Drop = "farthest",
     allow_leaks: bool = False,
+    allow_zero_shot: bool = False,
 ) -> Assembled:
     """Build a few-shot prompt.
 
@@ -136,15 +140,18 @@ def assemble(
         drop: what goes first when the budget is too small: the demonstrations "farthest" from the query in the order
             (the first ones), the "nearest", the "longest" (by characters), or "error".
         allow_leaks: let the query, or its near-duplicate, be among the demonstrations.
+        allow_zero_shot: let the budget drop every demonstration.
 
     Raises:
-        SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query;
+        SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query, or not one
+            demonstration next to it;
             chat without a tokenizer that has a chat template; an unknown policy; a separator in chat, or a policy without a
             budget, neither of which is read.
     """
     if drop not in get_args(Drop):
         raise unknown_choice("policy for what to drop", drop, get_args(Drop))
     read = {"separator": separator, "drop": drop, "chat": chat, "messages": messages, "max_tokens": max_tokens}
+    read["allow_zero_shot"] = allow_zero_shot
     refuse_unread_arguments(assemble, READ_BY, read)
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
@@ -170,7 +177,8 @@ def assemble(
             n_tokens = count(prompt_with(kept)[0])
         else:
             sizes = [len(text) for text in blocks.texts]
-            kept, n_tokens = _fit(sizes, max_tokens, drop, lambda chosen: count(prompt_with(chosen)[0]))
+            tokens_with: TokensWith = lambda chosen: count(prompt_with(chosen)[0])  # noqa: E731
+            kept, n_tokens = _fit(sizes, max_tokens, drop, tokens_with, allow_zero_shot=allow_zero_shot)
     text, shown = prompt_with(kept)
     dropped = [position for position in range(len(demos)) if position not in kept]
     return Assembled(
@@ -219,7 +227,9 @@ def _leaking(demos: Sequence[Row], leaks: Sequence[Leak]) -> SparsortError:
     )
 
 
-def _fit(sizes: list[int], max_tokens: int, drop: Drop, tokens_with: TokensWith) -> tuple[list[int], int]:
+def _fit(
+    sizes: list[int], max_tokens: int, drop: Drop, tokens_with: TokensWith, *, allow_zero_shot: bool
+) -> tuple[list[int], int]:
     positions = list(range(len(sizes)))
     if drop == "nearest":
         first_to_go = positions[::-1]
@@ -240,6 +250,14 @@ def _fit(sizes: list[int], max_tokens: int, drop: Drop, tokens_with: TokensWith)
         raise SparsortError(
             f"the query alone needs {n_tokens} tokens without any demonstration, but max_tokens is {max_tokens}. "
             f"Raise max_tokens to at least {n_tokens}, or shorten the query or the template."
+        )
+    if sizes and not kept and not allow_zero_shot:
+        # The last to go is the first that would fit.
+        needed = tokens_with(first_to_go[-1:])
+        raise SparsortError(
+            f"max_tokens is {max_tokens}, which holds the query ({n_tokens} tokens) but not one of its {len(sizes)} "
+            f"demonstrations: with the one that is dropped last it is {needed} tokens. Raise max_tokens to at least {needed}, or "
+            "pass allow_zero_shot=True (--allow-zero-shot) for a prompt without demonstrations."
         )
     return kept, n_tokens
 

@@ -37,7 +37,7 @@ def unit_rows(embeddings: Any, count: int | None = None, *, argument: str = "emb
     try:
         given = np.asarray(embeddings)
         floats: Floats = given.astype(np.result_type(given.dtype, np.float32), copy=False)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"{argument} must be an array of numbers of shape (N, D): {error}.") from error
     if floats.ndim != 2 or (count is not None and len(floats) != count) or floats.dtype.kind != "f":
         rows = "N" if count is None else count

@@ -13,7 +13,6 @@ has a manifest, so losing the manifest does not turn it into a checkpoint of 0.1
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 from sparsort import manifests
 from sparsort.errors import SparsortError
+from sparsort.integrity import parse_json
 
 _LOG = logging.getLogger("sparsort")
 _STATE = "trainer_state.json"
@@ -142,7 +142,7 @@ def damage_of(checkpoint: Path) -> str | None:
     if (checkpoint / manifests.FILE).exists():
         return manifests.damage_in(checkpoint)
     try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / _STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it was not written completely, as {_STATE} is missing"
     except (OSError, ValueError) as error:
@@ -233,7 +233,7 @@ def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
         yield "its weights are missing"
     for index in checkpoint.glob("*.index.json"):
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (KeyError, TypeError, AttributeError, ValueError):
             yield f"{index.name} is no index of weights"
             continue

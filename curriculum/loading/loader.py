@@ -27,7 +27,7 @@ from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.resuming import make_state, position_of
 from sparsort.curriculum.loading.shuffling import key_of
 from sparsort.curriculum.loading.streams import StreamFetcher, check_stream, is_stream
-from sparsort.curriculum.loading.verification import another_size, check_name, verify_rows
+from sparsort.curriculum.loading.verification import another_size, check_name, refuse_frame, verify_rows
 from sparsort.errors import SparsortError
 
 _WORKERS = (needs("num_workers", "the batches are loaded without workers", num_workers=2),)
@@ -306,6 +306,7 @@ class CurriculumLoader:
         return self._fingerprint
 
     def _checked(self, plan: CurriculumPlan) -> CurriculumPlan:
+        refuse_frame(self.dataset)
         if self._is_stream:
             check_stream(plan, self.dataset, self.num_workers)
         elif len(self.dataset) != plan.n_rows:

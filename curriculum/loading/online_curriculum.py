@@ -11,7 +11,6 @@ ranks rounds its sums otherwise. An order that was planned is saved, so only lat
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Self
@@ -157,21 +156,22 @@ class OnlineCurriculum:
         """
         folder = Path(folder)
         about = _read(folder)
-        if about["base"] != self._base:
-            raise SparsortError(
-                f"{folder} was saved for the plan {about['base']}, and the loader's is {self._base}. Load with the plan and "
-                "the scores that training began with."
-            )
-        if about["measure"] != self._measure():
-            raise SparsortError(
-                f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
-                "Measure as before, or start again."
-            )
-        self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
-        if about["plan"] is not None:
-            # Not mapped from the checkpoint, which may be rotated away while it is followed.
-            self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]).in_memory())
-        self.loader.load_state_dict(about["loader"])
+        with integrity.as_written(folder / _FILE, next_step="Resume from another checkpoint."):
+            if about["base"] != self._base:
+                raise SparsortError(
+                    f"{folder} was saved for the plan {about['base']}, and the loader's is {self._base}. Load with the plan and "
+                    "the scores that training began with."
+                )
+            if about["measure"] != self._measure():
+                raise SparsortError(
+                    f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
+                    "Measure as before, or start anew."
+                )
+            self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
+            if about["plan"] is not None:
+                # Not mapped from the checkpoint, which may be rotated away while it is followed.
+                self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]).in_memory())
+            self.loader.load_state_dict(about["loader"])
         self.online.drain()
         self._pending, self._measured = Observations.join([]), None
 
@@ -204,7 +204,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """What `online.json` says, checked."""
     path = folder / _FILE
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = integrity.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(
             f"cannot read an online curriculum from {path}: {error}. The checkpoint was written without one, or in part: "

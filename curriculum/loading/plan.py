@@ -21,12 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 from sparsort.curriculum.loading import pool
 from sparsort.curriculum.loading.batches import WINDOW
 from sparsort.curriculum.loading.building import Spans, base_order, rows_at, warm_place
-from sparsort.curriculum.loading.plan_files import fingerprint_of, read_plan, write_plan
+from sparsort.curriculum.loading.plan_files import AGAIN, fingerprint_of, read_plan, write_plan
 from sparsort.curriculum.loading.ranking import Rows, row_type
 from sparsort.curriculum.loading.sequences import like_lengths
 from sparsort.curriculum.loading.settings import CurriculumSettings
 from sparsort.curriculum.loading.shuffling import key_of, permute
 from sparsort.errors import SparsortError
+from sparsort.integrity import as_written
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
 _BLOCK = 1 << 15
@@ -226,7 +227,12 @@ class CurriculumPlan:
         Raises:
             SparsortError: no plan is there, another version wrote it, or a file is missing or has changed.
         """
-        return cls._mapped(Path(folder).expanduser(), check=True)
+        path = Path(folder).expanduser()
+        with as_written(path, next_step=AGAIN.format(path)):
+            made = cls._mapped(path, check=True)
+            for number in {0, made.n_batches // 2, made.n_batches - 1}:
+                made.batch(number, made.revision["epoch"] + 1 if made.revision else 0)
+        return made
 
     @classmethod
     def _mapped(cls, folder: Path, *, check: bool) -> CurriculumPlan:

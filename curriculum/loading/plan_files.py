@@ -34,6 +34,7 @@ FORMAT = "sparsort-curriculum"
 VERSION = 2
 _WITHOUT_DIGESTS = 1  # still read
 _FILE = "plan.json"
+AGAIN = "Delete {} and make the plan again with the command that made it, such as sparsort plan."
 _AT_ONCE = 4  # files that are read for their digests; hashing lets other threads run
 _LOG = logging.getLogger("sparsort")
 # What NumPy raises for headers that it cannot read; it evaluates them as Python literals.
@@ -106,7 +107,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The JSON of a plan, checked for format, version and its own digest."""
     path = folder / _FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = integrity.parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise SparsortError(
             f"{folder} holds no curriculum plan. Make one with: sparsort plan SCORES --out {folder}."
@@ -120,6 +121,9 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{VERSION} of {FORMAT!r}. {_again(folder)}"
         )
     integrity.check_seal(found, path, next_step=_again(folder))
+    with integrity.as_written(path, next_step=_again(folder)):
+        if not _is_possible(found):
+            raise ValueError("its numbers cannot be those of a plan")
     return dict(found)
 
 
@@ -152,7 +156,24 @@ def _write_description(folder: Path, described: Mapping[str, Any], arrays: Array
 
 
 def _again(folder: Path) -> str:
-    return f"Delete {folder} and make the plan again with the command that made it, such as sparsort plan."
+    return AGAIN.format(folder)
+
+
+def _is_possible(found: Mapping[str, Any]) -> bool:
+    """Whether a description has the types and sizes of one: a digest does not say who wrote the values."""
+    counts = [found[name] for name in ("n_rows", "smallest_batch")]
+    edges, places = found["stage_edges"], found["stage_places"]
+    revision = found["revision"]
+    return (
+        all(type(number) is int for number in (*counts, *edges, *places, *(revision or {}).values()))
+        and found["n_rows"] >= 1
+        and len(edges) == len(places) >= 2
+        and all(list(numbers) == sorted(numbers) and numbers[0] == 0 for numbers in (edges, places))
+        and all(isinstance(found[name], dict) for name in ("settings", "notes", "arrays"))
+        and (revision is None or revision.keys() == {"epoch", "start"})
+        and isinstance(found["fingerprint"], str)
+        and (found["settings"].get("mode") == "pool" or edges[-1] <= found["n_rows"])
+    )
 
 
 def _check_array(folder: Path, name: str, record: Mapping[str, Any]) -> None:

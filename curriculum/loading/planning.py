@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.loading import batches
 from sparsort.curriculum.loading.building import Spans, available, base_order, cut, fewest, rows_at
 from sparsort.curriculum.loading.combine import COMBINATIONS, Combination, combine
@@ -27,6 +28,25 @@ from sparsort.scoring.scores import Scores
 from sparsort.values import as_text, is_missing, number_array
 
 Given = Scores | str | Path | ArrayLike
+# What an argument of `plan_curriculum` needs to be read; see `sparsort.conditions`.
+READ_BY: Table = {
+    "combination": (
+        When(
+            holds=lambda values: len(values["scores"]) > 1 or values["combination"] not in COMBINATIONS,
+            why="several scores are combined, and there is one",
+        ),
+    ),
+    "id_column": (
+        When(
+            holds=lambda values: (
+                values["data"] is not None
+                or values["ids"] is not None
+                or any(isinstance(given, Scores) for given in values["scores"].values())
+            ),
+            why="numbers have no ids, and neither data= nor ids= was given",
+        ),
+    ),
+}
 _SHOWN = 5
 
 
@@ -72,6 +92,8 @@ def plan_curriculum(
     check_name(fingerprint)
     asked = CurriculumSettings.from_json(settings)
     read = _read(scores)
+    given = {"scores": read, "data": data, "ids": ids, "combination": combination, "id_column": id_column}
+    refuse_unread_arguments(plan_curriculum, READ_BY, given)
     difficulty, notes = _difficulty(read, data, combination, weights)
     n = len(difficulty)
     if ids is None and id_column is not None and data is not None:
@@ -166,7 +188,7 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
                 given = np.asanyarray(given)
                 if given.dtype == object and given.ndim == 1:
                     given = number_array(given)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (OverflowError, TypeError, ValueError, RuntimeError) as error:
                 raise SparsortError(
                     f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
                     "row; of a tensor, tensor.detach().float().numpy()."

@@ -33,7 +33,7 @@ def make_state(plan: CurriculumPlan, data: fingerprints.Fingerprint, *, epoch: i
         "format": FORMAT,
         "version": VERSION,
         "plan": plan.fingerprint,
-        "data": data,
+        "data": fingerprints.as_saved(data),
         "settings": _settings(plan),
         "epoch": epoch,
         "batch": batch,

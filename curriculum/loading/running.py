@@ -196,31 +196,34 @@ class RunningDifficulty:
 
         try:
             with safe_open(str(path), framework="numpy") as file:
-                about = json.loads((file.metadata() or {}).get("sparsort", "{}"))
+                about = integrity.parse_json((file.metadata() or {}).get("sparsort", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise SparsortError(f"cannot read the running difficulty {path}: {error}. {_OTHERWISE}") from error
+        if not isinstance(about, dict):
+            raise SparsortError(f"{path} is not what sparsort writes. {_OTHERWISE}")
         if about.get("kind") != _KIND or about.get("version") not in (_VERSION, _WITHOUT_DIGESTS):
             raise SparsortError(
                 f"{path} is {about.get('kind', 'another file')!r}, version {about.get('version')}; "
                 f"expected {_KIND!r}, version {_VERSION}. Use the sparsort that wrote it, or start again."
             )
-        if about["version"] == _VERSION:
-            integrity.check_seal(about, Path(path), next_step=_OTHERWISE)
-            intact = about["arrays"] == _digests(arrays)
-        else:
-            intact = _is_possible(about, arrays)
-        if not intact:
-            raise SparsortError(f"{path} is damaged: its content has changed since it was written. {_OTHERWISE}")
-        if fingerprint is not None and about["fingerprint"] != fingerprint:
-            raise SparsortError(
-                f"{path} belongs to the plan {about['fingerprint']!r}, not to {fingerprint!r}: its rows are other rows. "
-                "Resume with the plan it was made with, or start without it."
-            )
-        state = cls(len(arrays["prior"]), fingerprint=about["fingerprint"], **about["settings"])
-        state._next_step = about["next_step"]
-        for name, array in state._arrays().items():
-            array[:] = arrays[name]
+        with integrity.as_written(path, next_step=_OTHERWISE):
+            if about["version"] == _VERSION:
+                integrity.check_seal(about, Path(path), next_step=_OTHERWISE)
+                intact = about["arrays"] == _digests(arrays)
+            else:
+                intact = _is_possible(about, arrays)
+            if not intact:
+                raise SparsortError(f"{path} is damaged: its content has changed since it was written. {_OTHERWISE}")
+            if fingerprint is not None and about["fingerprint"] != fingerprint:
+                raise SparsortError(
+                    f"{path} belongs to the plan {about['fingerprint']!r}, not to {fingerprint!r}: its rows are other rows. "
+                    "Resume with the plan it was made with, or start without it."
+                )
+            state = cls(len(arrays["prior"]), fingerprint=about["fingerprint"], **about["settings"])
+            state._next_step = about["next_step"]
+            for name, array in state._arrays().items():
+                array[:] = arrays[name]
         return state
 
     def _arrays(self) -> dict[str, NDArray[Any]]:

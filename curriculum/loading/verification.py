@@ -275,9 +275,35 @@ def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> 
     )
 
 
+def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
+    """The content of rows in their order: what of it `fields` name, None for all. A plan notes it of the rows it is for."""
+    found = _Digest()
+    for row in rows:
+        found.add(_content(row, fields))
+    return found.hex()
+
+
+def refuse_frame(dataset: Any) -> None:
+    """Refuse a data frame, whose `[position]` is a column.
+
+    Raises:
+        SparsortError: it is one, of pandas or polars.
+    """
+    if type(dataset).__name__ == "DataFrame":
+        raise SparsortError(
+            "a DataFrame has no rows that can be read by their position. Pass datasets.Dataset.from_pandas(frame), or "
+            "frame.to_dict('records')."
+        )
+
+
 def unformatted(dataset: Any) -> Any:
-    """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is."""
-    datasets = sys.modules.get("datasets")  # a dataset exists only if its library is imported
+    """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is.
+
+    Raises:
+        SparsortError: it is a data frame.
+    """
+    refuse_frame(dataset)
+    datasets = sys.modules.get("datasets")  # whoever passes a dataset has imported its library
     return dataset.with_format(None) if datasets is not None and isinstance(dataset, datasets.Dataset) else dataset
 
 

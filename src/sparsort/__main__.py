@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
+
+from sparsort.terminal import OutputError, closed, discard, note, unwritable
 
 
 def main() -> None:
-    """Run the command line; an interrupt while it is still being loaded is no traceback either."""
+    """Run the command line; an interrupt while it is still being loaded, or a stdout that fails, is no traceback either."""
+    # Checked first: the first file that is opened would get the number of a closed stdout, and what is printed to it.
+    if sys.stdout is None:
+        _fail(closed())
+    code: object = 0
     try:
         from sparsort.recipes.cli import app
 
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as stop:
+        code = stop.code
+    except OutputError as error:
+        # Printed before a command runs: help and the version.
+        _fail(str(error))
+    if (failure := _flushed()) is not None:
+        discard(sys.stdout)
+        if not isinstance(failure, BrokenPipeError) and code in (0, None):
+            _fail(unwritable(failure))
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _flushed() -> OSError | None:
+    """Write out what stdout holds back, and return the error if that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    except ValueError:
+        # It is closed already.
+        return None
+    return None
+
+
+def _fail(message: str) -> NoReturn:
+    discard(sys.stdout)
+    note(f"sparsort: {message}")
+    sys.exit(OutputError.exit_code)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ The digests guard against damage (disks, copies, kills), not against an attacker
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,39 @@ from sparsort.files import write_json
 
 SEAL = "digest"
 _BITS = 128
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, for files: nesting beyond what Python can follow is a ValueError too, as any other text that is not JSON.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+@contextlib.contextmanager
+def as_written(path: Path | str, *, next_step: str) -> Iterator[None]:
+    """Turn the errors of reading values that are not of the types that sparsort writes into one that names the file.
+
+    A digest says that values have not changed, and not that this version wrote them. The block should do nothing but read.
+
+    Args:
+        path: the file, for the error.
+        next_step: the last sentence of the error.
+
+    Raises:
+        SparsortError: a value is missing, or is of another type than was written.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"{reason} is missing" if isinstance(error, KeyError) else reason
+        raise SparsortError(f"{path} is not what sparsort writes ({what}). {next_step}") from error
 
 
 def digest_of_bytes(content: bytes) -> str:
@@ -137,7 +171,7 @@ def read_sealed(path: Path, *, next_step: str) -> dict[str, Any]:
         SparsortError: it is damaged, has no seal, or cannot be read.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -9,7 +9,6 @@ Cost: every byte is read once, on writing and on checking, at about 1 GB/s for e
 from __future__ import annotations
 
 import errno
-import json
 import os
 import struct
 import zipfile
@@ -58,7 +57,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
 def damage_in(folder: Path) -> str | None:
     """What is wrong in a folder, in words; None if it has a manifest and all that is listed is intact."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = integrity.parse_json((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {FILE}"
     except (OSError, ValueError) as error:
@@ -71,7 +70,10 @@ def damage_in(folder: Path) -> str | None:
     if not integrity.is_sealed(found):
         return f"the content of {FILE} has changed since it was written"
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        problems = pool.map(lambda item: _damage(folder, *item), found["files"].items())
+        listed = found.get("files")
+        if not isinstance(listed, dict) or not all(isinstance(record, dict) for record in listed.values()):
+            return f"{FILE} does not list files"
+        problems = pool.map(lambda item: _damage(folder, *item), listed.items())
         return next(filter(None, problems), None)
 
 
@@ -89,7 +91,7 @@ def unreadable_in(folder: Path) -> str | None:
 def _unreadable(path: Path) -> str | None:
     if path.suffix == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            integrity.parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return str(error)
     elif path.suffix == ".safetensors":

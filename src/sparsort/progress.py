@@ -12,8 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from sparsort.terminal import one_line
+
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+_MOST_OF_TITLE = 60
 
 
 @contextlib.contextmanager
@@ -26,7 +31,7 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     state = random.getstate()
     try:
         with _bars() as bars:
-            task = bars.add_task(title, total=total)
+            task = bars.add_task(one_line(title, _MOST_OF_TITLE), total=total)
             yield lambda count: bars.advance(task, count)
     finally:
         random.setstate(state)
@@ -44,7 +49,8 @@ def _bars() -> Progress:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        # Titles have names of files in them, which are no markup.
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

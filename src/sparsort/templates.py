@@ -166,7 +166,7 @@ def _is_data(value: Any) -> bool:
 def _formatted(template: str, piece: Piece, value: Any, where: str) -> str:
     try:
         return format(_FORMATTER.convert_field(scalar(value), piece.conversion), piece.spec)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         shown = textwrap.shorten(repr(value), 60, placeholder=" …")
         raise SparsortError(
             f"{where}: the value {shown} of the field {piece.field!r} does not take the format {piece.spec!r} ({error}). "

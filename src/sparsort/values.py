@@ -80,8 +80,11 @@ def as_text(value: Any, *, field: str, where: str, way_out: str = "") -> str:
         return value
     if not has_text(value):
         raise not_text(value, field=field, where=where, way_out=way_out)
-    # A tensor's own text is its notation, "tensor(2.5)".
-    return str(value.item() if _is_scalar_tensor(value) else scalar(value))
+    try:
+        # A tensor's own text is its notation, "tensor(2.5)".
+        return str(value.item() if _is_scalar_tensor(value) else scalar(value))
+    except ValueError as error:  # Python writes whole numbers of at most 4300 digits
+        raise SparsortError(f"{where} has a value in the field {field!r} that has no text: {error}.") from error
 
 
 def scalar(value: Any) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.fingerprints import difference, fingerprint_of, fingerprint_of_stream
+from sparsort.curriculum.loading.fingerprints import as_saved, difference, fingerprint_of, fingerprint_of_stream
 from sparsort.errors import SparsortError
 
 VALUES = st.recursive(
@@ -37,12 +38,12 @@ def test_equal_values_and_only_those_have_equal_fingerprints(first: Any, second:
 
 
 def canon(value: Any) -> Any:
-    """A second, plain way of saying which values are the same: with their type, mappings without order."""
+    """A second, plain way of saying which values are the same: with their type, mappings without order, NaN as None."""
     if isinstance(value, dict):
         return ("dict", sorted((key, canon(item)) for key, item in value.items())) if value else ("dict",)
     if isinstance(value, list):
         return ("list", [canon(item) for item in value])
-    return (type(value).__name__, repr(value))
+    return canon(None) if value != value else (type(value).__name__, repr(value))
 
 
 def json_copy(value: Any) -> Any:
@@ -77,6 +78,25 @@ def test_floats_are_compared_as_float32_in_every_shape() -> None:
         assert same(values, other)
     assert same([0.5], torch.tensor([0.5], dtype=torch.bfloat16))
     assert not same([0.1], [0.1001])
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32("nan"), pd.NA, pd.NaT, torch.tensor(float("nan"))])
+def test_missing_values_are_alike(value: Any) -> None:
+    rows = [{"x": value, "y": [1.0, value]}, {"x": 2.0, "y": []}]
+    null = [{"x": None, "y": [1.0, None]}, {"x": 2.0, "y": []}]
+    for saved, current in ((rows, null), (null, rows), (rows, rows)):
+        assert difference(as_saved(fingerprint_of(saved)), fingerprint_of(current)) is None
+    other = [null[0], {"x": value, "y": []}]
+    assert difference(as_saved(fingerprint_of(rows)), fingerprint_of(other)) == "other values in x"
+
+
+def test_states_of_0_1_0_which_took_nan_for_a_value_are_still_resumed() -> None:
+    nan = float("nan")
+    rows = [{"x": nan, "y": [1.0, nan], "z": None}, {"x": 2.0, "y": [], "z": 1}]
+    saved = {"rows": 2, "columns": {"x": "1a5a54001d", "y": "0fb0b90207", "z": "2f325a900f"}}
+    assert difference(saved, fingerprint_of(rows)) is None
+    assert difference(saved, fingerprint_of([rows[0], {"x": nan, "y": [], "z": 1}])) == "other values in x"
+    assert set(as_saved(fingerprint_of(rows))) == {"rows", "columns"}
 
 
 def test_objects_of_no_known_kind_count_by_their_type() -> None:

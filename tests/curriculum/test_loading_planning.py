@@ -164,6 +164,9 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
         ([1.0, 2.0], {"batch_size": 1, "pacing": 0.2, "stages": 1}, "pacing must be a Pacing or its text"),
         ([1.0, 2.0], {"batch_size": 1, "warm_up": "0.3"}, "between 0 and 1, not '0.3'"),
         ([1.0, 2.0], {"batch_size": 1, "weights": {"difficulty": 2}}, "weights weigh several scores"),
+        ([1.0, 2.0], {"batch_size": 1, "combination": "lexicographic"}, "combination='lexicographic' has no effect"),
+        ([1.0, 2.0], {"batch_size": 1, "combination": "lexicografic"}, "Did you mean 'lexicographic'"),
+        ([1.0, 2.0], {"batch_size": 1, "id_column": "uid"}, "id_column='uid' has no effect: numbers have no ids"),
         ([[1.0], [2.0]], {"batch_size": 1}, r"one number a row, \(N,\), not float64 of shape \(2, 1\)"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -288,6 +289,19 @@ def test_the_number_of_rows_is_compared_even_unverified(plan: CurriculumPlan) ->
     for options in ({}, {"verify": False}):
         with pytest.raises(SparsortError, match=f"the dataset has {N - 1} rows and the plan was made for {N}"):
             CurriculumLoader(plan, ROWS[1:], **options)
+
+
+def test_a_data_frame_is_refused_by_name(plan: CurriculumPlan) -> None:
+    # Its [0] is a column, or nothing.
+    for frame in (pd.DataFrame(ROWS), pd.DataFrame([[n, n] for n in range(N)])):
+        for call in (
+            lambda frame=frame: CurriculumLoader(plan, frame),
+            lambda frame=frame: CurriculumLoader(plan, frame, verify=False),
+            lambda frame=frame: verify_rows(plan, frame),
+            lambda frame=frame: plan_curriculum(np.arange(float(N)), data=frame, batch_size=8),
+        ):
+            with pytest.raises(SparsortError, match=r"DataFrame has no rows .*from_pandas\(frame\)"):
+                call()
 
 
 def test_reading_rows_moves_no_generator(plan: CurriculumPlan) -> None:

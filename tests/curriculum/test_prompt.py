@@ -50,7 +50,10 @@ def test_text_by_hand() -> None:
 )  # fmt: skip
 def test_budget(drop: str, kept: dict[int, list[int]]) -> None:
     for max_tokens, expected in kept.items():
-        built = build(max_tokens=max_tokens, tokenizer=words, drop=drop)
+        if not expected:
+            with pytest.raises(SparsortError, match=r"holds the query \(3 tokens\) but not one of its 3 "):
+                build(max_tokens=max_tokens, tokenizer=words, drop=drop)
+        built = build(max_tokens=max_tokens, tokenizer=words, drop=drop, allow_zero_shot=not expected)
         assert built.kept == expected
         assert built.dropped == [at for at in range(3) if at not in expected]
         assert built.n_tokens == words(built.text) <= max_tokens
@@ -69,7 +72,7 @@ def test_a_budget_is_kept_and_one_more_would_not_fit(sizes: list[int], max_token
         calls.append(text)
         return words(text)
 
-    built = build(demos, max_tokens=max_tokens, tokenizer=count, drop=drop)
+    built = build(demos, max_tokens=max_tokens, tokenizer=count, drop=drop, allow_zero_shot=True)
     assert built.n_tokens == words(built.text) <= max_tokens
     assert len(calls) <= 3 + len(sizes).bit_length()
     if built.dropped:
@@ -87,6 +90,19 @@ def test_report() -> None:
         "Kept 1 of 3 demonstrations (8 tokens of at most 9); "
         "dropped the 2 farthest from the query in the order: 'a', 'b'."
     )
+
+
+def test_the_budget_that_an_error_names_is_enough() -> None:
+    for drop in ("farthest", "nearest", "longest"):
+        with pytest.raises(SparsortError, match="pass allow_zero_shot=True") as told:
+            build(max_tokens=4, tokenizer=words, drop=drop)
+        enough = int(str(told.value).split("at least ")[1].split(",")[0])
+        assert len(build(max_tokens=enough, tokenizer=words, drop=drop).kept) == 1
+    with pytest.raises(
+        SparsortError, match="allow_zero_shot=True has no effect: nothing is dropped without max_tokens"
+    ):
+        build(allow_zero_shot=True)
+    assert build([], max_tokens=4, tokenizer=words).kept == []
 
 
 def test_budget_errors() -> None:

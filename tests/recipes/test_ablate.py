@@ -61,14 +61,10 @@ def test_a_recipe_and_a_task_file(tmp_path: Path) -> None:
     [
         ("nothing.jsonl", {"prompt": "{text}"}, "no file and no ready task"),
         ("trek", {}, "ready tasks"),
-        ("trec", {"prompt": "Q: {text}"}, "Leave those options out"),
-        ("trec", {"label": "mark"}, "Leave those options out"),
-        ("recipe.toml", {"chat": True}, "Leave those options out"),
         ("latin.toml", {}, "not valid UTF-8"),
         ("broken.toml", {}, "not valid TOML"),
         ("none.toml", {}, "cannot read"),
         ("reviews.jsonl", {}, "which columns make the prompt"),
-        ("reviews.jsonl", {"prompt": "{text}", "data": Path("there")}, "Leave --data out"),
         ("reviews.jsonl", {"prompt": "{text}", "labels": "0=,1=good"}, "empty"),
     ],
 )
@@ -76,7 +72,6 @@ def test_what_is_no_source_is_told(
     name: str, options: dict[str, Any], told: str, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(reviews.parent)
-    Path("recipe.toml").write_text('tasks = ["trec"]\n', encoding="utf-8")
     Path("latin.toml").write_bytes(b'prompt = "\xe9"\n')
     Path("broken.toml").write_text("tasks = [\n", encoding="utf-8")
     with pytest.raises(SparsortError, match=told):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -153,6 +154,7 @@ def test_the_default_estimates_only_where_it_can(loaded: LoadedModel) -> None:
         ({}, "No labelled rows of the pool were given"),
         ({"pool": POOL[:15]}, "15 labelled rows are left"),
         ({"pool": [row | {"label": None} for row in POOL]}, "0 labelled rows are left"),
+        ({"pool": [row | {"label": float("nan")} for row in POOL]}, "0 labelled rows are left"),
         ({"pool": [row | {"label": "7"} for row in POOL]}, "0 labelled rows are left"),
         ({"pool": DEMOS * 20}, "0 labelled rows are left"),
     ):
@@ -212,10 +214,13 @@ def test_criteria_that_are_joined() -> None:
     [
         (
             {"by": "density", "prior": "uniform"},
-            "prior='uniform' has no effect: .*this is by='density'",
+            "prior='uniform' has no effect: the criterion .* no prior.*by='pdo'",
         ),
-        ({"by": "locale_unlabelled", "pool": POOL}, "a pool was given.*reads no prior"),
+        ({"by": "locale_unlabelled", "pool": POOL}, "pool= has no effect"),
         ({"prior": "mixed"}, "no rows of it with a label were given"),
+        ({"prior": ""}, "the prior is ''; expected one of pool"),
+        ({"prior": float("nan")}, "the prior is nan; expected one of pool"),
+        ({"prior": [0.5, 0.5]}, r"the prior is \[0.5, 0.5\]; .* a mapping from label value to share"),
         ({"by": "pdo_prior", "prior": "uniform"}, "'pdo_prior' is 'pdo' with the prior 'pool'"),
         ({"by": "pdo_prior"}, "no rows of it with a label were given"),
         ({"prior": "pool"}, "no rows of it with a label were given"),
@@ -271,6 +276,47 @@ def run(*call: str) -> Any:
     return result, " ".join(result.output.split())
 
 
+def test_a_label_inside_a_value(loaded: LoadedModel, tmp_path: Path) -> None:
+    def inside(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"text": row["text"], "meta": {"label": row["label"]}} for row in rows]
+
+    pool = [
+        *inside(POOL),
+        {"text": "a", "meta": None},
+        {"text": "b", "meta": {}},
+        {"text": "c", "meta": float("nan")},
+        {"text": "d"},
+    ]
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "table.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pool[:-1]), encoding="utf-8")
+    shares = [{"meta": {"label": value}, "count": count} for value, count in (("0", 30), ("1", 10))]
+    table.write_text("".join(json.dumps(row) + "\n" for row in shares), encoding="utf-8")
+    for labels in (ASKED["labels"], None):
+        for prior in ("pool", rows, table):
+            found = sparsort.choose_order(
+                inside(DEMOS),
+                QUERIES,
+                prompt=PROMPT,
+                label="meta.label",
+                labels=labels,
+                pool=pool,
+                prior=prior,
+                model=loaded,
+            )
+            assert prior_of(found)[1] == {"0": 0.75, "1": 0.25}
+    found = sparsort.choose_order(inside(DEMOS), QUERIES, prompt=PROMPT, label="meta.label", pool=pool, model=loaded)
+    assert found.prior is not None
+    assert found.prior["source"] == "estimated"
+    assert found.prior["labelled_rows"] == 40
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT])
+def test_a_missing_label_of_the_pool_counts_as_none(loaded: LoadedModel, value: Any) -> None:
+    pool = [*POOL, *({"text": f"no label {n}", "label": value} for n in range(3))]
+    found = sparsort.choose_order(DEMOS, QUERIES, prompt=PROMPT, pool=pool, prior="pool", model=loaded)
+    assert prior_of(found) == ("pool", {"0": 0.75, "1": 0.25})
+
+
 def test_the_command(make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     pool, queries, shares = (tmp_path / name for name in ("pool.jsonl", "queries.jsonl", "shares.json"))
     for path, rows in ((pool, POOL), (queries, QUERIES)):
@@ -299,7 +345,10 @@ def test_the_command(make_tiny_model: Callable[..., Path], tmp_path: Path) -> No
     assert prior("-k", "3", *on, "--by", "locale_unlabelled") is None
     result, output = run(*base, "-k", "3", *on, "--by", "density", "--prior", "pool")
     assert result.exit_code == 2
-    assert "reads no prior" in output
+    assert (
+        "--prior pool has no effect: the criterion compares the predictions with no prior, and this is --by density"
+        in output
+    )
     result, output = run(*base, "-k", "3", "--prior", "pool")
     assert "Prior of PDO: pool (0 0.75, 1 0.25)." in output
 

@@ -49,6 +49,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--column hard", "", "column reads it, and this is --scorer sparsity"),
         ("--descending", "--scorer random", "column reads it"),
         ("--seed 0", "", "random reads it"),
+        ("--system x", "--messages m", "--messages m holds whole conversations"),
+        ("--chat", "--messages m", "--messages m holds whole conversations"),
         *(
             (f"--{name}", "--scorer length", "sparsity, answer_loss, prompt_loss, entropy read it")
             for name in ("dtype float32", "device cpu", "token-budget 64", "truncation left", "max-length 9")
@@ -111,12 +113,16 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--select knn", "--ids a,b", "--ids a,b names the demonstrations"),
         ("--label kind", "--select knn -k 2", "balanced reads it"),
         ("--drop longest", "", "nothing is dropped without --max-tokens"),
+        ("--allow-zero-shot", "", "nothing is dropped without --max-tokens"),
         ("--separator x", "--chat", "--chat makes a turn of every block"),
         ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
         ("--chat", "--messages m", "--messages m has its own turns"),
         ("--system x", "--messages m", "--messages m has its own turns"),
         ("--missing drop", "--order length_ascending", "ranks by nothing that a row could lack"),
         ("--embedder e", "", "nothing here reads embeddings"),
+        ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
+        ("--system x", "--messages m", "--messages m holds whole conversations"),
+        ("--chat", "--messages m", "--messages m holds whole conversations"),
         ("--seed 1", "", "nothing here is drawn at random"),
         ("--seed 1", "-k 2 --select knn --order reverse:given", "nothing here is drawn at random"),
         ("--system x", "", "a plain prompt has no system turn"),
@@ -136,7 +142,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("--system x", "", "a plain prompt has no system turn"),
         ("--separator x", "--chat", "--chat makes a turn"),
-        ("--prior pool", "--by density", "the criterion reads no prior, and this is --by density"),
+        (
+            "--prior uniform",
+            "--by density",
+            "the criterion compares the predictions with no prior, and this is --by density",
+        ),
     ],
     "calibrate": [
         ("--answer x", "--no-loss --poolings last,mean_state", "nothing reads it"),
@@ -145,6 +155,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--chat", "--messages m", "--messages m has its own turns"),
         ("--system x", "--messages m", "--messages m has its own turns"),
         ("--top 5", "--json", "--json prints every candidate"),
+        ("--system x", "--messages m", "--messages m holds whole conversations"),
+        ("--chat", "--messages m", "--messages m holds whole conversations"),
     ],
     "ablate": [
         *(
@@ -250,6 +262,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--unscored last", "--schedule shuffle", "does not look at scores"),
         ("--groups kind", "--schedule shuffle", "does not take the easiest of each group"),
         ("--online-metric hoyer", "", "the difficulty is not learned in training"),
+        ("--fingerprint f", "", "it concerns a plan that was made before"),
+        ("--no-verify", "--scores s", "it concerns a plan that was made before"),
         ("--epochs 1", "--max-steps 5", "--max-steps 5 sets the length of the run"),
         ("--eval-steps 5", "--eval-share 0", "no rows are held out"),
         ("--eval-steps 5", "--plan p", "no rows are held out"),
@@ -294,6 +308,11 @@ ACCEPTED = [
     ("ablate", "--prompt x --labels a,b --label-score mean --contextual on", None),
     ("ablate", "--dry-run --out o --dtype float32 --device cpu --compile --no-report --json", None),
     ("ablate", "--no-run --out o --dtype float32 --device cpu --compile --no-report --json", None),
+    ("calibrate", "--messages m --no-loss --level steps", None),
+    ("score", "--messages m --scorer answer_loss", None),
+    ("order", "--messages m --order given --model m", None),
+    ("choose", "--by pdo+density --prior pool", None),
+    ("train", "--plan p --fingerprint f", None),
     ("plan", "--mode pool --pacing linear --steps 9 --stages 3 --seed 2 --quota a=1 --data d --groups kind", None),
     ("plan", "--schedule interleaved --folds 4 --warm-up 0.2 --seed 1", None),
     ("plan", "--schedule shuffle --unscored error --seed 1", None),

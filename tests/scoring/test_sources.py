@@ -185,7 +185,6 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.Mon
         ("a.jsonl", b'{"q": 1}\n\n{"q": "\xe9"}\n', r"line 3: byte 0xe9 at offset 17 is not valid UTF-8.*iconv"),
         ("a.csv", b"q,r\n1,2\n3,\xff\n", r"line 3: byte 0xff at offset 10 is not valid UTF-8"),
         ("a.json", b'[{"q": 1},\n {"q": "\xe9"}]', r"line 2: byte 0xe9 at offset 19 is not valid UTF-8"),
-        ("a.jsonl", '{"q": 1}'.encode("utf-16"), "line 1: byte 0xff at offset 0 is not valid UTF-8"),
         ("a.jsonl", b'{"q": 1}\n{"q": 2, oops}\n', r"line 2: not valid JSON .* at column 10\): .*oops"),
         ("a.jsonl", b'{"q": 1}\n{"q": "cut', r"line 2: not valid JSON .*Unterminated"),
         ("a.jsonl", b'{"q": 1}\n[1, 2]\n', "line 2 holds a list, not a JSON object"),
@@ -202,7 +201,7 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.Mon
         ("a.csv", b"q,r\n1,2\n1,2,3\n", r"line 3 has 3 values where the header names 2 columns \(q, r\)"),
         ("a.csv", b'q,r\n1,2\n3,"open\n', "line 3: not valid delimited text"),
         ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000, mtime=0)[:-20], "cannot be read after line"),
-        ("a.jsonl.gz", b'{"q": 1}\n', "cannot be read after line 0"),
+        ("a.jsonl.gz", b'{"q": 1}\n', "cannot be read: Not a gzipped file"),
         ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("a.arrow", b"not really", "cannot be read as Arrow"),
         ("a.xlsx", b"", r"'.xlsx' is none of .jsonl"),
@@ -273,8 +272,32 @@ def test_what_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
         open_rows(row for row in ROWS)
     with pytest.raises(SparsortError, match="dict of columns"):
         open_rows({"q": ["a"]})
-    with pytest.raises(SparsortError, match=r"DataFrame.*to_dict"):
+    with pytest.raises(SparsortError, match=r"DataFrame.*to_dict\('records'\)"):
         open_rows(dataset.to_pandas())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("DataFrame", r"frame\.to_dicts\(\), or frame\.to_arrow\(\)"), ("LazyFrame", r"frame\.collect\(\)\.to_arrow\(\)")],
+)
+def test_frames_of_polars_get_advice_of_polars(name: str, message: str) -> None:
+    frame = type(name, (), {"__module__": "polars.dataframe.frame"})()
+    with pytest.raises(SparsortError, match=message):
+        open_rows(frame)
+
+
+def test_parts_of_tables_are_refused_with_the_way_to_the_table() -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pytest.raises(SparsortError, match=r"Pass pyarrow\.Table\.from_batches\(\[batch\]\)"):
+        open_rows(table.to_batches()[0])
+    with pytest.raises(SparsortError, match=r"Pass reader\.read_all\(\)"):
+        open_rows(table.to_reader())
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_cannot_be_is_no_file(name: str) -> None:
+    with pytest.raises(SparsortError, match="there is no file"):
+        open_rows(name)
 
 
 def test_a_dataset_is_read_as_stored_unless_it_has_a_transform() -> None:
