@@ -264,7 +264,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--online-metric hoyer", "", "the difficulty is not learned in training"),
         ("--fingerprint f", "", "it concerns a plan that was made before"),
         ("--no-verify", "--scores s", "it concerns a plan that was made before"),
-        ("--epochs 1", "--max-steps 5", "--max-steps 5 says how long the run is"),
+        ("--epochs 1", "--max-steps 5", "--max-steps 5 sets the length of the run"),
         ("--eval-steps 5", "--eval-share 0", "no rows are held out"),
         ("--eval-steps 5", "--plan p", "no rows are held out"),
         ("--fingerprint v1", "", "it concerns a plan that was made before"),

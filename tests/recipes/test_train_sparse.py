@@ -379,7 +379,7 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
         ({"atention": {}}, r"unknown table .*'atention'.* Did you mean 'attention'"),
         ({"attention": 3}, r"expected a table, \[attention\]"),
         ({"attention": {"selecter": "moba"}}, "Did you mean 'selector'"),
-        ({"train": {"epochs": 2, "max_steps": 3}}, "epochs=2 has no effect: max_steps=3 says how long"),
+        ({"train": {"epochs": 2, "max_steps": 3}}, "epochs=2 has no effect: max_steps=3 sets the length"),
         ({"attention": {"freeze_bass": True}}, "Did you mean 'freeze_base'"),
         ({"attention": {"selector": "mobba"}}, "Did you mean 'moba'"),
         ({"attention": {"blocks": "many"}}, "blocks is 'many', but a whole number is expected"),
