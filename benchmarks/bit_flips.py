@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shutil
 import sys
 import tempfile
@@ -249,7 +250,7 @@ def main() -> None:
     per_share = flips / sum(kind.share for kind in chosen if kind.has_digests or len(chosen) == 1)
     report = FlipReport("bit_flips", torch.device("cpu"), seed=arguments.seed)
     for kind in chosen:
-        count = round(per_share * kind.share)
+        count = math.ceil(per_share * kind.share)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, progress(kind.name, count) as advance:
             report.tallies[kind.name] = flip_kind(
