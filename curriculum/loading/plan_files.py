@@ -167,10 +167,10 @@ def _is_possible(found: Mapping[str, Any]) -> bool:
     return (
         all(type(number) is int for number in (*counts, *edges, *places, *(revision or {}).values()))
         and found["n_rows"] >= 1
-        and len(edges) == len(places) >= 2
+        and min(len(edges), len(places)) >= 2
         and all(list(numbers) == sorted(numbers) and numbers[0] == 0 for numbers in (edges, places))
         and all(isinstance(found[name], dict) for name in ("settings", "notes", "arrays"))
-        and (revision is None or revision.keys() == {"epoch", "start"})
+        and (revision is None or revision.keys() == {"number", "epoch", "start"})
         and isinstance(found["fingerprint"], str)
         and (found["settings"].get("mode") == "pool" or edges[-1] <= found["n_rows"])
     )
