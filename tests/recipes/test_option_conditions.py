@@ -57,10 +57,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         *(
             (f"--{name}", "--scorer compression", "length read it")
-            for name in ("model demo", "revision main", "trust-remote-code", "chat", "messages m")
+            for name in ("model demo", "revision main", "trust-remote-code", "chat")
         ),
-        ("--chat", "--messages m", "--messages m has its own turns"),
-        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--answer x", "--scorer prompt_loss", "and this is --scorer prompt_loss"),
         ("--answer x", "--scorer column --column hard", "and this is --scorer column"),
         ("--system x", "", "a plain prompt has no system turn"),
@@ -116,8 +114,6 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--allow-zero-shot", "", "nothing is dropped without --max-tokens"),
         ("--separator x", "--chat", "--chat makes a turn of every block"),
         ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
-        ("--chat", "--messages m", "--messages m has its own turns"),
-        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--missing drop", "--order length_ascending", "ranks by nothing that a row could lack"),
         ("--embedder e", "", "nothing here reads embeddings"),
         ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
@@ -152,8 +148,6 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--answer x", "--no-loss --poolings last,mean_state", "nothing reads it"),
         ("--no-loss", "--level steps", "there is none"),
         ("--system x", "", "a plain prompt has no system turn"),
-        ("--chat", "--messages m", "--messages m has its own turns"),
-        ("--system x", "--messages m", "--messages m has its own turns"),
         ("--top 5", "--json", "--json prints every candidate"),
         ("--system x", "--messages m", "--messages m holds whole conversations"),
         ("--chat", "--messages m", "--messages m holds whole conversations"),
@@ -171,6 +165,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "test t.jsonl",
                 "stop x",
                 "max-new-tokens 3",
+                "columns a,b",
             )
         ),
         ("--label x", "mr,trec", "mr,trec has its own prompt"),
@@ -195,6 +190,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "group-by-length",
             )
         ),
+        ("--columns a,b", "", "it names the columns of the data"),
         ("--direction random", "--schedule shuffle", "--schedule shuffle has no easy and hard end"),
         ("--direction easy_to_hard", "--schedule as_given", "has no easy and hard end"),
         *(
