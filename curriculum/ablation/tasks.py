@@ -217,6 +217,11 @@ class Task:
             raise self._error(
                 "has no labels. Give value = words for each, or the judge 'exact', 'number' or 'math' for generation."
             )
+        if len(self.labels) < 2:
+            raise self._error(
+                f"has the single label {next(iter(self.labels))!r}, and a classification needs at least two. Give rows of "
+                "every label, or name the labels (labels=, --labels)."
+            )
         first: dict[str, str] = {}
         for value, words in self.labels.items():
             if not words.strip():

@@ -242,6 +242,7 @@ def test_a_task_is_its_own_name() -> None:
         ({"answer": " {label} {text}"}, "has 'text' in its answer template"),
         ({"labels": None}, "has no labels"),
         ({"labels": {}}, "has no labels"),
+        ({"labels": {"0": "bad"}}, "the single label '0', and a classification needs at least two"),
         ({"labels": {"0": "  ", "1": "x"}}, "gives the value '0' an empty text"),
         ({"labels": {"0": "x", "1": "x "}}, "gives the values '0' and '1' the same text 'x'"),
         ({"judge": "exact"}, "has labels, but the judge 'exact'"),
