@@ -102,9 +102,13 @@ def check_family(family: str) -> Outcome:
 
 def build(family: str, tokenizer: Any) -> Any:
     """A causal language model of the family with random weights, in fp32."""
+    return build_from(tiny_config(family, len(tokenizer)))
+
+
+def build_from(config: Any) -> Any:
+    """A causal language model of this configuration with random weights, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(family, len(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -141,11 +145,8 @@ class PlainLoop:
         return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True)
 
     def gini(self, ids: Sequence[int]) -> float:
-        """Gini of the state that `output_hidden_states` gives last, in float64."""
-        state = self.forward(ids).hidden_states[-1][0, -1].double().abs().sort().values
-        width = len(state)
-        ranks = torch.arange(1, width + 1, dtype=torch.float64)
-        return float(2 * (ranks * state).sum() / (width * state.sum()) - (width + 1) / width)
+        """Gini of the state that `output_hidden_states` gives last."""
+        return gini_of(self.forward(ids).hidden_states[-1][0, -1])
 
     def log_softmax(self, ids: Sequence[int]) -> torch.Tensor:
         logits = self.forward(ids).logits[0].double()
@@ -175,6 +176,14 @@ class PlainLoop:
             if written[-1] == self.tokenizer.eos_token_id:
                 break
         return written
+
+
+def gini_of(state_H: torch.Tensor) -> float:
+    """The Gini coefficient of the magnitudes of one state, in float64, from its definition over sorted values."""
+    state = state_H.double().abs().sort().values
+    width = len(state)
+    ranks = torch.arange(1, width + 1, dtype=torch.float64)
+    return float(2 * (ranks * state).sum() / (width * state.sum()) - (width + 1) / width)
 
 
 def differences(model: Any, tokenizer: Any, expected: dict[str, Any]) -> list[str]:
