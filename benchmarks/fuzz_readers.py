@@ -225,9 +225,9 @@ class FuzzReport(Report):
         for tally in self.tallies.values():
             total.add(tally)
         failures = sum(total.failures.values())
-        note = (
-            f"{len(self.tallies)} kinds in {seconds / 60:.1f} minutes: {total.results} results, {total.refused} refused"
-        )
+        read = sum(bool(tally.results + tally.refused) for tally in self.tallies.values())
+        kinds = f"{read} of {len(self.tallies)} kinds in {seconds / 60:.1f} minutes"
+        note = f"{kinds}: {total.results} results, {total.refused} refused"
         self.add("examples", total.results + total.refused + failures, "folders", note=note)
         note = ", ".join(total.failures) or "no error but SparsortError"
         self.add("failures", failures, "folders", floor=0.0, better="lower", note=note)
