@@ -225,9 +225,9 @@ class FuzzReport(Report):
         for tally in self.tallies.values():
             total.add(tally)
         failures = sum(total.failures.values())
-        note = (
-            f"{len(self.tallies)} kinds in {seconds / 60:.1f} minutes: {total.results} results, {total.refused} refused"
-        )
+        read = sum(bool(tally.results + tally.refused) for tally in self.tallies.values())
+        kinds = f"{read} of {len(self.tallies)} kinds in {seconds / 60:.1f} minutes"
+        note = f"{kinds}: {total.results} results, {total.refused} refused"
         self.add("examples", total.results + total.refused + failures, "folders", note=note)
         note = ", ".join(total.failures) or "no error but SparsortError"
         self.add("failures", failures, "folders", floor=0.0, better="lower", note=note)
@@ -244,15 +244,15 @@ def main() -> None:
     chosen = [kind for kind in ALL if (arguments.kinds or "") in kind.name]
     report = FuzzReport("fuzz_readers", torch.device("cpu"), seed=arguments.seed)
     report.tallies = {kind.name: Tally() for kind in chosen}
-    # A kind whose reader is slow has fewer examples in a round.
-    examples = {kind.name: max(3, round((250 if kind.share >= 1 else 20) * kind.share)) for kind in chosen}
     start, number = time.perf_counter(), arguments.seed
     while time.perf_counter() - start < 60 * minutes:
         for kind in chosen:
             if time.perf_counter() - start >= 60 * minutes:
                 break
             tally = report.tallies[kind.name]
-            of_round = round_of(kind, examples[kind.name], number, list(tally.examples))
+            # The first round is short, so that a short run reads every kind; slow readers have fewer examples.
+            examples = 30 if number == arguments.seed else 250
+            of_round = round_of(kind, round(examples * min(1.0, kind.share) ** 2), number, list(tally.examples))
             for signature in of_round.examples.keys() - tally.examples.keys():
                 print(f"{kind.name}: {of_round.examples[signature]}", file=sys.stderr, flush=True)
             tally.add(of_round)

@@ -142,11 +142,14 @@ def saved_dataset_reader(folder: Path) -> Reader:
         raise SparsortError(
             f"{folder} cannot be read as a saved dataset: {reason}. Save it again with save_to_disk."
         ) from error
-    return dataset_reader(dataset, str(folder))
+    return dataset_reader(dataset, str(folder), checked=True)
 
 
-def dataset_reader(dataset: Any, name: str | None = None) -> Reader:
-    """The rows of a `datasets.Dataset`, with its selection and order; a transform of its own makes the fields."""
+def dataset_reader(dataset: Any, name: str | None = None, *, checked: bool = False) -> Reader:
+    """The rows of a `datasets.Dataset`, with its selection and order; a transform of its own makes the fields.
+
+    `name` and `checked` are those of `table_reader`.
+    """
     name = name or f"dataset {dataset.info.dataset_name or dataset.builder_name or ''}[{dataset.split or len(dataset)}]"
     if dataset.format["type"] == "custom":
         return SequenceReader(name, dataset)
@@ -155,7 +158,10 @@ def dataset_reader(dataset: Any, name: str | None = None) -> Reader:
     def batches(start: int, columns: Sequence[str] | None) -> Iterator[Any]:
         part = raw.select(range(start, len(raw)))
         kept = _known(columns, raw.column_names)
-        return iter((part.select_columns(kept) if kept else part).iter(batch_size=STRIDE))
+        for piece in (part.select_columns(kept) if kept else part).iter(batch_size=STRIDE):
+            if checked:
+                piece.validate(full=True)
+            yield piece
 
     return TableReader(name, len(dataset), batches)
 

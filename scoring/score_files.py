@@ -109,7 +109,7 @@ def read_jsonl(path: Path) -> tuple[list[Mapping[str, Any]], dict[str, Any], boo
             raise SparsortError(f"{kept} is damaged: its content has changed since it was written. {_AGAIN}")
         step = f"If you changed the rows on purpose, delete {kept.name}: they are then read as rows of unknown origin."
         check_file(path, found["rows"], next_step=f"{_AGAIN} {step}")
-        found, is_whole = found["provenance"], True
+        found, is_whole = _as_provenance(found["provenance"], kept), True
     return [row.fields for row in open_rows(path).rows()], found, is_whole
 
 
@@ -160,12 +160,12 @@ def from_dataset(
         return table, unknown_origin("a dataset whose description holds no provenance")
     # Before there were digests, the provenance itself was kept under this name.
     if isinstance(found, dict) and not {"table", "provenance"} & found.keys() and not is_ours:
-        return table, found
+        return table, _as_provenance(found, name)
     if not isinstance(found, dict) or not is_sealed(found):
         raise SparsortError(f"{name} is damaged: its description has changed since it was written. {_AGAIN}")
-    if is_ours and not unchanged == found["table"] == table_digest(table):
+    if is_ours and not unchanged == found.get("table") == table_digest(table):
         raise SparsortError(f"{name} is damaged: its rows have changed since they were written. {_AGAIN}")
-    return table, found["provenance"]
+    return table, _as_provenance(found.get("provenance"), name)
 
 
 def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
@@ -224,8 +224,12 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         found = parse_json(text)
     except ValueError as error:
         raise SparsortError(f"the provenance in {path} cannot be read ({error}). {_AGAIN}") from error
+    return _as_provenance(found, path)
+
+
+def _as_provenance(found: Any, where: object) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("orientation", {}), dict):
-        raise SparsortError(f"the provenance in {path} is not what sparsort writes. {_AGAIN}")
+        raise SparsortError(f"the provenance in {where} is not what sparsort writes. {_AGAIN}")
     return found
 
 
