@@ -50,7 +50,9 @@ def attach_index_branch(
     """
     if not isinstance(config, SparseAttentionConfig):
         config = SparseAttentionConfig.from_json({} if config is None else config)
-    config = SparseAttentionConfig.from_json({**config.to_json(), **changes})
+    # A configuration without changes was checked when it was made; one of a checkpoint may hold settings that are not read.
+    if changes:
+        config = SparseAttentionConfig.from_json({**config.to_json(), **changes})
     layers = _sparse_layers(model, config)
     selectors = [make_selector(module=layer, config=config) for layer in layers]
     register()
