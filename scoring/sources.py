@@ -48,7 +48,7 @@ _SAMPLE_KEY = b"sparsort sample"
 
 Item = TypeVar("Item")
 
-# What separates the cells of a text file; None where it is told from the file.
+# What separates the cells of a text file; None where the file itself shows it.
 _DELIMITERS: Mapping[str, str | None] = {".csv": None, ".tsv": "\t"}
 
 _NEXT_STEP = {

@@ -165,7 +165,7 @@ class OnlineCurriculum:
             if about["measure"] != self._measure():
                 raise SparsortError(
                     f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
-                    "Measure as before, or start anew."
+                    "Measure as before, or start again."
                 )
             self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
             if about["plan"] is not None:

@@ -39,7 +39,7 @@ def parse_json(text: str | bytes) -> Any:
 def as_written(path: Path | str, *, next_step: str) -> Iterator[None]:
     """Turn the errors of reading values that are not of the types that sparsort writes into one that names the file.
 
-    A digest says that values have not changed, and not that this version wrote them. The block should do nothing but read.
+    A digest says that values have not changed, and not that this version wrote them. The block should only read.
 
     Args:
         path: the file, for the error.

@@ -38,7 +38,7 @@ def test_one_sentence_for_each_set_of_duplicates() -> None:
         "2 demonstrations have the id 'a': they are at the positions 0, 2, counted from 0.",
         "2 demonstrations have the same content: 'b', 'a'.",
     ]
-    # The very same row twice is told once, and a position is not the id of another row.
+    # The same row given twice is reported once, and a position is not the id of another row.
     assert duplicates([ROWS[0], ROWS[0]]) == [
         "2 demonstrations have the id 'a': they are at the positions 0, 1, counted from 0."
     ]

@@ -1,4 +1,4 @@
-"""Rendering of format strings: values go in once, and nothing but fields, which may be paths, is read."""
+"""Rendering of format strings: values are inserted once, and only fields, which may be paths, are read."""
 
 from __future__ import annotations
 
