@@ -1,7 +1,7 @@
 """Feed damaged and unusual files to every reader of sparsort. Any outcome but a result or a SparsortError is a failure.
 
 Every kind of file (`fuzz_kinds`) is made once; hypothesis draws changes to its bytes, values and files (`fuzz_mutations`), and
-shrinks the first example of each new failure. Failures are told apart by the type of the error and the innermost line of
+shrinks the first example of each new failure. Failures are distinguished by the type of the error and the innermost line of
 sparsort. Work is done in child processes with a limit on memory, because a reader may also kill or hang its process: that
 is a failure too. The corpus, `tests/data/fuzz_corpus.json`, holds the shrunk examples of failures of the past; it is read first.
 

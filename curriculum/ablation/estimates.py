@@ -91,7 +91,7 @@ def estimate(
         null: the mean that the p-value tests; NaN for no test.
         draws: sign vectors or resamples, where they are not enumerated.
         seed: of the draws.
-        scale: size of the numbers, by which rounding is told from a difference; by default the largest of the values. For
+        scale: size of the numbers, which separates rounding from a difference; by default the largest of the values. For
             differences that nearly cancel, the size of what was subtracted.
 
     With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With fewer than three

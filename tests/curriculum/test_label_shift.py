@@ -74,7 +74,7 @@ def test_predictions_that_say_nothing_of_the_labels_give_uniform_shares() -> Non
         bias = fit_bias(scores, gold)
         assert not bias.informative
         np.testing.assert_array_equal(shares_by_em(queries, bias), np.full(3, 1 / 3))
-    # One label alone cannot show that labels are told apart.
+    # Rows of one label cannot show that the model distinguishes labels.
     assert not fit_bias(model(np.zeros(30, dtype=np.int64), 3, 1), np.zeros(30, dtype=np.int64)).informative
 
 

@@ -33,7 +33,7 @@ Outcomes = NDArray[np.int64]
 
 # What is None by design and not for want of a number.
 NAMES = {"k", "task", "reason", "model"}
-# Words that a number which is none would leave behind; "None of the 2 orderers" is a sentence.
+# Words that a missing number would leave in a sentence; "None of the 2 orderers" is a sentence.
 HOLES = re.compile(r"(?i:\bnan\b|\binf\b|∞)|\bNone\b(?! of the \d)")
 
 

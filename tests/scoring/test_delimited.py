@@ -1,4 +1,4 @@
-"""`scoring.delimited`: the delimiter is told only where it is certain, and columns can be named for a file without a header."""
+"""`scoring.delimited`: a delimiter is detected only if it is certain, and columns can be named for a file without a header."""
 
 from __future__ import annotations
 
