@@ -137,7 +137,9 @@ def _run(case: Case, inputs: Path, work: Path) -> Record:
     out = Path(places["out"])
     for path in [out] if out.is_file() else sorted(out.rglob("*")):
         if path.is_file():
-            _read_file(path, str(path.relative_to(work)), record, hide)
+            # The blocks of an ablation's store carry the random name of the process that wrote them.
+            name = re.sub(r"-[0-9a-f]{8}-", "-<run>-", str(path.relative_to(work)))
+            _read_file(path, name, record, hide)
     return record
 
 
