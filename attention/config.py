@@ -12,24 +12,19 @@ import numbers
 import operator
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from sparsort.attention.selectors import SELECTORS, SelectorKind
 from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 
 if TYPE_CHECKING:
     from sparsort.kernels.blocksparse.budgets import Budget
 
-SelectorKind = Literal["index_branch", "moba", "seer", "nsa", "lm_trained", "window", "sink_window", "random", "oracle"]
-SELECTORS: tuple[SelectorKind, ...] = get_args(SelectorKind)
-_BY_BUDGET = tuple(name for name in SELECTORS if name not in ("window", "sink_window", "random"))
 # The selectors that read a setting; see `sparsort.conditions`. A seed may be given where nothing is drawn.
 READ_BY: Table = {
-    "threshold": (among("selector", _BY_BUDGET, of=SELECTORS),),
-    "top_p": (among("selector", _BY_BUDGET, of=SELECTORS),),
-    "index_dim": (among("selector", ("index_branch", "seer", "lm_trained"), of=SELECTORS),),
-    "index_norm": (among("selector", ("index_branch", "lm_trained"), of=SELECTORS),),
-    "alignment_weight": (among("selector", ("index_branch", "seer"), of=SELECTORS),),
+    setting: (among("selector", SELECTORS.reading(setting), of=SELECTORS),)
+    for setting in ("threshold", "top_p", "index_dim", "index_norm", "alignment_weight")
 } | dict.fromkeys(("selector", "block_size", "blocks", "layers", "seed"), ALWAYS)
 _MOST = 2**31 - 1  # what the kernels count in
 _LARGEST_BLOCK = 2**20  # that the kernels take
@@ -70,8 +65,7 @@ class SparseAttentionConfig:
     stored: InitVar[bool] = False
 
     def __post_init__(self, stored: bool) -> None:
-        if self.selector not in SELECTORS:
-            raise unknown_choice("selector", self.selector, SELECTORS)
+        SELECTORS.check(self.selector)
         self._keep("block_size", whole("block_size", self.block_size, 1, most=_LARGEST_BLOCK))
         self._keep("blocks", whole("blocks", self.blocks, 1, most=_MOST))
         self._keep("seed", whole("seed", self.seed, 0))

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsort.attention.config import SELECTORS, SelectorKind
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.attention.selectors import SELECTORS, SelectorKind
+from sparsort.errors import SparsortError
 
 _TRAINING = 3.5
 
@@ -70,8 +70,7 @@ class SparseShape:
     window: int = 0
 
     def __post_init__(self) -> None:
-        if self.selector not in SELECTORS:
-            raise unknown_choice("selector", self.selector, SELECTORS)
+        SELECTORS.check(self.selector)
         if self.block_size < 1 or self.blocks < 0 or self.window < 0:
             raise SparsortError(f"{self} is no sparse attention: block_size must be 1 or more, and counts not below 0.")
 
@@ -83,7 +82,7 @@ def visible_pairs(tokens: int) -> float:
 
 def dense_flops(shape: AttentionShape, tokens: int, *, training: bool = False) -> float:
     """2·H·D·N² forward."""
-    return _attending(shape, visible_pairs(tokens), training)
+    return attending_flops(shape, visible_pairs(tokens), training)
 
 
 def sparse_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, *, training: bool = False) -> float:
@@ -91,31 +90,13 @@ def sparse_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, *, tra
 
     A query is counted with k·W keys, as the papers do, also where it sees fewer; never with more than a dense layer has.
     """
-    attending = _attending(shape, _pairs(tokens, sparse.blocks * sparse.block_size), training)
+    attending = attending_flops(shape, chosen_pairs(tokens, sparse), training)
     return choosing_flops(shape, tokens, sparse, training=training) + attending
 
 
 def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, *, training: bool = False) -> float:
     """What the selector adds to attending over its blocks."""
-    dense, by_block = visible_pairs(tokens), visible_pairs(tokens) / sparse.block_size
-    chosen = _pairs(tokens, sparse.blocks * sparse.block_size)
-    index, scores = 2 * shape.groups * shape.index_dim, 2 * shape.heads * shape.head_dim
-    match sparse.selector:
-        case "index_branch":
-            return index * dense + ((scores + 3 * index) * chosen if training else 0)
-        case "lm_trained":
-            return index * dense
-        case "moba":
-            return 2 * shape.groups * shape.head_dim * by_block
-        case "seer":
-            return index * by_block + (scores * dense + 3 * index * by_block if training else 0)
-        case "nsa":
-            near = _pairs(tokens, sparse.window * sparse.block_size)
-            return _attending(shape, by_block, training) + _attending(shape, near, training)
-        case "oracle":
-            return scores * dense
-        case "window" | "sink_window" | "random":
-            return 0.0
+    return SELECTORS[sparse.selector].load().choosing_flops(shape, tokens, sparse, training)
 
 
 def saving(shape: AttentionShape, tokens: int, sparse: SparseShape, *, training: bool = False) -> float:
@@ -130,11 +111,16 @@ def crossover(shape: AttentionShape, *, blocks: float, block_size: int) -> float
     return 2 * blocks * block_size / (1 - share) if share < 1 else float("inf")
 
 
-def _attending(shape: AttentionShape, pairs: float, training: bool) -> float:
-    """Scores and weighted values of every head."""
+def attending_flops(shape: AttentionShape, pairs: float, training: bool) -> float:
+    """Scores and weighted values of every head: 4·H·D for each pair of a query and a key."""
     return 4 * shape.heads * shape.head_dim * pairs * (_TRAINING if training else 1)
 
 
-def _pairs(tokens: int, keys: float) -> float:
-    """Of queries that have so many keys each, where a dense layer has as many."""
+def chosen_pairs(tokens: int, sparse: SparseShape) -> float:
+    """Pairs of a query and a key of its k selected blocks."""
+    return pairs_of(tokens, sparse.blocks * sparse.block_size)
+
+
+def pairs_of(tokens: int, keys: float) -> float:
+    """Pairs of a query and a key when each query reads `keys` keys, and never more pairs than a dense layer has."""
     return min(keys * tokens, visible_pairs(tokens))

@@ -22,6 +22,7 @@ from sparsort.attention.caching import keep_index_keys
 from sparsort.attention.carrying import Carrier
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.eager import in_eager
+from sparsort.attention.selectors import SELECTORS
 from sparsort.attention.selectors.interface import Choice, LayerInputs
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.blocksparse.budgets import Budget
@@ -29,7 +30,6 @@ from sparsort.kernels.blocksparse.layout import Layout
 
 NAME = "sparsort"  # of the attention implementation
 Mode = Literal["full", "sparse"]
-_ALIGNED = ("index_branch", "seer")  # selectors with a loss of their own
 Observer: TypeAlias = Callable[[int, LayerInputs, Choice], None]
 
 
@@ -156,7 +156,11 @@ class SparseAttention:
         Raises:
             SparsortError: that pass's loss has them already.
         """
-        if loss.requires_grad and not self._carrier.values and self.config.selector in _ALIGNED:
+        if (
+            loss.requires_grad
+            and not self._carrier.values
+            and SELECTORS[self.config.selector].learns_by == "alignment_loss"
+        ):
             warnings.warn(
                 "the last forward pass has no alignment losses to add: it ran in evaluation. Call add_alignment right after the "
                 "forward pass, in training, that the loss was computed from.",

@@ -35,7 +35,7 @@ from sparse_study_model import EVALUATED, Study, best_possible, collator, make_m
 from sparse_study_page import write_page
 
 import sparsort
-from sparsort.attention.config import SELECTORS
+from sparsort.attention.selectors import SELECTORS
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice

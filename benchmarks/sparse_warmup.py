@@ -29,8 +29,8 @@ import torch
 from common import RESULTS, Report, add_output_options, interval
 
 import sparsort
-from sparsort.attention.config import SelectorKind
 from sparsort.attention.diagnostics import report_selection
+from sparsort.attention.selectors import SelectorKind
 from sparsort.attention.selectors.interface import Choice, LayerInputs
 from sparsort.attention.selectors.making import make_selector
 from sparsort.curriculum.ablation.resampling import student_t

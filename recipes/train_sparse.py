@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors import SELECTORS
 from sparsort.errors import SparsortError
 from sparsort.recipes.train_model import PRESETS
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from sparsort.attention.callback import SparseAttentionCallback
     from sparsort.attention.schedule import SparseSchedule
 
-_LEARNED = ("index_branch", "seer", "nsa", "lm_trained")
+_LEARNED = SELECTORS.names(lambda entry: entry.has_weights)
 _BRANCH = ".index_branch."
-# What decides the weights of a branch; block_size those of "nsa" alone.
+# What decides the weights of a branch; block_size only where the table says so.
 _SHAPED = ("selector", "layers", "index_dim", "index_norm", "block_size")
 _LAST = 0.1  # share of a run's steps over which its measures are averaged
 _AVERAGED = ("lm_loss", "kl", "mass", "recall", "blocks", "dead", "gflops", "gflops_dense")
@@ -127,7 +128,8 @@ class SparseTraining:
         differing = ", ".join(
             f"{name} ({getattr(there, name)!r} there, {getattr(asked, name)!r} in the recipe)"
             for name in _SHAPED
-            if getattr(there, name) != getattr(asked, name) and (name != "block_size" or asked.selector == "nsa")
+            if getattr(there, name) != getattr(asked, name)
+            and (name != "block_size" or SELECTORS[asked.selector].shaped_by_blocks)
         )
         raise SparsortError(
             f"the model {model!r} has a trained index branch, which this recipe would drop: they differ in {differing}. Go on "

@@ -15,10 +15,13 @@ Legend: B batch, T query columns, S key columns, C hidden width, G groups, I ind
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.flops import AttentionShape, SparseShape, chosen_pairs, visible_pairs
 from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.weights import LayerShape, RMSNorm, apply_linear
 from sparsort.kernels.blocksparse.ops import align, index_select
@@ -36,6 +39,19 @@ class IndexBranch(Selector):
         normed = shape.normed if config.index_norm is None else config.index_norm
         self.query_norm: nn.Module = RMSNorm(self.width, shape) if normed else nn.Identity()
         self.key_norm: nn.Module = RMSNorm(self.width, shape) if normed else nn.Identity()
+
+    @classmethod
+    def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
+        shape.check_index_width(config.index_dim)
+        return cls(config, shape)
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """Every index query with every index key; in training also the heads' scores over the selection, and three
+        products of index queries and keys there: the scores again and their two gradients."""
+        index, scores = 2 * shape.groups * shape.index_dim, 2 * shape.heads * shape.head_dim
+        loss = (scores + 3 * index) * chosen_pairs(tokens, sparse) if training else 0
+        return index * visible_pairs(tokens) + loss
 
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, T, I)."""

@@ -11,13 +11,18 @@ Legend: B batch, T query columns, S key columns, C hidden width, H query heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
 from sparsort.kernels.blocksparse.budgets import Budget
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection, every_block
+
+if TYPE_CHECKING:
+    from sparsort.attention.config import SparseAttentionConfig
+    from sparsort.attention.flops import AttentionShape, SparseShape
+    from sparsort.attention.selectors.weights import LayerShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +86,31 @@ class Selector(nn.Module):
     def __init__(self, block_size: int) -> None:
         super().__init__()
         self.block_size = block_size
+
+    @classmethod
+    def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
+        """The selector of one layer. A selector with weights overrides this.
+
+        Args:
+            config: its sizes and its seed.
+            shape: the sizes of the layer's attention.
+
+        Raises:
+            SparsortError: sizes that the selector cannot have in this layer.
+        """
+        return cls(config.block_size)
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """The operations that choosing adds to attending, for one causal sequence; 0 unless a selector says more.
+
+        Args:
+            shape: the sizes of the layer's attention.
+            tokens: N.
+            sparse: what the sparse layer does.
+            training: count a training step, and not the forward pass alone.
+        """
+        return 0.0
 
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """What the selector keeps of each token, beside the layer's keys and values in a cache.

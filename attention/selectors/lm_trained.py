@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
 from sparsort.attention.selectors.chunks import (
     ELEMENTS,
     blocks_seen,
@@ -41,6 +42,11 @@ from sparsort.kernels.blocksparse.selection import Selection
 
 class LMTrainedBranch(IndexBranch):
     """The index branch, taught through the logits' bias."""
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """Every index query with every index key; the gradient costs nothing more."""
+        return 2 * shape.groups * shape.index_dim * visible_pairs(tokens)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
         index_keys = given(index_keys)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from sparsort.attention.config import SparseAttentionConfig
-from sparsort.attention.selectors.index_branch import IndexBranch
+from sparsort.attention.selectors import SELECTORS
 from sparsort.attention.selectors.interface import Selector
-from sparsort.attention.selectors.lm_trained import LMTrainedBranch
-from sparsort.attention.selectors.moba import MeanKeyGate
-from sparsort.attention.selectors.nsa import CompressedBranch
-from sparsort.attention.selectors.plain import Oracle, RandomBlocks, SinkWindow, Window
-from sparsort.attention.selectors.seer import PooledGate
 from sparsort.attention.selectors.weights import LayerShape
 from sparsort.errors import SparsortError
 
@@ -36,24 +31,5 @@ def make_selector(module: nn.Module, config: SparseAttentionConfig) -> Selector:
             f"layer {shape.layer} has {shape.heads} query heads and {shape.groups} key/value heads; selectors need the first "
             "to be a multiple of the second."
         )
-    match config.selector:
-        case "index_branch" | "lm_trained" | "seer":
-            if config.index_dim is None and shape.width % 2:
-                raise SparsortError(
-                    f"layer {shape.layer} has heads of width {shape.width}, and rotary pairs need an even index width. "
-                    f"Give one, such as index_dim={shape.width + 1}."
-                )
-            learned = {"index_branch": IndexBranch, "lm_trained": LMTrainedBranch, "seer": PooledGate}
-            return learned[config.selector](config, shape)
-        case "nsa":
-            return CompressedBranch(config, shape)
-        case "random":
-            return RandomBlocks(config, shape)
-        case "moba":
-            return MeanKeyGate(config.block_size)
-        case "window":
-            return Window(config.block_size)
-        case "sink_window":
-            return SinkWindow(config.block_size)
-        case "oracle":
-            return Oracle(config.block_size)
+    selector: Selector = SELECTORS[config.selector].load().from_config(config, shape)
+    return selector

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
 from sparsort.attention.selectors.chunks import (
     Scores,
     blocks_seen,
@@ -30,6 +31,11 @@ from sparsort.kernels.blocksparse.layout import Span
 
 class MeanKeyGate(Selector):
     """MoBA's selector."""
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """Every group's query with the mean key of every block."""
+        return 2 * shape.groups * shape.head_dim * visible_pairs(tokens) / sparse.block_size
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
         if inputs.full:

@@ -29,10 +29,13 @@ that are full.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.flops import AttentionShape, SparseShape, attending_flops, pairs_of, visible_pairs
 from sparsort.attention.selectors.chunks import (
     Scores,
     blocks_seen,
@@ -82,6 +85,17 @@ class CompressedBranch(Selector):
         self.gates = shape.linear(shape.hidden, _BRANCHES * shape.heads, generator=generator, bias=True)
         start = torch.tensor([_SHUT, _OPEN, _SHUT], dtype=shape.dtype, device=shape.device)
         self.gates.bias = nn.Parameter(start.repeat(shape.heads))
+
+    @classmethod
+    def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
+        return cls(config, shape)
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """Attention over the compressed keys, and over the window."""
+        by_block = visible_pairs(tokens) / sparse.block_size
+        near = pairs_of(tokens, sparse.window * sparse.block_size)
+        return attending_flops(shape, by_block, training) + attending_flops(shape, near, training)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
         compressed = [self.key_compression(_of(inputs.key, span)) for span in inputs.layout.spans]

@@ -12,10 +12,13 @@ The first three have no scores to share out: whatever the budget, they take as m
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
 from sparsort.attention.selectors.chunks import (
     Scores,
     blocks_seen,
@@ -62,6 +65,10 @@ class RandomBlocks(Selector):
         super().__init__(config.block_size)
         self.seed, self.layer = config.seed, shape.layer
 
+    @classmethod
+    def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
+        return cls(config, shape)
+
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
         if inputs.full:
             return Choice(selection=inputs.every_block(self.block_size))
@@ -84,6 +91,11 @@ class RandomBlocks(Selector):
 
 class Oracle(Selector):
     """The blocks that dense attention looks at most."""
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """The scores of dense attention."""
+        return 2 * shape.heads * shape.head_dim * visible_pairs(tokens)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
         if inputs.full:

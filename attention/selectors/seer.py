@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
 from sparsort.attention.selectors.chunks import (
     Pool,
     Scores,
@@ -79,6 +80,19 @@ class PooledGate(Selector):
         # Gates as large as what goes in: a distilled gate starts from a frozen model, whose spread says nothing here.
         self.query_weight = shape.drawn(shape.groups, self.width, joined, spread=joined**-0.5, generator=generator)
         self.key_weight = shape.drawn(shape.groups, self.width, pooled, spread=pooled**-0.5, generator=generator)
+
+    @classmethod
+    def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
+        shape.check_index_width(config.index_dim)
+        return cls(config, shape)
+
+    @staticmethod
+    def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
+        """Every gate query with the gate key of every block; in training also the dense scores, and three products of gates."""
+        index, pairs = 2 * shape.groups * shape.index_dim, visible_pairs(tokens)
+        by_block = pairs / sparse.block_size
+        loss = 2 * shape.heads * shape.head_dim * pairs + 3 * index * by_block if training else 0
+        return index * by_block + loss
 
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, T, G·D): the layer's keys before the rotary embedding."""

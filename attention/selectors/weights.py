@@ -76,6 +76,18 @@ class LayerShape:
             dtype=dtype,
         )
 
+    def check_index_width(self, index_dim: int | None) -> None:
+        """Refuse to take an odd head width D for the index width I, because rotary embedding turns pairs of coordinates.
+
+        Raises:
+            SparsortError: `index_dim` is None and D is odd.
+        """
+        if index_dim is None and self.width % 2:
+            raise SparsortError(
+                f"layer {self.layer} has heads of width {self.width}, and rotary pairs need an even index width. "
+                f"Give one, such as index_dim={self.width + 1}."
+            )
+
     def generator(self, seed: int) -> torch.Generator:
         """For this layer's first weights."""
         return torch.Generator(device="cpu").manual_seed((seed * 100_003 + self.layer) % 2**63)

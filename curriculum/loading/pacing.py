@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.conditions import Table, among, refuse_unread, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.registry import Entry, Registry
 
 PacingKind = Literal[
     "constant",
@@ -39,63 +40,32 @@ PacingKind = Literal[
     "competence",
     "baby_steps",
 ]
-PACINGS: tuple[PacingKind, ...] = get_args(PacingKind)
+Steps = NDArray[np.int64]
+Shares = NDArray[np.float64]
+
+
+class ShareOf(Protocol):
+    """The share of a pacing before the clamp, at steps (S,) int64, where everything is available from step `length` = a·T on."""
+
+    def __call__(self, pacing: Pacing, step_S: Steps, length: Fraction, /) -> Shares: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Formula:
-    """What a kind of pacing computes before the clamp, whose it is, where the clamp to [b, 1] matters, and what it reads.
+class PacingEntry(Entry):
+    """One kind of pacing. `reads` names the settings of `Pacing` that its formula has; one that it lacks is refused.
 
-    `reads` names the settings of `Pacing` that the formula has; one that it lacks is refused where it is given.
+    Attributes:
+        formula: the share before the clamp to [b, 1].
+        clamp: where the clamp matters.
+        share: computes the formula.
+        begins_at_start: whether the share at step 0 is set to exactly b, which the formula meets but for the last bit.
     """
 
     formula: str
-    source: str
     clamp: str
-    reads: tuple[str, ...] = ("start", "until")
+    share: ShareOf
+    begins_at_start: bool = True
 
-
-_WU = "Wu, Dyer, Neyshabur 2021 (arXiv 2012.03107)"
-_AFTER = "1 from aT on"
-FORMULAS: dict[PacingKind, Formula] = {
-    "constant": Formula(
-        formula="1", source="no curriculum; Wu et al.'s standard training", clamp="none: b, a are not read", reads=()
-    ),
-    "linear": Formula(formula="b + (1−b)·x", source=f"{_WU}; Platanios et al. 2019 (arXiv 1903.09848)", clamp=_AFTER),
-    "root": Formula(
-        formula="b + (1−b)·x^(1/p)",
-        source=f"{_WU}, there with p = 2",
-        clamp=_AFTER,
-        reads=("start", "until", "power"),
-    ),
-    "quadratic": Formula(formula="b + (1−b)·x²", source=_WU, clamp=_AFTER),
-    "step": Formula(formula="b, then 1", source=_WU, clamp="1 from aT on; unclamped code goes on to 1+b, 2+b, …"),
-    "exponential": Formula(formula="b + (1−b)·(e^(10x)−1)/(e^10−1)", source=_WU, clamp=_AFTER),
-    "logarithmic": Formula(
-        formula="b + (1−b)·(1 + ln(x+e^−10)/10)", source=_WU, clamp="1 shortly before aT (at x = 1−e^−10)"
-    ),
-    "geometric": Formula(
-        formula="2^((1−x)·log2 b) = b^(1−x)", source="CurML (Zhou et al. 2022), there with a = 1", clamp=_AFTER
-    ),
-    "competence": Formula(
-        formula="(x·(1−b^p) + b^p)^(1/p)",
-        source="Platanios et al. 2019 (arXiv 1903.09848), whose c0 is b and whose T is aT",
-        clamp="1 from aT on; b where b^p underflows",
-        reads=("start", "until", "power"),
-    ),
-    "baby_steps": Formula(
-        formula="b + (1−b)·⌊K·x⌋/(K−1)",
-        source="Spitkovsky et al. 2010 (N10-1116); Cirik et al. 2016 (arXiv 1611.06204)",
-        clamp="1 from the K-th phase on, which begins at aT·(K−1)/K; b = 1/K gives equal buckets",
-        reads=("start", "until", "buckets"),
-    ),
-}
-
-# The kinds that read a setting.
-READ_BY: Table = {
-    name: (among("kind", [kind for kind in PACINGS if name in FORMULAS[kind].reads], of=PACINGS),)
-    for name in ("start", "until", "power", "buckets")
-}
 
 # Far more digits than a float64 has, so that rounding to one keeps a growing function growing.
 _DIGITS = Context(prec=24)
@@ -105,7 +75,7 @@ _E_10 = float(_DIGITS.exp(Decimal(-10)))
 
 @dataclass(frozen=True, kw_only=True)
 class Pacing:
-    """How the share of available examples grows over training. `describe()` lists the formulas and their sources.
+    """How the share of available examples grows over training. `PACINGS` lists the formulas and their sources.
 
     Two warnings for who compares: Wu et al.'s published code does not clamp, so its shares pass 1 after a·T; CurML's
     "root-p" is `competence` with the exponent 1/2 whatever p is, right for p = 2 only.
@@ -131,8 +101,7 @@ class Pacing:
     stored: InitVar[bool] = False
 
     def __post_init__(self, stored: bool) -> None:
-        if self.kind not in PACINGS:
-            raise unknown_choice("pacing", self.kind, PACINGS)
+        PACINGS.check(self.kind)
         _set(self, "start", _share("start", self.start, "the share of the examples that is available at step 0", 0.2))
         _set(self, "until", _share("until", self.until, "the share of training after which all are available", 0.5))
         power = _number("power", self.power)
@@ -159,49 +128,13 @@ class Pacing:
             SparsortError: `total` is not a whole number above 0, or a step is none or outside of 0 … total−1.
         """
         step_S = _steps(step, total)
-        if self.kind == "constant":
-            return np.ones(step_S.shape)
         length = Fraction(repr(self.until)) * int(total)
-        if self.kind == "step":
-            share_S = np.full(step_S.shape, self.start)
-        elif self.kind == "baby_steps":
-            share_S = self._baby_steps(step_S, length)
-        else:
-            # A step past the end would overflow where aT is tiny.
-            x_S = np.minimum(np.minimum(step_S, math.floor(length)) / float(length), 1.0)
-            share_S = self._growing(np.atleast_1d(x_S)).reshape(step_S.shape)
-        share_S = np.clip(share_S, self.start, 1.0)
-        # The formulas meet both ends but for the last bit.
-        share_S = np.where(step_S == 0, share_S if self.kind == "baby_steps" else self.start, share_S)
+        entry = PACINGS[self.kind]
+        share_S = np.clip(entry.share(self, step_S, length), self.start, 1.0)
+        if entry.begins_at_start:
+            # The formulas meet both ends but for the last bit.
+            share_S = np.where(step_S == 0, self.start, share_S)
         return np.where(step_S >= math.ceil(length), 1.0, share_S)
-
-    def _growing(self, x_S: NDArray[np.float64]) -> NDArray[np.float64]:
-        b, p = self.start, self.power
-        if self.kind == "linear":
-            grown_S = x_S
-        elif self.kind == "quadratic":
-            grown_S = x_S * x_S
-        elif self.kind == "root":
-            grown_S = _root(x_S, p)
-        elif self.kind == "exponential":
-            grown_S = (_each(_DIGITS.exp, 10 * x_S) - 1) / (_E10 - 1)
-        elif self.kind == "logarithmic":
-            grown_S = 1 + _each(_DIGITS.ln, x_S + _E_10) / 10
-        elif self.kind == "geometric":
-            ln_b = _DIGITS.ln(Decimal(b))
-            return _each(lambda exponent: _DIGITS.exp(_DIGITS.multiply(exponent, ln_b)), 1 - x_S)
-        else:
-            start_p = float(_DIGITS.exp(_DIGITS.multiply(Decimal(p), _DIGITS.ln(Decimal(b)))))
-            return _root(x_S * (1 - start_p) + start_p, p)
-        return b + (1 - b) * grown_S
-
-    def _baby_steps(self, step_S: NDArray[np.int64], length: Fraction) -> NDArray[np.float64]:
-        if self.buckets == 1:
-            return np.ones(step_S.shape)
-        # Whole numbers, so that a phase begins at its very step.
-        begins = [math.ceil(length * phase / self.buckets) for phase in range(1, self.buckets)]
-        phase_S = np.searchsorted(np.asarray(begins, dtype=np.int64), step_S, side="right")
-        return np.asarray(self.start + (1 - self.start) * (phase_S / (self.buckets - 1)), dtype=np.float64)
 
     @classmethod
     def parse(cls, text: str, *, stored: bool = False) -> Pacing:
@@ -217,8 +150,7 @@ class Pacing:
         """
         kind, _, rest = str(text).partition(":")
         values: dict[str, Any] = {"kind": kind.strip()}
-        if values["kind"] not in PACINGS:
-            raise unknown_choice("pacing", values["kind"], PACINGS)
+        PACINGS.check(values["kind"])
         for item in rest.split(",") if rest.strip() else []:
             name, equals, value = (part.strip() for part in item.partition("="))
             if not equals:
@@ -275,21 +207,6 @@ class Pacing:
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Pacing) if field.name != "kind")
 
 
-def describe(kinds: Iterable[PacingKind] = PACINGS) -> str:
-    """One line a kind, "name  formula  (source)", under a legend, for help texts and documents.
-
-    Raises:
-        SparsortError: an unknown kind.
-    """
-    lines = ["share of the examples at step t of T, b = start, a = until, p = power, K = buckets, x = t/(aT):"]
-    for kind in kinds:
-        if kind not in FORMULAS:
-            raise unknown_choice("pacing", kind, PACINGS)
-        entry = FORMULAS[kind]
-        lines.append(f"  {kind:<12} {entry.formula:<32} ({entry.source})")
-    return "\n".join(lines)
-
-
 def _each(function: Callable[[Decimal], Decimal], values_S: NDArray[np.float64]) -> NDArray[np.float64]:
     """A function of `decimal` at every element, rounded to float64."""
     return np.fromiter(
@@ -306,6 +223,158 @@ def _root(values_S: NDArray[np.float64], p: float) -> NDArray[np.float64]:
         return np.sqrt(values_S)
     # ln 0 is −∞ here and e^−∞ is 0, as it should be.
     return _each(lambda value: _DIGITS.exp(_DIGITS.divide(_DIGITS.ln(value), Decimal(p))), values_S)
+
+
+def _everything(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
+    return np.ones(step_S.shape)
+
+
+def _start_only(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
+    return np.full(step_S.shape, pacing.start)
+
+
+def _baby_steps(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
+    if pacing.buckets == 1:
+        return np.ones(step_S.shape)
+    # Whole numbers, so that a phase begins at its very step.
+    begins = [math.ceil(length * phase / pacing.buckets) for phase in range(1, pacing.buckets)]
+    phase_S = np.searchsorted(np.asarray(begins, dtype=np.int64), step_S, side="right")
+    return np.asarray(pacing.start + (1 - pacing.start) * (phase_S / (pacing.buckets - 1)), dtype=np.float64)
+
+
+def _over_time(share_of_x: Callable[[Pacing, Shares], Shares]) -> ShareOf:
+    """A pacing whose share is a function of x = t/(aT)."""
+
+    def share(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
+        # A step past the end would overflow where aT is tiny.
+        x_S = np.minimum(np.minimum(step_S, math.floor(length)) / float(length), 1.0)
+        return share_of_x(pacing, np.atleast_1d(x_S)).reshape(step_S.shape)
+
+    return share
+
+
+def _from_start(grown_of_x: Callable[[Pacing, Shares], Shares]) -> ShareOf:
+    """A pacing of the form b + (1−b)·g(x), by its g."""
+    return _over_time(lambda pacing, x_S: pacing.start + (1 - pacing.start) * grown_of_x(pacing, x_S))
+
+
+def _geometric(pacing: Pacing, x_S: Shares) -> Shares:
+    ln_b = _DIGITS.ln(Decimal(pacing.start))
+    return _each(lambda exponent: _DIGITS.exp(_DIGITS.multiply(exponent, ln_b)), 1 - x_S)
+
+
+def _competence(pacing: Pacing, x_S: Shares) -> Shares:
+    b, p = pacing.start, pacing.power
+    start_p = float(_DIGITS.exp(_DIGITS.multiply(Decimal(p), _DIGITS.ln(Decimal(b)))))
+    return _root(x_S * (1 - start_p) + start_p, p)
+
+
+_WU = "Wu, Dyer, Neyshabur 2021 (arXiv 2012.03107)"
+_AFTER = "1 from aT on"
+_PLAIN = frozenset({"start", "until"})
+_POWERED = _PLAIN | {"power"}
+
+PACINGS = Registry(
+    "pacing",
+    (
+        PacingEntry(
+            name="constant",
+            help="everything from the first step",
+            formula="1",
+            source="no curriculum; Wu et al.'s standard training",
+            clamp="none: b, a are not read",
+            share=_everything,
+            begins_at_start=False,
+        ),
+        PacingEntry(
+            name="linear",
+            help="grows by the same amount in every step",
+            formula="b + (1−b)·x",
+            source=f"{_WU}; Platanios et al. 2019 (arXiv 1903.09848)",
+            clamp=_AFTER,
+            reads=_PLAIN,
+            share=_from_start(lambda pacing, x_S: x_S),
+        ),
+        PacingEntry(
+            name="root",
+            help="grows fast, then slowly",
+            formula="b + (1−b)·x^(1/p)",
+            source=f"{_WU}, there with p = 2",
+            clamp=_AFTER,
+            reads=_POWERED,
+            share=_from_start(lambda pacing, x_S: _root(x_S, pacing.power)),
+        ),
+        PacingEntry(
+            name="quadratic",
+            help="grows slowly, then fast",
+            formula="b + (1−b)·x²",
+            source=_WU,
+            clamp=_AFTER,
+            reads=_PLAIN,
+            share=_from_start(lambda pacing, x_S: x_S * x_S),
+        ),
+        PacingEntry(
+            name="step",
+            help="only the first share, then everything at once",
+            formula="b, then 1",
+            source=_WU,
+            clamp="1 from aT on; code without a clamp continues to 1+b, 2+b, …",
+            reads=_PLAIN,
+            share=_start_only,
+        ),
+        PacingEntry(
+            name="exponential",
+            help="hardly grows at first, then very fast",
+            formula="b + (1−b)·(e^(10x)−1)/(e^10−1)",
+            source=_WU,
+            clamp=_AFTER,
+            reads=_PLAIN,
+            share=_from_start(lambda pacing, x_S: (_each(_DIGITS.exp, 10 * x_S) - 1) / (_E10 - 1)),
+        ),
+        PacingEntry(
+            name="logarithmic",
+            help="grows very fast at first, then hardly",
+            formula="b + (1−b)·(1 + ln(x+e^−10)/10)",
+            source=_WU,
+            clamp="1 shortly before aT (at x = 1−e^−10)",
+            reads=_PLAIN,
+            share=_from_start(lambda pacing, x_S: 1 + _each(_DIGITS.ln, x_S + _E_10) / 10),
+        ),
+        PacingEntry(
+            name="geometric",
+            help="grows by the same factor in every step",
+            formula="2^((1−x)·log2 b) = b^(1−x)",
+            source="CurML (Zhou et al. 2022), there with a = 1",
+            clamp=_AFTER,
+            reads=_PLAIN,
+            share=_over_time(_geometric),
+        ),
+        PacingEntry(
+            name="competence",
+            help="the competence of Platanios et al.; with power 2 new examples come at a constant rate per known one",
+            formula="(x·(1−b^p) + b^p)^(1/p)",
+            source="Platanios et al. 2019 (arXiv 1903.09848), whose c0 is b and whose T is aT",
+            clamp="1 from aT on; b where b^p underflows",
+            reads=_POWERED,
+            share=_over_time(_competence),
+        ),
+        PacingEntry(
+            name="baby_steps",
+            help="grows by one bucket at the beginning of each phase",
+            formula="b + (1−b)·⌊K·x⌋/(K−1)",
+            source="Spitkovsky et al. 2010 (N10-1116); Cirik et al. 2016 (arXiv 1611.06204)",
+            clamp="1 from the K-th phase on, which begins at aT·(K−1)/K; b = 1/K gives equal buckets",
+            reads=_PLAIN | {"buckets"},
+            share=_baby_steps,
+            begins_at_start=False,
+        ),
+    ),
+)
+
+# The kinds that read a setting.
+READ_BY: Table = {
+    name: (among("kind", PACINGS.reading(name), of=PACINGS),) for name in ("start", "until", "power", "buckets")
+}
 
 
 def _steps(step: Any, total: Any) -> NDArray[np.int64]:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsort.attention.config import SELECTORS, SparseAttentionConfig
+from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors import SELECTORS
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
 from sparsort.kernels.blocksparse.selection import check_block_size
@@ -26,7 +27,7 @@ _BUDGETS = st.one_of(
 _FIELDS = st.fixed_dictionaries(
     {},
     optional={
-        "selector": st.sampled_from(SELECTORS),
+        "selector": st.sampled_from(tuple(SELECTORS)),
         "block_size": st.integers(1, 512),
         "blocks": st.integers(1, 512),
         "index_dim": st.none() | st.integers(1, 128).map(lambda half: 2 * half),

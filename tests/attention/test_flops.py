@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 
-from sparsort.attention.config import SELECTORS, SelectorKind
 from sparsort.attention.flops import (
     AttentionShape,
     SparseShape,
@@ -16,6 +15,7 @@ from sparsort.attention.flops import (
     saving,
     sparse_flops,
 )
+from sparsort.attention.selectors import SELECTORS, SelectorKind
 from sparsort.errors import SparsortError
 
 MSA = AttentionShape(heads=64, groups=4, head_dim=128, index_dim=128)

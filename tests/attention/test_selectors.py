@@ -14,8 +14,8 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from sparsort.attention.config import SELECTORS, SparseAttentionConfig
-from sparsort.attention.selectors import chunks, lm_trained
+from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors import SELECTORS, chunks, lm_trained
 from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.making import make_selector
 from sparsort.errors import SparsortError

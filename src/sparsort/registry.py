@@ -1,0 +1,99 @@
+"""Named entries: one table for each idea, read by every other place that needs a name, its needs, or its help.
+
+Contract: a table is a mapping from name to entry, in the order in which help texts and documents list it. What an entry
+needs, reads or costs is written in the entry, and no other source compares against its name (`tests/test_house.py`).
+Nothing here imports NumPy or torch, so that a command line can list the entries before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from sparsort.errors import unknown_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What every table says about each of its entries.
+
+    Attributes:
+        name: the name that users write.
+        help: one line, without the name and without a full stop.
+        source: the paper or author that it comes from.
+        needs: the inputs without which it cannot work ("query", "embeddings", "scores", …).
+        reads: the settings that it reads, besides those that every entry of its table reads.
+    """
+
+    name: str
+    help: str
+    source: str
+    needs: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """A table of entries by name, in the order given.
+
+    Args:
+        kind: what an entry is, as the user knows it ("pacing", "selector"); errors say it.
+        entries: the entries.
+
+    Raises:
+        ValueError: two entries share a name.
+    """
+
+    def __init__(self, kind: str, entries: Iterable[E]) -> None:
+        self.kind = kind
+        self._entries: dict[str, E] = {}
+        for entry in entries:
+            if entry.name in self._entries:
+                raise ValueError(f"the table has two entries named {entry.name!r}")
+            self._entries[entry.name] = entry
+
+    def __getitem__(self, name: str) -> E:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def check(self, name: object) -> E:
+        """Return the entry named `name`.
+
+        Raises:
+            SparsortError: there is none; the nearest name is suggested, and all are listed.
+        """
+        if isinstance(name, str) and name in self._entries:
+            return self._entries[name]
+        raise unknown_choice(self.kind, name, self._entries)
+
+    def names(self, where: Callable[[E], bool] = lambda entry: True) -> tuple[str, ...]:
+        """The names of the entries for which `where` holds."""
+        return tuple(name for name, entry in self._entries.items() if where(entry))
+
+    def needing(self, *inputs: str) -> tuple[str, ...]:
+        """The names of the entries that need at least one of these inputs."""
+        return self.names(lambda entry: not entry.needs.isdisjoint(inputs))
+
+    def reading(self, *settings: str) -> tuple[str, ...]:
+        """The names of the entries that read at least one of these settings."""
+        return self.names(lambda entry: not entry.reads.isdisjoint(settings))
+
+
+def load(place: str, package: str) -> Any:
+    """The object at "module:name", imported when it is first needed.
+
+    Args:
+        place: the module, relative to `package`, and the name in it.
+        package: the package that holds the module.
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"{package}.{module}"), name)

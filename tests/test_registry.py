@@ -1,0 +1,142 @@
+"""The tables of named entries: lookup, what entries need and read, and that no other source branches on their names."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from sparsort.attention.selectors import SELECTORS, SelectorKind
+from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
+from sparsort.errors import SparsortError
+from sparsort.registry import Entry, Registry, load
+
+ROOT = Path(__file__).parent.parent
+_SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/sparsort")
+# Each table with the Literal of its names, and the file that holds it.
+_TABLES: dict[str, tuple[Registry[Any], Any]] = {
+    "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
+    "curriculum/loading/pacing.py": (PACINGS, PacingKind),
+}
+# Names that mean something else in these folders: an order, a schedule of the learning rate, a field of a log.
+_OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
+    "constant": ("recipes/train_loop.py",),
+    "oracle": ("curriculum/ablation",),
+    "random": ("curriculum", "recipes", "scoring"),
+    "step": ("recipes/train_loop.py",),
+    "window": ("curriculum/loading",),
+}
+
+
+def _registry() -> Registry[Entry]:
+    return Registry(
+        "fruit",
+        (
+            Entry(name="apple", help="red", source="tree", needs=frozenset({"water"}), reads=frozenset({"size"})),
+            Entry(name="pear", help="green", source="tree", reads=frozenset({"size", "age"})),
+        ),
+    )
+
+
+def test_a_table_keeps_its_order_and_finds_entries_by_name() -> None:
+    table = _registry()
+    assert list(table) == ["apple", "pear"]
+    assert len(table) == 2
+    assert table.check("pear").help == "green"
+    assert "plum" not in table
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_names() -> None:
+    with pytest.raises(
+        SparsortError, match=r"unknown fruit 'appel'\. Did you mean 'apple'\? Choose one of: apple, pear\."
+    ):
+        _registry().check("appel")
+    with pytest.raises(SparsortError, match=r"unknown fruit \['apple'\]"):
+        _registry().check(["apple"])
+
+
+def test_needs_and_settings_select_entries() -> None:
+    table = _registry()
+    assert table.needing("water", "soil") == ("apple",)
+    assert table.needing("soil") == ()
+    assert table.reading("size") == ("apple", "pear")
+    assert table.reading("age") == ("pear",)
+
+
+def test_two_entries_of_one_name_are_refused() -> None:
+    entry = Entry(name="apple", help="red", source="tree")
+    with pytest.raises(ValueError, match="two entries named 'apple'"):
+        Registry("fruit", (entry, entry))
+
+
+def test_an_object_is_loaded_by_its_place() -> None:
+    assert load("registry:Registry", "sparsort") is Registry
+
+
+@pytest.mark.parametrize("home", _TABLES)
+def test_a_table_holds_the_names_of_its_literal(home: str) -> None:
+    table, literal = _TABLES[home]
+    assert tuple(table) == get_args(literal)
+
+
+@pytest.mark.parametrize("home", _TABLES)
+def test_every_entry_is_described(home: str) -> None:
+    table, _ = _TABLES[home]
+    for entry in table.values():
+        assert entry.help
+        assert not entry.help.endswith(".")
+        assert entry.source
+
+
+@pytest.mark.parametrize("home", _TABLES)
+def test_no_source_outside_a_table_branches_on_its_names(home: str) -> None:
+    table, _ = _TABLES[home]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for folder in _SOURCES
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if not path.is_symlink() and path != ROOT / home
+        for name, line in _branches(ast.parse(path.read_text()))
+        if name in table and not _means_something_else(name, path.relative_to(ROOT))
+    ]
+    assert not found, "\n".join(found)
+
+
+def _means_something_else(name: str, path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in _OTHER_MEANINGS.get(name, ()))
+
+
+def test_branches_are_found_in_every_form() -> None:
+    source = """
+if kind == "a" or "b" != kind or kind in ("c", "d"):
+    match kind:
+        case "e" | "f":
+            pass
+table = {"g": 1}
+other = dict(default="not a branch")
+"""
+    assert sorted(name for name, _ in _branches(ast.parse(source))) == ["a", "b", "c", "d", "e", "f", "g"]
+
+
+def _branches(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every string that is compared with something, matched, or the key of a dictionary, with its line."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare(left=left, comparators=others):
+                yield from _strings(left, *others)
+            case ast.MatchValue(value=value):
+                yield from _strings(value)
+            case ast.Dict(keys=keys):
+                yield from _strings(*(key for key in keys if key is not None))
+
+
+def _strings(*nodes: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in nodes:
+        match node:
+            case ast.Constant(value=str(name)):
+                yield name, node.lineno
+            case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items):
+                yield from _strings(*items)
