@@ -256,8 +256,8 @@ def find_source(
     if path.exists():
         return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, task),), "data": Path()}
     raise SparsortError(
-        f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with --prompt, a recipe "
-        f"(.toml), or names of ready tasks with --data: {', '.join(task_names())}."
+        f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with a prompt (--prompt), a "
+        f"recipe (.toml), or names of ready tasks with the folder of their data (--data): {', '.join(task_names())}."
     )
 
 
@@ -276,10 +276,10 @@ def _task_of_file(
 ) -> Task:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(path, columns=options.get("columns"))
+    source = open_rows(path, id_column=options.get("id_column"), columns=options.get("columns"))
     if prompt is None:
         raise SparsortError(
-            "which columns make the prompt? Pass --prompt with columns in braces; "
+            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; "
             f"{path.name} has: {', '.join(source.columns())}."
         )
     given = {name: value for name, value in options.items() if value is not None}

@@ -86,7 +86,7 @@ class _RowScorer(Scorer):
         if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
             raise SparsortError(
                 f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away; of a conversation "
-                "(--messages) name a part instead, such as --prompt '{messages[0].content}'."
+                "(--messages) name a part instead, such as prompt='{messages[0].content}' (--prompt)."
             )
         return _RowJob(self, request)
 

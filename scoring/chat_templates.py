@@ -16,9 +16,7 @@ from sparsort.errors import SparsortError
 Turns = Sequence[tuple[str, str]]
 
 _PLAIN = "use a plain prompt instead of the chat template"
-_NO_TEMPLATE = (
-    "Use a plain prompt, without chat=True (--chat) or messages= (--messages), or a model that was tuned for chat."
-)
+_NO_TEMPLATE = "Use a plain prompt instead of chat turns or conversations, or a model that was tuned for chat."
 
 
 class RefusedTurnsError(SparsortError):

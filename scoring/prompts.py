@@ -154,7 +154,7 @@ class Prompt:
         if messages is not None:
             if taken is not None:
                 raise SparsortError(
-                    f"messages={messages!r} (--messages) and {taken} (--{taken}) were given. A conversation brings its own "
+                    f"messages={messages!r} (--messages) and {taken} were given. A conversation brings its own "
                     "turns, and its last assistant turn is the answer. Pass one of the two."
                 )
             return cls.of_messages(messages)
