@@ -119,7 +119,7 @@ class ScorerConfig:
             if given not in (default, value):
                 raise SparsortError(
                     f"{name} is {given!r}, but the calibration {self.calibration} is of {value!r}. "
-                    f"Leave --{name.replace('_', '-')} away, or calibrate that one alone."
+                    "Leave it out, or calibrate that one alone."
                 )
         ours = self.model == ScorerConfig.model
         model, revision = (made.model, self.revision or made.revision) if ours else (self.model, self.revision)

@@ -89,7 +89,7 @@ class Definition:
         if asked.turns != self.turns:
             raise SparsortError(
                 f"this calibration is of the prompt {_shown(self.turns)}, and {_shown(asked.turns)} was asked for. What a score "
-                "says changes with the prompt: leave prompt (--prompt) and messages (--messages) out to use the calibrated one, or "
+                "says changes with the prompt: leave prompt (--prompt) and messages (--messages) out for the calibrated one, or "
                 "calibrate this one."
             )
         if asked.answer != self.answer:
