@@ -109,7 +109,7 @@ class DemoText:
             shown = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
             raise SparsortError(
                 f"the prompt has the columns {', '.join(names)}, so the query must be a row (--query with a JSON object), "
-                f"such as: {shown}."
+                f"such as: {shown}. Braces that are meant literally are doubled: {{{{ and }}}}."
             )
         return row_of({names[0]: str(query)})
 
