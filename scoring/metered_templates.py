@@ -185,7 +185,7 @@ def _check_before(name: str, arguments: list[Any]) -> None:
     elif name in ("%", "format", "format_map"):
         widths = _WIDTH.findall(first) if isinstance(first, str) else ()
         expected = max((int(width[:20]) for width in widths), default=0)
-    if name not in ("+", "*", "**"):
+    if name not in ("+", "*", "**") and not (name == "%" and isinstance(first, (int, float))):
         numbers = [value for value in _flat(others) if isinstance(value, int)]
         expected = max(expected, *numbers) if numbers else expected
     if expected > left:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import sparsort
+from sparsort.curriculum.ablation.design import Ablation
+from sparsort.curriculum.ablation.engine import Engine
 from sparsort.curriculum.demos.prompt import build_prompt
 from sparsort.errors import SparsortError
 from sparsort.recipes.train_text import TrainText
@@ -29,7 +31,8 @@ TEMPLATES = [
     "{% set ns = namespace(last=none, all='') %}{% for m in messages[::-1] if m.role != 'system' %}"
     "{% set ns.all = ns.all + turn(m, first=loop.first) %}{% set ns.last = loop.index0 %}{% endfor %}{{ ns.all }}{{ ns.last }}",
     "{{ messages | tojson(indent=2) }}{{ messages | map(attribute='role') | join(', ') }}{{ '%s-%05d' % ('a', 7) }}"
-    "{{ 'x' * 3 ~ [1, 2] ~ 2 ** 5 }}{{ '{:>5}|{}'.format('a', messages | length) }}{{ eos_token is defined }}",
+    "{{ 'x' * 3 ~ [1, 2] ~ 2 ** 5 }}{{ 5 % 900000000 }}"
+    "{{ '{:>5}|{}'.format('a', messages | length) }}{{ eos_token is defined }}",
     "{% for m in messages %}{% if loop.first and tools is none %}{{ m.content | replace('e', 'EE') | indent(2) }}{% continue %}"
     "{% endif %}{% generation %}{{ m.content.replace('w', 'ww').center(30) }}{% endgeneration %}{% break %}{% endfor %}",
     "{% set text %}{% for m in messages %}{{ loop.cycle('a', 'b') }}{{ m.content }}{% else %}none{% endfor %}{% endset %}"
@@ -229,6 +232,10 @@ def test_what_an_earlier_version_recorded_is_continued(
     def by_earlier_rule(*_: Any, **__: Any) -> str:
         return earlier
 
+    # An ablation finds outcomes by their texts, and its store keeps the identity that it began with.
+    engine = Engine(Ablation(tasks=("mr",)), small)
+    assert engine.identity_as({"tokenizer": earlier}) == engine.identity | {"tokenizer": earlier}
+    assert engine.identity_as({"tokenizer": "sha256:other"}) == engine.identity
     scorers = {
         "sparsity": lambda: sparsort.SparsityScorer(small),
         "loss": lambda: sparsort.LossScorer(small, on="prompt"),
