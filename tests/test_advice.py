@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import json
 import re
 import sys
@@ -359,6 +360,8 @@ def _called(run: Callable[[], object]) -> set[str]:
             if "<" not in name:
                 found.add(f"{frame.f_globals['__name__']}.{name}")
 
+    # A generator that an earlier call left unfinished would run when it is collected.
+    gc.collect()
     before = sys.getprofile()
     sys.setprofile(note)
     try:
