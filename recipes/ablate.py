@@ -130,9 +130,11 @@ def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     from sparsort.curriculum.ablation.engine import Engine
     from sparsort.curriculum.ablation.run import Run
     from sparsort.curriculum.ablation.store import OutcomeStore
+    from sparsort.curriculum.ablation.store_folder import recorded_identity
 
     engine = Engine(ablation, loaded, compile=compile)
-    store = OutcomeStore(folder / "store", engine.identity, feature_names=engine.feature_names)
+    identity = engine.identity_as(recorded_identity(folder / "store"))
+    store = OutcomeStore(folder / "store", identity, feature_names=engine.feature_names)
     run = Run(ablation, engine, store)
     notes = _notes(ablation, run.tasks)
     write_json(folder / "recipe.json", ablation.to_table())
@@ -163,12 +165,13 @@ def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Aske
     from sparsort.curriculum.ablation.data import TaskData
     from sparsort.curriculum.ablation.store import OutcomeStore
     from sparsort.scoring.embedded import load_tokenizer
-    from sparsort.scoring.prompts import hash_tokenizer
+    from sparsort.scoring.prompts import identify_tokenizer
 
     store = OutcomeStore.existing(folder / "store")
     tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
     tokenizer = load_tokenizer(ablation.model) if loaded is None else loaded.tokenizer
-    if hash_tokenizer(tokenizer) != store.identity.get("tokenizer"):
+    recorded = store.identity.get("tokenizer")
+    if identify_tokenizer(tokenizer, chat=False, recorded=recorded) != recorded:
         name = ablation.model if loaded is None else loaded.name
         raise SparsortError(
             f"{store.folder} holds outcomes of a model with another tokenizer than that of {name!r}, so they cannot be looked "
@@ -253,8 +256,8 @@ def find_source(
     if path.exists():
         return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, task),), "data": Path()}
     raise SparsortError(
-        f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with --prompt, a recipe "
-        f"(.toml), or names of ready tasks with --data: {', '.join(task_names())}."
+        f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with a prompt (--prompt), a "
+        f"recipe (.toml), or names of ready tasks with the folder of their data (--data): {', '.join(task_names())}."
     )
 
 
@@ -273,10 +276,10 @@ def _task_of_file(
 ) -> Task:
     from sparsort.scoring.sources import open_rows
 
-    source = open_rows(path, columns=options.get("columns"))
+    source = open_rows(path, id_column=options.get("id_column"), columns=options.get("columns"))
     if prompt is None:
         raise SparsortError(
-            "which columns make the prompt? Pass --prompt with columns in braces; "
+            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; "
             f"{path.name} has: {', '.join(source.columns())}."
         )
     given = {name: value for name, value in options.items() if value is not None}

@@ -241,6 +241,6 @@ def _number(value: Any, where: str) -> float:
         return float(value)
     except (OverflowError, TypeError, ValueError):
         raise SparsortError(
-            f"{where} holds {value!r}; expected a number that rises with difficulty (for --correct: 1 or 0). "
+            f"{where} holds {value!r}; expected a number that rises with difficulty (with --correct: 1 or 0). "
             "Name a numeric column, or convert it first."
         ) from None

@@ -309,7 +309,7 @@ def _fields(
     source = open_rows(file, id_column=id_column, columns=columns)
     if prompt is None:
         raise SparsortError(
-            "which columns make the prompt? Pass --prompt with columns in braces; "
+            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; "
             f"{Path(file).name} has: {', '.join(source.columns())}."
         )
     return [dict(row.fields) | {"id": row.id} for row in source.rows()]

@@ -148,7 +148,7 @@ def plan_prior(
     if prior is None and asks and _are_rows_of(task, queries, pool):
         note = (
             "The queries are rows of the pool, so they do not show which label shares your own queries have. Pass those "
-            "(--on) to have their shares estimated, or take --prior pool if they have the shares of the pool."
+            "(--on) to have their shares estimated, or take the prior 'pool' (--prior pool) if they have the shares of the pool."
         )
         return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)), notes=(note,))
     reason = _why_uniform(pool, asks=asks) if prior is None else None

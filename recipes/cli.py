@@ -68,7 +68,7 @@ class _Commands(PrintableUsage, TyperGroup):
         except SparsortError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted. Run the same command again; with --out it goes on behind what was finished.", 130)
+            _fail("interrupted. Run the same command again: it resumes after what its output folder holds.", 130)
         except BrokenPipeError:
             # The reader of our output went away (`| head`); nothing is left to say to it.
             discard(sys.stdout)

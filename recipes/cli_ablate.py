@@ -11,6 +11,7 @@ from sparsort.recipes.options import (
     ColumnsOption,
     DeviceOption,
     DtypeOption,
+    IdOption,
     JsonOption,
     names_in,
     unescape,
@@ -67,6 +68,7 @@ def ablate(
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TASK)] = False,
+    id_column: IdOption = None,
     columns: ColumnsOption = None,
     test: Annotated[
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
@@ -146,6 +148,7 @@ def ablate(
         stop=tuple(str(unescape(text)) for text in stop) if stop else None,
         max_new_tokens=max_new_tokens,
         chat=chat or None,
+        id_column=id_column,
         columns=names_in(columns),
     )
     changes: dict[str, Any] = {

@@ -85,7 +85,7 @@ def choose(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Write the demonstrations in their order as JSONL, for 'order --order given'."
+            "--out", "-o", help="Write the demonstrations in their order as JSONL, for 'sparsort order --order given'."
         ),
     ] = None,
     as_json: JsonOption = False,

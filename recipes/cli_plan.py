@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.options import ColumnsOption, JsonOption, names_in
+from sparsort.recipes.options import ColumnsOption, IdOption, JsonOption, names_in
 from sparsort.recipes.options_curriculum import (
     BATCH_PANEL,
     ORDER_PANEL,
@@ -51,6 +51,7 @@ def plan(
     data: Annotated[
         Path | None, typer.Option(help="Rows to train on, matched to the scores [default: the scored rows].")
     ] = None,
+    id_column: IdOption = None,
     columns: ColumnsOption = None,
     batch_size: BatchSizeOption = None,
     token_budget: TokenBudgetOption = None,
@@ -140,6 +141,7 @@ def plan(
         named_paths(scores),
         settings=settings,
         data=data,
+        id_column=id_column,
         columns=names_in(columns),
         groups=groups,
         show_groups=show_groups,

@@ -54,12 +54,13 @@ class DemoText:
             return cls(prompt=None, answer=None, messages=messages, system=None, chat=True)
         if prompt is None and "question" not in columns:
             raise SparsortError(
-                "which columns make the prompt? Pass --prompt with columns in braces, or --messages with a column of "
-                f"conversations; this data has: {', '.join(columns)}."
+                "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' "
+                f"(--messages) with a column of conversations; this data has: {', '.join(columns)}."
             )
         if answer is None and "answer" not in columns:
             raise SparsortError(
-                f"which column is the answer? Pass --answer, for example ' {{label}}'; this data has: {', '.join(columns)}."
+                "which column is the answer? Pass answer='…' (--answer), for example ' {label}'; this data has: "
+                f"{', '.join(columns)}."
             )
         prompt, answer = prompt or "Question: {question}\nAnswer:", answer or " {answer}"
         return cls(prompt=prompt, answer=answer, messages=None, system=system, chat=chat)
@@ -107,7 +108,8 @@ class DemoText:
         if len(names) != 1:
             shown = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
             raise SparsortError(
-                f"the prompt has the columns {', '.join(names)}, so the query must be a JSON object: --query '{shown}'."
+                f"the prompt has the columns {', '.join(names)}, so the query must be a row (--query with a JSON object), "
+                f"such as: {shown}. Braces that are meant literally are doubled: {{{{ and }}}}."
             )
         return row_of({names[0]: str(query)})
 

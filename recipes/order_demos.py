@@ -18,7 +18,7 @@ import numpy as np
 from sparsort.conditions import changed, refuse_unread
 from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
 from sparsort.curriculum.demos.prompt import assemble
-from sparsort.curriculum.demos.select import METHODS, select_demos
+from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.demo_text import DemoText
 from sparsort.recipes.order_conditions import READ_BY
@@ -121,12 +121,12 @@ def order_file(
     if base not in ORDERS:
         raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
     if config.select not in METHODS:
-        raise unknown_choice("selection method", config.select, METHODS)
+        raise unknown_choice("selection method", config.select, METHODS, aliases=ALIASES)
     if config.ids is not None and config.select not in ("random", "ids"):
         raise SparsortError(f"ids were given, and select is {config.select!r}. Pass one of the two.")
     if config.k is None and config.ids is None and config.select != "random":
         raise SparsortError(
-            f"selection by {config.select!r} needs the number of demonstrations (-k) or, for 'ids', the --ids."
+            f"selection by {config.select!r} needs the number of demonstrations k (-k) or, for 'ids', the ids (--ids)."
         )
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
@@ -326,7 +326,8 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
     if k is None:
         if len(rows) > MOST_DEMOS:
             raise SparsortError(
-                f"the file holds {len(rows)} rows; pass -k N (--shots) to select N of them, with --select for the method."
+                f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
+                "(--select) for the method."
             )
         return list(rows), []
     pool = [{**row.fields, "id": row.id} for row in rows]

@@ -49,6 +49,7 @@ def make_plan(
     *,
     settings: CurriculumSettings,
     data: Any = None,
+    id_column: str | None = None,
     columns: Sequence[str] | None = None,
     groups: str | None = None,
     show_groups: str | None = None,
@@ -67,6 +68,7 @@ def make_plan(
         scores: what `Scores.load` reads, such as a folder of `sparsort score`; several by name are combined.
         settings: of the curriculum.
         data: the rows to train on, as `open_rows` takes them; without, row i of the data is row i of the scores.
+        id_column: column of the data that identifies a row; None for "id" if there is one. The plan records it.
         columns: names of the columns of the data, a CSV or TSV file without a header.
         groups: field of the data with each row's group; the curriculum then takes each group's easiest together.
         show_groups: field whose shares are shown and do not change the plan.
@@ -113,7 +115,7 @@ def make_plan(
     fields = {"groups": groups, "show_groups": show_groups, "lengths": lengths}
     if data is None and (asked := [name for name, field in fields.items() if field is not None]):
         raise SparsortError(f"{asked[0]}={fields[asked[0]]!r} names a field of the data: pass data too (--data FILE).")
-    source = None if data is None else open_rows(data, columns=columns)
+    source = None if data is None else open_rows(data, id_column=id_column, columns=columns)
     if source is not None:
         source.require([field for field in fields.values() if field is not None])
     read = {name: Scores.load(path) for name, path in paths.items()}
@@ -124,6 +126,7 @@ def make_plan(
     plan = plan_curriculum(
         read if len(read) > 1 else next(iter(read.values())),
         data=rows,
+        id_column=id_column,
         groups=groups,
         lengths=tokens if decide else None,
         combination=combination,
@@ -173,7 +176,7 @@ def _check_paths(paths: Mapping[str, str | Path], out: str | Path | None) -> Non
         if (path / "plan.json").is_file():
             raise SparsortError(
                 f"{path} holds a curriculum plan, and a plan is made from scores. Pass the folder of sparsort score; "
-                "CurriculumPlan.open reads this one, and --beside draws it."
+                "CurriculumPlan.open reads this one, and beside (--beside) draws it."
             )
     if out is None:
         return

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from sparsort.curriculum.ablation.report.shape import Report
     from sparsort.curriculum.ablation.results import Results
 
-RESULTS = "results.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
@@ -71,6 +69,7 @@ def make_report(
     from sparsort.curriculum.ablation.report.summary import summarise
     from sparsort.curriculum.ablation.report.write import write_report as write
     from sparsort.curriculum.ablation.results import Results
+    from sparsort.curriculum.ablation.results_file import find_results
 
     # Before minutes of reading and computing.
     need_matplotlib()
@@ -85,23 +84,6 @@ def make_report(
     report = summarise(held, **({} if title is None else {"title": title}))
     files = write(report, folder, figures=None if figures is None else Path(figures).expanduser())
     return Written(report=report, files=files)
-
-
-def find_results(folder: Path) -> Path:
-    """The folder with the results: this one, or `results` inside it, as `sparsort ablate` leaves it.
-
-    Raises:
-        SparsortError: neither holds results.
-    """
-    if folder.is_file() and folder.name == RESULTS:
-        return folder.parent
-    for found in (folder, folder / "results"):
-        if (found / RESULTS).is_file():
-            return found
-    raise SparsortError(
-        f"no results in {folder}. Expected the folder of 'sparsort ablate --out', or the folder 'results' in it; "
-        "an ablation that was stopped writes its results when it is run again and ends."
-    )
 
 
 def _beside(source: Path) -> Path:

@@ -84,7 +84,9 @@ class ScorerConfig:
         if self.scorer not in SCORERS:
             raise unknown_choice("scorer", self.scorer, SCORERS)
         if self.scorer == "column" and self.column is None:
-            raise SparsortError("the scorer 'column' needs the name of a numeric column. Pass --column NAME.")
+            raise SparsortError(
+                "the scorer 'column' needs the name of a numeric column. Pass column='NAME' (--column NAME)."
+            )
         refuse_unread_fields(self, READ_BY)
 
     @property
@@ -117,7 +119,7 @@ class ScorerConfig:
             if given not in (default, value):
                 raise SparsortError(
                     f"{name} is {given!r}, but the calibration {self.calibration} is of {value!r}. "
-                    f"Leave --{name.replace('_', '-')} away, or calibrate that one alone."
+                    "Leave it out, or calibrate that one alone."
                 )
         ours = self.model == ScorerConfig.model
         model, revision = (made.model, self.revision or made.revision) if ours else (self.model, self.revision)
@@ -153,7 +155,9 @@ class ScorerConfig:
             and (asked is None or asked.answer is None)
             and (self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer"))
         ):
-            raise SparsortError("this score reads the answer's tokens. Pass --answer, for example ' {answer}'.")
+            raise SparsortError(
+                "this score reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
+            )
 
     @property
     def reads_text(self) -> bool:
@@ -311,8 +315,8 @@ def score_file(
         source.require(prompt.fields, prompt)
     elif scorer.reads_text:
         raise SparsortError(
-            "which columns make the prompt? Pass --prompt with columns in braces, or --messages with a column of conversations; "
-            f"this data has: {', '.join(source.columns())}."
+            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) "
+            f"with a column of conversations; this data has: {', '.join(source.columns())}."
         )
     resumed = out is not None and (Path(out).expanduser() / MANIFEST).exists()
     loaded = scorer.load()

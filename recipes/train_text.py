@@ -31,8 +31,9 @@ from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
 from sparsort.progress import progress
+from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.conversations import turns_of
-from sparsort.scoring.prompts import Prompt, RefusedTurnsError, apply_chat_template, hash_tokenizer, need_chat_template
+from sparsort.scoring.prompts import Prompt, hash_tokenizer
 from sparsort.scoring.sources import Row, RowSource
 from sparsort.templates import fields_of, render
 
@@ -194,7 +195,8 @@ def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, fo
     """
     import datasets
 
-    how = f"{_VERSION} {hash_tokenizer(tokenizer)} {max_length}" + ("" if text.messages is None else " messages")
+    chat = text.messages is not None
+    how = f"{_VERSION} {hash_tokenizer(tokenizer, chat=chat)} {max_length}" + (" messages" if chat else "")
     digest = _digest(rows, text, tokenizer, how)
     path = folder / f"tokens-{digest}.arrow"
     if not is_intact(path):

@@ -19,7 +19,7 @@ from sparsort.conditions import Table, When, among, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
 from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.prompts import Encoder, Prompt, hash_tokenizer
+from sparsort.scoring.prompts import Encoder, Prompt, identify_tokenizer
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import Row, RowSource
 from sparsort.values import has_text, is_missing
@@ -86,7 +86,7 @@ class _RowScorer(Scorer):
         if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
             raise SparsortError(
                 f"the scorer {self.kind!r} reads plain text. Leave the chat template (--chat) away; of a conversation "
-                "(--messages) name a part instead, such as --prompt '{messages[0].content}'."
+                "(--messages) name a part instead, such as prompt='{messages[0].content}' (--prompt)."
             )
         return _RowJob(self, request)
 
@@ -125,12 +125,16 @@ class LengthScorer(_RowScorer):
         self.counts_tokens = unit == "tokens"
         if self.counts_tokens:
             self.tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-            self._hash = hash_tokenizer(self.tokenizer)
+        self._hash: str | None = None
 
     def options(self) -> dict[str, Any]:
-        return {"unit": self.unit, "tokenizer": self._hash if self.counts_tokens else None}
+        return {"unit": self.unit, "tokenizer": self._hash}
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+        if self.counts_tokens:
+            recorded = (previous or {}).get("options", {}).get("tokenizer")
+            chat = request.need_prompt(source).is_chat
+            self._hash = identify_tokenizer(self.tokenizer, chat=chat, recorded=recorded)
         job = super().prepare(source, request, previous)
         self._encoder = (
             Encoder(self.tokenizer, max_length=None, chat=request.prompt.is_chat) if self.counts_tokens else None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from sparsort.errors import SparsortError
 from sparsort.scoring.base import Request
 from sparsort.scoring.calibration import Calibration
-from sparsort.scoring.prompts import Encoder, Prompt, Turns
+from sparsort.scoring.prompts import Encoder, Prompt, Turns, identify_tokenizer
 from sparsort.scoring.scorers import ModelJob, SparsityScorer
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import RowSource
@@ -48,7 +48,8 @@ class CalibratedScorer(SparsityScorer):
             l0_threshold=made.l0_threshold,
             **model_options,
         )
-        made.refuse_other_model(self.loaded.name, self.loaded.weights, self.loaded.tokenizer_hash)
+        tokenizer = identify_tokenizer(self.loaded.tokenizer, chat=made.prompt.is_chat, recorded=made.tokenizer)
+        made.refuse_other_model(self.loaded.name, self.loaded.weights, tokenizer)
         if self.calibration.verdict != "carries difficulty":
             _LOG.warning(
                 "the score of this calibration is not known to carry difficulty. %s", self.calibration.sentence()
@@ -76,7 +77,8 @@ class CalibratedScorer(SparsityScorer):
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         made = self.definition
         made.refuse_other_prompt(request.prompt)
-        fitted = {"weights": made.weights, "site": self.site.name, "pooling": self.pooling, "outliers": dict(made.fit)}
+        fitted: dict[str, Any] = {"weights": made.weights, "site": self.site.name, "pooling": self.pooling}
+        fitted |= {"outliers": dict(made.fit), "tokenizer": (previous or {}).get("tokenizer")}
         job = super()._job(source, request, encoder, fitted)
         # Only the metric that was calibrated has a known direction.
         job.provenance["orientation"] = {self.metric: made.orientation}

@@ -89,7 +89,8 @@ class Definition:
         if asked.turns != self.turns:
             raise SparsortError(
                 f"this calibration is of the prompt {_shown(self.turns)}, and {_shown(asked.turns)} was asked for. What a score "
-                "says changes with the prompt: omit --prompt and --messages to use the calibrated one, or calibrate this one."
+                "says changes with the prompt: leave prompt (--prompt) and messages (--messages) out for the calibrated one, or "
+                "calibrate this one."
             )
         if asked.answer != self.answer:
             what = f"reads the answer {self.answer!r}" if self.answer is not None else "reads the prompt alone"

@@ -128,7 +128,7 @@ class CandidateScorer(ModelScorer):
         orientation = {
             "/".join((*way, metric)): 1 if HIGHER_IS_SPARSER[metric] else -1 for way in ways for metric in METRICS
         }
-        provenance = self._provenance(request, encoder, orientation | ({LOSS: 1} if head else {})) | {
+        provenance = self._provenance(request, encoder, orientation | ({LOSS: 1} if head else {}), previous) | {
             "metric": "/".join((*ways[0], "gini")),
             "sites": list(self.sites),
             "poolings": poolings,

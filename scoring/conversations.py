@@ -102,7 +102,7 @@ def _items(value: Any, field: str, where: str) -> Sequence[Any]:
     raise SparsortError(
         f"{where} has {kind_of(value)} in the field {field!r}, where a conversation was expected: a list of turns such as "
         '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], or with "from" and "value". '
-        "Name the column that holds one with messages (--messages); for text, use a prompt template (--prompt, --text)."
+        "Name the column that holds one with messages (--messages); for text, use a prompt template instead."
     )
 
 

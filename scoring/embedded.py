@@ -142,7 +142,10 @@ def _first_line(error: Exception) -> str:
 
 def _hint(model: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return " It ships code of its own: pass trust_remote_code=True (--trust-remote-code) if you trust that code."
+        return (
+            " It ships code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code of "
+            "sparsort score, order, choose and calibrate), or a model object that you loaded yourself."
+        )
     return f" Did you mean {DEMO!r}?" if difflib.get_close_matches(model.lower(), [DEMO], cutoff=0.7) else ""
 
 

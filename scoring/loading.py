@@ -37,6 +37,7 @@ class LoadedModel:
     device: Choice[torch.device]
     dtype: Choice[torch.dtype]
     weights: str
+    # Without the chat template: `prompts.identify_tokenizer` adds it where it is used.
     tokenizer_hash: str
 
 

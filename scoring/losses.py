@@ -55,7 +55,7 @@ class LossScorer(ModelScorer):
             self,
             request,
             encoder,
-            self._provenance(request, encoder, {self.kind: 1}) | {"metric": self.kind},
+            self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind},
             self.head,
         )
 
@@ -74,7 +74,7 @@ class EntropyScorer(ModelScorer):
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        provenance = self._provenance(request, encoder, {"entropy": 1}) | {"metric": "entropy"}
+        provenance = self._provenance(request, encoder, {"entropy": 1}, previous) | {"metric": "entropy"}
         return _HeadJob(self, request, encoder, provenance, self.head)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of, spell
+from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.conversations import conversation_columns, split_answer, turns_of
 from sparsort.templates import check_values, columns_of, fields_of, render
 from sparsort.values import is_list, is_missing, kind_of, missing_name, value_at
@@ -153,7 +154,7 @@ class Prompt:
         if messages is not None:
             if taken is not None:
                 raise SparsortError(
-                    f"messages={messages!r} (--messages) and {taken} (--{taken}) were given. A conversation brings its own "
+                    f"messages={messages!r} (--messages) and {taken} were given. A conversation brings its own "
                     "turns, and its last assistant turn is the answer. Pass one of the two."
                 )
             return cls.of_messages(messages)
@@ -283,10 +284,6 @@ def _template(value: Any, name: str) -> str:
 _WAY_OUT = "A column of conversations is read with messages= (--messages)."
 
 
-class RefusedTurnsError(SparsortError):
-    """A chat template does not take the turns."""
-
-
 def _rendered(text: str, answer: str) -> Rendered:
     if any("\ud800" <= letter <= "\udfff" for letter in text + answer):
         return _without_text("invalid", "the text holds half of a surrogate pair, which is no character")
@@ -390,14 +387,36 @@ def check_truncation(truncation: str) -> None:
         raise unknown_choice("truncation", truncation, get_args(Truncation))
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer does: its definition and its chat template, as it renders today."""
+def hash_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
+    """SHA-256 of what decides the tokens of a text; with `chat` also of the chat template, as it renders today."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    template = getattr(tokenizer, "chat_template", None)
+    template = getattr(tokenizer, "chat_template", None) if chat else None
     # Some templates insert the date: what they render is part of what is scored.
     shown = apply_chat_template(tokenizer, [("user", "x")]) if isinstance(template, str) else ""
     return f"sha256:{hashlib.sha256((body + json.dumps(template) + shown).encode()).hexdigest()}"
+
+
+def identify_tokenizer(tokenizer: Any, *, chat: bool, recorded: Any = None) -> str:
+    """The hash of a tokenizer, in the form in which a file recorded it.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat: whether its chat template is used.
+        recorded: the hash in a file that is to be compared or continued, or None. Version 0.1.0 included the chat template even
+            where it was not used. If that is the hash of this tokenizer, it is returned.
+
+    Raises:
+        SparsortError: `chat`, and the template cannot be rendered.
+    """
+    found = hash_tokenizer(tokenizer, chat=chat)
+    if chat or recorded in (None, found) or not getattr(tokenizer, "chat_template", None):
+        return found
+    try:
+        earlier = hash_tokenizer(tokenizer, chat=True)
+    except SparsortError:
+        return found
+    return earlier if earlier == recorded else found
 
 
 def leading_specials(tokenizer: Any) -> list[int]:
@@ -412,33 +431,3 @@ def leading_specials(tokenizer: Any) -> list[int]:
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def need_chat_template(tokenizer: Any) -> None:
-    """Refuse a tokenizer without a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise SparsortError(
-            "this model's tokenizer has no chat template (a base model?). Use a plain prompt, without chat=True (--chat) or "
-            "messages= (--messages), or a model that was tuned for chat."
-        )
-
-
-def apply_chat_template(tokenizer: Any, turns: Sequence[tuple[str, str]], *, ask: bool = True) -> str:
-    """(role, content) turns as the text that the model's chat template makes of them; with `ask`, ready for the assistant.
-
-    Raises:
-        RefusedTurnsError: the template does not take these turns.
-        SparsortError: there is no template.
-    """
-    need_chat_template(tokenizer)
-    from jinja2 import TemplateError
-
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
-        roles = ", ".join(role for role, _ in turns)
-        raise RefusedTurnsError(
-            f"this model's chat template refuses the turns {roles}: {error}. Leave out the system turn, or use a plain "
-            "prompt instead of the chat template."
-        ) from error

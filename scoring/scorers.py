@@ -31,7 +31,7 @@ from sparsort.scoring.pooling import (
     fit_outliers,
     restore_outliers,
 )
-from sparsort.scoring.prompts import Encoded, Encoder
+from sparsort.scoring.prompts import Encoded, Encoder, identify_tokenizer
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
@@ -97,11 +97,14 @@ class ModelScorer(Scorer):
         self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None
     ) -> ModelJob: ...
 
-    def _provenance(self, request: Request, encoder: Encoder, orientation: dict[str, int]) -> dict[str, Any]:
+    def _provenance(
+        self, request: Request, encoder: Encoder, orientation: dict[str, int], previous: dict[str, Any] | None
+    ) -> dict[str, Any]:
         loaded = self.loaded
+        recorded = (previous or {}).get("tokenizer")
         return request.provenance(self.kind, orientation) | {
             "weights": loaded.weights,
-            "tokenizer": loaded.tokenizer_hash,
+            "tokenizer": identify_tokenizer(loaded.tokenizer, chat=request.prompt.is_chat, recorded=recorded),
             "dtype": str(loaded.dtype.value).removeprefix("torch."),
             "max_length": encoder.max_length,
             "truncation": encoder.truncation,
@@ -242,7 +245,7 @@ class SparsityScorer(ModelScorer):
                 "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
             )
         orientation = {name: 1 if higher else -1 for name, higher in HIGHER_IS_SPARSER.items()}
-        provenance = self._provenance(request, encoder, orientation) | {
+        provenance = self._provenance(request, encoder, orientation, previous) | {
             "metric": self.metric,
             "site": self.site.name,
             "pooling": self.pooling,

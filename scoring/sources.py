@@ -171,7 +171,7 @@ class RowSource:
             where = f"{self.name}: {_place(position, line)}"
             for name in fields:
                 if name not in record:
-                    raise self._without_column(name, record, where)
+                    raise self._without_column(name, record, where, in_template=reader is not None)
             here = set() if reader is None else reader.check(record, where=where)
             missing = here if missing is None else missing & here
             if alike and not missing:
@@ -190,8 +190,8 @@ class RowSource:
         """
         return sample_by_digest(((row.digest, row) for row in self.rows()), n)
 
-    def _without_column(self, name: str, record: Mapping[str, Any], where: str) -> SparsortError:
-        error = missing_field(spell([name]), record, where)
+    def _without_column(self, name: str, record: Mapping[str, Any], where: str, *, in_template: bool) -> SparsortError:
+        error = missing_field(spell([name]), record, where, in_template=in_template)
         if not isinstance(self._reader, Delimited):
             return error
         return SparsortError(

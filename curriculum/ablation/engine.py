@@ -22,7 +22,7 @@ from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.embedding import embed_rows
 from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.losses import LossScorer
-from sparsort.scoring.prompts import Prompt
+from sparsort.scoring.prompts import Prompt, identify_tokenizer
 from sparsort.scoring.scorers import SparsityScorer
 from sparsort.scoring.sources import SAMPLE_ROWS, digest_of, sample_by_digest
 from sparsort.values import put
@@ -50,9 +50,20 @@ class Engine:
     @property
     def identity(self) -> dict[str, Any]:
         """What outcomes depend on besides the texts."""
+        return self.identity_as({})
+
+    def identity_as(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What outcomes depend on besides the texts, in the form in which a store recorded it.
+
+        A chat template is not part of it, because outcomes are found by the texts that it made.
+
+        Args:
+            recorded: the identity in the store, or an empty mapping.
+        """
+        tokenizer = identify_tokenizer(self.loaded.tokenizer, chat=False, recorded=recorded.get("tokenizer"))
         return {
             "weights": self.loaded.weights,
-            "tokenizer": self.loaded.tokenizer_hash,
+            "tokenizer": tokenizer,
             "dtype": str(self.loaded.dtype.value).removeprefix("torch."),
             "engine": VERSION,
         }

@@ -142,19 +142,33 @@ def save(results: Results, folder: Path) -> None:
     )
 
 
+def find_results(folder: Path) -> Path:
+    """The folder with the results: this one, or `results` inside it, as `sparsort ablate` leaves it.
+
+    Raises:
+        SparsortError: neither holds results.
+    """
+    if folder.is_file() and folder.name == RESULTS:
+        return folder.parent
+    for found in (folder, folder / "results"):
+        if (found / RESULTS).is_file():
+            return found
+    raise SparsortError(
+        f"no results in {folder}: there is no {RESULTS}. Expected the folder of sparsort ablate --out, or the folder "
+        "'results' in it. An ablation that was stopped writes its results when it is run again to its end."
+    )
+
+
 def load(folder: Path) -> Results:
-    """Read results from `folder`.
+    """Read results from `folder`, or from `results` inside it.
 
     Raises:
         SparsortError: no results there, results of another format, a damaged file, or files that do not belong together.
     """
     from sparsort.curriculum.ablation.results import Results
 
+    folder = find_results(folder)
     path = folder / RESULTS
-    if not path.is_file():
-        raise SparsortError(
-            f"no {RESULTS} in {folder}. Expected a folder that 'sparsort ablate --out' wrote; give its path, or run that first."
-        )
     try:
         held = parse_json(path.read_bytes())
     except ValueError as error:

@@ -23,7 +23,7 @@ from sparsort.curriculum.demos.fingerprints import tokens
 from sparsort.curriculum.demos.leaks import find_leaks
 from sparsort.curriculum.demos.pool import DemoPool, field_text
 from sparsort.curriculum.demos.rows import ID_FIELD
-from sparsort.curriculum.demos.select import METHODS, select_demos
+from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.values import has_text, is_missing, not_text
 
@@ -141,15 +141,30 @@ def split_rows(
     pool = [row for row in pool if len(task.demo_text(row)) <= limit]
     reason = f"it is longer than {max_demo_chars} characters as a demonstration"
     dropped = [*leaked, *leaked_dev, *(Dropped(id=str(row[ID_FIELD]), reason=reason) for row in too_long)]
+    reasons = Counter(item.reason.partition(" (")[0] for item in dropped)
     if len(dev) < n_dev or not pool or not asked:
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
         raise SparsortError(
             f"the task {task.name!r} has {len(train)} training rows, of which {len(asked) if test is None else 0} were "
-            f"set aside for the test and {len(dropped)} left out; {len(dev)} of {n_dev} dev rows and "
-            f"{len(pool)} rows to show are left. Give more training rows, or ask for fewer dev rows."
+            f"set aside for the test and {len(dropped)} left out{why and f' ({why})'}; {len(dev)} of {n_dev} dev rows and "
+            f"{len(pool)} rows to show are left. {_more_rows(leaked, too_long, n_free=len(free))}"
         )
-    for why, count in Counter(item.reason.partition(" (")[0] for item in dropped).items():
+    for why, count in reasons.items():
         notes.append(f"{count} training row{' was' if count == 1 else 's were'} left out: {why}.")
     return Splits(test=asked[:n_test], dev=dev, pool=pool, dropped=dropped, notes=notes)
+
+
+def _more_rows(leaked: list[Dropped], too_long: list[Fields], *, n_free: int) -> str:
+    """What leaves more rows to show, by what took them."""
+    steps = ["give more training rows"]
+    if leaked:
+        steps = ["give more training rows that do not repeat each other or the test rows"]
+    if too_long:
+        steps.append("raise max_demo_chars (--max-demo-chars)")
+    if n_free > 1:
+        steps.append("ask for fewer dev rows with dev_rows (--dev-rows)")
+    steps[0] = steps[0].capitalize()
+    return f"{', '.join(steps[:-1])}, or {steps[-1]}." if len(steps) > 1 else f"{steps[0]}."
 
 
 def draw_sets(
@@ -215,7 +230,7 @@ def check_selector(name: str) -> str:
             f"{', '.join(SELECTORS)}."
         )
     if name not in SELECTORS:
-        raise unknown_choice("selector", name, SELECTORS)
+        raise unknown_choice("selector", name, SELECTORS, aliases=ALIASES)
     return name
 
 

@@ -147,6 +147,15 @@ def open_manifest(folder: Path, identity: Mapping[str, Any], feature_names: Sequ
     return began
 
 
+def recorded_identity(folder: Path) -> dict[str, Any]:
+    """The identity of the store in `folder`; empty without a store.
+
+    Raises:
+        SparsortError: its manifest cannot be read.
+    """
+    return dict(read_manifest(folder)["identity"]) if MANIFEST in listed(folder) else {}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the store in `folder`: its `identity` and its `feature_names`.
 

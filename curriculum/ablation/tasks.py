@@ -22,14 +22,15 @@ from typing import Any, Literal, get_args
 
 from sparsort.curriculum.ablation import tables
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.paths import canonical
+from sparsort.paths import canonical, column_of
 from sparsort.templates import fields_of, render
-from sparsort.values import is_missing, put, row_of, text_at
+from sparsort.values import is_missing, missing_field, put, row_of, text_at
 
 Row = Mapping[str, Any]
 Judge = Literal["labels", "exact", "number", "math"]
 JUDGES: tuple[str, ...] = get_args(Judge)
 
+_LABEL_COLUMN = "The column of the label or answer is named by label (--label; in a task file, label = …)."
 _LABEL_PATH = "A label (--label; in a task file, label = …) is written without braces."
 _READY = Path(__file__).parent / "task_files"
 # More different values than this in a label column are answers, not labels.
@@ -177,11 +178,13 @@ class Task:
 
     def _answer(self, row: Row, words: str, where: str) -> str:
         # Generation shows the row's own field, which the judge may read otherwise than it stands there.
+        if self.labels is None:
+            _check_label_column(row, self.label, where)
         filled = row if self.labels is None else put(row, self.label, words)
         return render(self.answer, filled, where=where)
 
     def _gold(self, row: Row) -> str:
-        return text_at(row, self.label, where=_name(row), way_out=_LABEL_PATH)
+        return _label_text(row, self.label, _name(row))
 
     def _check_templates(self) -> None:
         asked, shown, label = fields_of(self.prompt), fields_of(self.answer), canonical(self.label)
@@ -366,7 +369,7 @@ def check_rows(task: Task, rows: Sequence[Row], what: str = "the data") -> list[
 def _discover(rows: Iterable[Row], label: str) -> list[str]:
     found: dict[str, None] = {}
     for position, row in enumerate(rows):
-        found.setdefault(text_at(row, label, where=_name(row, position), way_out=_LABEL_PATH))
+        found.setdefault(_label_text(row, label, _name(row, position)))
         if len(found) > MOST_LABELS:
             raise SparsortError(
                 f"the field {label!r} has more than {MOST_LABELS} different values, so it does not look like a label. "
@@ -375,6 +378,16 @@ def _discover(rows: Iterable[Row], label: str) -> list[str]:
     if all(value.removeprefix("-").isdecimal() for value in found):
         return sorted(found, key=int)
     return sorted(found)
+
+
+def _label_text(row: Row, label: str, where: str) -> str:
+    _check_label_column(row, label, where)
+    return text_at(row, label, where=where, way_out=_LABEL_PATH)
+
+
+def _check_label_column(row: Row, label: str, where: str) -> None:
+    if column_of(canonical(label)) not in row:
+        raise SparsortError(f"{missing_field(label, row, where)} {_LABEL_COLUMN}")
 
 
 def _name(row: Row, position: int | None = None) -> str:

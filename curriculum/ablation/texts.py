@@ -19,12 +19,14 @@ from typing import Any
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.errors import SparsortError
 from sparsort.scoring.branches import RULE, moves_boundary
+from sparsort.scoring.chat_templates import apply_chat_template, need_chat_template
 from sparsort.scoring.prompts import Encoder
 
 Row = Mapping[str, Any]
 
 # An answer that stands in no template.
 _STAND_IN = "⟦answer⟧"
+_WITHOUT_CHAT = "leave out chat=True (--chat; in a task file, set chat = false)."
 
 
 class Texts:
@@ -48,11 +50,8 @@ class Texts:
         self.task = task
         self._tokenizer = tokenizer
         self._last: tuple[list[Row], tuple[str, ...]] | None = None
-        if task.chat and not getattr(tokenizer, "chat_template", None):
-            raise SparsortError(
-                f"the task {task.name!r} is in chat, but this model's tokenizer has no chat template (a base model?). "
-                "Set chat = false."
-            )
+        if task.chat:
+            need_chat_template(tokenizer, step=f"The task {task.name!r} is in chat: {_WITHOUT_CHAT}")
         self.answers = self._answers()
         generated = {"stop": task.stop, "max_new_tokens": task.max_new_tokens}
         self._asked = json.dumps(self.answers or generated)
@@ -141,17 +140,13 @@ class Texts:
     def _rendered(self, turns: list[dict[str, str]], *, ask: bool) -> str:
         if not turns:
             return ""
-        # Imported here: a plain task needs no templates.
-        from jinja2 import TemplateError
-
-        try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns[:3]) + (", …" if len(turns) > 3 else "")
-            raise SparsortError(
-                f"this model's chat template refuses the turns {roles} of the task {self.task.name!r}: {error}. "
-                "Leave out its system turn, or set chat = false."
-            ) from error
+        without = "" if self.task.system is None else "Leave out its system turn, or "
+        return apply_chat_template(
+            self._tokenizer,
+            [(turn["role"], turn["content"]) for turn in turns],
+            ask=ask,
+            step=f"They are those of the task {self.task.name!r}. {without}{_WITHOUT_CHAT}",
+        )
 
 
 def digest(text: str) -> str:

@@ -57,30 +57,27 @@ def counter(tokenizer: Any, *, add_special_tokens: bool) -> Count:
 
 
 def chat_text(tokenizer: Any, messages: Messages) -> str:
-    """Chat turns as the text that the model's chat template makes of them, ready for the assistant to speak.
+    """Chat turns as the text that the model's chat template makes of them, where the assistant's next turn begins.
 
     The template has put the special tokens in, so this text is tokenised with `add_special_tokens=False`.
 
     Raises:
         SparsortError: no chat template, or it refuses these turns (some know no system turn).
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        what = "no tokenizer was given" if tokenizer is None else "this tokenizer has no chat template"
-        raise SparsortError(
-            f"chat=True and messages= need a model's chat template, but {what}. Pass the tokenizer, name or folder of an "
-            "instruction-tuned model as tokenizer=, or use templates without chat to build plain text."
-        )
-    from jinja2.exceptions import TemplateError
+    from sparsort.scoring.chat_templates import apply_chat_template, need_chat_template
 
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise SparsortError(
-            f"the model's chat template refuses these turns (roles: {roles}): {error}. "
-            "Where it knows no system turn, put the instruction into prompt= instead of system=."
-        ) from error
-    return str(text)
+    need_chat_template(
+        tokenizer,
+        step="Pass the tokenizer, name or folder of an instruction-tuned model as tokenizer=, or use templates without chat to "
+        "build plain text.",
+    )
+    turns = [(message["role"], message["content"]) for message in messages]
+    return apply_chat_template(
+        tokenizer,
+        turns,
+        step="If it knows no system turn, put the instruction into prompt (--prompt) instead of system (--system). Otherwise "
+        "build plain text, without chat=True (--chat).",
+    )
 
 
 def fit(first_to_go: Sequence[int], max_tokens: int, tokens_with: TokensWith) -> tuple[list[int] | None, int]:

@@ -191,7 +191,7 @@ def only_field(fields: Sequence[str]) -> str:
     if len(fields) > 1:
         raise SparsortError(
             f"the query is bare text, but the prompt has the fields {', '.join(fields)}. "
-            "Pass the query as a mapping from field to value."
+            "Pass the query as a mapping from field to value. Braces that are meant literally are doubled: {{ and }}."
         )
     return fields[0]
 

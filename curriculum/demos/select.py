@@ -41,6 +41,21 @@ Method = Literal[
     "difficulty_matched",
 ]
 METHODS: tuple[str, ...] = get_args(Method)
+# What other papers and programs call them.
+ALIASES = {
+    "topk": "knn",
+    "top_k": "knn",
+    "kate": "knn",
+    "nearest": "knn",
+    "similarity": "knn",
+    "dpp": "kdpp",
+    "k_dpp": "kdpp",
+    "ceil": "kdpp",
+    "votek": "vote_k",
+    "cds": "spread",
+    "stratified": "balanced",
+    "bm25_okapi": "bm25",
+}
 
 # The methods that read a setting; see `sparsort.conditions`. Numbers of the rows and a seed may be given where they are not read.
 READ_BY: Table = {
@@ -150,7 +165,7 @@ def select_demos(
             asked for.
     """
     if method not in METHODS:
-        raise unknown_choice("selection method", method, METHODS)
+        raise unknown_choice("selection method", method, METHODS, aliases=ALIASES)
     read = {"ids": ids, "trade_off": trade_off, "fetch": fetch, "n_levels": n_levels, "neighbours": neighbours}
     refuse_unread_arguments(select_demos, READ_BY, {"method": method, **read})
     shop = _as_pool(pool, prompt, text, label)

@@ -261,7 +261,7 @@ def _check_same_rows(read: Mapping[str, Scores | NDArray[Any]]) -> None:
         if (differing := np.flatnonzero(first.column(column) != other.column(column))).size:
             raise SparsortError(
                 f"the scores {first_name} and {name} are of other rows, or of rows in another order, such as row "
-                f"{int(differing[0])}. Pass data, to which both are matched by id or content (--data FILE)."
+                f"{int(differing[0])}. Pass data, to which both are matched by id or content (--data FILE of sparsort plan)."
             )
 
 
@@ -341,7 +341,7 @@ def _lengths(
             return counted
     raise SparsortError(
         "batches by tokens, packing and grouping by length need the length of each row, and the scores do not tell it for "
-        "these rows. Pass lengths, one number of tokens a row (--lengths FIELD)."
+        "these rows. Pass lengths, one number of tokens a row (--lengths FIELD of sparsort plan)."
     )
 
 

@@ -200,8 +200,8 @@ class CurriculumSettings:
         if self.mode == "pool":
             if self.pacing is None or self.steps is None:
                 raise SparsortError(
-                    "pool mode needs a pacing (the share to draw from) and steps (batches to draw), such as "
-                    "pacing='linear:start=0.1', steps=1000 (--pacing linear:start=0.1 --steps 1000)."
+                    "pool mode needs a pacing, the share to draw from, such as pacing='linear:start=0.1' "
+                    "(--pacing linear:start=0.1), and steps, batches to draw, such as steps=1000 (--steps 1000 of sparsort plan)."
                 )
             return
         if self.pacing is not None and self.stages is None:

@@ -29,7 +29,7 @@ from sparsort.curriculum.loading.loader import CurriculumLoader
 from sparsort.curriculum.loading.packing import PackedCollator
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.trainer_callback import CurriculumCallback
-from sparsort.curriculum.loading.trainer_classes import refuse_own_batches
+from sparsort.curriculum.loading.trainer_classes import refuse_mixin_after_trainer, refuse_own_batches
 from sparsort.curriculum.loading.verification import check_name, rows_agree, verify_rows
 from sparsort.errors import SparsortError
 
@@ -60,6 +60,10 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         SparsortError: a trainer that chooses its own batches (`trainer_classes`), or a `train_dataset` without the plan's
             rows in their order, or without anything that could be compared with them (`verification`).
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_mixin_after_trainer(cls, CurriculumMixin)
 
     def __init__(
         self,

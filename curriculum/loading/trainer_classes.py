@@ -27,6 +27,20 @@ _REORDERING = {
 }
 
 
+def refuse_mixin_after_trainer(trainer: type, mixin: type) -> None:
+    """Refuse `class Mine(SFTTrainer, CurriculumMixin)`, in which the trainer's own `__init__` comes first.
+
+    Raises:
+        SparsortError: a trainer comes before the mixin among the bases.
+    """
+    before = trainer.__mro__[1 : trainer.__mro__.index(mixin)]
+    if first := next((cls for cls in before if issubclass(cls, Trainer) and not issubclass(cls, mixin)), None):
+        raise SparsortError(
+            f"class {trainer.__name__} has {first.__name__} before {mixin.__name__} among its bases, so the curriculum would "
+            f"never be read. Put the mixin first: class {trainer.__name__}({mixin.__name__}, {first.__name__})."
+        )
+
+
 def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
     """Refuse a class of trainer that chooses, orders or generates its own training batches.
 

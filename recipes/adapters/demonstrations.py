@@ -22,7 +22,7 @@ from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_indices
 from sparsort.curriculum.demos.pool import DemoPool, Query
 from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of, text_of
-from sparsort.curriculum.demos.select import METHODS, select_demos
+from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.scores import Scores
 
@@ -77,7 +77,7 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         if self.select not in SELECTORS:
-            raise unknown_choice("selection method", self.select, SELECTORS)
+            raise unknown_choice("selection method", self.select, SELECTORS, aliases=ALIASES)
         if self.missing not in get_args(Missing):
             raise unknown_choice("treatment of missing scores", self.missing, get_args(Missing))
         if self.scores is not None and self.score_column is not None:

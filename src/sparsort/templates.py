@@ -74,7 +74,7 @@ def render(template: str, fields: Mapping[str, Any], *, where: str) -> str:
         if piece.field is None:
             continue
         if is_missing(value):
-            raise missing_field(piece.field, fields, where)
+            raise missing_field(piece.field, fields, where, in_template=True)
         parts.append(
             value
             if type(value) is str and not piece.spec and not piece.conversion
@@ -144,6 +144,8 @@ def _piece(template: str, literal: str, field: str, conversion: str | None, spec
 def _values(template: str, fields: Mapping[str, Any], where: str, way_out: str) -> Iterator[tuple[Piece, Any]]:
     """Each piece with the value of its field; a value that the piece cannot show is refused."""
     for piece in pieces(template):
+        if piece.field is not None and column_of(piece.field) not in fields:
+            raise missing_field(piece.field, fields, where, in_template=True)
         value = None if piece.field is None else value_at(fields, piece.field, where=where)
         if type(value) is not str and not is_missing(value) and not _can_show(piece, value):
             raise not_text(value, field=str(piece.field), where=where, way_out=way_out)

@@ -101,8 +101,15 @@ def not_text(value: Any, *, field: str, where: str, way_out: str = "") -> Sparso
     )
 
 
-def missing_field(field: str, row: Mapping[str, Any], where: str) -> SparsortError:
-    """The error for a row that lacks the column of `field`, with the nearest name, or that has nothing there."""
+def missing_field(field: str, row: Mapping[str, Any], where: str, *, in_template: bool = False) -> SparsortError:
+    """The error for a row that lacks the column of `field`, with the nearest name, or that has nothing there.
+
+    Args:
+        field: the field.
+        row: the row that lacks it.
+        where: what the row is called.
+        in_template: the field was written in braces, which may have been meant literally.
+    """
     column, *steps = parse_field(field)
     if column in row:
         value = value_at(row, field, where=where)
@@ -111,6 +118,8 @@ def missing_field(field: str, row: Mapping[str, Any], where: str) -> SparsortErr
     names = [str(name) for name in row]
     near = difflib.get_close_matches(column, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if in_template and not near:
+        hint = f" If the braces are meant literally, double them: {{{{{field}}}}}."
     # A path that, read as a name, is a column: the brackets are what the user needs to know of.
     if steps and (plain := next((name for name in names if name == field), None)):
         hint = f" For the column {plain!r} write {{{spell([plain])}}}: a dot outside brackets begins a path."

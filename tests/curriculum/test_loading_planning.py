@@ -125,7 +125,7 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
         ([1.0, 2.0], {"batch_size": 1, "schedule": "folded", "folds": 5}, "5 folds need at least as many rows"),
         ([1.0, 2.0], {"batch_size": 1, "schedule": "sortd"}, r"unknown schedule 'sortd'. Did you mean 'sorted'"),
         ([1.0, 2.0], {"batch_size": 1, "shedule": "sorted"}, r"unknown setting 'shedule'. Did you mean 'schedule'"),
-        ([1.0, 2.0], {"batch_size": 1, "mode": "pool"}, "pool mode needs a pacing .* and steps"),
+        ([1.0, 2.0], {"batch_size": 1, "mode": "pool"}, "pool mode needs a pacing, .* and steps"),
         ([1.0, 2.0], {"batch_size": 1, "pacing": "linear"}, "one pass with a pacing needs stages"),
         ([1.0, 2.0], {"batch_size": 1, "pacing": "linear:start=1.5", "stages": 2}, "start"),
         (

@@ -192,5 +192,5 @@ def test_real_tokenizer_and_its_chat_template(make_tiny_model: Callable[..., Pat
         smaller = build(chat=chat, tokenizer=tokenizer, max_tokens=len(ids) - 1)
         assert smaller.kept == [1, 2]
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(SparsortError, match=r"refuses these turns .*System role not supported"):
+    with pytest.raises(SparsortError, match=r"refuses the turns .*System role not supported"):
         build(chat=True, tokenizer=tokenizer, system="x")

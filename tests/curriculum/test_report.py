@@ -256,7 +256,7 @@ def test_a_null_is_told_as_a_null_with_what_could_have_been_seen() -> None:
     assert "None of the 2 orderers can be told from the mean random order" in overall["sentences"][0]
     visible = float(np.median([arm["difference"]["smallest_visible"] or 0 for arm in report["pooled"][0]["arms"]]))
     assert f"of true differences of {100 * visible:.1f} points" in overall["sentences"][1]
-    assert "points to be found in four of five such studies" in mr["sentences"][0]
+    assert "this study has 80 % power for a true difference of" in mr["sentences"][0]
     assert "before Holm's correction" in mr["sentences"][0]
     cells = [cell["random"] for cell in report["cells"]]
     seen, real = (sum((cell[name] or 0) ** 2 for cell in cells) for name in ("sd_orders", "sd_orders_true"))

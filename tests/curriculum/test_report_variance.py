@@ -201,7 +201,7 @@ def test_no_word_of_a_number_that_is_none(results: Results) -> None:
     for finding in report["findings"]:
         if finding["task"] in few:
             said = " ".join(finding["sentences"])
-            assert "run with --sets 3 or more (10 are better)" in said
+            assert "run sparsort ablate with --sets 3 or more (10 are better)" in said
             assert not re.search(r"95 % interval|would have to exceed|\bp [=<]", said)
 
 

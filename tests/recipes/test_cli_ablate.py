@@ -178,7 +178,7 @@ def test_two_sets_of_a_model_that_gives_one_label(ablate: Callable[..., Any], tm
     done = ablate(films, *options)
     assert done.exit_code == 0, done.output
     assert (
-        "k = 2: two demonstration sets allow no interval, so no orderer was tested; run with --sets 3 or more"
+        "k = 2: two demonstration sets allow no interval, so no orderer was tested; run sparsort ablate with --sets 3 or more"
         in done.stdout
     )
     for absurd in ("would have to exceed", "95 % interval +", "95 % interval −", "nan", "inf,"):

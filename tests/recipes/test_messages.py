@@ -138,7 +138,7 @@ def test_build_prompt_of_conversations(model: str) -> None:
     assert text == _template(model, [*ROWS[0]["messages"], {"role": "user", "content": QUERY}])
     with pytest.raises(SparsortError, match="demonstration 0 has no assistant turn"):
         sparsort.build_prompt([{"messages": ROWS[0]["messages"][:2]}], QUERY, messages="messages", tokenizer=model)
-    with pytest.raises(SparsortError, match="messages= need a model's chat template"):
+    with pytest.raises(SparsortError, match="chat turns need a chat template"):
         sparsort.build_prompt(ROWS[:1], QUERY, messages="messages")
     with pytest.raises(SparsortError, match="prompt= and answer="):
         sparsort.build_prompt(ROWS[:1], QUERY)

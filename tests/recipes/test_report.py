@@ -14,7 +14,7 @@ from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli_report import report
-from sparsort.recipes.report import find_results, make_report, write_report
+from sparsort.recipes.report import make_report, write_report
 
 app = typer.Typer()
 app.command()(report)
@@ -70,8 +70,8 @@ def test_results_at_hand_need_a_folder(results: Results, tmp_path: Path) -> None
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SparsortError, match=r"no results in .*Expected the folder of 'sparsort ablate --out'"):
-        find_results(tmp_path)
+    with pytest.raises(SparsortError, match=r"no results in .*Expected the folder of sparsort ablate --out"):
+        make_report(tmp_path)
 
 
 def test_a_report_written_again_replaces_its_files(folder: Path) -> None:

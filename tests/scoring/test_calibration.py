@@ -310,7 +310,9 @@ def test_a_digest_changes_with_what_changes_a_number_only() -> None:
 def test_another_prompt_or_model_is_refused_with_what_to_do() -> None:
     made = _definition()
     made.refuse_other_prompt(Prompt.of("Q: {q}"))
-    with pytest.raises(SparsortError, match=r"'Q: \{q\}'.*'Question: \{q\}'.*omit --prompt and --messages"):
+    with pytest.raises(
+        SparsortError, match=r"'Q: \{q\}'.*'Question: \{q\}'.*leave prompt \(--prompt\) and messages \(--messages\) out"
+    ):
         made.refuse_other_prompt(Prompt.of("Question: {q}"))
     with pytest.raises(SparsortError, match="of the prompt 'Q"):
         made.refuse_other_prompt(Prompt.of("Q: {q}", chat=True))

@@ -20,7 +20,7 @@ from sparsort.curriculum.ablation.resampling import MIN_CLUSTERS, too_few
 
 _MOST = 6
 _MOST_LEFT_OUT = 12
-_MORE_SETS = "run with --sets 3 or more (10 are better)"
+_MORE_SETS = "run sparsort ablate with --sets 3 or more (10 are better)"
 _MORE_ROWS = "more test rows, or harder ones, may tell them apart"
 
 
@@ -225,7 +225,7 @@ def _null(arms: dict[str, Difference], *, short: bool = False) -> list[str]:
         return ["With so few sets no difference whatever would be found reliably."]
     if short:
         return [
-            f"For half of those a true difference would have to exceed {size} points to be found in four of five such studies."
+            f"For the median orderer without a finding, this study has 80 % power for a true difference of {size} points."
         ]
     return [
         f"Nothing found is no proof of no effect: of true differences of {size} points, studies like this one find four in "

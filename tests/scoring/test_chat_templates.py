@@ -1,0 +1,253 @@
+"""A chat template gives the text of transformers, or an error that names the model; it cannot take the machine's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparsort
+from sparsort.curriculum.ablation.design import Ablation
+from sparsort.curriculum.ablation.engine import Engine
+from sparsort.curriculum.demos.prompt import build_prompt
+from sparsort.errors import SparsortError
+from sparsort.recipes.train_text import TrainText
+from sparsort.scoring import metered_templates
+from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template
+from sparsort.scoring.embedded import load_tokenizer
+from sparsort.scoring.loading import load_model
+from sparsort.scoring.prompts import Prompt, hash_tokenizer, identify_tokenizer
+
+TURNS = [("system", "Be kind."), ("user", "My  bike é broke.\n"), ("assistant", "Walk </think> on\u00a0foot!")]
+ROWS = [{"id": str(n), "text": f"word {n}"} for n in range(3)]
+
+# Everything that templates of real models do: loops, macros, namespaces, filters, methods, tests, call blocks, `~`, `generation`.
+TEMPLATES = [
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "{%- macro turn(m, first=false) -%}<{{ m.role ~ '|' ~ m.content.split('</think>')[-1].lstrip('\\n') }}>{%- endmacro -%}"
+    "{% set ns = namespace(last=none, all='') %}{% for m in messages[::-1] if m.role != 'system' %}"
+    "{% set ns.all = ns.all + turn(m, first=loop.first) %}{% set ns.last = loop.index0 %}{% endfor %}{{ ns.all }}{{ ns.last }}",
+    "{{ messages | tojson(indent=2) }}{{ messages | map(attribute='role') | join(', ') }}{{ '%s-%05d' % ('a', 7) }}"
+    "{{ 'x' * 3 ~ [1, 2] ~ 2 ** 5 }}{{ 5 % 900000000 }}"
+    "{{ '{:>5}|{}'.format('a', messages | length) }}{{ eos_token is defined }}",
+    "{% for m in messages %}{% if loop.first and tools is none %}{{ m.content | replace('e', 'EE') | indent(2) }}{% continue %}"
+    "{% endif %}{% generation %}{{ m.content.replace('w', 'ww').center(30) }}{% endgeneration %}{% break %}{% endfor %}",
+    "{% set text %}{% for m in messages %}{{ loop.cycle('a', 'b') }}{{ m.content }}{% else %}none{% endfor %}{% endset %}"
+    "{% macro wrap() %}<{{ caller('y') }}>{% endmacro %}{% call(x) wrap() %}{{ x }}{% endcall %}{{ text | list | length }}",
+]
+
+BROKEN = [
+    "{{ raise_exception('roles must alternate') }}",
+    "{{ messages[7].content }}",
+    "{{ messages[0].content.no_such() }}",
+    "{{ 1 / 0 }}",
+    "{{ messages | no_such_filter }}",
+    "{% for m in messages %}",
+    "{{ [].__class__.__mro__ }}",
+    "{% include 'other' %}",
+    "{{ 10 ** 5000 }}",
+    "{{ [3, 'a'] | sort }}",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+]
+
+# Each of these takes gigabytes or hours, or writes without end, where nothing is counted.
+TOO_MUCH = [
+    "{{ 'x' * 3000000000 }}",
+    "{{ 3000000000 * 'x' }}",
+    "{{ [1] * 10 ** 9 }}",
+    "{{ 7 ** 10000000000 }}",
+    "{% set ns = namespace(n=7) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "{% for i in range(100000) %}{{ 'x' * 100000 }}{% endfor %}",
+    "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "{% set x %}{% for i in range(100000) %}{% for j in range(100000) %}abc{% endfor %}{% endfor %}{% endset %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = '%s%s' % (ns.s, ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
+    "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s.replace('x', 'xx') %}{% endfor %}",
+    "{{ 'x'.center(10 ** 10) }}",
+    "{{ 'x' | center(10 ** 10) }}",
+    "{{ 'x' | indent(width=10 ** 10) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10 ** 10, 1) }}",
+    "{{ '{:10000000000}'.format('x') }}",
+    "{{ '{:{}}'.format('x', 10 ** 10) }}",
+    "{{ '%10000000000s' | format('x') }}",
+    "{{ ('x' * 100000).replace('x', 'y' * 100000) }}",
+    "{{ ('x' * 100000) | replace('x', 'y' * 100000) }}",
+    "{{ ('y' * 100000).join('x' * 100000) }}",
+    "{{ ('x' * 100000) | join('y' * 100000) }}",
+    "{{ (['y' * 100000] * 100000) | join }}",
+    "{{ lipsum(10 ** 10) }}",
+]
+
+
+@pytest.fixture
+def tokenizer(make_tiny_model: Callable[..., Path]) -> Any:
+    return load_tokenizer(str(make_tiny_model("llama")))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("ask", [True, False])
+def test_the_text_is_that_of_transformers(tokenizer: Any, template: str, ask: bool) -> None:
+    tokenizer.chat_template = template
+    messages = [{"role": role, "content": content} for role, content in TURNS]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    assert apply_chat_template(tokenizer, TURNS, ask=ask) == expected
+    assert metered_templates.can_meter(tokenizer)
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_whatever_a_template_raises_is_one_error_that_names_the_model(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(
+        SparsortError, match=r"the chat template of the model '.*llama.*'.*[Uu]se a plain prompt"
+    ) as caught:
+        apply_chat_template(tokenizer, TURNS)
+    assert len(str(caught.value)) < 1000
+    # A template that cannot be compiled reads no row at all; any other may refuse one row and read the next.
+    assert isinstance(caught.value, RefusedTurnsError) == ("cannot be read" not in str(caught.value))
+
+
+@pytest.mark.parametrize("template", TOO_MUCH)
+def test_a_template_cannot_take_the_memory_or_write_without_end(
+    tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Less than the product's limit, which loops need seconds to reach.
+    monkeypatch.setattr(metered_templates, "WORK", 2**21)
+    tokenizer.chat_template = template
+    with pytest.raises(RefusedTurnsError, match=r"refuses the turns user: it (builds|writes|repeats)"):
+        apply_chat_template(tokenizer, [("user", "x")])
+
+
+def test_the_limits_grow_with_the_turns(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metered_templates, "WORK", 1000)
+    monkeypatch.setattr(metered_templates, "OUTPUT", 100)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    long = "word " * 100_000
+    assert apply_chat_template(tokenizer, [("user", long)]) == long
+    tokenizer.chat_template = "{% for m in messages %}" + "{{ m.content }}" * 17 + "{% endfor %}"
+    with pytest.raises(RefusedTurnsError, match="it writes more than 8,000,"):
+        apply_chat_template(tokenizer, [("user", long)])
+    # What Jinja's optimiser could compute beforehand is counted like the rest.
+    tokenizer.chat_template = "{{ 'abc' | upper }}" * 400
+    with pytest.raises(RefusedTurnsError, match=r"it (repeats|writes)"):
+        apply_chat_template(tokenizer, [("user", "x")])
+
+
+def test_a_tokenizer_with_its_own_templates() -> None:
+    class Own:
+        chat_template = "own"
+        name_or_path = "models/own"
+        text = "[INST] x [/INST]"
+
+        def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
+            if not self.text:
+                raise KeyError("role")
+            return self.text
+
+    own = Own()
+    assert not metered_templates.can_meter(own)
+    assert apply_chat_template(own, [("user", "x")]) == "[INST] x [/INST]"
+    own.text = "x" * (metered_templates.OUTPUT + 1000)
+    with pytest.raises(RefusedTurnsError, match="'models/own' refuses the turns user: it writes more than"):
+        apply_chat_template(own, [("user", "x")])
+    own.text = ""
+    with pytest.raises(RefusedTurnsError, match="'models/own' refuses the turns user: KeyError: 'role'"):
+        apply_chat_template(own, [("user", "x")])
+
+
+def test_a_tokenizer_with_several_templates(tokenizer: Any) -> None:
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tools": "other"}
+    assert apply_chat_template(tokenizer, [("user", "x")]) == "x"
+    tokenizer.chat_template = {"tools": "other"}
+    with pytest.raises(SparsortError, match="cannot be read: ValueError"):
+        apply_chat_template(tokenizer, [("user", "x")])
+
+
+@pytest.mark.parametrize("template", ["{{ 'x' * 3000000000 }}", "{{ raise_exception('no') }}", "{% for %}"])
+def test_nothing_is_rendered_without_chat(make_tiny_model: Callable[..., Path], template: str, tmp_path: Path) -> None:
+    small = load_model(str(make_tiny_model("llama")), dtype="float32")
+    small.tokenizer.chat_template = template
+    scorer = sparsort.SparsityScorer(small)
+    scores = scorer.score(ROWS, "{text}")
+    assert list(scores.column("status")) == ["ok"] * 3
+    with pytest.raises(SparsortError, match="chat template"):
+        scorer.score(ROWS, "{text}", chat=True)
+    text = build_prompt(
+        ROWS, {"text": "word 9"}, prompt="{text}", answer=" {id}", max_tokens=900, tokenizer=small.tokenizer
+    )
+    assert text.endswith("word 9")
+
+
+def test_every_rendering_is_this_one(make_tiny_model: Callable[..., Path]) -> None:
+    """Prompts, conversations, demonstrations and training texts refuse a template alike."""
+    small = load_model(str(make_tiny_model("llama")), dtype="float32")
+    small.tokenizer.chat_template = "{{ 1 / 0 }}"
+    said = "ZeroDivisionError: division by zero"
+    row = {
+        "text": "a",
+        "label": "b",
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    }
+    with pytest.raises(SparsortError, match=said):
+        Prompt.of("{text}", chat=True).render(row, where="row 0", tokenizer=small.tokenizer)
+    problem = Prompt.of_messages("messages").render(row, where="row 0", tokenizer=small.tokenizer).problem
+    assert problem is not None
+    assert said in problem[1]
+    with pytest.raises(SparsortError, match=rf"row 0: .*{said}"):
+        TrainText(messages="messages").of(row, small.tokenizer, where="row 0")
+    with pytest.raises(SparsortError, match=said):
+        build_prompt(ROWS, {"text": "a"}, prompt="{text}", answer="{id}", chat=True, tokenizer=small.tokenizer)
+
+
+def test_the_identity_of_a_tokenizer_holds_the_template_only_where_it_is_used(tokenizer: Any) -> None:
+    plain, chat = hash_tokenizer(tokenizer), hash_tokenizer(tokenizer, chat=True)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    assert plain == hash_tokenizer(tokenizer) == hash_tokenizer(tokenizer, chat=True)
+    tokenizer.chat_template = template
+    assert chat != plain
+    assert identify_tokenizer(tokenizer, chat=False) == plain
+    assert identify_tokenizer(tokenizer, chat=True) == chat
+    # Version 0.1.0 recorded the template for plain prompts too.
+    assert identify_tokenizer(tokenizer, chat=False, recorded=chat) == chat
+    assert identify_tokenizer(tokenizer, chat=False, recorded="sha256:0") == plain
+    tokenizer.chat_template = template + " "
+    assert identify_tokenizer(tokenizer, chat=False, recorded=chat) == plain
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    assert identify_tokenizer(tokenizer, chat=False, recorded=chat) == plain
+
+
+def test_what_an_earlier_version_recorded_is_continued(
+    make_tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = load_model(str(make_tiny_model("llama")), dtype="float32")
+    earlier = hash_tokenizer(small.tokenizer, chat=True)
+
+    def by_earlier_rule(*_: Any, **__: Any) -> str:
+        return earlier
+
+    # An ablation finds outcomes by their texts, and its store keeps the identity that it began with.
+    engine = Engine(Ablation(tasks=("mr",)), small)
+    assert engine.identity_as({"tokenizer": earlier}) == engine.identity | {"tokenizer": earlier}
+    assert engine.identity_as({"tokenizer": "sha256:other"}) == engine.identity
+    scorers = {
+        "sparsity": lambda: sparsort.SparsityScorer(small),
+        "loss": lambda: sparsort.LossScorer(small, on="prompt"),
+        "length": lambda: sparsort.LengthScorer(model=small.name),
+    }
+    with monkeypatch.context() as patch:
+        for module in ("scorers", "baselines"):
+            patch.setattr(f"sparsort.scoring.{module}.identify_tokenizer", by_earlier_rule)
+        before = {name: make().score(ROWS, "{text}", out=tmp_path / name) for name, make in scorers.items()}
+    for name, make in scorers.items():
+        assert earlier in str(before[name].provenance)
+        again = make().score(ROWS, "{text}", out=tmp_path / name)
+        assert again.provenance == before[name].provenance
+        assert make().score(ROWS, "{text}", like=before[name]).difficulty.tolist() == again.difficulty.tolist()
+        assert earlier not in str(make().score(ROWS, "{text}").provenance)
