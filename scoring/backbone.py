@@ -276,8 +276,11 @@ class Backbone:
         with self.catch([site]) as caught:
             self._run_alone(lambda: self.loaded.model(input_ids=ids_BT, use_cache=False))
         theirs = caught.get(HEAD_INPUT)
-        same_shape = isinstance(theirs, Tensor) and theirs.shape == whole_BTH.shape
-        if not same_shape or not torch.allclose(theirs, whole_BTH, rtol=0.0, atol=rounding(whole_BTH)):
+        if (
+            theirs is None
+            or theirs.shape != whole_BTH.shape
+            or not torch.allclose(theirs, whole_BTH, rtol=0.0, atol=rounding(whole_BTH))
+        ):
             raise SparsortError(
                 f"{self.loaded.name!r} ({type(self.loaded.model).__name__}) gives its blocks more than the token ids, so states "
                 "read from the blocks would not be the model's own. Use a plain causal language model."

@@ -39,7 +39,7 @@ class Head:
         self._matrix = model.get_output_embeddings()
         if getattr(self._matrix, "weight", None) is None:
             raise SparsortError(
-                f"{name!r} has no language-model head of one matrix, so sparsort computes no loss, no entropy and no answers with it. "
+                f"{name!r} has no language-model head of one matrix, so there are no losses, entropies and answers. "
                 "Use a sparsity, length or compression scorer."
             )
         # A cap hardly shows on the small logits of the check below, so one that is not known is refused by its name.

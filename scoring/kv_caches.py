@@ -83,7 +83,7 @@ def _gathers(decoder: Any, head: Tensor, tail: Tensor, expected: Tensor) -> bool
     try:
         cache = getattr(decoder(input_ids=head, use_cache=True), "past_key_values", None)
         plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-        if type(cache) is not DynamicCache or not all(type(layer) in plain for layer in cache.layers):
+        if cache is None or type(cache) is not DynamicCache or not all(type(layer) in plain for layer in cache.layers):
             return False
         gathered = Heads([cache], [np.arange(1)]).gather(np.zeros(2, dtype=np.int64), head.device)
         ours = decoder(input_ids=tail.repeat(2, 1), past_key_values=gathered, use_cache=True).last_hidden_state
@@ -108,19 +108,27 @@ def _steps(decoder: Any, head: Tensor, tail: Tensor, expected: Tensor) -> bool:
 
 
 def _with_short_windows(decoder: Any, config: Any) -> Any:
-    """The decoder with sliding windows of `_WINDOW` tokens: itself where it has none, else a copy that shares the weights."""
+    """The decoder with sliding windows of `_WINDOW` tokens: a copy that shares the weights.
+
+    The decoder itself if it has no windows, or if its modules cannot be copied.
+    """
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int) or window <= _WINDOW:
         return decoder
     weights = itertools.chain(decoder.parameters(), decoder.buffers())
     shared: dict[int, Any] = {id(weight): weight for weight in weights}
-    decoder = copy.deepcopy(decoder, shared)
+    try:
+        copied = copy.deepcopy(decoder, shared)
+    except (TypeError, RuntimeError, AttributeError, copy.Error):
+        return decoder
     # The configuration was copied with the modules that hold it.
-    shared[id(config)].sliding_window = _WINDOW
-    for module in decoder.modules():
+    if (short := shared.get(id(config))) is None:
+        return decoder
+    short.sliding_window = _WINDOW
+    for module in copied.modules():
         if getattr(module, "sliding_window", None) == window:
             module.sliding_window = _WINDOW
-    return decoder
+    return copied
 
 
 def _copy(cache: Any) -> Any:

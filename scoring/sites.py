@@ -2,7 +2,7 @@
 
 | site | tensor |
 | --- | --- |
-| `pre_norm` | input of the final norm (without one: the last block's output, or what the head reads where that is no state of width H), width H |
+| `pre_norm` | input of the final norm, width H; without one the last block's output, or what the head reads if widths differ |
 | `post_norm` | output of the final norm, what the head reads, width H |
 | `layer:N` | output of block N, counted from 0, negative from the end, width H |
 | `mlp`, `mlp:N` | inner activation of the last block's MLP (of block N's): the input of its down projection, width of the MLP |

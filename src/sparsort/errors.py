@@ -31,5 +31,5 @@ def unknown_choice(kind: str, given: object, choices: Iterable[str]) -> Sparsort
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its class if it has none: another library's reason, for a message of ours."""
+    """The first line of an error's text, or the name of its class: another library's reason, for a message of ours."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
