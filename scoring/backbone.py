@@ -8,6 +8,7 @@ once and its keys and values gathered per row; a row longer than a chunk continu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -258,7 +259,6 @@ class Backbone:
         norms = [site.module for site in watched if _same(caught.get(site.name), whole_BTH)]
         shape = tuple(getattr(caught.get(last.name), "shape", ()))
         block_gives_states = shape in ((1, _PROBE, self.hidden_size), (_PROBE, self.hidden_size))
-        self._check_wrapper(ids_BT, whole_BTH)
         half = _PROBE // 2
         changed = ids_BT.clone()
         changed[:, half:] = ids_BT[:, half:].flip(1)
@@ -268,13 +268,17 @@ class Backbone:
             raise SparsortError(
                 f"{name!r} is not a causal decoder: its tokens see later ones. Use a causal language model."
             )
+        self._check_wrapper(ids_BT, whole_BTH)
         return (norms[-1] if norms else None), block_gives_states, probe_cache(self.decoder, self.config, ids_BT)
 
     def _check_wrapper(self, ids_BT: Tensor, whole_BTH: Tensor) -> None:
         """See that the model's own forward pass runs the blocks on the token ids and nothing else."""
+        model = self.loaded.model
         site = Site(name=HEAD_INPUT, module=self.decoder, reads="output")
+        # Most of the time would go into logits that nothing reads.
+        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with self.catch([site]) as caught:
-            self._run_alone(lambda: self.loaded.model(input_ids=ids_BT, use_cache=False))
+            self._run_alone(lambda: model(input_ids=ids_BT, use_cache=False, **few))
         theirs = caught.get(HEAD_INPUT)
         if (
             theirs is None
@@ -282,7 +286,7 @@ class Backbone:
             or not torch.allclose(theirs, whole_BTH, rtol=0.0, atol=rounding(whole_BTH))
         ):
             raise SparsortError(
-                f"{self.loaded.name!r} ({type(self.loaded.model).__name__}) gives its blocks more than the token ids, so states "
+                f"{self.loaded.name!r} ({type(model).__name__}) gives its blocks more than the token ids, so states "
                 "read from the blocks would not be the model's own. Use a plain causal language model."
             )
 

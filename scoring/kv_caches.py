@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 # The windows of a probe, in tokens; it continues after more.
 _WINDOW = 3
+# Tokens that a probe writes one by one.
+_STEPS = 2
 # What a model raises if it cannot be continued, or not in this way. RuntimeError includes NotImplementedError.
 _CANNOT = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, AssertionError)
 
@@ -71,40 +74,42 @@ def probe_cache(decoder: Any, config: Any, ids_BT: Tensor) -> CacheUse:
     """
     decoder = _with_short_windows(decoder, config)
     whole_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-    half = ids_BT.shape[1] // 2
-    head, tail, expected = ids_BT[:, :half], ids_BT[:, half:], whole_BTH[:, half:]
-    return CacheUse(gathers=_gathers(decoder, head, tail, expected), steps=_steps(decoder, head, tail, expected))
+    head, tail = ids_BT.tensor_split(2, dim=1)
+
+    def agrees(continue_: Callable[[Any], Tensor]) -> bool:
+        try:
+            ours = continue_(cache)
+        except _CANNOT:
+            return False
+        theirs = whole_BTH[:, head.shape[1] :][:, : ours.shape[1]]
+        return torch.allclose(ours, theirs.expand_as(ours), rtol=0.0, atol=rounding(whole_BTH))
+
+    def side_by_side(cache: Any) -> Tensor:
+        rows = Heads([cache], [np.arange(1)]).gather(np.zeros(2, dtype=np.int64), head.device)
+        states: Tensor = decoder(input_ids=tail.repeat(2, 1), past_key_values=rows, use_cache=True).last_hidden_state
+        return states
+
+    def one_by_one(cache: Any) -> Tensor:
+        steps = [
+            decoder(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
+            for token in torch.split(tail[:, :_STEPS], 1, dim=1)
+        ]
+        return torch.cat(steps, dim=1)
+
+    try:
+        cache = getattr(decoder(input_ids=head, use_cache=True), "past_key_values", None)
+    except _CANNOT:
+        return CacheUse(gathers=False, steps=False)
+    # Gathering copies, so the steps after it may change the cache.
+    gathers = _can_be_gathered(cache) and agrees(side_by_side)
+    return CacheUse(gathers=gathers, steps=cache is None or agrees(one_by_one))
 
 
-def _gathers(decoder: Any, head: Tensor, tail: Tensor, expected: Tensor) -> bool:
-    """Whether the cache is of a kind that can be gathered, and two rows through it have the expected states."""
+def _can_be_gathered(cache: Any) -> bool:
     from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    try:
-        cache = getattr(decoder(input_ids=head, use_cache=True), "past_key_values", None)
-        plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-        if cache is None or type(cache) is not DynamicCache or not all(type(layer) in plain for layer in cache.layers):
-            return False
-        gathered = Heads([cache], [np.arange(1)]).gather(np.zeros(2, dtype=np.int64), head.device)
-        ours = decoder(input_ids=tail.repeat(2, 1), past_key_values=gathered, use_cache=True).last_hidden_state
-    except _CANNOT:
-        return False
-    return torch.allclose(ours, expected.expand_as(ours), rtol=0.0, atol=rounding(expected))
-
-
-def _steps(decoder: Any, head: Tensor, tail: Tensor, expected: Tensor) -> bool:
-    """Whether tokens that follow one by one have the expected states."""
-    try:
-        cache = getattr(decoder(input_ids=head, use_cache=True), "past_key_values", None)
-        if cache is None:
-            return True
-        steps = []
-        for token in torch.split(tail, 1, dim=1):
-            steps.append(decoder(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state)
-        ours = torch.cat(steps, dim=1)
-    except _CANNOT:
-        return False
-    return torch.allclose(ours, expected, rtol=0.0, atol=rounding(expected))
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 def _with_short_windows(decoder: Any, config: Any) -> Any:
