@@ -22,8 +22,9 @@ from torch import Tensor
 _WINDOW = 3
 # Tokens that a probe writes one by one.
 _STEPS = 2
-# What a model raises if it cannot be continued, or not in this way. RuntimeError includes NotImplementedError.
-_CANNOT = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, AssertionError)
+# What a model raises if its attention or cache is not of the kind that is continued or replaced here. RuntimeError includes
+# NotImplementedError.
+CANNOT = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def probe_cache(decoder: Any, config: Any, ids_BT: Tensor) -> CacheUse:
     def agrees(continue_: Callable[[Any], Tensor]) -> bool:
         try:
             ours = continue_(cache)
-        except _CANNOT:
+        except CANNOT:
             return False
         theirs = whole_BTH[:, head.shape[1] :][:, : ours.shape[1]]
         return torch.allclose(ours, theirs.expand_as(ours), rtol=0.0, atol=rounding(whole_BTH))
@@ -98,7 +99,7 @@ def probe_cache(decoder: Any, config: Any, ids_BT: Tensor) -> CacheUse:
 
     try:
         cache = getattr(decoder(input_ids=head, use_cache=True), "past_key_values", None)
-    except _CANNOT:
+    except CANNOT:
         return CacheUse(gathers=False, steps=False)
     # Gathering copies, so the steps after it may change the cache.
     gathers = _can_be_gathered(cache) and agrees(side_by_side)

@@ -31,6 +31,7 @@ from torch import Tensor
 from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.fused import FusedBlocks, cause_of, fused
+from sparsort.scoring.kv_caches import CANNOT
 from sparsort.scoring.sites import Site
 from sparsort.scoring.tails import Keys, Tails
 
@@ -46,9 +47,6 @@ _EXTENDED_AT_ONCE = 2048
 _LEAST_FUSED = 256
 # Rounding in bf16 moves the states of right models by 0.01 to 0.03 of their size; 64 steps of it would let half of it pass.
 _MOST_GAP = 0.1
-# What a model raises if its attention or cache is not of the kind that `attend` and `_Feed` replace. RuntimeError includes
-# NotImplementedError.
-_UNLIKE_OTHERS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _PASSED = threading.local()
 _LOCKING = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -140,9 +138,8 @@ def attend(
         NotImplementedError: the model asks for something that changes its attention (a mask of its own, sinks, a cap, dropout).
     """
     unknown = [name for name, value in other.items() if value is not None and name not in _HARMLESS]
-    if attention_mask is not None:
-        # transformers makes none for an attention that it does not know, so this one holds more than causality.
-        unknown.append("a mask of its own")
+    # transformers makes no mask for an attention that it does not know, so one that is there holds more than causality.
+    unknown += [] if attention_mask is None else ["a mask of its own"]
     if dropout or unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
     now: _Pass = _PASSED.now
@@ -435,7 +432,7 @@ class PrefixReader:
             prefix = self._extend(Prefix(ids=(), layers=[]), tuple(whole[0, :cut].tolist()))
             self.bytes_per_token = sum(keys.nbytes + values.nbytes for keys, values in prefix.layers) // cut
             ours = self._read_twice(prefix, whole[:, cut:], site)
-        except _UNLIKE_OTHERS as error:
+        except CANNOT as error:
             return f"its attention cannot be replaced ({type(error).__name__}: {first_line(error)[:120]})"
         theirs = caught[site.name].view(2, n, -1)[:, cut:].repeat(1, 2, 1)
         if (gap := _gap(ours.reshape(theirs.shape), theirs)) is not None:
