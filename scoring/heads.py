@@ -20,9 +20,9 @@ from sparsort.scoring.fused import fused
 _POSITIONS_AT_ONCE = 128
 # Rows of the head's matrix in one product: 512 positions × 8192 logits stay in the cache.
 _VOCABULARY_AT_ONCE = 8192
-# What configurations call a cap on the logits, cap · tanh(logit / cap), and one that does not reach the head.
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
-_CAPS_WITHIN_BLOCKS = ("attn_logit_softcapping", "gate_soft_cap")
+# What configurations call a cap on the logits, cap · tanh(logit / cap), and how the names of caps within blocks begin.
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_CAPS_WITHIN_BLOCKS = ("attn_", "gate_", "mlp_", "moe_", "router_")
 # exp of it is 0 in fp32.
 _FAR_BELOW = -1e4
 
@@ -44,14 +44,14 @@ class Head:
             )
         # A cap hardly shows on the small logits of the check below, so one that is not known is refused by its name.
         caps = [key for key, value in vars(config).items() if "softcap" in key.replace("_", "") and value]
-        if unknown := [key for key in caps if key not in (*_CAPS, *_CAPS_WITHIN_BLOCKS)]:
+        if unknown := [key for key in caps if key not in _CAPS and not key.startswith(_CAPS_WITHIN_BLOCKS)]:
             raise SparsortError(
                 f"{name!r} caps its logits in a way that sparsort does not know ({unknown[0]}). Use another scorer."
             )
         self._cap = next((value for key in _CAPS if (value := getattr(config, key, None))), None)
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        for divisor in ("logits_scaling", "logits_mup_width_multiplier"):
+            self._scale /= float(getattr(config, divisor, None) or 1.0)
         self._check(model, name)
 
     def logits(self, states_NH: Tensor) -> Tensor:

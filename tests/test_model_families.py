@@ -45,6 +45,7 @@ def _quiet() -> Iterator[None]:
         "deepseek_v2",  # latent attention
         "doge",  # an attention mask of its own
         "gemma3_text",  # sliding windows
+        "gemma4_text",  # layers that share keys and values, and give the last state alone if no more is asked for
         "longcat_flash",  # counts attentions as layers, two in a block
         "mamba",  # no attention
         "moshi",  # a cache cut to a window that whole texts do not have

@@ -43,7 +43,7 @@ def test_a_model_that_makes_no_logits_of_token_ids_is_refused(
         _head(loaded)
 
 
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "output_logit_soft_cap"])
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"])
 def test_a_cap_is_applied_whatever_it_is_called(
     name: str, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
