@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors import SELECTORS
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, first_line
 from sparsort.recipes.train_model import PRESETS
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _configuration(model: str) -> Any:
             return AutoConfig.from_pretrained(resolved.folder_or_id, **given)
     except (OSError, ValueError, KeyError) as error:
         raise SparsortError(
-            f"cannot read the configuration of the model {model!r}: {str(error).strip().splitlines()[0]} Give a folder with "
+            f"cannot read the configuration of the model {model!r}: {first_line(error)} Give a folder with "
             "config.json and weights, a hub id that this machine can reach, or 'tiny' or 'small'."
         ) from error
 

@@ -8,8 +8,8 @@ once and its keys and values gathered per row; a row longer than a chunk continu
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.batching import Limits, Plan, plan
+from sparsort.scoring.kv_caches import CacheUse, Heads, probe_cache, rounding
 from sparsort.scoring.loading import LoadedModel
 from sparsort.scoring.sites import Site, blocks_of, find_site, norm_candidates
 
@@ -32,6 +33,8 @@ _CHUNK = 2048
 _TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384}
 # Keys and values kept for one batch, in batches' worth of tokens: a long shared head must not multiply memory.
 _KEPT_BATCHES = 16
+# Model types whose states are no function of the text alone, which texts as short as a probe do not show.
+_NOT_OF_THE_TEXT = {"reformer": "Reformer hashes tokens into random buckets and pads texts to whole chunks"}
 # Rotary embeddings whose frequencies follow the longest position in the batch: a row's mates would change it.
 _LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
@@ -58,26 +61,37 @@ class Piece:
 class Backbone:
     """The blocks of a loaded model, with its sites resolved.
 
+    Attributes:
+        final_norm: the norm that makes the last hidden state; None for none.
+        can_continue: rows may share a head through the model's cache; `can_step`: so may a text that is written.
+
     Args:
         loaded: what `loading.load_model` gave.
         token_budget: most tokens of a batch, padding included; None for the device's default.
 
     Raises:
-        SparsortError: not a causal decoder, or its states are not finite (the parameters at fault are named).
+        SparsortError: not a causal decoder, an architecture that is not supported, or states that are not finite (the
+            parameters at fault are named).
     """
 
     def __init__(self, loaded: LoadedModel, *, token_budget: int | None = None) -> None:
         self.loaded = loaded
         config = loaded.model.config
         self.config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        if reason := _NOT_OF_THE_TEXT.get(getattr(self.config, "model_type", "")):
+            raise SparsortError(
+                f"{loaded.name!r} is not supported: {reason}. Use another model, or a length or compression scorer."
+            )
         self.decoder = decoder_of(loaded.model)
         self.device = next(loaded.model.parameters()).device
-        self.hidden_size = int(self.config.hidden_size)
-        self.blocks = blocks_of(self.decoder, int(self.config.num_hidden_layers))
+        self.hidden_size, n_layers, self._vocabulary = sizes_of(self.config, loaded.name)
+        self.blocks = blocks_of(self.decoder, n_layers)
         if token_budget is not None and token_budget < 1:
             raise SparsortError(f"token_budget is {token_budget}; it must be at least 1.")
         self.token_budget = token_budget or _TOKEN_BUDGET.get(self.device.type, 4096)
-        self.final_norm, self.can_continue = self._probe()
+        self._sites_seen: set[str] = set()
+        self.final_norm, self._block_gives_states, cache = self._probe()
+        self.can_continue, self.can_step = cache.gathers, cache.steps
 
     @property
     def max_length(self) -> int | None:
@@ -86,10 +100,30 @@ class Backbone:
         return int(value) if value else None
 
     def site(self, name: str) -> Site:
-        """Resolve a site by name (see `sites`), or `HEAD_INPUT`."""
+        """Resolve a site by name (see `sites`), or `HEAD_INPUT`.
+
+        Raises:
+            SparsortError: no such site, or one that does not hold one state for each token.
+        """
         if name == HEAD_INPUT:
             return self.head_site
-        return find_site(name, blocks=self.blocks, final_norm=self.final_norm, hidden_size=self.hidden_size)
+        if name == "pre_norm" and not (self.final_norm or self._block_gives_states):
+            return Site(name=name, module=self.decoder, reads="output")
+        site = find_site(name, blocks=self.blocks, final_norm=self.final_norm, hidden_size=self.hidden_size)
+        if name not in self._sites_seen:
+            self._see(site)
+            self._sites_seen.add(name)
+        return site
+
+    @torch.inference_mode()
+    def _see(self, site: Site) -> None:
+        """Read the site once: a model may use a block's modules in its own way, or not at all."""
+        states, _ = self._forward(np.zeros((1, 2), dtype=np.int64), None, [site], keep=False)
+        if site.name not in states:
+            raise SparsortError(
+                f"{self.loaded.name!r} does not use the module of site {site.name!r} ({type(site.module).__name__}). "
+                f"{_other_site(site.name)}"
+            )
 
     @property
     def head_site(self) -> Site:
@@ -140,7 +174,7 @@ class Backbone:
                 states, cache = self._forward(how.heads[rows], None, sites, keep=True)
                 caches.append(cache)
                 yield Piece(rows=rows, start=0, lengths=np.full(len(rows), how.depth), states=states, is_head=True)
-            heads = _Heads(caches, how.head_batches)
+            heads = Heads(caches, how.head_batches)
         for rows in how.batches:
             shared = heads is not None and how.head_of[rows[0]] >= 0
             cache = heads.gather(how.head_of[rows], self.device) if heads is not None and shared else None
@@ -188,12 +222,14 @@ class Backbone:
             result = self._call(torch.from_numpy(np.ascontiguousarray(ids_BT)), cache, keep=keep)
         batch, width = ids_BT.shape
         for name, states in caught.items():
-            if states.dim() == 2 and len(states) == batch * width:
+            shape = tuple(getattr(states, "shape", ()))
+            if len(shape) == 2 and shape[0] == batch * width:
                 # OPT flattens batch and tokens for its MLP.
                 caught[name] = states.view(batch, width, -1)
-            elif states.dim() != 3:
+            elif len(shape) != 3 or shape[:2] != (batch, width):
                 raise SparsortError(
-                    f"site {name!r} holds states of shape {tuple(states.shape)}; expected (batch, tokens, width). Use 'pre_norm'."
+                    f"site {name!r} of {self.loaded.name!r} holds states of shape {shape}; expected (batch, tokens, width), here "
+                    f"({batch}, {width}, …). {_other_site(name)}"
                 )
         return caught, getattr(result, "past_key_values", None) if keep else None
 
@@ -203,52 +239,70 @@ class Backbone:
         )
 
     @torch.inference_mode()
-    def _probe(self) -> tuple[nn.Module | None, bool]:
-        """Run a few tokens: the norm that makes the last hidden state, and whether a row may go on from a cache.
+    def _probe(self) -> tuple[nn.Module | None, bool, CacheUse]:
+        """Run a few tokens: the norm that makes the last hidden state, whether the last block gives a state for each token,
+        and what the cache is good for.
 
         Raises:
-            SparsortError: states that are not finite, or tokens that see later ones.
+            SparsortError: a model that does not run on token ids alone, states that are not finite, or tokens that see
+                later ones.
         """
         name = self.loaded.name
-        ids_BT = torch.arange(_PROBE, device=self.device).remainder(int(self.config.vocab_size))[None]
+        ids_BT = torch.arange(_PROBE, device=self.device).remainder(self._vocabulary)[None]
         candidates = norm_candidates(self.decoder, self.blocks)
-        outputs: dict[int, Tensor] = {}
-        handles = [
-            module.register_forward_hook(lambda _module, _args, out, key=key: outputs.__setitem__(key, out))
-            for key, module in enumerate(candidates)
-        ]
-        try:
-            whole_BTH = self._call(ids_BT).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
+        watched = [Site(name=str(key), module=module, reads="output") for key, module in enumerate(candidates)]
+        last = Site(name="block", module=self.blocks[-1], reads="output")
+        with self.catch([*watched, last]) as caught:
+            whole_BTH = self._run_alone(lambda: self._call(ids_BT).last_hidden_state)
         if not torch.isfinite(whole_BTH).all():
             raise SparsortError(f"{name!r} computes states that are not finite. {_culprits(self.loaded.model)}")
-        norms = [module for key, module in enumerate(candidates) if key in outputs and _same(outputs[key], whole_BTH)]
+        norms = [site.module for site in watched if _same(caught.get(site.name), whole_BTH)]
+        shape = tuple(getattr(caught.get(last.name), "shape", ()))
+        block_gives_states = shape in ((1, _PROBE, self.hidden_size), (_PROBE, self.hidden_size))
         half = _PROBE // 2
         changed = ids_BT.clone()
         changed[:, half:] = ids_BT[:, half:].flip(1)
-        tolerance = _tolerance(whole_BTH)
         if not torch.allclose(
-            self._call(changed).last_hidden_state[:, :half], whole_BTH[:, :half], rtol=0.0, atol=tolerance
+            self._call(changed).last_hidden_state[:, :half], whole_BTH[:, :half], rtol=0.0, atol=rounding(whole_BTH)
         ):
             raise SparsortError(
                 f"{name!r} is not a causal decoder: its tokens see later ones. Use a causal language model."
             )
-        return (norms[-1] if norms else None), self._continues(ids_BT, whole_BTH, tolerance)
+        self._check_wrapper(ids_BT, whole_BTH)
+        return (norms[-1] if norms else None), block_gives_states, probe_cache(self.decoder, self.config, ids_BT)
 
-    def _continues(self, ids_BT: Tensor, whole_BTH: Tensor, tolerance: float) -> bool:
-        """Whether the cache is of a kind that can be gathered, and head and tail through it give what the whole gives."""
-        from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    def _check_wrapper(self, ids_BT: Tensor, whole_BTH: Tensor) -> None:
+        """See that the model's own forward pass runs the blocks on the token ids and nothing else."""
+        model = self.loaded.model
+        site = Site(name=HEAD_INPUT, module=self.decoder, reads="output")
+        # Most of the time would go into logits that nothing reads.
+        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        with self.catch([site]) as caught:
+            self._run_alone(lambda: model(input_ids=ids_BT, use_cache=False, **few))
+        theirs = caught.get(HEAD_INPUT)
+        # Gemma 4 computes the last state alone where no more logits are kept.
+        ours, same = whole_BTH[:, -1:], False
+        if theirs is not None and theirs[:, -1:].shape == ours.shape:
+            same = torch.allclose(theirs[:, -1:], ours, rtol=0.0, atol=rounding(whole_BTH))
+        if not same:
+            raise SparsortError(
+                f"{self.loaded.name!r} ({type(model).__name__}) gives its blocks more than the token ids, so states "
+                "read from the blocks would not be the model's own. Use a plain causal language model."
+            )
 
-        half = _PROBE // 2
-        cache = getattr(self._call(ids_BT[:, :half], keep=True), "past_key_values", None)
-        plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-        if cache is None or type(cache) is not DynamicCache or not all(type(layer) in plain for layer in cache.layers):
-            return False
-        gathered = _Heads([cache], [np.arange(1)]).gather(np.zeros(2, dtype=np.int64), self.device)
-        tails = self._call(ids_BT[:, half:].repeat(2, 1), gathered).last_hidden_state
-        return torch.allclose(tails, whole_BTH[:, half:].expand_as(tails), rtol=0.0, atol=tolerance)
+    def _run_alone(self, run: Callable[[], Any]) -> Any:
+        """What a pass over token ids returns.
+
+        Raises:
+            SparsortError: the model does not run on them.
+        """
+        try:
+            return run()
+        except Exception as error:  # a model that needs images, audio or another model's states says so in its own way
+            raise SparsortError(
+                f"{self.loaded.name!r} does not run on token ids alone ({first_line(error).rstrip('.')}). "
+                "Use a causal language model of text."
+            ) from error
 
 
 # Tokens of the probe: two halves of four.
@@ -258,45 +312,37 @@ _PROBE = 8
 def decoder_of(model: Any) -> Any:
     """The stack of blocks below the head, also within a multimodal wrapper."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        # ModernBERT's decoder gives the matrix of its head.
+        decoder = model.base_model
     # Some classes name themselves; their blocks are one attribute further.
     return model.model if decoder is model and isinstance(getattr(model, "model", None), nn.Module) else decoder
+
+
+def sizes_of(config: Any, name: str) -> tuple[int, int, int]:
+    """Width, number of blocks and vocabulary of a language model.
+
+    Raises:
+        SparsortError: the configuration lacks one of them.
+    """
+    sizes = {key: getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    if missing := [key for key, size in sizes.items() if not isinstance(size, int)]:
+        raise SparsortError(
+            f"the configuration of {name!r} ({type(config).__name__}) has no {missing[0]}, so this architecture is not "
+            "supported. Use another model, or a length or compression scorer."
+        )
+    return sizes["hidden_size"], sizes["num_hidden_layers"], sizes["vocab_size"]  # type: ignore[return-value]
+
+
+def _other_site(name: str) -> str:
+    """What to do instead of reading at this site."""
+    return "Use another model, or a length or compression scorer." if name == "pre_norm" else "Use 'pre_norm'."
 
 
 def _same(output: Any, last: Tensor) -> bool:
     return (
         isinstance(output, Tensor) and output.numel() == last.numel() and torch.equal(output.reshape(last.shape), last)
     )
-
-
-def _tolerance(states: Tensor) -> float:
-    """How far two ways to compute one state may lie apart: rounding of the dtype, well below what other context changes."""
-    return 16 * torch.finfo(states.dtype).eps * float(states.abs().amax())
-
-
-class _Heads:
-    """Keys and values of the shared heads, gathered for the rows of a batch."""
-
-    def __init__(self, caches: list[Any], batches: list[NDArray[np.int64]]) -> None:
-        self._cache = _copy(caches[0])
-        for number, layer in enumerate(self._cache.layers):
-            parts = [cache.layers[number] for cache in caches]
-            if getattr(layer, "keys", None) is not None:
-                layer.keys = torch.cat([part.keys for part in parts])
-                layer.values = torch.cat([part.values for part in parts])
-        self._place = np.argsort(np.concatenate(batches))
-
-    def gather(self, heads: NDArray[np.int64], device: torch.device) -> Any:
-        """A cache whose row b holds the keys and values of head `heads[b]`; the one it is taken from stays as it is."""
-        cache = _copy(self._cache)
-        cache.batch_select_indices(torch.from_numpy(self._place[heads]).to(device))
-        return cache
-
-
-def _copy(cache: Any) -> Any:
-    """A cache of the same tensors whose layers can be assigned to without touching the original."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    return copied
 
 
 def _chunks(

@@ -260,7 +260,13 @@ class _Job:
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=config(max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=0),
+                generation_config=config(
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    # A model whose cache gives other states than the whole text reads the text again for every token.
+                    use_cache=self.reader.backbone.can_step,
+                ),
                 logits_processor=[_Choice(self, rows, caught)],
                 stopping_criteria=[_AllDone(self.writer, rows)],
             )

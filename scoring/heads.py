@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.backbone import decoder_of
 from sparsort.scoring.fused import fused
 
@@ -20,6 +20,9 @@ from sparsort.scoring.fused import fused
 _POSITIONS_AT_ONCE = 128
 # Rows of the head's matrix in one product: 512 positions × 8192 logits stay in the cache.
 _VOCABULARY_AT_ONCE = 8192
+# What configurations call a cap on the logits, cap · tanh(logit / cap), and how the names of caps within blocks begin.
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_CAPS_WITHIN_BLOCKS = ("attn_", "gate_", "mlp_", "moe_", "router_")
 # exp of it is 0 in fp32.
 _FAR_BELOW = -1e4
 
@@ -34,18 +37,21 @@ class Head:
     def __init__(self, model: Any, config: Any, name: str, *, compile: bool = False) -> None:
         self._take_in = fused(_take_in) if compile else _take_in
         self._matrix = model.get_output_embeddings()
-        if self._matrix is None:
-            raise SparsortError(f"{name!r} has no language-model head, so it gives no loss and no entropy.")
+        if getattr(self._matrix, "weight", None) is None:
+            raise SparsortError(
+                f"{name!r} has no language-model head of one matrix, so there are no losses, entropies and answers. "
+                "Use a sparsity, length or compression scorer."
+            )
         # A cap hardly shows on the small logits of the check below, so one that is not known is refused by its name.
         caps = [key for key, value in vars(config).items() if "softcap" in key.replace("_", "") and value]
-        if unknown := [key for key in caps if key not in ("final_logit_softcapping", "attn_logit_softcapping")]:
+        if unknown := [key for key in caps if key not in _CAPS and not key.startswith(_CAPS_WITHIN_BLOCKS)]:
             raise SparsortError(
                 f"{name!r} caps its logits in a way that sparsort does not know ({unknown[0]}). Use another scorer."
             )
-        self._cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self._cap = next((value for key in _CAPS if (value := getattr(config, key, None))), None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        for divisor in ("logits_scaling", "logits_mup_width_multiplier"):
+            self._scale /= float(getattr(config, divisor, None) or 1.0)
         self._check(model, name)
 
     def logits(self, states_NH: Tensor) -> Tensor:
@@ -106,6 +112,11 @@ class Head:
         hook = decoder_of(model).register_forward_hook(lambda _module, _args, output: states.append(output[0]))
         try:
             theirs = model(input_ids=ids, use_cache=False).logits
+        except Exception as error:  # its blocks run on token ids alone, but a class may want more for its logits
+            raise SparsortError(
+                f"{name!r} computes no logits from token ids alone ({first_line(error).rstrip('.')}). Use a sparsity, length or "
+                "compression scorer."
+            ) from error
         finally:
             hook.remove()
         # One rounding of the model's dtype at the logits' size is what a different order of the same steps may cost.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.errors import SparsortError, first_line, unknown_choice
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
 from sparsort.scoring.hub import cached_only
@@ -68,8 +68,8 @@ def load_model(
         where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
         torch.empty(0, device=where.value)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        raise SparsortError(f"cannot use the device {device!r}: {first}. Use 'auto', 'cpu' or 'cuda'.") from None
+        reason = first_line(error).rstrip(".")
+        raise SparsortError(f"cannot use the device {device!r}: {reason}. Use 'auto', 'cpu' or 'cuda'.") from None
     kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
     if not isinstance(model, (str, Path)):
         return _adopt(model, tokenizer)
@@ -91,9 +91,8 @@ def load_model(
             )
             loaded = loaded.to(where.value).eval()
     except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SparsortError(
-            f"cannot load the model {str(model)!r}: {first} "
+            f"cannot load the model {str(model)!r}: {first_line(error)} "
             "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
         ) from error
     if missing := sorted(info["missing_keys"]):

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.fused import FusedBlocks, cause_of, fused
+from sparsort.scoring.kv_caches import CANNOT
 from sparsort.scoring.sites import Site
 from sparsort.scoring.tails import Keys, Tails
 
@@ -46,9 +47,6 @@ _EXTENDED_AT_ONCE = 2048
 _LEAST_FUSED = 256
 # Rounding in bf16 moves the states of right models by 0.01 to 0.03 of their size; 64 steps of it would let half of it pass.
 _MOST_GAP = 0.1
-# What a model raises if its attention or cache is not of the kind that `attend` and `_Feed` replace. RuntimeError includes
-# NotImplementedError.
-_UNLIKE_OTHERS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _PASSED = threading.local()
 _LOCKING = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -128,7 +126,7 @@ def attend(
     query_BHTD: Tensor,
     key_BKSD: Tensor,
     value_BKSD: Tensor,
-    _mask: Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -137,9 +135,11 @@ def attend(
     """transformers' attention interface, for the pass that this thread has under way; returns (B, T, H, D).
 
     Raises:
-        NotImplementedError: the model asks for something that changes its attention (sinks, a cap, dropout).
+        NotImplementedError: the model asks for something that changes its attention (a mask of its own, sinks, a cap, dropout).
     """
     unknown = [name for name, value in other.items() if value is not None and name not in _HARMLESS]
+    # transformers makes no mask for an attention that it does not know, so one that is there holds more than causality.
+    unknown += [] if attention_mask is None else ["a mask of its own"]
     if dropout or unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
     now: _Pass = _PASSED.now
@@ -432,8 +432,8 @@ class PrefixReader:
             prefix = self._extend(Prefix(ids=(), layers=[]), tuple(whole[0, :cut].tolist()))
             self.bytes_per_token = sum(keys.nbytes + values.nbytes for keys, values in prefix.layers) // cut
             ours = self._read_twice(prefix, whole[:, cut:], site)
-        except _UNLIKE_OTHERS as error:
-            return f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        except CANNOT as error:
+            return f"its attention cannot be replaced ({type(error).__name__}: {first_line(error)[:120]})"
         theirs = caught[site.name].view(2, n, -1)[:, cut:].repeat(1, 2, 1)
         if (gap := _gap(ours.reshape(theirs.shape), theirs)) is not None:
             return f"states behind a prefix differ from those of the whole text (by {gap:.1e} of their size)"

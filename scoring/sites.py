@@ -2,7 +2,7 @@
 
 | site | tensor |
 | --- | --- |
-| `pre_norm` | input of the final norm (without one: the last block's output), width H |
+| `pre_norm` | input of the final norm, width H; without one the last block's output, or what the head reads if widths differ |
 | `post_norm` | output of the final norm, what the head reads, width H |
 | `layer:N` | output of block N, counted from 0, negative from the end, width H |
 | `mlp`, `mlp:N` | inner activation of the last block's MLP (of block N's): the input of its down projection, width of the MLP |
@@ -31,16 +31,25 @@ class Site:
 
 
 def blocks_of(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The decoder's list of blocks: the first module list of the configured length.
+    """The decoder's list of blocks: the first module list of the configured length, else the only one within no other.
+
+    The configured length may count something else: the encoder's blocks, or attentions of which a block has two.
 
     Raises:
         SparsortError: there is none (an architecture that shares or nests its blocks).
     """
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+    lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    for module in lists.values():
+        if len(module) == n_layers:
             return module
+    outer = [
+        module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists if other)
+    ]
+    if len(outer) == 1:
+        return outer[0]
     raise SparsortError(
-        f"{type(decoder).__name__} has no list of {n_layers} blocks; this architecture is not supported."
+        f"{type(decoder).__name__} has no list of {n_layers} blocks, so this architecture is not supported. "
+        "Use another model, or a length or compression scorer."
     )
 
 

@@ -36,3 +36,8 @@ def unknown_choice(
     near = difflib.get_close_matches(str(given).lower(), [name.lower() for name in names], n=1, cutoff=0.4)
     hint = next((f" Did you mean {name!r}?" for name in names if near and name.lower() == near[0]), "")
     return SparsortError(f"unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class: another library's reason, for a message of ours."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -15,6 +15,7 @@ from sparsort.errors import SparsortError
 from sparsort.scoring import backbone as backbone_module
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.sites import blocks_of
 
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt"]
 
@@ -183,3 +184,136 @@ def test_a_checkpoint_that_lacks_weights_is_refused(make_tiny_model: Callable[..
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SparsortError, match=r"lacks weights: model\.layers\.1\.mlp\.up_proj\.weight"):
         _load(folder)
+
+
+def _linear(n_in: int, n_out: int) -> torch.nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        return torch.nn.Linear(n_in, n_out)
+
+
+def _changed_forward(loaded: LoadedModel, forward: Callable[..., Any]) -> LoadedModel:
+    """The model with a forward pass of its own, which is given the old one."""
+    usual = loaded.model.forward
+    loaded.model.forward = lambda *args, **kwargs: forward(usual, *args, **kwargs)
+    return loaded
+
+
+def test_a_model_that_needs_more_than_token_ids_is_refused(make_tiny_model: Callable[..., Path]) -> None:
+    def needs_images(usual: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("pixel_values must be given.\nSee the documentation.")
+
+    loaded = _changed_forward(_load(make_tiny_model("llama")), needs_images)
+    with pytest.raises(SparsortError, match=r"on token ids alone \(pixel_values must be given\)\. Use a causal"):
+        Backbone(loaded)
+
+
+def test_a_model_that_gives_its_blocks_more_than_the_token_ids_is_refused(make_tiny_model: Callable[..., Path]) -> None:
+    def with_a_soft_prompt(usual: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        embedded = loaded.model.get_input_embeddings()(input_ids)
+        return usual(inputs_embeds=torch.cat([embedded[:, :1] * 0 + 1, embedded], dim=1), **kwargs)
+
+    loaded = _load(make_tiny_model("llama"))
+    _changed_forward(loaded, with_a_soft_prompt)
+    with pytest.raises(SparsortError, match="gives its blocks more than the token ids"):
+        Backbone(loaded)
+
+
+@pytest.mark.parametrize("setting", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_configuration_without_sizes_is_refused(setting: str) -> None:
+    from types import SimpleNamespace
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 16}
+    assert backbone_module.sizes_of(SimpleNamespace(**sizes), "m") == (8, 2, 16)
+    del sizes[setting]
+    with pytest.raises(SparsortError, match=f"'m' .SimpleNamespace. has no {setting}, so this architecture"):
+        backbone_module.sizes_of(SimpleNamespace(**sizes), "m")
+
+
+def test_a_decoder_with_another_number_of_blocks_than_its_encoder_is_read(make_tiny_model: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig
+
+    config = BartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=5,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    body = Backbone(load_model(model, tokenizer=AutoTokenizer.from_pretrained(make_tiny_model("llama"))))
+    assert len(body.blocks) == 2
+
+
+def test_two_lists_of_blocks_are_refused() -> None:
+    blocks = torch.nn.ModuleList(_linear(2, 2) for _ in range(3))
+    nested = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"experts": blocks})])})
+    assert blocks_of(nested, 3) is blocks
+    assert blocks_of(nested, 7) is nested["layers"]
+    two = torch.nn.ModuleDict({"slow": blocks, "fast": torch.nn.ModuleList([_linear(2, 2)])})
+    with pytest.raises(
+        SparsortError, match=r"no list of 7 blocks, so this architecture is not supported\. Use another"
+    ):
+        blocks_of(two, 7)
+
+
+def test_a_site_that_holds_no_state_for_each_token_is_refused_when_it_is_named(
+    make_tiny_model: Callable[..., Path],
+) -> None:
+    loaded = _load(make_tiny_model("llama"))
+
+    class Streams(torch.nn.Module):
+        """A block that carries two streams of states."""
+
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, states: torch.Tensor, **options: Any) -> torch.Tensor:
+            return self.block(states[0] if states.dim() == 4 else states, **options)[None].repeat(2, 1, 1, 1)
+
+    class Joined(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, states: torch.Tensor, **options: Any) -> torch.Tensor:
+            return self.block(states[0], **options)
+
+    layers = loaded.model.model.layers
+    layers[0], layers[1] = Streams(layers[0]), Joined(layers[1])
+    body = Backbone(loaded)
+    assert body.site("layer:1").name == "layer:1"
+    with pytest.raises(SparsortError, match=r"'layer:0' of .* holds states of shape \(2, 1, 2, 64\).* Use 'pre_norm'"):
+        body.site("layer:0")
+    layers[2].unused = _linear(128, 64)
+    with pytest.raises(SparsortError, match=r"does not use the module of site 'mlp' \(Linear\)"):
+        body.site("mlp")
+
+
+def test_a_state_of_another_width_before_the_head_is_not_pre_norm(make_tiny_model: Callable[..., Path]) -> None:
+    """Without a final norm, `pre_norm` is the last block's output only if that has the model's width."""
+    loaded = _load(make_tiny_model("no_norm"))
+    assert Backbone(loaded).site("pre_norm").module is Backbone(loaded).blocks[-1]
+
+    class Wide(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            out = self.block(*args, **options)
+            return torch.cat([out, out], dim=-1)
+
+    decoder = loaded.model.model.decoder
+    decoder.layers[-1] = Wide(decoder.layers[-1])
+    decoder.project_out = _linear(128, 64)
+    body = Backbone(loaded)
+    ids = _rows(body.config.vocab_size, lengths=[5, 3], shared=0)
+    ours = _collect(body, ids, ["pre_norm"])["pre_norm"]
+    with torch.inference_mode():
+        theirs = [loaded.model.model(torch.tensor([row])).last_hidden_state[0] for row in ids]
+    _assert_close(ours, theirs)
