@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handshake import Child
+from forks import ForkServer
 
 import sparsort
 from sparsort.curriculum.ablation.design import Ablation
@@ -451,14 +451,9 @@ sparsort.ablate(recipe, out=sys.argv[2], report=False)
 """
 
 
-def start(recipe: Path, out: Path, last: int = 0, moment: int = 0) -> Child:
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": {"OMP_NUM_THREADS": "1"}}
-    return Child(_CHILD, recipe, out, last, moment, **options)
-
-
 @pytest.mark.slow
 def test_killed_runs_and_two_at_once_end_with_the_same_results(
-    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
+    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path], forks: ForkServer
 ) -> None:
     model = str(make_tiny_model("llama"))
     recipe = a_recipe(folder, model=model, dtype="float32", sets=3, shots=(3, 5), random_orders=6)
@@ -466,12 +461,10 @@ def test_killed_runs_and_two_at_once_end_with_the_same_results(
     file.write_text(json.dumps(recipe.to_table()), encoding="utf-8")
     expected = sparsort.ablate(recipe, out=tmp_path / "whole", report=False).results
     for dies in ((1, 1_000), (9, 20_000)):
-        with start(file, tmp_path / "killed", *dies) as child:
-            assert child.was_killed()
-    both = [start(file, tmp_path / "killed") for _ in range(2)]
-    for child in both:
-        _, errors = child.communicate()
-        assert child.returncode == 0, errors
+        job = (_CHILD, [file, tmp_path / "killed", *dies], {})
+        assert forks.run(tmp_path / "once", job) == [-signal.SIGKILL]
+    job = (_CHILD, [file, tmp_path / "killed", 0, 0], {})
+    assert forks.run(tmp_path / "both", job, job) == [0, 0], (tmp_path / "both-0.err").read_text(encoding="utf-8")
     found = Results.load(tmp_path / "killed" / "results")
     for group, other in zip(found.groups, expected.groups, strict=True):
         assert group.key == other.key

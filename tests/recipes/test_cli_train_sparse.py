@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from handshake import Child
+from forks import ForkServer
 from typer.testing import CliRunner
 
 import sparsort
@@ -85,13 +85,12 @@ main()
 """
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, forks: ForkServer) -> None:
     straight = json.loads(_cli(*_command(data, tmp_path / "straight", "--json")).stdout)
     assert straight["sparse"]["saving"] > 0
     assert 0 < straight["sparse"]["mass"] < 1
     command = _command(data, tmp_path / "run")
-    with Child(_KILLED, "train", *command, env={"OMP_NUM_THREADS": str(torch.get_num_threads())}) as child:
-        assert child.was_killed()
+    assert forks.run(tmp_path / "killed", (_KILLED, ["train", *command], {})) == [-signal.SIGKILL]
     assert not (tmp_path / "run" / "result.json").exists()
     shown = _cli(*command).stdout
     for told in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):

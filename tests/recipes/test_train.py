@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from handshake import Child
+from forks import ForkServer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -166,13 +166,11 @@ main()
 """
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_path: Path, forks: ForkServer) -> None:
     out = tmp_path / "run"
     command = [data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--eval-data", data / "held.jsonl"]
     command = [*map(str, (*command, *OPTIONS, "--out", out))]
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with Child(_KILLED, "checkpoint-10", "train", *command, env=environment) as child:
-        assert child.was_killed()
+    assert forks.run(tmp_path / "killed", (_KILLED, ["checkpoint-10", "train", *command], {})) == [-signal.SIGKILL]
     assert not (out / "result.json").exists()
     # Written by the kill's victim or not, a checkpoint without its manifest does not count.
     (out / "checkpoints" / "checkpoint-1000").mkdir()
@@ -383,10 +381,11 @@ def test_rows_that_do_not_fit_are_refused_by_name(data: Path, whole: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path, forks: ForkServer) -> None:
     command = [data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--eval-data", data / "held.jsonl"]
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparsort", "train")
-    run = (sys.executable, "-m", *launcher, *command, *OPTIONS, "--out", tmp_path / "run", "--json")
+    command = ["train", *command, *OPTIONS, "--out", tmp_path / "run", "--json"]
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparsort")
+    run = (sys.executable, "-m", *launcher, *command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, run)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -401,8 +400,9 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> 
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
     (newest / "rng_state_1.pth").write_bytes((newest / "rng_state_1.pth").read_bytes()[:-1])
     (tmp_path / "run" / "result.json").unlink()
-    done = subprocess.run([*map(str, run)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["resumed"] == 30
-    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in done.stderr
+    codes = forks.run_ranks(tmp_path / "again", "from sparsort.__main__ import main; main()", *command)
+    told = (tmp_path / "again-0.err").read_text(encoding="utf-8")
+    assert codes == [0, 0], told
+    assert json.loads((tmp_path / "again-0.out").read_text(encoding="utf-8"))["resumed"] == 30
+    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in told
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == history
