@@ -17,7 +17,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 # Ends with the process that started it, however that ended: the read returns at the end of standard input.
-_BUSY = "import sys, threading; threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start(); sys.stdin.read()"
+_BUSY = """
+import sys, threading
+
+def compute():
+    while True:
+        pass
+
+threading.Thread(target=compute, daemon=True).start()
+sys.stdin.read()
+"""
 
 
 @contextmanager
