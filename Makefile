@@ -19,16 +19,19 @@ RUN := .venv/bin/python
 endif
 
 # -P with -m: the root stays off the path, where its folder `kernels` would answer for Hugging Face's distribution.
-.PHONY: help demo test lint bench gpu-check setup clean
+.PHONY: help demo test test-under-load lint bench gpu-check setup clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 demo: $(READY) ## score the shipped examples, order a prompt, save a picture
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY) ## run all tests, in two processes
 	@OMP_NUM_THREADS=1 $(RUN) -P -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+test-under-load: $(READY) ## run tests five times while eight processes keep the machine busy: ARGS="tests/scoring -k killed"
+	@OMP_NUM_THREADS=1 $(RUN) tests/support/under_load.py $(ARGS)
 
 lint: $(READY) ## check style and types
 	@$(RUN) -P -m ruff check

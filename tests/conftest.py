@@ -18,6 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 import rich.style  # noqa: F401  it draws from the global random state once, at its import
+from forks import ForkServer
 
 # Test machines are shared and slow at times; what a test takes says nothing of the code.
 hypothesis.settings.register_profile("shared", deadline=None)
@@ -105,6 +106,13 @@ def demo_model() -> Path:
         return demo_folder()
     except SparsortError as error:
         pytest.fail(f"the tests need the extra 'dev', which holds the embedded model: {error}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Runs programs that need torch in processes of their own, without importing it in each."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

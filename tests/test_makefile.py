@@ -73,4 +73,6 @@ def test_a_given_python_is_used_as_it_is(project: Path) -> None:
 
 def test_help_lists_the_targets(project: Path) -> None:
     listed = _make(project).stdout
-    assert all(f"make {target}" in listed for target in ("demo", "test", "lint", "bench", "gpu-check"))
+    assert all(
+        f"make {target}" in listed for target in ("demo", "test", "test-under-load", "lint", "bench", "gpu-check")
+    )

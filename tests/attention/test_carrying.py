@@ -373,9 +373,7 @@ def test_ddp_and_fsdp(sparse: Make, tokens: Make, tmp_path: Path) -> None:
         totals.append(lm + WEIGHT * kl)
     expected = _gradients(model, sum(totals) / 2)
     with (tmp_path / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, __file__, str(tmp_path)], stderr=log, stdout=log, timeout=120, check=False
-        )
+        done = subprocess.run([sys.executable, __file__, str(tmp_path)], stderr=log, stdout=log, check=False)
     assert done.returncode == 0, (tmp_path / "log").read_text()
     for kind in KINDS:
         for rank in range(2):

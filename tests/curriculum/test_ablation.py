@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import ForkServer
 
 import sparsort
 from sparsort.curriculum.ablation.design import Ablation
@@ -433,49 +430,42 @@ def test_one_label_only_is_told(
     assert any("label" in note and "only" in note for note in done.notes)
 
 
+# Runs an ablation; argv: its recipe, its folder, the block after which it dies, and at which function call from there (0, 0: it
+# does not).
 _CHILD = """
 import sys, json
 from pathlib import Path
 import sparsort
-recipe = json.loads(Path(sys.argv[1]).read_text())
+from handshake import die_in
+from sparsort.curriculum.ablation.store import OutcomeStore
+recipe, last, moment = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[3]), int(sys.argv[4])
+plain, written = OutcomeStore.write, 0
+def write(self, group, outcomes):
+    global written
+    plain(self, group, outcomes)
+    written += 1
+    if written == last:
+        die_in(moment)
+OutcomeStore.write = write
 sparsort.ablate(recipe, out=sys.argv[2], report=False)
 """
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", _CHILD, str(recipe), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
 @pytest.mark.slow
 def test_killed_runs_and_two_at_once_end_with_the_same_results(
-    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
+    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path], forks: ForkServer
 ) -> None:
     model = str(make_tiny_model("llama"))
     recipe = a_recipe(folder, model=model, dtype="float32", sets=3, shots=(3, 5), random_orders=6)
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe.to_table()), encoding="utf-8")
     expected = sparsort.ablate(recipe, out=tmp_path / "whole", report=False).results
-    killed = 0
-    for seconds in (0.4, 1.1):
-        child = start(file, tmp_path / "killed")
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "killed").rglob("block-*.parquet")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(seconds)
-        child.send_signal(signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
-        child.communicate()
-    both = [start(file, tmp_path / "killed") for _ in range(2)]
-    for child in both:
-        _, told = child.communicate(timeout=240)
-        assert child.returncode == 0, told.decode()
+    for dies in ((1, 1_000), (9, 20_000)):
+        job = (_CHILD, [file, tmp_path / "killed", *dies], {})
+        assert forks.run(tmp_path / "once", job) == [-signal.SIGKILL]
+    job = (_CHILD, [file, tmp_path / "killed", 0, 0], {})
+    assert forks.run(tmp_path / "both", job, job) == [0, 0], (tmp_path / "both-0.err").read_text(encoding="utf-8")
     found = Results.load(tmp_path / "killed" / "results")
-    assert killed
     for group, other in zip(found.groups, expected.groups, strict=True):
         assert group.key == other.key
         assert group.sets == other.sets

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import ForkServer
 from torch import Tensor, nn
 
 from sparsort.curriculum.loading.gathering import gather
@@ -303,7 +301,7 @@ def test_without_other_ranks_gathering_only_orders() -> None:
 
 
 _RANK = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
@@ -311,8 +309,7 @@ import test_loading_online_curriculum as tests
 from torch.nn.parallel import DistributedDataParallel
 from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
 
-out, rank = Path(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
+out, rank = Path(sys.argv[2]), int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
 toy, loader = tests.setting("pool", rank=rank, world_size=2)
 wrapped = DistributedDataParallel(toy)
@@ -337,14 +334,9 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_get_the_same_revised_plans_and_one_goes_on_with_them(tmp_path: Path) -> None:
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-P", "-c", _RANK, here, str(tmp_path), str(rank)], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+def test_two_processes_get_the_same_revised_plans_and_one_goes_on_with_them(tmp_path: Path, forks: ForkServer) -> None:
+    codes = forks.run_ranks(tmp_path / "ranks", _RANK, Path(__file__).parent, tmp_path)
+    assert codes == [0, 0], (tmp_path / "ranks-0.err").read_text(encoding="utf-8")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     fingerprints, orders, _ = first

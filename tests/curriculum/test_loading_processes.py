@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handshake import die, die_in, search_path
 
 from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.planning import plan_curriculum
@@ -65,6 +65,18 @@ def _write(path: Path, **line: Any) -> None:
         handle.write(json.dumps(line) + "\n")
 
 
+def _write_step(job: dict[str, Any], rank: int, **line: Any) -> None:
+    """Write down a step. A job with `dies` = (lines, moment) dies at that function call after that many lines of its own."""
+    path = Path(job["log"]) / f"rank-{rank}.jsonl"
+    _write(path, **line)
+    lines, moment = job.get("dies", (None, 0))
+    job["written"] = job.get("written", 0) + 1
+    if job["written"] == lines:
+        die_in(moment)
+    elif lines is not None and job["written"] > lines:
+        die()
+
+
 def _train_with_trainer(job: dict[str, Any], rank: int) -> None:
     """transformers' Trainer, and DDP where there are several ranks."""
     from transformers import TrainingArguments, default_data_collator
@@ -72,13 +84,11 @@ def _train_with_trainer(job: dict[str, Any], rank: int) -> None:
     from sparsort.curriculum.loading.online import OnlineDifficulty
     from sparsort.curriculum.loading.trainer import CurriculumTrainer
 
-    out = Path(job["log"]) / f"rank-{rank}.jsonl"
-
     class Written(CurriculumTrainer):
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             rows = _numbers(inputs)
             loss = super().training_step(model, inputs, *args, **kwargs)
-            _write(out, step=self.state.global_step, rows=rows, loss=float(loss).hex())
+            _write_step(job, rank, step=self.state.global_step, rows=rows, loss=float(loss).hex())
             return loss
 
     class Measured(OnlineDifficulty):
@@ -126,7 +136,7 @@ def _train_in_a_loop(job: dict[str, Any], rank: int) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            _write(Path(job["log"]) / "rank-0.jsonl", step=step, rows=_numbers(inputs), loss=float(loss).hex())
+            _write_step(job, rank, step=step, rows=_numbers(inputs), loss=float(loss).hex())
             state = json.dumps(loader.state_dict())
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**saved, "random": torch.get_rng_state(), "loader": state}, file.with_suffix(".new"))
@@ -191,7 +201,13 @@ def _serve() -> None:
 
 class Server:
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        environment = {
+            **os.environ,
+            **search_path(),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -231,7 +247,7 @@ def server() -> Iterator[Server]:
         yield server
         assert process.stdin
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait() == 0
 
 
 def _lines(log: Path, rank: int = 0, what: str = "rank") -> list[Line]:
@@ -346,23 +362,9 @@ def test_an_online_curriculum_is_planned_anew_and_resumes_exactly(
     assert "Resume with online=" in (tmp_path / "off" / "output-0.txt").read_text()
 
 
-def _kill_after(server: Server, log: Path, pid: int, n_lines: int, wait: float) -> bool:
-    """Kill a trainee once its log holds `n_lines`, and a random moment later; False if it had ended by itself."""
-    deadline = time.monotonic() + 60
-    while len(_lines(log)) < n_lines and time.monotonic() < deadline and _alive(pid):
-        time.sleep(0.001)
-    time.sleep(wait)
-    if _alive(pid):
-        os.kill(pid, signal.SIGKILL)
+def _is_killed(server: Server, log: Path, kind: str, **job: Any) -> bool:
+    server.start(log, kind, **job)
     return server.finish() == [-signal.SIGKILL]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def test_twenty_kills_at_random_steps_change_nothing(server: Server, tmp_path: Path) -> None:
@@ -373,9 +375,9 @@ def test_twenty_kills_at_random_steps_change_nothing(server: Server, tmp_path: P
 
     chance, log, kills = random.Random(11), tmp_path / "killed", 0
     for _ in range(20):
-        (pid,) = server.start(log, "loop", workers=chance.choice([0, 0, 0, 2]), **job)
-        enough = len(_lines(log)) + chance.randrange(0, 7)
-        kills += _kill_after(server, log, pid, enough, chance.uniform(0, 0.02))
+        # A step with its checkpoint takes about 9,000 function calls.
+        dies = (chance.randrange(1, 7), chance.randrange(1, 9_000))
+        kills += _is_killed(server, log, "loop", workers=chance.choice([0, 0, 0, 2]), dies=dies, **job)
     assert kills == 20
     ((killed),) = server.run(log, "loop", **job)
 
@@ -391,9 +393,8 @@ def test_a_trainer_killed_twice_ends_where_it_would_have(server: Server, tmp_pat
     job: dict[str, Any] = {"plan": str(plan.folder), "n": 61, "options": options}
     ((straight),) = server.run(tmp_path / "straight", "trainer", **job)
     log = tmp_path / "killed"
-    for number, n_lines in enumerate([7, 17]):
-        (pid,) = server.start(log, "trainer", resume=number > 0 or None, **job)
-        assert _kill_after(server, log, pid, n_lines, 0.005 * number)
+    for number, dies in enumerate([(7, 1), (10, 20_000)]):
+        assert _is_killed(server, log, "trainer", resume=number > 0 or None, dies=dies, **job)
     ((killed),) = server.run(log, "trainer", resume=True, **job)
     assert _last_times(killed) == _last_times(straight)
     assert list(_global([straight]).values()) == _planned(plan, range(16))

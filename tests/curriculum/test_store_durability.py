@@ -7,10 +7,7 @@ import fcntl
 import logging
 import os
 import random
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from handshake import Child
 
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.store import OutcomeStore
@@ -70,24 +68,17 @@ def fsyncless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def python(script: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
+def python(script: str, *arguments: object, cwd: Path) -> Child:
     prelude = (
-        "import sys, numpy as np\n"
+        "import itertools, sys, numpy as np\n"
         "from pathlib import Path\n"
+        "from handshake import die_in, hold\n"
         "from sparsort.errors import SparsortError\n"
         "from sparsort.curriculum.ablation.store import OutcomeStore, Outcomes\n"
         f"FEATURES = {FEATURES!r}\n"
         f"IDENTITY = {IDENTITY!r}\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + script, *map(str, arguments)],
-        cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    )  # fmt: skip
-
-
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    return Child(prelude + script, *arguments, cwd=cwd)
 
 
 # Damage
@@ -242,7 +233,7 @@ def test_a_file_that_the_system_does_not_let_grow_is_an_error(tmp_path: Path) ->
     store = make(tmp_path / "store")
     store.write("g", outcomes(grid("p", 3)))
     process = python(LIMITED, store.folder, cwd=tmp_path)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert "cannot write" in out
     assert "File too large" in out
     assert store.read("g").pairs() == grid("p", 3)
@@ -251,12 +242,14 @@ def test_a_file_that_the_system_does_not_let_grow_is_an_error(tmp_path: Path) ->
 
 # Kills, and processes at once
 
+# Writes without end; argv: folder, own name, whether it compacts, and the function call at which it dies (0: it does not).
 WRITER = """
 store = OutcomeStore(Path(sys.argv[1]), IDENTITY, feature_names=FEATURES)
-me, compacts = sys.argv[2], sys.argv[3] == "compacts"
-print("ready", flush=True)
-sys.stdin.readline()
-for batch in range(10_000):
+me, compacts, moment = sys.argv[2], sys.argv[3] == "compacts", int(sys.argv[4])
+hold("ready")
+if moment:
+    die_in(moment)
+for batch in itertools.count():
     n = 1 + batch % 7
     value = np.full((n, 2), -float(batch), np.float32)
     store.write("g", Outcomes(prefix=[f"{me}-{batch}"] * n, query=[f"q{i}" for i in range(n)], log_p=value,
@@ -274,23 +267,24 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(
     folder = tmp_path / "store"
     acknowledged: dict[str, int] = {}
     for turn in range(2):
+        # First at a function call, of which a batch takes about 450; then from outside, also between the writes of C++.
+        moments = [rng.randrange(1, 5000) if turn == 0 else 0 for _ in range(3)]
         writers = {
-            f"w{turn}{i}": python(WRITER, folder, f"w{turn}{i}", ["compacts", "writes"][i % 2], cwd=tmp_path)
-            for i in range(3)
+            f"w{turn}{i}": python(WRITER, folder, f"w{turn}{i}", ["compacts", "writes"][i % 2], moment, cwd=tmp_path)
+            for i, moment in enumerate(moments)
         }
         for writer in writers.values():
-            assert line(writer) == "ready"
+            assert writer.line() == "ready"
         for writer in writers.values():
-            assert writer.stdin is not None
-            writer.stdin.write("go\n")
-            writer.stdin.flush()
-        for name, writer in writers.items():
-            told = [int(line(writer)) for _ in range(rng.randrange(1, 8))]
-            time.sleep(rng.uniform(0, 0.03))
-            writer.kill()
+            writer.go()
+        for (name, writer), moment in zip(writers.items(), moments, strict=True):
+            told = [] if moment else [int(writer.line()) for _ in range(rng.randrange(1, 8))]
+            if not moment:
+                writer.kill()
             assert writer.stdout is not None
             with writer:
                 told += [int(entry) for entry in writer.stdout.read().split()]
+                assert writer.was_killed()
             assert told == list(range(len(told)))
             acknowledged[name] = len(told)
     store = make(folder)
@@ -374,8 +368,7 @@ def test_a_reader_never_sees_less_while_blocks_are_merged(fsyncless: None, tmp_p
 
 
 CREATOR = """
-print("ready", flush=True)
-sys.stdin.readline()
+hold("ready")
 try:
     store = OutcomeStore(Path(sys.argv[1]), {**IDENTITY, "weights": sys.argv[2]}, feature_names=FEATURES)
     store.write("g", Outcomes(prefix=[sys.argv[3]], query=["q"], log_p=[[-1.0]], n_tokens=[[1]], features=[[1, 2, 3]]))
@@ -389,14 +382,10 @@ def test_of_processes_that_make_a_store_at_once_one_identity_wins(tmp_path: Path
     folder = tmp_path / "new" / "store"
     processes = [python(CREATOR, folder, ["even", "odd"][i % 2], i, cwd=tmp_path) for i in range(3)]
     for process in processes:
-        assert line(process) == "ready"
-    said = []
+        assert process.line() == "ready"
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        said.append(process.communicate(timeout=60)[0].strip())
+        process.go()
+    said = [process.communicate()[0].strip() for process in processes]
     winner = OutcomeStore.existing(folder)
     parity = ["even", "odd"].index(winner.identity["weights"])
     assert said == ["made" if i % 2 == parity else "refused" for i in range(3)]
@@ -406,8 +395,7 @@ def test_of_processes_that_make_a_store_at_once_one_identity_wins(tmp_path: Path
 HOLDER = """
 store = OutcomeStore.existing(Path(sys.argv[1]))
 with store.claim("g") as ours:
-    print(ours, flush=True)
-    sys.stdin.readline()
+    hold(ours)
 """
 
 
@@ -416,7 +404,7 @@ def test_a_claim_holds_between_processes_and_goes_with_a_kill(tmp_path: Path) ->
     store.write("g", outcomes(grid("p", 1)))
     store.write("g", outcomes(grid("r", 1)))
     holder = python(HOLDER, store.folder, cwd=tmp_path)
-    assert line(holder) == "True"
+    assert holder.line() == "True"
     with store.claim("g") as ours, store.claim("h") as another:
         assert (ours, another) == (False, True)
     assert not store.compact("g")
@@ -427,7 +415,7 @@ def test_a_claim_holds_between_processes_and_goes_with_a_kill(tmp_path: Path) ->
     with store.claim("g") as ours:
         assert ours
         second = python(HOLDER, store.folder, cwd=tmp_path)
-        assert second.communicate("\n", timeout=60)[0].strip() == "False"
+        assert second.communicate("\n")[0].strip() == "False"
         assert store.compact("g")
     assert len(blocks(store)) == 1
 
@@ -466,7 +454,8 @@ def test_a_claim_clears_what_was_left_half_written_long_ago(tmp_path: Path) -> N
     old, fresh = (blocks(store)[0].with_name(f".block-{name}.parquet.77.tmp") for name in ("old", "fresh"))
     for path in (old, fresh):
         path.write_bytes(b"PAR1")
-    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    long_ago = fresh.stat().st_mtime - 7200
+    os.utime(old, (long_ago, long_ago))
     with store.claim("g"):
         pass
     assert (old.exists(), fresh.exists()) == (False, True)

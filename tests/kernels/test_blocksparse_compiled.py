@@ -65,7 +65,7 @@ def test_kernels_compile(kernel, dtype, capability, constants, tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     asked = json.dumps([kernel, dtype, capability, constants])
     command = [sys.executable, "-P", "-c", SCRIPT, asked]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     size, shared = json.loads(done.stdout)
     assert size > 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from handshake import Child
 from typer.testing import CliRunner
 
 from sparsort.recipes.cli import app
@@ -171,13 +172,12 @@ def test_env_names_the_model_and_the_reasons(demo_model: Path) -> None:
 # Scores four rows, which fill two shards of two, says so, and waits inside the fifth: an interrupt finds it there however loaded
 # the machine is.
 _WAITING = """
-import sys, threading
+from handshake import hold
 from sparsort.scoring import baselines
 plain, scored = baselines.CompressionScorer.value, []
 def value(self, row, text):
     if len(scored) == 4:
-        print("waiting", flush=True)
-        threading.Event().wait(600)
+        hold("waiting")
     scored.append(row.id)
     return plain(self, row, text)
 baselines.CompressionScorer.value = value
@@ -190,13 +190,12 @@ def test_an_interrupt_keeps_what_is_done_and_the_same_command_resumes(file: Path
     out = tmp_path / "s"
     command = ["score", str(file), "--scorer", "compression", "--prompt", "{question}"]
     command += ["--out", str(out), "--shard-rows", "2"]
-    with subprocess.Popen(
-        [sys.executable, "-c", _WAITING, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "waiting\n"
+    with Child(_WAITING, *command, stderr=subprocess.PIPE) as process:
+        assert process.line() == "waiting"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=600)
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        process.wait()
     assert process.returncode == 130, errors
     assert "resumes after what its output folder holds" in errors
     assert "Traceback" not in errors

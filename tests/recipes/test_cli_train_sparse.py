@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from forks import ForkServer
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort import manifests
 from sparsort.recipes import cli_train
 from sparsort.recipes.cli import app
 from sparsort.recipes.train_recipe import RECIPES
@@ -71,22 +70,27 @@ def _run(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path) -> None:
+# `sparsort` that dies as soon as its first checkpoint is sealed; argv: its arguments.
+_KILLED = """
+from handshake import die
+from sparsort import manifests
+from sparsort.__main__ import main
+plain = manifests.write_manifest
+def write_manifest(folder, **options):
+    plain(folder, **options)
+    if folder.name == "checkpoint-4":
+        die()
+manifests.write_manifest = write_manifest
+main()
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, forks: ForkServer) -> None:
     straight = json.loads(_cli(*_command(data, tmp_path / "straight", "--json")).stdout)
     assert straight["sparse"]["saving"] > 0
     assert 0 < straight["sparse"]["mass"] < 1
     command = _command(data, tmp_path / "run")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-m", "sparsort", "train", *command], env=environment)
-    end = time.monotonic() + 120
-    try:
-        while not (tmp_path / "run" / "checkpoints" / "checkpoint-4" / manifests.FILE).exists():
-            assert process.poll() is None, "it ended before its first checkpoint"
-            assert time.monotonic() < end
-            time.sleep(0.005)
-    finally:
-        process.kill()
-        process.wait()
+    assert forks.run(tmp_path / "killed", (_KILLED, ["train", *command], {})) == [-signal.SIGKILL]
     assert not (tmp_path / "run" / "result.json").exists()
     shown = _cli(*command).stdout
     for told in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):

@@ -359,4 +359,4 @@ def test_planning_leaves_no_torch_behind(scores: Path) -> None:
         f"make_plan({str(scores)!r}, settings=CurriculumSettings(batch_size=4)); "
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

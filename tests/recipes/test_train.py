@@ -11,14 +11,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import ForkServer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -151,22 +150,32 @@ def test_a_division_of_the_work_changes_rounding_only(data: Path, whole: Path, t
     assert _losses(tmp_path / "run") == pytest.approx(_losses(whole), rel=1e-4)
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_path: Path) -> None:
+# `sparsort` that is killed in its next training step once the checkpoint named by argv[1] is sealed; argv[2:]: its arguments.
+_KILLED = """
+import sys
+from handshake import die_in
+from sparsort import manifests
+from sparsort.__main__ import main
+plain, last = manifests.write_manifest, sys.argv.pop(1)
+def write_manifest(folder, **options):
+    plain(folder, **options)
+    if folder.name == last:
+        die_in(5_000)
+manifests.write_manifest = write_manifest
+main()
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_path: Path, forks: ForkServer) -> None:
     out = tmp_path / "run"
     command = [data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--eval-data", data / "held.jsonl"]
     command = [*map(str, (*command, *OPTIONS, "--out", out))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-m", "sparsort", "train", *command], env=environment)
-    try:
-        _wait_for(out / "checkpoints" / "checkpoint-10" / manifests.FILE, lambda: process.poll() is None)
-    finally:
-        process.kill()
-        process.wait()
+    assert forks.run(tmp_path / "killed", (_KILLED, ["checkpoint-10", "train", *command], {})) == [-signal.SIGKILL]
     assert not (out / "result.json").exists()
     # Written by the kill's victim or not, a checkpoint without its manifest does not count.
     (out / "checkpoints" / "checkpoint-1000").mkdir()
     summary = json.loads(_cli(*command, "--json").stdout)
-    assert summary["resumed"] >= 10
+    assert summary["resumed"] == 10
     assert summary["steps"] == STEPS
     _same(out, whole)
     again = json.loads(_cli(*command, "--json").stdout)
@@ -175,26 +184,24 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_pat
     assert "finished before" in _cli(*command).stdout
 
 
-def test_an_interrupt_keeps_a_checkpoint_and_exits_with_130(data: Path, tmp_path: Path) -> None:
+def test_an_interrupt_keeps_a_checkpoint_and_exits_with_130(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Online, so that what was learnt of the rows has to come back too; in the second epoch it has made another plan.
     online = [data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", *OPTIONS]
     online += ["--later-epochs", "repeat", "--eval-share", 0, "--online"]
     handler = signal.getsignal(signal.SIGINT)
     _cli(*online, "--out", tmp_path / "straight")
-    over = threading.Event()
+    write_manifest = manifests.write_manifest
 
-    def interrupt() -> None:
-        _wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-15" / "trainer_state.json", lambda: not over.is_set())
-        if not over.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+    def write_and_interrupt(folder: Path, **options: Any) -> None:
+        write_manifest(folder, **options)
+        if folder.name == "checkpoint-15":
+            signal.raise_signal(signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "write_manifest", write_and_interrupt)
         stopped = _cli(*online, "--out", tmp_path / "run", code=130)
-    finally:
-        over.set()
-        thread.join()
     assert "interrupted" in stopped.stderr
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "run" / "result.json").exists()
@@ -374,10 +381,11 @@ def test_rows_that_do_not_fit_are_refused_by_name(data: Path, whole: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path, forks: ForkServer) -> None:
     command = [data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--eval-data", data / "held.jsonl"]
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparsort", "train")
-    run = (sys.executable, "-m", *launcher, *command, *OPTIONS, "--out", tmp_path / "run", "--json")
+    command = ["train", *command, *OPTIONS, "--out", tmp_path / "run", "--json"]
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparsort")
+    run = (sys.executable, "-m", *launcher, *command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, run)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -392,25 +400,9 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> 
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
     (newest / "rng_state_1.pth").write_bytes((newest / "rng_state_1.pth").read_bytes()[:-1])
     (tmp_path / "run" / "result.json").unlink()
-    done = subprocess.run([*map(str, run)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["resumed"] == 30
-    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in done.stderr
+    codes = forks.run_ranks(tmp_path / "again", "from sparsort.__main__ import main; main()", *command)
+    told = (tmp_path / "again-0.err").read_text(encoding="utf-8")
+    assert codes == [0, 0], told
+    assert json.loads((tmp_path / "again-0.out").read_text(encoding="utf-8"))["resumed"] == 30
+    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in told
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == history
-
-
-def _wait_for(path: Path, going: Callable[[], bool], seconds: float = 120) -> None:
-    """Until the JSON file at `path` is written to its end."""
-    end = time.monotonic() + seconds
-    while not _whole_json(path):
-        assert going(), f"it ended before {path.name} was there"
-        assert time.monotonic() < end, f"no {path} within {seconds} s"
-        time.sleep(0.005)
-
-
-def _whole_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return True

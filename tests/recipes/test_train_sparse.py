@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import ForkServer
 from transformers import AutoModelForCausalLM
 
 import sparsort
@@ -482,13 +480,9 @@ def test_the_summary_leaves_out_what_was_not_measured() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(data: dict[str, Any], whole: Path, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"from sparsort.recipes.train import train\ntrain(**{data!r}, out={str(tmp_path / 'run')!r}, recipe={RECIPE!r})\n"
-    )
-    run = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
-    done = subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_train_as_one(data: dict[str, Any], whole: Path, tmp_path: Path, forks: ForkServer) -> None:
+    code = f"from sparsort.recipes.train import train\ntrain(**{data!r}, out={str(tmp_path / 'run')!r}, recipe={RECIPE!r})\n"
+    codes = forks.run_ranks(tmp_path / "ranks", code)
+    assert codes == [0, 0], (tmp_path / "ranks-0.err").read_text(encoding="utf-8")
     assert _losses(tmp_path / "run") == pytest.approx(_losses(whole), rel=1e-2)
     assert _history(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(_history(whole)[-1]["eval_loss"], rel=1e-2)

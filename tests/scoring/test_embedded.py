@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +36,6 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     def convert(_package: Any, folder: Path) -> None:
         done.append(folder)
-        time.sleep(0.05)
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
         record = {
@@ -80,10 +79,19 @@ def test_a_damaged_folder_is_converted_again(cache: Path, converted: list[Path],
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
-def test_several_conversions_at_once_all_succeed(cache: Path, converted: list[Path]) -> None:
+def test_several_conversions_at_once_all_succeed(
+    cache: Path, converted: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert, all_began = embedded._convert, threading.Barrier(4)
+
+    def convert_with_the_others(package: Any, folder: Path) -> None:
+        all_began.wait()
+        convert(package, folder)
+
+    monkeypatch.setattr(embedded, "_convert", convert_with_the_others)
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: demo_folder(progress=lambda _: None), range(4)))
-    assert len(converted) > 1, "the conversions did not overlap: the test shows nothing"
+    assert len(converted) == 4
     assert len(set(folders)) == 1
     assert (folders[0] / "model.safetensors").read_bytes() == b"weights"
     assert [path.name for path in cache.iterdir()] == [folders[0].name]
@@ -105,7 +113,7 @@ def test_what_a_killed_conversion_left_is_removed_after_an_hour(cache: Path, con
     old, fresh = cache / f"{name}.old", cache / f"{name}.fresh"
     for folder in (old, fresh):
         folder.mkdir(parents=True)
-    os.utime(old, (time.time() - 7200,) * 2)
+    os.utime(old, (fresh.stat().st_mtime - 7200,) * 2)
     demo_folder(progress=lambda _: None)
     assert not old.exists()
     assert fresh.exists()

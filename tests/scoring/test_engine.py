@@ -5,10 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import random
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from handshake import Child
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.engine import Coverage, run, run_part
@@ -217,24 +214,30 @@ def test_a_scorer_that_gives_another_table_is_refused() -> None:
         run(open_rows(ROWS), Lengths(), out=None, shard_rows=0)
 
 
-# A process that scores rows.jsonl in its folder and notes every call of the scorer; argv: folder, out, part, n, pause.
+# A process that scores rows.jsonl in its folder and notes every call of the scorer; argv: folder, out, part, n, and the call
+# of the scorer after which it dies, with the number of function calls between the two (0: it does not).
 _PROCESS = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
+from handshake import die_in
 from sparsort.scoring.engine import run_part
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sources import open_rows
 
-folder, out, k, n, pause = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+folder, out, (k, n, last, moment) = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])
+calls = 0
 
 class Scorer:
     provenance = {"scorer": "length", "metric": "length", "orientation": {"length": 1}}
     metrics = ("length",)
     def score_rows(self, rows, advance):
+        global calls
         with (folder / "calls.log").open("a") as log:
             log.write(f"{rows[0].position}\\n")
-        time.sleep(pause)
+        calls += 1
+        if calls == last:
+            die_in(moment)
         lengths = np.array([len(row.fields["text"]) for row in rows], dtype=float)
         zeros = np.zeros(len(rows), dtype=np.int32)
         return score_table(rows, lengths, ["ok"] * len(rows), [""] * len(rows), zeros, zeros, {"length": lengths})
@@ -243,10 +246,9 @@ print(run_part(open_rows(folder / "rows.jsonl"), Scorer(), out=out, part=(k, n),
 """
 
 
-def start(folder: Path, out: str, part: tuple[int, int] = (0, 1), pause: float = 0.0) -> subprocess.Popen[str]:
+def start(folder: Path, out: str, part: tuple[int, int] = (0, 1), dies: tuple[int, int] = (0, 0)) -> Child:
     (folder / "calls.log").touch()
-    arguments = [str(folder), str(folder / out), str(part[0]), str(part[1]), str(pause)]
-    return subprocess.Popen([sys.executable, "-c", _PROCESS, *arguments], stdout=subprocess.PIPE, text=True)
+    return Child(_PROCESS, folder, folder / out, *part, *dies)
 
 
 def write_rows(folder: Path, count: int) -> None:
@@ -262,20 +264,15 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
     kills = 0
     for _attempt in range(12):
         called = len(log.read_text().split()) if log.exists() else 0
-        process = start(tmp_path, "out", pause=0.005)
-        wanted = called + chance.randint(1, 9)
-        while process.poll() is None and len(log.read_text().split()) < wanted:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.02)
-        process.kill()
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
+        # A shard takes about 1,140 function calls, so the kill falls into this one or the next.
+        with start(tmp_path, "out", dies=(chance.randint(1, 9), chance.randint(1, 2300))) as process:
+            kills += process.was_killed()
         # Nothing that was done at the last kill was scored since, and it is all still there.
         assert done.isdisjoint(map(int, log.read_text().split()[called:]))
         now = {25 * int(file.stem.removeprefix("shard-")) for file in out.glob("shard-*.parquet")}
         assert done <= now
         done = now
-    assert kills >= 10
+    assert kills == 12
     assert 0 < len(done) < 120
     called = len(log.read_text().split())
     assert start(tmp_path, "out").communicate()[0].endswith("complete=True)\n")
@@ -296,8 +293,9 @@ def test_processes_that_score_parts_at_once_do_not_disturb_each_other(tmp_path: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-_MILLION = """
-import json, sys, threading, time
+# Scores a file and measures its own memory after every shard; argv: folder.
+_MEASURED = """
+import json, sys
 from pathlib import Path
 import numpy as np, psutil
 from sparsort.scoring.engine import run
@@ -311,29 +309,32 @@ class Scorer:
         lengths = np.array([len(row.fields["text"]) for row in rows], dtype=float)
         zeros = np.zeros(len(rows), dtype=np.int32)
         metrics = {name: lengths for name in self.metrics}
-        return score_table(rows, lengths, ["ok"] * len(rows), [""] * len(rows), zeros, zeros, metrics)
+        table = score_table(rows, lengths, ["ok"] * len(rows), [""] * len(rows), zeros, zeros, metrics)
+        used.append(memory().rss)
+        return table
 
-folder, rss = Path(sys.argv[1]), psutil.Process().memory_info
-start, peak = rss().rss, 0
-def watch():
-    global peak
-    while True:
-        peak = max(peak, rss().rss)
-        time.sleep(0.005)
-threading.Thread(target=watch, daemon=True).start()
+folder, memory = Path(sys.argv[1]), psutil.Process().memory_info
+used = [memory().rss]
 scores = run(open_rows(folder / "rows.jsonl"), Scorer(), out=folder / "out")
 counts = scores.counts("status")
-print(json.dumps({"rows": len(scores), "counts": counts, "grown": peak - start, "hardest": scores.difficulty.max()}))
+hardest = scores.difficulty.max()
+used.append(memory().rss)
+print(json.dumps({"rows": len(scores), "counts": counts, "used": used, "hardest": hardest}))
 """
 
 
 @pytest.mark.slow
-def test_a_million_rows_do_not_need_a_million_rows_of_memory(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    # What the rows of one shard need is there after the first shards. All 250,000 rows would add 150 MiB from then on.
+    n = 250_000
     with (tmp_path / "rows.jsonl").open("w") as file:
-        for i in range(1_000_000):
+        for i in range(n):
             file.write(f'{{"id": "example-{i}", "text": "What is {i} + {i}?"}}\n')
-    command = [sys.executable, "-c", _MILLION, str(tmp_path)]
-    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert said["rows"] == 1_000_000
-    assert said["counts"] == {"ok": 1_000_000}
-    assert said["grown"] < 300 * 2**20
+    with Child(_MEASURED, tmp_path) as child:
+        measured = json.loads(child.line())
+    used = measured["used"]
+    assert measured["rows"] == n
+    assert measured["counts"] == {"ok": n}
+    assert len(used) > 100
+    assert max(used) - used[0] < 300 * 2**20
+    assert max(used) - max(used[: len(used) // 10]) < 40 * 2**20

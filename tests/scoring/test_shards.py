@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from handshake import Child
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -224,14 +223,15 @@ def test_the_one_who_comes_second_is_refused(has_links: bool, tmp_path: Path, mo
     assert names(tmp_path) == ["manifest.json"]
 
 
-# Two such processes begin in the same 30 folders, each at the same moment; argv: folder, own name, the other's, links.
+# Two such processes begin in the same 30 folders, each when the test lets both go; argv: folder, own name, links.
 _RACER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
+from handshake import hold
 from sparsort.errors import SparsortError
 from sparsort.scoring.shards import ShardStore
 
-folder, own, other, has_links = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "True"
+folder, own, has_links = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 
 def no_links(*paths):
     raise OSError(1, "Operation not permitted")
@@ -239,34 +239,27 @@ def no_links(*paths):
 if not has_links:
     os.link = no_links
 for at in range(30):
-    (folder / f"{own}.{at}").touch()
-    while not (folder / f"{other}.{at}").exists():
-        time.sleep(0)
+    hold("ready")
     try:
         ShardStore.open(folder / f"out{at}", provenance={"scorer": own}, shard_rows=100)
-        print(own)
+        print(own, flush=True)
     except SparsortError as error:
-        print("refused")
+        print("refused", flush=True)
 """
 
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_of_two_that_begin_at_once_one_wins(has_links: bool, tmp_path: Path) -> None:
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RACER, str(tmp_path), own, other, str(has_links)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for own, other in (("a", "b"), ("b", "a"))
-    ]
-    said = [racer.communicate(timeout=60)[0].split() for racer in racers]
-    assert [len(lines) for lines in said] == [30, 30]
-    for at, pair in enumerate(zip(*said, strict=True)):
-        assert pair in (("a", "refused"), ("refused", "b"))
-        manifest = json.loads((tmp_path / f"out{at}" / "manifest.json").read_text())
-        assert manifest["provenance"]["scorer"] in pair
-        assert names(tmp_path / f"out{at}") == ["manifest.json"]
+    with Child(_RACER, tmp_path, "a", has_links) as one, Child(_RACER, tmp_path, "b", has_links) as other:
+        for at in range(30):
+            assert (one.line(), other.line()) == ("ready", "ready")
+            one.go()
+            other.go()
+            pair = (one.line(), other.line())
+            assert pair in (("a", "refused"), ("refused", "b"))
+            manifest = json.loads((tmp_path / f"out{at}" / "manifest.json").read_text())
+            assert manifest["provenance"]["scorer"] in pair
+            assert names(tmp_path / f"out{at}") == ["manifest.json"]
 
 
 def test_shards_of_other_settings_are_not_finished(tmp_path: Path) -> None:
