@@ -32,7 +32,22 @@ from sparsort.scoring.shards import MANIFEST
 
 SHARDS, ROWS = 10_000, 2
 FLOOR = 5.0  # seconds, of a resume and of a plan
-_WORDS = "the of and sparse model order score demo pear apple river train light stone quick brown".split()
+_WORDS = (
+    "the",
+    "of",
+    "sparse",
+    "model",
+    "order",
+    "score",
+    "demo",
+    "pear",
+    "river",
+    "train",
+    "light",
+    "stone",
+    "quick",
+    "brown",
+)
 
 
 def main() -> None:
@@ -57,7 +72,7 @@ def _measure(report: Report, folder: Path, shards: int, repeats: int) -> None:
         wall, cpu = _run(*score, folder / f"scores-{count}")
         report.add(f"write {count:,} shards", wall, "s", better="lower", note=f"CPU {cpu:.1f} s, once")
         report.add(f"write, a shard of {count:,}", 1e3 * cpu / count, "ms CPU", better="lower")
-    os.rename(folder / f"scores-{shards}", out)
+    (folder / f"scores-{shards}").rename(out)
     command = [*score, out]
     _add(report, "import", lambda: _run("--version"), repeats)
     _add(report, "resume", lambda: _run(*command), repeats, FLOOR)

@@ -70,7 +70,7 @@ def digest_of_file(path: Path) -> str:
     """
     state = hashlib.blake2b(digest_size=_BITS // 8)
     # Not `hashlib.file_digest`, whose buffer takes longer to make than a small file takes to read.
-    with open(path, "rb", buffering=0) as handle:
+    with path.open("rb", buffering=0) as handle:
         while piece := handle.read(_PIECE):
             state.update(piece)
     return state.hexdigest()

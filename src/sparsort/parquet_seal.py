@@ -4,10 +4,10 @@ Contract: `add_seal` puts a block of JSON between the last page and the footer. 
 footer and the footer from the end of the file, so they never look at the block. `read_seal` returns the block only if every
 other bit of the file is as it was, and it does so without parsing Parquet: 10,000 shards of 30 kB are checked in a second.
 
-    PAR1 · pages · copy · "sparsort" · JSON · its length (4 bytes, little endian) · "sparsort" · footer · its length (4 bytes) · PAR1
+    PAR1 · pages · copy · "sparsort" · JSON · its length (4 bytes, little endian) · "sparsort" · footer · its length · PAR1
 
-The copy is optional: the same table in a form that is read faster, for files that are so small that opening Parquet costs more than
-reading it. The digest of the whole covers it, and the block has its place and a digest of its own, which `read_copy` checks.
+The copy is optional: the same table in a form that is read faster, for files that are so small that opening Parquet takes most
+of the time. The digest of the whole covers it, and the block has its place and a digest of its own, which `read_copy` checks.
 
 The word is there twice, so that one flipped bit cannot turn a sealed file into one without a seal. A file without a seal was
 written before there were seals, or by another program, such as pyarrow from a table that was read from a sealed file.
@@ -106,7 +106,7 @@ def read_copy(path: Path) -> bytes | None:
 
 
 def _find(handle: BinaryIO) -> tuple[dict[str, Any], int, int, int] | None:
-    """The values in the block, empty if they have changed; where it begins and ends; and the size of the file. None without one."""
+    """The values in the block, empty if they have changed, where it begins and ends, and the file's size; None without one."""
     size = os.fstat(handle.fileno()).st_size
     footer = _footer(handle, size)
     if footer is None or footer < _END:
