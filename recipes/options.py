@@ -150,15 +150,15 @@ def _stopped(ctx: Any, stop: KeyboardInterrupt) -> StoppedError:
     cause = f"interrupted by {stop}" if str(stop) else "interrupted"
     # The arguments of a launcher such as torchrun, or of another program that calls the app, are not known.
     is_alone = ctx.info_name in sys.argv[1:] and "RANK" not in os.environ
-    again = shlex.join(["sparsort", *sys.argv[1:]]) if is_alone else "the same command"
+    command = f": {shlex.join(['sparsort', *sys.argv[1:]])}" if is_alone else "."
     out = ctx.params.get("out")
     if ctx.info_name in _RESUMED and out is not None:
-        kept = f"What was finished is kept in {out}. To resume from there, run again"
+        kept = f"What was finished is kept in {out}. To resume from there, run"
     elif ctx.info_name == "score":
-        kept = "Nothing is kept without --out FOLDER, which a score resumes from. Run again"
+        kept = "Nothing is kept without --out FOLDER, which a score resumes from. Run"
     else:
-        kept = "Files that it was writing are whole or absent. Run again"
-    return StoppedError(f"{cause}. {kept}: {again}", exit_code(stop))
+        kept = "Files that it was writing are whole or absent. Run"
+    return StoppedError(f"{cause}. {kept} the same command again{command}", exit_code(stop))
 
 
 def names_in(text: str | None) -> tuple[str, ...] | None:

@@ -96,7 +96,7 @@ def test_the_write_under_way_is_finished_and_the_command_says_how_to_resume(
         returned, _, errors = _end(process)
     assert returned == code, errors
     assert f"interrupted by {number.name}. What was finished is kept in {out}" in errors
-    assert f"run again: {shlex.join(['sparsort', *command])}" in errors
+    assert f"run the same command again: {shlex.join(['sparsort', *command])}" in errors
     assert "Traceback" not in errors
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json",
@@ -145,7 +145,7 @@ def test_every_command_ends_with_the_code_of_the_signal(command: str) -> None:
     assert returned == 143, errors
     assert (out, errors.count("\n")) == ("", 1)
     assert "interrupted by SIGTERM" in errors
-    assert f"un again: {shlex.join(['sparsort', command, *COMMANDS[command]])}" in errors
+    assert f"un the same command again: {shlex.join(['sparsort', command, *COMMANDS[command]])}" in errors
     assert ("is kept in runs" in errors) == (command in ("ablate", "train"))
 
 
@@ -275,7 +275,10 @@ def test_training_stops_after_the_step_with_a_checkpoint(file: Path, tmp_path: P
         returned, _, errors = _end(process)
     assert returned == 143, errors
     assert "SIGTERM: stopping after this step, with a checkpoint" in errors
-    assert f"kept in {out}. To resume from there, run again: sparsort train {file} --text '{{text}}'" in errors
+    assert (
+        f"kept in {out}. To resume from there, run the same command again: sparsort train {file} --text '{{text}}'"
+        in errors
+    )
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
     assert _train(file, out)["resumed"] == 3
     _train(file, tmp_path / "straight")

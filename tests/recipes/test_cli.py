@@ -198,7 +198,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_same_command_resumes(file: Path
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
-    assert f"To resume from there, run again: sparsort score {file}" in errors
+    assert f"To resume from there, run the same command again: sparsort score {file}" in errors
     assert "Traceback" not in errors
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
     assert sorted(before) == ["shard-00000.parquet", "shard-00001.parquet"]
