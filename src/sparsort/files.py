@@ -71,6 +71,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 _RUST = re.compile(r"\(os error (\d+)\)")
 _TORCH = ("inline_container.cc", "PytorchStreamWriter")
 _ALMOST_FULL = 1 << 20
+_LONG = 100  # items of a list
 
 
 def is_full(error: OSError) -> bool:
@@ -112,9 +113,26 @@ def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically and durably."""
+    """Write `value` as indented JSON, atomically and durably; each item of a long list at the top is one line."""
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(_indented(value) + "\n", encoding="utf-8")
+
+
+def _indented(value: Any) -> str:
+    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value) or not value:
+        return json.dumps(value, indent=2, **options)
+    parts = []
+    for name, part in value.items():
+        if isinstance(part, list) and len(part) >= _LONG:
+            # Python's encoder of indented JSON is not the one in C, and takes ten times as long.
+            items = ",\n    ".join(json.dumps(item, **options) for item in part)
+            text = f"[\n    {items}\n  ]"
+        else:
+            # Line breaks within texts are escapes, so these are all of the layout.
+            text = json.dumps(part, indent=2, **options).replace("\n", "\n  ")
+        parts.append(f"  {json.dumps(name, **options)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,7 @@ written before there were seals, or by another program, such as pyarrow from a t
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
         DamagedError: the file has a seal, and a bit of the seal or of the rest has changed.
         OSError: the file is missing, or the disk cannot read it.
     """
-    with path.open("rb") as handle:
+    with _opened(path) as handle:
         if (found := _find(handle)) is None:
             return None
         values, begin, footer, size = found
@@ -95,7 +96,7 @@ def read_copy(path: Path) -> bytes | None:
     Raises:
         OSError: the file is missing, or the disk cannot read it.
     """
-    with path.open("rb") as handle:
+    with _opened(path) as handle:
         found = _find(handle)
         record = found[0].get("copy") if found is not None else None
         if record is None:
@@ -105,9 +106,18 @@ def read_copy(path: Path) -> bytes | None:
     return copy if digest_of_bytes(copy) == record["digest"] else None
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file to read from; a small one is read at once, in one call of the system rather than one for each part."""
+    handle = path.open("rb")
+    if os.fstat(handle.fileno()).st_size > _PIECE:
+        return handle
+    with handle:
+        return io.BytesIO(handle.read())
+
+
 def _find(handle: BinaryIO) -> tuple[dict[str, Any], int, int, int] | None:
     """The values in the block, empty if they have changed, where it begins and ends, and the file's size; None without one."""
-    size = os.fstat(handle.fileno()).st_size
+    size = handle.seek(0, os.SEEK_END)
     footer = _footer(handle, size)
     if footer is None or footer < _END:
         return None
