@@ -40,7 +40,7 @@ from sparsort.integrity import (
     seal,
     write_sealed,
 )
-from sparsort.parquet_seal import DamagedError, read_seal
+from sparsort.parquet_seal import DamagedError, read_seal_and_record
 from sparsort.scoring import unsealed
 from sparsort.scoring.shard_files import SCORE_AGAIN, column_names, read_shard, write_shard
 
@@ -269,8 +269,8 @@ class ShardStore:
             if self._sealed and listed is not None and damage(path, listed["record"]) is None:
                 self._known[index] = listed
                 return listed
-            facts = read_seal(path) or self._unsealed_facts(path)
-            record = record_of(path)
+            facts, record = read_seal_and_record(path)
+            facts = facts or self._unsealed_facts(path)
         except FileNotFoundError:
             return None
         except DamagedError as error:

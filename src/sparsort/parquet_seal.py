@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sparsort.errors import SparsortError
-from sparsort.integrity import digest_of_bytes, digest_of_file, is_sealed, parse_json, seal
+from sparsort.integrity import digest_of_bytes, digest_of_file, is_sealed, parse_json, record_of, seal
 
 _MAGIC = b"sparsort"
 _PARQUET = b"PAR1"
@@ -78,14 +78,20 @@ def read_seal(path: Path) -> dict[str, Any] | None:
         DamagedError: the file has a seal, and a bit of the seal or of the rest has changed.
         OSError: the file is missing, or the disk cannot read it.
     """
+    return read_seal_and_record(path)[0]
+
+
+def read_seal_and_record(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What `read_seal` returns, and the entry of the file in a manifest (`record_of`). A small file is read once for both."""
     with _opened(path) as handle:
+        record = _record(handle.getvalue()) if isinstance(handle, io.BytesIO) else record_of(path)
         if (found := _find(handle)) is None:
-            return None
+            return None, record
         values, begin, footer, size = found
         file = {"bytes": size - (footer - begin), "digest": _digest_around(handle, begin, footer)} if values else None
     if file is None or values["file"] != file:
         raise DamagedError(path, "its content has changed since it was written")
-    return dict(values["facts"])
+    return dict(values["facts"]), record
 
 
 def read_copy(path: Path) -> bytes | None:
@@ -104,6 +110,10 @@ def read_copy(path: Path) -> bytes | None:
         handle.seek(record["begin"])
         copy = handle.read(record["bytes"])
     return copy if digest_of_bytes(copy) == record["digest"] else None
+
+
+def _record(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "digest": digest_of_bytes(content)}
 
 
 def _opened(path: Path) -> BinaryIO:
