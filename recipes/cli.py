@@ -3,8 +3,8 @@
 Contract: results on stdout, progress and warnings on stderr, all printable (see `sparsort.terminal`); `--json` prints one object
 and nothing else. Exit codes: 0 done;
 1 stdout cannot be written;
-2 a mistake in the call or the input, told in one message; 3 done, but rows have no score and `--strict` was given;
-130 interrupted, with the shards that are finished kept where there is a folder for them.
+2 a mistake in the call or the input, or a full disk, in one message; 3 done, but rows have no score and `--strict` was given;
+130, 143 and 129: stopped by SIGINT, SIGTERM or SIGHUP, with finished work kept where there is a folder for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparsort.errors import SparsortError
+from sparsort.interrupts import exit_code
 from sparsort.recipes.cli_ablate import ablate
 from sparsort.recipes.cli_calibrate import calibrate
 from sparsort.recipes.cli_choose import EXAMPLE as CHOOSE_EXAMPLE
@@ -67,8 +68,8 @@ class _Commands(PrintableUsage, TyperGroup):
                 return super().invoke(ctx)
         except SparsortError as error:
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted. Run the same command again: it resumes after what its output folder holds.", 130)
+        except KeyboardInterrupt as stop:
+            _fail("interrupted. Run the same command again.", exit_code(stop))
         except BrokenPipeError:
             # The reader of our output went away (`| head`); nothing is left to say to it.
             discard(sys.stdout)

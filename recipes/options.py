@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from sparsort.errors import SparsortError
+from sparsort.files import disk_error, is_full, write_failure
+from sparsort.interrupts import exit_code, received
 from sparsort.terminal import OutputError, printable, unwritable
 
 TEXT_PANEL = "Text"
@@ -103,14 +109,56 @@ class PrintableUsage:
             raise OutputError(unwritable(error)) from error
 
 
+class StoppedError(SparsortError):
+    """A command was interrupted; the message says how to resume."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class CheckedCommand(PrintableUsage, TyperCommand):
-    """A command that refuses options without an effect before it does anything."""
+    """A command that refuses options without an effect before it does anything, and says how to resume when it is interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         from sparsort.recipes.option_conditions import check
 
-        check(ctx)
-        return super().invoke(ctx)
+        try:
+            check(ctx)
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _stopped(ctx, stop) from stop
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except SparsortError:
+            raise
+        except Exception as error:
+            # A signal to all processes of a job ends data workers and peers too, and their loss may be met first.
+            if (sent := received()) is not None and isinstance(error, (RuntimeError, OSError, EOFError)):
+                raise _stopped(ctx, sent) from error
+            path = Path(getattr(error, "filename", None) or ctx.params.get("out") or ".")
+            if (failure := write_failure(error, path)) is not None and is_full(failure):
+                raise disk_error(path, failure) from error
+            raise
+
+
+# Commands that keep finished work in the folder of --out, and resume from it.
+_RESUMED = ("score", "ablate", "train")
+
+
+def _stopped(ctx: Any, stop: KeyboardInterrupt) -> StoppedError:
+    cause = f"interrupted by {stop}" if str(stop) else "interrupted"
+    # The arguments of a launcher such as torchrun, or of another program that calls the app, are not known.
+    is_alone = ctx.info_name in sys.argv[1:] and "RANK" not in os.environ
+    command = f": {shlex.join(['sparsort', *sys.argv[1:]])}" if is_alone else "."
+    out = ctx.params.get("out")
+    if ctx.info_name in _RESUMED and out is not None:
+        kept = f"What was finished is kept in {out}. To resume from there, run"
+    elif ctx.info_name == "score":
+        kept = "Nothing is kept without --out FOLDER, which a score resumes from. Run"
+    else:
+        kept = "Files that it was writing are whole or absent. Run"
+    return StoppedError(f"{cause}. {kept} the same command again{command}", exit_code(stop))
 
 
 def names_in(text: str | None) -> tuple[str, ...] | None:

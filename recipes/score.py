@@ -97,9 +97,12 @@ class ScorerConfig:
     @cached_property
     def found(self) -> Calibration | None:
         """The calibration, read from its file; None without one."""
+        if self.calibration is None:
+            return None
+        # It imports torch and SciPy, which a score without a model does without.
         from sparsort.scoring.calibration import Calibration
 
-        return Calibration.load(self.calibration) if self.calibration is not None else None
+        return Calibration.load(self.calibration)
 
     def calibrated(self) -> ScorerConfig:
         """This configuration with the options that the calibration decides; the same without one.
@@ -131,20 +134,16 @@ class ScorerConfig:
         Raises:
             SparsortError: an unknown name, a number out of range, an answer that is needed and not given.
         """
-        from sparsort.scoring.loading import check_dtype
-        from sparsort.scoring.pooling import check_outlier_rule, check_pooling
         from sparsort.scoring.prompts import check_truncation
-        from sparsort.scoring.sites import check_site
 
         asked = text.read()
         if self.found is not None and asked is not None:
             self.found.definition.refuse_other_prompt(asked)
         if self.metric not in METRICS:
             raise unknown_choice("metric", self.metric, METRICS)
-        check_site(self.site)
-        check_pooling(self.pooling)
-        check_outlier_rule(self.outliers)
-        check_dtype(self.dtype)
+        # Other scorers read none of these options (`READ_BY`), and need no torch.
+        if self.runs_model:
+            self._check_model_options()
         check_truncation(text.truncation)
         numbers = {"shard_rows": shard_rows, "token_budget": self.token_budget, "max_length": text.max_length}
         for name, number in numbers.items():
@@ -159,6 +158,16 @@ class ScorerConfig:
                 "this score reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
             )
 
+    def _check_model_options(self) -> None:
+        from sparsort.scoring.loading import check_dtype
+        from sparsort.scoring.pooling import check_outlier_rule, check_pooling
+        from sparsort.scoring.sites import check_site
+
+        check_site(self.site)
+        check_pooling(self.pooling)
+        check_outlier_rule(self.outliers)
+        check_dtype(self.dtype)
+
     @property
     def reads_text(self) -> bool:
         """Whether the score is one of a text, and needs a prompt."""
@@ -171,9 +180,10 @@ class ScorerConfig:
 
     def load(self, loaded: Any = None) -> Scorer:
         """Build the scorer; `loaded` is a model that stands in memory already."""
-        from sparsort.scoring import baselines, losses, scorers
-
         if self.runs_model:
+            # They import torch.
+            from sparsort.scoring import losses, scorers
+
             options: dict[str, Any] = {"token_budget": self.token_budget}
             if loaded is None:
                 names = ("dtype", "device", "revision", "trust_remote_code")
@@ -196,6 +206,8 @@ class ScorerConfig:
             if self.scorer == "entropy":
                 return losses.EntropyScorer(model, **options)
             return losses.LossScorer(model, on="answer" if self.scorer == "answer_loss" else "prompt", **options)
+        from sparsort.scoring import baselines
+
         if self.scorer == "length":
             return baselines.LengthScorer(
                 self.unit, model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsort import integrity, manifests
+from sparsort import integrity, interrupts, manifests
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error
+from sparsort.files import disk_error, disk_errors
 from sparsort.locks import locked
 
 FORMAT, VERSION = "sparsort-train", 2
@@ -126,6 +126,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     integrity.write_sealed(folder / _RESULT, {"format": FORMAT, "version": VERSION, **result, "files": files})
 
 
+@interrupts.held()
 def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Any]) -> None:
     """Write a model with its tokenizer as transformers reads them, whole or not at all.
 
@@ -135,15 +136,16 @@ def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, A
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
+        with disk_errors(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            manifests.write_manifest(temporary)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        manifests.write_manifest(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as error:
-        raise disk_error(folder, error) from error
 
 
 def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -12,9 +12,7 @@ import contextlib
 import json
 import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from sparsort.curriculum.loading.plan import CurriculumPlan
 from sparsort.curriculum.loading.trainer import CurriculumTrainer
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
+from sparsort.interrupts import asking, received
 from sparsort.progress import progress
 from sparsort.recipes.train_config import TrainConfig
 from sparsort.recipes.train_text import TextCollator
@@ -176,15 +175,15 @@ def run_trainer(
         sparse.join(trainer)
     written = History(history)
     trainer.add_callback(written)
-    alone = args.world_size == 1
     with contextlib.ExitStack() as stack:
         if args.should_log:
             trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
-        if alone:
-            stack.enter_context(stop.on_interrupt())
+        # Several processes would have to agree on a step. They stop at once, and resume from the last checkpoint.
+        if args.world_size == 1:
+            stack.enter_context(asking(stop.ask))
         _train(trainer)
     if trainer.state.global_step < steps:
-        raise KeyboardInterrupt
+        raise received() or KeyboardInterrupt
     log = losses(trainer.state.log_history)
     if held is not None and not any("eval_loss" in entry and entry["step"] == steps for entry in log):
         trainer.evaluate()
@@ -257,27 +256,12 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    @contextlib.contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        """Have the first interrupt inside the block ask for the stop; a second one stops at once, without a checkpoint.
-
-        Only of a process by itself and in its main thread. Several would have to agree on a step; they stop at once, and
-        go on from the last checkpoint.
-        """
-
-        def ask(number: int, frame: Any) -> None:
-            self.asked = True
-            signal.signal(number, before)
-            note("sparsort: stopping after this step; interrupt again to stop at once.")
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def ask(self, name: str) -> None:
+        """Ask for the stop, on the signal of this name."""
+        self.asked = True
+        note(
+            f"sparsort: {name}: stopping after this step, with a checkpoint; send it again to stop at once, without one."
+        )
 
 
 def write_history(path: Path, log: list[dict[str, Any]]) -> None:

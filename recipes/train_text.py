@@ -247,7 +247,7 @@ def _write(rows: Kept, text: TrainText, tokenizer: Any, max_length: int, path: P
     is_text = text.messages is None
     end = tokenizer.eos_token_id if is_text else None
     left = rows.rows()
-    with write_atomically(path) as temporary, progress("tokenising", len(rows)) as advance:
+    with write_atomically(path, hold=False) as temporary, progress("tokenising", len(rows)) as advance:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
             while chunk := list(itertools.islice(left, _CHUNK)):
                 texts = [_fill(rows, row, text, tokenizer) for row in chunk]

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
 from sparsort.integrity import check_file, is_sealed, parse_json, record_of, seal, write_sealed
+from sparsort.interrupts import held
 from sparsort.parquet_seal import add_seal, read_seal
 from sparsort.scoring.sources import open_rows
 
@@ -74,6 +75,7 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     return table, provenance
 
 
+@held()
 def write_jsonl(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> None:
     """Write one JSON object a row, then the provenance next to it. NaN is null, an infinity is a text.
 

@@ -112,7 +112,7 @@ class Scores:
         if name not in self._columns.column_names:
             raise unknown_choice("column", name, self._columns.column_names)
         column = self._column(name)
-        return np.asarray(column.to_pylist(), dtype=object) if pa.types.is_string(column.type) else column.to_numpy()
+        return np.asarray(column.to_pylist(), dtype=object) if pa.types.is_string(column.type) else _numbers(column)
 
     def counts(self, name: str) -> dict[str, int]:
         """How often each value of a text column occurs."""
@@ -311,6 +311,13 @@ def score_table(
         *(pa.array(np.asarray(column, dtype=np.float64)) for column in metrics.values()),
     ]
     return pa.Table.from_arrays(columns, schema=scores_schema(metrics))
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column of numbers as a new array, without `to_numpy`, which imports pandas."""
+    if column.null_count or not column.num_chunks:
+        return np.asarray(column.to_numpy())
+    return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
 
 
 def _checked(table: pa.Table) -> pa.Table:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_atomically
@@ -41,8 +40,9 @@ from sparsort.integrity import (
     seal,
     write_sealed,
 )
-from sparsort.parquet_seal import DamagedError, add_seal, read_seal
+from sparsort.parquet_seal import DamagedError, read_seal_and_record
 from sparsort.scoring import unsealed
+from sparsort.scoring.shard_files import SCORE_AGAIN, column_names, read_shard, write_shard
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsort-scores"
@@ -74,6 +74,7 @@ class ShardStore:
         self._listed: dict[int, dict[str, Any]] = {shard["index"]: shard for shard in manifest.get("shards", [])}
         # Shards that this process has checked or written, as the manifest is to list them.
         self._known: dict[int, dict[str, Any]] = {}
+        self._whole: pa.Table | None = None
         self._anew = f"Choose another folder for the changed data, or delete {folder} to score it anew."
         self._settings = _settings_digest(self.provenance, self.shard_rows)
 
@@ -126,11 +127,12 @@ class ShardStore:
             raise SparsortError(
                 f"the scores in {folder} are not complete ({done} shard(s) so far). Run the same command again."
             )
-        if missing := [shard["file"] for shard in manifest["shards"] if not (folder / shard["file"]).exists()]:
+        present = {file.name for file in os.scandir(folder)}
+        if missing := [shard["file"] for shard in manifest["shards"] if shard["file"] not in present]:
             raise SparsortError(f"{folder} lacks {', '.join(missing[:5])}. Run the command that made them again.")
         if store._sealed:
             for shard in manifest["shards"]:
-                check_file(folder / shard["file"], shard["record"], next_step=_SCORE_AGAIN)
+                check_file(folder / shard["file"], shard["record"], next_step=SCORE_AGAIN)
         else:
             store._check_unsealed()
         return store
@@ -149,11 +151,11 @@ class ShardStore:
                     path, settings=self._settings, shard_rows=self.shard_rows, provenance=self.provenance
                 )
             except DamagedError as error:
-                raise SparsortError(f"{error} {_SCORE_AGAIN}") from error
+                raise SparsortError(f"{error} {SCORE_AGAIN}") from error
             self._refuse_settings(path, found["settings"])
             listed = (number, path.name, shard.get("rows"), shard.get("digest"))
             if listed != (index, shard.get("file"), found["rows"], found["digest"]):
-                raise SparsortError(f"{path} is not the shard that {MANIFEST} lists. {_SCORE_AGAIN}")
+                raise SparsortError(f"{path} is not the shard that {MANIFEST} lists. {SCORE_AGAIN}")
             rows.append(found["rows"])
         if sum(rows) != self._rows or any(count != self.shard_rows for count in rows[:-1]):
             raise SparsortError(
@@ -190,8 +192,7 @@ class ShardStore:
         """Write shard `index`, durably: after this returns, no kill and no power cut loses it."""
         facts = {"index": index, "rows": table.num_rows, "digest": digest, "settings": self._settings}
         with write_atomically(self.path(index)) as temporary:
-            pq.write_table(table.replace_schema_metadata(None), temporary, compression="zstd", write_page_checksum=True)
-            add_seal(temporary, facts)
+            write_shard(temporary, table, facts)
             record = record_of(temporary)
         self._known[index] = self._listing(facts, record)
 
@@ -236,25 +237,26 @@ class ShardStore:
     @property
     def column_names(self) -> list[str]:
         """The columns of every shard."""
-        with self._open(self.path(self._to_read()[0])) as file:
-            return list(file.schema_arrow.names)
+        return column_names(self.path(self._to_read()[0]))
 
     def select(self, columns: list[str]) -> pa.Table:
-        """The named columns of all shards, in the order of the rows; the others are not read."""
-        return pa.concat_tables(self.tables(columns))
+        """The named columns of all shards, in the order of the rows.
+
+        Up to `_MOST_HELD` rows are read once, whole, and kept: opening many shards takes longer than reading them. Of more
+        rows, only the named columns are read.
+        """
+        if self._whole is None and 0 < self._rows <= _MOST_HELD:
+            self._whole = pa.concat_tables(self.tables()).combine_chunks()
+        return self._whole.select(columns) if self._whole is not None else pa.concat_tables(self.tables(columns))
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The shards one after the other, without holding more than one."""
         for index in self._to_read():
-            yield self._read(index, columns)
+            yield read_shard(self.path(index), columns)
 
     def _to_read(self) -> list[int]:
         """The shards that the manifest lists; of a run that is not finished, those that have a file."""
         return sorted(self._listed) or self.indices()
-
-    def _read(self, index: int, columns: list[str] | None) -> pa.Table:
-        with self._open(self.path(index)) as file:
-            return file.read(columns=columns).replace_schema_metadata(None)
 
     def _entry(self, index: int, note: Callable[[str], None]) -> dict[str, Any] | None:
         """Shard `index` as the manifest lists it, once it is known to be the file that was written; None if it is not.
@@ -267,8 +269,8 @@ class ShardStore:
             if self._sealed and listed is not None and damage(path, listed["record"]) is None:
                 self._known[index] = listed
                 return listed
-            facts = read_seal(path) or self._unsealed_facts(path)
-            record = record_of(path)
+            facts, record = read_seal_and_record(path)
+            facts = facts or self._unsealed_facts(path)
         except FileNotFoundError:
             return None
         except DamagedError as error:
@@ -306,14 +308,6 @@ class ShardStore:
                 f"{path} was scored with other settings than {MANIFEST} next to it. "
                 f"Delete {self.folder}, or choose another folder."
             )
-
-    @contextlib.contextmanager
-    def _open(self, path: Path) -> Iterator[pq.ParquetFile]:
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                yield file
-        except (pa.ArrowException, OSError) as error:
-            raise SparsortError(f"{path} cannot be read: {error}. {_SCORE_AGAIN}") from error
 
 
 def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -490,5 +484,6 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 _ABSENT = object()
+# Some 100 MB.
+_MOST_HELD = 1 << 19
 _SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}
-_SCORE_AGAIN = "Run the command that made these scores again: it scores damaged shards again and keeps the others."

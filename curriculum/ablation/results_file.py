@@ -22,6 +22,7 @@ from sparsort.curriculum.ablation.results import Arm, Group, SetInfo, arrays_of
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
 from sparsort.integrity import check_seal, damage, parse_json, record_of, write_sealed
+from sparsort.interrupts import held
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.results import Results
@@ -121,6 +122,7 @@ def _rebuilt(number: int, group: Mapping[str, Any], arrays: Mapping[str, Any]) -
     )
 
 
+@held()
 def save(results: Results, folder: Path) -> None:
     """Write `results` into `folder`: the arrays first, then the JSON that names their digest.
 

@@ -51,6 +51,7 @@ from sparsort.curriculum.demos.order import order_indices
 from sparsort.curriculum.demos.per_query import NEIGHBOURS, cone_neighbours, mdl, organisations
 from sparsort.curriculum.demos.similarity import cosine, unit_rows
 from sparsort.errors import SparsortError
+from sparsort.interrupts import held
 from sparsort.scoring.generation import generate
 
 # Outcomes that are written at once, at least, where prefixes are many and their queries few.
@@ -301,6 +302,7 @@ class Run:
         features = np.full((len(pairs), len(self._engine.feature_names)), np.nan)
         return _outcomes(pairs, -losses[:, None], counts[:, None], features)
 
+    @held()
     def _write(self, group: str, waiting: list[Outcomes]) -> None:
         if not waiting:
             return

@@ -29,6 +29,7 @@ from sparsort import integrity
 from sparsort.curriculum.loading.verification import noted_for_other_rows
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
+from sparsort.interrupts import held
 
 FORMAT = "sparsort-curriculum"
 VERSION = 2
@@ -43,6 +44,7 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, 
 Arrays = Mapping[str, NDArray[Any]]
 
 
+@held()
 def write_plan(folder: Path, described: Mapping[str, Any], arrays: Arrays) -> None:
     """Write a plan. The same plan is left as it is where it is there already; what is damaged of it is written again.
 

@@ -16,6 +16,7 @@ otherwise delete older ones before every process has written its part).
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from sparsort.curriculum.loading.trainer_callback import CurriculumCallback
 from sparsort.curriculum.loading.trainer_classes import refuse_mixin_after_trainer, refuse_own_batches
 from sparsort.curriculum.loading.verification import check_name, rows_agree, verify_rows
 from sparsort.errors import SparsortError
+from sparsort.files import disk_errors
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.online import OnlineDifficulty
@@ -203,14 +205,20 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self._sealed = None
         if args.should_save:
             checkpoints.open_for_writing(folder)
-        if self._learning is not None:
-            self._learning.save(folder / _ONLINE)
         limit, args.save_total_limit = args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with disk_errors(folder):
+                if self._learning is not None:
+                    self._learning.save(folder / _ONLINE)
+                super()._save_checkpoint(model, trial)
+            self._seal(folder)
+        except SparsortError:
+            # A full disk should not be filled by a checkpoint that cannot be used. Earlier ones are still there.
+            if args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             args.save_total_limit = limit
-        self._seal(folder)
         if args.should_save:
             best = self.state.best_model_checkpoint
             keep = [folder, *([Path(best)] if best else [])]

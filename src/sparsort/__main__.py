@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from sparsort.interrupts import exit_code, handle_signals
 from sparsort.terminal import OutputError, closed, discard, note, unwritable
 
 
@@ -13,13 +14,15 @@ def main() -> None:
     # Checked first: the first file that is opened would get the number of a closed stdout, and what is printed to it.
     if sys.stdout is None:
         _fail(closed())
+    handle_signals()
     code: object = 0
     try:
         from sparsort.recipes.cli import app
 
         app()
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as stop:
+        note("sparsort: interrupted before any work. Run the same command again.")
+        code = exit_code(stop)
     except SystemExit as stop:
         code = stop.code
     except OutputError as error:

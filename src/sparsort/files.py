@@ -11,16 +11,19 @@ import contextlib
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
+from sparsort.interrupts import held
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some room and run the same command again, finished work is kept",
     errno.EDQUOT: "the disk quota is used up; free some room and run the same command again, finished work is kept",
+    errno.EFBIG: "the file is larger than this process may write (ulimit -f); raise the limit and run the same command again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder that you can write to",
     errno.EPERM: "permission denied; choose a folder that you can write to",
@@ -29,37 +32,107 @@ _ADVICE = {
 }
 
 
+def write_failure(error: Exception, path: Path) -> OSError | None:
+    """The error of the disk that a library met when it wrote below `path`; None if it is an error of another kind.
+
+    safetensors passes the system's number on in its text. PyTorch says that a file became shorter than it should be.
+    """
+    if isinstance(error, OSError):
+        return error
+    if number := _RUST.search(str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if not any(mark in str(error) for mark in _TORCH):
+        return None
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(path if path.exists() else path.parent)
+        if disk.f_bavail * disk.f_frsize < _ALMOST_FULL:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(errno.EIO, "PyTorch could not write the whole of a file; the disk or its quota may be full")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a disk inside the block, those of safetensors and PyTorch included, into one that names `path`.
+
+    Raises:
+        SparsortError: see `disk_error`.
+    """
+    try:
+        yield
+    except SparsortError:
+        raise
+    except Exception as error:
+        if (failure := write_failure(error, path)) is None:
+            raise
+        raise disk_error(path, failure) from error
+
+
+# How the errors of libraries that are no OSError show that a file could not be written.
+_RUST = re.compile(r"\(os error (\d+)\)")
+_TORCH = ("inline_container.cc", "PytorchStreamWriter")
+_ALMOST_FULL = 1 << 20
+_LONG = 100  # items of a list
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def disk_error(path: Path, error: OSError) -> SparsortError:
     """The user-facing form of an error met while writing `path`."""
     return SparsortError(f"cannot write {path}: {_ADVICE.get(error.errno or 0, error.strerror or str(error))}.")
 
 
 @contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error it becomes `path`, durably.
+
+    Args:
+        path: the file.
+        hold: whether a signal that asks the process to stop waits until the file is written; False for a block that takes
+            long, in which it discards the temporary file.
 
     Raises:
         SparsortError: the disk is full, read-only or not ours.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with held() if hold else contextlib.nullcontext():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise disk_error(path, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically and durably."""
+    """Write `value` as indented JSON, atomically and durably; each item of a long list at the top is one line."""
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(_indented(value) + "\n", encoding="utf-8")
+
+
+def _indented(value: Any) -> str:
+    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value) or not value:
+        return json.dumps(value, indent=2, **options)
+    parts = []
+    for name, part in value.items():
+        if isinstance(part, list) and len(part) >= _LONG:
+            # Python's encoder of indented JSON is not the one in C, and takes ten times as long.
+            items = ",\n    ".join(json.dumps(item, **options) for item in part)
+            text = f"[\n    {items}\n  ]"
+        else:
+            # Line breaks within texts are escapes, so these are all of the layout.
+            text = json.dumps(part, indent=2, **options).replace("\n", "\n  ")
+        parts.append(f"  {json.dumps(name, **options)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def cache_folder() -> Path:

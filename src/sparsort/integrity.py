@@ -21,6 +21,7 @@ from sparsort.files import write_json
 
 SEAL = "digest"
 _BITS = 128
+_PIECE = 1 << 20
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -67,8 +68,12 @@ def digest_of_file(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=_BITS // 8)).hexdigest()
+    state = hashlib.blake2b(digest_size=_BITS // 8)
+    # Not `hashlib.file_digest`, whose buffer takes longer to make than a small file takes to read.
+    with path.open("rb", buffering=0) as handle:
+        while piece := handle.read(_PIECE):
+            state.update(piece)
+    return state.hexdigest()
 
 
 def record_of(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Progress of long work, on stderr and only where a person watches.
 
 Contract: `progress(title, total)` yields `advance(n)`. Nothing is drawn when stderr is not a terminal, so logs and pipes
-stay clean, and stdout is never touched.
+stay clean, and stdout is never touched. An interrupt that was lost is raised again by `advance` (`sparsort.interrupts`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from sparsort.interrupts import check
 from sparsort.terminal import one_line
 
 if TYPE_CHECKING:
@@ -25,14 +26,19 @@ _MOST_OF_TITLE = 60
 def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a bar titled `title` over `total` units (None: unknown) and yield the function that advances it."""
     if not sys.stderr.isatty():
-        yield lambda _count: None
+        yield lambda _count: check()
         return
     # rich draws link ids from the global generator, which is the caller's.
     state = random.getstate()
     try:
         with _bars() as bars:
             task = bars.add_task(one_line(title, _MOST_OF_TITLE), total=total)
-            yield lambda count: bars.advance(task, count)
+
+            def advance(count: int) -> None:
+                check()
+                bars.advance(task, count)
+
+            yield advance
     finally:
         random.setstate(state)
 

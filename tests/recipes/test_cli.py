@@ -197,7 +197,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_same_command_resumes(file: Path
         errors = process.stderr.read()
         process.wait()
     assert process.returncode == 130, errors
-    assert "resumes after what its output folder holds" in errors
+    assert f"To resume from there, run the same command again: sparsort score {file}" in errors
     assert "Traceback" not in errors
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
     assert sorted(before) == ["shard-00000.parquet", "shard-00001.parquet"]
