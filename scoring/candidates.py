@@ -105,6 +105,9 @@ class CandidateScorer(ModelScorer):
         self.notes: list[str] = []
         self.sites = {name: self.backbone.site(name) for name in self._names(sites)}
 
+    def check_cache(self) -> None:
+        raise SparsortError("cache= has no effect on candidates, which are kept in a score folder. Pass out= instead.")
+
     def _names(self, asked: Sequence[str] | None) -> list[str]:
         if asked is not None:
             return _distinct(asked)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.extras import need
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.scoring.prompts import hash_tokenizer
 
@@ -29,7 +31,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run, with where it came from and why it runs as it does."""
+    """A model ready to run, with where it came from and why it runs as it does.
+
+    `weight_versions` is what `weight_versions` gave when `weights` was computed; None for a model that was passed as an object.
+    """
 
     name: str
     model: Any
@@ -38,6 +43,7 @@ class LoadedModel:
     dtype: Choice[torch.dtype]
     weights: str
     tokenizer_hash: str
+    weight_versions: tuple[int, ...] | None = None
 
 
 def load_model(
@@ -73,22 +79,17 @@ def load_model(
     if not isinstance(model, (str, Path)):
         return _adopt(model, tokenizer)
     resolved = resolve_model(str(model))
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": kind.value, "revision": revision, "trust_remote_code": trust_remote_code}
     if resolved.is_hub_id:
         options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
     if resolved.gguf_file:
-        from transformers import GgufConfig
-
-        options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        need("gguf", "gguf", "reading a GGUF model")
     try:
-        # transformers draws random numbers for weights that a checkpoint lacks; the caller's generator is not its to move.
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                resolved.folder_or_id, output_loading_info=True, **options
-            )
-            loaded = loaded.to(where.value).eval()
+        if resolved.gguf_file:
+            loaded, info = _read_gguf(Path(resolved.folder_or_id) / resolved.gguf_file, options)
+        else:
+            loaded, info = _read_weights(resolved.folder_or_id, options)
+        loaded = loaded.to(where.value).eval()
     except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SparsortError(
@@ -111,7 +112,45 @@ def load_model(
         dtype=kind,
         weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
         tokenizer_hash=hash_tokenizer(tokenizer),
+        weight_versions=weight_versions(loaded),
     )
+
+
+def _read_weights(folder_or_id: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says about loading it."""
+    from transformers import AutoModelForCausalLM
+
+    # transformers draws random numbers for weights that a checkpoint lacks; the caller's generator is not its to move.
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder_or_id, output_loading_info=True, **options)
+    return loaded, info
+
+
+def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model in a GGUF file, dequantised to the dtype of the options."""
+
+    def convert() -> tuple[Any, dict[str, Any]]:
+        from transformers import GgufConfig
+
+        given = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        loaded, info = _read_weights(file.parent, {**options, **given})
+        make_plain(loaded)
+        return loaded, info
+
+    def save(read: tuple[Any, dict[str, Any]], folder: Path) -> None:
+        if read[1]["missing_keys"]:
+            raise SparsortError("it lacks weights.")
+        read[0].save_pretrained(folder)
+
+    read: tuple[Any, dict[str, Any]] = through_cache(
+        file,
+        str(options["dtype"]).removeprefix("torch."),
+        convert=convert,
+        save=save,
+        load=lambda folder: _read_weights(folder, options),
+        size=lambda read: sum(weight.nbytes for weight in read[0].parameters()),
+    )
+    return read
 
 
 def check_dtype(dtype: str) -> None:
@@ -139,6 +178,14 @@ def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
     )
 
 
+def weight_versions(model: Any) -> tuple[int, ...]:
+    """torch's counters of changes, one for every parameter: training, `load_state_dict` and new modules change them.
+
+    They cost nothing, where a hash of the weights reads every byte. Tensors of inference mode cannot change, and count as 0.
+    """
+    return tuple(0 if weight.is_inference() else weight._version for weight in model.parameters())
+
+
 def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     folder = Path(folder_or_id)
     if not folder.is_dir():
@@ -149,8 +196,7 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
         files = files or sorted(folder.glob(pattern))
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(sha256_of(path))
     config = folder / "config.json"
     if config.is_file():
         digest.update(config.read_bytes())
