@@ -147,7 +147,8 @@ def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
             return AutoTokenizer.from_pretrained(folder)
 
     def save(tokenizer: Any, folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
+        with quiet_transformers():
+            tokenizer.save_pretrained(folder)
         # Classes differ in what they save.
         if hash_tokenizer(load(folder)) != hash_tokenizer(tokenizer):
             raise SparsortError("its tokenizer differs once saved and loaded again.")

@@ -140,7 +140,8 @@ def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
     def save(read: tuple[Any, dict[str, Any]], folder: Path) -> None:
         if read[1]["missing_keys"]:
             raise SparsortError("it lacks weights.")
-        read[0].save_pretrained(folder)
+        with quiet_transformers():
+            read[0].save_pretrained(folder)
 
     read: tuple[Any, dict[str, Any]] = through_cache(
         file,

@@ -1,4 +1,4 @@
-"""The cache of what a model computed for rows: a value is found again, bit for bit, only where nothing that it depends on changed."""
+"""The cache of what a model computed for rows: a value is found again, bit for bit, only where all that it depends on is the same."""
 
 from __future__ import annotations
 
@@ -395,7 +395,7 @@ def test_a_cache_that_has_no_effect_is_refused(model: str, cache: Path, tmp_path
     scorer = SparsityScorer(model)
     with pytest.raises(SparsortError, match="out= and cache= were given"):
         scorer.score(ROWS, PROMPT, cache=RowCache(), out=tmp_path / "scores")
-    with pytest.raises(SparsortError, match="cache=.*has no effect"):
+    with pytest.raises(SparsortError, match=r"cache=.*has no effect"):
         sparsort.CompressionScorer().score(ROWS, PROMPT, cache=RowCache())
     with pytest.raises(SparsortError, match="cache= has no effect on candidates"):
         CandidateScorer(scorer.loaded).score(ROWS, PROMPT, cache=RowCache())
