@@ -124,6 +124,7 @@ def order_file(
     """
     _refuse_unread(config, scorer, scores)
     scorer = scorer.calibrated()
+    scorer.check_names()
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
     order = str(config.order)
@@ -155,6 +156,7 @@ def order_file(
         definition = scorer.found.definition
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
     asked = text.parse_query(query)
+    scorer.check_model()
     session = _Session(rows, text, config, scorer, table, cache)
     chosen, notes = _select(session, asked)
     similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None

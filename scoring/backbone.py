@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.batching import Limits, Plan, plan
+from sparsort.scoring.batching import Limits, Plan, check_token_budget, plan
 from sparsort.scoring.loading import LoadedModel
 from sparsort.scoring.sites import Site, blocks_of, find_site, norm_candidates
 
@@ -74,8 +74,7 @@ class Backbone:
         self.device = next(loaded.model.parameters()).device
         self.hidden_size = int(self.config.hidden_size)
         self.blocks = blocks_of(self.decoder, int(self.config.num_hidden_layers))
-        if token_budget is not None and token_budget < 1:
-            raise SparsortError(f"token_budget is {token_budget}; it must be at least 1.")
+        check_token_budget(token_budget)
         self.token_budget = token_budget or _TOKEN_BUDGET.get(self.device.type, 4096)
         self.final_norm, self.can_continue = self._probe()
 

@@ -29,6 +29,8 @@ from sparsort.terminal import note
 
 # Raised when what is saved of a file changes.
 _VERSION = 1
+# The dtypes that weights are converted to.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SETTLED_SECONDS = 2.0
 _LOG = logging.getLogger("sparsort")
 _HASHES: dict[tuple[Path, int, int, int, int], bytes] = {}
@@ -85,6 +87,12 @@ def sha256_of(file: Path) -> bytes:
     if time.time() - status.st_ctime > _SETTLED_SECONDS:
         _HASHES[key] = digest
     return digest
+
+
+def kept_folder(file: Path) -> Path | None:
+    """A folder with the configuration of a GGUF file, if its weights have been converted in any dtype."""
+    folders = [models_folder() / _name_of(file, dtype) for dtype in DTYPES]
+    return next((folder for folder in folders if is_intact(folder)), None)
 
 
 def make_plain(model: Any) -> None:

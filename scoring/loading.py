@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.extras import need
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
 from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
@@ -69,21 +68,15 @@ def load_model(
         SparsortError: no such model, a folder without one, an unknown dtype or device, weights that are not finite.
     """
     check_dtype(dtype)
-    try:
-        where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
-        torch.empty(0, device=where.value)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        raise SparsortError(f"cannot use the device {device!r}: {first}. Use 'auto', 'cpu' or 'cuda'.") from None
-    kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    where, kind = _device_and_dtype(device, dtype)
     if not isinstance(model, (str, Path)):
         return _adopt(model, tokenizer)
     resolved = resolve_model(str(model))
     options: dict[str, Any] = {"dtype": kind.value, "revision": revision, "trust_remote_code": trust_remote_code}
     if resolved.is_hub_id:
         options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
-    if resolved.gguf_file:
-        need("gguf", "gguf", "reading a GGUF model")
+    # Before the weights: it is small, and a model without one is of no use.
+    tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
     try:
         if resolved.gguf_file:
             loaded, info = _read_gguf(Path(resolved.folder_or_id) / resolved.gguf_file, options)
@@ -103,7 +96,6 @@ def load_model(
             f"the checkpoint {str(model)!r} lacks weights: {', '.join(missing[:3])}{more}. "
             "Copy or download it again, whole."
         )
-    tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
     return LoadedModel(
         name=str(model),
         model=loaded,
@@ -152,6 +144,29 @@ def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
         size=lambda read: sum(weight.nbytes for weight in read[0].parameters()),
     )
     return read
+
+
+def _device_and_dtype(device: str, dtype: str) -> tuple[Choice[torch.device], Choice[torch.dtype]]:
+    """Where to run and in which dtype, tried with an empty tensor.
+
+    Raises:
+        SparsortError: there is no such device, or it does not have the dtype.
+    """
+    try:
+        where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
+        torch.empty(0, device=where.value)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise SparsortError(f"cannot use the device {device!r}: {first}. Use 'auto', 'cpu' or 'cuda'.") from None
+    kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    try:
+        torch.empty(0, device=where.value, dtype=kind.value)
+    except (RuntimeError, TypeError) as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise SparsortError(
+            f"cannot compute in {dtype} on the device {str(where.value)!r}: {first}. Use dtype='auto' (--dtype auto)."
+        ) from None
+    return where, kind
 
 
 def check_dtype(dtype: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
 from sparsort.scoring.backbone import Backbone, Piece
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
-from sparsort.scoring.batching import Plan
+from sparsort.scoring.batching import Plan, check_token_budget
+from sparsort.scoring.early_checks import check_max_length, check_model
 from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.pooling import (
     Collector,
@@ -62,6 +63,7 @@ class ModelScorer(Scorer):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        check_token_budget(token_budget)
         if isinstance(model, LoadedModel):
             self.loaded = model
         else:
@@ -77,14 +79,9 @@ class ModelScorer(Scorer):
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
         """The job that scores this source's shards."""
-        limit = request.max_length
         own = self.backbone.max_length
-        if limit is None:
-            limit = own
-        elif own is not None and limit > own:
-            raise SparsortError(
-                f"max_length is {limit}, but {self.loaded.name!r} was made for {own} tokens. Pass at most {own}."
-            )
+        check_max_length(request.max_length, own, self.loaded.name)
+        limit = request.max_length if request.max_length is not None else own
         encoder = Encoder(
             self.loaded.tokenizer,
             max_length=limit,
@@ -263,6 +260,7 @@ class SparsityScorer(ModelScorer):
         self.metric = metric
         self.l0_threshold = l0_threshold
         check_site(site)
+        check_model(model, sites=[site], outliers=[outliers], **naming_options(model_options))
         super().__init__(model, **model_options)
         self.site = self.backbone.site(site)
 
@@ -313,6 +311,11 @@ class SparsityScorer(ModelScorer):
             for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
                 square.add(piece)
         return square.count, square.value_H()
+
+
+def naming_options(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a `ModelScorer`, those that say which model is meant."""
+    return {name: model_options[name] for name in ("revision", "trust_remote_code") if name in model_options}
 
 
 class _SparsityJob(ModelJob):
