@@ -229,6 +229,7 @@ class _Session:
         self._scorer: Any = None
         self._table_fit: Scores | None = None
         self._loaded: Any = None
+        self._tokenizer: Any = None
         self._difficulty: dict[str, float] = {}
         self._vectors: dict[str, Any] = {}
         self._queries: dict[str, Any] = {}
@@ -286,21 +287,25 @@ class _Session:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        if self._loaded is not None:
-            return self._loaded.tokenizer
-        from sparsort.scoring.embedded import load_tokenizer
+        if self._tokenizer is None:
+            from sparsort.scoring.embedded import load_tokenizer
 
-        return load_tokenizer(
-            self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
-        )
+            self._tokenizer = load_tokenizer(
+                self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
+            )
+        return self._tokenizer
 
     def _model(self) -> Any:
         if self._loaded is None:
             from sparsort.scoring.loading import load_model
+            from sparsort.scoring.prompts import need_chat_template
 
             options = self.scorer
+            if self.text.chat:
+                need_chat_template(self.tokenizer())
             self._loaded = load_model(
                 options.model,
+                tokenizer=self.tokenizer(),
                 dtype=options.dtype,
                 device=options.device,
                 revision=options.revision,

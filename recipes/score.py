@@ -95,9 +95,12 @@ class ScorerConfig:
     @cached_property
     def found(self) -> Calibration | None:
         """The calibration, read from its file; None without one."""
+        if self.calibration is None:
+            return None
+        # It imports scipy.stats, which takes as long as loading a small model.
         from sparsort.scoring.calibration import Calibration
 
-        return Calibration.load(self.calibration) if self.calibration is not None else None
+        return Calibration.load(self.calibration)
 
     def calibrated(self) -> ScorerConfig:
         """This configuration with the options that the calibration decides; the same without one.

@@ -134,13 +134,13 @@ def obstacle(backbone: Backbone) -> str | None:
 
     loaded = backbone.loaded
     if loaded.weight_versions is None:
-        return "the model was passed as an object, whose weights may change. Pass its name or folder"
+        return "the model was passed as an object, whose weights may change"
     if loaded.weight_versions != weight_versions(loaded.model):
-        return "the model has changed since it was loaded. Save it, and pass the folder"
+        return "the model has changed since it was loaded"
     if any(type(module).__module__.startswith("transformers_modules") for module in loaded.model.modules()):
         return "the model runs code of its own, which may change while its weights stay the same"
     if getattr(loaded.model, "_hf_peft_config_loaded", False):
-        return "the model is an adapter, whose base model may change. Merge and save it, and pass the folder"
+        return "the model is an adapter, whose base model may change"
     return None
 
 
@@ -160,7 +160,9 @@ def context_of(backbone: Backbone, **measured: Any) -> dict[str, Any]:
     from sparsort.scoring.base import versions
 
     if (why := obstacle(backbone)) is not None:
-        raise SparsortError(f"cache= cannot be used with this model: {why}, or leave cache= (--no-cache) out.")
+        raise SparsortError(
+            f"what this model computes cannot be kept: {why}. Leave cache= out, or pass the name or folder of a saved model."
+        )
     loaded = backbone.loaded
     return {
         "version": VERSION,

@@ -187,6 +187,7 @@ SCORE = ["score", "FILE", *TEXT]
         ([*SCORE, "--max-length", "4000"], "was made for 1024 tokens"),
         ([*SCORE, "--chat"], "no chat template"),
         ([*QUERY, "--site", "layer:999"], "the model has 3 blocks"),
+        ([*QUERY, "--chat"], "no chat template"),
         ([*QUERY, "--site", "layers:1"], "unknown site"),
         ([*QUERY, "--dtype", "float31"], "unknown dtype"),
         ([*QUERY, "--pooling", "lst"], "unknown pooling"),

@@ -263,7 +263,7 @@ def test_a_tokenizer_that_is_not_the_same_once_saved_is_not_kept(
 def test_a_broken_gguf_file_is_an_error(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(SparsortError, match=r"cannot load the model .*broken\.gguf"):
+    with pytest.raises(SparsortError, match=r"cannot load the tokenizer .*broken\.gguf"):
         load_model(path)
     assert not list(cache.glob("*"))
 
