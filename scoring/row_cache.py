@@ -54,7 +54,7 @@ class RowCache:
 
     Attributes:
         folder: where they are; `sparsort env` shows it, `sparsort cache --clear` empties it.
-        from_cache: how many values this object has found.
+        from_cache: how many values this object has found, copies of a row in one call included.
         read: how many it did not find, so that the model read the rows.
     """
 
@@ -85,18 +85,20 @@ class RowCache:
         """
         name = digest_of_values(context)
         held = self._held(name)
-        missing = [number for number, key in enumerate(keys) if key not in held]
+        # Each key once: copies of a row, read in other batches, could differ from what is kept.
+        missing = {key: number for number, key in reversed(list(enumerate(keys))) if key not in held}
         self.from_cache += rows_of_key * (len(keys) - len(missing))
         self.read += rows_of_key * len(missing)
-        reasons = [""] * len(keys)
-        fresh: dict[int, Values] = {}
+        fresh: dict[bytes, Values] = {}
+        reasons: dict[bytes, str] = {}
         if missing:
-            values, why = read(missing)
-            for place, (number, reason) in enumerate(zip(missing, why, strict=True)):
-                fresh[number], reasons[number] = values[place], reason
-            self._add(name, {keys[number]: fresh[number] for number in missing if not reasons[number]})
-        rows = [fresh[number] if number in fresh else held[key] for number, key in enumerate(keys)]
-        return np.stack(rows), reasons
+            wanted = sorted(missing.values())
+            values, why = read(wanted)
+            fresh = {keys[number]: row for number, row in zip(wanted, values, strict=True)}
+            reasons = {keys[number]: reason for number, reason in zip(wanted, why, strict=True) if reason}
+            self._add(name, {key: row for key, row in fresh.items() if key not in reasons})
+        rows = [fresh[key] if key in fresh else held[key] for key in keys]
+        return np.stack(rows), [reasons.get(key, "") for key in keys]
 
     def _held(self, name: str) -> dict[bytes, Values]:
         """All values of a context, read from its files at the first use."""

@@ -113,6 +113,21 @@ def test_only_new_rows_are_read(model: str, cache: Path, reads: list[int]) -> No
     assert np.array_equal(second[-1:], alone)
 
 
+def test_copies_of_a_row_are_read_once_and_get_the_value_that_is_kept(
+    model: str, cache: Path, reads: list[int]
+) -> None:
+    # With a budget of one row a batch, copies would be read in batches of other widths.
+    scorer = SparsityScorer(model, token_budget=20)
+    rows = [*ROWS, *ROWS[::-1], ROWS[0]]
+    counts = RowCache()
+    first = scorer.score([dict(row) for row in rows], PROMPT, cache=counts)
+    assert reads == [len(ROWS)]
+    assert counts.summary() == {"from_cache": len(ROWS) + 1, "read": len(ROWS)}
+    second = scorer.score(rows, PROMPT, cache=RowCache())
+    assert second.table.equals(first.table)
+    assert np.array_equal(first.difficulty[: len(ROWS)], first.difficulty[len(ROWS) : -1][::-1])
+
+
 def test_another_metric_of_the_same_states_is_found(model: str, cache: Path, reads: list[int]) -> None:
     loaded = load_model(model)
     SparsityScorer(loaded).score(ROWS, PROMPT, cache=RowCache())
