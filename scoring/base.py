@@ -24,6 +24,7 @@ from sparsort.scoring.sources import SAMPLING, Row, RowSource, open_rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from sparsort.scoring.row_cache import RowCache
     from sparsort.scoring.scores import Scores
 
 Advance = Callable[[int], None]
@@ -38,6 +39,7 @@ class Request:
     prompt_or_none: Prompt | None
     truncation: Truncation
     max_length: int | None
+    cache: RowCache | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -108,6 +110,7 @@ class Scorer(ABC):
         out: str | Path | None = None,
         shard_rows: int = 2048,
         like: Scores | None = None,
+        cache: RowCache | None = None,
     ) -> Scores:
         """Score every row of `data`.
 
@@ -129,6 +132,8 @@ class Scorer(ABC):
             shard_rows: rows of one shard, the unit that is kept or redone. Does not change a score beyond rounding.
             like: scores made before, to be comparable with: what was fitted for them (an outlier rule) is used again,
                 and a setting that differs from theirs is refused.
+            cache: where to look for what the model has computed for these rows before, and to keep what it computes now;
+                None to read every row, and to write nothing. Not together with `out`, which keeps the scores themselves.
 
         Returns:
             One row an id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
@@ -136,11 +141,15 @@ class Scorer(ABC):
         Raises:
             SparsortError: bad input; the message says what to do.
         """
+        if cache is not None and out is not None:
+            raise SparsortError(
+                "out= and cache= were given. A score folder keeps the scores of every row: leave cache= out."
+            )
         asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
         source = open_rows(data, id_column=id_column, content=self.content(asked), columns=columns)
         if asked is not None:
             source.require(asked.fields, asked)
-        request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length)
+        request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length, cache=cache)
         folder = Path(out).expanduser() if out is not None else None
         job = self.prepare(source, request, like.provenance if like is not None else _previous(folder))
         if like is not None:

@@ -25,8 +25,9 @@ from sparsort.scoring.sources import Row, RowSource
 from sparsort.values import has_text, is_missing
 
 _NO_MODEL = (When(holds=lambda values: False, why="this scorer runs no model, and cuts no text"),)
+_READS_NOTHING = (When(holds=lambda values: False, why="this scorer runs no model, and has nothing to keep"),)
 # What a request asks of a scorer that runs no model; see `sparsort.conditions`.
-_REQUEST_READ_BY: Table = {"truncation": _NO_MODEL, "max_length": _NO_MODEL}
+_REQUEST_READ_BY: Table = {"truncation": _NO_MODEL, "max_length": _NO_MODEL, "cache": _READS_NOTHING}
 _TOKENS = (among("unit", ("tokens",), of=("tokens", "characters")),)
 _LENGTH_READ_BY: Table = {"model": _TOKENS, "revision": _TOKENS, "trust_remote_code": _TOKENS}
 
@@ -81,7 +82,7 @@ class _RowScorer(Scorer):
     tokenizer: Any = None
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
-        read = {"truncation": request.truncation, "max_length": request.max_length}
+        read = {"truncation": request.truncation, "max_length": request.max_length, "cache": request.cache}
         refuse_unread_arguments(self.score, _REQUEST_READ_BY, read)
         if self.reads_text and request.need_prompt(source).is_chat and self.tokenizer is None:
             raise SparsortError(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.errors import SparsortError
+
 # A shared head's keys and values stay in memory while its rows run: this many tokens at most.
 _MAX_HEAD_TOKENS = 8192
 # Below this share of tokens saved a cut costs more (mask, gathered cache) than it saves.
@@ -41,6 +43,12 @@ class Limits:
     kept: int
     depth: int
     alone_over: int | None = None
+
+
+def check_token_budget(token_budget: int | None) -> None:
+    """Refuse a budget that not even one token fits into."""
+    if token_budget is not None and token_budget < 1:
+        raise SparsortError(f"token_budget is {token_budget}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

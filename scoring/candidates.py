@@ -24,10 +24,11 @@ from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
 from sparsort.scoring.base import Request
 from sparsort.scoring.candidate_job import LOSS, CandidateJob
+from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.heads import Head
 from sparsort.scoring.pooling import Pooling, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer
+from sparsort.scoring.scorers import ModelJob, ModelScorer, naming_options
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
@@ -99,11 +100,15 @@ class CandidateScorer(ModelScorer):
         check_grid(sites, poolings, outliers)
         if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
             raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
+        check_model(model, sites=sites or SITES[:1], outliers=outliers, **naming_options(model_options))
         super().__init__(model, **model_options)
         self.poolings = _distinct(poolings) if poolings is not None else None
         self.outliers, self.own_loss, self.l0_threshold = _distinct(outliers), own_loss, l0_threshold
         self.notes: list[str] = []
         self.sites = {name: self.backbone.site(name) for name in self._names(sites)}
+
+    def check_cache(self) -> None:
+        raise SparsortError("cache= has no effect on candidates, which are kept in a score folder. Pass out= instead.")
 
     def _names(self, asked: Sequence[str] | None) -> list[str]:
         if asked is not None:

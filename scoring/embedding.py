@@ -1,7 +1,8 @@
 """Sentence vectors from the model at hand: the mean of a text's final states, for nearest-neighbour selection.
 
-Contract: one forward pass a text, no second model. The states are those after the final norm (before it for a model without
-one), averaged over the text's tokens without the tokenizer's special tokens in front.
+Contract: one forward pass a text, no second model, and no pass for a text whose vector a cache holds. The states
+are those after the final norm (before it for a model without one), averaged over the text's tokens without the tokenizer's
+special tokens in front.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from numpy.typing import NDArray
 from sparsort.errors import SparsortError
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.pooling import Collector
-from sparsort.scoring.prompts import Encoder, Prompt, Truncation
+from sparsort.scoring.prompts import Encoded, Encoder, Prompt, Truncation
+from sparsort.scoring.row_cache import RowCache, context_of, key_of
+from sparsort.scoring.sites import Site
 
 
-def embed_rows(backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Prompt) -> NDArray[np.float32]:
+def embed_rows(
+    backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Prompt, *, cache: RowCache | None = None
+) -> NDArray[np.float32]:
     """(n, H) mean-pooled states of every row's prompt.
 
     Args:
         backbone: the model.
         rows: fields of each row.
         prompt: what is read of a row; a text over the model's context is cut on the left, but not in chat.
+        cache: where to look for the vectors first, and to keep new ones; None to run the model on every row.
 
     Raises:
         SparsortError: a row has no text, or in chat too much of it; or its states are not finite.
@@ -43,16 +49,31 @@ def embed_rows(backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Pr
     if not encoded:
         return np.zeros((0, backbone.hidden_size), dtype=np.float32)
     site = backbone.site("post_norm" if backbone.final_norm is not None else "pre_norm")
+
+    def read(numbers: list[int]) -> tuple[NDArray[np.float32], list[str]]:
+        means, codes = _means(backbone, [encoded[number] for number in numbers], site)
+        return means, ["not_finite" if code else "" for code in codes]
+
+    if cache is None:
+        means, reasons = read(list(range(len(encoded))))
+    else:
+        context = context_of(backbone, mean_state=site.name)
+        means, reasons = cache.through(context, [key_of(item) for item in encoded], read)
+    for number, reason in enumerate(reasons):
+        if reason:
+            raise SparsortError(f"{_name(number, rows[number])} has states that are not finite. Try dtype='float32'.")
+    return means
+
+
+def _means(backbone: Backbone, encoded: Sequence[Encoded], site: Site) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(n, H) mean states, and the reason codes of rows without one."""
     ids = [item.ids for item in encoded]
     how = backbone.plan(ids)
     collector = Collector("mean_state", encoded, how, site=site.name)
     for piece in backbone.walk(ids, how, [site]):
         collector.add(piece)
-    means, reasons = collector.means()
-    if reasons.any():
-        number = int(reasons.argmax())
-        raise SparsortError(f"{_name(number, rows[number])} has states that are not finite. Try dtype='float32'.")
-    return means.astype(np.float32)
+    means, codes = collector.means()
+    return means.astype(np.float32), codes
 
 
 def _name(number: int, row: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch
 from sparsort.errors import SparsortError, first_line, unknown_choice
 from sparsort.kernels.backend import Choice, compute_dtype, default_device
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.scoring.prompts import hash_tokenizer
 
@@ -29,7 +30,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run, with where it came from and why it runs as it does."""
+    """A model ready to run, with where it came from and why it runs as it does.
+
+    `weight_versions` is what `weight_versions` gave when `weights` was computed; None for a model that was passed as an object.
+    """
 
     name: str
     model: Any
@@ -39,6 +43,7 @@ class LoadedModel:
     weights: str
     # Without the chat template: `prompts.identify_tokenizer` adds it where it is used.
     tokenizer_hash: str
+    weight_versions: tuple[int, ...] | None = None
 
 
 def load_model(
@@ -64,32 +69,21 @@ def load_model(
         SparsortError: no such model, a folder without one, an unknown dtype or device, weights that are not finite.
     """
     check_dtype(dtype)
-    try:
-        where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
-        torch.empty(0, device=where.value)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error).rstrip(".")
-        raise SparsortError(f"cannot use the device {device!r}: {reason}. Use 'auto', 'cpu' or 'cuda'.") from None
-    kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    where, kind = _device_and_dtype(device, dtype)
     if not isinstance(model, (str, Path)):
         return _adopt(model, tokenizer)
     resolved = resolve_model(str(model))
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": kind.value, "revision": revision, "trust_remote_code": trust_remote_code}
     if resolved.is_hub_id:
         options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
-    if resolved.gguf_file:
-        from transformers import GgufConfig
-
-        options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    # Before the weights: it is small, and a model without one is of no use.
+    tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
     try:
-        # transformers draws random numbers for weights that a checkpoint lacks; the caller's generator is not its to move.
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                resolved.folder_or_id, output_loading_info=True, **options
-            )
-            loaded = loaded.to(where.value).eval()
+        if resolved.gguf_file:
+            loaded, info = _read_gguf(Path(resolved.folder_or_id) / resolved.gguf_file, options)
+        else:
+            loaded, info = _read_weights(resolved.folder_or_id, options)
+        loaded = loaded.to(where.value).eval()
     except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
         raise SparsortError(
             f"cannot load the model {str(model)!r}: {first_line(error)} "
@@ -102,7 +96,6 @@ def load_model(
             f"the checkpoint {str(model)!r} lacks weights: {', '.join(missing[:3])}{more}. "
             "Copy or download it again, whole."
         )
-    tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
     return LoadedModel(
         name=str(model),
         model=loaded,
@@ -111,7 +104,69 @@ def load_model(
         dtype=kind,
         weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
         tokenizer_hash=hash_tokenizer(tokenizer),
+        weight_versions=weight_versions(loaded),
     )
+
+
+def _read_weights(folder_or_id: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says about loading it."""
+    from transformers import AutoModelForCausalLM
+
+    # transformers draws random numbers for weights that a checkpoint lacks; the caller's generator is not its to move.
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder_or_id, output_loading_info=True, **options)
+    return loaded, info
+
+
+def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model in a GGUF file, dequantised to the dtype of the options."""
+
+    def convert() -> tuple[Any, dict[str, Any]]:
+        from transformers import GgufConfig
+
+        given = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        loaded, info = _read_weights(file.parent, {**options, **given})
+        make_plain(loaded)
+        return loaded, info
+
+    def save(read: tuple[Any, dict[str, Any]], folder: Path) -> None:
+        if read[1]["missing_keys"]:
+            raise SparsortError("it lacks weights.")
+        with quiet_transformers():
+            read[0].save_pretrained(folder)
+
+    read: tuple[Any, dict[str, Any]] = through_cache(
+        file,
+        str(options["dtype"]).removeprefix("torch."),
+        convert=convert,
+        save=save,
+        load=lambda folder: _read_weights(folder, options),
+        size=lambda read: sum(weight.nbytes for weight in read[0].parameters()),
+    )
+    return read
+
+
+def _device_and_dtype(device: str, dtype: str) -> tuple[Choice[torch.device], Choice[torch.dtype]]:
+    """Where to run and in which dtype, tried with an empty tensor.
+
+    Raises:
+        SparsortError: there is no such device, or it does not have the dtype.
+    """
+    try:
+        where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
+        torch.empty(0, device=where.value)
+    except (RuntimeError, AssertionError) as error:
+        first = first_line(error).rstrip(".")
+        raise SparsortError(f"cannot use the device {device!r}: {first}. Use 'auto', 'cpu' or 'cuda'.") from None
+    kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    try:
+        torch.empty(0, device=where.value, dtype=kind.value)
+    except (RuntimeError, TypeError) as error:
+        first = first_line(error).rstrip(".")
+        raise SparsortError(
+            f"cannot compute in {dtype} on the device {str(where.value)!r}: {first}. Use dtype='auto' (--dtype auto)."
+        ) from None
+    return where, kind
 
 
 def check_dtype(dtype: str) -> None:
@@ -139,6 +194,14 @@ def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
     )
 
 
+def weight_versions(model: Any) -> tuple[int, ...]:
+    """torch's counters of changes, one for every parameter: training, `load_state_dict` and new modules change them.
+
+    They cost nothing, where a hash of the weights reads every byte. Tensors of inference mode cannot change, and count as 0.
+    """
+    return tuple(0 if weight.is_inference() else weight._version for weight in model.parameters())
+
+
 def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     folder = Path(folder_or_id)
     if not folder.is_dir():
@@ -149,8 +212,7 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
         files = files or sorted(folder.glob(pattern))
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(sha256_of(path))
     config = folder / "config.json"
     if config.is_file():
         digest.update(config.read_bytes())

@@ -89,6 +89,9 @@ class _HeadJob(ModelJob):
         self.wants_answer = scorer.kind == "answer_loss"
         self.site = scorer.backbone.head_site
 
+    def measured(self) -> dict[str, Any]:
+        return {"kind": self.kind, "site": self.site.name}
+
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         too_short = ("empty", "a single token has nothing to be predicted from")
         return [

@@ -88,12 +88,21 @@ def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -
         scale = np.divide(1.0, rms, out=np.zeros(width), where=rms > 0).astype(np.float32)
         record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "scale": [float(value) for value in scale]}
         return OutlierFit(scale_H=torch.from_numpy(scale), record=record)
+    check_dropped(rule, width)
     count = int(rule.partition(":")[2])
-    if count >= width:
-        raise SparsortError(f"the outlier rule {rule!r} drops every one of the {width} dimensions. Drop fewer.")
     widest = [int(d) for d in np.argsort(-mean_square_H, kind="stable")[:count]]
     record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "dims": widest}
     return OutlierFit(scale_H=_without(widest, width), record=record)
+
+
+def check_dropped(rule: str, width: int) -> None:
+    """Refuse a rule `drop:n` that leaves nothing of a state of `width` dimensions.
+
+    Raises:
+        SparsortError: n is the width or more.
+    """
+    if int(rule.partition(":")[2]) >= width:
+        raise SparsortError(f"the outlier rule {rule!r} drops every one of the {width} dimensions. Drop fewer.")
 
 
 def restore_outliers(record: dict[str, object], width: int) -> OutlierFit:

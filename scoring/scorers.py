@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
 from sparsort.scoring.backbone import Backbone, Piece
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
-from sparsort.scoring.batching import Plan
+from sparsort.scoring.batching import Plan, check_token_budget
+from sparsort.scoring.early_checks import check_max_length, check_model
 from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.pooling import (
     Collector,
@@ -32,6 +33,7 @@ from sparsort.scoring.pooling import (
     restore_outliers,
 )
 from sparsort.scoring.prompts import Encoded, Encoder, identify_tokenizer
+from sparsort.scoring.row_cache import context_of, key_of, key_of_all
 from sparsort.scoring.scores import score_table
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
@@ -61,6 +63,7 @@ class ModelScorer(Scorer):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        check_token_budget(token_budget)
         if isinstance(model, LoadedModel):
             self.loaded = model
         else:
@@ -76,21 +79,22 @@ class ModelScorer(Scorer):
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
         """The job that scores this source's shards."""
-        limit = request.max_length
         own = self.backbone.max_length
-        if limit is None:
-            limit = own
-        elif own is not None and limit > own:
-            raise SparsortError(
-                f"max_length is {limit}, but {self.loaded.name!r} was made for {own} tokens. Pass at most {own}."
-            )
+        check_max_length(request.max_length, own, self.loaded.name)
+        limit = request.max_length if request.max_length is not None else own
         encoder = Encoder(
             self.loaded.tokenizer,
             max_length=limit,
             truncation=request.truncation,
             chat=request.need_prompt(source).is_chat,
         )
+        if request.cache is not None:
+            self.check_cache()
         return self._job(source, request, encoder, previous)
+
+    def check_cache(self) -> None:
+        """Refuse a model, or a scorer, whose values cannot be kept, before any row is read."""
+        context_of(self.backbone)
 
     @abstractmethod
     def _job(
@@ -146,7 +150,7 @@ class ModelJob(Job):
         advance(len(rows) - len(todo))
         if todo:
             kept = [encoded[number] for number in todo]
-            found, reasons = self.read(kept, self.plan(kept), advance)
+            found, reasons = self._cached_or_read(kept, advance)
             values[todo] = found
             for number, why in zip(todo, reasons, strict=True):
                 if why:
@@ -166,6 +170,29 @@ class ModelJob(Job):
             n_truncated=[item.n_dropped for item in encoded],
             metrics={name: values[:, column] for column, name in enumerate(self.metrics)},
         )
+
+    def _cached_or_read(self, encoded: Sequence[Encoded], advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+        """What `read` gives, of which only what the cache does not hold is read."""
+        cache = self.request.cache
+        if cache is None:
+            return self.read(encoded, self.plan(encoded), advance)
+
+        def read(numbers: list[int]) -> tuple[NDArray[np.float64], list[str]]:
+            wanted = [encoded[number] for number in numbers]
+            return self.read(wanted, self.plan(wanted), advance)
+
+        before = cache.from_cache
+        context = context_of(self.backbone, **self.measured())
+        values, reasons = cache.through(context, [key_of(item) for item in encoded], read)
+        found = cache.from_cache - before
+        advance(found)
+        environment = self.provenance["environment"]
+        environment["rows_from_cache"] = environment.get("rows_from_cache", 0) + found
+        return values, reasons
+
+    def measured(self) -> dict[str, Any]:
+        """What `read` measures, as JSON values: all that its values depend on besides the model and the token ids."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its values depend on")
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Token ids of the rows; an answer that is wanted and empty is a problem of the row."""
@@ -236,6 +263,7 @@ class SparsityScorer(ModelScorer):
         self.metric = metric
         self.l0_threshold = l0_threshold
         check_site(site)
+        check_model(model, sites=[site], outliers=[outliers], **naming_options(model_options))
         super().__init__(model, **model_options)
         self.site = self.backbone.site(site)
 
@@ -265,12 +293,32 @@ class SparsityScorer(ModelScorer):
         if recorded and recorded.get("rule") == self.outliers:
             return restore_outliers(recorded, self.backbone.width(self.site))
         kept = [item for item in job.encode(source.sample(SAMPLE_ROWS)) if item.problem is None]
+        cache = job.request.cache
+        if cache is None or not kept:
+            count, mean_square_H = self._mean_square(job, kept)
+            return fit_outliers(self.outliers, mean_square_H, count)
+
+        def read(_numbers: list[int]) -> tuple[NDArray[np.float64], list[str]]:
+            count, mean_square_H = self._mean_square(job, kept)
+            return np.concatenate([[count], mean_square_H])[None], ["" if count else "no state"]
+
+        context = context_of(self.backbone, mean_square=True, site=self.site.name, pooling=self.pooling)
+        (values,), _ = cache.through(context, [key_of_all(kept)], read, rows_of_key=len(kept))
+        return fit_outliers(self.outliers, values[1:], int(values[0]))
+
+    def _mean_square(self, job: _SparsityJob, kept: Sequence[Encoded]) -> tuple[int, NDArray[np.float64]]:
+        """How many states these rows have where the site is read, and the (width,) mean square of those."""
         how = job.plan(kept)
         square = MeanSquare(Collector(self.pooling, kept, how, site=self.site.name), self.site.name)
         if kept:
             for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
                 square.add(piece)
-        return fit_outliers(self.outliers, square.value_H(), square.count)
+        return square.count, square.value_H()
+
+
+def naming_options(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a `ModelScorer`, those that say which model is meant."""
+    return {name: model_options[name] for name in ("revision", "trust_remote_code") if name in model_options}
 
 
 class _SparsityJob(ModelJob):
@@ -281,6 +329,16 @@ class _SparsityJob(ModelJob):
         self.site, self.pooling, self.threshold = scorer.site, scorer.pooling, scorer.l0_threshold
         self.wants_answer = scorer.pooling == "answer"
         self.outliers = OutlierFit(scale_H=None, record={"rule": "none"})
+
+    def measured(self) -> dict[str, Any]:
+        return {
+            "metrics": list(METRICS),
+            "site": self.site.name,
+            "pooling": self.pooling,
+            "l0_threshold": self.threshold,
+            "outliers": self.outliers.record,
+            "sparsity": str(sparsity_implementation(self.backbone.device).value),
+        }
 
     def plan(self, encoded: Sequence[Encoded]) -> Plan:
         # A shared head must not reach into an answer, whose tokens are read row by row.

@@ -26,6 +26,8 @@ hypothesis.settings.load_profile("shared")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test finds what another has read; tests of the cache set a limit and a folder of their own.
+os.environ["SPARSORT_CACHE_ROWS_GB"] = "0"
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -19,6 +19,7 @@ from sparsort.curriculum.ablation.tasks import Task
 from sparsort.kernels.backend import device_name
 from sparsort.scoring.answers import FEATURES, AnswerReader
 from sparsort.scoring.backbone import Backbone
+from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.embedding import embed_rows
 from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.losses import LossScorer
@@ -44,6 +45,8 @@ class Engine:
 
     def __init__(self, ablation: Ablation, loaded: LoadedModel | None = None, *, compile: bool = False) -> None:
         self._ablation, self._compile = ablation, compile
+        if loaded is None:
+            check_model(ablation.model, sites=[ablation.site], outliers=[ablation.outliers])
         self.loaded = loaded or load_model(ablation.model, dtype=ablation.dtype, device=ablation.device)
         self._readers: dict[bool, AnswerReader] = {}
 

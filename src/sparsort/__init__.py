@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sparsort.scoring.calibration import Calibration as Calibration
     from sparsort.scoring.losses import EntropyScorer as EntropyScorer
     from sparsort.scoring.losses import LossScorer as LossScorer
+    from sparsort.scoring.row_cache import RowCache as RowCache
     from sparsort.scoring.scorers import SparsityScorer as SparsityScorer
     from sparsort.scoring.scores import Scores as Scores
 
@@ -50,6 +51,7 @@ _HOME = {
     "LengthScorer": "scoring.baselines",
     "LossScorer": "scoring.losses",
     "RandomScorer": "scoring.baselines",
+    "RowCache": "scoring.row_cache",
     "Scores": "scoring.scores",
     "SparsityScorer": "scoring.scorers",
     "CurriculumLoader": "curriculum.loading.loader",

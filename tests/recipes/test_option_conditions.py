@@ -28,6 +28,7 @@ BASE = {
     "plan": ["scores"],
     "train": ["rows.jsonl", "--text", "{t}", "--out", "run"],
     "env": [],
+    "cache": [],
 }
 
 # Command → the option, what else is given, and why the option has no effect.
@@ -128,7 +129,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             (f"--{name}", "--scorer compression", "nothing here reads a model")
             for name in ("model demo", "revision main", "trust-remote-code")
         ),
-        *((f"--{name}", "--scorer length", "nothing here runs a model") for name in ("dtype float32", "device cpu")),
+        *(
+            (f"--{name}", "--scorer length", "nothing here runs a model")
+            for name in ("dtype float32", "device cpu", "no-cache")
+        ),
+        ("--no-cache", "--order random -k 2 --select bm25", "nothing here runs a model"),
         ("--dtype float32", "--order given --max-tokens 9", "nothing here runs a model"),
     ],
     "choose": [
@@ -180,6 +185,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "report": [],
     "env": [],
+    "cache": [],
     "plan": [
         *(
             (f"--{name}", "--mode pool", "pool mode draws every batch by itself")

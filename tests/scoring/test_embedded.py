@@ -79,9 +79,19 @@ def test_a_damaged_folder_is_converted_again(cache: Path, converted: list[Path],
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
-def test_several_conversions_at_once_all_succeed(
+def test_of_several_that_begin_at_once_one_converts(cache: Path, converted: list[Path]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: demo_folder(progress=lambda _: None), range(4)))
+    assert len(converted) == 1
+    assert len(set(folders)) == 1
+    assert (folders[0] / "model.safetensors").read_bytes() == b"weights"
+    assert [path.name for path in cache.iterdir()] == [folders[0].name]
+
+
+def test_without_locks_several_convert_and_one_folder_stays(
     cache: Path, converted: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(embedded, "one_at_a_time", lambda _folder: contextlib.nullcontext())
     convert, all_began = embedded._convert, threading.Barrier(4)
 
     def convert_with_the_others(package: Any, folder: Path) -> None:
@@ -110,7 +120,7 @@ def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pyt
 
 def test_what_a_killed_conversion_left_is_removed_after_an_hour(cache: Path, converted: list[Path]) -> None:
     name = f".gemma-3-270m-{embedded.GGUF_SHA256[:8]}"
-    old, fresh = cache / f"{name}.old", cache / f"{name}.fresh"
+    old, fresh = cache / f"{name}.{'0' * 32}", cache / f"{name}.{'1' * 32}"
     for folder in (old, fresh):
         folder.mkdir(parents=True)
     os.utime(old, (fresh.stat().st_mtime - 7200,) * 2)
