@@ -84,6 +84,36 @@ TOO_MUCH = [
     "{{ ('x' * 100000) | join('y' * 100000) }}",
     "{{ (['y' * 100000] * 100000) | join }}",
     "{{ lipsum(10 ** 10) }}",
+    "{{ 'x'.ljust(10 ** 10) }}",
+    "{{ 'x'.zfill(10 ** 10) }}",
+    "{{ '\t'.expandtabs(10 ** 10) }}",
+    "{{ (7).to_bytes(10 ** 10, 'big') }}",
+    "{{ messages | batch(10 ** 10, 'x') | list }}",
+    "{{ messages | slice(10 ** 10) | list }}",
+    "{{ messages | tojson(indent=10 ** 10) }}",
+    "{{ 1.5 | round(10 ** 10, 'floor') }}",
+    "{{ ['x'] | map('center', 10 ** 10) | list }}",
+    "{{ '%(a)10000000000d' % {'a': 1} }}",
+    "{{ '%.*f' % (10 ** 10, 1) }}",
+    "{{ '{:{}}'.format('x', '10000000000') }}",
+    "{{ '{0[}]:{1}}'.format({'}': 'x'}, 10 ** 10) }}",
+    "{{ '{x:{n[0]}}'.format(x='x', n=[10 ** 10]) }}",
+]
+
+# A number that is no size, in every place where a template may pass one.
+LARGE_NUMBERS = [
+    "{% macro f(t) %}{{ t }}{% endmacro %}{{ f(1735689600) }}{{ f(t=1735689600) }}",
+    "{% macro center(t) %}{{ t }}{% endmacro %}{{ center(1735689600) }}",
+    "{% macro w() %}{{ caller(1735689600) }}{% endmacro %}{% call(t) w() %}{{ t }}{% endcall %}",
+    "{{ x | default(1735689600) }}{{ '12' | int(4294967295) }}{{ 'a' | float(4294967295) }}",
+    "{% set ns = namespace(seed=4294967295) %}{{ ns.seed }}{{ dict(a=4294967295).a }}{{ {'a': 1}.get('b', 1735689600) }}",
+    "{{ cycler(1735689600, 2).next() }}{{ [1735689600] | sum(start=4294967295) }}{{ range(1735689600, 1735689602) | list }}",
+    "{{ messages[0].content | truncate(1735689600) }}{{ messages[0].content | wordwrap(1735689600) }}",
+    "{{ 'a'.replace('a', 'b', 1735689600) }}{{ 'a b'.split(' ', 1735689600) }}{{ 'abc'.find('c', 0, 1735689600) }}",
+    "{{ '%s' % 1735689600 }}{{ '%d' | format(1735689600) }}{{ 'id 1735689600: * %s' % 1735689600 }}{{ '%(a)d' % {'a': 1735689600} }}",
+    "{{ '{}'.format(1735689600) }}{{ '1735689600 {a:>5}'.format(a=1735689600) }}{{ '{{{}}}'.format(1735689600) }}",
+    "{{ '{:{}}'.format('x', 5) }}{{ 1735689600 | round }}{{ 1735689600 % 1735689599 }}{{ 1735689600 + 4294967295 }}",
+    "{{ [1735689600] | join(',') }}{{ [4294967295] | map('string') | list }}{{ 1735689600 | tojson }}{{ 1735689600 is divisibleby 4294967295 }}",
 ]
 
 
@@ -92,7 +122,7 @@ def tokenizer(make_tiny_model: Callable[..., Path]) -> Any:
     return load_tokenizer(str(make_tiny_model("llama")))
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES + LARGE_NUMBERS)
 @pytest.mark.parametrize("ask", [True, False])
 def test_the_text_is_that_of_transformers(tokenizer: Any, template: str, ask: bool) -> None:
     tokenizer.chat_template = template
