@@ -214,11 +214,6 @@ def _imported(node: ast.AST, module: str) -> Iterator[tuple[str, str]]:
                 yield alias.asname or "sparsort", alias.name if alias.asname else "sparsort"
 
 
-def _of_fields(node: ast.AST) -> list[ast.expr]:
-    is_fields = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fields"
-    return node.args if is_fields else []  # type: ignore[union-attr]
-
-
 def _bound(node: ast.AST) -> Iterator[str]:
     """The names that a function binds itself, which are not those of its module."""
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -247,34 +242,6 @@ def _without_effect(node: ast.AST) -> list[ast.expr]:
         return [node.value]
     is_fields = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fields"
     return node.args if is_fields else []  # type: ignore[union-attr]
-
-
-def _bound(node: ast.AST) -> Iterator[str]:
-    """The names that a function binds itself, which are not those of its module."""
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return
-    yield from (argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-    waiting: list[ast.AST] = list(node.body)
-    while waiting:
-        child = waiting.pop()
-        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-            yield child.id
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            waiting += ast.iter_child_nodes(child)
-
-
-def _dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (before := _dotted(node.value)):
-        return f"{before}.{node.attr}"
-    return ""
-
-
-def _docstrings(node: ast.AST) -> Iterator[ast.Constant]:
-    for child in ast.walk(node):
-        if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-            yield child.value
 
 
 @functools.cache
