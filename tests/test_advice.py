@@ -40,6 +40,7 @@ _AFTER = re.compile(r"(?: [^\s()]+)? of sparsort ([a-z]+(?:(?:, | and )[a-z]+)*)
 _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 
 _NO_CONVERSATIONS = "ablate passes templates, never a column of conversations"
+_KEEPS_NOTHING = "an interrupted command is referred to --out only if it is score or has --out"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
     (
@@ -50,6 +51,8 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("sparsort.scoring.conversations._items", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.Prompt.given", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.recipes.options._stopped", "env"): _KEEPS_NOTHING,
+    ("sparsort.recipes.options._stopped", "cache"): _KEEPS_NOTHING,
     ("sparsort.scoring.prompts.Prompt.of", "train"): "train passes no system turn",
 }
 
