@@ -40,7 +40,7 @@ _AFTER = re.compile(r"(?: [^\s()]+)? of sparsort ([a-z]+(?:(?:, | and )[a-z]+)*)
 _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 
 _NO_CONVERSATIONS = "ablate passes templates, never a column of conversations"
-_KEEPS_NOTHING = "an interrupted command is referred to --out only if it is score or has --out"
+_KEEPS_NOTHING = "only an interrupted score without --out gives this sentence"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
     (
