@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from sparsort.curriculum.demos.prompt import build_prompt
 from sparsort.errors import SparsortError
 from sparsort.recipes.train_text import TrainText
 from sparsort.scoring import metered_templates
+from sparsort.scoring.calibrated import CalibratedScorer
+from sparsort.scoring.calibration import Calibration
+from sparsort.scoring.candidates import CandidateScorer
 from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template
 from sparsort.scoring.embedded import load_tokenizer
 from sparsort.scoring.loading import load_model
@@ -276,6 +280,7 @@ def test_what_an_earlier_version_recorded_is_continued(
         "sparsity": lambda: sparsort.SparsityScorer(small),
         "loss": lambda: sparsort.LossScorer(small, on="prompt"),
         "length": lambda: sparsort.LengthScorer(model=small.name),
+        "candidates": lambda: CandidateScorer(small, sites=["pre_norm"], poolings=["last"], outliers=["rms"]),
     }
     with monkeypatch.context() as patch:
         for module in ("scorers", "baselines"):
@@ -287,3 +292,28 @@ def test_what_an_earlier_version_recorded_is_continued(
         assert again.provenance == before[name].provenance
         assert make().score(ROWS, "{text}", like=before[name]).difficulty.tolist() == again.difficulty.tolist()
         assert earlier not in str(make().score(ROWS, "{text}").provenance)
+
+
+def test_a_calibration_that_recorded_the_chat_template_of_a_plain_prompt_applies(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = load_model(str(make_tiny_model("llama")), dtype="float32")
+    rows = [{"text": f"word {n} " * (1 + n % 5)} for n in range(40)]
+    options: dict[str, Any] = {
+        "sites": ["pre_norm"],
+        "poolings": ["last"],
+        "outliers": ["none"],
+        "n_boot": 100,
+        "n_perm": 39,
+    }
+    made = sparsort.calibrate(rows, "{text}", level=list(range(40)), model=small, **options)
+
+    def recording(tokenizer: str) -> Calibration:
+        return replace(made, definition=replace(made.definition, tokenizer=tokenizer))
+
+    earlier = recording(hash_tokenizer(small.tokenizer, chat=True))
+    assert earlier.definition.tokenizer != made.definition.tokenizer
+    expected = CalibratedScorer(made, small).score(rows).difficulty.tolist()
+    assert CalibratedScorer(earlier, small).score(rows, out=tmp_path / "scores").difficulty.tolist() == expected
+    with pytest.raises(SparsortError, match="the tokenizer of"):
+        CalibratedScorer(recording("sha256:other"), small)
