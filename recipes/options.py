@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -120,6 +121,12 @@ class StoppedError(SparsortError):
 class CheckedCommand(PrintableUsage, TyperCommand):
     """A command that refuses options without an effect before it does anything, and says how to resume when it is interrupted."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        hints = get_type_hints(self.callback).items()
+        names = {name for name, hint in hints if Path in (hint, *get_args(hint))}
+        _refuse_empty_paths({flag for one in self.params if one.name in names for flag in one.opts}, args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         from sparsort.recipes.option_conditions import check
 
@@ -142,8 +149,28 @@ class CheckedCommand(PrintableUsage, TyperCommand):
             raise
 
 
-# Commands that keep finished work in the folder of --out, and resume from it.
-_RESUMED = ("score", "ablate", "train")
+def _refuse_empty_paths(flags: Collection[str], args: Sequence[str]) -> None:
+    """Refuse an empty path, such as that of a shell variable that is not set: pathlib takes it for the current folder.
+
+    Args:
+        flags: the options that take a path.
+        args: what follows the name of the command.
+
+    Raises:
+        SparsortError: an option that takes a path has an empty value, or an argument is empty.
+    """
+    before = ""
+    for text in args:
+        flag = text.removesuffix("=") if text.endswith("=") else before if not text else ""
+        if flag in flags:
+            raise SparsortError(f"{flag} is empty; expected a path. Is a variable of the shell not set?")
+        if not text and not before.startswith("-"):
+            raise SparsortError("an argument is empty; expected a path. Is a variable of the shell not set?")
+        before = text
+
+
+# Commands that keep finished work in the folder of --out or next to it, and resume from it.
+_RESUMED = ("score", "ablate", "train", "calibrate")
 
 
 def _stopped(ctx: Any, stop: KeyboardInterrupt) -> StoppedError:
@@ -152,8 +179,12 @@ def _stopped(ctx: Any, stop: KeyboardInterrupt) -> StoppedError:
     is_alone = ctx.info_name in sys.argv[1:] and "RANK" not in os.environ
     command = f": {shlex.join(['sparsort', *sys.argv[1:]])}" if is_alone else "."
     out = ctx.params.get("out")
-    if ctx.info_name in _RESUMED and out is not None:
-        kept = f"What was finished is kept in {out}. To resume from there, run"
+    # A calibration keeps the rows of its pass in a folder next to its file.
+    folder = Path(out).with_suffix(".rows") if out is not None and ctx.info_name == "calibrate" else out
+    if ctx.info_name in _RESUMED and folder is not None and not Path(folder).expanduser().exists():
+        kept = "Nothing was finished yet. Run"
+    elif ctx.info_name in _RESUMED and folder is not None:
+        kept = f"What was finished is kept in {folder}. To resume from there, run"
     elif ctx.info_name == "score":
         kept = "Nothing is kept without --out FOLDER, which a score resumes from. Run"
     else:

@@ -74,14 +74,23 @@ def claim(folder: Path, asked: Mapping[str, Any], *, write: bool) -> None:
         integrity.write_sealed(folder / _RUN, {"format": FORMAT, "version": VERSION, **asked})
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What a run in the folder was asked for; empty without one.
+
+    Raises:
+        SparsortError: its record cannot be read, or has changed since it was written.
+    """
+    return _read(folder / _RUN, next_step=_OTHER) or {}
+
+
 def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
     """Whether a run is there; `asked` may be what is known so far of what is asked for.
 
     Raises:
         SparsortError: it is another run.
     """
-    found = _read(folder / _RUN, next_step=_OTHER)
-    if found is None:
+    found = recorded(folder)
+    if not found:
         return False
     if (found.get("format"), found.get("version")) not in ((FORMAT, VERSION), (FORMAT, _WITHOUT_DIGESTS)):
         raise SparsortError(

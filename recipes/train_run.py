@@ -137,15 +137,17 @@ class Run:
     def _prepare(self, args: Any, tokenizer: Any) -> Prepared:
         from sparsort.recipes.train_text import Kept, tokenise
 
+        began = train_folder.recorded(self.out)
         options: dict[str, Any] = {"max_length": self.config.max_length, "folder": self.out / "tokens"}
+        of_held = {**options, "recorded": began.get("eval_rows")}
         out_of_data = _held_out(self.source.count(), self.eval_share, self.config.seed)
         rows = Kept(self.source, ~out_of_data)
-        tokens = tokenise(rows, self.text, tokenizer, **options)
+        tokens = tokenise(rows, self.text, tokenizer, **options, recorded=began.get("rows"))
         held = None
         if self.held is not None:
-            held = tokenise(Kept(self.held, np.ones(self.held.count(), dtype=bool)), self.text, tokenizer, **options)
+            held = tokenise(Kept(self.held, np.ones(self.held.count(), dtype=bool)), self.text, tokenizer, **of_held)
         elif out_of_data.any():
-            held = tokenise(Kept(self.source, out_of_data), self.text, tokenizer, **options)
+            held = tokenise(Kept(self.source, out_of_data), self.text, tokenizer, **of_held)
         plan, per_device = self._plan(rows, tokens, args.world_size)
         steps = self.config.max_steps or self.config.epochs * plan.n_batches
         if self.config.warmup_steps > steps:

@@ -33,7 +33,7 @@ from sparsort.files import write_atomically
 from sparsort.progress import progress
 from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.conversations import turns_of
-from sparsort.scoring.prompts import Prompt, hash_tokenizer
+from sparsort.scoring.prompts import Prompt, earlier_hash, hash_tokenizer
 from sparsort.scoring.sources import Row, RowSource
 from sparsort.templates import fields_of, render
 
@@ -187,8 +187,19 @@ class TrainText:
             raise SparsortError(f"{where}: {error}") from error
 
 
-def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, folder: Path) -> Tokens:
+def tokenise(
+    rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, folder: Path, recorded: str | None = None
+) -> Tokens:
     """The token ids of rows, from `folder` where they are there already.
+
+    Args:
+        rows: the rows.
+        text: what is read of a row.
+        tokenizer: the model's tokenizer.
+        max_length: tokens after which a text is cut.
+        folder: where the ids are kept.
+        recorded: the digest of the tokens with which the run began, or None. If it is of these texts in the form of version
+            0.1.0, whose digests included the chat template of plain texts, it is theirs.
 
     Raises:
         SparsortError: rows whose text is empty or gives fewer than two tokens, with their names; a full disk.
@@ -196,8 +207,15 @@ def tokenise(rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, fo
     import datasets
 
     chat = text.messages is not None
-    how = f"{_VERSION} {hash_tokenizer(tokenizer, chat=chat)} {max_length}" + (" messages" if chat else "")
-    digest = _digest(rows, text, tokenizer, how)
+
+    def digest_under(tokenizer_hash: str) -> str:
+        return _digest(
+            rows, text, tokenizer, f"{_VERSION} {tokenizer_hash} {max_length}" + (" messages" if chat else "")
+        )
+
+    digest = digest_under(hash_tokenizer(tokenizer, chat=chat))
+    if recorded not in (None, digest) and (earlier := earlier_hash(tokenizer, chat=chat)) is not None:
+        digest = recorded if digest_under(earlier) == recorded else digest
     path = folder / f"tokens-{digest}.arrow"
     if not is_intact(path):
         _write(rows, text, tokenizer, max_length, path)

@@ -6,8 +6,8 @@ the same environment counts operators, filters, calls and loops:
 
 - Each character or element that a step builds counts 1, and each iteration of a loop and each call of a macro counts `_STEP`. One
   rendering may count `WORK`, and 64 for each character that it is given. The count is the same on every machine.
-- Repetition, powers, number arguments, widths in format strings, `replace` and `join` are checked before the step, so that no
-  template gets gigabytes from one such expression.
+- Repetition, powers, numbers that decide a size, widths in format strings, `replace` and `join` are checked before the step, so
+  that no template gets gigabytes from one such expression.
 - The output is counted piece by piece, as the template writes it.
 
 What remains: other functions are counted after they have returned, a list that holds one long text many times is counted by its
@@ -17,10 +17,13 @@ therefore still do so. A guarantee needs a process of its own, with limits of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from string import Formatter
 from typing import Any
 
 # Characters and elements that all steps of one rendering may build together: at most half a gigabyte of text.
@@ -31,8 +34,17 @@ OUTPUT = 2**20
 _WORK_EACH, _OUTPUT_EACH = 64, 16
 # At this price, loops end after 300,000 iterations, which take seconds.
 _STEP = 400
-# A width of a hundred million characters or more in a format string.
-_WIDTH = re.compile(r"\d{9,}")
+# In format strings: what follows the % of a field, and a field within the specification of another one in braces.
+_FLAGS, _FLAGS_AFTER_KEYS = re.compile(r"%([-#0 +.*\d]*)"), re.compile(r"[%)]([-#0 +.*\d]*)")
+_INNER_FIELD = re.compile(r"\{[^{}]*\}")
+_DIGITS = re.compile(r"\d+")
+# Of a text that may be a width.
+_WIDTH_CHARS = 64
+# Filters, methods and functions (by their own names) whose number arguments decide how much they build. A number is only a value
+# to all others, among them macros, `namespace`, `default` and `int`, and a limit to `truncate` and `wordwrap`.
+_SIZED = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "tojson", "batch", "slice", "round"}
+_SIZED |= {"lipsum", "generate_lorem_ipsum"}
+_RANGES = ("range", "safe_range")
 _TEXT_OR_LIST = (str, bytes, list, tuple)
 
 _left: ContextVar[list[int]] = ContextVar("sparsort_template_work")
@@ -183,11 +195,11 @@ def _check_before(name: str, arguments: list[Any]) -> None:
     elif name in ("replace", "join"):
         expected = _expanded(name, [value for value in arguments if isinstance(value, _TEXT_OR_LIST)])
     elif name in ("%", "format", "format_map"):
-        widths = _WIDTH.findall(first) if isinstance(first, str) else ()
-        expected = max((int(width[:20]) for width in widths), default=0)
-    if name not in ("+", "*", "**") and not (name == "%" and isinstance(first, (int, float))):
-        numbers = [value for value in _flat(others) if isinstance(value, int)]
-        expected = max(expected, *numbers) if numbers else expected
+        expected = _widest(first, others) if isinstance(first, str) else 0
+    elif name in _RANGES:
+        expected = _length_of_range(others)
+    elif name in _SIZED:
+        expected = max((value for value in others if isinstance(value, int)), default=0)
     if expected > left:
         raise TooMuchWorkError("it builds a text or list of more than the memory it may use")
 
@@ -206,9 +218,42 @@ def _expanded(name: str, values: list[Any]) -> int:
     return 0
 
 
+def _widest(template: str, values: list[Any]) -> int:
+    """The largest width or precision that a format string writes or takes from its values, of % or of braces."""
+    texts = (_FLAGS_AFTER_KEYS if "%(" in template else _FLAGS).findall(template)
+    specs = []
+    with contextlib.suppress(ValueError):  # a broken field; those before it are formatted
+        for _, _, spec, _ in Formatter().parse(template):
+            specs.append(spec or "")
+    if any("*" in text for text in texts) or any("{" in spec for spec in specs):
+        # In braces, a part of a width can be a text, too.
+        given = [str(value)[:_WIDTH_CHARS] for value in _flat(values) if isinstance(value, (int, float, str))]
+        largest = max((digits for text in given for digits in _DIGITS.findall(text)), key=_number, default="")
+        specs = [_INNER_FIELD.sub(largest, spec) for spec in specs] + [largest]
+    return max((_number(digits) for text in [*texts, *specs] for digits in _DIGITS.findall(text)), default=0)
+
+
+def _number(digits: str) -> int:
+    # Python refuses to convert more digits, and to format by any number that needs them; only zeros can be in front.
+    return int(digits[-4000:] or 0)
+
+
+def _length_of_range(values: list[Any]) -> int:
+    try:
+        return len(range(*values))
+    except OverflowError:
+        return sys.maxsize
+    except (TypeError, ValueError):  # raised again by the call
+        return 0
+
+
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    """The values, with those of tuples, lists and mappings in the place of these."""
     for value in values:
-        yield from value if isinstance(value, (tuple, list)) else (value,)
+        if isinstance(value, Mapping):
+            yield from value.values()
+        else:
+            yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _spend(work: int) -> None:

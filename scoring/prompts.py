@@ -397,7 +397,7 @@ def hash_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
     return f"sha256:{hashlib.sha256((body + json.dumps(template) + shown).encode()).hexdigest()}"
 
 
-def identify_tokenizer(tokenizer: Any, *, chat: bool, recorded: Any = None) -> str:
+def identify_tokenizer(tokenizer: Any, *, chat: bool, recorded: str | None = None) -> str:
     """The hash of a tokenizer, in the form in which a file recorded it.
 
     Args:
@@ -410,13 +410,19 @@ def identify_tokenizer(tokenizer: Any, *, chat: bool, recorded: Any = None) -> s
         SparsortError: `chat`, and the template cannot be rendered.
     """
     found = hash_tokenizer(tokenizer, chat=chat)
-    if chat or recorded in (None, found) or not getattr(tokenizer, "chat_template", None):
+    if recorded in (None, found):
         return found
+    return recorded if earlier_hash(tokenizer, chat=chat) == recorded else found
+
+
+def earlier_hash(tokenizer: Any, *, chat: bool) -> str | None:
+    """The hash of version 0.1.0, which included the chat template of plain prompts; None where it is not another one."""
+    if chat or not getattr(tokenizer, "chat_template", None):
+        return None
     try:
-        earlier = hash_tokenizer(tokenizer, chat=True)
+        return hash_tokenizer(tokenizer, chat=True)
     except SparsortError:
-        return found
-    return earlier if earlier == recorded else found
+        return None
 
 
 def leading_specials(tokenizer: Any) -> list[int]:

@@ -484,6 +484,6 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 _ABSENT = object()
-# Some 100 MB.
-_MOST_HELD = 1 << 19
+# Some 15 MB, which is more rows than 10,000 shards of a few rows have.
+_MOST_HELD = 1 << 16
 _SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}

@@ -40,6 +40,7 @@ _AFTER = re.compile(r"(?: [^\s()]+)? of sparsort ([a-z]+(?:(?:, | and )[a-z]+)*)
 _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 
 _NO_CONVERSATIONS = "ablate passes templates, never a column of conversations"
+_KEEPS_NOTHING = "only an interrupted score without --out gives this sentence"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
     (
@@ -50,6 +51,8 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("sparsort.scoring.conversations._items", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.Prompt.given", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.recipes.options._stopped", "env"): _KEEPS_NOTHING,
+    ("sparsort.recipes.options._stopped", "cache"): _KEEPS_NOTHING,
     ("sparsort.scoring.prompts.Prompt.of", "train"): "train passes no system turn",
 }
 
@@ -214,11 +217,6 @@ def _imported(node: ast.AST, module: str) -> Iterator[tuple[str, str]]:
                 yield alias.asname or "sparsort", alias.name if alias.asname else "sparsort"
 
 
-def _of_fields(node: ast.AST) -> list[ast.expr]:
-    is_fields = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fields"
-    return node.args if is_fields else []  # type: ignore[union-attr]
-
-
 def _bound(node: ast.AST) -> Iterator[str]:
     """The names that a function binds itself, which are not those of its module."""
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -247,34 +245,6 @@ def _without_effect(node: ast.AST) -> list[ast.expr]:
         return [node.value]
     is_fields = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fields"
     return node.args if is_fields else []  # type: ignore[union-attr]
-
-
-def _bound(node: ast.AST) -> Iterator[str]:
-    """The names that a function binds itself, which are not those of its module."""
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return
-    yield from (argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-    waiting: list[ast.AST] = list(node.body)
-    while waiting:
-        child = waiting.pop()
-        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-            yield child.id
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            waiting += ast.iter_child_nodes(child)
-
-
-def _dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (before := _dotted(node.value)):
-        return f"{before}.{node.attr}"
-    return ""
-
-
-def _docstrings(node: ast.AST) -> Iterator[ast.Constant]:
-    for child in ast.walk(node):
-        if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-            yield child.value
 
 
 @functools.cache

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_errors, write_json
+from sparsort.files import disk_errors, write_atomically, write_json
 
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 _VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -66,3 +69,60 @@ def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as found, disk_errors(tmp_path):
             raise error
         assert found.value is error
+
+
+def test_a_symlink_stays_and_its_file_is_written(tmp_path: Path) -> None:
+    target, link = tmp_path / "there" / "target.txt", tmp_path / "link.txt"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        with write_atomically(link) as temporary:
+            temporary.write_text(text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_pipe_gets_the_bytes_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with write_atomically(pipe) as temporary:
+            temporary.write_text("text")
+            assert temporary.parent != pipe.parent
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+    assert not temporary.exists()
+
+
+def test_stdout_keeps_what_was_printed_when_it_is_a_file(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from sparsort.files import write_atomically\n"
+        "print('before', flush=True)\n"
+        "with write_atomically(Path('/dev/stdout')) as temporary: temporary.write_text('written\\n')\n"
+        "print('after')"
+    )
+    with (tmp_path / "out.txt").open("a") as out:
+        subprocess.run([sys.executable, "-P", "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out.txt").read_text() == "before\nwritten\nafter\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_device_that_is_full_is_reported_and_stays() -> None:
+    with (
+        pytest.raises(SparsortError, match=r"cannot write /dev/full: the disk is full"),
+        write_atomically(Path("/dev/full")) as temporary,
+    ):
+        temporary.write_text("text")
+    assert Path("/dev/full").is_char_device()
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_folder_is_no_file_to_write(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SparsortError, match="it is a folder"), write_atomically(Path(name)):
+        raise AssertionError("the block ran")
+    with pytest.raises(SparsortError, match="it is a folder"), write_atomically(tmp_path):
+        raise AssertionError("the block ran")

@@ -1,4 +1,4 @@
-"""`sparsort.interrupts`, in processes of their own: each says on stdout that it is inside its work, and is then sent signals."""
+"""`sparsort.interrupts`, in processes of their own: each announces on stdout that it is in its work, and is then sent signals."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import resource
 import shlex
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from handshake import Child
 from typer.testing import CliRunner
 
 from sparsort import interrupts
@@ -24,38 +22,21 @@ from sparsort.scoring.scores import Scores
 STOPS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 ROWS = [{"id": f"q{n}", "text": f"row {n} " * (n + 1)} for n in range(9)]
 
-# `pause` announces that the process is inside its work and waits for the signal, or for stdin to end.
 _PRELUDE = """
-import os, signal, sys, threading
+import os, signal, sys
+from handshake import hold
 from sparsort import interrupts
 def announce(text):
     print(text, flush=True)
-def pause(text="ready"):
-    announce(text)
-    threading.Event().wait(600)
 """
 
 
-@contextmanager
-def _process(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", _PRELUDE + code, *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
-        try:
-            yield process
-        finally:
-            process.kill()
+def _process(code: str, *arguments: str) -> Child:
+    return Child(_PRELUDE + code, *arguments, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def _next(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    assert line, process.stderr.read() if process.stderr is not None else ""
-    return line
-
-
-def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, errors = process.communicate(timeout=600)
+def _end(process: Child) -> tuple[int, str, str]:
+    out, errors = process.communicate()
     return process.returncode, out, errors
 
 
@@ -73,8 +54,7 @@ plain = shards.write_shard
 def write(path, table, facts):
     plain(path, table, facts)
     if facts["index"] == 1:
-        announce("ready")
-        sys.stdin.readline()
+        hold("ready")
 shards.write_shard = write
 from sparsort.__main__ import main
 main()
@@ -88,11 +68,9 @@ def test_the_write_under_way_is_finished_and_the_command_says_how_to_resume(
     out = tmp_path / "it's"
     command = ["score", str(file), "--scorer", "compression", "-p", "{text}", "--shard-rows", "2", "--out", str(out)]
     with _process(_IN_A_WRITE, *command) as process:
-        assert _next(process) == "ready"
+        assert process.line() == "ready"
         process.send_signal(number)
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+        process.go()
         returned, _, errors = _end(process)
     assert returned == code, errors
     assert f"interrupted by {number.name}. What was finished is kept in {out}" in errors
@@ -120,11 +98,12 @@ COMMANDS = {
     "plan": ["scores"],
     "train": ["rows.jsonl", "--out", "runs"],
     "env": [],
+    "cache": [],
 }
 
 _IN_A_COMMAND = """
 from sparsort.recipes import option_conditions
-option_conditions.check = lambda context: pause()
+option_conditions.check = lambda context: hold("ready")
 from sparsort.__main__ import main
 main()
 """
@@ -139,7 +118,7 @@ def test_the_list_of_commands_is_whole() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_ends_with_the_code_of_the_signal(command: str) -> None:
     with _process(_IN_A_COMMAND, command, *COMMANDS[command]) as process:
-        assert _next(process) == "ready"
+        assert process.line() == "ready"
         process.send_signal(signal.SIGTERM)
         returned, out, errors = _end(process)
     assert returned == 143, errors
@@ -149,24 +128,42 @@ def test_every_command_ends_with_the_code_of_the_signal(command: str) -> None:
     assert ("is kept in runs" in errors) == (command in ("ablate", "train"))
 
 
+_IN_THE_PARSER = """
+from sparsort.recipes import cli
+cli._Commands.make_context = lambda *arguments, **options: hold("ready")
+from sparsort.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_a_signal_while_the_arguments_are_read_is_one_sentence_and_its_code(number: signal.Signals, code: int) -> None:
+    """typer turns an interrupt outside a command into exit code 130, whatever the signal, and prints nothing."""
+    with _process(_IN_THE_PARSER, "env") as process:
+        assert process.line() == "ready"
+        process.send_signal(number)
+        returned, out, errors = _end(process)
+    assert (returned, out) == (code, "")
+    assert errors == "sparsort: interrupted. Run the same command again.\n"
+
+
 def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
     """As under nohup."""
     code = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + _IN_A_COMMAND.replace(
-        "pause()", "(announce('ready'), sys.stdin.readline(), announce('still here'), sys.exit(0))"
+        'hold("ready")', '(hold("ready"), announce("still here"), sys.exit(0))'
     )
     with _process(code, "env") as process:
-        assert _next(process) == "ready"
+        assert process.line() == "ready"
         process.send_signal(signal.SIGHUP)
-        assert process.stdin is not None
-        process.stdin.write("\n")
+        process.go()
         returned, out, _ = _end(process)
     assert (returned, out) == (0, "still here\n")
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
-    code = "interrupts._SAME_REQUEST = 0.0\ninterrupts.handle_signals()\nwith interrupts.held():\n    pause()"
+    code = "interrupts._SAME_REQUEST = 0.0\ninterrupts.handle_signals()\nwith interrupts.held():\n    hold('ready')"
     with _process(code) as process:
-        assert _next(process) == "ready"
+        assert process.line() == "ready"
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGHUP)
         returned, _, errors = _end(process)
@@ -174,14 +171,14 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert errors == ""
 
 
-def _run(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", _PRELUDE + "interrupts.handle_signals()\n" + code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+def _run(code: str) -> tuple[int, str, str]:
+    with _process("interrupts.handle_signals()\n" + code) as process:
+        return _end(process)
 
 
 def test_one_request_that_is_sent_twice_counts_once() -> None:
     """As `timeout` sends it: to the process, and to its group."""
-    done = _run("""
+    returned, out, errors = _run("""
 interrupts._SAME_REQUEST = 1e9
 try:
     with interrupts.held():
@@ -192,12 +189,12 @@ try:
 except interrupts.Interrupted as stop:
     announce(f"{stop} {interrupts.exit_code(stop)}")
 """)
-    assert done.stdout == "written\nSIGTERM 143\n"
-    assert (done.returncode, done.stderr) == (0, "")
+    assert out == "written\nSIGTERM 143\n"
+    assert (returned, errors) == (0, "")
 
 
 def test_an_interrupt_that_a_destructor_swallows_is_raised_again() -> None:
-    done = _run("""
+    returned, out, errors = _run("""
 from sparsort.progress import progress
 class Gone:
     def __del__(self):
@@ -214,12 +211,12 @@ except interrupts.Interrupted:
     interrupts.check()
     announce("raised")
 """)
-    assert done.stdout == "swallowed\nraised\n"
-    assert (done.returncode, done.stderr) == (0, "")
+    assert out == "swallowed\nraised\n"
+    assert (returned, errors) == (0, "")
 
 
 def test_a_forked_child_has_the_former_handlers_and_a_group_of_its_own() -> None:
-    done = _run("""
+    returned, out, errors = _run("""
 if os.fork() == 0:
     former = [signal.getsignal(number) for number in interrupts.SIGNALS]
     announce(former == [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL])
@@ -229,8 +226,8 @@ if os.fork() == 0:
 os.wait()
 announce(signal.getsignal(signal.SIGTERM) is interrupts._on_signal)
 """)
-    assert done.stdout == "True\nTrue\nNone\nTrue\n"
-    assert (done.returncode, done.stderr) == (0, "")
+    assert out == "True\nTrue\nNone\nTrue\n"
+    assert (returned, errors) == (0, "")
 
 
 def test_a_library_call_does_not_take_over_signals() -> None:
@@ -249,8 +246,7 @@ from sparsort.recipes.train_loop import TextTrainer
 plain = TextTrainer.training_step
 def step(self, *arguments, **options):
     if self.state.global_step == 2:
-        announce("ready")
-        sys.stdin.readline()
+        hold("ready")
     return plain(self, *arguments, **options)
 TextTrainer.training_step = step
 from sparsort.__main__ import main
@@ -268,10 +264,9 @@ def _train(file: Path, out: Path, *options: str) -> dict[str, Any]:
 def test_training_stops_after_the_step_with_a_checkpoint(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with _process(_IN_A_STEP, "train", str(file), *TRAIN, "--out", str(out)) as process:
-        assert _next(process) == "ready"
+        assert process.line() == "ready"
         process.send_signal(signal.SIGTERM)
-        assert process.stdin is not None
-        process.stdin.write("\n")
+        process.go()
         returned, _, errors = _end(process)
     assert returned == 143, errors
     assert "SIGTERM: stopping after this step, with a checkpoint" in errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from sparsort.interrupts import exit_code, handle_signals
+from sparsort.interrupts import exit_code, handle_signals, received
 from sparsort.terminal import OutputError, closed, discard, note, unwritable
 
 
@@ -25,6 +25,9 @@ def main() -> None:
         code = exit_code(stop)
     except SystemExit as stop:
         code = stop.code
+        if (interrupt := _not_reported(stop)) is not None:
+            note("sparsort: interrupted. Run the same command again.")
+            code = exit_code(interrupt)
     except OutputError as error:
         # Printed before a command runs: help and the version.
         _fail(str(error))
@@ -33,6 +36,16 @@ def main() -> None:
         if not isinstance(failure, BrokenPipeError) and code in (0, None):
             _fail(unwritable(failure))
     sys.exit(code)  # type: ignore[arg-type]
+
+
+def _not_reported(stop: SystemExit) -> KeyboardInterrupt | None:
+    """The interrupt that typer turned into this exit: outside a command it prints nothing, and its code is 130 for any signal."""
+    from typer import Exit
+
+    cause = getattr(stop.__context__, "__cause__", None)
+    if isinstance(stop.__context__, Exit) and isinstance(cause, KeyboardInterrupt):
+        return received() or cause
+    return None
 
 
 def _flushed() -> OSError | None:

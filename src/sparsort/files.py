@@ -2,7 +2,9 @@
 
 Contract: `write_atomically` yields a temporary path in the target's folder; on success the file is fsynced and renamed
 over the target and the folder is fsynced, so that a kill or a power cut leaves the old file or the new one, never a
-part. On failure the temporary file is removed. Errors of the disk become a `SparsortError` that names the path.
+part. On failure the temporary file is removed. Errors of the disk become a `SparsortError` that names the path. A symlink
+stays, and the file that it names is replaced. What is no regular file (a device, a pipe, /dev/stdout) is never replaced: the
+finished bytes are written to it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import errno
 import json
 import os
 import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +24,7 @@ from typing import Any
 from sparsort.errors import SparsortError
 from sparsort.interrupts import held
 
+_STREAMS = (Path("/dev"), Path("/dev/fd"))
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some room and run the same command again, finished work is kept",
     errno.EDQUOT: "the disk quota is used up; free some room and run the same command again, finished work is kept",
@@ -96,20 +101,40 @@ def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
     Raises:
         SparsortError: the disk is full, read-only or not ours.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+    if not path.name or path.is_dir():
+        raise SparsortError(f"cannot write {path}: it is a folder. Give the name of a file.")
+    is_stream = _is_stream(path)
+    target = Path(tempfile.gettempdir(), path.name) if is_stream else Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     with held() if hold else contextlib.nullcontext():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            if is_stream:
+                _send(temporary, path)
+                return
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
+            temporary.replace(target)
+            _sync_folder(target.parent)
         except OSError as error:
             raise disk_error(path, error) from error
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path names a device, a pipe, or a file that some process has open, such as /dev/stdout."""
+    # Not all of /dev: /dev/shm holds files like any others.
+    folder = path.absolute().parent
+    return folder in _STREAMS or folder.is_relative_to("/proc") or (path.exists() and not path.is_file())
+
+
+def _send(source: Path, target: Path) -> None:
+    # Opened for appending: a file that stdout was redirected to keeps what is in it.
+    with source.open("rb") as reader, target.open("ab", buffering=0) as writer:
+        shutil.copyfileobj(reader, writer)
 
 
 def write_json(path: Path, value: Any) -> None:

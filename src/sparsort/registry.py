@@ -1,7 +1,7 @@
 """Named entries: one table for each idea, read by every other place that needs a name, its needs, or its help.
 
 Contract: a table is a mapping from name to entry, in the order in which help texts and documents list it. What an entry
-needs, reads or costs is written in the entry, and no other source compares against its name (`tests/test_house.py`).
+needs, reads or costs is written in the entry, and no other source compares against its name (`tests/test_registry.py`).
 Nothing here imports NumPy or torch, so that a command line can list the entries before anything heavy is loaded.
 """
 

@@ -182,3 +182,18 @@ def test_a_mixin_after_the_trainer_is_refused_where_the_class_is_made() -> None:
     made = type("Mine", (CurriculumMixin, Own), {})
     # A class that is made from it may come first.
     assert issubclass(type("Last", (made,), {}), CurriculumMixin)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["order", "rows.jsonl", "--query", "hello", "--out", ""],
+        ["train", "rows.jsonl", "--text", "{text}", "--out="],
+        ["score", "rows.jsonl", "-o", ""],
+        ["plan", ""],
+    ],
+)
+def test_an_empty_path_is_refused(command: list[str]) -> None:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "is empty; expected a path" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsort import manifests
+from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
 from sparsort.recipes import train_folder
 from sparsort.recipes.cli import app
 from sparsort.recipes.train import TrainResult, train
+from sparsort.scoring.embedded import load_tokenizer
 
 Damages = Callable[[Path], Iterator[str]]
 REVERSED = Path(__file__).parents[1] / "data" / "plan_reversed"
@@ -112,6 +114,49 @@ def test_a_run_of_the_version_before_is_taken_up_again(run: Path, whole: Path) -
     (run / "result.json").unlink()
     assert _train(run).loss == finished.loss
     assert (run / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+
+
+def _digest_with_template(tokenizer: Any, texts: list[str]) -> str:
+    """Of training texts, as runs recorded it while a tokenizer's hash always included the chat template."""
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
+    known = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.chat_template) + shown
+    found = f"1 sha256:{hashlib.sha256(known.encode()).hexdigest()} {OPTIONS['max_length']}".encode()
+    for text in texts:
+        found += len(text.encode()).to_bytes(8, "little") + text.encode()
+    return hashlib.blake2b(found, digest_size=16).hexdigest()
+
+
+def test_a_run_that_recorded_the_chat_template_of_plain_texts_is_taken_up_again(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, model = tmp_path / "run", str(make_tiny_model("llama"))
+    held = [{"text": f"held {n} and {n}"} for n in range(3)]
+    more: dict[str, Any] = {"model": model, "eval_data": held, "max_steps": 2}
+    _train(out, **more)
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    run.pop("digest")
+    tokenizer = load_tokenizer(model)
+    for name, rows in (("rows", ROWS), ("eval_rows", held)):
+        earlier = _digest_with_template(tokenizer, [row["text"] for row in rows])
+        assert earlier != run[name]
+        for path in (out / "tokens").glob(f"tokens-{run[name]}*"):
+            path.unlink()
+        run[name] = earlier
+    (out / "run.json").unlink()
+    integrity.write_sealed(out / "run.json", run)
+    for path in (out / "result.json", out / "model" / manifests.FILE):
+        path.unlink()
+    assert _train(out, **more).resumed == 2
+    again = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert {name: again[name] for name in run} == run
+    assert sorted(path.stem for path in (out / "tokens").glob("*.arrow")) == sorted(
+        f"tokens-{run[name]}" for name in ("rows", "eval_rows")
+    )
+    (out / "result.json").unlink()
+    with pytest.raises(SparsortError, match="it differs in the training texts"):
+        train([*ROWS[:-1], {"text": "other", "id": "r011"}], "{text}", out=out, **{**OPTIONS, **more})
 
 
 def test_a_result_of_the_version_before_is_held_to_what_it_says(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from sparsort.curriculum.demos.prompt import build_prompt
 from sparsort.errors import SparsortError
 from sparsort.recipes.train_text import TrainText
 from sparsort.scoring import metered_templates
+from sparsort.scoring.calibrated import CalibratedScorer
+from sparsort.scoring.calibration import Calibration
+from sparsort.scoring.candidates import CandidateScorer
 from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template
 from sparsort.scoring.embedded import load_tokenizer
 from sparsort.scoring.loading import load_model
@@ -84,6 +88,42 @@ TOO_MUCH = [
     "{{ ('x' * 100000) | join('y' * 100000) }}",
     "{{ (['y' * 100000] * 100000) | join }}",
     "{{ lipsum(10 ** 10) }}",
+    "{{ 'x'.ljust(10 ** 10) }}",
+    "{{ 'x'.zfill(10 ** 10) }}",
+    "{{ '\t'.expandtabs(10 ** 10) }}",
+    "{{ (7).to_bytes(10 ** 10, 'big') }}",
+    "{{ messages | batch(10 ** 10, 'x') | list }}",
+    "{{ messages | slice(10 ** 10) | list }}",
+    "{{ messages | tojson(indent=10 ** 10) }}",
+    "{{ 1.5 | round(10 ** 10, 'floor') }}",
+    "{{ ['x'] | map('center', 10 ** 10) | list }}",
+    "{{ '%(a)10000000000d' % {'a': 1} }}",
+    "{{ '%.*f' % (10 ** 10, 1) }}",
+    "{{ '{:{}}'.format('x', '10000000000') }}",
+    "{{ '{0[}]:{1}}'.format({'}': 'x'}, 10 ** 10) }}",
+    "{{ '{:10000000000}{'.format('x') }}",
+    "{{ '{:\uff11\uff10000000000}'.format('x') }}",
+    "{{ '{:1000000{}}'.format('x', '0000') }}",
+    "{{ '%00000000000000000000000000000010000000000d' % 1 }}",
+    "{{ '{x:{n[0]}}'.format(x='x', n=[10 ** 10]) }}",
+]
+
+# A number that is no size, in every place where a template may pass one.
+LARGE_NUMBERS = [
+    "{% macro f(t) %}{{ t }}{% endmacro %}{{ f(1735689600) }}{{ f(t=1735689600) }}",
+    "{% macro center(t) %}{{ t }}{% endmacro %}{{ center(1735689600) }}",
+    "{% macro w() %}{{ caller(1735689600) }}{% endmacro %}{% call(t) w() %}{{ t }}{% endcall %}",
+    "{{ x | default(1735689600) }}{{ '12' | int(4294967295) }}{{ 'a' | float(4294967295) }}",
+    "{% set ns = namespace(seed=4294967295) %}{{ ns.seed }}{{ dict(a=4294967295).a }}{{ {'a': 1}.get('b', 1735689600) }}",
+    "{{ cycler(1735689600, 2).next() }}{{ [1735689600] | sum(start=4294967295) }}{{ range(1735689600, 1735689602) | list }}",
+    "{{ messages[0].content | truncate(1735689600) }}{{ messages[0].content | wordwrap(1735689600) }}",
+    "{{ 'a'.replace('a', 'b', 1735689600) }}{{ 'a b'.split(' ', 1735689600) }}{{ 'abc'.find('c', 0, 1735689600) }}",
+    "{{ '%s' % 1735689600 }}{{ '%d' | format(1735689600) }}",
+    "{{ 'id 1735689600: * %s' % 1735689600 }}{{ '%(a)d' % {'a': 1735689600} }}",
+    "{{ '{}'.format(1735689600) }}{{ '1735689600 {a:>5}'.format(a=1735689600) }}{{ '{{{}}}'.format(1735689600) }}",
+    "{{ '{:{}}'.format('x', 5) }}{{ 1735689600 | round }}{{ 1735689600 % 1735689599 }}{{ 1735689600 + 4294967295 }}",
+    "{{ [1735689600] | join(',') }}{{ [4294967295] | map('string') | list }}{{ 1735689600 | tojson }}",
+    "{{ 1735689600 is divisibleby 4294967295 }}",
 ]
 
 
@@ -92,7 +132,7 @@ def tokenizer(make_tiny_model: Callable[..., Path]) -> Any:
     return load_tokenizer(str(make_tiny_model("llama")))
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES + LARGE_NUMBERS)
 @pytest.mark.parametrize("ask", [True, False])
 def test_the_text_is_that_of_transformers(tokenizer: Any, template: str, ask: bool) -> None:
     tokenizer.chat_template = template
@@ -240,6 +280,7 @@ def test_what_an_earlier_version_recorded_is_continued(
         "sparsity": lambda: sparsort.SparsityScorer(small),
         "loss": lambda: sparsort.LossScorer(small, on="prompt"),
         "length": lambda: sparsort.LengthScorer(model=small.name),
+        "candidates": lambda: CandidateScorer(small, sites=["pre_norm"], poolings=["last"], outliers=["rms"]),
     }
     with monkeypatch.context() as patch:
         for module in ("scorers", "baselines"):
@@ -251,3 +292,28 @@ def test_what_an_earlier_version_recorded_is_continued(
         assert again.provenance == before[name].provenance
         assert make().score(ROWS, "{text}", like=before[name]).difficulty.tolist() == again.difficulty.tolist()
         assert earlier not in str(make().score(ROWS, "{text}").provenance)
+
+
+def test_a_calibration_that_recorded_the_chat_template_of_a_plain_prompt_applies(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = load_model(str(make_tiny_model("llama")), dtype="float32")
+    rows = [{"text": f"word {n} " * (1 + n % 5)} for n in range(40)]
+    options: dict[str, Any] = {
+        "sites": ["pre_norm"],
+        "poolings": ["last"],
+        "outliers": ["none"],
+        "n_boot": 100,
+        "n_perm": 39,
+    }
+    made = sparsort.calibrate(rows, "{text}", level=list(range(40)), model=small, **options)
+
+    def recording(tokenizer: str) -> Calibration:
+        return replace(made, definition=replace(made.definition, tokenizer=tokenizer))
+
+    earlier = recording(hash_tokenizer(small.tokenizer, chat=True))
+    assert earlier.definition.tokenizer != made.definition.tokenizer
+    expected = CalibratedScorer(made, small).score(rows).difficulty.tolist()
+    assert CalibratedScorer(earlier, small).score(rows, out=tmp_path / "scores").difficulty.tolist() == expected
+    with pytest.raises(SparsortError, match="the tokenizer of"):
+        CalibratedScorer(recording("sha256:other"), small)

@@ -17,9 +17,11 @@ import pytest
 from handshake import Child
 
 from sparsort.errors import SparsortError
+from sparsort.scoring import shards
 from sparsort.scoring.engine import Coverage, run, run_part
 from sparsort.scoring.readers import SequenceReader
 from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.shard_files import read_shard
 from sparsort.scoring.sources import Row, RowSource, open_rows
 
 SHARD = 25
@@ -71,8 +73,8 @@ def test_memory_and_folder_give_the_same_scores(tmp_path: Path) -> None:
 def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = run(open_rows(ROWS), Lengths(), out=tmp_path / "out", shard_rows=100)
     read: list[Any] = []
-    real = pq.ParquetFile.read
-    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, columns=None: read.append(columns) or real(self, columns))
+    monkeypatch.setattr(shards, "_MOST_HELD", 0)
+    monkeypatch.setattr(shards, "read_shard", lambda path, columns: read.append(columns) or read_shard(path, columns))
     assert len(scores) == 390
     assert scores.metrics == ["length", "minus"]
     assert scores.difficulty[1] == 1.0

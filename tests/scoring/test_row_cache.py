@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handshake import Child
 
 import sparsort
 from sparsort import cache as user_cache
@@ -365,15 +366,12 @@ print("done")
 
 
 def test_processes_that_write_and_merge_at_once_lose_nothing(cache: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(start)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for start in (0, 20, 40)
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out, err) == (0, "done\n", "")
+    with contextlib.ExitStack() as stack:
+        starts = (0, 20, 40)
+        processes = [stack.enter_context(Child(_PROCESS, start, stderr=subprocess.PIPE)) for start in starts]
+        for process in processes:
+            out, err = process.communicate()
+            assert (process.returncode, out, err) == (0, "done\n", "")
     counts = RowCache()
     values, _ = counts.through({"a": 1}, [_key(number) for number in range(80)], _fill(-1, width=1))
     assert values[:, 0].tolist() == list(range(80))

@@ -19,9 +19,16 @@ from typing import Any
 
 # The test's half
 
+# A shell without job control starts its background jobs with SIGINT ignored, and nohup with SIGHUP; children inherit that, so a
+# signal from a test would have no effect in a suite that runs in the background.
+_HEED_SIGNALS = """import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
 
 class Child(subprocess.Popen[str]):
-    """A process that runs `code`, with pipes of lines. Leaving the `with` block kills it if it still runs.
+    """A process that runs `code`, with pipes of lines, and heeds signals. Leaving the `with` block kills it if it still runs.
 
     Args:
         code: Python source; it may import this module.
@@ -31,7 +38,7 @@ class Child(subprocess.Popen[str]):
 
     def __init__(self, code: str, *arguments: object, env: dict[str, str] | None = None, **options: Any) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+        command = [sys.executable, "-P", "-c", _HEED_SIGNALS + code, *map(str, arguments)]
         super().__init__(
             command, text=True, bufsize=1, env={**os.environ, **search_path(), **(env or {})}, **{**pipes, **options}
         )
