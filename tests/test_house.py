@@ -296,6 +296,15 @@ def test_the_wheel_built_from_the_sdist_holds_and_imports_every_module(tmp_path:
     _run("-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
+def test_no_benchmark_test_or_document_names_an_environment_variable_that_the_source_lacks() -> None:
+    def names(*paths: Path) -> set[str]:
+        return {name for path in paths for name in re.findall(r"SPARSORT_[A-Z_]*[A-Z]", path.read_text())}
+
+    source = names(*(path for folder in (*FOLDERS, "src/sparsort") for path in (ROOT / folder).rglob("*.py")))
+    others = [path for folder in ("benchmarks", "tests", "docs") for path in (ROOT / folder).rglob("*.[pm][yd]")]
+    assert names(*others, ROOT / "README.md") <= source
+
+
 def test_the_version_is_written_once_in_effect() -> None:
     import tomllib
 
