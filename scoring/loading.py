@@ -30,10 +30,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run, with where it came from and why it runs as it does.
-
-    `weight_versions` is what `weight_versions` gave when `weights` was computed; None for a model that was passed as an object.
-    """
+    """A model ready to run, with where it came from and why it runs as it does."""
 
     name: str
     model: Any
@@ -43,7 +40,6 @@ class LoadedModel:
     weights: str
     # Without the chat template: `prompts.identify_tokenizer` adds it where it is used.
     tokenizer_hash: str
-    weight_versions: tuple[int, ...] | None = None
 
 
 def load_model(
@@ -104,7 +100,6 @@ def load_model(
         dtype=kind,
         weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
         tokenizer_hash=hash_tokenizer(tokenizer),
-        weight_versions=weight_versions(loaded),
     )
 
 
@@ -192,14 +187,6 @@ def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
         weights=_hash_parameters(model),
         tokenizer_hash=hash_tokenizer(tokenizer),
     )
-
-
-def weight_versions(model: Any) -> tuple[int, ...]:
-    """torch's counters of changes, one for every parameter: training, `load_state_dict` and new modules change them.
-
-    They cost nothing, where a hash of the weights reads every byte. Tensors of inference mode cannot change, and count as 0.
-    """
-    return tuple(0 if weight.is_inference() else weight._version for weight in model.parameters())
 
 
 def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:

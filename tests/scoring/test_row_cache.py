@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handshake import Child
 
 import sparsort
 from sparsort import cache as user_cache
@@ -61,6 +61,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return walked
 
 
+def _own(model: str) -> Backbone:
+    """A backbone whose model nobody was handed."""
+    backbone = Backbone(load_model(model))
+    backbone.mark_as_own()
+    return backbone
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.rows"))
 
@@ -102,14 +109,14 @@ def test_a_second_call_reads_nothing_and_gives_the_same_bits(
 
 
 def test_only_new_rows_are_read(model: str, cache: Path, reads: list[int]) -> None:
-    loaded = load_model(model)
-    first = embed_rows(Backbone(loaded), ROWS, Prompt.of(PROMPT), cache=RowCache())
+    first = embed_rows(_own(model), ROWS, Prompt.of(PROMPT), cache=RowCache())
+    own = _own(model)
     reads.clear()
-    second = embed_rows(Backbone(loaded), [*ROWS[::-1], *NEW], Prompt.of(PROMPT), cache=RowCache())
+    second = embed_rows(own, [*ROWS[::-1], *NEW], Prompt.of(PROMPT), cache=RowCache())
     assert reads == [1]
     assert np.array_equal(second[:-1], first[::-1])
     assert second.dtype == first.dtype == np.float32
-    alone = embed_rows(Backbone(loaded), NEW, Prompt.of(PROMPT))
+    alone = embed_rows(own, NEW, Prompt.of(PROMPT))
     assert np.array_equal(second[-1:], alone)
 
 
@@ -129,12 +136,11 @@ def test_copies_of_a_row_are_read_once_and_get_the_value_that_is_kept(
 
 
 def test_another_metric_of_the_same_states_is_found(model: str, cache: Path, reads: list[int]) -> None:
-    loaded = load_model(model)
-    SparsityScorer(loaded).score(ROWS, PROMPT, cache=RowCache())
+    SparsityScorer(model).score(ROWS, PROMPT, cache=RowCache())
     reads.clear()
-    found = SparsityScorer(loaded, metric="hoyer").score(ROWS, PROMPT, cache=RowCache())
+    found = SparsityScorer(model, metric="hoyer").score(ROWS, PROMPT, cache=RowCache())
     assert not reads
-    assert np.array_equal(found.difficulty, SparsityScorer(loaded, metric="hoyer").score(ROWS, PROMPT).difficulty)
+    assert np.array_equal(found.difficulty, SparsityScorer(model, metric="hoyer").score(ROWS, PROMPT).difficulty)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -196,7 +202,7 @@ def test_a_changed_model_folder_is_never_found(what: str, model: str, cache: Pat
 def test_devices_and_engines_have_contexts_of_their_own(
     model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone = Backbone(load_model(model))
+    backbone = _own(model)
     usual = context_of(backbone, site="x")
     assert context_of(backbone, site="x") == usual
     seen = [usual]
@@ -210,6 +216,8 @@ def test_devices_and_engines_have_contexts_of_their_own(
     seen.append(context_of(backbone, site="x"))
     monkeypatch.setattr(row_cache, "VERSION", -1)
     seen.append(context_of(backbone, site="x"))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(context_of(backbone, site="x"))
     assert len({json.dumps(context, sort_keys=True) for context in seen}) == len(seen)
 
 
@@ -234,16 +242,16 @@ def test_damaged_files_are_removed_and_their_rows_are_read_again(
     damages: Callable[[Path], Iterator[str]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loaded = load_model(model)
-    plain = SparsityScorer(loaded).score(ROWS, PROMPT)
-    SparsityScorer(loaded).score(ROWS, PROMPT, cache=RowCache())
+    scorer = SparsityScorer(model)
+    plain = scorer.score(ROWS, PROMPT)
+    scorer.score(ROWS, PROMPT, cache=RowCache())
     (path,) = _files(cache)
     content = path.read_bytes()
     for what in damages(path):
         exists = path.exists()
         caplog.clear()
         counts = RowCache()
-        scores = SparsityScorer(loaded).score(ROWS, PROMPT, cache=counts)
+        scores = scorer.score(ROWS, PROMPT, cache=counts)
         assert counts.summary() == {"from_cache": 0, "read": len(ROWS)}, what
         assert scores.table.equals(plain.table), what
         assert ("is damaged" in caplog.text) == exists
@@ -365,14 +373,9 @@ print("done")
 
 
 def test_processes_that_write_and_merge_at_once_lose_nothing(cache: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(start)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for start in (0, 20, 40)
-    ]
+    processes = [Child(_PROCESS, start, stderr=subprocess.PIPE) for start in (0, 20, 40)]
     for process in processes:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
         assert (process.returncode, out, err) == (0, "done\n", "")
     counts = RowCache()
     values, _ = counts.through({"a": 1}, [_key(number) for number in range(80)], _fill(-1, width=1))
@@ -385,25 +388,153 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_result(
     model: str, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.parent.write_text("a file")
-    loaded = load_model(model)
+    scorer = SparsityScorer(model)
     counts = RowCache()
-    scores = SparsityScorer(loaded).score(ROWS, PROMPT, cache=counts, shard_rows=4)
-    assert scores.table.equals(SparsityScorer(loaded).score(ROWS, PROMPT, shard_rows=4).table)
+    scores = scorer.score(ROWS, PROMPT, cache=counts, shard_rows=4)
+    assert scores.table.equals(scorer.score(ROWS, PROMPT, shard_rows=4).table)
     assert counts.read == len(ROWS)
     assert caplog.text.count("not kept") == 1
 
 
-def test_a_model_that_may_change_is_refused(model: str, cache: Path) -> None:
-    loaded = load_model(model)
-    as_object = SparsityScorer(loaded.model, tokenizer=loaded.tokenizer)
+def test_a_model_that_a_caller_holds_is_refused(model: str, cache: Path) -> None:
+    own = SparsityScorer(model)
+    for scorer in (
+        SparsityScorer(own.loaded.model, tokenizer=own.loaded.tokenizer),
+        SparsityScorer(load_model(model)),
+        SparsityScorer(own.loaded),
+    ):
+        with pytest.raises(SparsortError, match=r"passed as an object.*pass the name or folder"):
+            scorer.score(ROWS, PROMPT, cache=RowCache())
     with pytest.raises(SparsortError, match="passed as an object"):
-        as_object.score(ROWS, PROMPT, cache=RowCache())
-    scorer = SparsityScorer(loaded)
-    scorer.score(ROWS, PROMPT, cache=RowCache())
+        embed_rows(Backbone(own.loaded), ROWS, Prompt.of(PROMPT), cache=RowCache())
+    own.score(ROWS, PROMPT, cache=RowCache())
+
+
+def _layer(model: Any) -> Any:
+    return model.model.layers[0]
+
+
+def _new_data(model: Any) -> None:
+    weight = next(model.parameters())
+    weight.data = weight.data * 1.5
+
+
+def _changed_epsilon(model: Any) -> None:
+    model.config.rms_norm_eps = _layer(model).input_layernorm.variance_epsilon = 0.5
+
+
+def _changed_in_training(model: Any) -> None:
     with torch.no_grad():
-        next(loaded.model.parameters()).mul_(1.5)
-    with pytest.raises(SparsortError, match="has changed since it was loaded"):
+        next(model.parameters()).mul_(1.5)
+
+
+def _to_and_fro(model: Any) -> None:
+    # Rounds the weights, and gives memory back that the next conversion may use.
+    model.bfloat16().float()
+
+
+def _with_another_class(model: Any) -> None:
+    _layer(model).mlp.__class__ = type("Other", (type(_layer(model).mlp),), {})
+
+
+def _pruned(model: Any) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(_layer(model).mlp.down_proj, "weight", amount=0.5)
+
+
+def _attached(selector: str) -> Callable[[Any], None]:
+    def attach(model: Any) -> None:
+        from sparsort.attention.attach import attach_index_branch
+
+        attach_index_branch(model, selector=selector)
+
+    return attach
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "parameter": _changed_in_training,
+    "data": _new_data,
+    "dtype": lambda model: model.bfloat16(),
+    "dtype and back": _to_and_fro,
+    "buffer": lambda model: model.model.rotary_emb.inv_freq.mul_(2.0),
+    "hook": lambda model: _layer(model).register_forward_hook(lambda *_: None),
+    "pre-hook": lambda model: _layer(model).mlp.register_forward_pre_hook(lambda *_: None),
+    "pruned": _pruned,
+    "config": lambda model: setattr(model.config, "rms_norm_eps", 0.5),
+    "epsilon": _changed_epsilon,
+    "module's epsilon": lambda model: setattr(_layer(model).input_layernorm, "variance_epsilon", 0.5),
+    "activation": lambda model: setattr(_layer(model).mlp, "act_fn", torch.nn.ReLU()),
+    "forward": lambda model: setattr(_layer(model), "forward", lambda hidden, **_: hidden),
+    "class": _with_another_class,
+    "training": lambda model: model.train(),
+    "fewer layers": lambda model: model.model.layers.__delitem__(-1),
+    "window": _attached("window"),
+    "moba": _attached("moba"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_model_is_refused(edit: str, model: str, cache: Path) -> None:
+    scorer = SparsityScorer(model, dtype="float32")
+    for _ in range(2):
         scorer.score(ROWS, PROMPT, cache=RowCache())
+    EDITS[edit](scorer.loaded.model)
+    expected = "index branch" if edit in ("window", "moba") else "has changed since it was loaded"
+    with pytest.raises(SparsortError, match=expected):
+        scorer.score(ROWS, PROMPT, cache=RowCache())
+
+
+def test_a_hook_on_all_modules_and_a_replaced_method_of_a_class_are_edits(
+    model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = _own(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "has changed" in str(row_cache.obstacle(backbone))
+    finally:
+        handle.remove()
+    assert row_cache.obstacle(backbone) is None
+    monkeypatch.setattr(type(backbone.blocks[0]), "forward", lambda self, hidden, **_: hidden)
+    assert "has changed" in str(row_cache.obstacle(backbone))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen3", "opt", "gpt_neox", "no_norm", "longrope"])
+def test_running_a_model_is_no_edit(
+    family: str, cache: Path, make_tiny_model: Callable[..., Path], tmp_path: Path, reads: list[int]
+) -> None:
+    folder = make_tiny_model("llama" if family == "longrope" else family)
+    if family == "longrope":
+        # It computes its frequencies in every pass.
+        folder = shutil.copytree(folder, tmp_path / "longrope")
+        config = json.loads((folder / "config.json").read_text())
+        half = config["hidden_size"] // config["num_attention_heads"] // 2
+        factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "factor": 8.0}
+        rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12, **factors}
+        config["rope_parameters"] = rope
+        (folder / "config.json").write_text(json.dumps(config))
+    scorer = SparsityScorer(str(folder), site="layer:1")
+    asked: dict[str, Any] = {"prompt": PROMPT, "shard_rows": 5, "truncation": "left"}
+    scorer.score(ROWS, cache=RowCache(), **asked)
+    scorer.score(NEW, cache=RowCache(), **asked)
+    reads.clear()
+    scorer.score(ROWS, cache=RowCache(), **asked)
+    assert not reads
+
+
+def test_the_newer_settings_of_precision_are_part_of_the_context(model: str, cache: Path) -> None:
+    backbone = _own(model)
+    seen = [context_of(backbone)]
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            seen.append(context_of(backbone))
+    finally:
+        matmul.fp32_precision = before
+    assert context_of(backbone) == seen[0]
+    assert len({json.dumps(context, sort_keys=True) for context in seen}) == len(seen)
 
 
 def test_a_cache_that_has_no_effect_is_refused(model: str, cache: Path, tmp_path: Path) -> None:
@@ -418,7 +549,8 @@ def test_a_cache_that_has_no_effect_is_refused(model: str, cache: Path, tmp_path
 
 
 def test_code_that_ships_with_a_model_is_no_part_of_its_weights(model: str, cache: Path) -> None:
-    backbone = Backbone(load_model(model))
+    backbone = _own(model)
     assert row_cache.obstacle(backbone) is None
     backbone.loaded.model.add_module("own", type("Own", (torch.nn.Module,), {"__module__": "transformers_modules.x"})())
+    backbone.mark_as_own()
     assert "code of its own" in str(row_cache.obstacle(backbone))
