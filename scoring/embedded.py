@@ -122,6 +122,8 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
         else:
             with quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
+    except SparsortError:
+        raise
     except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
         raise SparsortError(
             f"cannot load the tokenizer of {model!r}: {_first_line(error)}{_hint(model, error)} {_EXPECTED}"

@@ -22,7 +22,8 @@ from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.scoring.prompts import hash_tokenizer
 
-_WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+# Where one of these is, transformers reads no pickled weights.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 # Keys of a configuration that do not change what the model computes.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -80,6 +81,8 @@ def load_model(
         else:
             loaded, info = _read_weights(resolved.folder_or_id, options)
         loaded = loaded.to(where.value).eval()
+    except SparsortError:
+        raise
     except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
         raise SparsortError(
             f"cannot load the model {str(model)!r}: {first_line(error)} "
@@ -194,9 +197,7 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     if not folder.is_dir():
         commit = getattr(model.config, "_commit_hash", None)
         return f"hub:{folder_or_id}@{commit}" if commit else _hash_parameters(model)
-    files = [folder / gguf_file] if gguf_file else []
-    for pattern in _WEIGHT_FILES:
-        files = files or sorted(folder.glob(pattern))
+    files = [folder / gguf_file] if gguf_file else _weight_files(folder)
     digest = hashlib.sha256()
     for path in files:
         digest.update(sha256_of(path))
@@ -204,6 +205,16 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     if config.is_file():
         digest.update(config.read_bytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers may read: safetensors alone where they have the name that it looks for first."""
+    found = sorted(folder.glob("*.safetensors"))
+    is_adapter = (folder / "adapter_config.json").is_file()
+    names = ("adapter_model.safetensors",) if is_adapter else _SAFETENSORS
+    if not any((folder / name).is_file() for name in names):
+        found += sorted(folder.glob("*.bin"))
+    return found
 
 
 def _hash_parameters(model: Any) -> str:

@@ -4,8 +4,8 @@ Contract: two fingerprints of one model are equal unless it was edited between t
 buffer that was replaced, converted, moved or changed through torch's own operations; another module, class, `forward`, hook,
 activation function, epsilon or other plain setting of a module; another configuration; a pruned weight; an index branch.
 
-The limit: torch counts no changes that are made in place through `.data`, `.numpy()` or a pointer, nor any to tensors that were made
-in inference mode. A fingerprint does not show them; only a hash of all bytes would. The same holds for changes in lists and
+The limit: torch counts no changes that are made in place through `.data`, `.numpy()` or a pointer, nor any to tensors that were
+made in inference mode. A fingerprint does not show them; only a hash of all bytes would. The same holds for changes in lists and
 dictionaries that modules hold, and for functions that are replaced in the Python modules that they are called from.
 """
 
