@@ -1,4 +1,4 @@
-"""A cache of what a model computed for rows, so that a second call over the same rows runs the model on new rows only.
+"""A cache of what a model computed for rows, so that a second call runs the model only on rows that it has not read.
 
 Contract: a value is found again only for the same token ids under the same context, and it is the value that was computed when
 the row was first read, bit for bit. The key of a row is a digest of its token ids, with the borders of special tokens and
