@@ -21,6 +21,9 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the cache holds: converted models, and what models computed for rows; or remove it."""
+    # A limit that is not a number is found before anything is removed.
+    for kind in user_cache.KINDS:
+        user_cache.limit_of(kind)
     removed = user_cache.clear() if clear else []
     found = user_cache.describe()
     if as_json:

@@ -319,6 +319,8 @@ class _Session:
         options: dict[str, Any] = {}
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
+            if self.scorer.runs_model:
+                self._scorer.backbone.mark_as_own()
         if self.scorer.runs_model:
             options["cache"] = self._cache_for(self._scorer.backbone)
         is_fitted = self.scorer.outliers != "none" and self.scorer.calibration is None
@@ -340,6 +342,7 @@ class _Session:
 
         if self._backbone is None:
             self._backbone = Backbone(self._model())
+            self._backbone.mark_as_own()
         return embed_rows(self._backbone, fields, self._read, cache=self._cache_for(self._backbone))
 
     def _cache_for(self, backbone: Backbone) -> RowCache | None:

@@ -23,6 +23,7 @@ from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.batching import Limits, Plan, check_token_budget, plan
 from sparsort.scoring.kv_caches import CacheUse, Heads, probe_cache, rounding
 from sparsort.scoring.loading import LoadedModel
+from sparsort.scoring.model_fingerprint import ModelFingerprint
 from sparsort.scoring.sites import Site, blocks_of, find_site, norm_candidates
 
 # The site that the head reads in a model without a final norm; see `Backbone.head_site`.
@@ -64,6 +65,7 @@ class Backbone:
     Attributes:
         final_norm: the norm that makes the last hidden state; None for none.
         can_continue: rows may share a head through the model's cache; `can_step`: so may a text that is written.
+        fingerprint: of a model that `mark_as_own` was called for; None for any other.
 
     Args:
         loaded: what `loading.load_model` gave.
@@ -91,6 +93,14 @@ class Backbone:
         self._sites_seen: set[str] = set()
         self.final_norm, self._block_gives_states, cache = self._probe()
         self.can_continue, self.can_step = cache.gathers, cache.steps
+        self.fingerprint: ModelFingerprint | None = None
+
+    def mark_as_own(self) -> None:
+        """Say that sparsort loaded the model by name and hands it to nobody who may have edited it, as `row_cache` requires.
+
+        `fingerprint` then shows later edits, apart from those that no counter of torch's shows (see `model_fingerprint`).
+        """
+        self.fingerprint = ModelFingerprint(self.loaded.model)
 
     @property
     def max_length(self) -> int | None:

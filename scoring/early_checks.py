@@ -21,9 +21,6 @@ from sparsort.scoring.hub import cached_only
 if TYPE_CHECKING:
     from sparsort.scoring.sites import Site
 
-# What reading a configuration, or building a model of it, raises; loading will report it, and with more detail.
-_NOT_BUILT = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
@@ -125,9 +122,9 @@ def outline_of(name: str, *, revision: str | None = None, trust_remote_code: boo
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, **options)
-    except _NOT_BUILT:
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    except Exception:  # noqa: BLE001 - each class checks its own fields in its own way, and loading reports what is wrong
         return None
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return Outline(name=name, config=text, model=_built(config, trust_remote_code))
 
 
@@ -156,5 +153,5 @@ def _built(config: Any, trust_remote_code: bool) -> Any:
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except _NOT_BUILT:
+    except Exception:  # noqa: BLE001 - as above
         return None

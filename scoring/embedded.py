@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsort.cache import mark_used
+from sparsort.cache import limit_of, mark_used
 from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.integrity import parse_json, read_sealed
 from sparsort.scoring.conversions import DIGESTS, install, is_intact, models_folder, one_at_a_time, write_digests
-from sparsort.scoring.gguf_files import make_plain, through_cache
+from sparsort.scoring.gguf_files import make_plain, neighbours, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.terminal import note
 
@@ -122,6 +122,8 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
         else:
             with quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
+    except SparsortError:
+        raise
     except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
         raise SparsortError(
             f"cannot load the tokenizer of {model!r}: {_first_line(error)}{_hint(model, error)} {_EXPECTED}"
@@ -149,11 +151,15 @@ def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
     def save(tokenizer: Any, folder: Path) -> None:
         with quiet_transformers():
             tokenizer.save_pretrained(folder)
+        again = load(folder)
         # Classes differ in what they save.
-        if hash_tokenizer(load(folder)) != hash_tokenizer(tokenizer):
+        if hash_tokenizer(again) != hash_tokenizer(tokenizer) or again.chat_template != tokenizer.chat_template:
             raise SparsortError("its tokenizer differs once saved and loaded again.")
 
-    return through_cache(file, "tokenizer", convert=convert, save=save, load=load)
+    also = neighbours(file)
+    if also and options["trust_remote_code"]:
+        also["trust_remote_code"] = "True"
+    return through_cache(file, "tokenizer", convert=convert, save=save, load=load, also=also)
 
 
 def _first_line(error: Exception) -> str:
@@ -201,6 +207,8 @@ def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
     """
     folder = models_folder() / f"gemma-3-270m-{GGUF_SHA256[:8]}"
     if not _is_whole(folder):
+        # Before the conversion rather than after it.
+        limit_of("models")
         package = need(_PACKAGE, "demo", "the embedded model")
         for module in ("gguf", "accelerate"):
             need(module, "demo", "converting the embedded model")

@@ -3,7 +3,8 @@
 Contract: transformers takes 12 to 80 s of CPU to read a GGUF file, most of it for the token list, and does so in every process.
 `through_cache` saves the tokenizer and, in each dtype, the weights that it gave, and reads those as long as the file has the
 same content. What is read is equal to what was converted, bit for bit. An entry is named by the SHA-256 of the file, what it
-holds ("tokenizer", "float32", …), and the versions that converted it. The file is hashed once in every process, which takes
+holds ("tokenizer", "float32", …), and the versions that converted it; that of a tokenizer also by the tokenizer files in the
+file's folder, which transformers prefers to the file. The file is hashed once in every process, which takes
 1 s per GB; size and time of a file do not show that its content is the same.
 
 A cache that cannot be written, or is too small, costs only the time: the file is then read as it is, and a note says why.
@@ -16,12 +17,12 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparsort.cache import mark_used
+from sparsort.cache import limit_of, mark_used
 from sparsort.errors import SparsortError
 from sparsort.integrity import digest_of_values
 from sparsort.scoring.conversions import install, is_intact, models_folder, no_room_for, one_at_a_time
@@ -31,6 +32,11 @@ from sparsort.terminal import note
 _VERSION = 1
 # The dtypes that weights are converted to.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What transformers may read a tokenizer from; its code too, if it is trusted.
+_TOKENIZER_FILES = (
+    *("*token*.json", "*token*.model", "*.tiktoken", "spiece.model", "vocab*", "merges.txt", "config.json"),
+    *("chat_template*", "additional_chat_templates/*", "*.py"),
+)
 _SETTLED_SECONDS = 2.0
 _LOG = logging.getLogger("sparsort")
 _HASHES: dict[tuple[Path, int, int, int, int], bytes] = {}
@@ -44,6 +50,7 @@ def through_cache(
     save: Callable[[Any, Path], None],
     load: Callable[[Path], Any],
     size: Callable[[Any], int] = lambda value: 0,
+    also: Mapping[str, str] | None = None,
 ) -> Any:
     """What `convert` makes of a GGUF file: converted now, or loaded as it was saved before.
 
@@ -54,8 +61,14 @@ def through_cache(
         save: saves what was converted into a folder; a `SparsortError` says why it cannot be kept.
         load: reads it from the folder.
         size: the bytes that it will take on the disk.
+        also: what else decides the result, such as `neighbours`.
+
+    Raises:
+        SparsortError: the limit of the cache is not a number.
     """
-    folder = models_folder() / _name_of(file, what)
+    # Before anything is converted for a cache that could not be bounded.
+    limit_of("models")
+    folder = models_folder() / _name_of(file, what, also)
     if is_intact(folder):
         mark_used(folder)
         return load(folder)
@@ -89,6 +102,15 @@ def sha256_of(file: Path) -> bytes:
     return digest
 
 
+def neighbours(file: Path) -> dict[str, str]:
+    """Name and SHA-256 of the files in the folder of a GGUF file that transformers may read its tokenizer from.
+
+    It prefers a `tokenizer.json` there to the token list in the file, and takes settings and a chat template from others.
+    """
+    found = sorted({path for pattern in _TOKENIZER_FILES for path in file.parent.glob(pattern) if path.is_file()})
+    return {path.relative_to(file.parent).as_posix(): sha256_of(path).hex() for path in found}
+
+
 def kept_folder(file: Path) -> Path | None:
     """A folder with the configuration of a GGUF file, if its weights have been converted in any dtype."""
     folders = [models_folder() / _name_of(file, dtype) for dtype in DTYPES]
@@ -103,13 +125,15 @@ def make_plain(model: Any) -> None:
         del model.config.quantization_config
 
 
-def _name_of(file: Path, what: str) -> str:
-    key = {
+def _name_of(file: Path, what: str, also: Mapping[str, str] | None = None) -> str:
+    key: dict[str, Any] = {
         "version": _VERSION,
         "sha256": sha256_of(file).hex(),
         "what": what,
         "converters": [version("transformers"), version("gguf")],
     }
+    if also:
+        key["also"] = dict(also)
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', file.stem)[:60].strip('.-')}-{what}-{digest_of_values(key)[:16]}"
 
 

@@ -22,7 +22,8 @@ from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.scoring.prompts import hash_tokenizer
 
-_WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+# Where one of these is, transformers reads no pickled weights.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 # Keys of a configuration that do not change what the model computes.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -30,10 +31,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run, with where it came from and why it runs as it does.
-
-    `weight_versions` is what `weight_versions` gave when `weights` was computed; None for a model that was passed as an object.
-    """
+    """A model ready to run, with where it came from and why it runs as it does."""
 
     name: str
     model: Any
@@ -43,7 +41,6 @@ class LoadedModel:
     weights: str
     # Without the chat template: `prompts.identify_tokenizer` adds it where it is used.
     tokenizer_hash: str
-    weight_versions: tuple[int, ...] | None = None
 
 
 def load_model(
@@ -84,6 +81,8 @@ def load_model(
         else:
             loaded, info = _read_weights(resolved.folder_or_id, options)
         loaded = loaded.to(where.value).eval()
+    except SparsortError:
+        raise
     except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
         raise SparsortError(
             f"cannot load the model {str(model)!r}: {first_line(error)} "
@@ -104,7 +103,6 @@ def load_model(
         dtype=kind,
         weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
         tokenizer_hash=hash_tokenizer(tokenizer),
-        weight_versions=weight_versions(loaded),
     )
 
 
@@ -194,22 +192,12 @@ def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
     )
 
 
-def weight_versions(model: Any) -> tuple[int, ...]:
-    """torch's counters of changes, one for every parameter: training, `load_state_dict` and new modules change them.
-
-    They cost nothing, where a hash of the weights reads every byte. Tensors of inference mode cannot change, and count as 0.
-    """
-    return tuple(0 if weight.is_inference() else weight._version for weight in model.parameters())
-
-
 def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     folder = Path(folder_or_id)
     if not folder.is_dir():
         commit = getattr(model.config, "_commit_hash", None)
         return f"hub:{folder_or_id}@{commit}" if commit else _hash_parameters(model)
-    files = [folder / gguf_file] if gguf_file else []
-    for pattern in _WEIGHT_FILES:
-        files = files or sorted(folder.glob(pattern))
+    files = [folder / gguf_file] if gguf_file else _weight_files(folder)
     digest = hashlib.sha256()
     for path in files:
         digest.update(sha256_of(path))
@@ -217,6 +205,16 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     if config.is_file():
         digest.update(config.read_bytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers may read: safetensors alone where they have the name that it looks for first."""
+    found = sorted(folder.glob("*.safetensors"))
+    is_adapter = (folder / "adapter_config.json").is_file()
+    names = ("adapter_model.safetensors",) if is_adapter else _SAFETENSORS
+    if not any((folder / name).is_file() for name in names):
+        found += sorted(folder.glob("*.bin"))
+    return found
 
 
 def _hash_parameters(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""A cache of what a model computed for rows, so that a second call over the same rows runs the model on new rows only.
+"""A cache of what a model computed for rows, so that a second call runs the model only on rows that it has not read.
 
 Contract: a value is found again only for the same token ids under the same context, and it is the value that was computed when
 the row was first read, bit for bit. The key of a row is a digest of its token ids, with the borders of special tokens and
@@ -43,6 +43,8 @@ _LARGE_BYTES = 8 * 2**20
 # A merged file replaces others, which a process may be about to open: it lists the folder again.
 _LISTINGS = 5
 _KEY_BYTES = 16
+# Where torch 2.9 and later keep the precision of float32, under torch.backends.
+_BACKENDS = ("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv")
 _LOG = logging.getLogger("sparsort")
 
 Values = NDArray[Any]
@@ -131,13 +133,19 @@ def is_kept() -> bool:
 
 
 def obstacle(backbone: Backbone) -> str | None:
-    """Why values of this model cannot be kept, in words; None if they can."""
-    from sparsort.scoring.loading import weight_versions
+    """Why values of this model cannot be kept, in words; None if they can.
 
+    The digest of the files says what a model computes only if it is as it was loaded. Values are therefore kept only for models
+    that sparsort loaded by name for this backbone (`Backbone.mark_as_own`) and that have the same fingerprint. A caller who
+    reaches into a scorer and edits its model in place through `.data` or `.numpy()` is not noticed, because torch counts no such
+    edits (`model_fingerprint`): pass the edited model as an object, which has no cache.
+    """
     loaded = backbone.loaded
-    if loaded.weight_versions is None:
-        return "the model was passed as an object, whose weights may change"
-    if loaded.weight_versions != weight_versions(loaded.model):
+    if backbone.fingerprint is None:
+        return "the model was passed as an object, which may have been edited"
+    if any(getattr(holder, "sparse_attention", None) is not None for holder in (loaded.model, loaded.model.config)):
+        return "the model has an index branch, whose settings are no part of its weights"
+    if not backbone.fingerprint.fits(loaded.model):
         return "the model has changed since it was loaded"
     if any(type(module).__module__.startswith("transformers_modules") for module in loaded.model.modules()):
         return "the model runs code of its own, which may change while its weights stay the same"
@@ -165,18 +173,37 @@ def context_of(backbone: Backbone, **measured: Any) -> dict[str, Any]:
         raise SparsortError(
             f"what this model computes cannot be kept: {why}. Leave cache= out, or pass the name or folder of a saved model."
         )
-    loaded = backbone.loaded
+    loaded, kind = backbone.loaded, backbone.device.type
     return {
         "version": VERSION,
         "weights": loaded.weights,
         "dtype": str(loaded.dtype.value),
-        "device": [loaded.device.value.type, device_name(loaded.device.value)],
+        "device": [kind, device_name(loaded.device.value)],
         "versions": versions(),
         # Each of these changes more than the rounding of a sum, or may.
         "attention": str(getattr(backbone.config, "_attn_implementation", None)),
-        "matmul": torch.get_float32_matmul_precision(),
+        "matmul": _precision(),
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         "measured": measured,
     }
+
+
+def _precision() -> dict[str, str | None]:
+    """How float32 is multiplied: what the backends of this torch say, and its older setting where that can be read."""
+    import torch
+
+    found: dict[str, str | None] = {}
+    for name in _BACKENDS:
+        backend: Any = torch.backends
+        for part in name.split(".") if name else ():
+            backend = getattr(backend, part, None)
+        found[name] = getattr(backend, "fp32_precision", None)
+    try:
+        found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch refuses to read the older setting once the newer ones were used.
+        found["float32_matmul_precision"] = None
+    return found
 
 
 def key_of(item: Encoded) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,6 +77,8 @@ class ModelScorer(Scorer):
                 trust_remote_code=trust_remote_code,
             )
         self.backbone = Backbone(self.loaded, token_budget=token_budget)
+        if isinstance(model, (str, Path)):
+            self.backbone.mark_as_own()
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
         """The job that scores this source's shards."""

@@ -38,7 +38,7 @@ def blocks_of(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
     Raises:
         SparsortError: there is none (an architecture that shares or nests its blocks).
     """
-    lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {path: each for path, each in decoder.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
     for module in lists.values():
         if len(module) == n_layers:
             return module

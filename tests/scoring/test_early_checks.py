@@ -166,6 +166,40 @@ def test_a_configuration_that_cannot_be_built_is_left_to_loading(
     assert outline_of(str(folder)) is None
 
 
+INVALID = [
+    {"max_position_embeddings": "2048"},
+    {"max_position_embeddings": [2048]},
+    {"num_attention_heads": "x"},
+    {"num_attention_heads": 2.5},
+    {"num_attention_heads": 0},
+    {"hidden_size": None},
+    {"hidden_size": 33},
+    {"num_hidden_layers": 0},
+    {"num_hidden_layers": -1},
+    {"rope_parameters": "x"},
+    {"rope_parameters": {"rope_type": "x"}},
+    {"model_type": 7},
+]
+
+
+@pytest.mark.parametrize("settings", INVALID, ids=lambda settings: json.dumps(settings))
+@pytest.mark.parametrize("asked", [{"sites": ["layer:1"]}, {"max_length": 16}], ids=["site", "max_length"])
+def test_an_invalid_configuration_is_an_error_of_loading(
+    settings: dict[str, Any], asked: dict[str, Any], make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_tiny_model("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+    def check_and_load() -> None:
+        check_model(folder, **asked)
+        # What does not show early is left to loading.
+        Backbone(load_model(folder))
+
+    with pytest.raises(SparsortError, match=f"{re.escape(str(folder))}|LlamaModel has no list of -?[01] blocks"):
+        check_and_load()
+
+
 def test_building_a_model_moves_no_random_state(make_tiny_model: Callable[..., Path]) -> None:
     before = torch.random.get_rng_state()
     assert outline_of(str(make_tiny_model("llama"))) is not None

@@ -9,14 +9,17 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import conversions, gguf_files, loading
+from sparsort.recipes.cli import app
+from sparsort.scoring import conversions, embedded, gguf_files, loading
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
 from sparsort.scoring.loading import load_model
 from sparsort.scoring.prompts import hash_tokenizer
@@ -36,7 +39,7 @@ def small_gguf(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.Te
     return path
 
 
-def _write(path: Path, model: Any, tokenizer: Any) -> None:
+def _write(path: Path, model: Any, tokenizer: Any, template: str | None = None) -> None:
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny")
@@ -59,6 +62,8 @@ def _write(path: Path, model: Any, tokenizer: Any) -> None:
     writer.add_token_merges([" ".join(merge) for merge in definition["merges"]])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
+    if template is not None:
+        writer.add_chat_template(template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         values = _permuted(name, weight, config).float().numpy()
@@ -204,7 +209,101 @@ def test_a_model_larger_than_the_cache_or_the_disk_is_not_kept(
     assert "SPARSORT_CACHE_MODELS_GB" in caplog.text
     assert [path.name.split("-")[1] for path in cache.iterdir()] == ["tokenizer"]
     monkeypatch.delenv("SPARSORT_CACHE_MODELS_GB")
-    assert "GB free" in str(conversions.no_room_for(19_999_999_999)) or shutil.disk_usage(cache).free > 2e10
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000_000))
+    assert conversions.no_room_for(1_300_000_000) == f"converted it takes 1.3 GB, and {cache} has 1.2 GB free"
+    assert conversions.no_room_for(1_100_000_000) is None
+
+
+@pytest.mark.parametrize("limit", ["many", "-1", "nan"])
+def test_a_limit_that_is_not_a_number_is_found_before_anything_is_converted(
+    limit: str, small_gguf: Path, cache: Path, conversions_made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(*_: Any) -> None:
+        conversions_made.append("demo")
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(embedded, "need", lambda *_: None)
+    load_model(small_gguf, dtype="float32")
+    conversions_made.clear()
+    held = sorted(cache.iterdir())
+    monkeypatch.setenv("SPARSORT_CACHE_MODELS_GB", limit)
+    sentence = f"^SPARSORT_CACHE_MODELS_GB is '{limit}'; expected a number of gigabytes, such as 20.$"
+    for name in (str(small_gguf), "demo"):
+        for load in (load_tokenizer, load_model):
+            with pytest.raises(SparsortError, match=sentence):
+                load(name)
+    result = CliRunner().invoke(app, ["cache", "--clear"])
+    assert result.exit_code == 2, result.output
+    assert "SPARSORT_CACHE_MODELS_GB" in result.output
+    assert not conversions_made
+    assert sorted(cache.iterdir()) == held
+
+
+def _with_bigrams(folder: Path, source: Path) -> None:
+    """A tokenizer.json that merges less than the GGUF's."""
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("first", ["alone", "among"])
+def test_tokenizer_files_in_the_folder_decide_for_that_folder_alone(
+    first: str,
+    small_gguf: Path,
+    cache: Path,
+    conversions_made: list[str],
+    tmp_path: Path,
+    make_tiny_model: Callable[..., Path],
+) -> None:
+    from transformers import AutoTokenizer
+
+    files = {name: tmp_path / name / "tiny.gguf" for name in ("alone", "among")}
+    for file in files.values():
+        file.parent.mkdir()
+        shutil.copy(small_gguf, file)
+    _with_bigrams(files["among"].parent, make_tiny_model("llama"))
+    with quiet_transformers():
+        expected = {
+            name: AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name) for name, file in files.items()
+        }
+    text = "Question: how many apples are there?"
+    facts = {name: each(text).input_ids for name, each in expected.items()}
+    assert facts["alone"] != facts["among"]
+    conversions_made.clear()
+    for name in (first, "alone", "among", "alone"):
+        assert load_tokenizer(str(files[name]))(text).input_ids == facts[name]
+    assert conversions_made == ["tokenizer", "tokenizer"]
+    # Another file changes nothing, and a changed one is read again.
+    (files["among"].parent / "README.md").write_text("A model.")
+    load_tokenizer(str(files["among"]))
+    assert len(conversions_made) == 2
+    (files["among"].parent / "tokenizer.json").unlink()
+    assert load_tokenizer(str(files["among"]))(text).input_ids == facts["alone"]
+
+
+def test_a_template_that_is_lost_when_it_is_saved_is_not_kept(
+    make_tiny_model: Callable[..., Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+    folder, file = make_tiny_model("llama"), tmp_path / "tiny.gguf"
+    template = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+    _write(file, AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder)), template)
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def without_template(self: Any, folder: Path, **options: Any) -> Any:
+        saved = save(self, folder, **options)
+        (folder / "chat_template.jinja").unlink()
+        return saved
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", without_template)
+    assert load_tokenizer(str(file)).chat_template == template
+    assert "differs once saved" in caplog.text
+    assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_result(

@@ -62,6 +62,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return walked
 
 
+def _own(model: str) -> Backbone:
+    """A backbone whose model nobody was handed."""
+    backbone = Backbone(load_model(model))
+    backbone.mark_as_own()
+    return backbone
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.rows"))
 
@@ -103,14 +110,14 @@ def test_a_second_call_reads_nothing_and_gives_the_same_bits(
 
 
 def test_only_new_rows_are_read(model: str, cache: Path, reads: list[int]) -> None:
-    loaded = load_model(model)
-    first = embed_rows(Backbone(loaded), ROWS, Prompt.of(PROMPT), cache=RowCache())
+    first = embed_rows(_own(model), ROWS, Prompt.of(PROMPT), cache=RowCache())
+    own = _own(model)
     reads.clear()
-    second = embed_rows(Backbone(loaded), [*ROWS[::-1], *NEW], Prompt.of(PROMPT), cache=RowCache())
+    second = embed_rows(own, [*ROWS[::-1], *NEW], Prompt.of(PROMPT), cache=RowCache())
     assert reads == [1]
     assert np.array_equal(second[:-1], first[::-1])
     assert second.dtype == first.dtype == np.float32
-    alone = embed_rows(Backbone(loaded), NEW, Prompt.of(PROMPT))
+    alone = embed_rows(own, NEW, Prompt.of(PROMPT))
     assert np.array_equal(second[-1:], alone)
 
 
@@ -130,12 +137,11 @@ def test_copies_of_a_row_are_read_once_and_get_the_value_that_is_kept(
 
 
 def test_another_metric_of_the_same_states_is_found(model: str, cache: Path, reads: list[int]) -> None:
-    loaded = load_model(model)
-    SparsityScorer(loaded).score(ROWS, PROMPT, cache=RowCache())
+    SparsityScorer(model).score(ROWS, PROMPT, cache=RowCache())
     reads.clear()
-    found = SparsityScorer(loaded, metric="hoyer").score(ROWS, PROMPT, cache=RowCache())
+    found = SparsityScorer(model, metric="hoyer").score(ROWS, PROMPT, cache=RowCache())
     assert not reads
-    assert np.array_equal(found.difficulty, SparsityScorer(loaded, metric="hoyer").score(ROWS, PROMPT).difficulty)
+    assert np.array_equal(found.difficulty, SparsityScorer(model, metric="hoyer").score(ROWS, PROMPT).difficulty)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -197,7 +203,7 @@ def test_a_changed_model_folder_is_never_found(what: str, model: str, cache: Pat
 def test_devices_and_engines_have_contexts_of_their_own(
     model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone = Backbone(load_model(model))
+    backbone = _own(model)
     usual = context_of(backbone, site="x")
     assert context_of(backbone, site="x") == usual
     seen = [usual]
@@ -211,6 +217,8 @@ def test_devices_and_engines_have_contexts_of_their_own(
     seen.append(context_of(backbone, site="x"))
     monkeypatch.setattr(row_cache, "VERSION", -1)
     seen.append(context_of(backbone, site="x"))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(context_of(backbone, site="x"))
     assert len({json.dumps(context, sort_keys=True) for context in seen}) == len(seen)
 
 
@@ -235,16 +243,16 @@ def test_damaged_files_are_removed_and_their_rows_are_read_again(
     damages: Callable[[Path], Iterator[str]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loaded = load_model(model)
-    plain = SparsityScorer(loaded).score(ROWS, PROMPT)
-    SparsityScorer(loaded).score(ROWS, PROMPT, cache=RowCache())
+    scorer = SparsityScorer(model)
+    plain = scorer.score(ROWS, PROMPT)
+    scorer.score(ROWS, PROMPT, cache=RowCache())
     (path,) = _files(cache)
     content = path.read_bytes()
     for what in damages(path):
         exists = path.exists()
         caplog.clear()
         counts = RowCache()
-        scores = SparsityScorer(loaded).score(ROWS, PROMPT, cache=counts)
+        scores = scorer.score(ROWS, PROMPT, cache=counts)
         assert counts.summary() == {"from_cache": 0, "read": len(ROWS)}, what
         assert scores.table.equals(plain.table), what
         assert ("is damaged" in caplog.text) == exists
@@ -383,25 +391,50 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_result(
     model: str, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.parent.write_text("a file")
-    loaded = load_model(model)
+    scorer = SparsityScorer(model)
     counts = RowCache()
-    scores = SparsityScorer(loaded).score(ROWS, PROMPT, cache=counts, shard_rows=4)
-    assert scores.table.equals(SparsityScorer(loaded).score(ROWS, PROMPT, shard_rows=4).table)
+    scores = scorer.score(ROWS, PROMPT, cache=counts, shard_rows=4)
+    assert scores.table.equals(scorer.score(ROWS, PROMPT, shard_rows=4).table)
     assert counts.read == len(ROWS)
     assert caplog.text.count("not kept") == 1
 
 
-def test_a_model_that_may_change_is_refused(model: str, cache: Path) -> None:
-    loaded = load_model(model)
-    as_object = SparsityScorer(loaded.model, tokenizer=loaded.tokenizer)
+def test_a_model_that_a_caller_holds_is_refused(model: str, cache: Path) -> None:
+    own = SparsityScorer(model)
+    for scorer in (
+        SparsityScorer(own.loaded.model, tokenizer=own.loaded.tokenizer),
+        SparsityScorer(load_model(model)),
+        SparsityScorer(own.loaded),
+    ):
+        with pytest.raises(SparsortError, match=r"passed as an object.*pass the name or folder"):
+            scorer.score(ROWS, PROMPT, cache=RowCache())
     with pytest.raises(SparsortError, match="passed as an object"):
-        as_object.score(ROWS, PROMPT, cache=RowCache())
-    scorer = SparsityScorer(loaded)
+        embed_rows(Backbone(own.loaded), ROWS, Prompt.of(PROMPT), cache=RowCache())
+    own.score(ROWS, PROMPT, cache=RowCache())
+
+
+def test_a_model_that_was_edited_since_is_refused(model: str, cache: Path) -> None:
+    scorer = SparsityScorer(model)
     scorer.score(ROWS, PROMPT, cache=RowCache())
     with torch.no_grad():
-        next(loaded.model.parameters()).mul_(1.5)
+        next(scorer.loaded.model.parameters()).mul_(1.5)
     with pytest.raises(SparsortError, match="has changed since it was loaded"):
         scorer.score(ROWS, PROMPT, cache=RowCache())
+
+
+def test_the_newer_settings_of_precision_are_part_of_the_context(model: str, cache: Path) -> None:
+    backbone = _own(model)
+    seen = [context_of(backbone)]
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            seen.append(context_of(backbone))
+    finally:
+        matmul.fp32_precision = before
+    assert context_of(backbone) == seen[0]
+    assert len({json.dumps(context, sort_keys=True) for context in seen}) == len(seen)
 
 
 def test_a_cache_that_has_no_effect_is_refused(model: str, cache: Path, tmp_path: Path) -> None:
@@ -416,7 +449,8 @@ def test_a_cache_that_has_no_effect_is_refused(model: str, cache: Path, tmp_path
 
 
 def test_code_that_ships_with_a_model_is_no_part_of_its_weights(model: str, cache: Path) -> None:
-    backbone = Backbone(load_model(model))
+    backbone = _own(model)
     assert row_cache.obstacle(backbone) is None
     backbone.loaded.model.add_module("own", type("Own", (torch.nn.Module,), {"__module__": "transformers_modules.x"})())
+    backbone.mark_as_own()
     assert "code of its own" in str(row_cache.obstacle(backbone))
