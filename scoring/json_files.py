@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.encodings import wrong_encoding
+from sparsort.scoring.encodings import nul_bytes, shell_command, wrong_encoding
 from sparsort.scoring.readers import JsonLines, Lines, Reader, SequenceReader, is_unfinished, parse_json
 
 _TURN_KEYS = ({"role", "content"}, {"from", "value"})
@@ -53,6 +53,8 @@ def json_reader(path: Path) -> Reader:
 
 def _whole(lines: JsonLines) -> Any:
     raw = lines.read()
+    if b"\0" in raw:
+        raise nul_bytes(lines.name, raw.count(b"\n", 0, raw.index(b"\0")) + 1, raw, 0)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,9 +96,7 @@ def _one_object(value: Mapping[str, Any], inside: list[str], path: Path) -> Spar
     name = max(inside, key=lambda each: len(value[each]))
     # A filter in double quotes inside brackets, since a name may hold anything.
     filter_ = f".{name}[]" if name.isidentifier() and name.isascii() else f".[{json.dumps(name)}][]"
-    command = f"jq -c {shlex.quote(filter_)} {shlex.quote(path.name)} > {shlex.quote(f'{path.stem}-rows.jsonl')}"
-    if path.suffix.lower() == ".gz":
-        command = f"gunzip -c {shlex.quote(path.name)} | jq -c {shlex.quote(filter_)} > rows.jsonl"
+    command = shell_command(path, f"jq -c {shlex.quote(filter_)}", "-rows.jsonl")
     held = len(value[name])
     return SparsortError(
         f"{what} Its list {name!r} holds {held} object{'s' if held != 1 else ''}; if these are the rows, extract them: {command}"
