@@ -225,8 +225,8 @@ def _unreadable(name: str, line: int, error: Exception) -> SparsortError:
     if isinstance(error, UnicodeDecodeError):
         encoding = error.encoding.upper()
         return SparsortError(
-            f"{name}, line {line} is not valid {encoding} ({error.reason}), which is the encoding that the file's byte order mark "
-            "names. The file is damaged or cut off: restore it, or save it again as UTF-8."
+            f"{name}, line {line} is not valid {encoding} ({error.reason}), the encoding that the file's byte order mark names. "
+            "The file is damaged or cut off: restore it, or save it again as UTF-8."
         )
     return SparsortError(f"{name}, line {line} cannot be read ({error}). Restore the file if it is damaged or cut off.")
 

@@ -48,7 +48,7 @@ def test_the_reported_file_is_read() -> None:
     [
         (
             "\ufeff{}\n".encode("utf-16-le") + b"\x00",
-            "line 2 is not valid UTF-16-LE .truncated data., .*restore it, or save it again as UTF-8",
+            "line 2 is not valid UTF-16-LE .truncated data.*restore it, or save",
         ),
         ("\ufeff{}\n".encode("utf-16-le") + b"\x00\xd8a\x00", "line 2 is not valid UTF-16-LE .illegal"),
         (b"\xff\xfe\0\0\xff\xff\xff\xff", "line 1 is not valid UTF-32-LE"),

@@ -42,7 +42,8 @@ def test_the_reported_files() -> None:
     assert rows_of(DATA / "columns_oriented.json") == ROWS
     with pytest.raises(
         SparsortError,
-        match=r"one JSON object \(examples\).*jq -c '\.examples\[\]' \S*data/pretty_object\.json > \S*data/pretty_object-rows\.jsonl$",
+        match=r"one JSON object \(examples\).*jq -c '\.examples\[\]' \S*data/pretty_object\.json > "
+        r"\S*data/pretty_object-rows\.jsonl$",
     ):
         open_rows(DATA / "pretty_object.json")
 
@@ -109,7 +110,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
     [
         (
             '{\n "a": 1\n}\n',
-            "line 1: not valid JSON.*spread over several lines.*jq -c . '/.*/my rows.jsonl' > '/.*/my rows-lines.jsonl'",
+            "line 1: not valid JSON.*over several lines.*jq -c . '/.*/my rows.jsonl' > '/.*/my rows-lines.jsonl'",
         ),
         ('{"a": 1}\n{"a": 2, "b"', "line 2: not valid JSON.*the file is cut off here"),
         ('[{"a": 1}]', "line 1 holds a list.*A file that holds one array has the suffix .json"),
