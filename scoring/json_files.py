@@ -69,23 +69,38 @@ def _rows_of(value: Mapping[str, Any], path: Path, *, on_one_line: bool) -> list
     inside = [name for name, held in value.items() if _is_rows(held)]
     if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
         raise SparsortError(f"{path} has the layout 'split' of pandas. Write one row on each line: {_AS_LINES}.")
-    if values and all(isinstance(held, list) for held in values) and len(inside) < len(values):
-        lengths = {name: len(held) for name, held in value.items()}
-        if len(set(lengths.values())) == 1:
-            return [dict(zip(value, row, strict=True)) for row in zip(*values, strict=True)]
-        if not on_one_line:
-            listed = ", ".join(f"{name} has {length}" for name, length in list(lengths.items())[:8])
-            raise SparsortError(f"{path} is an object of columns with different numbers of values: {listed}.")
-    if values and all(isinstance(held, dict) and held and held.keys() == values[0].keys() for held in values):
-        by_index, by_row = _are_numbers(values[0]), _are_numbers(value)
-        if by_index and not by_row:
-            return [{name: column[row] for name, column in value.items()} for row in values[0]]
-        if by_row:
-            raise SparsortError(f"{path} has the layout 'index' of pandas. Write one row on each line: {_AS_LINES}.")
     turns = any(all(any(keys <= item.keys() for keys in _TURN_KEYS) for item in value[name]) for name in inside)
+    if values and all(isinstance(held, list) for held in values) and len(inside) < len(values):
+        if len({len(held) for held in values}) == 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*values, strict=True)]
+        # A conversation and a list of another length, such as tags, are one row.
+        if not (on_one_line and turns):
+            raise _uneven(value, path)
+    if any(values) and all(isinstance(held, dict) for held in values):
+        if _are_numbers(value):
+            raise SparsortError(f"{path} has the layout 'index' of pandas. Write one row on each line: {_AS_LINES}.")
+        if all(map(_are_numbers, values)):
+            if any(held.keys() != values[0].keys() for held in values):
+                raise _uneven(value, path)
+            return [{name: column[row] for name, column in value.items()} for row in values[0]]
     if on_one_line and (turns or not inside):
         return None
     raise _one_object(value, inside, path)
+
+
+def _uneven(columns: Mapping[str, Any], path: Path) -> SparsortError:
+    """The error for columns, lists or `{index: value}`, that do not have one value for each row."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        what = "lengths (index): " + ", ".join(f"{name} has {length}" for name, length in list(lengths.items())[:8])
+    else:
+        rows = next(iter(columns.values()))
+        name, row = next((name, row) for name, column in columns.items() for row in rows if row not in column)
+        what = f"indices: {name} has no value for {row!r}"
+    return SparsortError(
+        f"{path} looks column-oriented, but its columns have different {what}. Give every column one value for each row, or, if "
+        "the object is one row, put it into a list: [{…}]."
+    )
 
 
 def _one_object(value: Mapping[str, Any], inside: list[str], path: Path) -> SparsortError:
