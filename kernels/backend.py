@@ -58,6 +58,15 @@ def default_device() -> Choice[torch.device]:
     return Choice(torch.device("cpu"), "no CUDA device")
 
 
+def use_device() -> str:
+    """The next step after a device that cannot be used: a sentence with the devices that this machine has."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(1, count))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return f"The devices of this machine are {', '.join(names)}; choose one of them, or auto."
+
+
 def compute_dtype(device: torch.device | str) -> Choice[torch.dtype]:
     """The dtype of a forward pass on `device`: bfloat16 where its matrix products are native, else float32."""
     device = torch.device(device)
@@ -229,11 +238,11 @@ def _named_device(given: str) -> torch.device:
     try:
         device = torch.device(given)
     except RuntimeError as error:
-        raise SparsortError(f"SPARSORT_DEVICE={given!r} is no device. Use auto, cpu, cuda or cuda:N.") from error
+        raise SparsortError(f"SPARSORT_DEVICE={given!r} is no device. {use_device()}") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise SparsortError(f"SPARSORT_DEVICE={given} but torch sees {count} CUDA devices. Use cpu, or unset it.")
+            raise SparsortError(f"SPARSORT_DEVICE={given} but torch sees {count} CUDA devices. {use_device()}")
     return device
 
 

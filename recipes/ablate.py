@@ -8,6 +8,7 @@ work on one folder; each ends when all is there.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsort.curriculum.ablation import tables
 from sparsort.curriculum.ablation.design import Ablation, left_out, units
-from sparsort.curriculum.ablation.tasks import Task, load_task, parse_labels, task_from_flags, task_names
+from sparsort.curriculum.ablation.tasks import Task, check_row, load_task, parse_labels, task_from_flags, task_names
 from sparsort.errors import SparsortError
 from sparsort.files import write_json
 from sparsort.progress import progress
@@ -286,6 +287,7 @@ def _task_of_file(
     if given.get("chat"):
         # Turns are shown without spaces at their ends, and what is scored is what is shown.
         given.setdefault("answer", f"{{{label}}}")
+    source.check(functools.partial(check_row, prompt=prompt, label=label))
     task = task_from_flags(
         (row.fields for row in source.rows()),
         prompt=prompt,

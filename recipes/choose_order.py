@@ -7,12 +7,13 @@ out; this applies it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.data import Showing
 from sparsort.curriculum.ablation.design import probes_of
 from sparsort.curriculum.ablation.splits import alike_rows
-from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, parse_labels, task_from_flags
+from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, check_row, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
 from sparsort.curriculum.demos.duplicates import duplicates
@@ -33,8 +34,11 @@ from sparsort.kernels.sparsity.names import METRICS
 from sparsort.progress import progress
 from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
-from sparsort.templates import fields_of
+from sparsort.templates import fields_of, render
 from sparsort.values import text_if_any
+
+if TYPE_CHECKING:
+    from sparsort.scoring.sources import RowSource
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -281,29 +285,36 @@ def read_rows(
         raise SparsortError(f"queries is {queries}; at least 1 is needed.")
     if seed < 0:
         raise SparsortError(f"the seed is {seed}; it may not be negative.")
-    rows = _fields(file, prompt, id_column, columns)
+    source = _source(file, prompt, id_column, columns)
+    rows = _fields(source)
     if k is not None and not 2 <= k <= len(rows):
         raise SparsortError(
             f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
         )
     generator = np.random.default_rng(seed)
     drawn = generator.permutation(len(rows)).tolist()
-    demos = rows if k is None else [rows[place] for place in drawn[:k]]
+    shown = range(len(rows)) if k is None else drawn[:k]
+    source.check(functools.partial(check_row, prompt=prompt or "", label=label), shown)
+    source.check(lambda fields, where: text_if_any(fields, label, where=where))
+    demos = [rows[place] for place in shown]
     if on is None or Path(on).resolve() == Path(file).resolve():
-        rest = [] if k is None else [rows[place] for place in drawn[k:]]
+        left = [] if k is None else drawn[k:]
+        source.check(lambda fields, where: render(prompt or "", fields, where=where), left)
+        rest = [rows[place] for place in left]
         alike = alike_rows(fields_of(prompt or ""), rest, demos)
         asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
     else:
-        others = _fields(on, prompt, None, columns)
-        asked = [others[place] for place in sorted(generator.permutation(len(others))[:queries].tolist())]
+        other = _source(on, prompt, None, columns)
+        others = _fields(other)
+        places = sorted(generator.permutation(len(others))[:queries].tolist())
+        other.check(lambda fields, where: render(prompt or "", fields, where=where), places)
+        asked = [others[place] for place in places]
     values = [text_if_any(row, label, where=f"row {row['id']!r}") for row in rows]
     counts = Counter(value for value in values if value is not None)
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
-def _fields(
-    file: str | Path, prompt: str | None, id_column: str | None, columns: Sequence[str] | None
-) -> list[dict[str, Any]]:
+def _source(file: str | Path, prompt: str | None, id_column: str | None, columns: Sequence[str] | None) -> RowSource:
     from sparsort.scoring.sources import open_rows
 
     source = open_rows(file, id_column=id_column, columns=columns)
@@ -312,6 +323,10 @@ def _fields(
             "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; "
             f"{Path(file).name} has: {', '.join(source.columns())}."
         )
+    return source
+
+
+def _fields(source: RowSource) -> list[dict[str, Any]]:
     return [dict(row.fields) | {"id": row.id} for row in source.rows()]
 
 

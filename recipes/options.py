@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, is_full, write_failure
 from sparsort.interrupts import exit_code, received
+from sparsort.scoring.dtypes import DTYPES
 from sparsort.terminal import OutputError, printable, unwritable
 
 TEXT_PANEL = "Text"
@@ -24,7 +25,9 @@ MODEL_PANEL = "Model"
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL)
 ]
-DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", rich_help_panel=MODEL_PANEL)]
+DtypeOption = Annotated[
+    str, typer.Option(help=f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.", rich_help_panel=MODEL_PANEL)
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=MODEL_PANEL)]
 RevisionOption = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=MODEL_PANEL)]
 TrustOption = Annotated[

@@ -26,6 +26,7 @@ from sparsort.recipes.score import ScorerConfig
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
 from sparsort.terminal import one_line
+from sparsort.values import text_if_any
 
 if TYPE_CHECKING:
     from sparsort.scoring.backbone import Backbone
@@ -143,7 +144,8 @@ def order_file(
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    rows = list(open_rows(file, id_column=config.id_column, columns=config.columns).rows())
+    source = open_rows(file, id_column=config.id_column, columns=config.columns)
+    rows = list(source.rows())
     text = DemoText.of(
         list(rows[0].fields),
         prompt=config.prompt,
@@ -158,7 +160,10 @@ def order_file(
     asked = text.parse_query(query)
     scorer.check_model()
     session = _Session(rows, text, config, scorer, table, cache)
+    if config.select == "balanced":
+        source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
     chosen, notes = _select(session, asked)
+    source.check(lambda fields, where: text.whole(fields, where=where), [row.position for row in chosen])
     similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
     difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
     places = order_indices(

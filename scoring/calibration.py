@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
-from sparsort.integrity import as_written, is_sealed, parse_json, seal
+from sparsort.integrity import as_written, check_version, is_sealed, parse_json, seal
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
@@ -232,11 +232,8 @@ class Calibration:
         """
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise SparsortError(f"{name} is no calibration of sparsort. Make one with sparsort calibrate … --out FILE.")
-        if found.get("version") not in (_UNSEALED, VERSION):
-            raise SparsortError(
-                f"{name} is a calibration of version {found.get('version')!r}, and this sparsort reads {_UNSEALED} and "
-                f"{VERSION}. Update sparsort, or calibrate again."
-            )
+        newer = "Update sparsort, or calibrate again."
+        check_version(found.get("version"), (_UNSEALED, VERSION), name, damaged="Calibrate again.", other=newer)
         try:
             definition = {**found["definition"], "candidate": Candidate(**found["definition"]["candidate"])}
             definition["turns"] = tuple((str(role), str(text)) for role, text in definition["turns"])

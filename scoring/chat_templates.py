@@ -19,19 +19,26 @@ _PLAIN = "use a plain prompt instead of the chat template"
 _NO_TEMPLATE = "Use a plain prompt instead of chat turns or conversations, or a model that was tuned for chat."
 
 
+# Two contents that have no word in common; a template that reads its turns renders them differently.
+_PROBES = ("Count the apples.", "Where is it raining today?")
+_MOST_PROBED = 64
+# Tokenizer classes and templates that were probed and not refused.
+_probed: set[tuple[type, str]] = set()
+
+
 class RefusedTurnsError(SparsortError):
     """A chat template does not take these turns; it may take others."""
 
 
 def need_chat_template(tokenizer: Any, *, step: str = "") -> None:
-    """Refuse a tokenizer without a chat template.
+    """Refuse a tokenizer without a chat template, or with one that ignores what the turns say.
 
     Args:
         tokenizer: the tokenizer, or None.
         step: the next step for the caller of this call; "" for that of a prompt.
 
     Raises:
-        SparsortError: there is no template.
+        SparsortError: there is no template, or it renders different turns as the same text.
     """
     if not getattr(tokenizer, "chat_template", None):
         what = (
@@ -40,6 +47,26 @@ def need_chat_template(tokenizer: Any, *, step: str = "") -> None:
             else f"{_model(tokenizer)} has no chat template (a base model?)"
         )
         raise SparsortError(f"chat turns need a chat template, but {what}. {step or _NO_TEMPLATE}")
+    key = (type(tokenizer), str(tokenizer.chat_template))
+    if key in _probed:
+        return
+    if _ignores_turns(tokenizer):
+        raise SparsortError(
+            f"the chat template of {_model(tokenizer)} gives the same text for different turns, so every row would score alike. "
+            f"{step or f'Correct it in the folder of the model, or {_PLAIN}.'}"
+        )
+    if len(_probed) >= _MOST_PROBED:
+        _probed.clear()
+    _probed.add(key)
+
+
+def _ignores_turns(tokenizer: Any) -> bool:
+    """Whether the template renders two questions as one text; False if it renders no single question at all."""
+    try:
+        first, second = (_render(tokenizer, [("user", content)], ask=True, step="") for content in _PROBES)
+    except SparsortError:
+        return False  # the turns of the rows may be taken, or are refused with the reason
+    return first == second
 
 
 def apply_chat_template(tokenizer: Any, turns: Turns, *, ask: bool = True, step: str = "") -> str:
@@ -58,6 +85,10 @@ def apply_chat_template(tokenizer: Any, turns: Turns, *, ask: bool = True, step:
         SparsortError: there is no template, or it cannot be compiled.
     """
     need_chat_template(tokenizer)
+    return _render(tokenizer, turns, ask=ask, step=step)
+
+
+def _render(tokenizer: Any, turns: Turns, *, ask: bool, step: str) -> str:
     messages = [{"role": str(role), "content": str(content)} for role, content in turns]
     render = _renderer(tokenizer, ask)
     try:

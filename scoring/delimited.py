@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.encodings import nul_bytes
 from sparsort.scoring.readers import Lines, TextReader, decode_line
 
 _SAMPLE = 20  # records that the choice of the delimiter looks at
@@ -80,8 +79,6 @@ class Delimited(TextReader):
 
     def _texts(self, lines: Lines) -> Iterator[str]:
         for raw in lines:
-            if b"\0" in raw:
-                raise nul_bytes(self.name, lines.number)
             yield decode_line(raw, self.name, lines.number, lines.offset - len(raw))
 
     def _sniff(self) -> str:

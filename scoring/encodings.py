@@ -60,22 +60,42 @@ def skip(handle: IO[bytes], offset: int) -> None:
 
 def wrong_encoding(name: str, line: int, offset: int, byte: int) -> SparsortError:
     """The error for a byte that is not UTF-8, `offset` bytes into the (decompressed) file."""
-    file = Path(name).name
-    new = f"utf8-{file.removesuffix('.gz')}"
-    source = f"gunzip -c {shlex.quote(file)} | iconv" if file.endswith(".gz") else "iconv"
-    last = "" if file.endswith(".gz") else f" {shlex.quote(file)}"
     return SparsortError(
         f"{name}, line {line}: byte 0x{byte:02x} at offset {offset} is not valid UTF-8. Save the file as UTF-8. "
-        f"If its encoding is Windows-1252, for example: {source} -f WINDOWS-1252 -t UTF-8{last} > {shlex.quote(new)}"
+        f"If its encoding is Windows-1252, for example: {_as_utf8(Path(name), 'WINDOWS-1252')}"
     )
 
 
-def nul_bytes(name: str, line: int) -> SparsortError:
-    """The error for a line of text that holds NUL bytes."""
+def nul_bytes(name: str, line: int, raw: bytes, offset: int) -> SparsortError:
+    """The error for `raw`, text that begins `offset` bytes into the (decompressed) file and holds NUL bytes."""
+    # In UTF-16, an ASCII character is its own byte and a NUL: at odd offsets if the low byte comes first.
+    start = offset % 2
+    at_odd, at_even = raw[1 - start :: 2].count(0), raw[start::2].count(0)
+    encoding = "UTF-16BE" if at_even > at_odd else "UTF-16LE"
     return SparsortError(
         f"{name}, line {line} holds NUL bytes, which text does not have. The file is damaged, or it is UTF-16 without a "
-        "byte order mark. In the second case save it as UTF-8: iconv -f UTF-16LE -t UTF-8"
+        f"byte order mark. In the second case save it as UTF-8: {_as_utf8(Path(name), encoding)}"
     )
+
+
+def shell_command(path: Path, command: str, suffix: str) -> str:
+    """A shell command that applies `command`, which reads text, to a file.
+
+    Args:
+        path: the file, as the user named it.
+        command: the command, such as "jq -c .".
+        suffix: the end of the name of the file that it writes, in the same folder: "-rows.jsonl" for "a.json.gz" is
+            "a-rows.jsonl".
+    """
+    is_packed = path.suffix.lower() == ".gz"
+    stem = Path(path.stem).stem if is_packed else path.stem
+    file, new = shlex.quote(str(path)), shlex.quote(str(path.with_name(stem + suffix)))
+    return f"gunzip -c {file} | {command} > {new}" if is_packed else f"{command} {file} > {new}"
+
+
+def _as_utf8(path: Path, encoding: str) -> str:
+    kind = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    return shell_command(path, f"iconv -f {encoding} -t UTF-8", f"-utf8{kind}")
 
 
 class _Converted(io.RawIOBase):
@@ -84,21 +104,33 @@ class _Converted(io.RawIOBase):
     def __init__(self, handle: IO[bytes], encoding: str) -> None:
         self._handle = handle
         self._decoder = codecs.getincrementaldecoder(encoding)("strict")
+        self._encoding = encoding
         self._ready = b""
         self._at_end = False
+        self._failure: UnicodeDecodeError | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready and not self._at_end:
+            if self._failure is not None:
+                raise self._failure
             chunk = self._handle.read(_CHUNK)
             self._at_end = not chunk
-            self._ready = self._decoder.decode(chunk, final=self._at_end).encode()
+            self._ready = self._converted(chunk)
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
+
+    def _converted(self, chunk: bytes) -> bytes:
+        try:
+            return self._decoder.decode(chunk, final=self._at_end).encode()
+        except UnicodeDecodeError as error:
+            # The text before the error is read first, so that the reader knows in which line the error is.
+            self._failure, self._at_end = error, False
+            return error.object[: error.start].decode(self._encoding).encode()
 
     def close(self) -> None:
         self._handle.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.encodings import wrong_encoding
+from sparsort.scoring.encodings import nul_bytes, shell_command, wrong_encoding
 from sparsort.scoring.readers import JsonLines, Lines, Reader, SequenceReader, is_unfinished, parse_json
 
 _TURN_KEYS = ({"role", "content"}, {"from", "value"})
@@ -53,6 +53,8 @@ def json_reader(path: Path) -> Reader:
 
 def _whole(lines: JsonLines) -> Any:
     raw = lines.read()
+    if b"\0" in raw:
+        raise nul_bytes(lines.name, raw.count(b"\n", 0, raw.index(b"\0")) + 1, raw, 0)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -67,23 +69,38 @@ def _rows_of(value: Mapping[str, Any], path: Path, *, on_one_line: bool) -> list
     inside = [name for name, held in value.items() if _is_rows(held)]
     if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
         raise SparsortError(f"{path} has the layout 'split' of pandas. Write one row on each line: {_AS_LINES}.")
-    if values and all(isinstance(held, list) for held in values) and len(inside) < len(values):
-        lengths = {name: len(held) for name, held in value.items()}
-        if len(set(lengths.values())) == 1:
-            return [dict(zip(value, row, strict=True)) for row in zip(*values, strict=True)]
-        if not on_one_line:
-            listed = ", ".join(f"{name} has {length}" for name, length in list(lengths.items())[:8])
-            raise SparsortError(f"{path} is an object of columns with different numbers of values: {listed}.")
-    if values and all(isinstance(held, dict) and held and held.keys() == values[0].keys() for held in values):
-        by_index, by_row = _are_numbers(values[0]), _are_numbers(value)
-        if by_index and not by_row:
-            return [{name: column[row] for name, column in value.items()} for row in values[0]]
-        if by_row:
-            raise SparsortError(f"{path} has the layout 'index' of pandas. Write one row on each line: {_AS_LINES}.")
     turns = any(all(any(keys <= item.keys() for keys in _TURN_KEYS) for item in value[name]) for name in inside)
+    if values and all(isinstance(held, list) for held in values) and len(inside) < len(values):
+        if len({len(held) for held in values}) == 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*values, strict=True)]
+        # A conversation and a list of another length, such as tags, are one row.
+        if not (on_one_line and turns):
+            raise _uneven(value, path)
+    if any(values) and all(isinstance(held, dict) for held in values):
+        if _are_numbers(value):
+            raise SparsortError(f"{path} has the layout 'index' of pandas. Write one row on each line: {_AS_LINES}.")
+        if all(map(_are_numbers, values)):
+            if any(held.keys() != values[0].keys() for held in values):
+                raise _uneven(value, path)
+            return [{name: column[row] for name, column in value.items()} for row in values[0]]
     if on_one_line and (turns or not inside):
         return None
     raise _one_object(value, inside, path)
+
+
+def _uneven(columns: Mapping[str, Any], path: Path) -> SparsortError:
+    """The error for columns, lists or `{index: value}`, that do not have one value for each row."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        what = "lengths (index): " + ", ".join(f"{name} has {length}" for name, length in list(lengths.items())[:8])
+    else:
+        rows = next(iter(columns.values()))
+        name, row = next((name, row) for name, column in columns.items() for row in rows if row not in column)
+        what = f"indices: {name} has no value for {row!r}"
+    return SparsortError(
+        f"{path} looks column-oriented, but its columns have different {what}. Give every column one value for each row, or, if "
+        "the object is one row, put it into a list: [{…}]."
+    )
 
 
 def _one_object(value: Mapping[str, Any], inside: list[str], path: Path) -> SparsortError:
@@ -94,9 +111,7 @@ def _one_object(value: Mapping[str, Any], inside: list[str], path: Path) -> Spar
     name = max(inside, key=lambda each: len(value[each]))
     # A filter in double quotes inside brackets, since a name may hold anything.
     filter_ = f".{name}[]" if name.isidentifier() and name.isascii() else f".[{json.dumps(name)}][]"
-    command = f"jq -c {shlex.quote(filter_)} {shlex.quote(path.name)} > {shlex.quote(f'{path.stem}-rows.jsonl')}"
-    if path.suffix.lower() == ".gz":
-        command = f"gunzip -c {shlex.quote(path.name)} | jq -c {shlex.quote(filter_)} > rows.jsonl"
+    command = shell_command(path, f"jq -c {shlex.quote(filter_)}", "-rows.jsonl")
     held = len(value[name])
     return SparsortError(
         f"{what} Its list {name!r} holds {held} object{'s' if held != 1 else ''}; if these are the rows, extract them: {command}"

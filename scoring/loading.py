@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from sparsort.errors import SparsortError, first_line, unknown_choice
-from sparsort.kernels.backend import Choice, compute_dtype, default_device
+from sparsort.kernels.backend import Choice, compute_dtype, default_device, use_device
+from sparsort.scoring.dtypes import DTYPES
 from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
 from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.hub import cached_only
@@ -26,7 +27,7 @@ from sparsort.scoring.prompts import hash_tokenizer
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 # Keys of a configuration that do not change what the model computes.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures")
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[Choice[torch.device], Ch
         torch.empty(0, device=where.value)
     except (RuntimeError, AssertionError) as error:
         first = first_line(error).rstrip(".")
-        raise SparsortError(f"cannot use the device {device!r}: {first}. Use 'auto', 'cpu' or 'cuda'.") from None
+        raise SparsortError(f"cannot use the device {device!r}: {first}. {use_device()}") from None
     kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
     try:
         torch.empty(0, device=where.value, dtype=kind.value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.encodings import READ_ERRORS, nul_bytes, open_utf8, skip, wrong_encoding
+from sparsort.scoring.encodings import READ_ERRORS, nul_bytes, open_utf8, shell_command, skip, wrong_encoding
 
 Record = tuple[int, Mapping[str, Any]]
 STRIDE = 1024  # records between two remembered positions, and rows turned into Python objects at a time
@@ -162,7 +161,7 @@ class Lines:
                 self.number += 1
                 yield raw.removeprefix(BOM_UTF8) if self.number == 1 else raw
         except READ_ERRORS as error:
-            raise SparsortError(f"{self.name} cannot be read after line {self.number}: {error}.") from error
+            raise _unreadable(self.name, self.number + 1, error) from error
 
     def skip(self) -> None:
         """Move the file, which is at its beginning, to `offset`."""
@@ -187,8 +186,6 @@ class JsonLines(TextReader):
         try:
             fields = parse_json(text, f"{self.name}, line {line}")
         except SparsortError as error:
-            if b"\0" in raw:
-                raise nul_bytes(self.name, line) from error
             if is_unfinished(text):
                 raise SparsortError(f"{error} {self._over_several_lines(text)}") from error
             raise
@@ -203,20 +200,35 @@ class JsonLines(TextReader):
     def _over_several_lines(self, text: str) -> str:
         if text.lstrip().startswith("["):
             return "A file that holds one array has the suffix .json."
-        file = shlex.quote(self._path.name)
-        source = f"gunzip -c {file} | jq -c ." if self._path.suffix.lower() == ".gz" else f"jq -c . {file}"
         return (
             "The line ends before its object does: the file is cut off here, or its objects are spread over several lines. "
-            f"In the second case write each on one line: {source} > lines.jsonl"
+            f"In the second case write each on one line: {shell_command(self._path, 'jq -c .', '-lines.jsonl')}"
         )
 
 
 def decode_line(raw: bytes, name: str, line: int, offset: int) -> str:
-    """The text of line `line`, which begins `offset` bytes into the file."""
+    """The text of line `line`, which begins `offset` bytes into the file.
+
+    Raises:
+        SparsortError: it is not UTF-8, or holds NUL bytes.
+    """
+    if b"\0" in raw:
+        raise nul_bytes(name, line, raw, offset)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise wrong_encoding(name, line, offset + error.start, raw[error.start]) from error
+
+
+def _unreadable(name: str, line: int, error: Exception) -> SparsortError:
+    """The error for a file that breaks off or fails in line `line`."""
+    if isinstance(error, UnicodeDecodeError):
+        encoding = error.encoding.upper()
+        return SparsortError(
+            f"{name}, line {line} is not valid {encoding} ({error.reason}), the encoding that the file's byte order mark names. "
+            "The file is damaged or cut off: restore it, or save it again as UTF-8."
+        )
+    return SparsortError(f"{name}, line {line} cannot be read ({error}). Restore the file if it is damaged or cut off.")
 
 
 def parse_json(text: str, where: str) -> Any:

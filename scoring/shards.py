@@ -33,6 +33,7 @@ from sparsort.files import disk_error, write_atomically
 from sparsort.integrity import (
     check_file,
     check_seal,
+    check_version,
     damage,
     digest_of_values,
     parse_json,
@@ -376,13 +377,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise SparsortError(f"{path} was not written by sparsort score. Choose another folder.")
-    if manifest.get("version") not in (_UNSEALED, VERSION):
-        raise SparsortError(
-            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {_UNSEALED} and {VERSION}. "
-            "Update sparsort, or choose another folder."
-        )
+    again = f"Delete {folder} to score again, or choose another folder."
+    newer = "Update sparsort, or choose another folder."
+    check_version(manifest.get("version"), (_UNSEALED, VERSION), path, damaged=again, other=newer)
     if manifest["version"] == VERSION:
-        check_seal(manifest, path, next_step=f"Delete {folder} to score again, or choose another folder.")
+        check_seal(manifest, path, next_step=again)
     if not _is_whole(manifest):
         raise SparsortError(
             f"{path} lacks the settings of the run. Delete {folder} to score anew, or choose another folder."

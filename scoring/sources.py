@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -182,6 +182,20 @@ class RowSource:
                 "keys and indices, such as meta.lang or messages[0].content."
             )
         self._required |= {*fields, reader} - {None}
+
+    def check(self, read: Callable[[Mapping[str, Any], str], object], positions: Iterable[int] | None = None) -> None:
+        """Read rows so that an error names the file, the row and the line, which the fields alone do not know.
+
+        Args:
+            read: gets the fields of a row, and what the row is called in an error.
+            positions: the rows to read; None for all.
+
+        Raises:
+            SparsortError: as `read`.
+        """
+        places = range(self.count()) if positions is None else sorted(set(positions))
+        for position, (line, record) in zip(places, self._reader.take(places), strict=True):
+            read(record, f"{self.name}: {_place(position, line)}")
 
     def sample(self, n: int) -> list[Row]:
         """`n` rows of different contents, all contents where there are fewer; the order of the rows has no effect.

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import sparsort
+from sparsort.curriculum.ablation.data import TaskData
+from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.splits import split_rows
 from sparsort.curriculum.ablation.tasks import Task, check_rows, task_from_flags
 from sparsort.curriculum.demos.pool import DemoPool, field_text
@@ -20,9 +22,12 @@ from sparsort.curriculum.demos.rows import id_of, name_of
 from sparsort.curriculum.demos.select import select_demos
 from sparsort.curriculum.loading.planning import plan_curriculum
 from sparsort.errors import SparsortError
+from sparsort.recipes.ablate import find_source
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.calibrate import _number
 from sparsort.recipes.choose_order import read_rows
+from sparsort.recipes.order_demos import OrderConfig, order_file
+from sparsort.recipes.score import ScorerConfig
 from sparsort.recipes.score_table import text_of
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.sources import digest_of, open_rows
@@ -254,3 +259,48 @@ def test_a_score_by_a_path_belongs_to_its_column() -> None:
     assert np.isfinite(scores.difficulty_of([{"id": "a", "meta": {"text": "some words"}, "x": 2}])).all()
     with pytest.raises(SparsortError, match="meta differ"):
         scores.difficulty_of([{"id": "a", "meta": {"text": "other words"}}])
+
+
+def _order(path: Path, config: OrderConfig) -> Any:
+    return order_file(path, query="a query", config=config, scorer=ScorerConfig(scorer="length"))
+
+
+NAN_ROWS = [{"text": f"thing number {n} of many", "label": "yes" if n % 2 else "no"} for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("label", float("nan"), "NaN (a missing value) in the field 'label'"),
+        ("label", ["joy"], "a list in the field 'label'"),
+        ("text", None, "null in the field 'text'"),
+        ("text", {"a": 1}, "a dictionary in the field 'text'"),
+    ],
+)
+def test_the_commands_name_the_file_and_the_line_of_a_row(field: str, value: Any, what: str, tmp_path: Path) -> None:
+    path, good = tmp_path / "rows.jsonl", tmp_path / "good.jsonl"
+    good.write_text("".join(json.dumps(row) + "\n" for row in NAN_ROWS), encoding="utf-8")
+    lines = [json.dumps({**row, field: value} if place == 3 else row) for place, row in enumerate(NAN_ROWS)]
+    path.write_text("\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    expected = f"{path}: row 3 (line 5) has {what}"
+    calls: dict[str, Callable[[], Any]] = {
+        "ablate": lambda: find_source(str(path), data=None, test=None, prompt="{text}", label=None, labels=None),
+        "ablate --labels": lambda: find_source(
+            str(path), data=None, test=None, prompt="{text}", label=None, labels="yes,no"
+        ),
+        "ablate --test": lambda: TaskData(
+            find_source(str(good), data=None, test=path, prompt="{text}", label=None, labels=None)["tasks"][0],
+            Ablation(tasks=("mr",)),
+        ),
+        "choose": lambda: read_rows(path, prompt="{text}"),
+        "order": lambda: _order(path, OrderConfig(prompt="{text}", answer=" {label}", order="given")),
+    }
+    if field == "text":
+        calls["choose --on"] = lambda: read_rows(good, path, prompt="{text}")
+    else:
+        config = OrderConfig(prompt="{text}", answer=" x", select="balanced", k=2, label="label", order="given")
+        calls |= {"order --select balanced": lambda: _order(path, config)} if value == ["joy"] else {}
+    for call in calls.values():
+        with pytest.raises(SparsortError) as caught:
+            call()
+        assert str(caught.value).startswith(expected)

@@ -77,7 +77,7 @@ def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | Non
         which: "train" or "test".
 
     Raises:
-        SparsortError: the file is missing or broken.
+        SparsortError: the file is missing or broken, or a row has no text in a field of the prompt or in its label.
     """
     from sparsort.scoring.sources import open_rows
 
@@ -89,6 +89,7 @@ def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | Non
     if not path.exists() and (base / path.name).exists():
         path = base / path.name
     source = open_rows(path, id_column=task.id_column, columns=task.columns)
+    source.check(task.check_row)
     if source.id_column is None:
         return [_identified(row.fields, row.position, which) for row in source.rows()]
     return [dict(row.fields) | {ID_FIELD: row.id} for row in source.rows()]

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error
-from sparsort.integrity import check_seal, is_sealed, parse_json, seal, write_sealed
+from sparsort.integrity import check_seal, check_version, is_sealed, parse_json, seal, write_sealed
 from sparsort.locks import locked
 
 MANIFEST = "store.json"
@@ -175,11 +175,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise cannot_read(path, error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise SparsortError(f"{path} was not written by sparsort ablate. Choose another folder.")
-    if manifest.get("version") not in (_UNSEALED, VERSION):
-        raise SparsortError(
-            f"{path} has format version {manifest.get('version')!r}; this sparsort reads {_UNSEALED} and {VERSION}. "
-            "Update sparsort, or choose another folder."
-        )
+    newer = "Update sparsort, or choose another folder."
+    check_version(manifest.get("version"), (_UNSEALED, VERSION), path, damaged=_RESTORE, other=newer)
     if manifest["version"] == VERSION:
         check_seal(manifest, path, next_step=_RESTORE)
     if not isinstance(manifest.get("identity"), dict) or not isinstance(manifest.get("feature_names"), list):

@@ -169,6 +169,18 @@ class Task:
             )
         return values.index(value)
 
+    def check_row(self, row: Row, where: str) -> None:
+        """Refuse a row whose question or label has no text.
+
+        Args:
+            row: the row.
+            where: what the row is called in an error, such as "data.jsonl: row 0 (line 1)".
+
+        Raises:
+            SparsortError: a field of the prompt, or the label, is missing or has no text of its own.
+        """
+        check_row(row, where, prompt=self.prompt, label=self.label)
+
     def content_free_texts(self) -> list[str]:
         """The question with every field filled with each content-free input."""
         return [
@@ -329,6 +341,12 @@ def parse_labels(text: str) -> dict[str, str]:
             raise SparsortError(f"the labels {text!r} give the value {value!r} twice. Give it once.")
         labels[value] = words
     return labels
+
+
+def check_row(row: Row, where: str, *, prompt: str, label: str) -> None:
+    """As `Task.check_row`, before there is a task."""
+    _label_text(row, label, where)
+    render(prompt, row, where=where)
 
 
 def check_rows(task: Task, rows: Sequence[Row], what: str = "the data") -> list[str]:

@@ -116,12 +116,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise SparsortError(f"{path} cannot be read ({error}). {_again(folder)}") from error
-    given = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
-    if given not in ((FORMAT, VERSION), (FORMAT, _WITHOUT_DIGESTS)):
-        raise SparsortError(
-            f"{path} is version {given[1]!r} of {given[0]!r}, and this sparsort reads versions {_WITHOUT_DIGESTS} and "
-            f"{VERSION} of {FORMAT!r}. {_again(folder)}"
-        )
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise SparsortError(f"{path} was not written by sparsort plan. {_again(folder)}")
+    again = _again(folder)
+    integrity.check_version(found.get("version"), (_WITHOUT_DIGESTS, VERSION), path, damaged=again, other=again)
     integrity.check_seal(found, path, next_step=_again(folder))
     with integrity.as_written(path, next_step=_again(folder)):
         if not _is_possible(found):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparsort.curriculum.loading import fingerprints
 from sparsort.errors import SparsortError
+from sparsort.integrity import check_version
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan import CurriculumPlan
@@ -50,11 +51,8 @@ def position_of(state: Any, plan: CurriculumPlan, data: fingerprints.Fingerprint
         raise SparsortError(
             f"this is no state of a CurriculumLoader: {_shown(state)}. Pass what its state_dict() returned."
         )
-    if state.get("version") != VERSION:
-        raise SparsortError(
-            f"the state is of version {state.get('version')!r} and this sparsort reads version {VERSION}. Resume with the "
-            f"sparsort that wrote it, {_OR_ANEW}."
-        )
+    writer, earlier = f"Resume with the sparsort that wrote it, {_OR_ANEW}.", f"Resume from an earlier one, {_OR_ANEW}."
+    check_version(state.get("version"), (VERSION,), "the state", damaged=earlier, other=writer)
     if state.get("plan") != plan.fingerprint:
         raise SparsortError(_another_plan(state, plan))
     if differs := fingerprints.difference(state.get("data"), data):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,31 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 def is_sealed(values: Mapping[str, Any]) -> bool:
     """Whether the values carry the seal that belongs to them."""
     return values.get(SEAL) == digest_of_values({name: value for name, value in values.items() if name != SEAL})
+
+
+def check_version(version: Any, readable: Sequence[int], name: Path | str, *, damaged: str, other: str) -> None:
+    """Refuse a format version that this sparsort does not read.
+
+    Args:
+        version: what was read as the version; None if there is none.
+        readable: the versions that this sparsort reads, ascending.
+        name: what has the version, for the error.
+        damaged: the last sentence of the error if no version of sparsort wrote this.
+        other: the last sentence of the error for a version that another sparsort wrote.
+
+    Raises:
+        SparsortError: the version is not one of `readable`.
+    """
+    if type(version) is not int or version < 1:
+        what = (
+            "it has no format version"
+            if version is None
+            else f"its format version is {version!r}, not a whole number above 0"
+        )
+        raise SparsortError(f"{name} is damaged: {what}. {damaged}")
+    if version not in readable:
+        reads = " and ".join(map(str, readable))
+        raise SparsortError(f"{name} has format version {version}; this sparsort reads {reads}. {other}")
 
 
 def check_seal(values: Mapping[str, Any], path: Path, *, next_step: str) -> None:

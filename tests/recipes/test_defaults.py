@@ -17,6 +17,7 @@ import sparsort
 from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.demos.order import default_order, order_demos
 from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.errors import SparsortError
 from sparsort.recipes.calibrate import calibrate
 from sparsort.recipes.choose_order import choose_order, read_rows
 from sparsort.recipes.cli import app
@@ -136,3 +137,19 @@ def test_python_takes_the_same_order() -> None:
         "sparse_to_dense",
         "hard_to_easy",
     )
+
+
+def test_the_help_of_dtype_lists_what_the_check_accepts() -> None:
+    import torch
+
+    from sparsort.scoring.loading import check_dtype
+
+    for name in ("score", "order", "calibrate", "choose", "ablate"):
+        option = next(each for each in GROUP.commands[name].params if each.name == "dtype")
+        offered = option.help.rstrip(".").replace(" or ", ", ").split(", ")
+        for dtype in offered:
+            check_dtype(dtype)
+            assert dtype == "auto" or isinstance(getattr(torch, dtype), torch.dtype)
+        with pytest.raises(SparsortError) as caught:
+            check_dtype("float31")
+        assert str(caught.value).endswith(f"Choose one of: {', '.join(offered)}.")

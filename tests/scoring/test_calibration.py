@@ -253,7 +253,8 @@ def test_files_that_are_no_calibration(found: Calibration, tmp_path: Path) -> No
     broken: list[tuple[Any, str]] = [
         ([], "no calibration of sparsort"),
         ({"format": "sparsort-scores"}, "no calibration of sparsort"),
-        (held | {"version": 3}, "version 3, and this sparsort reads 1 and 2"),
+        (held | {"version": 3}, "has format version 3; this sparsort reads 1 and 2"),
+        (_without(held, "version"), "is damaged: it has no format version. Calibrate again"),
         (held | {"n_rows": held["n_rows"] + 1}, "has changed since it was written"),
         (_without(held, "digest"), "has changed since it was written"),
         (held | {"verdict": "carries nothing here"}, "not whole"),

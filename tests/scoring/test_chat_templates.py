@@ -19,7 +19,7 @@ from sparsort.scoring import metered_templates
 from sparsort.scoring.calibrated import CalibratedScorer
 from sparsort.scoring.calibration import Calibration
 from sparsort.scoring.candidates import CandidateScorer
-from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template
+from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.embedded import load_tokenizer
 from sparsort.scoring.loading import load_model
 from sparsort.scoring.prompts import Prompt, hash_tokenizer, identify_tokenizer
@@ -184,12 +184,12 @@ def test_a_tokenizer_with_its_own_templates() -> None:
     class Own:
         chat_template = "own"
         name_or_path = "models/own"
-        text = "[INST] x [/INST]"
+        te{}t = "[INST] x [/INST]"
 
         def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
             if not self.text:
                 raise KeyError("role")
-            return self.text
+            return self.text.replace("{}", messages[0]["content"])
 
     own = Own()
     assert not metered_templates.can_meter(own)
@@ -244,6 +244,39 @@ def test_every_rendering_is_this_one(make_tiny_model: Callable[..., Path]) -> No
         TrainText(messages="messages").of(row, small.tokenizer, where="row 0")
     with pytest.raises(SparsortError, match=said):
         build_prompt(ROWS, {"text": "a"}, prompt="{text}", answer="{id}", chat=True, tokenizer=small.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Hello.",
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{% endfor %}",
+        "{{ messages | length }}",
+        "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_template_that_ignores_the_turns_is_refused(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    message = (
+        r"the model '.*llama.*' gives the same text for different turns, so every row would score alike\. Correct it"
+    )
+    for _ in range(2):  # what was found once is found again
+        with pytest.raises(SparsortError, match=message):
+            need_chat_template(tokenizer)
+        with pytest.raises(SparsortError, match=message):
+            Prompt.of("{text}", chat=True).render(ROWS[0], where="row 0", tokenizer=tokenizer)
+    with pytest.raises(SparsortError, match=r"different turns.* Pass"):
+        need_chat_template(tokenizer, step="Pass something else.")
+
+
+def test_a_template_that_refuses_a_single_question_is_not_taken_for_one_that_ignores_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    assert "My  bike é broke." in apply_chat_template(tokenizer, TURNS)
+    with pytest.raises(RefusedTurnsError, match="system first"):
+        apply_chat_template(tokenizer, TURNS[1:])
 
 
 def test_the_identity_of_a_tokenizer_holds_the_template_only_where_it_is_used(tokenizer: Any) -> None:

@@ -46,9 +46,14 @@ def test_the_reported_file_is_read() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("\ufeff{}\n".encode("utf-16-le") + b"\x00", "after line 1: 'utf-16-le' codec can't decode.*truncated"),
-        ("\ufeff{}\n".encode("utf-16-le") + b"\x00\xd8a\x00", "'utf-16-le' codec can't decode.*illegal"),
-        (b"\xff\xfe\0\0\xff\xff\xff\xff", "'utf-32-le' codec can't decode"),
+        (
+            "\ufeff{}\n".encode("utf-16-le") + b"\x00",
+            "line 2 is not valid UTF-16-LE .truncated data.*restore it, or save",
+        ),
+        ("\ufeff{}\n".encode("utf-16-le") + b"\x00\xd8a\x00", "line 2 is not valid UTF-16-LE .illegal"),
+        (b"\xff\xfe\0\0\xff\xff\xff\xff", "line 1 is not valid UTF-32-LE"),
+        (b"\xff\xfe\0", "line 1 is not valid UTF-16-LE .truncated data."),
+        ("\ufeff{}\n{}\n{".encode("utf-16-be") + b"\xd8\0\0\n", "line 3 is not valid UTF-16-BE"),
         (b'{"a": "\0"}', "line 1 holds NUL bytes.*UTF-16 without a byte order mark"),
         ('{"a": 1}'.encode("utf-16-le"), "line 1 holds NUL bytes"),
     ],
@@ -65,14 +70,28 @@ def test_nul_in_a_csv_is_refused(tmp_path: Path) -> None:
         open_rows(tmp_path / "a.csv").count()
 
 
-@pytest.mark.parametrize("name", ["my file.jsonl", "my file.jsonl.gz"])
-def test_the_advice_for_another_encoding_works(name: str, tmp_path: Path) -> None:
-    raw = '{"a": "„ü“"}\n'.encode("cp1252")
-    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    with pytest.raises(SparsortError, match="is not valid UTF-8") as caught:
-        open_rows(tmp_path / name).count()
+@pytest.mark.parametrize("name", ["my file.jsonl", "a b/my file.jsonl.gz", "a b/my file.json"])
+@pytest.mark.parametrize(
+    ("encoding", "option"), [("cp1252", "WINDOWS-1252"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")]
+)
+def test_the_advice_for_another_encoding_works(
+    name: str, encoding: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    text = '{"b": "x"}\n{"a": "„ü“ 長文"}\n'.replace(" 長文" if encoding == "cp1252" else "", "")
+    raw = (f"[{text.rstrip()}]".replace("\n", ",\n") if name.endswith(".json") else text).encode(encoding)
+    Path(name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(SparsortError, match=r"is not valid UTF-8|line 1 holds NUL bytes") as caught:
+        open_rows(name).count()
     if shutil.which("iconv") is None:
         pytest.skip("there is no iconv")
-    command = str(caught.value).partition("for example: ")[2]
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
-    assert [row.fields for row in open_rows(tmp_path / "utf8-my file.jsonl").rows()] == [{"a": "„ü“"}]
+    before, _, command = str(caught.value).rpartition("iconv ")
+    assert command.startswith(f"-f {option} ")
+    command = f"{before.rpartition(': ')[2]}iconv {command}"
+    subprocess.run(["sh", "-c", command], check=True)
+    new = Path(name).with_name(f"my file-utf8.{'json' if name.endswith('.json') else 'jsonl'}")
+    assert [row.fields for row in open_rows(new).rows()] == [
+        {"b": "x"},
+        {"a": "„ü“" if encoding == "cp1252" else "„ü“ 長文"},
+    ]

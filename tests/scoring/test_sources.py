@@ -200,7 +200,11 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.Mon
         ("a.csv", b"q,q\n1,2\n", "names the column 'q' twice"),
         ("a.csv", b"q,r\n1,2\n1,2,3\n", r"line 3 has 3 values where the header names 2 columns \(q, r\)"),
         ("a.csv", b'q,r\n1,2\n3,"open\n', "line 3: not valid delimited text"),
-        ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000, mtime=0)[:-20], "cannot be read after line"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"q": 1}\n' * 1000, mtime=0)[:-20],
+            r"line \d+ cannot be read .*Restore the file",
+        ),
         ("a.jsonl.gz", b'{"q": 1}\n', "cannot be read: Not a gzipped file"),
         ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("a.arrow", b"not really", "cannot be read as Arrow"),
