@@ -135,7 +135,8 @@ def tokenizer(make_tiny_model: Callable[..., Path]) -> Any:
 @pytest.mark.parametrize("template", TEMPLATES + LARGE_NUMBERS)
 @pytest.mark.parametrize("ask", [True, False])
 def test_the_text_is_that_of_transformers(tokenizer: Any, template: str, ask: bool) -> None:
-    tokenizer.chat_template = template
+    # A template that ignores the turns is refused.
+    tokenizer.chat_template = template + "{{ messages[-1].content }}"
     messages = [{"role": role, "content": content} for role, content in TURNS]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     assert apply_chat_template(tokenizer, TURNS, ask=ask) == expected
@@ -184,7 +185,7 @@ def test_a_tokenizer_with_its_own_templates() -> None:
     class Own:
         chat_template = "own"
         name_or_path = "models/own"
-        te{}t = "[INST] x [/INST]"
+        text = "[INST] {} [/INST]"
 
         def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
             if not self.text:
