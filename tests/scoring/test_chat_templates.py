@@ -144,7 +144,7 @@ def test_a_tokenizer_with_its_own_templates() -> None:
     class Own:
         chat_template = "own"
         name_or_path = "models/own"
-        te{}t = "[INST] x [/INST]"
+        text = "[INST] {} [/INST]"
 
         def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
             if not self.text:
