@@ -64,7 +64,7 @@ def use_device() -> str:
     names = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(1, count))]
     if torch.backends.mps.is_available():
         names.append("mps")
-    return f"The devices of this machine are {', '.join(names)}; choose one of them, or auto."
+    return f"Use auto, or a device of this machine: {', '.join(names)}."
 
 
 def compute_dtype(device: torch.device | str) -> Choice[torch.dtype]:

@@ -224,7 +224,7 @@ SCORE = ["score", "FILE", *TEXT]
         ([*QUERY, "--chat"], "no chat template"),
         ([*QUERY, "--site", "layers:1"], "unknown site"),
         ([*QUERY, "--dtype", "float31"], "unknown dtype"),
-        ([*QUERY, "--device", "meat"], "cannot use the device 'meat'.*The devices of this machine are cpu"),
+        ([*QUERY, "--device", "meat"], "cannot use the device 'meat'.*Use auto, or a device of this machine: cpu"),
         ([*QUERY, "--pooling", "lst"], "unknown pooling"),
         ([*QUERY, "--outliers", "drop:64"], "drops every one of the 64 dimensions"),
         (["calibrate", "FILE", *TEXT, "-a", "{a}", "--sites", "layer:999"], "the model has 3 blocks"),
