@@ -174,7 +174,7 @@ def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
 def _read(path: Path, *, next_step: str) -> dict[str, Any] | None:
     """A JSON object, with its seal where this version wrote it; None where there is no file."""
     try:
-        found = integrity.parse_json(path.read_text(encoding="utf-8"))
+        found = integrity.parse_own_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -235,7 +235,7 @@ def is_intact(path: Path) -> bool:
     if not (path.exists() and _record(path).exists()):
         return False
     try:
-        record = integrity.parse_json(_record(path).read_text(encoding="utf-8"))
+        record = integrity.parse_own_json(_record(path).read_text(encoding="utf-8"))
         sealed = isinstance(record, dict) and integrity.is_sealed(record)
         problem = integrity.damage(path, record[path.name]) if sealed else "its record has changed since it was written"
     except (OSError, ValueError, KeyError) as error:

@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
-from sparsort.integrity import as_written, check_version, is_sealed, parse_json, seal
+from sparsort.integrity import as_written, check_version, is_sealed, parse_own_json, seal
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
@@ -193,7 +193,7 @@ class Calibration:
         """
         path = Path(path).expanduser()
         try:
-            found = parse_json(path.read_text(encoding="utf-8"))
+            found = parse_own_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SparsortError(
                 f"there is no calibration {path}. Make one with sparsort calibrate … --out {path}."

@@ -26,7 +26,7 @@ from typing import Any
 from sparsort.cache import limit_of, mark_used
 from sparsort.errors import SparsortError
 from sparsort.extras import need
-from sparsort.integrity import parse_json, read_sealed
+from sparsort.integrity import parse_json, parse_own_json, read_sealed
 from sparsort.scoring.conversions import DIGESTS, install, is_intact, models_folder, one_at_a_time, write_digests
 from sparsort.scoring.gguf_files import make_plain, neighbours, through_cache
 from sparsort.scoring.hub import cached_only
@@ -284,7 +284,7 @@ def _assemble(package: Any, target: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether the folder is a conversion of this model and every file in it is the one that was written."""
     try:
-        record = parse_json((folder / _RECORD).read_bytes())
+        record = parse_own_json((folder / _RECORD).read_bytes())
         if (record["layout"], record["gguf_sha256"]) != (_LAYOUT, GGUF_SHA256):
             return False
         if not (folder / DIGESTS).exists():

@@ -36,7 +36,7 @@ from sparsort.integrity import (
     check_version,
     damage,
     digest_of_values,
-    parse_json,
+    parse_own_json,
     record_of,
     seal,
     write_sealed,
@@ -366,7 +366,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
+        manifest = parse_own_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
             f"{folder} is no score folder: it has no {MANIFEST}. Make one with sparsort score --out {folder}."

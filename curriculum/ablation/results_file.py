@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.ablation.results import Arm, Group, SetInfo, arrays_of
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
-from sparsort.integrity import check_seal, damage, parse_json, record_of, write_sealed
+from sparsort.integrity import check_seal, damage, parse_own_json, record_of, write_sealed
 from sparsort.interrupts import held
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def load(folder: Path) -> Results:
     folder = find_results(folder)
     path = folder / RESULTS
     try:
-        held = parse_json(path.read_bytes())
+        held = parse_own_json(path.read_bytes())
     except ValueError as error:
         raise SparsortError(f"{path} is not JSON ({error}). {_AGAIN}") from error
     if not isinstance(held, dict) or held.get("format") not in (_FORMAT, _UNSEALED):

@@ -51,7 +51,7 @@ from sparsort.curriculum.ablation.store_folder import (
 )
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error, write_atomically, write_json
-from sparsort.integrity import parse_json
+from sparsort.integrity import parse_own_json
 from sparsort.locks import locked
 
 __all__ = ["OutcomeStore", "Outcomes", "Pair", "Summary"]
@@ -228,7 +228,7 @@ class OutcomeStore:
         """The note as JSON gives it back, or `default` where there is none; a damaged one is set aside and logged."""
         path = self._note(group, name)
         try:
-            found = parse_json(path.read_bytes())
+            found = parse_own_json(path.read_bytes())
             return open_note(found, group, name, must_be_sealed=self._has_seals)
         except (FileNotFoundError, NotADirectoryError):
             return default

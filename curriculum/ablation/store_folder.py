@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from sparsort.errors import SparsortError
 from sparsort.files import disk_error
-from sparsort.integrity import check_seal, check_version, is_sealed, parse_json, seal, write_sealed
+from sparsort.integrity import check_seal, check_version, is_sealed, parse_own_json, seal, write_sealed
 from sparsort.locks import locked
 
 MANIFEST = "store.json"
@@ -164,7 +164,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = parse_json(path.read_bytes())
+        manifest = parse_own_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
             f"{folder} is no result store: it has no {MANIFEST}. Make one with sparsort ablate."

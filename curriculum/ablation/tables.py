@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
     """The contents of a TOML file.
 
     Raises:
-        SparsortError: it is missing, not UTF-8, or not TOML.
+        SparsortError: it is missing, not UTF-8, not TOML, or holds what Python does not read (deep nesting, huge numbers).
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -45,6 +45,8 @@ def read(path: Path) -> dict[str, Any]:
         raise SparsortError(f"{path} is not valid UTF-8 at byte {error.start}. Save it as UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
         raise SparsortError(f"{path} is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SparsortError(f"{path} holds a number with too many digits, or is nested too deeply.") from error
 
 
 def build(cls: type[T], table: Mapping[str, Any], *, kind: str, where: str) -> T:

@@ -204,7 +204,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """What `online.json` says, checked."""
     path = folder / _FILE
     try:
-        about = integrity.parse_json(path.read_text(encoding="utf-8"))
+        about = integrity.parse_own_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SparsortError(
             f"cannot read an online curriculum from {path}: {error}. The checkpoint was written without one, or in part: "

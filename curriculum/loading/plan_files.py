@@ -109,7 +109,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The JSON of a plan, checked for format, version and its own digest."""
     path = folder / _FILE
     try:
-        found = integrity.parse_json(path.read_text(encoding="utf-8"))
+        found = integrity.parse_own_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise SparsortError(
             f"{folder} holds no curriculum plan. Make one with: sparsort plan SCORES --out {folder}."

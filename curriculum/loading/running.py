@@ -196,7 +196,7 @@ class RunningDifficulty:
 
         try:
             with safe_open(str(path), framework="numpy") as file:
-                about = integrity.parse_json((file.metadata() or {}).get("sparsort", "{}"))
+                about = integrity.parse_own_json((file.metadata() or {}).get("sparsort", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise SparsortError(f"cannot read the running difficulty {path}: {error}. {_OTHERWISE}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,25 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def parse_own_json(text: str | bytes) -> Any:
+    """As `parse_json`, for a file of sparsort's own: NaN and infinities, which it never writes, are a ValueError too.
+
+    Raises:
+        ValueError: it is not JSON that sparsort writes.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds the number {text}, which is not finite")
+    return number
 
 
 @contextlib.contextmanager
@@ -201,7 +221,7 @@ def read_sealed(path: Path, *, next_step: str) -> dict[str, Any]:
         SparsortError: it is damaged, has no seal, or cannot be read.
     """
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_own_json(path.read_bytes())
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

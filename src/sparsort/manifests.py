@@ -57,7 +57,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
 def damage_in(folder: Path) -> str | None:
     """What is wrong in a folder, in words; None if it has a manifest and all that is listed is intact."""
     try:
-        found = integrity.parse_json((folder / FILE).read_text(encoding="utf-8"))
+        found = integrity.parse_own_json((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {FILE}"
     except (OSError, ValueError) as error:

@@ -363,3 +363,10 @@ def test_labels_may_stand_for_themselves() -> None:
 def test_plain_values_are_json() -> None:
     assert json.loads(json.dumps(tables.plain(task()))) == tables.plain(task())
     assert set(tables.plain(task())) == {field.name for field in dataclasses.fields(Task)}
+
+
+@pytest.mark.parametrize("text", ["seed = " + "1" * 5000, "a = " + "[" * 20_000])
+def test_a_file_with_what_python_cannot_read_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "task.toml").write_text(text)
+    with pytest.raises(SparsortError, match=r"task\.toml holds a number with too many digits, or is nested too deeply"):
+        tables.read(tmp_path / "task.toml")
