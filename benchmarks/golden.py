@@ -138,8 +138,8 @@ def _run(case: Case, inputs: Path, work: Path) -> Record:
     out = Path(places["out"])
     for path in [out] if out.is_file() else sorted(out.rglob("*")):
         if path.is_file():
-            # The blocks of an ablation's store carry the random name of the process that wrote them.
-            name = re.sub(r"-[0-9a-f]{8}-", "-<run>-", str(path.relative_to(work)))
+            # The blocks of an ablation's store carry the random name of the process that wrote them, and a digest of their bytes.
+            name = re.sub(r"-[0-9a-f]{8}-[0-9a-f]{16}\.", "-<run>.", str(path.relative_to(work)))
             _read_file(path, name, record, hide)
     return record
 
@@ -208,7 +208,7 @@ def _report(old: Mapping[str, Record], new: Mapping[str, Record], *, as_json: bo
         for name in sorted({*before, *after}):
             one, two = before.get(name, "<absent>"), after.get(name, "<absent>")
             if one != two:
-                is_sentence = all(text.startswith('"') and text.count(" ") >= 3 for text in (one, two))
+                is_sentence = all(text.startswith(('"', '["')) and text.count(" ") >= 3 for text in (one, two))
                 where = f"{case} {name}"
                 (wording if is_sentence or name == "stderr" else values).append((where, one, two))
     compared = sum(map(len, old.values()))

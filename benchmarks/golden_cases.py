@@ -217,7 +217,20 @@ def _train() -> list[Case]:
     steps = ("--max-steps", "6", "--batch-size", "8")
     return [
         Case("train-plan", (*train, *steps, "--scores", "{work}/score-column", "--stages", "4")),
-        Case("train-online", (*train, *steps, "--scores", "{work}/score-column", "--online", "--mode", "pool")),
+        Case(
+            "train-online",
+            (
+                *train,
+                *steps,
+                "--scores",
+                "{work}/score-column",
+                "--online",
+                "--mode",
+                "pool",
+                "--pacing",
+                "linear:start=0.3",
+            ),
+        ),
         *(
             Case(f"train-{recipe}", (*train, *steps, "--recipe", recipe, "--schedule", "shuffle"))
             for recipe in ("sparse", "sparse_moba", "sparse_nsa", "sparse_window")
