@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsort import integrity
 from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.recipes.train_config import TrainConfig, make_config
@@ -155,7 +156,9 @@ def train(
     need("accelerate", "train", "training")
     with _global_state_kept():
         result = run.result()
-    return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
+    # The result of a finished run is read from its folder.
+    with integrity.as_written(Path(out) / "result.json", next_step="Train again in another folder (--out)."):
+        return TrainResult(**{**result, "seconds": round(time.perf_counter() - begin, 3)})
 
 
 def _opened(plan: str | Path | CurriculumPlan | None) -> CurriculumPlan | None:

@@ -153,6 +153,8 @@ class ShardStore:
                 )
             except DamagedError as error:
                 raise SparsortError(f"{error} {SCORE_AGAIN}") from error
+            except FileNotFoundError as error:
+                raise SparsortError(f"{path} is damaged: it is missing. {SCORE_AGAIN}") from error
             self._refuse_settings(path, found["settings"])
             listed = (number, path.name, shard.get("rows"), shard.get("digest"))
             if listed != (index, shard.get("file"), found["rows"], found["digest"]):

@@ -25,15 +25,17 @@ _VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(
 @given(value=_VALUES, repeat=st.sampled_from([1, 100]))
 def test_json_comes_back(value: Any, repeat: int, tmp_path: Path) -> None:
     whole = {"list": [value] * repeat, "value": value}
-    try:
-        json.dumps(whole, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return
     write_json(tmp_path / "a.json", whole)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == whole
     if repeat == 1:
         assert text == json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("repeat", [1, 100])
+def test_half_of_a_surrogate_pair_comes_back(repeat: int, tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"list": ["a\ud800é"] * repeat})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"list": ["a\ud800é"] * repeat}
 
 
 def test_each_item_of_a_long_list_is_one_line(tmp_path: Path) -> None:

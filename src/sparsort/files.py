@@ -140,7 +140,8 @@ def _send(source: Path, target: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically and durably; each item of a long list at the top is one line."""
     with write_atomically(path) as temporary:
-        temporary.write_text(_indented(value) + "\n", encoding="utf-8")
+        # Half of a surrogate pair, which UTF-8 does not have, is written as JSON escapes it.
+        temporary.write_text(_indented(value) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _indented(value: Any) -> str:
