@@ -9,14 +9,13 @@ process (about 1 GB/s), so a damaged folder is found and converted again. The ca
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparsort.cache import beside, limit_of, make_room, remove
+from sparsort.cache import limit_of, make_room, remove, unused_name
 from sparsort.errors import SparsortError
-from sparsort.files import cache_folder, disk_error
+from sparsort.files import cache_folder, disk_error, sync
 from sparsort.integrity import damage, read_sealed, record_of, write_sealed
 from sparsort.locks import locked
 
@@ -74,7 +73,7 @@ def install(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[P
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(folder)
+        temporary = unused_name(folder)
         temporary.mkdir()
         try:
             fill(temporary)
@@ -95,7 +94,7 @@ def write_digests(folder: Path) -> None:
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != DIGESTS)
     for path in (*files, folder):
-        _sync(path)
+        sync(path)
     write_sealed(folder / DIGESTS, {"files": {path.name: record_of(path) for path in files}})
 
 
@@ -128,16 +127,8 @@ def _put_in_place(temporary: Path, folder: Path, is_whole: Callable[[Path], bool
             # What is there is damaged.
             remove(folder)
         else:
-            _sync(folder.parent)
+            sync(folder.parent)
             return
     raise SparsortError(
         f"cannot put the converted model at {folder}: something keeps writing there. Remove it and try again."
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

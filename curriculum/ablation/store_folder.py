@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error
+from sparsort.files import disk_error, sync
 from sparsort.integrity import check_seal, check_version, is_sealed, parse_own_json, seal, write_sealed
 from sparsort.locks import locked
 
@@ -110,11 +110,7 @@ def make_folder(folder: Path) -> None:
         if folder.parent != folder:
             make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder.parent)
     except OSError as error:
         raise disk_error(folder, error) from error
 

@@ -135,12 +135,12 @@ def remove(path: Path) -> None:
         if not path.is_dir():
             path.unlink()
             return
-        aside = beside(path)
+        aside = unused_name(path)
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def beside(path: Path) -> Path:
+def unused_name(path: Path) -> Path:
     """A hidden name in the same folder that no other process chooses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 

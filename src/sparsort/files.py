@@ -25,6 +25,8 @@ from sparsort.errors import SparsortError
 from sparsort.interrupts import held
 
 _STREAMS = (Path("/dev"), Path("/dev/fd"))
+# Of file systems that sync no folders, or no files that are open for reading.
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some room and run the same command again, finished work is kept",
     errno.EDQUOT: "the disk quota is used up; free some room and run the same command again, finished work is kept",
@@ -116,7 +118,7 @@ def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
         except OSError as error:
             raise disk_error(path, error) from error
         finally:
@@ -168,9 +170,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsort"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file or a folder on the disk (fsync), if its file system can.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)

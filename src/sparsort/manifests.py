@@ -8,8 +8,6 @@ Cost: every byte is read once, on writing and on checking, at about 1 GB/s for e
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
 import zipfile
 import zlib
@@ -20,12 +18,11 @@ from typing import Any
 
 from sparsort import integrity
 from sparsort.errors import SparsortError
+from sparsort.files import sync
 
 FILE = "sparsort-manifest.json"
 FORMAT, VERSION = "sparsort-manifest", 1
 _AT_ONCE = 8
-# Of file systems that sync no folders, or no files that are open for reading.
-_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 _UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError)
 
 
@@ -45,7 +42,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             records = list(pool.map(_settled, paths))
         for inner in {path.parent for path in paths}:
-            _sync(inner)
+            sync(inner)
     except OSError as error:
         raise SparsortError(
             f"cannot list what {folder} holds: {error.filename or ''} {error.strerror or error}."
@@ -121,16 +118,5 @@ def _damage(folder: Path, name: str, record: dict[str, Any]) -> str | None:
 
 
 def _settled(path: Path) -> dict[str, Any]:
-    _sync(path)
+    sync(path)
     return integrity.record_of(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from sparsort import cache as user_cache
-from sparsort.recipes.cli import app
 from sparsort.recipes.order_demos import OrderConfig, order_file
 from sparsort.recipes.score import ScorerConfig
 from sparsort.scoring.backbone import Backbone
@@ -39,14 +38,8 @@ def model(make_tiny_model: Callable[..., Path]) -> str:
     return str(make_tiny_model("llama"))
 
 
-def _run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
-
-
 def _order(*arguments: Any, query: str = QUERY) -> dict[str, Any]:
-    return dict(json.loads(_run("order", *arguments, "-q", query, "--json").stdout))
+    return dict(json.loads(run("order", *arguments, "-q", query, "--json").stdout))
 
 
 SELECTIONS = {
@@ -94,9 +87,9 @@ def test_a_new_query_is_all_that_is_read(file: Path, model: str, cache: Path) ->
     given = [file, "--model", model, "--select", "knn", "-k", "4", "--order", "given"]
     assert _order(*given)["cache"] == {"from_cache": 0, "read": 13}
     assert _order(*given, query="What is left of 3 apples?")["cache"] == {"from_cache": 12, "read": 1}
-    said = _run("order", *given, "-q", "Another?").stderr
+    said = run("order", *given, "-q", "Another?").stderr
     assert "12 of 13 readings of rows came from the cache. --no-cache repeats them." in said
-    said = _run("order", *given, "-q", "Another?", "--no-cache").stderr
+    said = run("order", *given, "-q", "Another?", "--no-cache").stderr
     assert "cache" not in said
 
 
@@ -106,7 +99,7 @@ def test_a_limit_of_nothing_is_no_cache(file: Path, model: str, cache: Path, mon
     assert not (cache / "rows").exists()
     for bad in ("much", "-1", "inf", "nan"):
         monkeypatch.setenv("SPARSORT_CACHE_ROWS_GB", bad)
-        assert "expected a number of gigabytes" in _run("order", file, "-q", "x", "--model", model, code=2).stderr
+        assert "expected a number of gigabytes" in run("order", file, "-q", "x", "--model", model, code=2).stderr
 
 
 def test_python_writes_nothing_unless_asked(file: Path, model: str, cache: Path) -> None:
@@ -133,18 +126,18 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else_is_touched(file: Path,
     for path in (*others, converted):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1234")
-    found = json.loads(_run("cache", "--json").stdout)
+    found = json.loads(run("cache", "--json").stdout)
     assert found["folder"] == str(cache)
     assert found["models"] == {"entries": 1, "bytes": 4, "limit": 20_000_000_000}
     assert found["rows"]["entries"] == 3
     assert found["rows"]["bytes"] == sum(path.stat().st_size for path in cache.glob("rows/*/*.rows")) - 4
     assert found["removed"] == {"entries": 0, "bytes": 0}
-    shown = _run("cache").stdout
+    shown = run("cache").stdout
     assert "models: 1 entry, 0.00 MB of at most 20.00 GB (SPARSORT_CACHE_MODELS_GB)" in shown
     assert "rows: 3 entries" in shown
-    assert "Removed 4 entries" in _run("cache", "--clear").stdout
+    assert "Removed 4 entries" in run("cache", "--clear").stdout
     assert sorted(path for path in cache.rglob("*") if path.is_file()) == sorted(others)
-    assert json.loads(_run("cache", "--clear", "--json").stdout)["removed"]["entries"] == 0
+    assert json.loads(run("cache", "--clear", "--json").stdout)["removed"]["entries"] == 0
     assert _order(file, "--model", model, "--select", "knn", "-k", "3")["cache"]["from_cache"] == 0
 
 
@@ -169,7 +162,7 @@ def test_models_beyond_the_limit_go_the_least_recently_used_first(cache: Path, m
 
 def test_env_shows_what_the_cache_holds(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr("sparsort.scoring.embedded.demo_folder", lambda: cache)
-    found = json.loads(_run("env", "--json").stdout)
+    found = json.loads(run("env", "--json").stdout)
     assert found["cache"] == str(cache)
     assert found["cache_holds"]["rows"] == {"entries": 0, "bytes": 0, "limit": 10**9}
-    assert "rows: 0 entries, 0.00 MB of at most 1.00 GB" in _run("env").stdout
+    assert "rows: 0 entries, 0.00 MB of at most 1.00 GB" in run("env").stdout

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 import sparsort
 from sparsort.errors import SparsortError
 from sparsort.recipes import calibrate as calibrate_module
 from sparsort.recipes.calibrate import calibrate
-from sparsort.recipes.cli import app
 from sparsort.recipes.order_demos import OrderConfig, order_file
 from sparsort.recipes.score import ScorerConfig, TextConfig, score_file
 from sparsort.scoring import backbone as backbone_module
@@ -241,12 +240,6 @@ def test_too_few_rows_and_a_level_that_is_one(rows: list[dict[str, Any]], model:
 # The command
 
 
-def _run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
-
-
 def _asked(file: Path, model: dict[str, Any]) -> list[str]:
     small = ["--sites", "pre_norm", "--poolings", "last,mean_metric", "--outliers", "rms", "--draws", "100"]
     options = [*small, "--dtype", "float32", "--device", "cpu"]
@@ -255,11 +248,11 @@ def _asked(file: Path, model: dict[str, Any]) -> list[str]:
 
 def test_the_command_prints_the_tables_and_the_verdict(file: Path, model: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "c.json"
-    shown = _run(*_asked(file, model), "--level", "level", "--answer", " {answer}", "--target", "level", "--out", out)
+    shown = run(*_asked(file, model), "--level", "level", "--answer", " {answer}", "--target", "level", "--out", out)
     assert "Carries difficulty: " + TRUTH in shown.stdout
     assert "loss (n = 80)" in shown.stdout
     assert "Traceback" not in shown.output
-    found = json.loads(_run(*_asked(file, model), "--level", "level", "--json").stdout)
+    found = json.loads(run(*_asked(file, model), "--level", "level", "--json").stdout)
     assert found["verdict"] == "carries difficulty"
     assert found["definition"]["orientation"] == -1
     assert Calibration.load(out).target == "level"
@@ -272,6 +265,6 @@ def test_the_commands_mistakes_are_one_message(file: Path, model: dict[str, Any]
         (["--level", "level", "--draws", "10"], "at least 100 draws"),
         (["--level", "level", "--target", "loss"], "unknown target 'loss'"),
     ):
-        result = _run(*_asked(file, model), *arguments, code=2)
+        result = run(*_asked(file, model), *arguments, code=2)
         assert message in result.stderr
         assert "Traceback" not in result.output

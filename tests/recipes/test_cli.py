@@ -8,13 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import run
 from handshake import Child
-from typer.testing import CliRunner
 
-from sparsort.recipes.cli import app
 from sparsort.scoring.scores import Scores
 
 ROWS = [{"id": f"q{n}", "question": f"How many apples are left of {n}?", "answer": str(n)} for n in range(12)]
@@ -33,32 +31,26 @@ def model(make_tiny_model: Callable[..., Path]) -> str:
     return str(make_tiny_model("llama"))
 
 
-def _run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
-
-
 def test_score_writes_a_folder_and_prints_one_object(file: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    result = _run("score", file, "--model", model, "--prompt", PROMPT, "--out", out, "--json")
+    result = run("score", file, "--model", model, "--prompt", PROMPT, "--out", out, "--json")
     summary = json.loads(result.stdout)
     assert summary["status"] == {"ok": 12}
     assert summary["provenance"]["prompt"]["turns"] == [["text", "Question: {question}\nAnswer:"]]
     scores = Scores.load(out)
     assert scores.ids == [row["id"] for row in ROWS]
-    again = _run("score", file, "--model", model, "--prompt", PROMPT, "--out", out)
+    again = run("score", file, "--model", model, "--prompt", PROMPT, "--out", out)
     assert "12 of 12 rows scored" in again.stdout
-    other = _run("score", file, "--model", model, "--prompt", PROMPT, "--out", out, "--site", "post_norm", code=2)
+    other = run("score", file, "--model", model, "--prompt", PROMPT, "--out", out, "--site", "post_norm", code=2)
     assert "site" in other.stderr
 
 
 def test_rows_without_a_score_are_told_and_strict_fails(model: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "Paris"}\n{"question": ""}\n', encoding="utf-8")
-    result = _run("score", path, "--model", model, "--prompt", PROMPT)
+    result = run("score", path, "--model", model, "--prompt", PROMPT)
     assert "1 of 2 rows have no score: 1 empty" in result.stderr
-    _run("score", path, "--model", model, "--prompt", PROMPT, "--strict", code=3)
+    run("score", path, "--model", model, "--prompt", PROMPT, "--strict", code=3)
 
 
 @pytest.mark.parametrize(
@@ -78,30 +70,30 @@ def test_rows_without_a_score_are_told_and_strict_fails(model: str, tmp_path: Pa
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(arguments: list[str], message: str, file: Path, model: str) -> None:
-    result = _run("score", file, "--model", model, *arguments, code=2)
+    result = run("score", file, "--model", model, *arguments, code=2)
     assert message in result.stderr
     assert "Traceback" not in result.output
 
 
 def test_the_scorer_column_asks_for_its_column(file: Path) -> None:
-    assert "--column NAME" in _run("score", file, "--scorer", "column", code=2).stderr
+    assert "--column NAME" in run("score", file, "--scorer", "column", code=2).stderr
 
 
 def test_a_folder_without_a_model_and_a_missing_file(file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "config.json" in _run("score", file, "--model", tmp_path / "empty", "--prompt", PROMPT, code=2).stderr
-    assert "rows.jsonl" in _run("score", tmp_path / "row.jsonl", "--prompt", PROMPT, code=2).stderr
+    assert "config.json" in run("score", file, "--model", tmp_path / "empty", "--prompt", PROMPT, code=2).stderr
+    assert "rows.jsonl" in run("score", tmp_path / "row.jsonl", "--prompt", PROMPT, code=2).stderr
 
 
 def test_order_prints_the_prompt_and_one_object(file: Path, model: str, tmp_path: Path) -> None:
     asked = ["order", file, "--model", model, "--query", "How many pears are left?"]
-    found = json.loads(_run(*asked, "--json", "--out", tmp_path / "prompt.txt").stdout)
+    found = json.loads(run(*asked, "--json", "--out", tmp_path / "prompt.txt").stdout)
     assert sorted(demo["id"] for demo in found["demonstrations"]) == sorted(row["id"] for row in ROWS)
     difficulties = [demo["difficulty"] for demo in found["demonstrations"]]
     assert difficulties == sorted(difficulties, reverse=True)
     assert found["prompt"].endswith("Question: How many pears are left?\nAnswer:")
     assert (tmp_path / "prompt.txt").read_text(encoding="utf-8") == found["prompt"]
-    assert found["prompt"] in _run(*asked).stdout
+    assert found["prompt"] in run(*asked).stdout
 
 
 @pytest.mark.parametrize(
@@ -109,13 +101,13 @@ def test_order_prints_the_prompt_and_one_object(file: Path, model: str, tmp_path
 )
 def test_every_selection_runs(select: str, file: Path, model: str) -> None:
     found = json.loads(
-        _run("order", file, "--model", model, "-q", "How many pears?", "-k", 2, "--select", select, "--json").stdout
+        run("order", file, "--model", model, "-q", "How many pears?", "-k", 2, "--select", select, "--json").stdout
     )
     assert len(found["demonstrations"]) == 2
 
 
 def test_scores_made_before_are_used(file: Path, model: str, tmp_path: Path) -> None:
-    _run(
+    run(
         "score",
         file,
         "--model",
@@ -130,43 +122,43 @@ def test_scores_made_before_are_used(file: Path, model: str, tmp_path: Path) -> 
         " {answer}",
     )
     asked = ["order", file, "-q", "How many pears?", "--scores", tmp_path / "s", "--json"]
-    found = json.loads(_run(*asked, "--order", "perplexity_ascending").stdout)
+    found = json.loads(run(*asked, "--order", "perplexity_ascending").stdout)
     scores = Scores.load(tmp_path / "s")
     assert [demo["id"] for demo in found["demonstrations"]] == scores.ranked()
-    assert "hard_to_easy" in _run(*asked, "--order", "sparse_to_dense", code=2).stderr
+    assert "hard_to_easy" in run(*asked, "--order", "sparse_to_dense", code=2).stderr
 
 
 def test_a_query_among_its_demonstrations_is_refused(file: Path, model: str) -> None:
     asked = ["order", file, "--model", model, "-q", "how many  apples are left of 3 ?"]
-    assert "q3" in _run(*asked, code=2).stderr
-    _run(*asked, "--allow-leaks")
+    assert "q3" in run(*asked, code=2).stderr
+    run(*asked, "--allow-leaks")
 
 
 def test_a_budget_drops_the_farthest_and_says_so(file: Path, model: str) -> None:
     asked = ["order", file, "--model", model, "-q", "How many pears?", "--order", "given"]
-    found = json.loads(_run(*asked, "--max-tokens", 80, "--json").stdout)
+    found = json.loads(run(*asked, "--max-tokens", 80, "--json").stdout)
     kept = [demo["kept"] for demo in found["demonstrations"]]
     assert found["n_tokens"] <= 80
     assert kept == sorted(kept)
     assert 0 < sum(kept) < 12
     assert "dropped" in found["notes"][-1]
-    assert "the query alone needs" in _run(*asked, "--max-tokens", 3, code=2).stderr
+    assert "the query alone needs" in run(*asked, "--max-tokens", 3, code=2).stderr
 
 
 def test_a_query_of_several_columns_is_json(file: Path, model: str) -> None:
     asked = ["order", file, "--model", model, "--prompt", "{question} {id}", "-q"]
-    assert '"question": "…"' in _run(*asked, "Paris", code=2).stderr
-    assert "does not read as" in _run(*asked, "{question: 1}", code=2).stderr
-    _run(*asked, '{"question": "Paris", "id": "x"}')
+    assert '"question": "…"' in run(*asked, "Paris", code=2).stderr
+    assert "does not read as" in run(*asked, "{question: 1}", code=2).stderr
+    run(*asked, '{"question": "Paris", "id": "x"}')
 
 
 @pytest.mark.demo_model
 def test_env_names_the_model_and_the_reasons(demo_model: Path) -> None:
-    found = json.loads(_run("env", "--json").stdout)
+    found = json.loads(run("env", "--json").stdout)
     assert found["demo_model"] == str(demo_model)
     assert set(found["choices"]) == {"device", "dtype", "sparsity", "blocksparse"}
     assert all(choice["value"] and choice["reason"] for choice in found["choices"].values())
-    assert str(demo_model) in _run("env").stdout
+    assert str(demo_model) in run("env").stdout
 
 
 # Scores four rows, which fill two shards of two, says so, and waits inside the fifth: an interrupt finds it there however loaded
@@ -201,7 +193,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_same_command_resumes(file: Path
     assert "Traceback" not in errors
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
     assert sorted(before) == ["shard-00000.parquet", "shard-00001.parquet"]
-    _run(*command)
+    run(*command)
     assert Scores.load(out).ids == [row["id"] for row in ROWS]
     assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
 
@@ -223,22 +215,22 @@ def test_a_reader_that_goes_away_is_no_error(file: Path) -> None:
     ],
 )
 def test_mistakes_in_order(arguments: list[str], message: str, file: Path, model: str) -> None:
-    assert message in _run("order", file, "--model", model, "-q", "How many pears?", *arguments, code=2).stderr
+    assert message in run("order", file, "--model", model, "-q", "How many pears?", *arguments, code=2).stderr
 
 
 def test_selection_by_a_fitted_score_fits_on_the_pool(file: Path, model: str) -> None:
     asked = ["order", file, "--model", model, "-q", "How many pears are left?", "--outliers", "rms", "--json"]
-    everything = json.loads(_run(*asked).stdout)
+    everything = json.loads(run(*asked).stdout)
     of_all = {demo["id"]: demo["difficulty"] for demo in everything["demonstrations"]}
-    few = json.loads(_run(*asked, "-k", 3, "--select", "difficulty_matched").stdout)
+    few = json.loads(run(*asked, "-k", 3, "--select", "difficulty_matched").stdout)
     for demo in few["demonstrations"]:
         assert demo["difficulty"] == pytest.approx(of_all[demo["id"]], rel=1e-3)
 
 
 def test_scores_of_another_prompt_are_told(file: Path, model: str, tmp_path: Path) -> None:
-    _run("score", file, "--scorer", "random", "--prompt", "{question}", "--out", tmp_path / "s")
+    run("score", file, "--scorer", "random", "--prompt", "{question}", "--out", tmp_path / "s")
     found = json.loads(
-        _run(
+        run(
             "order", file, "-q", "How many pears?", "--scores", tmp_path / "s", "--order", "easy_to_hard", "--json"
         ).stdout
     )
@@ -249,5 +241,5 @@ def test_the_length_order_is_that_of_the_demonstration_in_the_prompt(tmp_path: P
     path = tmp_path / "rows.jsonl"
     rows = [{"id": "long-id-" * 9, "question": "a", "answer": "b"}, {"id": "x", "question": "Paris is", "answer": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = json.loads(_run("order", path, "-q", "Rome?", "--order", "length_ascending", "--json").stdout)
+    found = json.loads(run("order", path, "-q", "Rome?", "--order", "length_ascending", "--json").stdout)
     assert [demo["id"] for demo in found["demonstrations"]] == ["long-id-" * 9, "x"]

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
 from sparsort.recipes.train import train
 from sparsort.scoring.embedded import load_tokenizer
 from sparsort.scoring.scores import Scores
@@ -52,32 +51,26 @@ def model(make_tiny_model: Callable[..., Path]) -> str:
     return str(make_tiny_model("llama"))
 
 
-def _run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
-
-
 def _template(model: str, turns: list[dict[str, str]], *, ask: bool = True) -> str:
     return str(load_tokenizer(model).apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
 
 
 def test_score_records_the_column_and_resumes(file: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    summary = json.loads(_run("score", file, "--messages", "messages", "-m", model, "--out", out, "--json").stdout)
+    summary = json.loads(run("score", file, "--messages", "messages", "-m", model, "--out", out, "--json").stdout)
     assert summary["status"] == {"ok": 2}
     assert summary["provenance"]["prompt"]["turns"] == [["messages", "messages"]]
     assert summary["provenance"]["content"] == ["messages"]
     texts = [_template(model, row["messages"][:-1]) + row["messages"][-1]["content"] for row in ROWS]
     counts = [len(load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]) for text in texts]
     assert Scores.load(out).column("n_tokens").tolist() == counts
-    assert "2 of 2 rows scored" in _run("score", file, "--messages", "messages", "-m", model, "--out", out).stdout
-    other = _run("score", file, "--prompt", "{messages[0].content}", "--chat", "-m", model, "--out", out, code=2)
+    assert "2 of 2 rows scored" in run("score", file, "--messages", "messages", "-m", model, "--out", out).stdout
+    other = run("score", file, "--prompt", "{messages[0].content}", "--chat", "-m", model, "--out", out, code=2)
     assert "prompt" in other.stderr
 
 
 def test_order_shows_whole_conversations(file: Path, model: str) -> None:
-    made = json.loads(_run("order", file, "--messages", "messages", "-m", model, "-q", QUERY, "--json").stdout)
+    made = json.loads(run("order", file, "--messages", "messages", "-m", model, "-q", QUERY, "--json").stdout)
     order = [int(demo["id"]) for demo in made["demonstrations"]]
     system = ROWS[0]["messages"][:1]
     shown = [turn for place in order for turn in ROWS[place]["messages"] if turn["role"] != "system"]
@@ -89,7 +82,7 @@ def test_order_shows_whole_conversations(file: Path, model: str) -> None:
 
 
 def test_the_difficulty_is_that_of_the_conversation_without_its_answer(file: Path, model: str) -> None:
-    made = json.loads(_run("order", file, "--messages", "messages", "-m", model, "-q", QUERY, "--json").stdout)
+    made = json.loads(run("order", file, "--messages", "messages", "-m", model, "-q", QUERY, "--json").stdout)
     flat = [
         {"id": "0", "a": "Be kind.", "b": "My bike broke."},
     ]
@@ -109,27 +102,27 @@ def test_the_difficulty_is_that_of_the_conversation_without_its_answer(file: Pat
 def test_a_query_is_text_turns_or_a_row(query: str, file: Path, model: str) -> None:
     options = ("--messages", "messages", "-m", model, "--order", "given", "--json")
     assert (
-        json.loads(_run("order", file, *options, "-q", query).stdout)["prompt"]
-        == json.loads(_run("order", file, *options, "-q", QUERY).stdout)["prompt"]
+        json.loads(run("order", file, *options, "-q", query).stdout)["prompt"]
+        == json.loads(run("order", file, *options, "-q", QUERY).stdout)["prompt"]
     )
 
 
 def test_a_query_that_goes_on_keeps_its_earlier_turns(file: Path, model: str) -> None:
     turns = [*ROWS[0]["messages"], {"role": "user", "content": "And now?"}]
     options = ("--messages", "messages", "-m", model, "--order", "given", "--allow-leaks", "--json", "-k", 1)
-    made = json.loads(_run("order", file, *options, "--select", "first", "-q", json.dumps(turns)).stdout)
+    made = json.loads(run("order", file, *options, "--select", "first", "-q", json.dumps(turns)).stdout)
     assert made["messages"][-len(turns) + 1 :] == turns[1:]
 
 
 def test_a_query_among_the_demonstrations_and_other_system_turns_are_refused(file: Path, model: str) -> None:
     options = ("--messages", "messages", "-m", model, "--order", "given")
-    assert "its own demonstrations" in _run("order", file, *options, "-q", "My bike broke.", code=2).stderr
+    assert "its own demonstrations" in run("order", file, *options, "-q", "My bike broke.", code=2).stderr
     turns = json.dumps([{"role": "system", "content": "Be rude."}, {"role": "user", "content": QUERY}])
-    assert "different system turns" in _run("order", file, *options, "-q", turns, code=2).stderr
-    assert "no turn with text" in _run("order", file, *options, "-q", "[]", code=2).stderr
-    both = _run("order", file, *options, "--prompt", "{x}", "-q", QUERY, code=2)
+    assert "different system turns" in run("order", file, *options, "-q", turns, code=2).stderr
+    assert "no turn with text" in run("order", file, *options, "-q", "[]", code=2).stderr
+    both = run("order", file, *options, "--prompt", "{x}", "-q", QUERY, code=2)
     assert "--messages" in both.stderr
-    left_out = _run("order", file, *options, "-k", 1, "--select", "first", "-q", "My bike broke.")
+    left_out = run("order", file, *options, "-k", 1, "--select", "first", "-q", "My bike broke.")
     assert "left out 0" in left_out.stderr
 
 
@@ -163,19 +156,17 @@ def test_a_calibration_of_conversations_is_applied_to_conversations(model: str, 
     assert found.definition.prompt.messages == "messages"
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    plain = json.loads(_run("score", data, "--calibration", out, "-m", model, "--json").stdout)
-    named = json.loads(
-        _run("score", data, "--calibration", out, "--messages", "messages", "-m", model, "--json").stdout
-    )
+    plain = json.loads(run("score", data, "--calibration", out, "-m", model, "--json").stdout)
+    named = json.loads(run("score", data, "--calibration", out, "--messages", "messages", "-m", model, "--json").stdout)
     assert plain["status"] == {"ok": 48}
     assert plain["difficulty_quantiles"] == named["difficulty_quantiles"]
-    refused = _run("score", data, "--calibration", out, "--prompt", "{messages[0].content}", "-m", model, code=2)
+    refused = run("score", data, "--calibration", out, "--prompt", "{messages[0].content}", "-m", model, code=2)
     assert "this calibration is of the prompt" in refused.stderr
 
 
 def test_train_learns_what_the_chat_template_makes_of_each_conversation(file: Path, model: str, tmp_path: Path) -> None:
     result = json.loads(
-        _run(
+        run(
             *("train", file, "--messages", "messages", "--schedule", "shuffle", "--eval-share", 0, "--max-steps", 1),
             *("-m", model, "--out", tmp_path / "run", "--json"),
         ).stdout
@@ -188,7 +179,7 @@ def test_train_learns_what_the_chat_template_makes_of_each_conversation(file: Pa
         assert pa.ipc.open_stream(source).read_all()["input_ids"].to_pylist() == wanted
     assert result["tokens"] == sum(map(len, wanted))
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["messages"] == "messages"
-    other = _run("train", file, "--text", "{messages[0].content}", "--schedule", "shuffle", "--eval-share", 0,
+    other = run("train", file, "--text", "{messages[0].content}", "--schedule", "shuffle", "--eval-share", 0,
                  "--max-steps", 1, "-m", model, "--out", tmp_path / "run", code=2)  # fmt: skip
     assert "holds another run" in other.stderr
 
@@ -225,9 +216,9 @@ def test_a_row_without_a_conversation_stops_training_by_name(model: str, tmp_pat
 
 def test_scores_of_conversations_order_them(file: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    _run("score", file, "--messages", "messages", "-m", model, "--out", out)
+    run("score", file, "--messages", "messages", "-m", model, "--out", out)
     made = json.loads(
-        _run("order", file, "--messages", "messages", "-m", model, "--scores", out, "-q", QUERY, "--json").stdout
+        run("order", file, "--messages", "messages", "-m", model, "--scores", out, "-q", QUERY, "--json").stdout
     )
     difficulty = Scores.load(out).difficulty
     assert [int(demo["id"]) for demo in made["demonstrations"]] == np.argsort(-difficulty).tolist()
