@@ -318,7 +318,7 @@ def page(outcomes: Sequence[Outcome], described: dict[str, Any]) -> str:
         "loop that runs one whole text at a time through the model's own forward pass.",
         "",
         "- *equal*: the sparsity of the last state, the loss and the entropy, the log-probabilities of labels and greedy texts "
-        f"agree, numbers to {TOLERANCE:g} and texts token for token. The detail says how prompts are run: queries behind shared "
+        f"agree, numbers to {TOLERANCE:g} and texts token for token. The detail says how prompts are run: queries after shared "
         "prefixes, or whole prompts with the reason, which is slower and gives the same numbers.",
         "- *refused*: sparsort declines the model, or its losses and answers, with the sentence given and before it reads any "
         "text. The sparsity of a model of which only the head is refused was compared and agrees.",

@@ -98,7 +98,7 @@ class AnswerReader:
     def implementation(self) -> str:
         """How prompts are run, with the reason."""
         why_not = self.reader.why_not
-        return f"whole prompts: {why_not}" if why_not else "queries behind shared prefixes"
+        return f"whole prompts: {why_not}" if why_not else "queries after shared prefixes"
 
     def answers(self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str]) -> Answers:
         """Log-probabilities of every answer behind every query.
@@ -134,7 +134,7 @@ class AnswerReader:
     def continuations(
         self, chunks: Sequence[str], openings: Sequence[str], texts: Sequence[str]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Loss on each query's own text behind a prefix, as ConE takes it (arXiv 2401.12087).
+        """Loss on each query's own text after a prefix, as ConE takes it (arXiv 2401.12087).
 
         Scored is every token that holds a character of the text, and no whitespace in front of it.
 
@@ -189,7 +189,7 @@ class AnswerReader:
         return layout
 
     def _lay_out_bare(self, chunks: Sequence[str], texts: Sequence[str]) -> Layout | None:
-        """Texts right behind a prefix, whose last token is every stem; None where there is no prefix that can be cut."""
+        """Texts right after a prefix, whose last token is every stem; None where there is no prefix that can be cut."""
         segments = self.trees.segments(chunks) if self.reader.why_not is None else None
         if not segments:
             return None
@@ -245,7 +245,7 @@ class AnswerReader:
     def blocks(
         self, prefix: Prefix, passages: Sequence[Passage], places: Sequence[int]
     ) -> Iterator[tuple[list[int], Block]]:
-        """Run the passages `places` behind a prefix, the longest first: which they are, and what the pass made of them."""
+        """Run the passages `places` after a prefix, the longest first: which they are, and what the pass made of them."""
         order = sorted(places, key=lambda place: -passages[place].n_tokens)
         begin = 0
         while begin < len(order):

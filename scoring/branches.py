@@ -176,7 +176,7 @@ class TreeEncoder:
     def passages(
         self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False
     ) -> list[Passage]:
-        """Each query and its answers behind a prefix.
+        """Each query and its answers after a prefix.
 
         Args:
             chunks: the prefix, as given to `segments`, which must not have returned None; or none, to take texts whole.

@@ -151,6 +151,6 @@ def _reason(error: Exception) -> str:
 
     from sparsort.scoring.metered_templates import TooMuchWorkError
 
-    said = textwrap.shorten(str(error).rstrip("."), 200, placeholder=" …")
-    is_sentence = isinstance(error, (TemplateError, TooMuchWorkError)) and said
-    return said if is_sentence else f"{type(error).__name__}{said and f': {said}'}"
+    message = textwrap.shorten(str(error).rstrip("."), 200, placeholder=" …")
+    is_sentence = isinstance(error, (TemplateError, TooMuchWorkError)) and message
+    return message if is_sentence else f"{type(error).__name__}{message and f': {message}'}"

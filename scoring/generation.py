@@ -73,7 +73,7 @@ def generate(
     seed: int = 0,
     advance: Advance | None = None,
 ) -> Generated:
-    """Continue every query behind a prefix.
+    """Continue every query after a prefix.
 
     Args:
         reader: the model.
@@ -211,7 +211,7 @@ class _Job:
         return [row for row in batch if len(self.passages[row].stem) == longest]
 
     def _behind(self, prefix: Prefix, batch: Sequence[int]) -> Iterator[int]:
-        """One batch behind a prefix."""
+        """One batch after a prefix."""
         reader, last = self.reader.reader, self.reader.reader.sites[-1]
         rows: list[int] = []
         room = len(self.passages[batch[0]].stem) + self.max_new_tokens - 1

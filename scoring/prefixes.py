@@ -242,7 +242,7 @@ class Block:
 
 
 class PrefixReader:
-    """Runs a backbone behind shared prefixes.
+    """Runs a backbone after shared prefixes.
 
     Args:
         backbone: the model.
@@ -340,7 +340,7 @@ class PrefixReader:
         visible_BTT: Tensor | None = None,
         sites: Sequence[Site] | None = None,
     ) -> Block:
-        """Run rows behind a prefix.
+        """Run rows after a prefix.
 
         Args:
             prefix: what stands before every row.
@@ -436,7 +436,7 @@ class PrefixReader:
             return f"its attention cannot be replaced ({type(error).__name__}: {first_line(error)[:120]})"
         theirs = caught[site.name].view(2, n, -1)[:, cut:].repeat(1, 2, 1)
         if (gap := _gap(ours.reshape(theirs.shape), theirs)) is not None:
-            return f"states behind a prefix differ from those of the whole text (by {gap:.1e} of their size)"
+            return f"states after a prefix differ from those of the whole text (by {gap:.1e} of their size)"
         return self._unseen_window()
 
     def _read_twice(self, prefix: Prefix, ids_BT: Tensor, site: Site) -> Tensor:

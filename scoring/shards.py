@@ -371,7 +371,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = parse_own_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
-            f"{folder} is no score folder: it has no {MANIFEST}. Make one with sparsort score --out {folder}."
+            f"{folder} is no score folder: it has no {MANIFEST}. Make one with 'sparsort score FILE --out {folder}'."
         ) from error
     except (OSError, ValueError) as error:
         raise SparsortError(

@@ -43,8 +43,10 @@ def parse_own_json(text: str | bytes) -> Any:
     Raises:
         ValueError: it is not JSON that sparsort writes.
     """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return _OWN_DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -54,6 +56,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"it holds the number {text}, which is not finite")
     return number
+
+
+# One for all files: `json.loads` makes a decoder in every call that sets its options, and a folder may have 10,000 seals.
+_OWN_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def printable(text: str, most: int | None = MOST) -> str:
 
     Args:
         text: any text.
-        most: characters of it that are kept, at its beginning and its end, where the next step of a message stands; None for
+        most: characters of it that are kept, at its beginning and its end, where a message has its next step; None for
             all.
     """
     if most is not None and len(text) > most:

@@ -87,10 +87,10 @@ def test_a_new_query_is_all_that_is_read(file: Path, model: str, cache: Path) ->
     given = [file, "--model", model, "--select", "knn", "-k", "4", "--order", "given"]
     assert _order(*given)["cache"] == {"from_cache": 0, "read": 13}
     assert _order(*given, query="What is left of 3 apples?")["cache"] == {"from_cache": 12, "read": 1}
-    said = run("order", *given, "-q", "Another?").stderr
-    assert "12 of 13 readings of rows came from the cache. --no-cache repeats them." in said
-    said = run("order", *given, "-q", "Another?", "--no-cache").stderr
-    assert "cache" not in said
+    errors = run("order", *given, "-q", "Another?").stderr
+    assert "12 of 13 readings of rows came from the cache. --no-cache repeats them." in errors
+    errors = run("order", *given, "-q", "Another?", "--no-cache").stderr
+    assert "cache" not in errors
 
 
 def test_a_limit_of_nothing_is_no_cache(file: Path, model: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,9 +79,9 @@ def ablate(make_tiny_model: Callable[..., Path]) -> list[Any]:
 
 def test_duplicate_ids_of_an_ablation_are_left_by_id_column(tmp_path: Path, ablate: list[Any]) -> None:
     file = _write(tmp_path / "rows.jsonl", _rows(40, id=lambda at: at // 2, key=lambda at: f"k{at}"))
-    said = _run("ablate", file, *ablate)
-    assert "'0' stands twice" in said
-    assert "name another one with id_column (--id-column)" in said
+    output = _run("ablate", file, *ablate)
+    assert "'0' stands twice" in output
+    assert "name another one with id_column (--id-column)" in output
     _run("ablate", file, *ablate, "--id-column", "key", code=0)
 
 
@@ -98,19 +98,19 @@ def test_a_missing_label_column_is_named_with_its_option(tmp_path: Path, ablate:
     rows = [{"text": row["text"], "kind": row["label"]} for row in _rows(40)]
     file = _write(tmp_path / "rows.jsonl", rows)
     for options in ([], ["--labels", "no,yes"], ["--judge", "exact"]):
-        said = _run("ablate", file, *ablate, *options)
-        assert "no field 'label'. It has: text, kind" in said
-        assert "The column of the label or answer is named by label (--label" in said
+        output = _run("ablate", file, *ablate, *options)
+        assert "no field 'label'. It has: text, kind" in output
+        assert "The column of the label or answer is named by label (--label" in output
     _run("ablate", file, *ablate, "--label", "kind", code=0)
-    said = _run("choose", file, "-p", "{text}", "-k", "2", "--by", "globale")
-    assert "is named by label (--label" in said
+    output = _run("choose", file, "-p", "{text}", "-k", "2", "--by", "globale")
+    assert "is named by label (--label" in output
 
 
 def test_rows_left_out_are_counted_by_reason_and_the_steps_name_options(tmp_path: Path, ablate: list[Any]) -> None:
     file = _write(tmp_path / "rows.jsonl", _rows(30))
-    said = _run("ablate", file, *ablate, "--test", file)
-    assert "30 left out (30: it is, or nearly is, a test row)" in said.replace("\n", " ")
-    assert "Give more training rows that do not repeat each other or the test rows" in said
+    output = _run("ablate", file, *ablate, "--test", file)
+    assert "30 left out (30: it is, or nearly is, a test row)" in output.replace("\n", " ")
+    assert "Give more training rows that do not repeat each other or the test rows" in output
     # Where fewer dev rows leave enough, the step names the option, and works.
     file = _write(tmp_path / "few.jsonl", _rows(12))
     assert "ask for fewer dev rows with dev_rows (--dev-rows)" in _run("ablate", file, *ablate, "--dev-rows", "6")
@@ -120,10 +120,10 @@ def test_rows_left_out_are_counted_by_reason_and_the_steps_name_options(tmp_path
 
 @pytest.mark.parametrize("name", ["topk", "TopK", "top-k", "KATE"])
 def test_the_name_of_the_literature_leads_to_ours(name: str, tmp_path: Path) -> None:
-    said = _run(
+    output = _run(
         "order", _write(tmp_path / "rows.jsonl", _rows(6)), "-q", "x", "-p", "{text}", "-a", "{label}", "--select", name
     )
-    assert f"unknown selection method '{name}'. It is called 'knn' here." in said
+    assert f"unknown selection method '{name}'. It is called 'knn' here." in output
     with pytest.raises(SparsortError, match="It is called 'knn' here"):
         sparsort.select_demos(_rows(6), "x", 2, method=name, prompt="{text}")
     with pytest.raises(SparsortError, match="It is called 'knn' here"):
@@ -152,9 +152,9 @@ def test_braces_in_a_template_get_the_hint_to_double_them(prompt: str, tmp_path:
 
 
 def test_a_field_that_is_misspelt_is_no_literal_brace(tmp_path: Path) -> None:
-    said = _run("score", _write(tmp_path / "rows.jsonl", _rows(4)), "--scorer", "compression", "-p", "{txt}")
-    assert "Did you mean 'text'?" in said
-    assert "{{" not in said
+    output = _run("score", _write(tmp_path / "rows.jsonl", _rows(4)), "--scorer", "compression", "-p", "{txt}")
+    assert "Did you mean 'text'?" in output
+    assert "{{" not in output
 
 
 def test_results_load_from_the_folder_of_the_ablation(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_results_load_from_the_folder_of_the_ablation(tmp_path: Path) -> None:
 def test_pool_mode_without_a_pacing_names_what_train_has(tmp_path: Path) -> None:
     file = _write(tmp_path / "rows.jsonl", _rows(8, id=lambda at: f"r{at}"))
     _run("score", file, "-p", "{text}", "--scorer", "compression", "--out", tmp_path / "scores", code=0)
-    said = _run("plan", tmp_path / "scores", "--mode", "pool", "--batch-size", "4")
-    assert "(--steps 1000 of sparsort plan)" in said.replace("\n", " ")
+    output = _run("plan", tmp_path / "scores", "--mode", "pool", "--batch-size", "4")
+    assert "(--steps 1000 of sparsort plan)" in output.replace("\n", " ")
 
 
 def test_a_mixin_after_the_trainer_is_refused_where_the_class_is_made() -> None:

@@ -164,9 +164,9 @@ def test_an_ablation_and_its_report(
 )
 def test_no_error_prints_a_control_character(run: Run, arguments: list[str], folder: Path) -> None:
     few = str(folder / "few\x1b[2J.jsonl")
-    told = run(*(few if argument == "FEW" else argument for argument in arguments), code=2).stderr
+    errors = run(*(few if argument == "FEW" else argument for argument in arguments), code=2).stderr
     # Usage errors are in a box, which breaks them over lines.
-    flat = "".join(told.replace("│", "").split())
+    flat = "".join(errors.replace("│", "").split())
     assert "[bold]" in flat or "[red]" in flat
 
 
@@ -175,9 +175,9 @@ def test_an_id_of_ten_megabytes_is_not_printed(run: Run, tmp_path: Path) -> None
     score = ["score", path, "--scorer", "compression", "--prompt", "{q}"]
     assert len(run(*score).output) < 1000
     again = _write(tmp_path / "again.jsonl", [{"id": "x" * 10_000_000, "q": "a"}] * 2)
-    told = run("score", again, "--scorer", "compression", "--prompt", "{q}", code=2).stderr
-    assert len(told) < 5000
-    assert "--id-column" in told
+    errors = run("score", again, "--scorer", "compression", "--prompt", "{q}", code=2).stderr
+    assert len(errors) < 5000
+    assert "--id-column" in errors
 
 
 def test_scores_are_shown_with_their_texts_and_their_times(run: Run, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers behind shared prefixes, held against a plain forward pass: one query, one answer, the whole text."""
+"""Answers after shared prefixes, held against a plain forward pass: one query, one answer, the whole text."""
 
 from __future__ import annotations
 

@@ -230,20 +230,20 @@ def test_every_rendering_is_this_one(make_tiny_model: Callable[..., Path]) -> No
     """Prompts, conversations, demonstrations and training texts refuse a template alike."""
     small = load_model(str(make_tiny_model("llama")), dtype="float32")
     small.tokenizer.chat_template = "{{ 1 / 0 }}"
-    said = "ZeroDivisionError: division by zero"
+    reason = "ZeroDivisionError: division by zero"
     row = {
         "text": "a",
         "label": "b",
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
     }
-    with pytest.raises(SparsortError, match=said):
+    with pytest.raises(SparsortError, match=reason):
         Prompt.of("{text}", chat=True).render(row, where="row 0", tokenizer=small.tokenizer)
     problem = Prompt.of_messages("messages").render(row, where="row 0", tokenizer=small.tokenizer).problem
     assert problem is not None
-    assert said in problem[1]
-    with pytest.raises(SparsortError, match=rf"row 0: .*{said}"):
+    assert reason in problem[1]
+    with pytest.raises(SparsortError, match=rf"row 0: .*{reason}"):
         TrainText(messages="messages").of(row, small.tokenizer, where="row 0")
-    with pytest.raises(SparsortError, match=said):
+    with pytest.raises(SparsortError, match=reason):
         build_prompt(ROWS, {"text": "a"}, prompt="{text}", answer="{id}", chat=True, tokenizer=small.tokenizer)
 
 
