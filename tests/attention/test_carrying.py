@@ -407,6 +407,8 @@ def _run_rank(folder: Path, rank: int) -> None:
         wrapped(**batch, use_cache=False).loss.backward()
         found = {name: getattr(grad, "full_tensor", grad.clone)() for name, grad in _taken(model).items()}
         save_file(found, folder / f"{kind}-{rank}.safetensors")
+    # First, because its destructor would end the process group with the interpreter's lock held, and can hang (torch 2.13).
+    del wrapped
     dist.destroy_process_group()
 
 

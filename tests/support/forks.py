@@ -2,6 +2,9 @@
 
 The import takes seconds of CPU time, which most tests of several processes spent more on than on what they test. The server runs
 no code of torch itself, so it has no threads that a fork would lose.
+
+What a job has made lives until the process ends without destructors. Otherwise the destructor of `DistributedDataParallel` can
+hang: it joins a thread of gloo and holds the interpreter's lock, for which that thread waits (torch 2.13).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sparsort.curriculum.loading.trainer, sparsort.recipes.cli, sparsort.recip
 
 def run(job):
     code = 1
+    names = {"__name__": "__main__"}
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, name in ((1, "out"), (2, "err")):
@@ -28,7 +32,7 @@ def run(job):
         os.environ.update(job["env"])
         sys.argv[1:] = job["arguments"]
         try:
-            exec(compile(job["code"], "<job>", "exec"), {"__name__": "__main__"})
+            exec(compile(job["code"], "<job>", "exec"), names)
             code = 0
         except SystemExit as end:
             code = end.code or 0
