@@ -7,15 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsort.recipes.options import (
-    ColumnsOption,
-    DeviceOption,
-    DtypeOption,
-    IdOption,
-    JsonOption,
-    names_in,
-    unescape,
-)
+from sparsort.options import unescape
+from sparsort.recipes.options import FewShotPrompt, Fields, JsonOption, generated
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import DataSpec
 from sparsort.terminal import note, show, show_json
 from sparsort.terminal_tables import Table, number, prose, text
 
@@ -23,6 +18,7 @@ _TASK = "Task"
 _DESIGN = "Design"
 
 
+@generated
 def ablate(
     source: Annotated[
         str,
@@ -33,17 +29,15 @@ def ablate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the store, the results and the report; run again to go on.")
     ] = Path("ablation"),
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help=r"Question of a row, up to its answer.", rich_help_panel=_TASK)
-    ] = None,
-    answer: Annotated[
+    *,
+    prompt: FewShotPrompt,
+    rows: DataSpec,
+    label: Annotated[
         str | None,
         typer.Option(
-            "--answer", "-a", help="What follows [default: the label, behind a space].", rich_help_panel=_TASK
+            help="Column of the label or answer [default: label]. It follows a space unless --answer says more.",
+            rich_help_panel=_TASK,
         ),
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Column of the label or answer [default: label].", rich_help_panel=_TASK)
     ] = None,
     labels: Annotated[
         str | None,
@@ -67,9 +61,6 @@ def ablate(
             help="Written answers end after as many [default: 32; number 256, math 512].", rich_help_panel=_TASK
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TASK)] = False,
-    id_column: IdOption = None,
-    columns: ColumnsOption = None,
     test: Annotated[
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
     ] = None,
@@ -113,9 +104,8 @@ def ablate(
     max_demo_chars: Annotated[
         int | None, typer.Option(help="Leave out longer demonstrations.", rich_help_panel=_DESIGN)
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    # Options of the model that were not given are those of a recipe.
+    model: Annotated[dict[str, Any], Fields(of=ModelSpec, given=True)],
     compile: Annotated[
         bool,
         typer.Option(
@@ -140,16 +130,17 @@ def ablate(
         source,
         data=data,
         test=test,
-        prompt=unescape(prompt),
-        answer=unescape(answer),
+        prompt=prompt.template,  # type: ignore[arg-type]
+        answer=prompt.answer,
         label=label,
         labels=labels,
         judge=judge,
         stop=tuple(str(unescape(text)) for text in stop) if stop else None,
         max_new_tokens=max_new_tokens,
-        chat=chat or None,
-        id_column=id_column,
-        columns=names_in(columns),
+        chat=prompt.chat or None,
+        system=prompt.system,
+        id_column=rows.id_column,
+        columns=rows.columns,
     )
     changes: dict[str, Any] = {
         "sets": sets,
@@ -164,11 +155,10 @@ def ablate(
         "label_score": label_score,
         "calibrated": rules[contextual] if contextual else None,
         "max_demo_chars": max_demo_chars,
-        "model": model,
-        "dtype": None if dtype == "auto" else dtype,
-        "device": None if device == "auto" else device,
     }
-    ablation = recipes.make_recipe(fields, **{name: value for name, value in changes.items() if value is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes |= {"model" if name == "name" else name: value for name, value in model.items()}
+    ablation = recipes.make_recipe(fields, **changes)
     if dry_run:
         cost, notes = recipes.estimate_cost(ablation)
         _show_cost(cost, notes, as_json)

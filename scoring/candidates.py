@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Unpack, get_args
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
@@ -26,9 +26,10 @@ from sparsort.scoring.base import Request
 from sparsort.scoring.candidate_job import LOSS, CandidateJob
 from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.heads import Head
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.pooling import Pooling, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer, naming_options
+from sparsort.scoring.scorers import ModelJob, ModelScorer
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
@@ -95,13 +96,14 @@ class CandidateScorer(ModelScorer):
         outliers: Sequence[str] = OUTLIERS,
         own_loss: bool = True,
         l0_threshold: float = 1.0,
-        **model_options: Any,
+        **options: Unpack[ModelOptions],
     ) -> None:
         check_grid(sites, poolings, outliers)
         if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
             raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
-        check_model(model, sites=sites or SITES[:1], outliers=outliers, **naming_options(model_options))
-        super().__init__(model, **model_options)
+        spec = ModelSpec.of(model, **options)
+        check_model(spec, sites=sites or SITES[:1], outliers=outliers)
+        super().__init__(spec)
         self.poolings = _distinct(poolings) if poolings is not None else None
         self.outliers, self.own_loss, self.l0_threshold = _distinct(outliers), own_loss, l0_threshold
         self.notes: list[str] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from sparsort.scoring.backbone import Piece
 from sparsort.scoring.base import Advance, Request
 from sparsort.scoring.batching import Plan
 from sparsort.scoring.heads import Head
+from sparsort.scoring.model_spec import ModelOptions
 from sparsort.scoring.prompts import Encoded, Encoder
 from sparsort.scoring.scorers import ModelJob, ModelScorer, finished_rows
 from sparsort.scoring.sources import Row, RowSource
@@ -33,12 +34,12 @@ class LossScorer(ModelScorer):
     """
 
     def __init__(
-        self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **model_options: Any
+        self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **options: Unpack[ModelOptions]
     ) -> None:
         if on not in ("answer", "prompt"):
             raise unknown_choice("part of the text", on, ("answer", "prompt"))
         self.on = on
-        super().__init__(model, **model_options)
+        super().__init__(model, **options)
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     @property
@@ -69,8 +70,8 @@ class EntropyScorer(ModelScorer):
 
     kind: ClassVar[str] = "entropy"
 
-    def __init__(self, model: Any = "demo", **model_options: Any) -> None:
-        super().__init__(model, **model_options)
+    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
+        super().__init__(model, **options)
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:

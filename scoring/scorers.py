@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +20,9 @@ from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
 from sparsort.scoring.backbone import Backbone, Piece
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
-from sparsort.scoring.batching import Plan, check_token_budget
+from sparsort.scoring.batching import Plan
 from sparsort.scoring.early_checks import check_max_length, check_model
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.pooling import (
     Collector,
     MeanSquare,
@@ -44,40 +43,16 @@ class ModelScorer(Scorer):
     """What the model scorers share: the model, loaded once at construction.
 
     Args:
-        model: hub id, folder, `.gguf` file, "demo" (the embedded model), or a transformers model with its `tokenizer`.
-        tokenizer: None for the model's own.
-        dtype: "auto" (bf16 where the hardware has it, else fp32) or a torch dtype's name.
-        device: "auto", "cpu", "cuda", …
-        token_budget: tokens of one batch, padding included; None for the device's default. Changes speed, not scores.
-        revision: hub revision.
-        trust_remote_code: run code that ships with the model.
+        model: a `ModelSpec`; or what its `name` takes: a hub id, a folder, a `.gguf` file, "demo" (the embedded model), a
+            transformers model with its `tokenizer`.
+        options: fields of `ModelSpec`: `tokenizer`, `dtype`, `device`, `token_budget`, `revision`, `trust_remote_code`.
     """
 
-    def __init__(
-        self,
-        model: Any = "demo",
-        *,
-        tokenizer: Any = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        token_budget: int | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        check_token_budget(token_budget)
-        if isinstance(model, LoadedModel):
-            self.loaded = model
-        else:
-            self.loaded = load_model(
-                model,
-                tokenizer=tokenizer,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
-        self.backbone = Backbone(self.loaded, token_budget=token_budget)
-        if isinstance(model, (str, Path)):
+    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
+        spec = ModelSpec.of(model, **options)
+        self.loaded = spec.load()
+        self.backbone = Backbone(self.loaded, token_budget=spec.token_budget)
+        if spec.is_named:
             self.backbone.mark_as_own()
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
@@ -255,7 +230,7 @@ class SparsityScorer(ModelScorer):
         metric: str = "gini",
         outliers: str = "none",
         l0_threshold: float = 1.0,
-        **model_options: Any,
+        **options: Unpack[ModelOptions],
     ) -> None:
         if metric not in METRICS:
             raise unknown_choice("metric", metric, METRICS)
@@ -266,8 +241,9 @@ class SparsityScorer(ModelScorer):
         self.metric = metric
         self.l0_threshold = l0_threshold
         check_site(site)
-        check_model(model, sites=[site], outliers=[outliers], **naming_options(model_options))
-        super().__init__(model, **model_options)
+        spec = ModelSpec.of(model, **options)
+        check_model(spec, sites=[site], outliers=[outliers])
+        super().__init__(spec)
         self.site = self.backbone.site(site)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
@@ -317,11 +293,6 @@ class SparsityScorer(ModelScorer):
             for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
                 square.add(piece)
         return square.count, square.value_H()
-
-
-def naming_options(model_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the options of a `ModelScorer`, those that say which model is meant."""
-    return {name: model_options[name] for name in ("revision", "trust_remote_code") if name in model_options}
 
 
 class _SparsityJob(ModelJob):

@@ -28,6 +28,8 @@ from sparsort.curriculum.demos.per_query import NEIGHBOURS
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.names import METRICS
+from sparsort.scoring.dtypes import Dtype
+from sparsort.scoring.model_spec import ModelSpec
 
 Probes = Literal["sampled", "dev", "none"]
 
@@ -63,7 +65,7 @@ class Ablation:
     Attributes:
         tasks: names of ready tasks, task files, or tasks.
         data: the folder that the tasks' files lie in; None: this folder.
-        model, dtype, device: as `scoring.loading.load_model`.
+        model, dtype, device, revision, trust_remote_code, token_budget: as `ModelSpec`, of which `model` is the name.
         sets: how many demonstration sets for each task, selector and number of shots.
         first_seed: the first set's seed; the others follow.
         shots: numbers of demonstrations, k.
@@ -84,8 +86,11 @@ class Ablation:
     tasks: tuple[str | Task, ...]
     data: Path | None = None
     model: str = "demo"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    token_budget: int | None = None
     sets: int = 10
     first_seed: int = 0
     shots: tuple[int, ...] = (4, 8)
@@ -188,14 +193,25 @@ class Ablation:
         Raises:
             SparsortError: an unknown one.
         """
-        from sparsort.scoring.loading import check_dtype
         from sparsort.scoring.pooling import check_outlier_rule, check_pooling
         from sparsort.scoring.sites import check_site
 
         check_site(self.site)
         check_pooling(self.pooling)
         check_outlier_rule(self.outliers)
-        check_dtype(self.dtype)
+        self.spec.check()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, and how it is loaded and run."""
+        return ModelSpec(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            token_budget=self.token_budget,
+        )
 
     @property
     def seeds(self) -> range:
