@@ -139,7 +139,7 @@ class SparseTraining:
             "dense weights, take sparse_attention out of the config.json of a copy of the model."
         )
 
-    def attach(self, model: Any, spec: ModelSpec, steps: int) -> SparseAttentionCallback:
+    def attach(self, model: Any, spec: ModelSpec | str, steps: int) -> SparseAttentionCallback:
         """Make a model sparse, in place, and freeze what does not learn.
 
         Args:
@@ -153,7 +153,7 @@ class SparseTraining:
         from sparsort.attention.attach import attach_index_branch
         from sparsort.attention.callback import SparseAttentionCallback
 
-        trained = _trained_branch(spec, self.attention)
+        trained = _trained_branch(ModelSpec.of(spec), self.attention)
         attach_index_branch(model, self.attention)
         model.load_state_dict(trained, strict=False)
         for weight, parameter in model.named_parameters():
@@ -209,7 +209,7 @@ def _configuration(spec: ModelSpec) -> Any:
     """The configuration of a model, without its weights."""
     from transformers import AutoConfig, LlamaConfig
 
-    from sparsort.scoring.embedded import quiet_transformers, resolve_model
+    from sparsort.scoring.embedded import hint_at, quiet_transformers, resolve_model
     from sparsort.scoring.hub import cached_only
 
     model = str(spec.name)
@@ -226,8 +226,8 @@ def _configuration(spec: ModelSpec) -> Any:
             return AutoConfig.from_pretrained(resolved.folder_or_id, **given)
     except (OSError, ValueError, KeyError) as error:
         raise SparsortError(
-            f"cannot read the configuration of the model {model!r}: {first_line(error)} Give a folder with "
-            "config.json and weights, a hub id that this machine can reach, or 'tiny' or 'small'."
+            f"cannot read the configuration of the model {model!r}: {first_line(error)}{hint_at(model, error)} Give a "
+            "folder with config.json and weights, a hub id that this machine can reach, or 'tiny' or 'small'."
         ) from error
 
 
