@@ -14,10 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.design import Ablation, left_out, units
+from sparsort.curriculum.ablation.design import Ablation, AblationOptions, left_out, units
 from sparsort.curriculum.ablation.tasks import Task, check_row, load_task, parse_labels, task_from_flags, task_names
 from sparsort.errors import SparsortError
 from sparsort.files import write_json
@@ -81,7 +81,7 @@ def ablate(
     run: bool = True,
     report: bool = True,
     compile: bool = False,
-    **changes: Any,
+    **changes: Unpack[AblationOptions],
 ) -> AblationReport:
     """Find out whether the order of demonstrations matters here, which orderers help, and how sure that is.
 
@@ -102,7 +102,7 @@ def ablate(
     """
     start = time.perf_counter()
     loaded = _loaded(model)
-    ablation = make_recipe(recipe, **changes, **_naming(None if loaded is model else model))
+    ablation = make_recipe(recipe, {**changes, **_naming(None if loaded is model else model)})
     ablation.check()
     folder = Path(out).expanduser()
     asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder, loaded)
@@ -193,7 +193,7 @@ def _notes(ablation: Ablation, tasks: Mapping[str, TaskData]) -> list[str]:
     return notes
 
 
-def make_recipe(recipe: Ablation | Mapping[str, Any] | str | Path | None, **changes: Any) -> Ablation:
+def make_recipe(recipe: Ablation | Mapping[str, Any] | str | Path | None, changes: Mapping[str, Any]) -> Ablation:
     """The recipe with some fields changed.
 
     Raises:

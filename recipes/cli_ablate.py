@@ -158,7 +158,7 @@ def ablate(
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {"model" if name == "name" else name: value for name, value in model.items()}
-    ablation = recipes.make_recipe(fields, **changes)
+    ablation = recipes.make_recipe(fields, changes)
     if dry_run:
         cost, notes = recipes.estimate_cost(ablation)
         _show_cost(cost, notes, as_json)

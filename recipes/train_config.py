@@ -7,8 +7,9 @@ the losses of a run; the others divide its work, or say how often to look at it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from sparsort.conditions import Table, When, excludes, needs, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
@@ -53,6 +54,31 @@ READ_BY: Table = {
     "online_metric": (needs("online", "the difficulty is not learned in training", online=True),),
     "epochs": (excludes("max_steps", "{max_steps} sets the length of the run"),),
 }
+
+
+class TrainOptions(TypedDict, total=False):
+    """The fields of `TrainConfig`, where a function takes them as keywords."""
+
+    model: str
+    epochs: int
+    max_steps: int | None
+    per_device_batch: int | None
+    accumulate: int
+    learning_rate: float
+    lr_schedule: LearningRateSchedule
+    warmup_steps: int
+    max_length: int
+    eval_share: float | None
+    eval_steps: int | None
+    online: bool
+    online_metric: str
+    save_steps: int
+    report_to: str
+    workers: int
+    seed: int
+    dtype: Dtype
+    revision: str | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +181,7 @@ class TrainConfig:
         )
 
 
-def make_config(config: TrainConfig | None = None, **changes: Any) -> TrainConfig:
+def make_config(config: TrainConfig | None, changes: Mapping[str, Any]) -> TrainConfig:
     """A configuration with some fields changed.
 
     Raises:

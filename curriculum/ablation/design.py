@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,36 @@ DEFAULT_ORDERERS: tuple[str, ...] = (
 )
 # Up to here all permutations are listed and shuffled; above, orders are drawn until they differ.
 _LISTED = 8
+
+
+class AblationOptions(TypedDict, total=False):
+    """The fields of `Ablation` besides the model's name, where a function takes them as keywords."""
+
+    tasks: Sequence[str | Task]
+    data: str | Path | None
+    dtype: Dtype
+    device: str
+    revision: str | None
+    trust_remote_code: bool
+    token_budget: int | None
+    sets: int
+    first_seed: int
+    shots: Sequence[int]
+    selectors: Sequence[str]
+    orderers: Sequence[str]
+    choosers: Sequence[str]
+    random_orders: int
+    test_rows: int
+    dev_rows: int
+    sampled_probes: bool
+    calibrated: Sequence[bool]
+    label_score: Literal["sum", "mean"]
+    site: str
+    pooling: str
+    metric: str
+    outliers: str
+    max_demo_chars: int | None
+    split_seed: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from sparsort.conditions import ALWAYS, Table, When, among, excludes, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
@@ -87,6 +87,29 @@ READ_BY: Table = {
     ),
     "seed": ALWAYS,
 }
+
+
+class CurriculumOptions(TypedDict, total=False):
+    """The fields of `CurriculumSettings`, where a function takes them as keywords; a pacing may be given as text."""
+
+    batch_size: int | None
+    token_budget: int | None
+    mode: Mode
+    schedule: Schedule
+    direction: Direction
+    pacing: Pacing | str | None
+    stages: int | None
+    folds: int
+    warm_up: float | None
+    later_epochs: Later
+    steps: int | None
+    quotas: Mapping[str, float] | None
+    group_by_length: bool
+    max_length: int | None
+    packing: Packing
+    pack_length: int | None
+    unscored: Unscored
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +212,8 @@ class CurriculumSettings:
                 raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
         if (self.batch_size is None) == (self.token_budget is None):
             raise SparsortError(
-                f"a batch is measured by examples or by tokens: got batch_size={self.batch_size} and "
-                f"token_budget={self.token_budget}. Give exactly one, such as batch_size=32."
+                f"a batch is measured by examples or by tokens: got batch_size={self.batch_size} (--batch-size) and "
+                f"token_budget={self.token_budget} (--batch-tokens). Give exactly one, such as batch_size=32."
             )
         for name in ("batch_size", "token_budget", "stages", "folds", "steps", "max_length", "pack_length"):
             value = getattr(self, name)
@@ -266,7 +289,7 @@ class CurriculumSettings:
         if self.max_length is not None and limit is not None and self.max_length > limit:
             raise SparsortError(
                 f"max_length={self.max_length} is above the {limit} tokens that one batch or packed sequence holds. "
-                f"Choose max_length ≤ {limit}."
+                f"Choose max_length ≤ {limit} (--cut-length)."
             )
 
     def _check_quotas(self) -> None:

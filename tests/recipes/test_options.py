@@ -19,10 +19,14 @@ from command_line import run
 from torch import Tensor
 from transformers import LlamaModel
 
+from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
+from sparsort.curriculum.ablation.design import Ablation, AblationOptions
+from sparsort.curriculum.loading.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import escape, option, parameters_of, same_option, shares, unescape
 from sparsort.recipes.cli import app
 from sparsort.recipes.options import NOT_IN_FEW_SHOT, Fields, generated, replace_retired, retired_flags
+from sparsort.recipes.train_config import TrainConfig, TrainOptions
 from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.prompt_spec import DataSpec, PromptOptions, PromptSpec
 from sparsort.scoring.scores import Scores
@@ -83,10 +87,19 @@ def test_a_flag_of_the_model_or_the_prompt_has_no_other_meaning() -> None:
                 assert (command, flag) in own or shared.get(flag, values) == values, (command, flag)
 
 
-def test_keywords_are_the_fields() -> None:
-    names = {field.name for field in dataclasses.fields(ModelSpec)}
-    assert set(ModelOptions.__annotations__) == names - {"name"}
-    assert set(PromptOptions.__annotations__) == {field.name for field in dataclasses.fields(PromptSpec)} - {"template"}
+@pytest.mark.parametrize(
+    ("keywords", "kind", "positional"),
+    [
+        (ModelOptions, ModelSpec, {"name"}),
+        (PromptOptions, PromptSpec, {"template"}),
+        (CurriculumOptions, CurriculumSettings, set()),
+        (TrainOptions, TrainConfig, set()),
+        (AblationOptions, Ablation, {"model"}),
+        (SparseAttentionOptions, SparseAttentionConfig, set()),
+    ],
+)
+def test_keywords_are_the_fields(keywords: Any, kind: Any, positional: set[str]) -> None:
+    assert set(keywords.__annotations__) == {field.name for field in dataclasses.fields(kind)} - positional
 
 
 # The generator
@@ -217,7 +230,7 @@ def _numbers(command: str, printed: dict[str, Any]) -> Any:
         "order": lambda: [demo["difficulty"] for demo in printed["demonstrations"]],
         "choose": lambda: printed["scores"],
         "ablate": lambda: printed["cells"],
-        "calibrate": lambda: printed["candidates"],
+        "calibrate": lambda: printed["reference loss"],
         "train": lambda: printed["loss"],
     }[command]()
 
