@@ -84,8 +84,7 @@ def score_file(
     scorer.check(prompt, shard_rows)
     # What is wrong with the data or the prompt should not cost the loading of a model.
     asked = prompt.read()
-    reads_column = scorer.scorer == "column" and scorer.column is not None
-    content = [str(scorer.column)] if reads_column else asked.fields if asked is not None else None
+    content = [scorer.column] if scorer.column is not None else asked.fields if asked is not None else None
     source = data.open(file, content=content)
     if asked is not None:
         source.require(asked.fields, asked)

@@ -5,16 +5,17 @@ No torch and no NumPy: the command line reads the options of the fields before a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
-from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.names import METRICS
-from sparsort.options import option
+from sparsort.conditions import Conditions, Table, always, among, refuse_unread_fields
+from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.options import option, parameters_of
 from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.scorers import SCORERS
 
 if TYPE_CHECKING:
     from sparsort.scoring.base import Scorer
@@ -22,34 +23,6 @@ if TYPE_CHECKING:
     from sparsort.scoring.prompt_spec import PromptSpec
 
 SCORER_PANEL = "Scorer"
-
-ScorerName = Literal["sparsity", "answer_loss", "prompt_loss", "entropy", "length", "compression", "random", "column"]
-SCORERS: tuple[str, ...] = get_args(ScorerName)
-MODEL_SCORERS = ("sparsity", "answer_loss", "prompt_loss", "entropy")
-
-_SPARSITY = (among("scorer", ("sparsity",), of=SCORERS),)
-_MODEL = (among("scorer", MODEL_SCORERS, of=SCORERS),)
-_TOKENIZER = (among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS),)
-# The scorers that read an option of `ScorerConfig`; see `sparsort.conditions`.
-READ_BY: Table = {
-    "scorer": ALWAYS,
-    "calibration": _SPARSITY,
-    "site": _SPARSITY,
-    "pooling": _SPARSITY,
-    "metric": _SPARSITY,
-    "outliers": _SPARSITY,
-    "l0_threshold": _SPARSITY,
-    "column": (among("scorer", ("column",), of=SCORERS),),
-    "descending": (among("scorer", ("column",), of=SCORERS),),
-    "seed": (among("scorer", ("random",), of=SCORERS),),
-    "unit": (among("scorer", ("length",), of=SCORERS),),
-    "model": _TOKENIZER,
-    "revision": _TOKENIZER,
-    "trust_remote_code": _TOKENIZER,
-    "dtype": _MODEL,
-    "device": _MODEL,
-    "token_budget": _MODEL,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +36,7 @@ class ScorerConfig:
             (`READ_BY`).
     """
 
-    scorer: str = option("sparsity", f"{', '.join(SCORERS[:-1])} or {SCORERS[-1]}.", panel=SCORER_PANEL)
+    scorer: str = option("sparsity", f"{SCORERS.listed()}.", panel=SCORER_PANEL)
     site: str = option("pre_norm", "pre_norm, post_norm, mlp, mlp:N or layer:N.", panel=SCORER_PANEL)
     pooling: str = option("last", "last, mean_metric, mean_state or answer.", panel=SCORER_PANEL)
     metric: str = option("gini", "Metric behind the difficulty.", panel=SCORER_PANEL)
@@ -82,11 +55,10 @@ class ScorerConfig:
     model: ModelSpec = ModelSpec()
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise unknown_choice("scorer", self.scorer, SCORERS)
-        if self.scorer == "column" and self.column is None:
+        SCORERS.check(self.scorer)
+        if self.scorer in SCORERS.needing("column") and self.column is None:
             raise SparsortError(
-                "the scorer 'column' needs the name of a numeric column. Pass column='NAME' (--column NAME)."
+                f"the scorer {self.scorer!r} needs the name of a numeric column. Pass column='NAME' (--column NAME)."
             )
         refuse_unread_fields(self, READ_BY)
 
@@ -136,8 +108,7 @@ class ScorerConfig:
         Raises:
             SparsortError: an unknown metric, site, pooling, outlier rule or dtype.
         """
-        if self.metric not in METRICS:
-            raise unknown_choice("metric", self.metric, METRICS)
+        METRICS.check(self.metric)
         # Other scorers read none of these options (`READ_BY`), and need no torch.
         if self.runs_model:
             self._check_model_options()
@@ -184,11 +155,7 @@ class ScorerConfig:
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise SparsortError(f"{name} is {number}; it must be at least 1.")
-        if (
-            prompt.answer is None
-            and (asked is None or asked.answer is None)
-            and (self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer"))
-        ):
+        if self.needs_answer and prompt.answer is None and (asked is None or asked.answer is None):
             raise SparsortError(
                 "this score reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
             )
@@ -205,52 +172,47 @@ class ScorerConfig:
     @property
     def reads_text(self) -> bool:
         """Whether the score is one of a text, and needs a prompt."""
-        return self.scorer not in ("random", "column")
+        return self.scorer in SCORERS.needing("text")
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether the score is one of an answer's tokens."""
+        return self.scorer in SCORERS.needing("answer") or self.pooling == "answer"
 
     @property
     def draws(self) -> bool:
         """Whether a seed changes the scores."""
-        return self.scorer == "random"
+        return self.scorer in SCORERS.reading("seed")
 
     @property
     def runs_model(self) -> bool:
         """Whether scoring runs a forward pass."""
-        return self.scorer in MODEL_SCORERS
+        return SCORERS[self.scorer].runs_model
 
     def load(self, loaded: Any = None, *, tokenizer: Any = None) -> Scorer:
         """Build the scorer; `loaded` is a model in memory, `tokenizer` that of a model to be loaded, if there is one already."""
-        if self.runs_model:
-            # They import torch.
-            from sparsort.scoring import losses, scorers
+        entry = SCORERS[self.scorer]
+        settings = {name: getattr(self, name) for name in _ARGUMENTS if name in entry.reads}
+        model = replace(self.model, tokenizer=tokenizer) if loaded is None else replace(self.model, name=loaded)
+        if self.found is not None:
+            from sparsort.scoring.calibrated import CalibratedScorer
 
-            model = replace(self.model, tokenizer=tokenizer)
-            if loaded is not None:
-                model = replace(self.model, name=loaded)
-            if self.found is not None:
-                from sparsort.scoring.calibrated import CalibratedScorer
+            return CalibratedScorer(self.found, model)
+        if entry.runs_model:
+            settings["model"] = model
+        elif "model" in entry.reads:
+            naming = {"model": model.name, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+            settings |= naming
+        return entry.build(settings)
 
-                return CalibratedScorer(self.found, model)
-            if self.scorer == "sparsity":
-                return scorers.SparsityScorer(
-                    model,
-                    site=self.site,
-                    pooling=self.pooling,
-                    metric=self.metric,
-                    outliers=self.outliers,
-                    l0_threshold=self.l0_threshold,
-                )
-            if self.scorer == "entropy":
-                return losses.EntropyScorer(model)
-            return losses.LossScorer(model, on="answer" if self.scorer == "answer_loss" else "prompt")
-        from sparsort.scoring import baselines
 
-        if self.scorer == "length":
-            model = self.model
-            return baselines.LengthScorer(
-                self.unit, model=model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
-        if self.scorer == "compression":
-            return baselines.CompressionScorer()
-        if self.scorer == "random":
-            return baselines.RandomScorer(self.seed)
-        return baselines.ColumnScorer(str(self.column), descending=self.descending)
+_ARGUMENTS = tuple(one.name for one in fields(ScorerConfig) if one.name not in ("scorer", "calibration", "model"))
+
+
+def read_by_scorers(*settings: str) -> dict[str, Conditions]:
+    """The conditions of settings that only some scorers read; see `sparsort.conditions`."""
+    return {name: (among("scorer", SCORERS.reading(name), of=SCORERS),) for name in settings}
+
+
+# The scorers that read an option of `ScorerConfig`.
+READ_BY: Table = {**always("scorer"), **read_by_scorers("calibration", *_ARGUMENTS, *parameters_of(ModelSpec))}

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from sparsort.conditions import Table, When, excludes, needs, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.options import option, same_option
 from sparsort.recipes.train_model import PRESETS
 from sparsort.scoring.model_spec import ModelSpec

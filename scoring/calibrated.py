@@ -12,7 +12,7 @@ from sparsort.scoring.calibration import Calibration
 from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.prompt_spec import PromptSpec
 from sparsort.scoring.prompts import Encoder, Prompt, identify_tokenizer
-from sparsort.scoring.scorers import ModelJob, SparsityScorer
+from sparsort.scoring.scorers.sparsity import ModelJob, SparsityScorer
 from sparsort.scoring.sources import RowSource
 
 _LOG = logging.getLogger("sparsort")

@@ -14,14 +14,13 @@ provenance.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack, get_args
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, check_l0_threshold
 from sparsort.scoring.base import Request
 from sparsort.scoring.candidate_job import LOSS, CandidateJob
 from sparsort.scoring.early_checks import check_model
@@ -29,7 +28,7 @@ from sparsort.scoring.heads import Head
 from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.pooling import Pooling, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
@@ -99,8 +98,7 @@ class CandidateScorer(ModelScorer):
         **options: Unpack[ModelOptions],
     ) -> None:
         check_grid(sites, poolings, outliers)
-        if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
-            raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
+        check_l0_threshold(l0_threshold)
         spec = ModelSpec.of(model, **options)
         check_model(spec, sites=sites or SITES[:1], outliers=outliers)
         super().__init__(spec)
@@ -132,9 +130,7 @@ class CandidateScorer(ModelScorer):
             )
         ways = [(site, pooling, rule) for site in self.sites for pooling in poolings for rule in self.outliers]
         head = Head(self.loaded.model, self.backbone.config, self.loaded.name) if has_answer and self.own_loss else None
-        orientation = {
-            "/".join((*way, metric)): 1 if HIGHER_IS_SPARSER[metric] else -1 for way in ways for metric in METRICS
-        }
+        orientation = {"/".join((*way, name)): metric.sign for way in ways for name, metric in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation | ({LOSS: 1} if head else {}), previous) | {
             "metric": "/".join((*ways[0], "gini")),
             "sites": list(self.sites),
