@@ -369,23 +369,3 @@ def _write_report(results: Results, folder: Path) -> str | None:
         # A study of hours should not fail for want of a drawing library.
         _LOG.warning("no report was written: %s", error)
         return None
-
-
-def lists(text: str | None) -> tuple[str, ...] | None:
-    """A comma-separated option as its parts."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def numbers(text: str | None, name: str) -> tuple[int, ...] | None:
-    """A comma-separated option as whole numbers.
-
-    Raises:
-        SparsortError: a part is none.
-    """
-    parts: Sequence[str] | None = lists(text)
-    if parts is None:
-        return None
-    try:
-        return tuple(int(part) for part in parts)
-    except ValueError as error:
-        raise SparsortError(f"{name} is {text!r}; whole numbers separated by commas were expected.") from error

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsort.curriculum.ablation.design_options import DesignOptions
 from sparsort.options import unescape
 from sparsort.recipes.options import FewShotPrompt, Fields, JsonOption, generated
 from sparsort.scoring.model_spec import ModelSpec
@@ -15,7 +16,6 @@ from sparsort.terminal import note, show, show_json
 from sparsort.terminal_tables import Table, number, prose, text
 
 _TASK = "Task"
-_DESIGN = "Design"
 
 
 @generated
@@ -65,46 +65,8 @@ def ablate(
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the ready tasks' files.", rich_help_panel=_TASK)] = None,
-    shots: Annotated[
-        str | None,
-        typer.Option("-k", "--shots", help="Demonstrations in a prompt [default: 4,8].", rich_help_panel=_DESIGN),
-    ] = None,
-    sets: Annotated[int | None, typer.Option(help="Demonstration sets [default: 10].", rich_help_panel=_DESIGN)] = None,
-    first_seed: Annotated[
-        int | None, typer.Option(help="Seed of the first set [default: 0].", rich_help_panel=_DESIGN)
-    ] = None,
-    selectors: Annotated[
-        str | None, typer.Option(help="How sets are drawn [default: random].", rich_help_panel=_DESIGN)
-    ] = None,
-    orderers: Annotated[
-        str | None,
-        typer.Option(help="Orders to compare [default: all, with their reverses].", rich_help_panel=_DESIGN),
-    ] = None,
-    choosers: Annotated[
-        str | None,
-        typer.Option(
-            help="Criteria that choose an order by the model [default: globale, locale, pdo, pdo_prior, best_on_dev, density].",
-            rich_help_panel=_DESIGN,
-        ),
-    ] = None,
-    random_orders: Annotated[
-        int | None, typer.Option(help="Random orders of each set [default: 16].", rich_help_panel=_DESIGN)
-    ] = None,
-    test_rows: Annotated[int | None, typer.Option(help="Test rows [default: 256].", rich_help_panel=_DESIGN)] = None,
-    dev_rows: Annotated[
-        int | None, typer.Option(help="Rows that choose an order [default: 32].", rich_help_panel=_DESIGN)
-    ] = None,
-    label_score: Annotated[
-        str | None, typer.Option(help="sum or mean of a label's tokens [default: sum].", rich_help_panel=_DESIGN)
-    ] = None,
-    contextual: Annotated[
-        str | None,
-        typer.Option(help="Contextual calibration: off, on or both [default: both].", rich_help_panel=_DESIGN),
-    ] = None,
-    max_demo_chars: Annotated[
-        int | None, typer.Option(help="Leave out longer demonstrations.", rich_help_panel=_DESIGN)
-    ] = None,
-    # Options of the model that were not given are those of a recipe.
+    # Options of the design and the model that were not given are those of a recipe.
+    design: Annotated[dict[str, Any], Fields(of=DesignOptions, given=True)],
     model: Annotated[dict[str, Any], Fields(of=ModelSpec, given=True)],
     compile: Annotated[
         bool,
@@ -120,12 +82,8 @@ def ablate(
     as_json: JsonOption = False,
 ) -> None:
     """Find out whether the order of demonstrations matters: orderers against random orders of the same sets."""
-    from sparsort.errors import unknown_choice
     from sparsort.recipes import ablate as recipes
 
-    rules = {"off": (False,), "on": (True,), "both": (False, True)}
-    if contextual is not None and contextual not in rules:
-        raise unknown_choice("setting of contextual calibration", contextual, rules)
     fields = recipes.find_source(
         source,
         data=data,
@@ -142,22 +100,7 @@ def ablate(
         id_column=rows.id_column,
         columns=rows.columns,
     )
-    changes: dict[str, Any] = {
-        "sets": sets,
-        "first_seed": first_seed,
-        "shots": recipes.numbers(shots, "--shots"),
-        "selectors": recipes.lists(selectors),
-        "orderers": recipes.lists(orderers),
-        "choosers": recipes.lists(choosers),
-        "random_orders": random_orders,
-        "test_rows": test_rows,
-        "dev_rows": dev_rows,
-        "label_score": label_score,
-        "calibrated": rules[contextual] if contextual else None,
-        "max_demo_chars": max_demo_chars,
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    changes |= {"model" if name == "name" else name: value for name, value in model.items()}
+    changes = design | {"model" if name == "name" else name: value for name, value in model.items()}
     ablation = recipes.make_recipe(fields, changes)
     if dry_run:
         cost, notes = recipes.estimate_cost(ablation)

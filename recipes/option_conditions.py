@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
+from sparsort.curriculum.ablation.design_options import DesignOptions
 from sparsort.curriculum.ablation.tasks import JUDGES, task_names
 from sparsort.curriculum.loading.combine import COMBINATIONS
 from sparsort.curriculum.loading.settings import RANKED
@@ -147,16 +148,7 @@ _WRITES = When(
 )
 ABLATE: Table = {
     # --dry-run and --no-run are appended to a whole command, so they accept the options that describe its run and its report.
-    **always("source", "out", "shots", "sets", "first_seed", "selectors", "orderers", "choosers", "random_orders"),
-    **always(
-        "test_rows",
-        "dev_rows",
-        "max_demo_chars",
-        "compile",
-        "dry_run",
-        "no_report",
-        "as_json",
-    ),
+    **always("source", "out", "compile", "dry_run", "no_report", "as_json", *parameters_of(DesignOptions)),
     **_MODEL,
     **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test", *_DATA), (_OWN_TASK,)),
     "system": (_OWN_TASK, SYSTEM),

@@ -131,9 +131,16 @@ def _parameters(kind: type, without: Sequence[str]) -> Iterator[inspect.Paramete
         yield inspect.Parameter(
             parameter_of(field),
             inspect.Parameter.KEYWORD_ONLY,
-            default=escape(default) if isinstance(default := field.default, str) and shown.read else default,
+            default=_default(field, shown),
             annotation=Annotated[_kind(holder, field, shown), declared],
         )
+
+
+def _default(field: dataclasses.Field[Any], shown: Option) -> Any:
+    """The default as the command line reads it; None for a list, whose help text says what it is."""
+    if isinstance(field.default, tuple):
+        return None
+    return escape(field.default) if isinstance(field.default, str) and shown.read else field.default
 
 
 def _flag(field: dataclasses.Field[Any], shown: Option) -> str:

@@ -41,7 +41,7 @@ _PLACE = re.compile(r"[\w.]+:\w+")
 _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 
 # What declares an option; `test_the_help_of_an_option_names_options_of_its_command` reads what it says.
-_DECLARES = ("option", "same_option", "shares")
+_DECLARES = ("option", "same_option", "shares", "whole_numbers")
 
 _NO_CONVERSATIONS = "the command passes templates, never a column of conversations"
 _KEEPS_NOTHING = "only an interrupted score without --out gives this sentence"

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation import tables
+from sparsort.curriculum.ablation.design_options import DesignOptions
 from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS, check_selector
 from sparsort.curriculum.ablation.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import criterion
@@ -38,22 +39,6 @@ REVERSE = "reverse:"
 RANDOM_SCORES = "random_scores"
 BY_SIMILARITY = ("similarity_ascending", "similarity_descending")
 ORDERERS: tuple[str, ...] = (*(name for name in ORDERS if name != "random"), RANDOM_SCORES)
-# Each with its reverse: by name where it has one, else "reverse:…".
-DEFAULT_ORDERERS: tuple[str, ...] = (
-    "sparse_to_dense",
-    "dense_to_sparse",
-    "u_shape",
-    "reverse:u_shape",
-    "inverted_u",
-    "reverse:inverted_u",
-    "perplexity_ascending",
-    "reverse:perplexity_ascending",
-    "similarity_ascending",
-    "similarity_descending",
-    "length_ascending",
-    "length_descending",
-    RANDOM_SCORES,
-)
 # Up to here all permutations are listed and shuffled; above, orders are drawn until they differ.
 _LISTED = 8
 
@@ -89,7 +74,7 @@ class AblationOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
+class Ablation(DesignOptions):
     """The recipe.
 
     Attributes:
@@ -121,23 +106,11 @@ class Ablation:
     revision: str | None = None
     trust_remote_code: bool = False
     token_budget: int | None = None
-    sets: int = 10
-    first_seed: int = 0
-    shots: tuple[int, ...] = (4, 8)
-    selectors: tuple[str, ...] = ("random",)
-    orderers: tuple[str, ...] = DEFAULT_ORDERERS
-    choosers: tuple[str, ...] = ("globale", "locale", "pdo", "pdo_prior", "best_on_dev", "density")
-    random_orders: int = 16
-    test_rows: int = 256
-    dev_rows: int = 32
     sampled_probes: bool = True
-    calibrated: tuple[bool, ...] = (False, True)
-    label_score: Literal["sum", "mean"] = "sum"
     site: str = "pre_norm"
     pooling: str = "last"
     metric: str = "gini"
     outliers: str = "none"
-    max_demo_chars: int | None = None
     split_seed: int = 0
 
     def __post_init__(self) -> None:

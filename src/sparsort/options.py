@@ -149,6 +149,23 @@ def escape(text: str | None) -> str | None:
     return None if text is None else text.replace("\\", "\\\\").replace("\n", r"\n").replace("\t", r"\t")
 
 
+def parts(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list, without empty ones."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def whole_numbers(flag: str) -> Callable[[str], tuple[int, ...]]:
+    """A reader of whole numbers that are separated by commas."""
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(map(int, parts(text)))
+        except ValueError as error:
+            raise SparsortError(f"{flag} is {text!r}; whole numbers separated by commas were expected.") from error
+
+    return read
+
+
 def names_in(text: str | None) -> tuple[str, ...] | None:
     """The names of a comma-separated list, without spaces around them; None for None."""
     return None if text is None else tuple(name.strip() for name in text.split(","))

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from sparsort.curriculum.ablation.cost import Lengths, estimate, measure, shared_nodes
 from sparsort.curriculum.ablation.design import (
-    DEFAULT_ORDERERS,
     ORDERERS,
     Ablation,
     Unit,
@@ -28,6 +27,7 @@ from sparsort.curriculum.ablation.design import (
     probes_of,
     units,
 )
+from sparsort.curriculum.ablation.design_options import DEFAULT_ORDERERS
 from sparsort.curriculum.ablation.splits import SELECTORS, split_rows
 from sparsort.curriculum.ablation.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import CRITERIA
