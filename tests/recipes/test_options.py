@@ -21,6 +21,7 @@ from transformers import LlamaModel
 
 from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
 from sparsort.curriculum.ablation.design import Ablation, AblationOptions
+from sparsort.curriculum.ablation.tasks import Task, TaskOptions
 from sparsort.curriculum.loading.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import escape, option, parameters_of, same_option, shares, unescape
@@ -96,6 +97,7 @@ def test_a_flag_of_the_model_or_the_prompt_has_no_other_meaning() -> None:
         (TrainOptions, TrainConfig, set()),
         (AblationOptions, Ablation, {"model"}),
         (SparseAttentionOptions, SparseAttentionConfig, set()),
+        (TaskOptions, Task, {"name", "prompt", "answer", "label", "labels", "judge"}),
     ],
 )
 def test_keywords_are_the_fields(keywords: Any, kind: Any, positional: set[str]) -> None:
