@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
-from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
+from sparsort.curriculum.loading.plan.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
 from sparsort.registry import Entry, Registry, load
 
@@ -19,7 +19,7 @@ _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/spa
 # Each table with the Literal of its names, and the file that holds it.
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
-    "curriculum/loading/pacing.py": (PACINGS, PacingKind),
+    "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
 }
 # Names that mean something else in these folders: an order, a schedule of the learning rate, a field of a log.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
