@@ -1,7 +1,7 @@
 """A layout by places: the keys of every sequence laid out from a whole block on, and what a selection hides among them.
 
-Contract: for the dense map of short sequences (`dense_map.py`), which is made of all rows at once: a block is W places side by
-side in every row, wherever padding or packing put its keys. Padding may hold anything: what is taken by `keys` and `rows` has 0 for
+Contract: for the dense map of short sequences (`dense_map.py`), which is made of all rows at once: a block is W places in a row,
+wherever padding or packing put its keys. Padding may hold anything: what is taken by `keys` and `rows` has 0 for
 it, and gradients are given back as 0.
 
 Legend: B batch, T query columns, S key columns, G groups, R heads of a group, K slots, W block size, N blocks of the row with
