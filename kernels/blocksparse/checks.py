@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
-from sparsort.kernels.sparsity.contract import FLOAT_DTYPES
+from sparsort.kernels.sparsity.checks import FLOAT_DTYPES
 
 
 def check_layout(layout: Layout) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsort.curriculum.loading.plan import draw as pool
 from sparsort.curriculum.loading.plan.arrays import Spans, base_order, rows_at, warm_place
 from sparsort.curriculum.loading.plan.batches import WINDOW
 from sparsort.curriculum.loading.plan.files import AGAIN, fingerprint_of, read_plan, write_plan
+from sparsort.curriculum.loading.plan.plan import draw as pool
 from sparsort.curriculum.loading.plan.ranking import Rows, row_type
 from sparsort.curriculum.loading.plan.sequences import like_lengths
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
