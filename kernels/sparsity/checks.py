@@ -3,7 +3,7 @@
 Shape suffixes: N rows that are measured, B batch, T tokens, H width, M metrics in the order of `metrics.METRICS`,
 S sites.
 
-Contract of a measurement, shared by `reference.py` and `rows.py`:
+Contract of a measurement, shared by `torch_rows.py` and `triton_rows.py`:
 
 - a row is one token's state; token number b·T + t names row (b, t) of a (B, T, H) tensor;
 - `dim_scale` (H,) multiplies each coordinate before anything is measured, and a zero in it leaves the dimension out of
@@ -29,7 +29,7 @@ from sparsort.kernels.sparsity.metrics import check_l0_threshold
 
 GiniMethod = Literal["exact", "binned", "none"]
 
-# The widest row that one program of `rows.py` holds.
+# The widest row that one program of `triton_rows.py` holds.
 MAX_TRITON_WIDTH = 32768
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -99,7 +99,7 @@ def check_arguments(
 ) -> None:
     """Check everything beside the states against them.
 
-    An index on a GPU is not read, since that would stall the device; `rows.py` gives NaN for a token that is not there.
+    An index on a GPU is not read, since that would stall the device; `triton_rows.py` gives NaN for a token that is not there.
 
     Raises:
         SparsortError: a shape, a dtype or a value that does not fit, named with what was expected.

@@ -1,6 +1,6 @@
 """The sparsity metrics of rows in plain torch: the oracle of the kernels' tests, and what runs on a CPU.
 
-Contract: `contract.py`. Everything is computed in float64 whatever the input, so that one row's value depends on
+Contract: `checks.py`. Everything is computed in float64 whatever the input, so that one row's value depends on
 neither its batch nor the order of its coordinates. Differentiable in the states, except l0_relative and l0_absolute,
 which count and have no gradient. A chunk of rows is worked on at a time, so the memory beside the result is
 bounded by `_CHUNK_ELEMENTS` whatever N is (not where a gradient is wanted: autograd keeps what it needs).
@@ -68,7 +68,7 @@ def sparsity_rows_ref(
     Args:
         states: (..., H), any strides; float16, bfloat16, float32 or float64.
         index: (N,) token numbers into the flattened leading axes, in any order, repeats allowed; None: every row.
-        dim_scale: (H,), or (2, H) with `norm`; see `contract.py`.
+        dim_scale: (H,), or (2, H) with `norm`; see `checks.py`.
         norm: measure the states after this norm too.
         l0_threshold: τ of the absolute L0, in the states' own units.
         gini: "none" leaves that column NaN; "binned" is computed exactly here, with a bound of 0.
@@ -78,7 +78,7 @@ def sparsity_rows_ref(
         RowMetrics: values (N, M), reasons (N,); with `norm` (2, N, M) and (2, N).
 
     Raises:
-        SparsortError: see `contract.check_arguments`.
+        SparsortError: see `checks.check_arguments`.
     """
     check_states(states)
     check_arguments(states, index, dim_scale, norm, l0_threshold, gini)

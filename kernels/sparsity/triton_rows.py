@@ -1,12 +1,12 @@
 """The sparsity metrics of rows in Triton: every metric of a row from one read of it.
 
-Contract: `contract.py`; the oracle is `reference.py`. One program holds one row of up to 32768 coordinates in registers
+Contract: `checks.py`; the oracle is `torch_rows.py`. One program holds one row of up to 32768 coordinates in registers
 and computes in float32 whatever the input's dtype, which keeps every metric within 1e-5 of float64. Rows are found by
 token number and strides, so a (B, T, H) tensor is never copied, and offsets are 64-bit. Each row is first multiplied by
 the power of two that brings its largest coordinate into [1, 2), so neither 1e30 nor 1e-30 leaves the range; only `l1`,
 in the states' units, can. Results do not depend on the other rows and are bitwise the same from run to run: no atomics.
 
-The trade-off: a row is read once but worked on by some 90 instructions a coordinate (half for `topk.py`), so
+The trade-off: a row is read once but worked on by some 90 instructions a coordinate (half for `triton_topk.py`), so
 for 16-bit states arithmetic, not memory, is the limit. Gini costs most: a bitonic sort when exact (some 330 more), a
 histogram when binned (some 70 more). These are counted in the machine code for sm_90, not yet timed on a GPU.
 """
@@ -284,7 +284,7 @@ def sparsity_rows_triton(
     Args:
         states: (..., H) of float16, bfloat16 or float32, H at most 32768, any strides.
         index: (N,) token numbers into the flattened leading axes; None: every row.
-        dim_scale: (H,), or (2, H) with `norm`; see `contract.py`.
+        dim_scale: (H,), or (2, H) with `norm`; see `checks.py`.
         norm: measure the states after this norm too.
         l0_threshold: τ of the absolute L0, in the states' own units.
         gini: "exact", "binned" (the bound comes beside it) or "none" (NaN).
@@ -293,7 +293,7 @@ def sparsity_rows_triton(
         RowMetrics in float32: values (N, M), reasons (N,); with `norm` (2, N, M) and (2, N).
 
     Raises:
-        SparsortError: see `contract.check_arguments`; or float64 states, or rows too wide, for which the reference is.
+        SparsortError: see `checks.check_arguments`; or float64 states, or rows too wide, for which the reference is.
     """
     check_states(states)
     check_arguments(states, index, dim_scale, norm, l0_threshold, gini)

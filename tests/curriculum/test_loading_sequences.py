@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsort.curriculum.loading.plan import sequences
 from sparsort.curriculum.loading.plan.pacing import Pacing
-from sparsort.curriculum.loading.plan.plan import sequences
 from sparsort.curriculum.loading.plan.shuffling import key_of
 
 

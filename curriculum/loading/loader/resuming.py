@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from sparsort.curriculum.loading.loader.loader import fingerprints
+from sparsort.curriculum.loading.loader import fingerprints
 from sparsort.errors import SparsortError
 from sparsort.integrity import check_version
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsort.curriculum.loading.plan.plan import batches, sequences
+from sparsort.curriculum.loading.plan import batches, sequences
 from sparsort.curriculum.loading.plan.ranking import Rows, rank_rows, row_type, spread_groups
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.curriculum.loading.plan.shuffling import key_of, permutation, permute

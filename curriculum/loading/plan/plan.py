@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsort.curriculum.loading.plan import draw
 from sparsort.curriculum.loading.plan.arrays import Spans, base_order, rows_at, warm_place
 from sparsort.curriculum.loading.plan.batches import WINDOW
 from sparsort.curriculum.loading.plan.files import AGAIN, fingerprint_of, read_plan, write_plan
-from sparsort.curriculum.loading.plan.plan import draw as pool
 from sparsort.curriculum.loading.plan.ranking import Rows, row_type
 from sparsort.curriculum.loading.plan.sequences import like_lengths
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
@@ -290,13 +290,13 @@ class CurriculumPlan:
         key = key_of(settings.seed, epoch, "pool", number)
         order = self._arrays["order"]
         if settings.token_budget is not None:
-            return pool.draw_tokens(order, held, settings.token_budget, self._arrays["lengths"], key)
+            return draw.draw_tokens(order, held, settings.token_budget, self._arrays["lengths"], key)
         size = settings.batch_size or 0
         if settings.quotas is None:
-            return pool.draw(order, held, size, key)
+            return draw.draw(order, held, size, key)
         shares = np.array([settings.quotas[name] for name in self.notes["groups"]])
         shares /= shares.sum()
-        return pool.draw_quotas(order, self._arrays["group_edges"], shares, held, size, key)
+        return draw.draw_quotas(order, self._arrays["group_edges"], shares, held, size, key)
 
     def _edge(self, number: int) -> int:
         """The item with which batch `number` begins."""

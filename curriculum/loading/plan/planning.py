@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.loading.loader.verification import check_name, ids_from, note_rows
+from sparsort.curriculum.loading.plan import batches
 from sparsort.curriculum.loading.plan.arrays import Spans, available, base_order, cut, fewest, rows_at
 from sparsort.curriculum.loading.plan.combine import COMBINATIONS, Combination, combine
-from sparsort.curriculum.loading.plan.plan import CurriculumPlan, batches
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.ranking import by_id, group_names, row_type
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice

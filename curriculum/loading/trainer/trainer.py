@@ -29,9 +29,9 @@ from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.loader.packing import PackedCollator
 from sparsort.curriculum.loading.loader.verification import check_name, rows_agree, verify_rows
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.trainer import checkpoints
 from sparsort.curriculum.loading.trainer.callback import CurriculumCallback
 from sparsort.curriculum.loading.trainer.classes import refuse_mixin_after_trainer, refuse_own_batches
-from sparsort.curriculum.loading.trainer.trainer import checkpoints
 from sparsort.errors import SparsortError
 from sparsort.files import disk_errors
 
