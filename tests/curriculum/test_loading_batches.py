@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsort import SparsortError
-from sparsort.curriculum.loading.plan import batches
-from sparsort.curriculum.loading.plan import draw
+from sparsort.curriculum.loading.plan import batches, draw
 from sparsort.curriculum.loading.plan.shuffling import key_of
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=120)
