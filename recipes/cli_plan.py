@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsort.curriculum.loading.settings import BATCH_PANEL, ORDER_PANEL, CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import BATCH_PANEL, ORDER_PANEL, CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import shares
 from sparsort.recipes.options import JsonOption, generated
@@ -18,7 +18,7 @@ from sparsort.terminal import one_line, show, show_json
 from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.loading.summary import PlanSummary
+    from sparsort.curriculum.loading.inspect.summary import PlanSummary
 
 EXAMPLE = (
     "Example: `sparsort score examples/graded.jsonl --scorer column --column steps --out scores`, then "

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsort.curriculum.loading.settings import ORDER_PANEL, CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import ORDER_PANEL, CurriculumSettings
 from sparsort.recipes.options import Fields
 
 PlannedCurriculum = Annotated[dict[str, Any], Fields(of=CurriculumSettings, given=True)]

@@ -20,8 +20,8 @@ from sparsort.recipes.train_model import PRESETS
 from sparsort.scoring.model_spec import ModelSpec
 
 if TYPE_CHECKING:
-    from sparsort.attention.callback import SparseAttentionCallback
-    from sparsort.attention.schedule import SparseSchedule
+    from sparsort.attention.training.callback import SparseAttentionCallback
+    from sparsort.attention.training.schedule import SparseSchedule
 
 _LEARNED = SELECTORS.names(lambda entry: entry.has_weights)
 _BRANCH = ".index_branch."
@@ -93,7 +93,7 @@ class SparseTraining:
 
     def schedule(self, steps: int) -> SparseSchedule:
         """The shares as steps of a run; a share above 0 is one step at least."""
-        from sparsort.attention.schedule import SparseSchedule
+        from sparsort.attention.training.schedule import SparseSchedule
 
         warmup, anneal = (
             max(1, round(share * steps)) if share else 0 for share in (self.warmup_share, self.anneal_share)
@@ -151,7 +151,7 @@ class SparseTraining:
             What drives and measures it in Trainer.
         """
         from sparsort.attention.attach import attach_index_branch
-        from sparsort.attention.callback import SparseAttentionCallback
+        from sparsort.attention.training.callback import SparseAttentionCallback
 
         trained = _trained_branch(ModelSpec.of(spec), self.attention)
         attach_index_branch(model, self.attention)

@@ -22,7 +22,7 @@ from transformers import LlamaModel
 from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
 from sparsort.curriculum.ablation.design import Ablation, AblationOptions
 from sparsort.curriculum.ablation.tasks import Task, TaskOptions
-from sparsort.curriculum.loading.settings import CurriculumOptions, CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import escape, option, parameters_of, same_option, shares, unescape
 from sparsort.recipes.cli import app

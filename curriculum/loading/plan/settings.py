@@ -1,0 +1,305 @@
+"""What a curriculum is: one frozen, checked configuration.
+
+Contract: every setting that decides the sequence of batches is here, and nothing else is; two plans over the same
+scores with equal settings are the same plan. Combinations that have no meaning are refused on construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import InitVar, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+from sparsort.conditions import ALWAYS, Table, When, among, excludes, refuse_unread_fields
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.options import option, shares
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.plan.pacing import Pacing
+
+ORDER_PANEL = "Order"
+BATCH_PANEL = "Batches"
+POOL_PANEL = "Pool mode"
+
+Mode = Literal["one_pass", "pool"]
+Schedule = Literal["sorted", "folded", "interleaved", "shuffle", "as_given"]
+Direction = Literal["easy_to_hard", "hard_to_easy", "random"]
+Later = Literal["repeat", "shuffle"]
+Unscored = Literal["last", "first", "error"]
+Packing = Literal["none", "next_fit", "best_fit"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": get_args(Mode),
+    "schedule": get_args(Schedule),
+    "direction": get_args(Direction),
+    "later_epochs": get_args(Later),
+    "unscored": get_args(Unscored),
+    "packing": get_args(Packing),
+}
+
+
+_ONE_PASS = When(holds=lambda v: v["mode"] != "pool", why="pool mode draws every batch by itself")
+_POOL = When(
+    holds=lambda v: v["mode"] != "one_pass",
+    why="one pass shows each example once, as often as the data has it",
+    instead={"mode": "pool"},
+)
+_SORTED = When(
+    holds=lambda v: v["schedule"] not in ("folded", "interleaved", "shuffle", "as_given"),
+    why="{schedule} has its own order",
+    instead={"schedule": "sorted"},
+)
+RANKED = When(
+    holds=lambda v: v["schedule"] not in ("shuffle", "as_given"),
+    why="{schedule} has no easy and hard end",
+    instead={"schedule": "sorted"},
+)
+# What every setting needs to be read; see `sparsort.conditions`. Seeds and limits may be given where nothing is drawn or cut.
+READ_BY: Table = {
+    "batch_size": ALWAYS,
+    "token_budget": ALWAYS,
+    "mode": ALWAYS,
+    "schedule": (_ONE_PASS,),
+    "direction": (RANKED,),
+    "pacing": (_SORTED,),
+    "stages": (_SORTED,),
+    "folds": (among("schedule", ("folded", "interleaved"), of=get_args(Schedule)),),
+    "warm_up": (_ONE_PASS, RANKED),
+    "later_epochs": (
+        _ONE_PASS,
+        When(holds=lambda v: v["schedule"] != "as_given", why="{schedule} has no easy and hard end"),
+    ),
+    "steps": (_POOL,),
+    "quota": (_POOL,),
+    "group_by_length": (
+        _ONE_PASS,
+        _SORTED,
+        excludes("warm_up", "after {warm_up} there are no stages to group lengths in"),
+    ),
+    "max_length": ALWAYS,
+    "packing": (_ONE_PASS,),
+    "pack_length": ALWAYS,
+    "unscored": (
+        When(
+            holds=lambda v: v["unscored"] == "error" or (RANKED.holds(v) and v["direction"] != "random"),
+            why="{schedule} with {direction} does not look at scores",
+        ),
+    ),
+    "seed": ALWAYS,
+}
+
+
+class CurriculumOptions(TypedDict, total=False):
+    """The fields of `CurriculumSettings`, where a function takes them as keywords; a pacing may be given as text."""
+
+    batch_size: int | None
+    token_budget: int | None
+    mode: Mode
+    schedule: Schedule
+    direction: Direction
+    pacing: Pacing | str | None
+    stages: int | None
+    folds: int
+    warm_up: float | None
+    later_epochs: Later
+    steps: int | None
+    quotas: Mapping[str, float] | None
+    group_by_length: bool
+    max_length: int | None
+    packing: Packing
+    pack_length: int | None
+    unscored: Unscored
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumSettings:
+    """How examples are ordered, cut into batches and repeated.
+
+    Attributes:
+        batch_size: examples (or packed sequences) of a global batch: per device × accumulation × devices. Batches of
+            an epoch differ by at most one.
+        token_budget: instead of `batch_size`: tokens of a global batch, its padding included (longest × count).
+        mode: "one_pass", each example once an epoch; "pool", each batch drawn from the share that `pacing` allows.
+        schedule: one pass only. "sorted"; "folded", sorted[k::folds] one after the other for k < folds;
+            "interleaved", one example of each of `folds` levels in turn; "shuffle", the plain control; "as_given", the
+            order of the rows.
+        direction: "easy_to_hard"; "hard_to_easy", the same order reversed; "random", a random order under the same
+            pacing, stages and sizes.
+        pacing: share of the examples that is available as training goes on. Needed in pool mode.
+        stages: pieces of an epoch. One pass: the sorted order is shuffled within each. Pool: where an online
+            difficulty may re-plan, 10 unless given.
+        folds: of "folded" and "interleaved".
+        warm_up: one pass only: after this share of an epoch, what is unseen comes shuffled.
+        later_epochs: one pass only: the second epoch and on repeat the curriculum, or are plain shuffles.
+        steps: pool only: batches of an epoch.
+        quotas: pool only: share of each group in every batch; they sum to 1. Without, groups keep their share of the data.
+        group_by_length: examples of like length share a batch, within their stage.
+        max_length: tokens at which an example is cut.
+        packing: "next_fit" puts consecutive examples together as long as they fit in `pack_length` and keeps their
+            order; "best_fit" fills better, out of order within a window of 1024, its bins in the order of their first.
+        pack_length: tokens of a packed sequence.
+        unscored: where rows without a score stand in "easy_to_hard".
+        seed: of every draw.
+        stored: the settings come from a plan that was saved, where one that is not read is kept as it is.
+
+    Raises:
+        SparsortError: an unknown choice, a number out of range, settings that need others, or one that is not read (`READ_BY`).
+    """
+
+    batch_size: int | None = option(
+        None, "Examples of a global batch: per device × accumulation × devices.", panel=BATCH_PANEL
+    )
+    token_budget: int | None = option(
+        None,
+        "Tokens of a global batch, padding included, instead of --batch-size.",
+        panel=BATCH_PANEL,
+        flag="--batch-tokens",
+        retired=("--token-budget",),
+    )
+    mode: Mode = option(
+        "one_pass", "one_pass: each example once an epoch; pool: drawn from the available share.", panel=ORDER_PANEL
+    )
+    schedule: Schedule = option("sorted", "sorted, folded, interleaved, shuffle or as_given.", panel=ORDER_PANEL)
+    direction: Direction = option("easy_to_hard", "easy_to_hard, hard_to_easy or random.", panel=ORDER_PANEL)
+    pacing: Pacing | None = option(
+        None,
+        "Share available over training, such as root:start=0.2,until=0.5.",
+        panel=ORDER_PANEL,
+        kind=str | None,
+    )
+    stages: int | None = option(None, "Pieces of an epoch, shuffled within.", panel=ORDER_PANEL)
+    folds: int = option(4, "Folds of folded, or levels of interleaved.", panel=ORDER_PANEL)
+    warm_up: float | None = option(None, "After this share of an epoch the rest comes shuffled.", panel=ORDER_PANEL)
+    later_epochs: Later = option("repeat", "repeat the curriculum, or shuffle.", panel=ORDER_PANEL)
+    steps: int | None = option(None, "Batches of an epoch.", panel=POOL_PANEL)
+    quotas: Mapping[str, float] | None = option(
+        None,
+        "GROUP=0.7: its share of every batch; once for each group.",
+        panel=POOL_PANEL,
+        parameter="quota",
+        kind=list[str] | None,
+        read=shares("--quota"),
+    )
+    group_by_length: bool = option(False, "Like lengths share a batch, within a stage.", panel=BATCH_PANEL)
+    max_length: int | None = option(
+        None,
+        "Tokens at which a row is cut.",
+        panel=BATCH_PANEL,
+        flag="--cut-length",
+        retired=("--max-length",),
+    )
+    packing: Packing = option("none", "none, next_fit (keeps the order) or best_fit.", panel=BATCH_PANEL)
+    pack_length: int | None = option(None, "Tokens of a packed sequence.", panel=BATCH_PANEL)
+    unscored: Unscored = option("last", "Rows without a score: last, first or error.", panel=ORDER_PANEL)
+    seed: int = option(0, "Seed for every random draw.", panel=ORDER_PANEL)
+    stored: InitVar[bool] = False
+
+    def __post_init__(self, stored: bool) -> None:
+        from sparsort.curriculum.loading.plan.pacing import Pacing
+
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if getattr(value, "ndim", None) == 0:  # a number of NumPy's
+                object.__setattr__(self, field.name, value.item())
+        if isinstance(self.quotas, Mapping):
+            plain = {
+                str(name): getattr(share, "item", lambda share=share: share)() for name, share in self.quotas.items()
+            }
+            object.__setattr__(self, "quotas", plain)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
+        if (self.batch_size is None) == (self.token_budget is None):
+            raise SparsortError(
+                f"a batch is measured by examples or by tokens: got batch_size={self.batch_size} (--batch-size) and "
+                f"token_budget={self.token_budget} (--batch-tokens). Give exactly one, such as batch_size=32."
+            )
+        for name in ("batch_size", "token_budget", "stages", "folds", "steps", "max_length", "pack_length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SparsortError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise SparsortError(f"seed must be a whole number, not {self.seed!r}.")
+        if not isinstance(self.pacing, Pacing | None):
+            raise SparsortError(
+                f"pacing must be a Pacing or its text, such as 'linear:start=0.2,until=0.8', not {self.pacing!r}."
+            )
+        if not stored:
+            refuse_unread_fields(self, READ_BY)
+        self._check_mode()
+        self._check_lengths()
+        self._check_quotas()
+
+    @property
+    def needs_lengths(self) -> bool:
+        return self.token_budget is not None or self.group_by_length or self.packing != "none"
+
+    @property
+    def n_stages(self) -> int:
+        return self.stages or (10 if self.mode == "pool" else 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; `from_json` reads them back."""
+        return {**asdict(self), "pacing": None if self.pacing is None else str(self.pacing)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, stored: bool = False) -> CurriculumSettings:
+        """Settings by name; a pacing may be given as text, such as "root:start=0.2". `stored`: see the class."""
+        from sparsort.curriculum.loading.plan.pacing import Pacing
+
+        names = [field.name for field in fields(cls)]
+        for name in value:
+            if name not in names:
+                raise unknown_choice("setting", name, names)
+        pacing = value.get("pacing")
+        if isinstance(pacing, str):
+            pacing = Pacing.parse(pacing, stored=stored)
+        return cls(**{**value, "pacing": pacing}, stored=stored)
+
+    def _check_mode(self) -> None:
+        if self.mode == "pool":
+            if self.pacing is None or self.steps is None:
+                raise SparsortError(
+                    "pool mode needs a pacing, the share to draw from, such as pacing='linear:start=0.1' "
+                    "(--pacing linear:start=0.1), and steps, batches to draw, such as steps=1000 (--steps 1000 of sparsort plan)."
+                )
+            return
+        if self.pacing is not None and self.stages is None:
+            raise SparsortError(
+                "one pass with a pacing needs stages, the number of times the pacing is looked at in an epoch, "
+                "such as stages=100."
+            )
+        if self.group_by_length and self.stages is None:
+            raise SparsortError(
+                "group_by_length reorders within a stage, and there are no stages. Give stages, such as stages=10."
+            )
+        if self.warm_up is not None and not (isinstance(self.warm_up, float | int) and 0 < self.warm_up < 1):
+            raise SparsortError(f"warm_up is the share of an epoch, between 0 and 1, not {self.warm_up!r}.")
+
+    def _check_lengths(self) -> None:
+        if (self.packing != "none") != (self.pack_length is not None):
+            raise SparsortError(
+                f"packing={self.packing!r} with pack_length={self.pack_length}: packing needs both, such as "
+                "packing='next_fit', pack_length=2048."
+            )
+        if self.packing != "none" and self.token_budget is not None:
+            raise SparsortError("packed sequences all have pack_length tokens: give batch_size, not token_budget.")
+        limit = self.pack_length or self.token_budget
+        if self.max_length is not None and limit is not None and self.max_length > limit:
+            raise SparsortError(
+                f"max_length={self.max_length} is above the {limit} tokens that one batch or packed sequence holds. "
+                f"Choose max_length ≤ {limit} (--cut-length)."
+            )
+
+    def _check_quotas(self) -> None:
+        if self.quotas is None:
+            return
+        shares = list(self.quotas.values()) if isinstance(self.quotas, Mapping) else []
+        numbers = all(isinstance(share, float | int) and 0 < share <= 1 for share in shares)
+        if not shares or not numbers or abs(sum(shares) - 1) > 1e-6:
+            raise SparsortError(
+                f"quotas are shares above 0 that sum to 1, such as web=0.7, code=0.3; got {self.quotas!r}."
+            )
+        if self.batch_size is None:
+            raise SparsortError("quotas count examples of a batch: give batch_size, not token_budget.")
