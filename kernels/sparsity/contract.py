@@ -126,10 +126,15 @@ def check_arguments(
                 "a final norm needs a finite eps of at least 0 and a finite offset, "
                 f"got eps={norm.eps}, offset={norm.offset}."
             )
-    if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
-        raise SparsortError(f"l0_threshold must be finite and at least 0, got {l0_threshold}.")
+    check_l0_threshold(l0_threshold)
     if gini not in get_args(GiniMethod):
         raise unknown_choice("Gini method", gini, get_args(GiniMethod))
+
+
+def check_l0_threshold(l0_threshold: float) -> None:
+    """Refuse a threshold of `l0_absolute` that no magnitude can be compared with."""
+    if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
+        raise SparsortError(f"l0_threshold must be finite and at least 0, got {l0_threshold}.")
 
 
 def as_batches(states: Tensor) -> Tensor:
