@@ -37,7 +37,8 @@ from sparsort.parquet_seal import read_seal
 from sparsort.scoring import embedded, engine
 from sparsort.scoring.calibration import Calibration
 from sparsort.scoring.compare import compare
-from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.score_tables import score_table
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
 
 ROWS = [{"id": f"q{n}", "text": "word " * (n % 7)} for n in range(60)]

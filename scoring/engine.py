@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.scores import Scores, scores_schema
+from sparsort.scoring.score_tables import scores_schema
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.shards import ShardStore, as_json
 from sparsort.scoring.sources import Row, RowSource, rows_digest
 

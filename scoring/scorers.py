@@ -43,7 +43,7 @@ from sparsort.scoring.pooling import (
 )
 from sparsort.scoring.prompts import Encoded, Encoder, identify_tokenizer
 from sparsort.scoring.row_cache import context_of, key_of, key_of_all
-from sparsort.scoring.scores import score_table
+from sparsort.scoring.score_tables import score_table
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
 from sparsort.scoring.spans import states_at
