@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulated_results import simulate
 
 from sparsort.curriculum.ablation import statistics
 from sparsort.curriculum.ablation.cells import Arm, Group
@@ -17,7 +18,6 @@ from sparsort.curriculum.ablation.report.head import duration, facts
 from sparsort.curriculum.ablation.report.shape import Report
 from sparsort.curriculum.ablation.report.summary import summarise
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.simulation import simulate
 
 ARMS = ["sparse_to_dense", "similarity_ascending", "pdo", "density", "oracle_best"]
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_results import simulate
 
 from sparsort.curriculum.ablation.cells import Arm
 from sparsort.curriculum.ablation.report import forest, panels, pareto, sheets, svg, tables
@@ -25,7 +26,6 @@ from sparsort.curriculum.ablation.report.style import PALETTE, plain, styled
 from sparsort.curriculum.ablation.report.summary import summarise
 from sparsort.curriculum.ablation.report.write import write_report
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.errors import SparsortError
 
 EVIL = '</script><script>window.bad=1</script><img src=x onerror="window.bad=2">&\'`|*_$x$'
