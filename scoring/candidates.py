@@ -20,8 +20,7 @@ from typing import Any, ClassVar, get_args
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.contract import check_l0_threshold
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, check_l0_threshold
 from sparsort.scoring.base import Request
 from sparsort.scoring.candidate_job import LOSS, CandidateJob
 from sparsort.scoring.collecting import Measurement
@@ -29,7 +28,7 @@ from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.heads import Head
 from sparsort.scoring.pooling import Pooling, check_answer, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer, naming_options
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer, naming_options
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
@@ -129,9 +128,7 @@ class CandidateScorer(ModelScorer):
             Measurement(site, pooling, rule) for site in self.sites for pooling in poolings for rule in self.outliers
         ]
         head = Head(self.loaded.model, self.backbone.config, self.loaded.name) if has_answer and self.own_loss else None
-        orientation = {
-            "/".join((*m, metric)): 1 if HIGHER_IS_SPARSER[metric] else -1 for m in measurements for metric in METRICS
-        }
+        orientation = {"/".join((*m, name)): metric.sign for m in measurements for name, metric in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation | ({LOSS: 1} if head else {}), previous) | {
             "metric": "/".join((*measurements[0], "gini")),
             "sites": list(self.sites),

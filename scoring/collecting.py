@@ -1,6 +1,6 @@
 """From the states of every token to the metrics of every row: one collector, for one measurement or for five hundred.
 
-Contract: `Reading`s go in (a row's ids, with the borders of prompt and answer), the pieces of one walk are added, and 13 metrics
+Contract: `Reading`s go in (a row's ids, with the borders of prompt and answer), the pieces of one walk are added, and the metrics
 of every reading come out for each measurement, a (site, pooling, outlier rule). Measurements do not affect each other. What
 several of them need is computed once: the state of the last token and the sum of the states are kept per row, and measured
 under every rule at the end; only `mean_metric` and `answer` measure every token.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparsort.kernels.backend import sparsity_implementation, sparsity_rows
 from sparsort.kernels.sparsity.contract import RowMetrics
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.kernels.sparsity.reference import sparsity_rows_ref
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Plan
@@ -215,7 +215,7 @@ class StateCollector:
         return self._state_means[site].means()
 
     def values(self) -> dict[Measurement, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        """Measurement → (N, 13) metrics in the order of `METRICS`, NaN where there is none, and (N,) reason codes."""
+        """Measurement → (N, M) metrics in the order of `METRICS`, NaN where there is none, and (N,) reason codes."""
         found = {}
         means = {site: self.mean_states(site) for site in self._state_means}
         for m in self._measurements:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sparsort.kernels.backend import sparsity_metrics
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Limits, Plan, plan
 from sparsort.scoring.collecting import Measurement, Reading, SquareSum, StateCollector, finished_rows

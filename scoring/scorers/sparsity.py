@@ -15,10 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sparsort.errors import unknown_choice
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.contract import check_l0_threshold
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, check_l0_threshold
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.base import Advance, Request, Scorer, versions
 from sparsort.scoring.batching import Plan, check_token_budget
@@ -244,7 +242,7 @@ class SparsityScorer(ModelScorer):
         model: see `ModelScorer`, with its other arguments.
         site: "pre_norm", "post_norm", "mlp", "mlp:N" or "layer:N" (see `sparsort.scoring.sites`).
         pooling: "last", "mean_metric", "mean_state" or "answer" (see `sparsort.scoring.pooling`).
-        metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.names.METRICS`.
+        metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.metrics.METRICS`.
         outliers: "none", "drop:n" (leave out the n widest dimensions) or "rms" (standardise each), fitted on a sample.
         l0_threshold: threshold of `l0_absolute`, in the units of the state.
 
@@ -266,8 +264,7 @@ class SparsityScorer(ModelScorer):
         l0_threshold: float = 1.0,
         **model_options: Any,
     ) -> None:
-        if metric not in METRICS:
-            raise unknown_choice("metric", metric, METRICS)
+        METRICS.check(metric)
         check_l0_threshold(l0_threshold)
         self.pooling = check_pooling(pooling)
         self.outliers = check_outlier_rule(outliers)
@@ -280,7 +277,7 @@ class SparsityScorer(ModelScorer):
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         check_answer([self.pooling], request.prompt.answer)
-        orientation = {name: 1 if higher else -1 for name, higher in HIGHER_IS_SPARSER.items()}
+        orientation = {name: entry.sign for name, entry in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation, previous) | {
             "metric": self.metric,
             "site": self.site.name,
@@ -334,7 +331,7 @@ class _SparsityJob(ModelJob):
     """Reads the sparsity metrics of one site."""
 
     def __init__(self, scorer: SparsityScorer, request: Request, encoder: Encoder, provenance: dict[str, Any]) -> None:
-        super().__init__(scorer, request, encoder, provenance, METRICS)
+        super().__init__(scorer, request, encoder, provenance, METRIC_NAMES)
         self.site, self.pooling, self.threshold = scorer.site, scorer.pooling, scorer.l0_threshold
         self.wants_answer = scorer.pooling == "answer"
         self.outliers = OutlierFit(scale_H=None, record={"rule": "none"})
