@@ -11,7 +11,7 @@ import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
 from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
-from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
+from sparsort.curriculum.loading.plan.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.registry import Entry, Registry, load
@@ -23,7 +23,7 @@ _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/spa
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
     "curriculum/demos/criteria.py": (CRITERIA, CriterionName),
-    "curriculum/loading/pacing.py": (PACINGS, PacingKind),
+    "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
     "kernels/sparsity/metrics.py": (METRICS, MetricName),
     "scoring/scorers/__init__.py": (SCORERS, ScorerName),
 }
@@ -32,12 +32,12 @@ _SIMULATED = "curriculum/ablation/simulation.py"
 # Where a name of a table means something else: an order, a curve of a drawing, a field of a file or a log.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     "best_on_dev": (_SIMULATED,),
-    "column": ("curriculum/loading/verification.py", "scoring/baselines.py"),
+    "column": ("curriculum/loading/loader/verification.py", "scoring/baselines.py"),
     "compression": ("scoring/shard_files.py",),
     "constant": ("recipes/train_loop.py",),
     "density": (_SIMULATED,),
     "globale": (_SIMULATED,),
-    "length": ("curriculum/loading/drawing.py", "curriculum/loading/plan_files.py", "recipes/cli_calibrate.py"),
+    "length": ("curriculum/loading/inspect/drawing.py", "curriculum/loading/plan/files.py", "recipes/cli_calibrate.py"),
     "locale": (_SIMULATED,),
     "mdl": (_SIMULATED,),
     "oracle": ("curriculum/ablation",),

@@ -17,7 +17,7 @@ import sparsort
 from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.splits import check_selector
 from sparsort.curriculum.demos.select import ALIASES, METHODS
-from sparsort.curriculum.loading.trainer import CurriculumMixin
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.cli import app
 
