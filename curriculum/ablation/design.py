@@ -167,10 +167,6 @@ class Ablation:
         table: dict[str, Any] = tables.plain(self)
         return table
 
-    def to_toml(self) -> str:
-        """The recipe as TOML."""
-        return tables.dump(self.to_table())
-
     def load_tasks(self) -> list[Task]:
         """The tasks themselves, in their order.
 
