@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsort.conditions import changed, refuse_unread
-from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
+from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
 from sparsort.curriculum.demos.prompt import assemble
-from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, select_demos
+from sparsort.errors import SparsortError
 from sparsort.recipes.demo_text import DemoText
 from sparsort.recipes.order_conditions import READ_BY
 from sparsort.recipes.score import ScorerConfig
@@ -36,16 +36,6 @@ if TYPE_CHECKING:
 MOST_DEMOS = 64
 # Characters of a demonstration's excerpt, for a person.
 EXCERPT = 80
-_NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
-_NEEDS_NO_SCORES = (
-    "given",
-    "random",
-    "similarity_ascending",
-    "similarity_descending",
-    "length_ascending",
-    "length_descending",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +46,7 @@ class OrderConfig:
     differs from its default and has no effect is refused by `order_file`; see `recipes.order_conditions`.
     """
 
-    select: str = "random"
+    select: str = DEFAULT_SELECTOR
     k: int | None = None
     ids: tuple[str, ...] | None = None
     label: str | None = None
@@ -129,15 +119,12 @@ def order_file(
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
     order = str(config.order)
-    base = order.rpartition("reverse:")[2]
     # Names first: a misspelt one should not cost the loading of a model.
-    if base not in ORDERS:
-        raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
-    if config.select not in METHODS:
-        raise unknown_choice("selection method", config.select, METHODS, aliases=ALIASES)
-    if config.ids is not None and config.select not in ("random", "ids"):
+    key = order_entry(order).ranks_by
+    selector = SELECTORS.check(config.select)
+    if config.ids is not None and not selector.names_rows and selector.name != DEFAULT_SELECTOR:
         raise SparsortError(f"ids were given, and select is {config.select!r}. Pass one of the two.")
-    if config.k is None and config.ids is None and config.select != "random":
+    if config.k is None and config.ids is None and selector.name != DEFAULT_SELECTOR:
         raise SparsortError(
             f"selection by {config.select!r} needs the number of demonstrations k (-k) or, for 'ids', the ids (--ids)."
         )
@@ -160,19 +147,19 @@ def order_file(
     asked = text.parse_query(query)
     scorer.check_model()
     session = _Session(rows, text, config, scorer, table, cache)
-    if config.select == "balanced":
+    if "label" in selector.needs:
         source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
     chosen, notes = _select(session, asked)
     source.check(lambda fields, where: text.whole(fields, where=where), [row.position for row in chosen])
-    similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
-    difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
+    similarity = session.similarity(chosen, asked) if key == "similarity" else None
+    difficulty = session.difficulty(chosen) if key == "difficulty" else np.full(len(chosen), math.nan)
     places = order_indices(
         order,
         len(chosen),
-        difficulty=None if base in _NEEDS_NO_SCORES else difficulty,
-        kind=session.kind if base not in _NEEDS_NO_SCORES else None,
+        difficulty=difficulty,
+        kind=session.kind,
         similarity=similarity,
-        lengths=[len(session.text_of(row)) for row in chosen] if base.startswith("length") else None,
+        lengths=[len(session.text_of(row)) for row in chosen] if key == "length" else None,
         seed=config.seed,
         missing=config.missing,
         names=[row.id for row in chosen],
@@ -362,7 +349,7 @@ class _Session:
 
 def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
     config, rows = session.config, session.rows
-    method = "ids" if config.ids is not None else config.select
+    selector = SELECTORS[SELECTORS.needing("ids")[0] if config.ids is not None else config.select]
     k = config.k if config.k is not None else len(config.ids) if config.ids is not None else None
     if k is None:
         if len(rows) > MOST_DEMOS:
@@ -372,19 +359,18 @@ def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], lis
             )
         return list(rows), []
     pool = [{**row.fields, "id": row.id} for row in rows]
-    wants_vectors, wants_scores = method in _NEEDS_EMBEDDINGS, method in _NEEDS_POOL_SCORES
     chosen = select_demos(
         pool,
         query,
         k,
-        method=method,
+        method=selector.name,
         seed=config.seed,
         ids=config.ids,
         label=config.label,
-        scores=session.difficulty(rows) if wants_scores else None,
-        query_difficulty=session.query_difficulty(query) if method == "difficulty_matched" else None,
-        embeddings=session.vectors(rows) if wants_vectors else None,
-        query_embedding=session.query_vector(query) if wants_vectors and method != "vote_k" else None,
+        scores=session.difficulty(rows) if "scores" in selector.needs else None,
+        query_difficulty=session.query_difficulty(query) if "query_difficulty" in selector.needs else None,
+        embeddings=session.vectors(rows) if "embeddings" in selector.needs else None,
+        query_embedding=session.query_vector(query) if "query_embedding" in selector.needs else None,
         **session.text.compared_by(),
         allow_leaks=config.allow_leaks,
     )

@@ -10,6 +10,10 @@ from typing import Any, get_args
 import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, ModelSelectorName
+from sparsort.curriculum.demos.order import ORDERS, Order
+from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
+from sparsort.curriculum.demos.select import SelectorName
 from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
 from sparsort.registry import Entry, Registry, load
@@ -19,14 +23,41 @@ _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/spa
 # Each table with the Literal of its names, and the file that holds it.
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
+    "curriculum/ablation/selectors.py": (MODEL_SELECTORS, ModelSelectorName),
+    "curriculum/demos/order.py": (ORDERS, Order),
+    "curriculum/demos/select/__init__.py": (DEMO_SELECTORS, SelectorName),
     "curriculum/loading/pacing.py": (PACINGS, PacingKind),
 }
-# Names that mean something else in these folders: an order, a schedule of the learning rate, a field of a log.
+# Made-up results for tests and pictures, which name the arms of a study.
+_SIMULATION = "curriculum/ablation/simulation.py"
+# Names that mean something else in these folders: an order of training data, a schedule of the learning rate, a kind of arm, a
+# scorer, the place of rows without a score, a field of a file or a log, a chapter of a report.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     "constant": ("recipes/train_loop.py",),
     "oracle": ("curriculum/ablation",),
-    "random": ("curriculum", "recipes", "scoring"),
+    "first": ("curriculum/demos/order.py", "curriculum/loading", "recipes/cli_plan.py"),
+    "hard_to_easy": ("curriculum/loading",),
+    "ids": ("curriculum/ablation/order_notes.py", "curriculum/loading"),
+    "inverted_u": (_SIMULATION,),
+    "length_ascending": (_SIMULATION,),
+    "length_descending": (_SIMULATION,),
+    "perplexity_ascending": (_SIMULATION,),
+    "random": (
+        "curriculum/ablation/report",
+        "curriculum/ablation/results.py",
+        "curriculum/ablation/results_file.py",
+        "curriculum/loading",
+        "recipes/cli.py",
+        "recipes/option_conditions.py",
+        "recipes/order_conditions.py",
+        "recipes/score.py",
+        "recipes/train_run.py",
+    ),
+    "similarity_ascending": (_SIMULATION,),
+    "sparse_to_dense": (_SIMULATION,),
+    "spread": ("curriculum/ablation/report",),
     "step": ("recipes/train_loop.py",),
+    "u_shape": (_SIMULATION,),
     "window": ("curriculum/loading",),
 }
 
@@ -89,6 +120,7 @@ def test_every_entry_is_described(home: str) -> None:
         assert entry.help
         assert not entry.help.endswith(".")
         assert entry.source
+        assert not set(entry.aliases) & set(table)
 
 
 @pytest.mark.parametrize("home", _TABLES)

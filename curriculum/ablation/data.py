@@ -15,14 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.design import Ablation, Unit
-from sparsort.curriculum.ablation.splits import (
-    MODEL_SELECTORS,
-    QUERY_SELECTORS,
-    Splits,
-    draw_sets,
-    read_rows,
-    split_rows,
-)
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, SELECTORS, looks_at_query
+from sparsort.curriculum.ablation.splits import Splits, draw_sets, read_rows, split_rows
 from sparsort.curriculum.ablation.tasks import Task, check_rows
 from sparsort.curriculum.demos.difficulty import ScoresLike
 from sparsort.curriculum.demos.pool import DemoPool
@@ -93,11 +87,14 @@ class TaskData:
             seed=ablation.split_seed,
         )
         self.notes = [*self.splits.notes, *check_rows(task, self.splits.test, "the test rows")]
-        if task.is_generation and "topk_mdl" in ablation.selectors:
-            raise SparsortError(
-                f"the selector 'topk_mdl' goes by the labels' entropy, and answers of the task {task.name!r} are written. "
-                "Leave it out, or take 'topk_cone'."
-            )
+        by_labels = MODEL_SELECTORS.names(lambda entry: entry.model_scores == "labels")
+        for selector in by_labels if task.is_generation else ():
+            if selector in ablation.selectors:
+                others = " or ".join(repr(name) for name in MODEL_SELECTORS if name not in by_labels)
+                raise SparsortError(
+                    f"the selector {selector!r} goes by the labels' entropy, and answers of the task {task.name!r} are "
+                    f"written. Leave it out, or take {others}."
+                )
         most = max(ablation.shots)
         if len(self.splits.pool) < most:
             raise SparsortError(
@@ -134,7 +131,7 @@ class TaskData:
             SparsortError: the pool is too small, or the selector lacks its numbers.
         """
         numbers = numbers or PoolNumbers()
-        if unit.selector not in QUERY_SELECTORS:
+        if not looks_at_query(unit.selector):
             (one,) = draw_sets(
                 self.task,
                 self.pool,
@@ -195,7 +192,7 @@ class TaskData:
 
     def reads_pool(self, unit: Unit) -> bool:
         """Whether the unit's selector needs numbers of the whole pool."""
-        return unit.selector not in ("random", "balanced", "bm25")
+        return not SELECTORS[unit.selector].needs.isdisjoint(("embeddings", "scores"))
 
     def _question(self, row: Mapping[str, Any]) -> Row:
         return {name: row[name] for name in columns_of(self.task.prompt)}

@@ -20,13 +20,14 @@ from sparsort.curriculum.ablation.answer_checks import check_answers
 from sparsort.curriculum.ablation.context import check_context
 from sparsort.curriculum.ablation.data import PoolNumbers, Showing, TaskData
 from sparsort.curriculum.ablation.design import (
-    BY_SIMILARITY,
     RANDOM_SCORES,
-    REVERSE,
+    SPARSITY,
     Ablation,
     Unit,
     applies,
     base_order,
+    by_similarity,
+    kind_of,
     probes_of,
     units,
 )
@@ -36,18 +37,17 @@ from sparsort.curriculum.ablation.order_notes import (
     holds_for,
     order_note,
     orders_of,
-    reads_sparsity,
     stored_orders,
 )
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.probing import probes
-from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, SELECTORS, looks_at_query
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.ablation.unit_names import bare_group, group_name, loss_group, neighbour_group
 from sparsort.curriculum.demos.criteria import criterion
-from sparsort.curriculum.demos.order import order_indices
+from sparsort.curriculum.demos.order import is_reversed, order_indices
 from sparsort.curriculum.demos.per_query import NEIGHBOURS, cone_neighbours, mdl, organisations
 from sparsort.curriculum.demos.similarity import cosine, unit_rows
 from sparsort.errors import SparsortError
@@ -233,7 +233,7 @@ class Run:
         if numbers is None or unit.selector not in MODEL_SELECTORS:
             return data.show(unit, numbers)
         near_QN = data.nearest(unit, numbers, NEIGHBOURS)
-        if unit.selector == "topk_mdl":
+        if MODEL_SELECTORS[unit.selector].model_scores == "labels":
             return data.shown(self._by_mdl(unit, group, near_QN))
         alone = neighbour_group(data.task, unit)
         # Units of the same seed and another k read the same losses.
@@ -327,7 +327,7 @@ class Run:
         for name in lacking:
             named[name] = self._order(unit, data, showing, name)
         # A recipe with fewer test rows leaves what the note says of the others.
-        if not note or lacking or unit.selector in QUERY_SELECTORS or not holds_for(note, data.test_texts):
+        if not note or lacking or looks_at_query(unit.selector) or not holds_for(note, data.test_texts):
             note = order_note(self._ablation, data.task, showing, named, data.test_texts)
             self._store.put_note(group, "orders", note)
         random = self._ablation.orders(unit.k, unit.seed)
@@ -335,13 +335,13 @@ class Run:
 
     def _order(self, unit: Unit, data: TaskData, showing: Showing, name: str) -> NDArray[np.int64]:
         """(1, k) or (Q, k): the permutation of each query's demonstrations."""
-        base, k = base_order(name), unit.k
-        if base == RANDOM_SCORES:
+        k = unit.k
+        if base_order(name) == RANDOM_SCORES:
             drawn = np.random.default_rng([unit.seed, k]).permutation(k)
-            return (drawn[::-1] if name.count(REVERSE) % 2 else drawn)[None].astype(np.int64)
+            return (drawn[::-1] if is_reversed(name) else drawn)[None].astype(np.int64)
         lengths = np.array([len(data.task.demo_text(row)) for row in showing.rows], dtype=np.float64)
         difficulty, kind = self._difficulty(unit, name, data, showing)
-        near = self._similarity(unit, data, showing) if base in BY_SIMILARITY else None
+        near = self._similarity(unit, data, showing) if by_similarity(name) else None
         rows = []
         for query in range(len(data.test_texts) if near is not None or not showing.fixed else 1):
             mine = showing.of_query[0 if showing.fixed else query]
@@ -361,12 +361,13 @@ class Run:
     def _difficulty(
         self, unit: Unit, name: str, data: TaskData, showing: Showing
     ) -> tuple[NDArray[np.float64] | None, str | None]:
-        if base_order(name) == "perplexity_ascending":
-            return self._once(unit, "loss", lambda: self._engine.loss(data.task, showing.rows)), "answer_loss"
-        if not reads_sparsity(name):
+        kind = kind_of(name)
+        if kind is None:
             return None, None
-        pool = data.splits.pool
-        return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, pool)), "sparsity"
+        if kind == SPARSITY:
+            pool = data.splits.pool
+            return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, pool)), kind
+        return self._once(unit, "loss", lambda: self._engine.loss(data.task, showing.rows)), kind
 
     def _similarity(self, unit: Unit, data: TaskData, showing: Showing) -> NDArray[np.float64]:
         """(Q, U) cosine of every test query and row shown."""
@@ -386,14 +387,14 @@ class Run:
         if not data.reads_pool(unit):
             return None
         rows, name = data.splits.pool, unit.task
-        scored = unit.selector in ("spread", "difficulty_matched")
-        embedded = unit.selector != "spread"
+        needs = SELECTORS[unit.selector].needs
+        embedded = "embeddings" in needs
         for key, needed, make in (
             ("embeddings", embedded, lambda: self._engine.embeddings(data.task, rows)),
-            ("scores", scored, lambda: self._engine.sparsity(data.task, rows, rows)),
+            ("scores", "scores" in needs, lambda: self._engine.sparsity(data.task, rows, rows)),
             (
                 "query scores",
-                unit.selector == "difficulty_matched",
+                "query_difficulty" in needs,
                 lambda: self._engine.sparsity(data.task, data.splits.test, rows),
             ),
         ):

@@ -19,22 +19,21 @@ from numpy.typing import ArrayLike, NDArray
 from sparsort.conditions import refuse_unread_fields
 from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
 from sparsort.curriculum.demos.duplicates import duplicates
-from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_indices
+from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool import DemoPool, Query
 from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of, text_of
-from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SelectorEntry, select_demos
+from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.registry import Registry
 from sparsort.scoring.scores import Scores
 
 _LOG = logging.getLogger("sparsort")
 
 Embed = Callable[[list[str]], ArrayLike]
 
-# "ids" is left out: a framework says how many demonstrations it wants, and has its own way to name them.
-SELECTORS: tuple[str, ...] = tuple(method for method in METHODS if method != "ids")
-BY_QUERY = ("bm25", "knn", "mmr", "kdpp", "difficulty_matched")
-_EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_SCORED = ("spread", "difficulty_matched")
+# A framework says how many demonstrations it wants, and has its own way to name them.
+SELECTORS = Registry(DEMO_SELECTORS.kind, (entry for entry in DEMO_SELECTORS.values() if not entry.names_rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +42,14 @@ class DemoOptions:
 
     Attributes:
         order: an order of `order_demos`, first to last; the last is next to the query. None for the hardest first.
-        select: a selector of `select_demos`, all but "ids".
+        select: a selector of `select_demos`, except one by which the caller names the rows.
         scores: difficulties of the pool's rows: a score folder or file (read at once), a table of scores, a mapping
             from id, or one number a row of the pool.
         score_column: instead, the field of a row that holds its difficulty; higher is harder.
-        query_difficulty: a function from the query to its difficulty by the same score, for "difficulty_matched".
+        query_difficulty: a function from the query to its difficulty by the same score, for a selector that needs it.
         embed: a function from N texts to (N, D), for the selectors by embedding and the orders by similarity. LangChain's
             `Embeddings.embed_documents` and a `dspy.Embedder` are such functions.
-        label: the field that holds the label, for "balanced"; it is not compared to a query.
+        label: the field that holds the label, for a selector that needs it; it is not compared to a query.
         prompt: a template whose fields are the input, which a query is compared and embedded by; see `select_demos`.
         text: a demonstration's text, for the orders by length; by default all its text fields but the id.
         seed: of whatever is drawn; None: the framework's own seed where it has one, else 0.
@@ -63,7 +62,7 @@ class DemoOptions:
     """
 
     order: str | None = None
-    select: str = "random"
+    select: str = DEFAULT_SELECTOR
     scores: ScoresLike | str | Path | None = None
     score_column: str | None = None
     query_difficulty: Callable[[Query], float] | None = None
@@ -76,8 +75,7 @@ class DemoOptions:
     allow_leaks: bool = False
 
     def __post_init__(self) -> None:
-        if self.select not in SELECTORS:
-            raise unknown_choice("selection method", self.select, SELECTORS, aliases=ALIASES)
+        selector = SELECTORS.check(self.select)
         if self.missing not in get_args(Missing):
             raise unknown_choice("treatment of missing scores", self.missing, get_args(Missing))
         if self.scores is not None and self.score_column is not None:
@@ -90,17 +88,18 @@ class DemoOptions:
             object.__setattr__(self, "order", default_order(kind))
         # With nothing to order, this checks that the order exists and goes with the scores.
         order_indices(self.by_name, 0, difficulty=[] if self.has_scores else None, kind=kind, similarity=[], lengths=[])
-        if self.by_similarity and self.embed is None and self.select != "bm25":
+        if self.by_similarity and self.embed is None and not selector.compares_words:
+            by_words = " or ".join(repr(name) for name in SELECTORS.names(lambda entry: entry.compares_words))
             raise SparsortError(
-                f"the order {self.order!r} needs embed=, a function from texts to embeddings, or select='bm25'."
+                f"the order {self.order!r} needs embed=, a function from texts to embeddings, or select={by_words}."
             )
-        needs = {
-            "scores= or score_column=": (self.has_scores, _SCORED),
-            "embed=": (self.embed is not None, _EMBEDDED),
-            "query_difficulty=": (self.query_difficulty is not None, ("difficulty_matched",)),
-            "label=": (self.label is not None, ("balanced",)),
+        given = {
+            "scores": (self.has_scores, "scores= or score_column="),
+            "embeddings": (self.embed is not None, "embed="),
+            "query_difficulty": (self.query_difficulty is not None, "query_difficulty="),
+            "label": (self.label is not None, "label="),
         }
-        absent = [name for name, (given, methods) in needs.items() if self.select in methods and not given]
+        absent = [option for name, (is_given, option) in given.items() if name in selector.needs and not is_given]
         if absent:
             raise SparsortError(f"the selection method {self.select!r} needs {' and '.join(absent)}.")
 
@@ -110,6 +109,11 @@ class DemoOptions:
         return str(self.order)
 
     @property
+    def selector(self) -> SelectorEntry:
+        """The entry of the selector."""
+        return SELECTORS[self.select]
+
+    @property
     def has_scores(self) -> bool:
         """Difficulties are given, in one form or the other."""
         return self.scores is not None or self.score_column is not None
@@ -117,17 +121,17 @@ class DemoOptions:
     @property
     def by_similarity(self) -> bool:
         """The order is by similarity to the query."""
-        return self.by_name.rpartition(":")[2].startswith("similarity_")
+        return order_entry(self.by_name).ranks_by == "similarity"
 
     @property
     def by_query(self) -> bool:
         """The choice or the order depends on the query."""
-        return self.select in BY_QUERY or self.by_similarity
+        return self.selector.looks_at_query or self.by_similarity
 
     @property
     def by_embedding(self) -> bool:
         """The choice or the order reads embeddings."""
-        return self.embed is not None and (self.select in _EMBEDDED or self.by_similarity)
+        return self.embed is not None and ("embeddings" in self.selector.needs or self.by_similarity)
 
 
 class DemoChooser:
@@ -187,7 +191,7 @@ class DemoChooser:
             k,
             method=options.select,
             seed=seed,
-            scores=self._difficulty if options.select in _SCORED else None,
+            scores=self._difficulty if "scores" in options.selector.needs else None,
             query_difficulty=(
                 None if options.query_difficulty is None or query is None else float(options.query_difficulty(query))
             ),
@@ -209,7 +213,7 @@ class DemoChooser:
         return [int(self._positions[chosen[place]]) for place in places]
 
     def _lengths(self, chosen: Sequence[int]) -> list[int] | None:
-        if "length_" not in self.options.by_name:
+        if order_entry(self.options.by_name).ranks_by != "length":
             return None
         rows, text = self._pool.rows, self.options.text
         return [len(text(rows[at]) if text else text_of(rows[at], at)) for at in chosen]

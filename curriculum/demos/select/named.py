@@ -1,4 +1,7 @@
-"""Selection by what the caller names: ids, or an even share of every label."""
+"""Selection without a look at what the rows say: at random, the first, by id, or an even share of every label.
+
+Contract: the functions of the table take `Candidates` and return places among its rows.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.rows import listed
+from sparsort.curriculum.demos.select.candidates import Candidates, Places
 from sparsort.errors import SparsortError
-from sparsort.values import as_text, is_missing
+from sparsort.values import as_text, is_missing, text_if_any
+
+
+def select_random(candidates: Candidates) -> Places:
+    """k rows drawn by the seed."""
+    order = np.random.default_rng(candidates.seed).permutation(len(candidates.rows))
+    return order[: candidates.k].astype(np.int64)
+
+
+def select_first(candidates: Candidates) -> Places:
+    """The first k rows."""
+    return np.arange(candidates.k, dtype=np.int64)
+
+
+def select_ids(candidates: Candidates) -> Places:
+    """The rows of the ids asked for, in that order."""
+    positions = by_id(candidates.pool.ids, candidates.ids, candidates.excluded)
+    return np.searchsorted(candidates.rows, positions).astype(np.int64)
+
+
+def select_balanced(candidates: Candidates) -> Places:
+    """As many rows of each label as k allows."""
+    pool, label = candidates.pool, candidates.label
+    values = [text_if_any(row, label, where=pool.name(position)) for position, row in enumerate(pool.rows)]
+    return balanced(values, candidates.rows, candidates.k, field=label, seed=candidates.seed)
 
 
 def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int, str]) -> list[int]:
