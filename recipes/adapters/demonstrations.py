@@ -1,8 +1,8 @@
 """What the adapters share: which demonstrations of a pool stand in a prompt, and in which order.
 
 Contract: options are checked when they are made, before a framework starts. `DemoChooser.choose` gives positions in the
-pool, so that every framework keeps its own objects. It runs `select_demos` and orders what that chose; the pool's
-scores, embeddings and word index are made once. No sparsort model is run here: scores come in made.
+pool, so that every framework keeps its own objects. It makes a `Known` for each query, over one pool whose scores, embeddings
+and word index are computed once, and leaves the rest to `Demonstrator`. No sparsort model is run here: scores come in made.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsort.conditions import refuse_unread_fields
+from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
 from sparsort.curriculum.demos.duplicates import duplicates
+from sparsort.curriculum.demos.known import Column, Known
 from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool import DemoPool, Query
-from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of, text_of
-from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SelectorEntry, select_demos
+from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SelectorEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.registry import Registry
@@ -163,8 +165,11 @@ class DemoChooser:
             if leaking
             else pool
         )
-        self._difficulty = None if difficulty is None else difficulty[self._positions]
-        self._embeddings: NDArray[Any] | None = None
+        held = self._pool
+        self._difficulty = None if difficulty is None else Column.of(difficulty[self._positions])
+        self._embeddings = Column(len(held), lambda at: self._embed([self._input(held.rows[i]) for i in at]))
+        text = options.text
+        self._lengths = text and Column(len(held), lambda at: [len(text(held.rows[i])) for i in at])
 
     def choose(self, query: Query | None, k: int, *, seed: int = 0) -> list[int]:
         """Positions in the pool of k demonstrations, first to last.
@@ -185,46 +190,28 @@ class DemoChooser:
                 f"{self._count} rows stand in the held-out set too, exactly or nearly, and are left out. Ask for fewer, "
                 "or give a larger pool."
             )
-        selection = select_demos(
-            self._pool,
-            query,
-            k,
-            method=options.select,
-            seed=seed,
-            scores=self._difficulty if "scores" in options.selector.needs else None,
-            query_difficulty=(
-                None if options.query_difficulty is None or query is None else float(options.query_difficulty(query))
-            ),
-            embeddings=self._pool_embeddings(),
-            query_embedding=self._query_embedding(query),
-            allow_leaks=options.allow_leaks,
-        )
-        chosen = selection.indices
-        places = order_indices(
-            options.by_name,
-            len(chosen),
-            difficulty=None if self._difficulty is None else self._difficulty[chosen],
-            similarity=selection.similarity,
-            lengths=self._lengths(chosen),
+        demonstrator = Demonstrator(
+            selector=options.select,
+            order=options.order,
+            k=k,
             seed=seed,
             missing=options.missing,
-            names=[self._pool.ids[at] for at in chosen],
+            allow_leaks=options.allow_leaks,
         )
-        return [int(self._positions[chosen[place]]) for place in places]
+        return [int(self._positions[at]) for at in demonstrator.positions(self._known(query))]
 
-    def _lengths(self, chosen: Sequence[int]) -> list[int] | None:
-        if order_entry(self.options.by_name).ranks_by != "length":
-            return None
-        rows, text = self._pool.rows, self.options.text
-        return [len(text(rows[at]) if text else text_of(rows[at], at)) for at in chosen]
-
-    def _pool_embeddings(self) -> NDArray[Any] | None:
-        if self._embeddings is None and self.options.by_embedding:
-            self._embeddings = self._embed([self._input(row) for row in self._pool.rows])
-        return self._embeddings
-
-    def _query_embedding(self, query: Query | None) -> NDArray[Any] | None:
-        return None if query is None or not self.options.by_embedding else self._embed([self._input(query)])[0]
+    def _known(self, query: Query | None) -> Known:
+        """What is known about the pool and a query, with embeddings only where the selector or the order reads them."""
+        score, embeds = self.options.query_difficulty, self.options.by_embedding
+        return Known(
+            self._pool,
+            query,
+            difficulty=self._difficulty,
+            embeddings=self._embeddings if embeds else None,
+            query_difficulty=None if score is None or query is None else lambda: score(query),
+            query_embedding=None if query is None or not embeds else lambda: self._embed([self._input(query)])[0],
+            lengths=self._lengths,
+        )
 
     def _embed(self, texts: list[str]) -> NDArray[Any]:
         embeddings = np.asarray(self.options.embed(texts) if self.options.embed else ())
