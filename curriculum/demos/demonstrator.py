@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sparsort.curriculum.demos.known import Known, Positions
 from sparsort.curriculum.demos.order import Missing, default_order, order_entry, order_indices
 from sparsort.curriculum.demos.prompt import Assembled, Drop, assemble
@@ -133,8 +136,10 @@ class Demonstrator:
             own_similarity=self.own_similarity,
         )
 
-    def arrange(self, known: Known, positions: Positions, *, similarity: Sequence[float] | None = None) -> list[int]:
-        """The positions in the order of the prompt, first to last.
+    def arrange(
+        self, known: Known, positions: Positions, *, similarity: Sequence[float] | None = None
+    ) -> NDArray[np.int64]:
+        """The order of the prompt: n places among the positions, first to last.
 
         Args:
             known: the pool, the query, and their numbers.
@@ -148,7 +153,7 @@ class Demonstrator:
         needs = order_entry(order).needs
         near = similarity if similarity is not None or "similarity" not in needs else known.similarity_at(positions)
         difficulty = known.difficulty.at(positions) if known.difficulty is not None and "scores" in needs else None
-        places = order_indices(
+        return order_indices(
             order,
             len(positions),
             difficulty=difficulty,
@@ -159,7 +164,6 @@ class Demonstrator:
             missing=self.missing,
             names=[known.pool.ids[position] for position in positions],
         )
-        return [positions[place] for place in places]
 
     def present(self, known: Known, selection: Selection, *, tokenizer: Any = None) -> Demonstration:
         """Order what `choose` selected, and assemble the prompt.
@@ -177,4 +181,6 @@ class Demonstrator:
         return Demonstration(rows=rows, indices=indices, prompt=prompt, notes=notes)
 
     def _arranged(self, known: Known, selection: Selection) -> list[int]:
-        return self.arrange(known, selection.indices, similarity=None if self.own_similarity else selection.similarity)
+        similarity = None if self.own_similarity else selection.similarity
+        places = self.arrange(known, selection.indices, similarity=similarity)
+        return [selection.indices[place] for place in places]
