@@ -131,7 +131,9 @@ class TaskData:
         entry = SELECTORS[unit.selector]
         if entry.looks_at_query:
             if unit.selector in MODEL_SELECTORS:
-                raise SparsortError(f"the selector {unit.selector!r} asks a model; this knows none.")
+                raise SparsortError(
+                    f"the selector {unit.selector!r} queries the model about neighbours; use `nearest`."
+                )
             return self.shown(self._chosen(unit, numbers, unit.k))
         (one,) = draw_sets(
             self.task,

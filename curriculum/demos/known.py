@@ -46,7 +46,8 @@ class Column:
     @property
     def all(self) -> Any:
         """The numbers of all rows, the same object every time."""
-        self._read(range(len(self._is_known)))
+        if self._values is None or not self._is_known.all():
+            self._read(range(len(self._is_known)))
         return self._values
 
     def at(self, positions: Positions) -> NDArray[Any]:
@@ -116,8 +117,8 @@ class Known:
 
     @functools.cached_property
     def inputs(self) -> InputTexts:
-        """The texts of the query that are compared to the pool's, by field; the query has to be known."""
-        return self.pool.input_of("" if self.query is None else self.query)
+        """The texts of the query that are compared to the pool's, by field; none where the query is not known."""
+        return {} if self.query is None else self.pool.input_of(self.query)
 
     @functools.cached_property
     def query_embedding(self) -> Any:

@@ -14,9 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sparsort.conditions import Table, among, refuse_unread_arguments
 from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
 from sparsort.curriculum.demos.known import Column, Known
@@ -220,11 +217,14 @@ def select_demos(
     read = {"ids": ids, "trade_off": trade_off, "fetch": fetch, "n_levels": n_levels, "neighbours": neighbours}
     refuse_unread_arguments(select_demos, READ_BY, {"method": method, **read})
     rows = _as_pool(pool, prompt, text, label)
+    difficulty = None
+    if scores is not None and "scores" in selector.needs:
+        difficulty = rows.kept("difficulty", scores, lambda: Column.of(resolve(scores, rows.rows).values))
     known = Known(
         rows,
         query,
         label=label,
-        difficulty=None if scores is None else _difficulty(rows, scores),
+        difficulty=difficulty,
         embeddings=None if embeddings is None else Column.of(embeddings),
         query_difficulty=None if query_difficulty is None else lambda: query_difficulty,
         query_embedding=None if query_embedding is None else lambda: query_embedding,
@@ -241,16 +241,6 @@ def select_demos(
         n_levels=n_levels,
         neighbours=neighbours,
     )
-
-
-def _difficulty(pool: DemoPool, scores: ScoresLike) -> Column:
-    """The difficulty of the pool's rows, read from the scores once for all queries, and only where it is needed."""
-
-    def values(positions: Sequence[int]) -> NDArray[np.float64]:
-        every = pool.kept("difficulty", scores, lambda: resolve(scores, pool.rows).values)
-        return every[positions]
-
-    return Column(len(pool), values)
 
 
 def _as_pool(pool: DemoPool | Iterable[Row], prompt: str | None, text: TextOf | None, label: str | None) -> DemoPool:
