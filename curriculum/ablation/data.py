@@ -20,6 +20,7 @@ from sparsort.curriculum.ablation.splits import Splits, draw_sets, read_rows, sp
 from sparsort.curriculum.ablation.tasks import Task, check_rows
 from sparsort.curriculum.demos.known import Known
 from sparsort.curriculum.demos.pool import DemoPool
+from sparsort.curriculum.demos.select.candidates import SelectSettings
 from sparsort.curriculum.demos.select.selection import select_rows
 from sparsort.errors import SparsortError
 from sparsort.templates import columns_of
@@ -173,7 +174,8 @@ class TaskData:
         pool = DemoPool(rows, prompt=self.task.prompt, label=self.task.label)
         known = [Known(pool, query) for query in self.questions] if numbers is None else numbers.known(pool, half)
         entry = SELECTORS[unit.selector]
-        chosen = [select_rows(one, entry, k, seed=unit.seed, own_similarity=True).indices for one in known]
+        settings = SelectSettings(seed=unit.seed, own_similarity=True)
+        chosen = [select_rows(one, entry, k, settings).indices for one in known]
         return half[np.array(chosen, dtype=np.int64)]
 
     def reads_pool(self, unit: Unit) -> bool:

@@ -17,6 +17,7 @@ from sparsort.curriculum.demos.known import Known, Positions
 from sparsort.curriculum.demos.order import Missing, default_order, order_entry, order_indices
 from sparsort.curriculum.demos.prompt import Assembled, Drop, assemble
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, Selection, SelectorEntry
+from sparsort.curriculum.demos.select.candidates import SelectSettings
 from sparsort.curriculum.demos.select.selection import select_rows
 from sparsort.errors import SparsortError
 
@@ -126,15 +127,10 @@ class Demonstrator:
             demos = [dict(row) for row in known.pool.rows]
             every = list(range(len(demos)))
             return Selection(demos=demos, indices=every, similarity=None, excluded=[], method=self.selector)
-        return select_rows(
-            known,
-            self.selector_entry,
-            self.k,
-            seed=self.seed,
-            ids=self.ids,
-            allow_leaks=self.allow_leaks,
-            own_similarity=self.own_similarity,
+        settings = SelectSettings(
+            seed=self.seed, ids=self.ids, allow_leaks=self.allow_leaks, own_similarity=self.own_similarity
         )
+        return select_rows(known, self.selector_entry, self.k, settings)
 
     def arrange(
         self, known: Known, positions: Positions, *, similarity: Sequence[float] | None = None

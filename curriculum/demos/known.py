@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.pool import DemoPool, InputTexts, Query
 from sparsort.curriculum.demos.rows import text_of
-from sparsort.errors import SparsortError
+from sparsort.values import text_if_any
 
 Positions = Sequence[int]
 
@@ -127,17 +127,14 @@ class Known:
 
     @functools.cached_property
     def query_difficulty(self) -> float:
-        """The query's difficulty; NaN where there is none.
+        """The query's difficulty; NaN where there is none, or it could not be scored."""
+        return float("nan") if self._query_difficulty is None else float(self._query_difficulty())
 
-        Raises:
-            SparsortError: the query could not be scored.
-        """
-        if self._query_difficulty is None:
-            return float("nan")
-        difficulty = float(self._query_difficulty())
-        if not np.isfinite(difficulty):
-            raise SparsortError(f"query_difficulty is {difficulty}; the query could not be scored, so it has no level.")
-        return difficulty
+    @functools.cached_property
+    def labels(self) -> list[str | None]:
+        """The label of each row as text, None where it has none; the label's field has to be known."""
+        field = str(self.label)
+        return [text_if_any(row, field, where=self.pool.name(at)) for at, row in enumerate(self.pool.rows)]
 
     @property
     def unit_embeddings(self) -> similarity.Floats:

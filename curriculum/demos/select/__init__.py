@@ -20,7 +20,7 @@ from sparsort.curriculum.demos.known import Column, Known
 from sparsort.curriculum.demos.pool import DemoPool, Query
 from sparsort.curriculum.demos.rows import Row, TextOf
 from sparsort.curriculum.demos.select.by_difficulty import select_difficulty_matched, select_spread
-from sparsort.curriculum.demos.select.candidates import Candidates, SelectorEntry
+from sparsort.curriculum.demos.select.candidates import Candidates, SelectorEntry, SelectSettings
 from sparsort.curriculum.demos.select.diverse import select_kdpp, select_mmr, select_vote_k
 from sparsort.curriculum.demos.select.named import select_balanced, select_first, select_ids, select_random
 from sparsort.curriculum.demos.select.nearest import select_nearest
@@ -229,10 +229,7 @@ def select_demos(
         query_difficulty=None if query_difficulty is None else lambda: query_difficulty,
         query_embedding=None if query_embedding is None else lambda: query_embedding,
     )
-    return select_rows(
-        known,
-        selector,
-        k,
+    settings = SelectSettings(
         seed=seed,
         ids=ids,
         allow_leaks=allow_leaks,
@@ -241,6 +238,7 @@ def select_demos(
         n_levels=n_levels,
         neighbours=neighbours,
     )
+    return select_rows(known, selector, k, settings)
 
 
 def _as_pool(pool: DemoPool | Iterable[Row], prompt: str | None, text: TextOf | None, label: str | None) -> DemoPool:

@@ -21,18 +21,18 @@ from sparsort.errors import SparsortError
 def select_spread(candidates: Candidates) -> Places:
     """One row for each of k difficulty bins."""
     near = candidates.near if candidates.near.size else None
-    return spread(candidates.difficulty, candidates.k, similarity_N=near, seed=candidates.seed)
+    return spread(candidates.difficulty, candidates.k, similarity_N=near, seed=candidates.settings.seed)
 
 
 def select_difficulty_matched(candidates: Candidates) -> Places:
     """Rows near the query and of its own difficulty level or the next."""
     return difficulty_matched(
         candidates.difficulty,
-        candidates.query_difficulty,
+        candidates.known.query_difficulty,
         candidates.near,
         candidates.k,
-        levels=candidates.n_levels,
-        fetch=candidates.fetch or 20,
+        levels=candidates.settings.n_levels,
+        fetch=candidates.settings.fetch or 20,
     )
 
 

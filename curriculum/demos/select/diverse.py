@@ -26,7 +26,7 @@ def select_mmr(candidates: Candidates) -> Places:
     """Rows near the query and unlike one another, by maximal marginal relevance."""
     top = candidates.nearest(_MMR_FETCH)
     near, unit = candidates.near[top], candidates.unit[top]
-    return top[mmr(near, unit, candidates.k, trade_off=candidates.trade_off)]
+    return top[mmr(near, unit, candidates.k, trade_off=candidates.settings.trade_off)]
 
 
 def select_kdpp(candidates: Candidates) -> Places:
@@ -37,7 +37,7 @@ def select_kdpp(candidates: Candidates) -> Places:
 
 def select_vote_k(candidates: Candidates) -> Places:
     """Rows typical of the pool and unlike one another."""
-    pool, unit, neighbours = candidates.pool, candidates.unit, candidates.neighbours
+    pool, unit, neighbours = candidates.known.pool, candidates.unit, candidates.settings.neighbours
 
     def graph() -> Places:
         return neighbour_graph(unit, neighbours)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos.rows import listed
 from sparsort.curriculum.demos.select.candidates import Candidates, Places
 from sparsort.errors import SparsortError
-from sparsort.values import as_text, is_missing, text_if_any
+from sparsort.values import as_text, is_missing
 
 
 def select_random(candidates: Candidates) -> Places:
     """k rows drawn by the seed."""
-    order = np.random.default_rng(candidates.seed).permutation(len(candidates.rows))
+    order = np.random.default_rng(candidates.settings.seed).permutation(len(candidates.rows))
     return order[: candidates.k].astype(np.int64)
 
 
@@ -31,15 +31,14 @@ def select_first(candidates: Candidates) -> Places:
 
 def select_ids(candidates: Candidates) -> Places:
     """The rows of the ids asked for, in that order."""
-    positions = by_id(candidates.pool.ids, candidates.ids, candidates.excluded)
+    positions = by_id(candidates.known.pool.ids, candidates.settings.ids or (), candidates.excluded)
     return np.searchsorted(candidates.rows, positions).astype(np.int64)
 
 
 def select_balanced(candidates: Candidates) -> Places:
     """As many rows of each label as k allows."""
-    pool, label = candidates.pool, candidates.label
-    values = [text_if_any(row, label, where=pool.name(position)) for position, row in enumerate(pool.rows)]
-    return balanced(values, candidates.rows, candidates.k, field=label, seed=candidates.seed)
+    known, seed = candidates.known, candidates.settings.seed
+    return balanced(known.labels, candidates.rows, candidates.k, field=str(known.label), seed=seed)
 
 
 def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int, str]) -> list[int]:

@@ -17,7 +17,7 @@ from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.known import Known
 from sparsort.curriculum.demos.leaks import Leak
-from sparsort.curriculum.demos.select.candidates import Candidates, SelectorEntry
+from sparsort.curriculum.demos.select.candidates import Candidates, SelectorEntry, SelectSettings
 from sparsort.errors import SparsortError
 
 
@@ -54,64 +54,48 @@ class Selection:
 
 
 def select_rows(
-    known: Known,
-    selector: SelectorEntry,
-    k: int | None,
-    *,
-    seed: int = 0,
-    ids: Sequence[Any] | None = None,
-    allow_leaks: bool = False,
-    trade_off: float = 0.5,
-    fetch: int | None = None,
-    n_levels: int = 5,
-    neighbours: int = 150,
-    own_similarity: bool = False,
+    known: Known, selector: SelectorEntry, k: int | None, settings: SelectSettings | None = None
 ) -> Selection:
     """Choose k demonstrations.
 
     Args:
         known: the pool, the query, and their numbers.
         selector: an entry of `SELECTORS`.
-        k, seed, ids, allow_leaks, trade_off, fetch, n_levels, neighbours: as in `select_demos`.
-        own_similarity: read embeddings only where the selector needs them. By default they are read wherever they are known,
-            for the similarity of the rows chosen.
+        k: how many; None for a selector by which the caller names the rows.
+        settings: the other settings.
 
     Raises:
         SparsortError: as `select_demos`.
     """
+    settings = settings or SelectSettings()
     pool = known.pool
-    wanted = _how_many(k, selector, ids)
-    if not 0.0 <= trade_off <= 1.0:
+    wanted = _how_many(k, selector, settings.ids)
+    if not 0.0 <= settings.trade_off <= 1.0:
         raise SparsortError(
-            f"trade_off is {trade_off}; a number from 0 (all diversity) to 1 (all relevance) is needed."
+            f"trade_off is {settings.trade_off}; a number from 0 (all diversity) to 1 (all relevance) is needed."
         )
     if absent := known.lacks(selector.needs):
         raise SparsortError(
             f"the selection method {selector.name!r} needs {' and '.join(f'{name}=' for name in absent)}."
         )
     difficulty = known.difficulty.all if known.difficulty is not None and "scores" in selector.needs else None
-    query_difficulty = known.query_difficulty if "query_difficulty" in selector.needs else float("nan")
-    unit, near = _nearness(known, selector, own_similarity=own_similarity)
-    excluded = _excluded(known, selector, unit, difficulty, allow_leaks=allow_leaks)
+    if "query_difficulty" in selector.needs and not np.isfinite(known.query_difficulty):
+        raise SparsortError(
+            f"query_difficulty is {known.query_difficulty}; the query could not be scored, so it has no level."
+        )
+    unit, near = _nearness(known, selector, own_similarity=settings.own_similarity)
+    excluded = _excluded(known, selector, unit, difficulty, allow_leaks=settings.allow_leaks)
     rows = np.array([position for position in range(len(pool)) if position not in excluded], dtype=np.int64)
     if len(rows) < wanted:
         raise _too_few(wanted, len(pool), excluded)
     candidates = Candidates(
-        pool=pool,
+        known=known,
         rows=rows,
-        k=wanted,
-        seed=seed,
         excluded=excluded,
-        ids=tuple(ids or ()),
-        label=known.label or "",
+        k=wanted,
+        settings=settings,
         near=_at(near, rows),
         unit=_at(unit, rows),
-        difficulty=_at(difficulty, rows),
-        query_difficulty=query_difficulty,
-        trade_off=trade_off,
-        fetch=fetch,
-        n_levels=n_levels,
-        neighbours=neighbours,
     )
     chosen = rows[selector.function(candidates)].tolist() if wanted else []
     demos = [dict(pool.rows[position]) for position in chosen]
