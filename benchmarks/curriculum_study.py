@@ -51,7 +51,7 @@ from sparsort.recipes.graded_text import graded_texts
 from sparsort.scoring.base import Scorer
 from sparsort.scoring.baselines import ColumnScorer, CompressionScorer, LengthScorer
 from sparsort.scoring.losses import LossScorer
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 from sparsort.scoring.scores import Scores
 
 ROOT = Path(__file__).parents[1]

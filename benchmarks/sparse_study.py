@@ -43,7 +43,7 @@ from sparsort.files import write_atomically, write_json
 from sparsort.integrity import check_file, read_sealed, record_of, write_sealed
 from sparsort.progress import progress
 from sparsort.recipes.recall_task import recall_rows
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sparse_study.toml"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.progress import progress
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.base import Advance, Request
@@ -24,7 +24,7 @@ from sparsort.scoring.collecting import CandidateCollector, Reading, Way
 from sparsort.scoring.heads import Head
 from sparsort.scoring.pooling import OutlierFit, restore_outliers
 from sparsort.scoring.prompts import Encoded, Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sites import Site
 from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
 

@@ -14,21 +14,20 @@ provenance.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, check_l0_threshold
 from sparsort.scoring.base import Request
 from sparsort.scoring.candidate_job import LOSS, CandidateJob
 from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.heads import Head
 from sparsort.scoring.pooling import Pooling, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer, naming_options
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer, naming_options
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
@@ -98,8 +97,7 @@ class CandidateScorer(ModelScorer):
         **model_options: Any,
     ) -> None:
         check_grid(sites, poolings, outliers)
-        if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
-            raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
+        check_l0_threshold(l0_threshold)
         check_model(model, sites=sites or SITES[:1], outliers=outliers, **naming_options(model_options))
         super().__init__(model, **model_options)
         self.poolings = _distinct(poolings) if poolings is not None else None
@@ -130,9 +128,7 @@ class CandidateScorer(ModelScorer):
             )
         ways = [(site, pooling, rule) for site in self.sites for pooling in poolings for rule in self.outliers]
         head = Head(self.loaded.model, self.backbone.config, self.loaded.name) if has_answer and self.own_loss else None
-        orientation = {
-            "/".join((*way, metric)): 1 if HIGHER_IS_SPARSER[metric] else -1 for way in ways for metric in METRICS
-        }
+        orientation = {"/".join((*way, name)): metric.sign for way in ways for name, metric in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation | ({LOSS: 1} if head else {}), previous) | {
             "metric": "/".join((*ways[0], "gini")),
             "sites": list(self.sites),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsort.kernels.backend import sparsity_implementation, sparsity_rows
 from sparsort.kernels.sparsity.contract import RowMetrics
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.kernels.sparsity.reference import sparsity_rows_ref
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Plan
@@ -159,7 +159,7 @@ class CandidateCollector:
         return fits
 
     def values(self) -> dict[Way, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        """Way → (N, 13) metrics in the order of `METRICS`, NaN where there is none, and (N,) reason codes."""
+        """Way → (N, M) metrics in the order of `METRICS`, NaN where there is none, and (N,) reason codes."""
         found = {}
         means = {site: span.means() for site, span in self._states.items()}
         for way in self._ways:

@@ -19,7 +19,7 @@ from sparsort.scoring.base import Advance, Request
 from sparsort.scoring.batching import Plan
 from sparsort.scoring.heads import Head
 from sparsort.scoring.prompts import Encoded, Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer, finished_rows
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer, finished_rows
 from sparsort.scoring.sources import Row, RowSource
 
 
@@ -51,13 +51,8 @@ class LossScorer(ModelScorer):
             raise SparsortError(
                 "the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'."
             )
-        return _HeadJob(
-            self,
-            request,
-            encoder,
-            self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind},
-            self.head,
-        )
+        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
+        return _HeadJob(self, request, encoder, provenance, self.head, reads=self.on)
 
 
 class EntropyScorer(ModelScorer):
@@ -74,19 +69,26 @@ class EntropyScorer(ModelScorer):
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        provenance = self._provenance(request, encoder, {"entropy": 1}, previous) | {"metric": "entropy"}
-        return _HeadJob(self, request, encoder, provenance, self.head)
+        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
+        return _HeadJob(self, request, encoder, provenance, self.head, reads="next_token")
 
 
 class _HeadJob(ModelJob):
     """Reads the head at the positions that a loss or an entropy needs."""
 
     def __init__(
-        self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], head: Head
+        self,
+        scorer: ModelScorer,
+        request: Request,
+        encoder: Encoder,
+        provenance: dict[str, Any],
+        head: Head,
+        *,
+        reads: Literal["answer", "prompt", "next_token"],
     ) -> None:
         super().__init__(scorer, request, encoder, provenance, [scorer.kind])
-        self.kind, self.head = scorer.kind, head
-        self.wants_answer = scorer.kind == "answer_loss"
+        self.kind, self.head, self.reads = scorer.kind, head, reads
+        self.wants_answer = reads == "answer"
         self.site = scorer.backbone.head_site
 
     def measured(self) -> dict[str, Any]:
@@ -108,9 +110,9 @@ class _HeadJob(ModelJob):
 
     def _span(self, item: Encoded) -> tuple[int, int]:
         """Positions whose states are read, from and to (exclusive); each predicts the token behind it."""
-        if self.kind == "entropy":
+        if self.reads == "next_token":
             return len(item.ids) - 1, len(item.ids)
-        if self.kind == "answer_loss":
+        if self.reads == "answer":
             return max(item.answer_start - 1, 0), len(item.ids) - 1
         return max(item.n_lead - 1, 0), item.answer_start - 1
 
@@ -142,7 +144,7 @@ class _HeadJob(ModelJob):
         batch: NDArray[np.int64],
         token: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        if self.kind == "entropy":
+        if self.reads == "next_token":
             return self.head.entropies(picked_NH).cpu().numpy()
         targets = [ids[row][position + 1] for row, position in zip(piece.rows[batch], piece.start + token, strict=True)]
         return self.head.losses(picked_NH, torch.tensor(targets, device=picked_NH.device)).cpu().numpy()

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.backend import sparsity_rows
-from sparsort.kernels.sparsity.names import ROW_REASONS
+from sparsort.kernels.sparsity.metrics import ROW_REASONS
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Plan
 from sparsort.scoring.prompts import Encoded
@@ -165,7 +165,7 @@ class Collector:
         return self.span.means()
 
     def finish(self) -> tuple[NDArray[np.float64], list[str]]:
-        """(n, 13) metrics in the order of `METRICS`, NaN where there is none, and each row's reason ("" for ok)."""
+        """(n, M) metrics in the order of `METRICS`, NaN where there is none, and each row's reason ("" for ok)."""
         values, reasons = self.means()
         if self.pooling == "mean_state":
             pooled = sparsity_rows(torch.from_numpy(values), dim_scale=self._scale_H, l0_threshold=self._threshold)

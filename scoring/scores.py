@@ -84,7 +84,7 @@ class Scores:
 
     @property
     def kind(self) -> str:
-        """The scorer that made them: "sparsity", "answer_loss", "prompt_loss", "entropy", "length", "random", …"""
+        """The scorer that made them: a name of `sparsort.scoring.scorers.SCORERS`, "calibrated" or "candidates"."""
         return str(self.provenance.get("scorer", "unknown"))
 
     def __len__(self) -> int:

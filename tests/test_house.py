@@ -267,7 +267,7 @@ def test_an_installed_distribution_called_kernels_wins_over_our_folder(tmp_path:
         "Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n"
     )
     script = (
-        "import kernels, sparsort.kernels.sparsity.names as ours\n"
+        "import kernels, sparsort.kernels.sparsity.metrics as ours\n"
         f"assert kernels.__file__.startswith({str(tmp_path)!r}), kernels.__file__\n"
         "assert ours.METRICS\n"
     )

@@ -11,12 +11,15 @@ import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
 from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, ModelSelectorName
+from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
 from sparsort.curriculum.demos.order import ORDERS, Order
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.demos.select import SelectorName
 from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.registry import Entry, Registry, load
+from sparsort.scoring.scorers import SCORERS, ScorerName
 
 ROOT = Path(__file__).parent.parent
 _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/sparsort")
@@ -24,40 +27,59 @@ _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/spa
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
     "curriculum/ablation/selectors.py": (MODEL_SELECTORS, ModelSelectorName),
+    "curriculum/demos/criteria.py": (CRITERIA, CriterionName),
     "curriculum/demos/order.py": (ORDERS, Order),
     "curriculum/demos/select/__init__.py": (DEMO_SELECTORS, SelectorName),
     "curriculum/loading/pacing.py": (PACINGS, PacingKind),
+    "kernels/sparsity/metrics.py": (METRICS, MetricName),
+    "scoring/scorers/__init__.py": (SCORERS, ScorerName),
 }
-# Made-up results for tests and pictures, which name the arms of a study.
-_SIMULATION = "curriculum/ablation/simulation.py"
-# Names that mean something else in these folders: an order of training data, a schedule of the learning rate, a kind of arm, a
-# scorer, the place of rows without a score, a field of a file or a log, a chapter of a report.
+# Made-up results, whose arms are named after criteria and orders.
+_SIMULATED = "curriculum/ablation/simulation.py"
+# Where a name of a table means something else: an order of training data, a kind of arm, the place of rows without a score, a
+# curve of a drawing, a field of a file or a log, a chapter of a report.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
+    "best_on_dev": (_SIMULATED,),
+    "column": ("curriculum/loading/verification.py", "scoring/baselines.py"),
+    "compression": ("scoring/shard_files.py",),
     "constant": ("recipes/train_loop.py",),
+    "density": (_SIMULATED,),
+    "globale": (_SIMULATED,),
+    "length": (
+        "curriculum/demos/order.py",
+        "curriculum/loading/drawing.py",
+        "curriculum/loading/plan_files.py",
+        "recipes/cli_calibrate.py",
+    ),
+    "locale": (_SIMULATED,),
+    "mdl": (_SIMULATED,),
     "oracle": ("curriculum/ablation",),
     "first": ("curriculum/demos/order.py", "curriculum/loading", "recipes/cli_plan.py"),
     "hard_to_easy": ("curriculum/loading",),
     "ids": ("curriculum/ablation/order_notes.py", "curriculum/loading"),
-    "inverted_u": (_SIMULATION,),
-    "length_ascending": (_SIMULATION,),
-    "length_descending": (_SIMULATION,),
-    "perplexity_ascending": (_SIMULATION,),
+    "inverted_u": (_SIMULATED,),
+    "length_ascending": (_SIMULATED,),
+    "length_descending": (_SIMULATED,),
+    "pdo": (_SIMULATED,),
+    "perplexity_ascending": (_SIMULATED,),
     "random": (
         "curriculum/ablation/report",
         "curriculum/ablation/results.py",
         "curriculum/ablation/results_file.py",
         "curriculum/loading",
-        "recipes/cli.py",
         "recipes/option_conditions.py",
-        "recipes/order_conditions.py",
-        "recipes/score.py",
         "recipes/train_run.py",
     ),
-    "similarity_ascending": (_SIMULATION,),
-    "sparse_to_dense": (_SIMULATION,),
+    "similarity_ascending": (_SIMULATED,),
+    "sparse_to_dense": (_SIMULATED,),
+    "sparsity": (
+        "curriculum/ablation/order_notes.py",
+        "recipes/environment.py",
+        "scoring/scorers/sparsity.py",
+    ),
     "spread": ("curriculum/ablation/report",),
     "step": ("recipes/train_loop.py",),
-    "u_shape": (_SIMULATION,),
+    "u_shape": (_SIMULATED,),
     "window": ("curriculum/loading",),
 }
 
@@ -95,6 +117,11 @@ def test_needs_and_settings_select_entries() -> None:
     assert table.needing("soil") == ()
     assert table.reading("size") == ("apple", "pear")
     assert table.reading("age") == ("pear",)
+
+
+def test_names_are_listed_as_a_sentence_has_them() -> None:
+    assert _registry().listed() == "apple or pear"
+    assert _registry().listed(lambda entry: bool(entry.needs)) == "apple"
 
 
 def test_two_entries_of_one_name_are_refused() -> None:

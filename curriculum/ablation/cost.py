@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.design import Ablation, applies, by_similarity, depends_on_query, kind_of, probes_of
+from sparsort.curriculum.ablation.design import (
+    Ablation,
+    applies,
+    by_similarity,
+    depends_on_query,
+    kind_of,
+    probes_of,
+    reads_losses,
+)
 from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, SELECTORS, looks_at_query
 from sparsort.curriculum.ablation.splits import Splits
 from sparsort.curriculum.ablation.tasks import Task
@@ -214,7 +222,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
         n_dev = len(random_RK) * lengths.n_dev if "dev" in probes else 0
         n_probes = len(random_RK) ** 2 if "sampled" in probes else 0
         n_free = distinct * n_trees * len(free)
-        if "cone" in choosers:
+        if reads_losses(choosers):
             # A pass of its own, without labels.
             losses += len(random_RK) * lengths.n_test
             nodes += shared_nodes(random_RK)

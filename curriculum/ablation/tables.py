@@ -8,7 +8,6 @@ value of another type, each by name; what the values mean is checked by the data
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import tomllib
 import types
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.errors import SparsortError, did_you_mean, unknown_choice
 
 T = TypeVar("T")
 _MISMATCH = object()
@@ -66,8 +65,7 @@ def build(cls: type[T], table: Mapping[str, Any], *, kind: str, where: str) -> T
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, fields)
             raise SparsortError(f"{where}: there is no {key!r} in {_a(kind)}.{hint} There is: {', '.join(fields)}.")
     for name, field in fields.items():
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

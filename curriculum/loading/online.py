@@ -30,7 +30,7 @@ from sparsort.curriculum.loading.observations import Observations
 from sparsort.curriculum.loading.token_spans import Spans, example_spans
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.backend import GiniMethod, sparsity_rows
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS
 
 Tokens = Literal["last", "mean"]
 
@@ -47,7 +47,7 @@ class OnlineDifficulty:
     """Measures the micro-batches of a training loop.
 
     Args:
-        metric: one of `sparsort.kernels.sparsity.names.METRICS`.
+        metric: one of `sparsort.kernels.sparsity.metrics.METRICS`.
         tokens: "last", the state of each example's last token; "mean", the mean of the metric over its tokens.
         per_sequence: of "mean": most tokens of an example that are read, spread evenly over it.
 
@@ -65,16 +65,15 @@ class OnlineDifficulty:
     """
 
     def __init__(self, *, metric: str = "hoyer", tokens: Tokens = "last", per_sequence: int = 16) -> None:
-        if metric not in METRICS:
-            raise unknown_choice("metric", metric, METRICS)
+        METRICS.check(metric)
         if tokens not in get_args(Tokens):
             raise unknown_choice("choice of tokens", tokens, get_args(Tokens))
         if per_sequence < 1:
             raise SparsortError(f"per_sequence is {per_sequence}; at least one token must be read.")
         refuse_unread_arguments(OnlineDifficulty, READ_BY, {"tokens": tokens, "per_sequence": per_sequence})
         self.metric, self.tokens, self.per_sequence = metric, tokens, per_sequence
-        self._column = METRICS.index(metric)
-        self._sign = 1.0 if HIGHER_IS_SPARSER[metric] else -1.0
+        self._column = METRIC_NAMES.index(metric)
+        self._sign = float(METRICS[metric].sign)
         self._model: Any = None
         self._handles: list[Any] = []
         self._arguments: list[str] = []
@@ -218,7 +217,7 @@ class OnlineDifficulty:
             index_NK = first_N[:, None] + torch.minimum(spread_NK, length_N1 - 1)
             used_NK = (place_K < length_N1) & there_N[:, None]
         # Gini is the costly one: it sorts the row.
-        gini: GiniMethod = "exact" if self.metric == "gini" else "none"
+        gini: GiniMethod = "exact" if self.metric in METRICS.reading("gini") else "none"
         values = sparsity_rows(states_BTH, index_NK.flatten(), gini=gini).values_NM[:, self._column]
         value_NK = values.reshape(index_NK.shape)
         total_N = torch.where(used_NK, value_NK, 0.0).sum(1)

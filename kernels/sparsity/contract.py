@@ -1,6 +1,6 @@
 """What every implementation of the sparsity metrics takes and gives back.
 
-Shape suffixes: N rows that are measured, B batch, T tokens, H width, M metrics in the order of `names.METRICS`,
+Shape suffixes: N rows that are measured, B batch, T tokens, H width, M metrics in the order of `metrics.METRICS`,
 S sites.
 
 Contract of a measurement, shared by `reference.py` and `rows.py`:
@@ -12,7 +12,7 @@ Contract of a measurement, shared by `reference.py` and `rows.py`:
 - with a `FinalNorm`, site 0 is the state as it stands and site 1 the state after that norm, computed without rounding
   to the model's dtype;
 - a row whose coordinates are all zero (or that has no dimension left), and a row that holds NaN or infinity, has NaN
-  for every metric and a code of `names.ROW_REASONS`.
+  for every metric and a code of `metrics.ROW_REASONS`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.sparsity.metrics import check_l0_threshold
 
 GiniMethod = Literal["exact", "binned", "none"]
 
@@ -53,7 +54,7 @@ class RowMetrics(NamedTuple):
     """The metrics of N rows; with a final norm every tensor has a leading axis of 2 (before, after).
 
     Attributes:
-        values_NM: (N, 13) in the order of `METRICS`; float64 for float64 states, else float32. `l1` alone may be
+        values_NM: (N, M) in the order of `METRICS`; float64 for float64 states, else float32. `l1` alone may be
             infinite: a row of finite numbers can sum to more than float32 holds.
         reason_N: int8 codes of `ROW_REASONS`; where it is not 0 the row's values are NaN.
         gini_bound_N: with gini="binned", what |gini − exact Gini| cannot exceed beyond rounding; else None.
@@ -126,8 +127,7 @@ def check_arguments(
                 "a final norm needs a finite eps of at least 0 and a finite offset, "
                 f"got eps={norm.eps}, offset={norm.offset}."
             )
-    if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
-        raise SparsortError(f"l0_threshold must be finite and at least 0, got {l0_threshold}.")
+    check_l0_threshold(l0_threshold)
     if gini not in get_args(GiniMethod):
         raise unknown_choice("Gini method", gini, get_args(GiniMethod))
 

@@ -37,7 +37,7 @@ from sparsort.kernels.sparsity.contract import (
     check_arguments,
     check_states,
 )
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 
 # 8 MiB a temporary in float64: the dozen of them stay near the last-level cache.
 _CHUNK_ELEMENTS = 1 << 20
@@ -75,7 +75,7 @@ def sparsity_rows_ref(
         compute_dtype: float64 unless given.
 
     Returns:
-        RowMetrics: values (N, 13), reasons (N,); with `norm` (2, N, 13) and (2, N).
+        RowMetrics: values (N, M), reasons (N,); with `norm` (2, N, M) and (2, N).
 
     Raises:
         SparsortError: see `contract.check_arguments`.
@@ -143,7 +143,7 @@ def _scaled(rows_NH: Tensor, scale_H: Tensor) -> Tensor:
 
 
 def _measure(rows_NH: Tensor, l0_threshold: float, gini: GiniMethod, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values (N, 13) in `dtype` and reasons (N,) of rows (N, d)."""
+    """Values (N, M) in `dtype` and reasons (N,) of rows (N, d)."""
     N, d = rows_NH.shape
     if d == 0:
         nan_NM = rows_NH.new_full((N, len(METRICS)), torch.nan, dtype=dtype)

@@ -33,13 +33,34 @@ from sparsort.kernels.sparsity.contract import (
     check_states,
 )
 from sparsort.kernels.sparsity.gini import gini_binned, gini_exact
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
+from sparsort.kernels.sparsity.reference import sparsity_rows_ref
 from sparsort.kernels.sparsity.topk import count_above, fast_log2, top_sums
 
 # Low mantissa bits that are zero in every value of the dtype once it is float32: what the top-k search may skip.
 _ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
-_N_METRICS = tl.constexpr(len(METRICS))
+_N_METRICS = tl.constexpr(len(METRIC_NAMES))
+# The columns that the kernel writes.
+_TOP1_ENERGY = tl.constexpr(METRIC_NAMES.index("top1_energy"))
+_TOP5_ENERGY = tl.constexpr(METRIC_NAMES.index("top5_energy"))
+_TOP10_ENERGY = tl.constexpr(METRIC_NAMES.index("top10_energy"))
+_TOP1_MAGNITUDE = tl.constexpr(METRIC_NAMES.index("top1_magnitude"))
+_TOP5_MAGNITUDE = tl.constexpr(METRIC_NAMES.index("top5_magnitude"))
+_TOP10_MAGNITUDE = tl.constexpr(METRIC_NAMES.index("top10_magnitude"))
+_L0_RELATIVE = tl.constexpr(METRIC_NAMES.index("l0_relative"))
+_L0_ABSOLUTE = tl.constexpr(METRIC_NAMES.index("l0_absolute"))
+_HOYER = tl.constexpr(METRIC_NAMES.index("hoyer"))
+_GINI = tl.constexpr(METRIC_NAMES.index("gini"))
+_EFFECTIVE_RANK_MAGNITUDE = tl.constexpr(METRIC_NAMES.index("effective_rank_magnitude"))
+_EFFECTIVE_RANK_ENERGY = tl.constexpr(METRIC_NAMES.index("effective_rank_energy"))
+_L1 = tl.constexpr(METRIC_NAMES.index("l1"))
+_WRITTEN = (
+    *(_TOP1_ENERGY, _TOP5_ENERGY, _TOP10_ENERGY, _TOP1_MAGNITUDE, _TOP5_MAGNITUDE, _TOP10_MAGNITUDE),
+    *(_L0_RELATIVE, _L0_ABSOLUTE, _HOYER, _GINI, _EFFECTIVE_RANK_MAGNITUDE, _EFFECTIVE_RANK_ENERGY, _L1),
+)
+# The columns that it does not write: the reference computes them.
+_OTHERS = sorted(set(range(len(METRIC_NAMES))) - {column.value for column in _WRITTEN})
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _SIGNLESS = tl.constexpr(0x7FFFFFFF)
 
@@ -134,21 +155,20 @@ def _measure(
     if GINI != 0:
         gini = tl.minimum(tl.maximum(gini, 0.0), 1.0)
 
-    # In the order of `names.METRICS`.
-    tl.store(values_ptr, tl.where(good, _share(energy1, energy), nan))
-    tl.store(values_ptr + 1, tl.where(good, _share(energy5, energy), nan))
-    tl.store(values_ptr + 2, tl.where(good, _share(energy10, energy), nan))
-    tl.store(values_ptr + 3, tl.where(good, _share(magnitude1, total), nan))
-    tl.store(values_ptr + 4, tl.where(good, _share(magnitude5, total), nan))
-    tl.store(values_ptr + 5, tl.where(good, _share(magnitude10, total), nan))
-    tl.store(values_ptr + 6, tl.where(good, l0_relative, nan))
-    tl.store(values_ptr + 7, tl.where(good, l0_absolute, nan))
-    tl.store(values_ptr + 8, tl.where(good, tl.minimum(tl.maximum(hoyer, 0.0), 1.0), nan))
-    tl.store(values_ptr + 9, tl.where(good, gini, nan))
-    tl.store(values_ptr + 10, tl.where(good, rank_magnitude, nan))
-    tl.store(values_ptr + 11, tl.where(good, rank_energy, nan))
-    tl.store(values_ptr + 12, tl.where(good, total * unscale * unit, nan))
-    # The codes of `names.ROW_REASONS`: 1 zero, 2 not finite.
+    tl.store(values_ptr + _TOP1_ENERGY, tl.where(good, _share(energy1, energy), nan))
+    tl.store(values_ptr + _TOP5_ENERGY, tl.where(good, _share(energy5, energy), nan))
+    tl.store(values_ptr + _TOP10_ENERGY, tl.where(good, _share(energy10, energy), nan))
+    tl.store(values_ptr + _TOP1_MAGNITUDE, tl.where(good, _share(magnitude1, total), nan))
+    tl.store(values_ptr + _TOP5_MAGNITUDE, tl.where(good, _share(magnitude5, total), nan))
+    tl.store(values_ptr + _TOP10_MAGNITUDE, tl.where(good, _share(magnitude10, total), nan))
+    tl.store(values_ptr + _L0_RELATIVE, tl.where(good, l0_relative, nan))
+    tl.store(values_ptr + _L0_ABSOLUTE, tl.where(good, l0_absolute, nan))
+    tl.store(values_ptr + _HOYER, tl.where(good, tl.minimum(tl.maximum(hoyer, 0.0), 1.0), nan))
+    tl.store(values_ptr + _GINI, tl.where(good, gini, nan))
+    tl.store(values_ptr + _EFFECTIVE_RANK_MAGNITUDE, tl.where(good, rank_magnitude, nan))
+    tl.store(values_ptr + _EFFECTIVE_RANK_ENERGY, tl.where(good, rank_energy, nan))
+    tl.store(values_ptr + _L1, tl.where(good, total * unscale * unit, nan))
+    # The codes of `metrics.ROW_REASONS`: 1 zero, 2 not finite.
     tl.store(reason_ptr, tl.where(finite, tl.where(top > 0, 0, 1), 2).to(tl.int8))
 
 
@@ -270,7 +290,7 @@ def sparsity_rows_triton(
         gini: "exact", "binned" (the bound comes beside it) or "none" (NaN).
 
     Returns:
-        RowMetrics in float32: values (N, 13), reasons (N,); with `norm` (2, N, 13) and (2, N).
+        RowMetrics in float32: values (N, M), reasons (N,); with `norm` (2, N, M) and (2, N).
 
     Raises:
         SparsortError: see `contract.check_arguments`; or float64 states, or rows too wide, for which the reference is.
@@ -289,7 +309,7 @@ def sparsity_rows_triton(
     if N and not tokens:
         raise SparsortError(f"index names {N} tokens, but states of shape {tuple(states.shape)} have none.")
     sites = 1 if norm is None else 2
-    values_SNM = states.new_empty((sites, N, len(METRICS)), dtype=torch.float32)
+    values_SNM = states.new_empty((sites, N, len(METRIC_NAMES)), dtype=torch.float32)
     reason_SN = states.new_empty((sites, N), dtype=torch.int8)
     bound_SN = states.new_empty((sites, N) if gini == "binned" else (1,), dtype=torch.float32)
     if N:
@@ -321,6 +341,14 @@ def sparsity_rows_triton(
                 HAS_NORM=norm is not None,
                 num_warps=_warps(block),
             )
+        if _OTHERS:
+            # A token that is not there has been refused by the kernel; the reference reads token 0 in its place.
+            there_N = index if index is None else torch.where((index >= 0) & (index < tokens), index, 0)
+            other = sparsity_rows_ref(
+                states.detach(), there_N, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini
+            )
+            other_SNM = other.values_NM.reshape(values_SNM.shape)[..., _OTHERS]
+            values_SNM[..., _OTHERS] = other_SNM.masked_fill((reason_SN != 0)[..., None], torch.nan)
     bound = bound_SN if gini == "binned" else None
     if norm is None:
         return RowMetrics(values_SNM[0], reason_SN[0], None if bound is None else bound[0])

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sparsort.scoring.losses import EntropyScorer as EntropyScorer
     from sparsort.scoring.losses import LossScorer as LossScorer
     from sparsort.scoring.row_cache import RowCache as RowCache
-    from sparsort.scoring.scorers import SparsityScorer as SparsityScorer
+    from sparsort.scoring.scorers.sparsity import SparsityScorer as SparsityScorer
     from sparsort.scoring.scores import Scores as Scores
 
 __version__ = "0.1.0"
@@ -53,7 +53,7 @@ _HOME = {
     "RandomScorer": "scoring.baselines",
     "RowCache": "scoring.row_cache",
     "Scores": "scoring.scores",
-    "SparsityScorer": "scoring.scorers",
+    "SparsityScorer": "scoring.scorers.sparsity",
     "CurriculumLoader": "curriculum.loading.loader",
     "CurriculumPlan": "curriculum.loading.plan",
     "CurriculumTrainer": "curriculum.loading.trainer",

@@ -113,7 +113,7 @@ SELECTORS = Registry(
         ),
         SelectorEntry(
             name="kdpp",
-            help="the same by a determinantal point process, among the `fetch` nearest (100)",
+            help="the same as mmr by a determinantal point process, among the `fetch` nearest (100)",
             source="CEIL, arXiv 2302.05698",
             needs=_NEAR,
             reads=frozenset({"fetch"}),

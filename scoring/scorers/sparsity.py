@@ -6,7 +6,6 @@ higher loss, higher entropy). The table keeps every metric of the pass; another 
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, check_l0_threshold
 from sparsort.scoring.backbone import Backbone, Piece
 from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
 from sparsort.scoring.batching import Plan, check_token_budget
@@ -235,7 +234,7 @@ class SparsityScorer(ModelScorer):
         model: see `ModelScorer`, with its other arguments.
         site: "pre_norm", "post_norm", "mlp", "mlp:N" or "layer:N" (see `sparsort.scoring.sites`).
         pooling: "last", "mean_metric", "mean_state" or "answer" (see `sparsort.scoring.pooling`).
-        metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.names.METRICS`.
+        metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.metrics.METRICS`.
         outliers: "none", "drop:n" (leave out the n widest dimensions) or "rms" (standardise each), fitted on a sample.
         l0_threshold: threshold of `l0_absolute`, in the units of the state.
 
@@ -257,10 +256,8 @@ class SparsityScorer(ModelScorer):
         l0_threshold: float = 1.0,
         **model_options: Any,
     ) -> None:
-        if metric not in METRICS:
-            raise unknown_choice("metric", metric, METRICS)
-        if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
-            raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
+        METRICS.check(metric)
+        check_l0_threshold(l0_threshold)
         self.pooling = check_pooling(pooling)
         self.outliers = check_outlier_rule(outliers)
         self.metric = metric
@@ -275,7 +272,7 @@ class SparsityScorer(ModelScorer):
             raise SparsortError(
                 "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
             )
-        orientation = {name: 1 if higher else -1 for name, higher in HIGHER_IS_SPARSER.items()}
+        orientation = {name: entry.sign for name, entry in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation, previous) | {
             "metric": self.metric,
             "site": self.site.name,
@@ -328,7 +325,7 @@ class _SparsityJob(ModelJob):
     """Reads the sparsity metrics of one site."""
 
     def __init__(self, scorer: SparsityScorer, request: Request, encoder: Encoder, provenance: dict[str, Any]) -> None:
-        super().__init__(scorer, request, encoder, provenance, METRICS)
+        super().__init__(scorer, request, encoder, provenance, METRIC_NAMES)
         self.site, self.pooling, self.threshold = scorer.site, scorer.pooling, scorer.l0_threshold
         self.wants_answer = scorer.pooling == "answer"
         self.outliers = OutlierFit(scale_H=None, record={"rule": "none"})
