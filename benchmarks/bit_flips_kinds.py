@@ -27,12 +27,12 @@ from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.observations import Observations
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.running import RunningDifficulty
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.online.observations import Observations
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.parquet_seal import read_seal
 from sparsort.scoring import embedded, engine
 from sparsort.scoring.calibration import Calibration
@@ -321,7 +321,7 @@ def _trainer(folder: Path, steps: int) -> Any:
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments, default_data_collator
 
-    from sparsort.curriculum.loading.trainer import CurriculumTrainer
+    from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 
     tokens = np.random.default_rng(0).integers(0, 32, (24, 5)).tolist()
     rows = datasets.Dataset.from_list([{"id": str(n), "input_ids": row, "labels": row} for n, row in enumerate(tokens)])

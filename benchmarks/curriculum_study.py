@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.running import RunningDifficulty
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_json
 from sparsort.integrity import read_sealed, write_sealed

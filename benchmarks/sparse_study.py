@@ -36,8 +36,8 @@ from sparse_study_page import write_page
 
 import sparsort
 from sparsort.attention.selectors import SELECTORS
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically, write_json
 from sparsort.integrity import check_file, read_sealed, record_of, write_sealed

@@ -22,9 +22,9 @@ from torch.nn.functional import cross_entropy
 
 import sparsort
 from sparsort.attention.diagnostics import report_selection
-from sparsort.attention.selectors.interface import Choice, LayerInputs
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.recipes.recall_task import drawn
 
 IGNORED = -100

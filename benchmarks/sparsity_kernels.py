@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import METRIC_NAMES, GiniMethod, default_device, sparsity_rows
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref, top_counts
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref, top_counts
 
 FULL_METRICS: tuple[GiniMethod, ...] = ("exact", "binned")
 Sizes = Iterable[tuple[str, Tensor]]

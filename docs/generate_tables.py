@@ -20,7 +20,7 @@ from sparsort.attention.selectors import SELECTORS
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion
 from sparsort.curriculum.demos.order import ORDERS, OrderEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
-from sparsort.curriculum.loading.pacing import PACINGS
+from sparsort.curriculum.loading.plan.pacing import PACINGS
 from sparsort.errors import unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.registry import Entry, Registry

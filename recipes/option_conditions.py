@@ -14,9 +14,9 @@ from typing import Any
 
 from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
 from sparsort.curriculum.ablation.tasks import JUDGES, task_names
-from sparsort.curriculum.loading.combine import COMBINATIONS
-from sparsort.curriculum.loading.settings import RANKED, CurriculumSettings
-from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
+from sparsort.curriculum.loading.plan.combine import COMBINATIONS
+from sparsort.curriculum.loading.plan.settings import RANKED, CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import READ_BY as CURRICULUM_READ_BY
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsort.kernels.backend import sparsity_implementation, sparsity_rows
-from sparsort.kernels.sparsity.contract import RowMetrics
+from sparsort.kernels.sparsity.checks import RowMetrics
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Plan
 from sparsort.scoring.pooling import OutlierFit, fit_outliers

@@ -15,7 +15,7 @@ from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
 from sparsort.curriculum.demos.order import ORDERS, Order
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.demos.select import SelectorName
-from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
+from sparsort.curriculum.loading.plan.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.registry import Entry, Registry, load
@@ -30,7 +30,7 @@ _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "curriculum/demos/criteria.py": (CRITERIA, CriterionName),
     "curriculum/demos/order.py": (ORDERS, Order),
     "curriculum/demos/select/__init__.py": (DEMO_SELECTORS, SelectorName),
-    "curriculum/loading/pacing.py": (PACINGS, PacingKind),
+    "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
     "kernels/sparsity/metrics.py": (METRICS, MetricName),
     "scoring/scorers/__init__.py": (SCORERS, ScorerName),
 }
@@ -40,15 +40,15 @@ _SIMULATED = "curriculum/ablation/simulation.py"
 # curve of a drawing, a field of a file or a log, a chapter of a report.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     "best_on_dev": (_SIMULATED,),
-    "column": ("curriculum/loading/verification.py", "scoring/baselines.py"),
+    "column": ("curriculum/loading/loader/verification.py", "scoring/baselines.py"),
     "compression": ("scoring/shard_files.py",),
     "constant": ("recipes/train_loop.py",),
     "density": (_SIMULATED,),
     "globale": (_SIMULATED,),
     "length": (
         "curriculum/demos/order.py",
-        "curriculum/loading/drawing.py",
-        "curriculum/loading/plan_files.py",
+        "curriculum/loading/inspect/drawing.py",
+        "curriculum/loading/plan/files.py",
         "recipes/cli_calibrate.py",
     ),
     "locale": (_SIMULATED,),

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import blocksparse_implementation
 from sparsort.kernels.blocksparse.budgets import Budget, check_budget
-from sparsort.kernels.blocksparse.contract import check_heads, check_index, check_selection, check_tensor
+from sparsort.kernels.blocksparse.checks import check_heads, check_index, check_selection, check_tensor
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection, check_block_size
 
@@ -270,9 +270,9 @@ def _functions(tensor: Tensor) -> Functions:
 
 @functools.cache
 def _torch_functions() -> Functions:
-    from sparsort.kernels.blocksparse.aligning import align_forward
-    from sparsort.kernels.blocksparse.blockwise import attend_backward, attend_forward
-    from sparsort.kernels.blocksparse.scoring import index_select as select
+    from sparsort.kernels.blocksparse.cpu.align import align_forward
+    from sparsort.kernels.blocksparse.cpu.attend import attend_backward, attend_forward
+    from sparsort.kernels.blocksparse.cpu.select import index_select as select
 
     return Functions(select, attend_forward, attend_backward, align_forward)
 
@@ -280,10 +280,10 @@ def _torch_functions() -> Functions:
 @functools.cache
 def _triton_functions() -> Functions:
     # Imported on use: Triton is not installed everywhere.
-    from sparsort.kernels.blocksparse.align import align_forward_triton
-    from sparsort.kernels.blocksparse.attend import attend_forward_triton
-    from sparsort.kernels.blocksparse.attend_backward import attend_backward_triton
-    from sparsort.kernels.blocksparse.select import index_select_triton
+    from sparsort.kernels.blocksparse.triton.align import align_forward_triton
+    from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton
+    from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton
+    from sparsort.kernels.blocksparse.triton.select import index_select_triton
 
     return Functions(index_select_triton, attend_forward_triton, attend_backward_triton, align_forward_triton)
 

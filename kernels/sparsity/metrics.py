@@ -2,7 +2,7 @@
 
 Contract: `METRICS` is the one place that lists the metrics; its order is the order of the columns of every table of metrics.
 Nothing here imports torch. To add a metric, add an entry here and its name to `MetricName`, and compute it in
-`reference.py` under that name. `rows.py` hands the metrics that its kernel does not write to the reference.
+`torch_rows.py` under that name. `triton_rows.py` hands the metrics that its kernel does not write to the reference.
 
 Legend: a = |h|, e = h², d the width of the state.
 """

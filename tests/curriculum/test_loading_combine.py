@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from sparsort.curriculum.loading.combine import COMBINATIONS, combine, percentiles
+from sparsort.curriculum.loading.plan.combine import COMBINATIONS, combine, percentiles
 from sparsort.errors import SparsortError
 
 # Few values, so that ties are common.

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsort.curriculum.loading.observations import Observations
-from sparsort.curriculum.loading.online import OnlineDifficulty
-from sparsort.curriculum.loading.packing import PackedCollator, pack
+from sparsort.curriculum.loading.loader.packing import PackedCollator, pack
+from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+from sparsort.curriculum.loading.online.observations import Observations
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 B, T = 4, 12
 ROWS = np.array([40, 7, 19, 3])
@@ -265,7 +265,7 @@ def test_wrapped_models_are_unwrapped(model: Any, wrap: str) -> None:
 def test_nothing_is_read_back_from_the_device_before_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from sparsort.curriculum.loading import online as module
+    from sparsort.curriculum.loading.online.measure import measure as module
 
     class NoReadBack(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

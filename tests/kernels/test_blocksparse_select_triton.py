@@ -17,7 +17,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.blocksparse.select import _highest, index_select_triton  # noqa: E402
+from sparsort.kernels.blocksparse.triton.select import _highest, index_select_triton  # noqa: E402
 
 # In the interpreter NumPy warns where a block holds nothing but NaN, or the lowest number is exceeded.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]

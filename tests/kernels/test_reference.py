@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.contract import FinalNorm
+from sparsort.kernels.sparsity.checks import FinalNorm
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref, top_counts
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref, top_counts
 
 KINDS = ("gaussian", "cauchy", "lognormal", "tied", "constant", "one_hot", "massive", "half_zero", "huge", "tiny")
 SMOOTH = [m for m, name in enumerate(METRICS) if not name.startswith("l0")]
@@ -145,7 +145,7 @@ def test_gradients(normal):
 def test_chunks_do_not_show(monkeypatch, normal):
     states = normal(37, 64)
     whole = sparsity_rows_ref(states)
-    monkeypatch.setattr("sparsort.kernels.sparsity.reference._CHUNK_ELEMENTS", 64 * 5)
+    monkeypatch.setattr("sparsort.kernels.sparsity.torch_rows._CHUNK_ELEMENTS", 64 * 5)
     torch.testing.assert_close(sparsity_rows_ref(states).values_NM, whole.values_NM, rtol=0, atol=0)
 
 

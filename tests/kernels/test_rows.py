@@ -13,9 +13,9 @@ import torch
 
 from sparsort.errors import SparsortError
 from sparsort.kernels import backend
-from sparsort.kernels.sparsity.contract import MAX_TRITON_WIDTH, FinalNorm
+from sparsort.kernels.sparsity.checks import MAX_TRITON_WIDTH, FinalNorm
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 pytest.importorskip("triton", reason="Triton is not installed")
 CUDA = torch.cuda.is_available()
@@ -23,7 +23,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
 from sparsort.kernels.sparsity import rows  # noqa: E402
-from sparsort.kernels.sparsity.rows import _float32_not_above, sparsity_rows_triton  # noqa: E402
+from sparsort.kernels.sparsity.triton_rows import _float32_not_above, sparsity_rows_triton  # noqa: E402
 
 # In the interpreter NumPy warns where a row that gets NaN divides by zero on the way; a GPU has no such warning.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]

@@ -7,7 +7,7 @@ import torch
 
 from sparsort.kernels import backend
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 L0 = [METRIC_NAMES.index("l0_relative"), METRIC_NAMES.index("l0_absolute")]
@@ -50,11 +50,11 @@ def test_the_backend_chooses_triton():
     choice = backend.sparsity_implementation("cuda")
     assert choice.value == "triton", choice.reason
     chosen = backend._runner(torch.ones(1, 8, device="cuda"), "exact")
-    assert chosen.__module__ == "sparsort.kernels.sparsity.rows"
+    assert chosen.__module__ == "sparsort.kernels.sparsity.triton_rows"
 
 
 def test_batches_of_any_size_share_one_compilation():
-    from sparsort.kernels.sparsity.rows import _rows_kernel
+    from sparsort.kernels.sparsity.triton_rows import _rows_kernel
 
     def compiled():
         return sum(len(caches[0]) for caches in _rows_kernel.device_caches.values())

@@ -17,7 +17,7 @@ from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.selectors import check_selector
 from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.curriculum.demos.select import SELECTORS
-from sparsort.curriculum.loading.trainer import CurriculumMixin
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.cli import app
 

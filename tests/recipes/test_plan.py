@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli import app
 from sparsort.recipes.cli_plan import named_paths
@@ -355,7 +355,7 @@ def test_the_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_planning_leaves_no_torch_behind(scores: Path) -> None:
     code = (
         "import sys; from sparsort.recipes.plan import make_plan; "
-        "from sparsort.curriculum.loading.settings import CurriculumSettings; "
+        "from sparsort.curriculum.loading.plan.settings import CurriculumSettings; "
         f"make_plan({str(scores)!r}, settings=CurriculumSettings(batch_size=4)); "
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
