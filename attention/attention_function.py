@@ -18,11 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsort.attention.dense import attend_dense
-from sparsort.attention.eager import in_eager
 from sparsort.attention.selectors.base import LayerInputs, Selector
 from sparsort.attention.state import NAME, Given, Pass
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.ops import attend
+from sparsort.kernels.eager import in_eager
 
 
 def register() -> None:

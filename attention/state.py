@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from sparsort.attention.cache import keep_index_keys
 from sparsort.attention.config import SparseAttentionConfig
-from sparsort.attention.eager import in_eager
 from sparsort.attention.selectors import SELECTORS
 from sparsort.attention.selectors.base import Choice, LayerInputs
 from sparsort.attention.training.alignment_loss import Carrier
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.blocksparse.budgets import Budget
 from sparsort.kernels.blocksparse.layout import Layout
+from sparsort.kernels.eager import in_eager
 
 NAME = "sparsort"  # of the attention implementation
 Mode = Literal["full", "sparse"]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ import torch
 
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.online.observations import Observations
@@ -37,8 +37,13 @@ from sparsort.parquet_seal import read_seal
 from sparsort.scoring import embedded, engine
 from sparsort.scoring.calibration import Calibration
 from sparsort.scoring.compare import compare
-from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.score_tables import score_table
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from simulated_results import simulate
 
 ROWS = [{"id": f"q{n}", "text": "word " * (n % 7)} for n in range(60)]
 SHARD = 25

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from studies.recall_task import drawn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -25,7 +26,6 @@ from sparsort.attention.diagnostics import report_selection
 from sparsort.attention.selectors.base import Choice, LayerInputs
 from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
-from sparsort.recipes.recall_task import drawn
 
 IGNORED = -100
 PAD, UNKNOWN = "<pad>", "<unk>"

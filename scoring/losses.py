@@ -17,11 +17,13 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.base import Advance, Request
 from sparsort.scoring.batching import Plan
+from sparsort.scoring.collecting import finished_rows
 from sparsort.scoring.heads import Head
 from sparsort.scoring.model_spec import ModelOptions
 from sparsort.scoring.prompts import Encoded, Encoder
-from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer, finished_rows
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sources import Row, RowSource
+from sparsort.scoring.spans import states_at
 
 
 class LossScorer(ModelScorer):
@@ -129,8 +131,7 @@ class _HeadJob(ModelJob):
             begin, end = spans[piece.rows, 0], np.minimum(spans[piece.rows, 1], piece.start + piece.lengths)
             batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
             if len(batch):
-                states = piece.states[self.site.name]
-                picked = states[torch.from_numpy(batch).to(states.device), torch.from_numpy(token).to(states.device)]
+                picked = states_at(piece.states[self.site.name], batch, token)
                 np.add.at(total, piece.rows[batch], self._values(picked, ids, piece, batch, token))
         means = total / np.maximum(spans[:, 1] - spans[:, 0], 1)
         reasons = ["" if math.isfinite(value) else "not_finite" for value in means]

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.cells import Arm, ArmKind, Group, SetInfo
 from sparsort.curriculum.ablation.data import Showing, TaskData
 from sparsort.curriculum.ablation.design import Ablation, Unit, applies, probes_of, reads_losses, units
 from sparsort.curriculum.ablation.order_notes import orders_of, showing_of, stored_orders
 from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.results import Arm, ArmKind, Group, Results, SetInfo
+from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.ablation.unit_names import bare_group, group_name, loss_group

@@ -8,7 +8,6 @@ value of another type, each by name; what the values mean is checked by the data
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
 import types
 import typing
@@ -98,11 +97,6 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def dump(table: Mapping[str, Any]) -> str:
-    """A table of plain values as TOML, one key a line, tables within lists inline; keys whose value is None left out."""
-    return "".join(f"{_key(key)} = {_inline(value)}\n" for key, value in table.items() if value is not None)
-
-
 def _checked(name: str, given: Any, hint: Any, where: str) -> Any:
     value = _convert(given, hint)
     if value is not _MISMATCH:
@@ -158,24 +152,3 @@ def _expected(hint: Any) -> str:
 
 def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _key(key: str) -> str:
-    return (
-        key if key and all(letter.isascii() and (letter.isalnum() or letter in "_-") for letter in key) else _text(key)
-    )
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items() if v is not None) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_inline(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _text(value) if isinstance(value, str) else repr(value)
-
-
-def _text(value: str) -> str:
-    # A JSON string is a TOML one but for the delete character, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

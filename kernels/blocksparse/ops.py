@@ -16,7 +16,7 @@ import math
 import numbers
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,14 +28,7 @@ from sparsort.kernels.blocksparse.budgets import Budget, check_budget
 from sparsort.kernels.blocksparse.checks import check_heads, check_index, check_selection, check_tensor
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection, check_block_size
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _uncompiled(operation: F) -> F:
-    # torch's decorator, with the operation's own type.
-    disabled: F = torch.compiler.disable(operation)  # type: ignore[no-untyped-call]
-    return disabled
+from sparsort.kernels.eager import in_eager
 
 
 class Functions(NamedTuple):
@@ -47,7 +40,7 @@ class Functions(NamedTuple):
     align_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
-@_uncompiled
+@in_eager
 def index_select(
     index_query: Tensor,
     index_key: Tensor,
@@ -85,7 +78,7 @@ def index_select(
         return run.index_select(index_query, index_key, layout, budget, block_size=block_size, scale=scale)
 
 
-@_uncompiled
+@in_eager
 def attend(
     query: Tensor,
     key: Tensor,
@@ -123,7 +116,7 @@ def attend(
     return output, lse
 
 
-@_uncompiled
+@in_eager
 def align(
     query: Tensor,
     key: Tensor,

@@ -14,18 +14,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, check_l0_threshold
-from sparsort.scoring.backbone import Backbone, Piece
-from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, check_l0_threshold
+from sparsort.scoring.backbone import Backbone
+from sparsort.scoring.base import Advance, Request, Scorer, versions
 from sparsort.scoring.batching import Plan
+from sparsort.scoring.collecting import (
+    Measurement,
+    SquareSum,
+    StateCollector,
+    finished_rows,
+    span_of,
+    whole_texts,
+)
 from sparsort.scoring.early_checks import check_max_length, check_model
+from sparsort.scoring.engine import Job
 from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.pooling import (
-    Collector,
-    MeanSquare,
     OutlierFit,
+    check_answer,
     check_outlier_rule,
     check_pooling,
     fit_outliers,
@@ -33,9 +40,10 @@ from sparsort.scoring.pooling import (
 )
 from sparsort.scoring.prompts import Encoded, Encoder, identify_tokenizer
 from sparsort.scoring.row_cache import context_of, key_of, key_of_all
-from sparsort.scoring.scores import score_table
+from sparsort.scoring.score_tables import score_table
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
+from sparsort.scoring.spans import states_at
 
 
 class ModelScorer(Scorer):
@@ -244,10 +252,7 @@ class SparsityScorer(ModelScorer):
         self.site = self.backbone.site(site)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        if self.pooling == "answer" and request.prompt.answer is None:
-            raise SparsortError(
-                "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
-            )
+        check_answer([self.pooling], request.prompt.answer)
         orientation = {name: entry.sign for name, entry in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation, previous) | {
             "metric": self.metric,
@@ -285,11 +290,12 @@ class SparsityScorer(ModelScorer):
     def _mean_square(self, job: _SparsityJob, kept: Sequence[Encoded]) -> tuple[int, NDArray[np.float64]]:
         """How many states these rows have where the site is read, and the (width,) mean square of those."""
         how = job.plan(kept)
-        square = MeanSquare(Collector(self.pooling, kept, how, site=self.site.name), self.site.name)
-        if kept:
-            for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
-                square.add(piece)
-        return square.count, square.value_H()
+        squares, span = SquareSum(exact=True), span_of(self.pooling, whole_texts(kept), how)
+        for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
+            batch, token = span.pick(piece)
+            if len(batch):
+                squares.add(states_at(piece.states[self.site.name], batch, token), span.shares(piece)[batch])
+        return squares.count, squares.mean_H()
 
 
 class _SparsityJob(ModelJob):
@@ -317,23 +323,18 @@ class _SparsityJob(ModelJob):
         return self.backbone.plan([item.ids for item in encoded], max_depth=depth)
 
     def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
-        collector = Collector(
-            self.pooling, encoded, how, site=self.site.name, scale_H=self.outliers.scale_H, l0_threshold=self.threshold
+        measurement = Measurement(self.site.name, self.pooling, str(self.outliers.record["rule"]))
+        collector = StateCollector(
+            whole_texts(encoded),
+            how,
+            [measurement],
+            fits={measurement: self.outliers},
+            l0_threshold=self.threshold,
+            exact=True,
         )
         ids = [item.ids for item in encoded]
         for piece in self.backbone.walk(ids, how, [self.site]):
             collector.add(piece)
             advance(finished_rows(piece, ids))
-        return collector.finish()
-
-
-def finished_rows(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
-    """How many rows end in this piece."""
-    if piece.is_head:
-        return 0
-    return int(
-        sum(
-            piece.start < len(ids[row]) <= piece.start + length
-            for row, length in zip(piece.rows, piece.lengths, strict=True)
-        )
-    )
+        values, codes = collector.values()[measurement]
+        return values, [ROW_REASONS[code] for code in codes]

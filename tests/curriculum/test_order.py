@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.order import ORDERS, order_demos, order_indices
-from sparsort.curriculum.demos.permutations import all_permutations, random_permutations
+from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.errors import SparsortError
 
 KEYS = st.lists(st.floats(-1e6, 1e6, allow_nan=False), max_size=9)
@@ -151,6 +152,26 @@ def test_bad_scores(scores: Any, message: str) -> None:
         order_demos(DEMOS, scores)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_direction_in_the_table_is_that_of_the_order(order: str) -> None:
+    entry, key = ORDERS[order], np.array([3.0, 1.0, 5.0, 2.0, 4.0])
+    ranked = key[order_indices(order, 5, difficulty=key, similarity=key, lengths=key)]
+    steps = ["ascending" if step > 0 else "descending" for step in np.diff(ranked)]
+    if entry.direction == "none":
+        assert entry.ranks_by == "nothing"
+        assert not entry.needs
+    else:
+        assert ", then ".join(name for name, _ in itertools.groupby(steps)) == entry.direction
+        assert len(entry.needs) == 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_a_seeded_order_changes_with_the_seed(order: str) -> None:
+    key = np.arange(6.0)
+    drawn = {tuple(order_indices(order, 6, difficulty=key, similarity=key, lengths=key, seed=s)) for s in range(20)}
+    assert (len(drawn) > 1) == ORDERS[order].is_seeded
+
+
 def test_unknown_order_suggests_the_nearest() -> None:
     with pytest.raises(SparsortError, match="Did you mean 'sparse_to_dense'"):
         order_demos(DEMOS, [1, 2, 3, 4], "sparse_to_dens")
@@ -161,14 +182,6 @@ def test_unknown_order_suggests_the_nearest() -> None:
 def test_no_demonstrations() -> None:
     for order in ORDERS:
         assert order_demos([], [], order, similarity=[]) == []
-
-
-def test_all_permutations() -> None:
-    assert all_permutations(0).shape == (1, 0)
-    assert all_permutations(3).tolist() == [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
-    assert len(np.unique(all_permutations(4), axis=0)) == 24
-    with pytest.raises(SparsortError, match="random_permutations"):
-        all_permutations(5)
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (3, 6), (5, 100), (12, 50), (30, 10), (4, 0)])

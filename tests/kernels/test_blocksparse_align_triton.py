@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from selections import check_blocks
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout, Span
@@ -58,7 +59,7 @@ def selected(layout, groups, slots, block_size, seed=0):
                 keep = torch.rand(slots, generator=generator) < 0.8
                 blocks[b, g, t] = blocks[b, g, t].where(keep, -1)
     selection = Selection(blocks=blocks, block_size=block_size)
-    selection.check(layout)
+    check_blocks(selection, layout)
     return selection
 
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from selections import check_blocks
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
@@ -151,7 +152,7 @@ def test_every_dtype_within_a_tie_band(dtype, normal):
     chosen = index_select_triton(
         index_query.to(DEVICE), index_key.to(DEVICE), layout, FixedBudget(blocks=4), block_size=8, scale=0.2
     )
-    chosen.check(layout)
+    check_blocks(chosen, layout)
     blocks = chosen.blocks.cpu().long()
     scores = index_scores(index_query.double(), index_key.double(), layout, scale=0.2)
     scores = block_scores(scores, layout, block_size=8)

@@ -20,7 +20,8 @@ from sparsort.errors import SparsortError
 from sparsort.recipes.cli import app
 from sparsort.recipes.cli_plan import named_paths
 from sparsort.recipes.plan import make_plan
-from sparsort.scoring.scores import Scores, score_table, scores_schema
+from sparsort.scoring.score_tables import score_table, scores_schema
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import open_rows
 
 N = 60

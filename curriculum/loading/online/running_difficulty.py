@@ -117,11 +117,6 @@ class RunningDifficulty:
         """The first step that may still be folded: one past the last that was."""
         return self._next_step
 
-    @property
-    def n_observed(self) -> int:
-        """Rows with at least one observation."""
-        return int(np.count_nonzero(self._weight))
-
     def fold(self, observations: Observations) -> None:
         """Take in whole steps: a step's observations, of all ranks, come in one call.
 

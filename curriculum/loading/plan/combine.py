@@ -27,22 +27,6 @@ Combination = Literal["rank_average", "lexicographic", "intersection"]
 COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
 
 
-def percentiles(difficulty_N: ArrayLike) -> NDArray[np.float64]:
-    """Mid-rank percentiles, (rank − 1/2) / M over the M rows with a number: (N,) float64 in (0, 1).
-
-    Equal rows share the mean of their ranks, an infinity is ranked as a number, NaN stays NaN.
-
-    Raises:
-        SparsortError: not one dimension of numbers.
-    """
-    values_N = _column("the difficulty", difficulty_N)
-    complete_N = ~np.isnan(values_N)
-    n_complete = np.count_nonzero(complete_N)
-    if n_complete == 0:
-        return np.full(len(values_N), np.nan)
-    return _spread_out(_doubled_ranks([_chosen(values_N, complete_N)]) / (2 * n_complete), complete_N)
-
-
 def combine(
     scores: Mapping[str, ArrayLike],
     how: Combination,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from simulated_results import ARMS, TASKS, simulate
 
-from sparsort.curriculum.ablation.simulation import ARMS, TASKS, simulate
 from sparsort.errors import SparsortError
 
 

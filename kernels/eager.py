@@ -1,7 +1,8 @@
-"""What torch.compile leaves alone.
+"""A decorator for what torch.compile must not compile.
 
-Contract: a function decorated here runs as it stands inside a compiled model, at the price of a break in its graph. The
-attention function needs it: its work depends on where sequences lie, and the alignment loss keeps account in Python objects.
+A decorated function runs uncompiled inside a compiled model, at the price of a break in its graph. The block-sparse operations
+and the attention function need it: their work depends on where sequences are, and the alignment loss keeps account in Python
+objects.
 """
 
 from __future__ import annotations

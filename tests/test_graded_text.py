@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,13 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.graded_text import KINDS, LEVELS, LONGEST, SHORTEST, graded_texts, split_of
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    from studies.graded_text import KINDS, LEVELS, LONGEST, SHORTEST, graded_texts, split_of
+finally:
+    sys.path.remove(str(BENCHMARKS))
 
 ROWS = graded_texts(2_000, 0)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.graded_text import split_of
-from sparsort.recipes.recall_task import ASK, CITIES, EPISODES, NAMES, drawn, recall_rows
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    from studies.graded_text import split_of
+    from studies.recall_task import ASK, CITIES, EPISODES, NAMES, drawn, recall_rows
+finally:
+    sys.path.remove(str(BENCHMARKS))
 
 ROWS = recall_rows(500, 0)
 

@@ -31,8 +31,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from studies.graded_text import Split, copying, sentences, split_of
+
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.recipes.graded_text import Split, copying, sentences, split_of
 
 NAMES = (
     *("Ada", "Amy", "Bea", "Ben", "Bob", "Cal", "Dan", "Eli", "Eva", "Fay", "Finn", "Gus", "Hal", "Hugo", "Ida", "Ira"),
