@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.model_spec import ModelOptions, ModelSpec
-from sparsort.scoring.prompt_spec import DataSpec, PromptSpec, Truncation, Turns
+from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
+from sparsort.scoring.prompt_types import Truncation, Turns
 from sparsort.values import has_text, is_missing, number_array
 
 if TYPE_CHECKING:

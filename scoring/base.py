@@ -17,7 +17,8 @@ import sparsort
 from sparsort.errors import SparsortError
 from sparsort.progress import progress
 from sparsort.scoring import engine
-from sparsort.scoring.prompt_spec import DataSpec, PromptSpec, Truncation, Turns
+from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
+from sparsort.scoring.prompt_types import Truncation, Turns
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.shards import MANIFEST, read_manifest
 from sparsort.scoring.sources import SAMPLING, RowSource

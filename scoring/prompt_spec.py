@@ -5,19 +5,17 @@ No torch: a command line reads the options of the fields before anything heavy i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from sparsort.errors import SparsortError
 from sparsort.options import names_in, option, unescape
+from sparsort.scoring.prompt_types import Truncation, Turns
 
 if TYPE_CHECKING:
     from sparsort.scoring.prompts import Prompt
     from sparsort.scoring.sources import RowSource
-
-Truncation = Literal["error", "left", "right"]
-Turns = Sequence[Mapping[str, str]]
 
 TEXT_PANEL = "Text"
 

@@ -20,7 +20,7 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of, spell
 from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.conversations import conversation_columns, split_answer, turns_of
-from sparsort.scoring.prompt_spec import Truncation, Turns
+from sparsort.scoring.prompt_types import Truncation, Turns
 from sparsort.templates import check_values, columns_of, fields_of, render
 from sparsort.values import is_list, is_missing, kind_of, missing_name, value_at
 
