@@ -17,7 +17,7 @@ from sparsort import attach_index_branch
 from sparsort.errors import SparsortError
 from sparsort.recipes.recall_task import recall_rows
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "sparse"
 
 
 @pytest.fixture(scope="module")
