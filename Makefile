@@ -19,7 +19,7 @@ RUN := .venv/bin/python
 endif
 
 # -P with -m: the root stays off the path, where its folder `kernels` would answer for Hugging Face's distribution.
-.PHONY: help demo test test-under-load lint bench gpu-check setup clean
+.PHONY: help demo test test-under-load lint house tables bench gpu-check setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -37,6 +37,12 @@ lint: $(READY) ## check style and types
 	@$(RUN) -P -m ruff check
 	@$(RUN) -P -m ruff format --check
 	@$(RUN) -P -m mypy
+
+house: $(READY) ## measure the code itself: sizes, cycles, words, symbols; ARGS="--list words" lists one row
+	@$(RUN) tests/support/house.py $(ARGS)
+
+tables: $(READY) ## fill the tables of the documentation from the source
+	@$(RUN) docs/generate_tables.py
 
 bench: $(READY) ## measure scoring, kernels, sparse attention, calibration, the ablation and the loader, in some minutes
 	@$(RUN) benchmarks/speed/scoring.py --quick $(ARGS)

@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsort.attention.attending import register
+from sparsort.attention.attention_function import register
 from sparsort.attention.config import SparseAttentionConfig
-from sparsort.attention.hooks import NAME, SparseAttention
-from sparsort.attention.selectors.interface import Selector
-from sparsort.attention.selectors.making import make_selector
+from sparsort.attention.selectors.base import Selector
+from sparsort.attention.selectors.build import make_selector
+from sparsort.attention.state import NAME, SparseAttention
 from sparsort.errors import SparsortError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")

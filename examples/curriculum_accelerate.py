@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
 FOLDER = "out/curriculum_accelerate"
 LENGTH = 64

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
 LENGTH = 64
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "graded.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.trainer import CurriculumTrainer
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 
 LENGTH = 64
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "graded.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.contract import MAX_TRITON_WIDTH, check_states
-from sparsort.kernels.sparsity.contract import FinalNorm as FinalNorm
-from sparsort.kernels.sparsity.contract import GiniMethod as GiniMethod
-from sparsort.kernels.sparsity.contract import RowMetrics as RowMetrics
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER as HIGHER_IS_SPARSER
-from sparsort.kernels.sparsity.names import METRICS as METRICS
-from sparsort.kernels.sparsity.names import ROW_REASONS as ROW_REASONS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.checks import MAX_TRITON_WIDTH, check_states
+from sparsort.kernels.sparsity.checks import FinalNorm as FinalNorm
+from sparsort.kernels.sparsity.checks import GiniMethod as GiniMethod
+from sparsort.kernels.sparsity.checks import RowMetrics as RowMetrics
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES as METRIC_NAMES
+from sparsort.kernels.sparsity.metrics import METRICS as METRICS
+from sparsort.kernels.sparsity.metrics import ROW_REASONS as ROW_REASONS
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 T = TypeVar("T")
 
@@ -142,7 +142,8 @@ def sparsity_rows(
         gini: "exact", "binned" (with a certified bound beside it), or "none" (NaN).
 
     Returns:
-        RowMetrics: values (N, 13), reason (N,), Gini's bound (N,) or None; with `norm` each with a leading axis of 2.
+        RowMetrics: values (N, M) in the order of `METRICS`, reason (N,), Gini's bound (N,) or None; with `norm` each with a
+            leading axis of 2.
 
     Raises:
         SparsortError: an argument does not fit; see `sparsity/contract.py`.
@@ -166,7 +167,7 @@ def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
     elif gini == "exact":
         obstacle = _sort_obstacle(states)
     if obstacle is None:
-        from sparsort.kernels.sparsity.rows import sparsity_rows_triton
+        from sparsort.kernels.sparsity.triton_rows import sparsity_rows_triton
 
         return sparsity_rows_triton
     if choice.reason == "SPARSORT_SPARSITY=triton":

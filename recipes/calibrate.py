@@ -115,7 +115,7 @@ def calibrate(
     from sparsort.scoring.compare import compare
     from sparsort.scoring.early_checks import check_model
     from sparsort.scoring.prompts import Prompt
-    from sparsort.scoring.scorers import naming_options
+    from sparsort.scoring.scorers.sparsity import naming_options
     from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)

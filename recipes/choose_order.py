@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ from sparsort.curriculum.ablation.design import probes_of
 from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import MOST_LABELS, Task, check_row, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.texts import Texts
-from sparsort.curriculum.demos.criteria import Criterion, Evidence, criterion
+from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
 from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.prompt import NOT_IN_CHAT
 from sparsort.curriculum.demos.rows import id_of
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.progress import progress
 from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
@@ -55,6 +55,14 @@ READS_PRIOR = When(
 READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "prior": (READS_PRIOR,), "separator": (NOT_IN_CHAT,)}
 
 _LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
+
+
+def _criteria_where(where: Callable[[Criterion], bool]) -> str:
+    """The criteria that choose an order and for which `where` holds, as a message lists them."""
+    return ", ".join(map(repr, CRITERIA.names(lambda entry: entry.chooses == "order" and where(entry))))
+
+
+_ON_QUERIES = _criteria_where(lambda entry: entry.needs == {"log_p"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +183,8 @@ def choose_order(
         if not texts:
             raise SparsortError(
                 f"of {count} probes sampled from the model none reads as a query of this prompt, so {by!r} has nothing to "
-                "choose by. Give queries of your own, and take a criterion that reads them: 'locale_unlabelled'."
+                "choose by. Give queries of your own, and take a criterion that reads them: "
+                f"{_ON_QUERIES}."
             )
         if queries:
             notes.append(f"{by} reads probes sampled from the model: the {len(queries)} queries given were not read.")
@@ -248,7 +257,7 @@ class Given:
         if len(self.counts) > MOST_LABELS:
             raise SparsortError(
                 f"the column {label!r} has {len(self.counts)} different values, so it does not look like a label. Name the "
-                "labels (--labels), or take a criterion that reads none: 'density'."
+                f"labels (--labels), or take a criterion that reads none: {_criteria_where(lambda one: not one.needs & _LABELS)}."
             )
         return {value: value for value in self.counts}
 
@@ -377,7 +386,7 @@ class _Asking:
             features=np.stack(features)[:, :asked] if asked else None,
             bare_features=bare,
             gold=gold,
-            metrics=METRICS,
+            metrics=METRIC_NAMES,
         )
 
     def _ask(self, demos: Rows, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -410,13 +419,13 @@ def _criterion(by: str) -> Criterion:
     found = criterion(by)
     if {"gold", "sampled"} <= found.needs:
         raise SparsortError(
-            f"{by!r} joins right labels with probes sampled from the model, which have none. Take a criterion that reads your "
-            "queries beside it: 'globale_unlabelled' or 'locale_unlabelled'."
+            f"{by!r} joins right labels with probes sampled from the model, which have none. Join a criterion that reads your "
+            f"queries: {_ON_QUERIES}."
         )
     if found.chooses != "order":
         raise SparsortError(
-            f"{by!r} chooses anew for every query, and what is wanted is one order for all. Take 'locale_unlabelled', or "
-            "see what it is worth in an ablation (sparsort ablate)."
+            f"{by!r} chooses demonstrations for every query, not one order for all. Take one of {_ON_QUERIES}, or see what it "
+            "is worth in an ablation (sparsort ablate)."
         )
     return found
 

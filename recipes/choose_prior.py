@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.splits import alike_rows
 from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.demos.criteria import CRITERIA, parts_of
 from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.integrity import parse_json
@@ -32,6 +33,7 @@ Prior = PriorName | Mapping[str, float] | str | Path
 # How many labelled rows the model reads, under one order; and the fewest by which the default estimates.
 LABELLED_ROWS, FEWEST_ROWS = 64, 16
 _BLOCK = 4 * LABELLED_ROWS
+_PRIOR = CRITERIA.needing("prior")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,13 +91,14 @@ class PriorPlan:
 
 def reads_prior(by: str) -> bool:
     """Whether a criterion, or one of those joined by "+", compares predictions with a prior."""
-    return bool({"pdo", "pdo_prior"} & set(_parts(by)))
+    return any(CRITERIA[part].with_prior or part in _PRIOR for part in parts_of(by) if part in CRITERIA)
 
 
 def with_prior(by: str) -> str:
     """The criterion that reads a prior: "pdo" becomes "pdo_prior", unless that is joined to it already."""
-    parts = _parts(by)
-    return "+".join("pdo_prior" if part == "pdo" and "pdo_prior" not in parts else part for part in parts)
+    parts = parts_of(by)
+    named = [(part, CRITERIA[part].with_prior) for part in parts]
+    return "+".join(part if other is None or other in parts else other for part, other in named)
 
 
 def plan_prior(
@@ -128,11 +131,12 @@ def plan_prior(
     """
     labels = tuple(task.labels or ())
     uniform = np.full(len(labels), 1.0 / len(labels))
-    if "pdo_prior" in _parts(by):
+    if pooled := next((part for part in parts_of(by) if part in _PRIOR), None):
         if prior in ("uniform", "mixed", "estimated"):
+            (plain,) = CRITERIA.names(lambda entry: entry.with_prior == pooled)
             raise SparsortError(
-                f"the criterion 'pdo_prior' is 'pdo' with the prior 'pool', and the prior {prior!r} was given. "
-                "Take the criterion 'pdo' (--by pdo)."
+                f"the criterion {pooled!r} is {plain!r} with the prior 'pool', and the prior {prior!r} was given. "
+                f"Take the criterion {plain!r} (--by {plain})."
             )
         prior = "pool" if prior is None else prior
     if isinstance(prior, Mapping):
@@ -161,10 +165,6 @@ def plan_prior(
     if reason is not None:
         return PriorPlan(source="uniform", labels=labels, shares=uniform, notes=(reason,))
     return _estimate_plan(labels, labelled, asks=asks)
-
-
-def _parts(by: str) -> list[str]:
-    return [part.strip() for part in by.split("+")]
 
 
 def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, asks: bool) -> PriorPlan:

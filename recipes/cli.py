@@ -58,6 +58,7 @@ from sparsort.recipes.options import (
     names_in,
     unescape,
 )
+from sparsort.scoring.scorers import SCORERS
 from sparsort.terminal import MOST_OF_PROMPT, discard, note, printable_messages, show, show_json
 from sparsort.terminal_tables import Table, number, prose, text
 
@@ -322,7 +323,7 @@ def order(
         column=column,
         descending=descending,
         # The seed is of the selection and the order too.
-        seed=seed if scorer == "random" else 0,
+        seed=seed if scorer in SCORERS.reading("seed") else 0,
         dtype=dtype,
         device=device,
         revision=revision,

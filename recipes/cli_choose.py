@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsort.curriculum.demos.criteria import CRITERIA
 from sparsort.recipes.options import (
     TEXT_PANEL,
     AnswerOption,
@@ -47,8 +48,8 @@ def choose(
     by: Annotated[
         str,
         typer.Option(
-            help="globale, locale, globale_unlabelled, locale_unlabelled, pdo, pdo_prior (pdo with --prior pool), pdo_null, "
-            "best_on_dev, density, …, or a+b."
+            help=f"{CRITERIA.listed(lambda entry: entry.chooses == 'order')}; or several, joined by +: their mean rank. "
+            "pdo_prior is pdo with --prior pool."
         ),
     ] = "pdo",
     prior: Annotated[

@@ -34,7 +34,7 @@ from sparsort.terminal import one_line, show, show_json
 from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.loading.summary import PlanSummary
+    from sparsort.curriculum.loading.inspect.summary import PlanSummary
 
 POOL_PANEL = "Pool mode"
 
@@ -112,7 +112,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Plan the batches of a training run from SCORES, and show what they hold: a curriculum before it is trained on."""
-    from sparsort.curriculum.loading.settings import CurriculumSettings
+    from sparsort.curriculum.loading.plan.settings import CurriculumSettings
     from sparsort.recipes.plan import make_plan
 
     settings = CurriculumSettings.from_json(

@@ -14,16 +14,16 @@ from typing import Any
 
 from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
 from sparsort.curriculum.ablation.tasks import JUDGES, task_names
-from sparsort.curriculum.loading.combine import COMBINATIONS
-from sparsort.curriculum.loading.settings import RANKED, CurriculumSettings
-from sparsort.curriculum.loading.settings import READ_BY as CURRICULUM_READ_BY
+from sparsort.curriculum.loading.plan.combine import COMBINATIONS
+from sparsort.curriculum.loading.plan.settings import RANKED, CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import READ_BY as CURRICULUM_READ_BY
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
 from sparsort.recipes.order_conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
-from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
+from sparsort.recipes.score import read_by_scorers
 from sparsort.recipes.train_config import READ_BY as TRAIN_READ_BY
 from sparsort.recipes.train_config import TrainConfig
 from sparsort.recipes.train_recipe import read_recipe
@@ -76,20 +76,16 @@ def _on_the_command_line(context: Any) -> Shown:
     return shown
 
 
-_HAS_TURNS = among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS)
+_TEXT = read_by_scorers("answer", "system", "chat", "truncation", "max_length")
 # The command has no such option.
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
 SCORE: Table = {
     **always("file", "prompt", "messages", "id_column", "columns", "out", "shard_rows", "strict", "as_json"),
     **_SCORER,
-    "answer": (
-        among("scorer", [name for name in SCORERS if name not in ("prompt_loss", "random", "column")], of=SCORERS),
-    ),
-    "system": (_HAS_TURNS, NO_CONVERSATION, SYSTEM),
-    "chat": (_HAS_TURNS, NO_CONVERSATION),
-    "truncation": (among("scorer", MODEL_SCORERS, of=SCORERS),),
-    "max_length": (among("scorer", MODEL_SCORERS, of=SCORERS),),
+    **_TEXT,
+    "system": (*_TEXT["system"], NO_CONVERSATION, SYSTEM),
+    "chat": (*_TEXT["chat"], NO_CONVERSATION),
 }
 
 

@@ -16,6 +16,7 @@ from sparsort.errors import SparsortError
 from sparsort.files import disk_error, is_full, write_failure
 from sparsort.interrupts import exit_code, received
 from sparsort.scoring.dtypes import DTYPES
+from sparsort.scoring.scorers import SCORERS
 from sparsort.terminal import OutputError, printable, unwritable
 
 TEXT_PANEL = "Text"
@@ -75,7 +76,7 @@ ColumnsOption = Annotated[
 ScorerOption = Annotated[
     str,
     typer.Option(
-        help="sparsity, answer_loss, prompt_loss, entropy, length, compression, random or column.",
+        help=f"{SCORERS.listed()}.",
         rich_help_panel=SCORER_PANEL,
     ),
 ]

@@ -13,8 +13,8 @@ from sparsort.curriculum.demos.order import ORDERS, default_order, ranks_by
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
 from sparsort.curriculum.demos.select import EMBEDDED, METHODS, SCORED
-from sparsort.recipes.score import MODEL_SCORERS, SCORERS
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
+from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 
 NO_CONVERSATION = excludes("messages", "{messages} holds whole conversations, with their own turns")
 SYSTEM = needs("chat", "a plain prompt has no system turn", chat=True)
@@ -46,14 +46,14 @@ def _runs_model(values: Values) -> bool:
 
 def _reads_model(values: Values) -> bool:
     counts = values["max_tokens"] is not None or values["chat"] or values["messages"] is not None
-    return _runs_model(values) or counts or (_scores_now(values) and values["scorer"] == "length")
+    return _runs_model(values) or counts or (_scores_now(values) and values["scorer"] in SCORERS.reading("model"))
 
 
 def _draws(values: Values) -> bool:
     drawn = values["k"] is not None and _is(values, "select", ("random", "balanced", "spread"), METHODS)
     base = str(values["order"] or default_order(None)).rpartition("reverse:")[2]
     shuffled = base == "random" or base not in ORDERS
-    return drawn or shuffled or (_scores_now(values) and values["scorer"] == "random")
+    return drawn or shuffled or (_scores_now(values) and values["scorer"] in SCORERS.reading("seed"))
 
 
 _RANKED = When(holds=_ranks, why="no score is read here, neither to select nor to order")

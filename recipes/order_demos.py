@@ -259,7 +259,7 @@ class _Session:
 
     def query_difficulty(self, query: Mapping[str, Any]) -> float:
         """Difficulty of the query by the same score."""
-        if self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer":
+        if self.scorer.needs_answer:
             raise SparsortError(
                 "the query has no answer yet, so it has no score of one. Match by a score of the prompt alone."
             )
@@ -319,8 +319,7 @@ class _Session:
         return self._loaded
 
     def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
-        needs_answer = self.scorer.scorer == "answer_loss" or self.scorer.pooling == "answer"
-        read = self.text.read(answer=needs_answer)
+        read = self.text.read(answer=self.scorer.needs_answer)
         options: dict[str, Any] = {}
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from sparsort.errors import SparsortError, unknown_choice
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.loading.combine import Combination
-    from sparsort.curriculum.loading.plan import CurriculumPlan
-    from sparsort.curriculum.loading.settings import CurriculumSettings
-    from sparsort.curriculum.loading.summary import PlanSummary
+    from sparsort.curriculum.loading.inspect.summary import PlanSummary
+    from sparsort.curriculum.loading.plan.combine import Combination
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+    from sparsort.curriculum.loading.plan.settings import CurriculumSettings
     from sparsort.scoring.scores import Scores
     from sparsort.scoring.sources import RowSource
 
@@ -88,12 +88,12 @@ def make_plan(
         >>> made = make_plan("scores", settings=CurriculumSettings(batch_size=32, stages=10), draw="plan.png")
         >>> made.summary.parts[0].difficulty.mean
     """
-    from sparsort.curriculum.loading.combine import COMBINATIONS
-    from sparsort.curriculum.loading.drawing import check_figure, draw_plans
-    from sparsort.curriculum.loading.plan import CurriculumPlan
-    from sparsort.curriculum.loading.planning import plan_curriculum
-    from sparsort.curriculum.loading.ranking import group_names
-    from sparsort.curriculum.loading.summary import summarise
+    from sparsort.curriculum.loading.inspect.drawing import check_figure, draw_plans
+    from sparsort.curriculum.loading.inspect.summary import summarise
+    from sparsort.curriculum.loading.plan.combine import COMBINATIONS
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+    from sparsort.curriculum.loading.plan.planning import plan_curriculum
+    from sparsort.curriculum.loading.plan.ranking import group_names
     from sparsort.scoring.scores import Scores
     from sparsort.scoring.sources import open_rows
 
@@ -205,7 +205,7 @@ def _field_numbers(rows: _Rows, field: str) -> NDArray[np.int64]:
 
 def _counted(read: Mapping[str, Scores], rows: _Rows | None) -> NDArray[Any] | None:
     """Tokens of each row, of the first scores that counted them."""
-    from sparsort.curriculum.loading.planning import counted_tokens
+    from sparsort.curriculum.loading.plan.planning import counted_tokens
 
     found = (counted_tokens(scores, rows) for scores in read.values())
     return next((tokens for tokens in found if tokens is not None), None)

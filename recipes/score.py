@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
-from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.conditions import Conditions, Table, always, among, refuse_unread_fields
+from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.scoring.scorers import SCORERS
 from sparsort.scoring.sources import RowSource, open_rows
 
 if TYPE_CHECKING:
@@ -21,34 +22,6 @@ if TYPE_CHECKING:
     from sparsort.scoring.calibration import Calibration
     from sparsort.scoring.prompts import Prompt, Turns
     from sparsort.scoring.scores import Scores
-
-ScorerName = Literal["sparsity", "answer_loss", "prompt_loss", "entropy", "length", "compression", "random", "column"]
-SCORERS: tuple[str, ...] = get_args(ScorerName)
-MODEL_SCORERS = ("sparsity", "answer_loss", "prompt_loss", "entropy")
-
-_SPARSITY = (among("scorer", ("sparsity",), of=SCORERS),)
-_MODEL = (among("scorer", MODEL_SCORERS, of=SCORERS),)
-_TOKENIZER = (among("scorer", (*MODEL_SCORERS, "length"), of=SCORERS),)
-# The scorers that read an option of `ScorerConfig`; see `sparsort.conditions`.
-READ_BY: Table = {
-    "scorer": ALWAYS,
-    "calibration": _SPARSITY,
-    "site": _SPARSITY,
-    "pooling": _SPARSITY,
-    "metric": _SPARSITY,
-    "outliers": _SPARSITY,
-    "l0_threshold": _SPARSITY,
-    "column": (among("scorer", ("column",), of=SCORERS),),
-    "descending": (among("scorer", ("column",), of=SCORERS),),
-    "seed": (among("scorer", ("random",), of=SCORERS),),
-    "unit": (among("scorer", ("length",), of=SCORERS),),
-    "model": _TOKENIZER,
-    "revision": _TOKENIZER,
-    "trust_remote_code": _TOKENIZER,
-    "dtype": _MODEL,
-    "device": _MODEL,
-    "token_budget": _MODEL,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +54,10 @@ class ScorerConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise unknown_choice("scorer", self.scorer, SCORERS)
-        if self.scorer == "column" and self.column is None:
+        SCORERS.check(self.scorer)
+        if self.scorer in SCORERS.needing("column") and self.column is None:
             raise SparsortError(
-                "the scorer 'column' needs the name of a numeric column. Pass column='NAME' (--column NAME)."
+                f"the scorer {self.scorer!r} needs the name of a numeric column. Pass column='NAME' (--column NAME)."
             )
         refuse_unread_fields(self, READ_BY)
 
@@ -134,8 +106,7 @@ class ScorerConfig:
         Raises:
             SparsortError: an unknown metric, site, pooling, outlier rule or dtype.
         """
-        if self.metric not in METRICS:
-            raise unknown_choice("metric", self.metric, METRICS)
+        METRICS.check(self.metric)
         # Other scorers read none of these options (`READ_BY`), and need no torch.
         if self.runs_model:
             self._check_model_options()
@@ -184,11 +155,7 @@ class ScorerConfig:
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise SparsortError(f"{name} is {number}; it must be at least 1.")
-        if (
-            text.answer is None
-            and (asked is None or asked.answer is None)
-            and (self.scorer == "answer_loss" or (self.scorer == "sparsity" and self.pooling == "answer"))
-        ):
+        if self.needs_answer and text.answer is None and (asked is None or asked.answer is None):
             raise SparsortError(
                 "this score reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
             )
@@ -206,52 +173,46 @@ class ScorerConfig:
     @property
     def reads_text(self) -> bool:
         """Whether the score is one of a text, and needs a prompt."""
-        return self.scorer not in ("random", "column")
+        return self.scorer in SCORERS.needing("text")
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether the score is one of an answer's tokens."""
+        return self.scorer in SCORERS.needing("answer") or self.pooling == "answer"
 
     @property
     def runs_model(self) -> bool:
         """Whether scoring runs a forward pass."""
-        return self.scorer in MODEL_SCORERS
+        return SCORERS[self.scorer].runs_model
 
     def load(self, loaded: Any = None, *, tokenizer: Any = None) -> Scorer:
         """Build the scorer; `loaded` is a model in memory, `tokenizer` that of a model to be loaded, if there is one already."""
-        if self.runs_model:
-            # They import torch.
-            from sparsort.scoring import losses, scorers
+        entry = SCORERS[self.scorer]
+        settings = {name: getattr(self, name) for name in _ARGUMENTS if name in entry.reads}
+        if entry.runs_model and loaded is None:
+            settings["tokenizer"] = tokenizer
+        elif entry.runs_model:
+            settings = {name: value for name, value in settings.items() if name not in _LOADING} | {"model": loaded}
+        if self.found is None:
+            return entry.build(settings)
+        from sparsort.scoring.calibrated import CalibratedScorer
 
-            options: dict[str, Any] = {"token_budget": self.token_budget}
-            if loaded is None:
-                names = ("dtype", "device", "revision", "trust_remote_code")
-                options |= {name: getattr(self, name) for name in names} | {"tokenizer": tokenizer}
-            model = loaded if loaded is not None else self.model
-            if self.found is not None:
-                from sparsort.scoring.calibrated import CalibratedScorer
+        decided = vars(self.found.definition.candidate).keys() | {"l0_threshold"}
+        return CalibratedScorer(self.found, **{name: settings[name] for name in settings if name not in decided})
 
-                return CalibratedScorer(self.found, model, **options)
-            if self.scorer == "sparsity":
-                return scorers.SparsityScorer(
-                    model,
-                    site=self.site,
-                    pooling=self.pooling,
-                    metric=self.metric,
-                    outliers=self.outliers,
-                    l0_threshold=self.l0_threshold,
-                    **options,
-                )
-            if self.scorer == "entropy":
-                return losses.EntropyScorer(model, **options)
-            return losses.LossScorer(model, on="answer" if self.scorer == "answer_loss" else "prompt", **options)
-        from sparsort.scoring import baselines
 
-        if self.scorer == "length":
-            return baselines.LengthScorer(
-                self.unit, model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        if self.scorer == "compression":
-            return baselines.CompressionScorer()
-        if self.scorer == "random":
-            return baselines.RandomScorer(self.seed)
-        return baselines.ColumnScorer(str(self.column), descending=self.descending)
+_ARGUMENTS = tuple(one.name for one in fields(ScorerConfig) if one.name not in ("scorer", "calibration"))
+# What loads a model, and does not change one that is in memory.
+_LOADING = ("dtype", "device", "revision", "trust_remote_code")
+
+
+def read_by_scorers(*settings: str) -> dict[str, Conditions]:
+    """The conditions of settings that only some scorers read; see `sparsort.conditions`."""
+    return {name: (among("scorer", SCORERS.reading(name), of=SCORERS),) for name in settings}
+
+
+# The scorers that read an option of `ScorerConfig`.
+READ_BY: Table = {**always("scorer"), **read_by_scorers("calibration", *_ARGUMENTS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,8 +316,7 @@ def score_file(
     scorer.check(text, shard_rows)
     # What is wrong with the data or the prompt should not cost the loading of a model.
     prompt = text.read()
-    reads_column = scorer.scorer == "column" and scorer.column is not None
-    content = [str(scorer.column)] if reads_column else prompt.fields if prompt is not None else None
+    content = [scorer.column] if scorer.column is not None else prompt.fields if prompt is not None else None
     source = open_rows(file, id_column=text.id_column, content=content, columns=text.columns)
     if prompt is not None:
         source.require(prompt.fields, prompt)

@@ -29,7 +29,7 @@ from sparsort.recipes.train_recipe import read_recipe
 from sparsort.recipes.train_run import Run
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
     from sparsort.recipes.train_text import TrainText
     from sparsort.scoring.sources import RowSource
 
@@ -163,7 +163,7 @@ def train(
 
 def _opened(plan: str | Path | CurriculumPlan | None) -> CurriculumPlan | None:
     """The plan, refused here, before anything is written, where it is missing or damaged."""
-    from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
     return CurriculumPlan.open(plan) if isinstance(plan, str | Path) else plan
 

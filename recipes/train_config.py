@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from sparsort.conditions import Table, excludes, needs, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS
 
 LearningRateSchedule = Literal["constant", "linear", "cosine", "wsd"]
 Dtype = Literal["auto", "float32", "bfloat16"]

@@ -22,11 +22,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
-from sparsort.curriculum.loading.checkpoints import NoCheckpointError
-from sparsort.curriculum.loading.online import OnlineDifficulty
-from sparsort.curriculum.loading.packing import IGNORED
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.trainer import CurriculumTrainer
+from sparsort.curriculum.loading.loader.packing import IGNORED
+from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.trainer.checkpoints import NoCheckpointError
+from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
 from sparsort.interrupts import asking, received
@@ -36,7 +36,7 @@ from sparsort.recipes.train_text import TextCollator
 from sparsort.terminal import note
 
 if TYPE_CHECKING:
-    from sparsort.attention.callback import SparseAttentionCallback
+    from sparsort.attention.training.callback import SparseAttentionCallback
 
 _KEPT = 2  # checkpoints: a kill may leave the last one half written
 _DECAY = 0.2  # share of a run over which "wsd" lets the learning rate fall

@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.train_config import TrainConfig
 from sparsort.recipes.train_sparse import SparseTraining

@@ -24,7 +24,7 @@ from sparsort.recipes.train_sparse import SparseTraining, identity, refuse_to_dr
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
     from sparsort.recipes.train_text import Kept, Tokens, TrainText
     from sparsort.scoring.sources import RowSource
 
@@ -170,10 +170,10 @@ class Run:
 
     def _plan(self, rows: Kept, tokens: Tokens, processes: int) -> tuple[CurriculumPlan, int]:
         """The plan of the rows, and the batch of a device."""
-        from sparsort.curriculum.loading.planning import plan_curriculum
-        from sparsort.curriculum.loading.settings import CurriculumSettings
-        from sparsort.curriculum.loading.trainer import check_global_batch
-        from sparsort.curriculum.loading.verification import verify_every_row
+        from sparsort.curriculum.loading.loader.verification import verify_every_row
+        from sparsort.curriculum.loading.plan.planning import plan_curriculum
+        from sparsort.curriculum.loading.plan.settings import CurriculumSettings
+        from sparsort.curriculum.loading.trainer.trainer import check_global_batch
 
         config, settings = self.config, dict(self.curriculum)
         share = config.accumulate * processes
@@ -260,7 +260,7 @@ def _ignores_difficulty(curriculum: Mapping[str, Any]) -> bool:
 
 def _held_out(n: int, share: float, seed: int) -> NDArray[np.bool_]:
     """(n,) bool, which rows are held out: about `share` of them, one at least where it is above 0."""
-    from sparsort.curriculum.loading.shuffling import key_of, permutation
+    from sparsort.curriculum.loading.plan.shuffling import key_of, permutation
 
     held = np.zeros(n, dtype=bool)
     count = min(n, max(1, round(share * n))) if share else 0
@@ -294,7 +294,7 @@ def _check_lengths(plan: CurriculumPlan, tokens: Tokens) -> None:
 
 def _check_online(plan: CurriculumPlan, steps: int) -> None:
     """Refuse an online difficulty that no batch would follow."""
-    from sparsort.curriculum.loading.online_curriculum import check_revisable
+    from sparsort.curriculum.loading.online.online_curriculum import check_revisable
 
     check_revisable(plan)
     settings = plan.settings

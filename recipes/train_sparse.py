@@ -19,8 +19,8 @@ from sparsort.errors import SparsortError, first_line
 from sparsort.recipes.train_model import PRESETS
 
 if TYPE_CHECKING:
-    from sparsort.attention.callback import SparseAttentionCallback
-    from sparsort.attention.schedule import SparseSchedule
+    from sparsort.attention.training.callback import SparseAttentionCallback
+    from sparsort.attention.training.schedule import SparseSchedule
 
 _LEARNED = SELECTORS.names(lambda entry: entry.has_weights)
 _BRANCH = ".index_branch."
@@ -92,7 +92,7 @@ class SparseTraining:
 
     def schedule(self, steps: int) -> SparseSchedule:
         """The shares as steps of a run; a share above 0 is one step at least."""
-        from sparsort.attention.schedule import SparseSchedule
+        from sparsort.attention.training.schedule import SparseSchedule
 
         warmup, anneal = (
             max(1, round(share * steps)) if share else 0 for share in (self.warmup_share, self.anneal_share)
@@ -148,7 +148,7 @@ class SparseTraining:
             What drives and measures it in Trainer.
         """
         from sparsort.attention.attach import attach_index_branch
-        from sparsort.attention.callback import SparseAttentionCallback
+        from sparsort.attention.training.callback import SparseAttentionCallback
 
         trained = _trained_branch(name, self.attention)
         attach_index_branch(model, self.attention)

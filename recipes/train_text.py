@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sparsort import integrity
-from sparsort.curriculum.loading.packing import IGNORED, PackedCollator
+from sparsort.curriculum.loading.loader.packing import IGNORED, PackedCollator
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
 from sparsort.progress import progress

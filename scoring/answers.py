@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_rows
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.branches import Layout, Passage, TreeEncoder
 from sparsort.scoring.heads import Head

@@ -19,11 +19,9 @@ from sparsort.progress import progress
 from sparsort.scoring import engine
 from sparsort.scoring.prompts import Prompt, Truncation, Turns
 from sparsort.scoring.shards import MANIFEST, read_manifest
-from sparsort.scoring.sources import SAMPLING, Row, RowSource, open_rows
+from sparsort.scoring.sources import SAMPLING, RowSource, open_rows
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from sparsort.scoring.row_cache import RowCache
     from sparsort.scoring.scores import Scores
 
@@ -70,24 +68,13 @@ class Request:
         }
 
 
-class Job(ABC):
-    """Scores shards of one source under one request: what `engine.run` drives."""
-
-    provenance: dict[str, Any]
-    metrics: Sequence[str]
-
-    @abstractmethod
-    def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
-        """One table row a row, in order."""
-
-
 class Scorer(ABC):
     """Ranks examples by difficulty. `kind` names what the difficulty is."""
 
     kind: ClassVar[str]
 
     @abstractmethod
-    def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
+    def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> engine.Job:
         """The job for this source. `previous` is the provenance of a run that `out` holds already."""
 
     def content(self, prompt: Prompt | None) -> Sequence[str] | None:

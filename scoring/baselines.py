@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from sparsort.conditions import Table, When, among, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.scoring.base import Advance, Job, Request, Scorer, versions
+from sparsort.scoring.base import Advance, Request, Scorer, versions
 from sparsort.scoring.embedded import load_tokenizer
+from sparsort.scoring.engine import Job
 from sparsort.scoring.prompts import Encoder, Prompt, identify_tokenizer
-from sparsort.scoring.scores import score_table
+from sparsort.scoring.score_tables import score_table
 from sparsort.scoring.sources import Row, RowSource
 from sparsort.values import has_text, is_missing
 

@@ -10,7 +10,7 @@ from sparsort.errors import SparsortError
 from sparsort.scoring.base import Request
 from sparsort.scoring.calibration import Calibration
 from sparsort.scoring.prompts import Encoder, Prompt, Turns, identify_tokenizer
-from sparsort.scoring.scorers import ModelJob, SparsityScorer
+from sparsort.scoring.scorers.sparsity import ModelJob, SparsityScorer
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import RowSource
 

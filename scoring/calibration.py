@@ -235,6 +235,9 @@ class Calibration:
         newer = "Update sparsort, or calibrate again."
         check_version(found.get("version"), (_UNSEALED, VERSION), name, damaged="Calibrate again.", other=newer)
         try:
+            for field, kind in _KINDS.items():
+                if not isinstance(found[field], kind) or isinstance(found[field], bool):
+                    raise ValueError(f"{field} is of type {type(found[field]).__name__}, not {kind.__name__}")
             definition = {**found["definition"], "candidate": Candidate(**found["definition"]["candidate"])}
             definition["turns"] = tuple((str(role), str(text)) for role, text in definition["turns"])
             made = cls(
@@ -276,6 +279,8 @@ class Calibration:
             raise ValueError("its definition is not the candidate that was chosen")
 
 
+# The types of the fields that nothing else checks.
+_KINDS: dict[str, type] = {"left_out": list, "settings": dict, "n_rows": int, "target": str, "candidates": list}
 # How references are called in sentences.
 _NAMES = {"loss": "the model's own loss", "correct": "its errors", LENGTH: "length"}
 

@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.progress import progress
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.base import Advance, Request
 from sparsort.scoring.batching import Plan
-from sparsort.scoring.collecting import CandidateCollector, Reading, Way
+from sparsort.scoring.collecting import Measurement, Reading, StateCollector, finished_rows
 from sparsort.scoring.heads import Head
 from sparsort.scoring.pooling import OutlierFit, restore_outliers
 from sparsort.scoring.prompts import Encoded, Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sites import Site
 from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
+from sparsort.scoring.spans import states_at
 
 # Columns beside the candidates.
 LOSS, ANSWER_TOKENS = "answer_loss", "answer_tokens"
@@ -55,7 +56,7 @@ class CandidateJob(ModelJob):
     Args:
         scorer, request, encoder, provenance: see `ModelJob`; the fits are added to the provenance.
         source: the rows, of which a sample is read at once to fit the outlier rules.
-        ways: what to measure.
+        measurements: what to measure.
         sites: where.
         head: reads the loss on the answer; None for no loss.
         l0_threshold: threshold of `l0_absolute`.
@@ -70,31 +71,31 @@ class CandidateJob(ModelJob):
         provenance: dict[str, Any],
         source: RowSource,
         *,
-        ways: Sequence[Way],
+        measurements: Sequence[Measurement],
         sites: Sequence[Site],
         head: Head | None,
         l0_threshold: float,
         recorded: Mapping[str, Any] | None,
     ) -> None:
         has_answer = request.prompt.answer is not None
-        names = ["/".join((*way, metric)) for way in ways for metric in METRICS]
+        names = ["/".join((*m, metric)) for m in measurements for metric in METRICS]
         columns = [*names, *([LOSS] if head else []), *([ANSWER_TOKENS] if has_answer else [])]
         super().__init__(scorer, request, encoder, provenance, columns)
-        self._ways, self._head, self._threshold = ways, head, l0_threshold
-        self._reads_answer = head is not None or any(pooling == "answer" for _, pooling, _ in ways)
+        self._measurements, self._head, self._threshold = measurements, head, l0_threshold
+        self._reads_answer = head is not None or any(m.pooling == "answer" for m in measurements)
         last = self.backbone.head_site
         self._head_site = last.name
         self._measured = {site.name: self.backbone.width(site) for site in sites}
         self._sites = [*sites, *([last] if head and last.name not in self._measured else [])]
         self._done: dict[int, tuple[NDArray[np.float64], str]] = {}
-        self._fits: dict[Way, OutlierFit] = {}
+        self._fits: dict[Measurement, OutlierFit] = {}
         if recorded is not None:
+            ruled = {"/".join(m): m for m in measurements}
             for name, record in recorded.items():
-                site, pooling, rule = name.split("/")
-                self._fits[site, pooling, rule] = restore_outliers(record, self._measured[site])
-        elif any(rule != "none" for _, _, rule in ways):
+                self._fits[ruled[name]] = restore_outliers(record, self._measured[ruled[name].site])
+        elif any(m.outliers != "none" for m in measurements):
             self._fit(source)
-        provenance["fits"] = {"/".join(way): fit.record for way, fit in self._fits.items()}
+        provenance["fits"] = {"/".join(m): fit.record for m, fit in self._fits.items()}
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Ids of every row: the prompt's own, and those of prompt and answer."""
@@ -178,16 +179,20 @@ class CandidateJob(ModelJob):
         return readings
 
     def _walk(
-        self, readings: Sequence[Reading], how: Plan, advance: Advance, fits: Mapping[Way, OutlierFit] | None
-    ) -> tuple[CandidateCollector, NDArray[np.float64]]:
+        self, readings: Sequence[Reading], how: Plan, advance: Advance, fits: Mapping[Measurement, OutlierFit] | None
+    ) -> tuple[StateCollector, NDArray[np.float64]]:
         """Run the readings; (N,) the sum of the losses of each one's answer."""
-        collector = CandidateCollector(readings, how, self._ways, fits=fits, l0_threshold=self._threshold)
+        collector = StateCollector(
+            readings, how, self._measurements, fits=fits, l0_threshold=self._threshold, exact=False
+        )
+        # A row that is read twice ends with its prompt.
+        prompts = [reading.ids if reading.reads_prompt else [] for reading in readings]
         losses = np.zeros(len(readings))
         for piece in self.backbone.walk([reading.ids for reading in readings], how, self._sites):
             collector.add(piece)
             if self._head is not None and not piece.is_head:
                 self._add_losses(self._head, losses, readings, piece)
-            advance(_finished(piece, readings))
+            advance(finished_rows(piece, prompts))
         return collector, losses
 
     def _add_losses(self, head: Head, losses: NDArray[np.float64], readings: Sequence[Reading], piece: Piece) -> None:
@@ -198,8 +203,7 @@ class CandidateJob(ModelJob):
         batch, token = np.nonzero((positions >= spans[:, :1]) & (positions < end[:, None]))
         if not len(batch):
             return
-        states = piece.states[self._head_site]
-        picked = states[torch.from_numpy(batch).to(states.device), torch.from_numpy(token).to(states.device)]
+        picked = states_at(piece.states[self._head_site], batch, token)
         rows = piece.rows[batch]
         targets = [readings[row].ids[place + 1] for row, place in zip(rows, piece.start + token, strict=True)]
         found = head.losses(picked, torch.tensor(targets, device=picked.device)).cpu().numpy()
@@ -209,7 +213,7 @@ class CandidateJob(ModelJob):
         self,
         encoded: Sequence[Encoded],
         readings: Sequence[Reading],
-        collector: CandidateCollector,
+        collector: StateCollector,
         losses: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], list[str]]:
         values = np.full((len(encoded), len(self.metrics)), np.nan)
@@ -217,11 +221,11 @@ class CandidateJob(ModelJob):
         prompts = np.array([n for n, r in enumerate(readings) if r.reads_prompt], dtype=np.int64)
         answers = np.array([n for n, r in enumerate(readings) if len(r.ids) > r.answer_start], dtype=np.int64)
         row_of = np.array([reading.row for reading in readings], dtype=np.int64)
-        for place, (way, (found, codes)) in enumerate(collector.values().items()):
-            used = answers if way[1] == "answer" else prompts
+        for place, (m, (found, codes)) in enumerate(collector.values().items()):
+            used = answers if m.pooling == "answer" else prompts
             columns = slice(place * len(METRICS), (place + 1) * len(METRICS))
             values[row_of[used], columns] = found[used]
-            if self.provenance["metric"].startswith("/".join(way)):
+            if self.provenance["metric"].startswith("/".join(m)):
                 for number in used:
                     reasons[row_of[number]] = ROW_REASONS[codes[number]]
         if LOSS in self.metrics:
@@ -236,12 +240,3 @@ class CandidateJob(ModelJob):
 
 def _pairs(encoded: Sequence[Encoded]) -> list[_Pair]:
     return [item for item in encoded if isinstance(item, _Pair)]
-
-
-def _finished(piece: Piece, readings: Sequence[Reading]) -> int:
-    """How many rows end in this piece; one that is read twice ends with its prompt."""
-    if piece.is_head:
-        return 0
-    ends = piece.start + piece.lengths
-    read = [readings[row] for row in piece.rows]
-    return sum(r.reads_prompt and piece.start < len(r.ids) <= end for r, end in zip(read, ends, strict=True))

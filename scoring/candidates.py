@@ -14,26 +14,26 @@ provenance.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, check_l0_threshold
 from sparsort.scoring.base import Request
 from sparsort.scoring.candidate_job import LOSS, CandidateJob
+from sparsort.scoring.collecting import Measurement
 from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.heads import Head
-from sparsort.scoring.pooling import Pooling, check_outlier_rule, check_pooling
+from sparsort.scoring.pooling import Pooling, check_answer, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer, naming_options
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer, naming_options
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
 SITES = ("pre_norm", "post_norm", "mlp")
-POOLINGS: tuple[str, ...] = get_args(Pooling)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 OUTLIERS = ("none", "drop:3", "rms")
 
 
@@ -98,11 +98,10 @@ class CandidateScorer(ModelScorer):
         **model_options: Any,
     ) -> None:
         check_grid(sites, poolings, outliers)
-        if not (math.isfinite(l0_threshold) and l0_threshold >= 0):
-            raise SparsortError(f"l0_threshold is {l0_threshold}; it must be a number of at least 0.")
+        check_l0_threshold(l0_threshold)
         check_model(model, sites=sites or SITES[:1], outliers=outliers, **naming_options(model_options))
         super().__init__(model, **model_options)
-        self.poolings = _distinct(poolings) if poolings is not None else None
+        self.poolings = [check_pooling(name) for name in _distinct(poolings)] if poolings is not None else None
         self.outliers, self.own_loss, self.l0_threshold = _distinct(outliers), own_loss, l0_threshold
         self.notes: list[str] = []
         self.sites = {name: self.backbone.site(name) for name in self._names(sites)}
@@ -124,17 +123,14 @@ class CandidateScorer(ModelScorer):
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         has_answer = request.prompt.answer is not None
         poolings = self.poolings or [name for name in POOLINGS if has_answer or name != "answer"]
-        if "answer" in poolings and not has_answer:
-            raise SparsortError(
-                "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
-            )
-        ways = [(site, pooling, rule) for site in self.sites for pooling in poolings for rule in self.outliers]
+        check_answer(poolings, request.prompt.answer)
+        measurements = [
+            Measurement(site, pooling, rule) for site in self.sites for pooling in poolings for rule in self.outliers
+        ]
         head = Head(self.loaded.model, self.backbone.config, self.loaded.name) if has_answer and self.own_loss else None
-        orientation = {
-            "/".join((*way, metric)): 1 if HIGHER_IS_SPARSER[metric] else -1 for way in ways for metric in METRICS
-        }
+        orientation = {"/".join((*m, name)): metric.sign for m in measurements for name, metric in METRICS.items()}
         provenance = self._provenance(request, encoder, orientation | ({LOSS: 1} if head else {}), previous) | {
-            "metric": "/".join((*ways[0], "gini")),
+            "metric": "/".join((*measurements[0], "gini")),
             "sites": list(self.sites),
             "poolings": poolings,
             "outliers": self.outliers,
@@ -149,7 +145,7 @@ class CandidateScorer(ModelScorer):
             encoder,
             provenance,
             source,
-            ways=ways,
+            measurements=measurements,
             sites=list(self.sites.values()),
             head=head,
             l0_threshold=self.l0_threshold,

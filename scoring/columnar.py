@@ -126,6 +126,8 @@ def arrow_reader(path: Path) -> TableReader:
             stream = handle.read(6) != b"ARROW1"
         table = (pa.ipc.open_stream if stream else pa.ipc.open_file)(pa.memory_map(str(path))).read_all()
         table.validate()
+        # Names that are not UTF-8 are a ValueError when Python first reads them.
+        _check_names(table.column_names, str(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(str(path), "Arrow", error) from error
     return table_reader(table, str(path), checked=True)

@@ -12,7 +12,6 @@ times on the obvious path (55 s in all); with the configuration pinned here, as 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import json
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.cache import limit_of, mark_used
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, did_you_mean
 from sparsort.extras import need
 from sparsort.integrity import parse_json, parse_own_json, read_sealed
 from sparsort.scoring.conversions import DIGESTS, install, is_intact, models_folder, one_at_a_time, write_digests
@@ -173,7 +172,7 @@ def _hint(model: str, error: Exception) -> str:
             " It ships code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code of "
             "sparsort score, order, choose and calibrate), or a model object that you loaded yourself."
         )
-    return f" Did you mean {DEMO!r}?" if difflib.get_close_matches(model.lower(), [DEMO], cutoff=0.7) else ""
+    return did_you_mean(model, [DEMO], cutoff=0.7)
 
 
 @contextlib.contextmanager

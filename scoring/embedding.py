@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.pooling import Collector
+from sparsort.scoring.collecting import Measurement, StateCollector, whole_texts
 from sparsort.scoring.prompts import Encoded, Encoder, Prompt, Truncation
 from sparsort.scoring.row_cache import RowCache, context_of, key_of
 from sparsort.scoring.sites import Site
@@ -69,10 +69,12 @@ def _means(backbone: Backbone, encoded: Sequence[Encoded], site: Site) -> tuple[
     """(n, H) mean states, and the reason codes of rows without one."""
     ids = [item.ids for item in encoded]
     how = backbone.plan(ids)
-    collector = Collector("mean_state", encoded, how, site=site.name)
+    collector = StateCollector(
+        whole_texts(encoded), how, [Measurement(site.name, "mean_state", "none")], fits={}, exact=True
+    )
     for piece in backbone.walk(ids, how, [site]):
         collector.add(piece)
-    means, codes = collector.means()
+    means, codes = collector.mean_states(site.name)
     return means.astype(np.float32), codes
 
 

@@ -12,6 +12,7 @@ one `out` on a shared disk; the process that ends last, or any later `run`, fini
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.scores import Scores, scores_schema
+from sparsort.scoring.score_tables import scores_schema
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.shards import ShardStore, as_json
 from sparsort.scoring.sources import Row, RowSource, rows_digest
 
 SHARD_ROWS = 2048
 
 
-class ShardScorer(Protocol):
-    """What can be run.
+class Job(Protocol):
+    """What can be run: it scores shards of one source under one request.
 
     `provenance` holds JSON values: all that changes a number, and under "environment" what is only worth knowing.
     """
@@ -36,6 +38,7 @@ class ShardScorer(Protocol):
     provenance: dict[str, Any]
     metrics: Sequence[str]
 
+    @abstractmethod
     def score_rows(self, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
         """The `scores.score_table` of these rows, in their order; calls `advance(n)` as rows are scored."""
         ...
@@ -52,7 +55,7 @@ class Coverage:
 
 def run(
     source: RowSource,
-    scorer: ShardScorer,
+    scorer: Job,
     *,
     out: Path | None,
     shard_rows: int = SHARD_ROWS,
@@ -84,7 +87,7 @@ def run(
 
 def run_part(
     source: RowSource,
-    scorer: ShardScorer,
+    scorer: Job,
     *,
     out: Path,
     part: tuple[int, int],
@@ -128,7 +131,7 @@ def _shards(source: RowSource, shard_rows: int, part: tuple[int, int] = (0, 1)) 
         yield begin // shard_rows, list(itertools.islice(source.rows(begin), shard_rows))
 
 
-def _score(scorer: ShardScorer, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
+def _score(scorer: Job, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
     table = scorer.score_rows(rows, advance)
     same_rows = table["position"].to_pylist() == [row.position for row in rows]
     if not same_rows or not table.schema.equals(scores_schema(scorer.metrics)):
@@ -139,7 +142,7 @@ def _score(scorer: ShardScorer, rows: Sequence[Row], advance: Callable[[int], No
     return table
 
 
-def _provenance(source: RowSource, scorer: ShardScorer) -> dict[str, Any]:
+def _provenance(source: RowSource, scorer: Job) -> dict[str, Any]:
     return as_json(
         {**scorer.provenance, "source": source.name, "id_column": source.id_column, "content": source.content}
     )

@@ -17,10 +17,12 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.backbone import Piece
 from sparsort.scoring.base import Advance, Request
 from sparsort.scoring.batching import Plan
+from sparsort.scoring.collecting import finished_rows
 from sparsort.scoring.heads import Head
 from sparsort.scoring.prompts import Encoded, Encoder
-from sparsort.scoring.scorers import ModelJob, ModelScorer, finished_rows
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sources import Row, RowSource
+from sparsort.scoring.spans import states_at
 
 
 class LossScorer(ModelScorer):
@@ -51,13 +53,8 @@ class LossScorer(ModelScorer):
             raise SparsortError(
                 "the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'."
             )
-        return _HeadJob(
-            self,
-            request,
-            encoder,
-            self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind},
-            self.head,
-        )
+        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
+        return _HeadJob(self, request, encoder, provenance, self.head, reads=self.on)
 
 
 class EntropyScorer(ModelScorer):
@@ -74,19 +71,26 @@ class EntropyScorer(ModelScorer):
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        provenance = self._provenance(request, encoder, {"entropy": 1}, previous) | {"metric": "entropy"}
-        return _HeadJob(self, request, encoder, provenance, self.head)
+        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
+        return _HeadJob(self, request, encoder, provenance, self.head, reads="next_token")
 
 
 class _HeadJob(ModelJob):
     """Reads the head at the positions that a loss or an entropy needs."""
 
     def __init__(
-        self, scorer: ModelScorer, request: Request, encoder: Encoder, provenance: dict[str, Any], head: Head
+        self,
+        scorer: ModelScorer,
+        request: Request,
+        encoder: Encoder,
+        provenance: dict[str, Any],
+        head: Head,
+        *,
+        reads: Literal["answer", "prompt", "next_token"],
     ) -> None:
         super().__init__(scorer, request, encoder, provenance, [scorer.kind])
-        self.kind, self.head = scorer.kind, head
-        self.wants_answer = scorer.kind == "answer_loss"
+        self.kind, self.head, self.reads = scorer.kind, head, reads
+        self.wants_answer = reads == "answer"
         self.site = scorer.backbone.head_site
 
     def measured(self) -> dict[str, Any]:
@@ -108,9 +112,9 @@ class _HeadJob(ModelJob):
 
     def _span(self, item: Encoded) -> tuple[int, int]:
         """Positions whose states are read, from and to (exclusive); each predicts the token behind it."""
-        if self.kind == "entropy":
+        if self.reads == "next_token":
             return len(item.ids) - 1, len(item.ids)
-        if self.kind == "answer_loss":
+        if self.reads == "answer":
             return max(item.answer_start - 1, 0), len(item.ids) - 1
         return max(item.n_lead - 1, 0), item.answer_start - 1
 
@@ -126,8 +130,7 @@ class _HeadJob(ModelJob):
             begin, end = spans[piece.rows, 0], np.minimum(spans[piece.rows, 1], piece.start + piece.lengths)
             batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
             if len(batch):
-                states = piece.states[self.site.name]
-                picked = states[torch.from_numpy(batch).to(states.device), torch.from_numpy(token).to(states.device)]
+                picked = states_at(piece.states[self.site.name], batch, token)
                 np.add.at(total, piece.rows[batch], self._values(picked, ids, piece, batch, token))
         means = total / np.maximum(spans[:, 1] - spans[:, 0], 1)
         reasons = ["" if math.isfinite(value) else "not_finite" for value in means]
@@ -142,7 +145,7 @@ class _HeadJob(ModelJob):
         batch: NDArray[np.int64],
         token: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        if self.kind == "entropy":
+        if self.reads == "next_token":
             return self.head.entropies(picked_NH).cpu().numpy()
         targets = [ids[row][position + 1] for row, position in zip(piece.rows[batch], piece.start + token, strict=True)]
         return self.head.losses(picked_NH, torch.tensor(targets, device=picked_NH.device)).cpu().numpy()

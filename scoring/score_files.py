@@ -27,6 +27,7 @@ from sparsort.integrity import check_file, is_sealed, parse_json, record_of, sea
 from sparsort.interrupts import held
 from sparsort.parquet_seal import add_seal, read_seal
 from sparsort.scoring.sources import open_rows
+from sparsort.scoring.unsealed import UNREADABLE, find_other_difficulty, find_problem
 
 if TYPE_CHECKING:
     import datasets
@@ -55,8 +56,6 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     Raises:
         SparsortError: the file is missing, damaged, or not Parquet.
     """
-    from sparsort.scoring.unsealed import UNREADABLE
-
     try:
         is_whole = read_seal(path) is not None
         table = pq.read_table(path, partitioning=None)
@@ -121,8 +120,6 @@ def refuse_implausible(table: pa.Table, provenance: Mapping[str, Any], path: Pat
     Raises:
         SparsortError: they contradict each other.
     """
-    from sparsort.scoring.unsealed import find_other_difficulty, find_problem
-
     if problem := find_problem(table, provenance) or find_other_difficulty(table, provenance):
         raise SparsortError(f"{path} is damaged: {problem}. {_AGAIN}")
 
@@ -177,8 +174,6 @@ def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
         SparsortError: it is damaged, or it is not a dataset of scores.
     """
     import datasets
-
-    from sparsort.scoring.unsealed import UNREADABLE
 
     try:
         loaded = datasets.load_from_disk(str(folder))

@@ -1,6 +1,6 @@
 """Scores: one row per example, and how every number in it came to be.
 
-Contract: a score is the pair (table, provenance). The table has the columns of `scores_schema`: who the row is, its
+Contract: a score is the pair (table, provenance). The table has the columns of `score_tables.scores_schema`: who the row is, its
 `difficulty` (rises with what the scorer holds to be harder; NaN where there is no score, with a `status` and a
 `reason`) and every metric that was measured. It survives Parquet, JSONL, `datasets.Dataset` and a score folder to the
 last bit.
@@ -27,27 +27,13 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.integrity import as_written
 from sparsort.paths import spell
 from sparsort.scoring import score_files
-from sparsort.scoring.sources import Row, digest_of, rows_digest
+from sparsort.scoring.score_tables import BASE, scores_schema
+from sparsort.scoring.sources import digest_of, rows_digest
 from sparsort.values import as_text, is_missing
 
 if TYPE_CHECKING:
     import datasets
 
-# "missing": the row lacks the number that a column scorer reads. Every other name says what the text or the state was.
-STATUSES = ("ok", "empty", "invalid", "too_long", "zero", "not_finite", "missing")
-
-_BASE = pa.schema(
-    [
-        ("position", pa.int64()),
-        ("id", pa.string()),
-        ("difficulty", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("n_tokens", pa.int32()),
-        ("n_truncated", pa.int32()),
-        ("digest", pa.string()),
-    ]
-)
 _SHOWN = 5  # rows named in an error before it says "and n more"
 
 
@@ -84,7 +70,7 @@ class Scores:
 
     @property
     def kind(self) -> str:
-        """The scorer that made them: "sparsity", "answer_loss", "prompt_loss", "entropy", "length", "random", …"""
+        """The scorer that made them: a name of `sparsort.scoring.scorers.SCORERS`, "calibrated" or "candidates"."""
         return str(self.provenance.get("scorer", "unknown"))
 
     def __len__(self) -> int:
@@ -105,7 +91,7 @@ class Scores:
     @property
     def metrics(self) -> list[str]:
         """The names of the metric columns."""
-        return [name for name in self._columns.column_names if name not in _BASE.names]
+        return [name for name in self._columns.column_names if name not in BASE.names]
 
     def column(self, name: str) -> NDArray[Any]:
         """One column, (N,): float64 for a metric, object for text."""
@@ -214,7 +200,7 @@ class Scores:
         with as_written(path, next_step="Score again (sparsort score)."):
             rows, provenance, is_whole = score_files.read_jsonl(Path(path))
         _need_columns(rows[0])
-        schema = scores_schema([name for name in rows[0] if name not in _BASE.names])
+        schema = scores_schema([name for name in rows[0] if name not in BASE.names])
         try:
             columns = [_column_of(rows, field) for field in schema]
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -269,50 +255,6 @@ class Scores:
         return (self.table if "table" in self.__dict__ else self._columns.select([name])).column(name)
 
 
-def scores_schema(metrics: Iterable[str]) -> pa.Schema:
-    """The columns of a table of scores: the fixed ones, then one float64 a metric."""
-    return pa.schema([*_BASE, *(pa.field(name, pa.float64()) for name in metrics)])
-
-
-def score_table(
-    rows: Sequence[Row],
-    difficulty: NDArray[np.floating[Any]],
-    status: Sequence[str],
-    reason: Sequence[str],
-    n_tokens: Sequence[int] | NDArray[np.integer[Any]],
-    n_truncated: Sequence[int] | NDArray[np.integer[Any]],
-    metrics: Mapping[str, NDArray[np.floating[Any]]],
-) -> pa.Table:
-    """The table of scores of `rows`; every other argument has one value a row.
-
-    Raises:
-        SparsortError: a row is "ok" without a finite difficulty, or has a difficulty without being "ok".
-    """
-    if unknown := set(status) - set(STATUSES):
-        raise unknown_choice("status", min(unknown), STATUSES)
-    values = np.asarray(difficulty, dtype=np.float64)
-    scored = np.array([state == "ok" for state in status], dtype=bool)
-    wrong = np.flatnonzero(np.where(scored, ~np.isfinite(values), ~np.isnan(values)))
-    if wrong.size:
-        row = int(wrong[0])
-        raise SparsortError(
-            f"row {rows[row].position} has status {status[row]!r} and difficulty {values[row]}: "
-            "a row has a finite difficulty exactly when its status is 'ok'. This is a fault of the scorer."
-        )
-    columns = [
-        pa.array([row.position for row in rows], pa.int64()),
-        pa.array([row.id for row in rows], pa.string()),
-        pa.array(values),
-        pa.array(list(status), pa.string()),
-        pa.array(list(reason), pa.string()),
-        pa.array(np.asarray(n_tokens, dtype=np.int32)),
-        pa.array(np.asarray(n_truncated, dtype=np.int32)),
-        pa.array([row.digest for row in rows], pa.string()),
-        *(pa.array(np.asarray(column, dtype=np.float64)) for column in metrics.values()),
-    ]
-    return pa.Table.from_arrays(columns, schema=scores_schema(metrics))
-
-
 def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:
     """A column of numbers as a new array, without `to_numpy`, which imports pandas."""
     if column.null_count or not column.num_chunks:
@@ -323,13 +265,13 @@ def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:
 def _checked(table: pa.Table) -> pa.Table:
     """The columns of the schema, in its order and types; other columns that are no numbers are left out."""
     _need_columns(table.column_names)
-    extra = [field.name for field in table.schema if field.name not in _BASE.names and pa.types.is_floating(field.type)]
+    extra = [field.name for field in table.schema if field.name not in BASE.names and pa.types.is_floating(field.type)]
     schema = scores_schema(extra)
     return table.select(schema.names).cast(schema)
 
 
 def _need_columns(names: Iterable[str]) -> None:
-    if missing := set(_BASE.names) - set(names):
+    if missing := set(BASE.names) - set(names):
         raise SparsortError(
             f"this is not a table of scores, it lacks the column(s) {', '.join(sorted(missing))}. "
             "Make one with sparsort score."

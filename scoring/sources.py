@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, did_you_mean
 from sparsort.paths import spell
 from sparsort.scoring.columnar import (
     arrow_reader,
@@ -270,8 +270,7 @@ class RowSource:
                 what = f"is {missing_name(value)}"
             return SparsortError(f"{where}: the id field {column!r} {what}. Name another with id_column (--id-column).")
         why = "" if self._explicit else " (the first row has one, so it holds the ids)"
-        near = difflib.get_close_matches(column, list(fields), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(column, fields)
         return SparsortError(f"{where}: there is no field {column!r}{why}.{hint} The fields are: {', '.join(fields)}.")
 
 

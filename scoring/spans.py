@@ -15,6 +15,12 @@ from sparsort.scoring.backbone import Piece
 from sparsort.scoring.batching import Plan
 
 
+def states_at(states_BTH: Tensor, batch: NDArray[np.int64], token: NDArray[np.int64]) -> Tensor:
+    """(K, width) the states of token `token[k]` of row `batch[k]` of a piece."""
+    device = states_BTH.device
+    return states_BTH[torch.from_numpy(batch).to(device), torch.from_numpy(token).to(device)]
+
+
 class Span:
     """Sums of numbers over the tokens first … end - 1 of each of the plan's rows.
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from sparsort.errors import SparsortError
 from sparsort.parquet_seal import DamagedError
-from sparsort.scoring.scores import STATUSES, scores_schema
+from sparsort.scoring.score_tables import STATUSES, scores_schema
 from sparsort.scoring.sources import rows_digest
 
 # What pyarrow raises for a file whose bytes have changed.

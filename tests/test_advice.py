@@ -37,6 +37,7 @@ _COMPUTED = re.compile(r"(?:^|[\s('\"])--$")
 # A command whose options follow, within one example; and the commands that are named after an option.
 _BEFORE = re.compile(r"(?:\bsparsort |^')([a-z]+)\b[^().:;]*$")
 _AFTER = re.compile(r"(?: [^\s()]+)? of sparsort ([a-z]+(?:(?:, | and )[a-z]+)*)")
+_PLACE = re.compile(r"[\w.]+:\w+")
 _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 
 _NO_CONVERSATIONS = "ablate passes templates, never a column of conversations"
@@ -141,9 +142,15 @@ class Tree:
         return None
 
     def _read(self, module: str, tree: ast.Module) -> None:
+        own = [f"{module}.{name}" for node in tree.body for name in _names(node)]
         for node in tree.body:
             for name in _names(node):
                 self._define(f"{module}.{name}", node, module)
+        # What a table of entries names by its place ("module:class"), its entries load.
+        loading = [self.definitions[name] for name in (*own, *(m for one in own for m in self.methods[one].values()))]
+        for definition in loading:
+            if "sparsort.registry.load" in definition.uses:
+                definition.uses |= set(_places(tree, module))
 
     def _define(self, name: str, node: ast.AST, module: str) -> None:
         definition = self.definitions[name] = Definition(name)
@@ -191,6 +198,14 @@ def _modules() -> Iterator[tuple[str, ast.Module]]:
             parts = path.relative_to(ROOT).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             yield ".".join(("sparsort", *parts)), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _places(tree: ast.Module, module: str) -> Iterator[str]:
+    """The dotted names of "module:name" in a table, whose modules are beside it or in the package around it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _PLACE.fullmatch(node.value):
+            for package in (module, module.rpartition(".")[0]):
+                yield f"{package}.{node.value.replace(':', '.')}"
 
 
 def _names(node: ast.stmt) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sparsort.curriculum.demos.distributions import numbers
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.recipes.choose_prior import _file_shares
 from sparsort.recipes.plan import make_plan

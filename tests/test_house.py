@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import house
+import house_words
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("attention", "curriculum", "kernels", "recipes", "scoring")
+FOLDERS = house.FOLDERS
 BELOW = {
     "kernels": {"kernels"},
     "attention": {"attention", "kernels"},
     "scoring": {"scoring", "kernels"},
-    "curriculum": {"curriculum", "scoring", "attention", "kernels"},
+    "curriculum": {"curriculum", "scoring", "kernels"},
     "recipes": set(FOLDERS),
 }
 KERNELS_MAY_USE = {"numpy", "torch", "triton", "sparsort"}
@@ -33,35 +35,11 @@ MACHINE = re.compile(r"/(?:work|opt|root|home|Users)/|index-url|find-links|trust
 
 
 def _files() -> list[Path]:
-    """What git tracks or would track; in an unpacked sdist, everything outside of dotted folders."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if listed.returncode == 0:
-        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
-    else:
-        paths = [
-            path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-        ]
-    return sorted(path for path in paths if path.is_file() and not path.is_symlink())
+    return [ROOT / path for path in house.files()]
 
 
 def _sources(*folders: str) -> list[Path]:
-    return [path for path in _files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in folders]
-
-
-def _imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
-    """Every module that is imported anywhere in a file, by its absolute name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((f"{'.' * node.level}{node.module or ''}.{alias.name}", node) for alias in node.names)
-
-
-def _without_type_checking(tree: ast.Module) -> ast.Module:
-    body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
-    return ast.Module(body=body, type_ignores=[])
+    return [ROOT / path for path in house.sources(*folders)]
 
 
 def _run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +66,7 @@ def _where(path: Path, node: ast.AST) -> str:
 def test_a_folder_imports_only_what_stands_below_it(folder: str) -> None:
     wrong = []
     for path in _sources(folder):
-        for module, node in _imports(ast.parse(path.read_text(encoding="utf-8"))):
+        for module, node in house.imports(ast.parse(path.read_text(encoding="utf-8"))):
             parts = module.split(".")
             if parts[0] in FOLDERS or module.startswith("."):
                 wrong.append(f"{_where(path, node)} imports {module}: write sparsort.…")
@@ -97,12 +75,25 @@ def test_a_folder_imports_only_what_stands_below_it(folder: str) -> None:
     assert wrong == []
 
 
+def test_no_module_imports_one_that_imports_it() -> None:
+    assert [str(hit) for hit in house.import_cycles()] == []
+
+
+def test_a_cycle_of_imports_is_found_with_all_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [house.module_of(path) for path in house.sources("kernels")[:5]]
+    a, b, c, d, e = modules
+    graph = {a: {b}, b: {c}, c: {a, d}, d: {e}, e: set()}
+    monkeypatch.setattr(house, "import_graph", lambda: graph)
+    (hit,) = house.import_cycles()
+    assert hit.text.split(" ↔ ") == sorted([a, b, c])
+
+
 def test_the_ground_imports_no_folder_but_for_type_checkers() -> None:
     wrong = []
     for path in _sources("src"):
         if path.name == "__main__.py":
             continue
-        for module, node in _imports(_without_type_checking(ast.parse(path.read_text(encoding="utf-8")))):
+        for module, node in house.imports(ast.parse(path.read_text(encoding="utf-8")), for_types=False):
             parts = module.split(".")
             if parts[0] in FOLDERS or (parts[0] == "sparsort" and len(parts) > 1 and parts[1] in FOLDERS):
                 wrong.append(f"{_where(path, node)} imports {module}")
@@ -113,7 +104,7 @@ def test_kernels_need_torch_and_triton_only() -> None:
     wrong = [
         f"{_where(path, node)} imports {module}"
         for path in _sources("kernels")
-        for module, node in _imports(ast.parse(path.read_text(encoding="utf-8")))
+        for module, node in house.imports(ast.parse(path.read_text(encoding="utf-8")))
         if module.split(".")[0] not in KERNELS_MAY_USE | sys.stdlib_module_names
     ]
     assert wrong == []
@@ -156,7 +147,9 @@ def test_nothing_runs_code_out_of_data() -> None:
     for path in _sources(*FOLDERS, "src", "examples", "benchmarks"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         wrong += [
-            f"{_where(path, node)} imports {name}" for name, node in _imports(tree) if name.split(".")[0] in PICKLES
+            f"{_where(path, node)} imports {name}"
+            for name, node in house.imports(tree)
+            if name.split(".")[0] in PICKLES
         ]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
@@ -175,12 +168,30 @@ def test_nothing_runs_code_out_of_data() -> None:
 
 
 def test_no_file_is_longer_than_500_lines() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in _files()
-        if path.suffix == ".py"
-    }
-    assert {name: length for name, length in lengths.items() if length > 500} == {}
+    assert [str(hit) for hit in house.long_files()] == []
+
+
+def test_the_word_list_finds_words_across_lines_and_not_in_idioms() -> None:
+    text = "It goes\n    # on, as it stands in for the rest; behind it lies nothing."
+    found = sorted(text[begin:].split()[0] for _, begin in house_words.find("scoring/a.py", text))
+    assert found == ["behind", "goes", "lies"]
+
+
+@pytest.mark.slow
+def test_the_table_of_the_house_is_printed_with_every_row() -> None:
+    table = json.loads(_run(str(ROOT / "tests/support/house.py"), "--json").stdout)
+    assert list(table) == [
+        *("entries", "lines", "comments", "classes", "cycles", "importers", "words", "functions", "files", "symbols"),
+    ]
+    assert all(row["holds"] for row in table.values() if row["what"].startswith(("groups of", "files over")))
+    listed = _run(str(ROOT / "tests/support/house.py"), "--list", "functions").stdout.splitlines()
+    assert len(listed) == table["functions"]["value"]
+    assert all(re.fullmatch(r"[\w/]+\.py:\d+: \w+ has \d+ lines", line) for line in listed)
+
+
+@pytest.mark.slow
+def test_every_exception_of_the_word_list_is_needed() -> None:
+    assert {reason for _, _, reason in house_words.RIGHT} == house.reasons_used()
 
 
 def test_no_file_names_a_machine() -> None:
@@ -267,7 +278,7 @@ def test_an_installed_distribution_called_kernels_wins_over_our_folder(tmp_path:
         "Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n"
     )
     script = (
-        "import kernels, sparsort.kernels.sparsity.names as ours\n"
+        "import kernels, sparsort.kernels.sparsity.metrics as ours\n"
         f"assert kernels.__file__.startswith({str(tmp_path)!r}), kernels.__file__\n"
         "assert ours.METRICS\n"
     )

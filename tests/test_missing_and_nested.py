@@ -20,7 +20,7 @@ from sparsort.curriculum.ablation.tasks import Task, check_rows, task_from_flags
 from sparsort.curriculum.demos.pool import DemoPool, field_text
 from sparsort.curriculum.demos.rows import id_of, name_of
 from sparsort.curriculum.demos.select import select_demos
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 from sparsort.recipes.ablate import find_source
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions

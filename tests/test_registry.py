@@ -10,22 +10,51 @@ from typing import Any, get_args
 import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
-from sparsort.curriculum.loading.pacing import PACINGS, PacingKind
+from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
+from sparsort.curriculum.loading.plan.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.registry import Entry, Registry, load
+from sparsort.scoring.scorers import SCORERS, ScorerName
 
 ROOT = Path(__file__).parent.parent
 _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/sparsort")
 # Each table with the Literal of its names, and the file that holds it.
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
-    "curriculum/loading/pacing.py": (PACINGS, PacingKind),
+    "curriculum/demos/criteria.py": (CRITERIA, CriterionName),
+    "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
+    "kernels/sparsity/metrics.py": (METRICS, MetricName),
+    "scoring/scorers/__init__.py": (SCORERS, ScorerName),
 }
-# Names that mean something else in these folders: an order, a schedule of the learning rate, a field of a log.
+# Made-up results, whose arms are named after criteria.
+_SIMULATED = "curriculum/ablation/simulation.py"
+# Where a name of a table means something else: an order, a curve of a drawing, a field of a file or a log.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
+    "best_on_dev": (_SIMULATED,),
+    "column": ("curriculum/loading/loader/verification.py", "scoring/baselines.py"),
+    "compression": ("scoring/shard_files.py",),
     "constant": ("recipes/train_loop.py",),
+    "density": (_SIMULATED,),
+    "globale": (_SIMULATED,),
+    "length": ("curriculum/loading/inspect/drawing.py", "curriculum/loading/plan/files.py", "recipes/cli_calibrate.py"),
+    "locale": (_SIMULATED,),
+    "mdl": (_SIMULATED,),
     "oracle": ("curriculum/ablation",),
-    "random": ("curriculum", "recipes", "scoring"),
+    "pdo": (_SIMULATED,),
+    "random": (
+        "curriculum",
+        "recipes/option_conditions.py",
+        "recipes/order_conditions.py",
+        "recipes/order_demos.py",
+        "recipes/train_run.py",
+    ),
+    "sparsity": (
+        "curriculum/ablation/order_notes.py",
+        "curriculum/demos/order.py",
+        "recipes/environment.py",
+        "scoring/scorers/sparsity.py",
+    ),
     "step": ("recipes/train_loop.py",),
     "window": ("curriculum/loading",),
 }
@@ -64,6 +93,11 @@ def test_needs_and_settings_select_entries() -> None:
     assert table.needing("soil") == ()
     assert table.reading("size") == ("apple", "pear")
     assert table.reading("age") == ("pear",)
+
+
+def test_names_are_listed_as_a_sentence_has_them() -> None:
+    assert _registry().listed() == "apple or pear"
+    assert _registry().listed(lambda entry: bool(entry.needs)) == "apple"
 
 
 def test_two_entries_of_one_name_are_refused() -> None:

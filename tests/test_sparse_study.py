@@ -15,7 +15,6 @@ import torch
 
 from sparsort import attach_index_branch
 from sparsort.errors import SparsortError
-from sparsort.recipes.recall_task import recall_rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "sparse"
 
@@ -52,7 +51,7 @@ def test_nothing_as_far_back_as_the_reach_changes_what_windows_say(study: Any, l
 def test_answers_bear_loss_and_what_nothing_tells_does_not(study: Any) -> None:
     parts = sys.modules["sparse_study_model"]
     recipe = study.read_study(study.RECIPE)
-    rows = recall_rows(40, 0)
+    rows = study.recall_rows(40, 0)
     tokenizer = parts.make_tokenizer(rows)
     batch = parts.collator(recipe, tokenizer)(rows)
     for number, row in enumerate(rows):
@@ -75,7 +74,7 @@ def test_a_run_that_is_done_again_says_the_same(study: Any, tmp_path: Path) -> N
         study.read_study(study.RECIPE), seeds=2, reference_steps=2, hidden=16, head_dim=8, index_dim=8, **sizes
     )
     recipe = replace(recipe, batch_size=2, orders=("plain", "sparsity"), attentions=("dense", "index_branch"))
-    data = recall_rows(24, 0, length=240), recall_rows(10, 0, length=240, split="held_out")
+    data = study.recall_rows(24, 0, length=240), study.recall_rows(10, 0, length=240, split="held_out")
     difficulty = np.arange(24.0)
     unit = ("index_branch", "sparsity", 1)
     found = []

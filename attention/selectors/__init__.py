@@ -2,7 +2,7 @@
 
 Contract: `SELECTORS` is the one place that lists them. An entry names the class, which is imported when a layer is built:
 nothing here imports torch, so that a configuration can be read and refused before anything heavy is loaded. To add a
-selector, write a file with a subclass of `interface.Selector`, and add an entry here and its name to `SelectorKind`.
+selector, write a file with a subclass of `base.Selector`, and add an entry here and its name to `SelectorKind`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sparsort.registry import Entry, Registry, load
 
 if TYPE_CHECKING:
-    from sparsort.attention.selectors.interface import Selector
+    from sparsort.attention.selectors.base import Selector
 
 SelectorKind = Literal["index_branch", "moba", "seer", "nsa", "lm_trained", "window", "sink_window", "random", "oracle"]
 Teacher = Literal["nothing", "alignment_loss", "lm_loss"]
@@ -93,28 +93,28 @@ SELECTORS = Registry(
             name="window",
             help="the last blocks",
             source="sliding-window attention",
-            place="plain:Window",
+            place="fixed:Window",
             learns_by="nothing",
         ),
         SelectorEntry(
             name="sink_window",
             help="the first block and the last ones",
             source="attention sinks, arXiv 2309.17453",
-            place="plain:SinkWindow",
+            place="fixed:SinkWindow",
             learns_by="nothing",
         ),
         SelectorEntry(
             name="random",
             help="the query's own block and others at random",
             source="baseline",
-            place="plain:RandomBlocks",
+            place="fixed:RandomBlocks",
             learns_by="nothing",
         ),
         SelectorEntry(
             name="oracle",
             help="the blocks with most dense attention",
             source="upper bound",
-            place="plain:Oracle",
+            place="fixed:Oracle",
             reads=_SHARES,
             learns_by="nothing",
         ),

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from sparsort.attention.selectors.interface import LayerInputs
+from sparsort.attention.selectors.base import LayerInputs
 from sparsort.kernels.blocksparse.budgets import Budget, choose
 from sparsort.kernels.blocksparse.layout import Layout, Span
 from sparsort.kernels.blocksparse.selection import Selection

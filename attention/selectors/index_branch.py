@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, chosen_pairs, visible_pairs
-from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.weights import LayerShape, RMSNorm, apply_linear
 from sparsort.kernels.blocksparse.ops import align, index_select
 

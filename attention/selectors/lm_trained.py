@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
+from sparsort.attention.selectors.base import Choice, LayerInputs
 from sparsort.attention.selectors.chunks import (
     ELEMENTS,
     blocks_seen,
@@ -35,7 +36,6 @@ from sparsort.attention.selectors.chunks import (
     wide,
 )
 from sparsort.attention.selectors.index_branch import IndexBranch, given
-from sparsort.attention.selectors.interface import Choice, LayerInputs
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
+from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
     Scores,
     blocks_seen,
@@ -25,7 +26,6 @@ from sparsort.attention.selectors.chunks import (
     select_blocks,
     with_own,
 )
-from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
 from sparsort.kernels.blocksparse.layout import Span
 
 

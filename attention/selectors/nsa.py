@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, attending_flops, pairs_of, visible_pairs
+from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
     Scores,
     blocks_seen,
@@ -45,8 +46,7 @@ from sparsort.attention.selectors.chunks import (
     select_blocks,
     wide,
 )
-from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
-from sparsort.attention.selectors.plain import window
+from sparsort.attention.selectors.fixed import window
 from sparsort.attention.selectors.weights import LayerShape, apply_linear
 from sparsort.kernels.blocksparse.layout import Span
 from sparsort.kernels.blocksparse.ops import attend

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
+from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
     Pool,
     Scores,
@@ -51,7 +52,6 @@ from sparsort.attention.selectors.chunks import (
     with_own,
 )
 from sparsort.attention.selectors.index_branch import given
-from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
 from sparsort.attention.selectors.weights import LayerShape
 from sparsort.kernels.blocksparse.layout import Span
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +26,24 @@ import torch
 
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.observations import Observations
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.running import RunningDifficulty
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.online.observations import Observations
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.parquet_seal import read_seal
 from sparsort.scoring import embedded, engine
 from sparsort.scoring.calibration import Calibration
 from sparsort.scoring.compare import compare
-from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.score_tables import score_table
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row, open_rows
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+
+from simulated_results import simulate
 
 ROWS = [{"id": f"q{n}", "text": "word " * (n % 7)} for n in range(60)]
 SHARD = 25
@@ -321,7 +326,7 @@ def _trainer(folder: Path, steps: int) -> Any:
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments, default_data_collator
 
-    from sparsort.curriculum.loading.trainer import CurriculumTrainer
+    from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 
     tokens = np.random.default_rng(0).integers(0, 32, (24, 5)).tolist()
     rows = datasets.Dataset.from_list([{"id": str(n), "input_ids": row, "labels": row} for n, row in enumerate(tokens)])

@@ -48,7 +48,7 @@ from sparsort.files import write_atomically, write_json
 from sparsort.scoring.answers import AnswerReader
 from sparsort.scoring.generation import generate
 from sparsort.scoring.loading import load_model
-from sparsort.scoring.scorers import ModelScorer
+from sparsort.scoring.scorers.sparsity import ModelScorer
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "model-families.md"
 ROWS = [

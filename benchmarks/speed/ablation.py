@@ -60,7 +60,7 @@ from sparsort.scoring.generation import generate
 from sparsort.scoring.loading import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "ordering_study.toml"
+RECIPE = ROOT / "benchmarks" / "studies" / "ordering_study.toml"
 K, ORDERS, QUERIES, BATCH = 8, 24, 256, 8
 # Tokens written to tell how long one takes.
 _WRITTEN = 8

@@ -30,7 +30,7 @@ from common import Report, add_output_options, compare, wall_seconds
 from scipy.stats import spearmanr
 
 import sparsort
-from sparsort.kernels.backend import METRICS, default_device
+from sparsort.kernels.backend import METRIC_NAMES, default_device
 from sparsort.scoring.loading import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +153,9 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], qu
             options = {"site": site, "l0_threshold": threshold}
             ours = sparsort.SparsityScorer(loaded, **options).score(task.rows, task.prompt)
             exact = sparsort.SparsityScorer(in_fp32, **options).score(task.rows, task.prompt)
-            agreement = {name: float(spearmanr(ours.column(name), exact.column(name)).statistic) for name in METRICS}
+            agreement = {
+                name: float(spearmanr(ours.column(name), exact.column(name)).statistic) for name in METRIC_NAMES
+            }
             counted = {name: value for name, value in agreement.items() if name != "l0_relative"}
             lowest = min(counted, key=lambda name: counted[name])
             report.add(

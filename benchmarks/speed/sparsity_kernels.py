@@ -28,17 +28,17 @@ from common import Report, add_output_options, compare
 from torch import Tensor
 
 from sparsort.errors import SparsortError
-from sparsort.kernels.backend import METRICS, GiniMethod, default_device, sparsity_rows
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref, top_counts
+from sparsort.kernels.backend import METRIC_NAMES, GiniMethod, default_device, sparsity_rows
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref, top_counts
 
 FULL_METRICS: tuple[GiniMethod, ...] = ("exact", "binned")
 Sizes = Iterable[tuple[str, Tensor]]
-_GINI = METRICS.index("gini")
-_L0 = [METRICS.index("l0_relative"), METRICS.index("l0_absolute")]
+_GINI = METRIC_NAMES.index("gini")
+_L0 = [METRIC_NAMES.index("l0_relative"), METRIC_NAMES.index("l0_absolute")]
 
 
 def eager_metrics(states_NH: Tensor) -> Tensor:
-    """The 13 metrics (N, 13) as a careful user of torch writes them in float32: one sort, one logarithm, no kernel."""
+    """The metrics (N, M) as a careful user of torch writes them in float32: one sort, one logarithm, no kernel."""
     a = states_NH.float().abs().sort(-1, descending=True).values
     e = a.square()
     d = a.shape[-1]
@@ -86,7 +86,7 @@ def measure_cuda(report: Report, sizes: Sizes, device: torch.device, quick: bool
     floors: dict[GiniMethod, float] = {"none": 0.8, "binned": 0.4, "exact": 0.4}
     for size, on_cpu in sizes:
         states = on_cpu.to(device)
-        moved = states.shape[0] * (states.shape[1] * states.element_size() + len(METRICS) * 4 + 1)
+        moved = states.shape[0] * (states.shape[1] * states.element_size() + len(METRIC_NAMES) * 4 + 1)
         has_floor = size == "8192x4096_bfloat16"
         for gini, floor in floors.items():
             call = partial(sparsity_rows, states, gini=gini)

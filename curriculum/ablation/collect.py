@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.cells import Arm, ArmKind, Group, SetInfo
 from sparsort.curriculum.ablation.data import Showing, TaskData
-from sparsort.curriculum.ablation.design import Ablation, Unit, applies, probes_of, units
+from sparsort.curriculum.ablation.design import Ablation, Unit, applies, probes_of, reads_losses, units
 from sparsort.curriculum.ablation.order_notes import orders_of, showing_of, stored_orders
 from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.results import Arm, ArmKind, Group, Results, SetInfo
+from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.ablation.unit_names import bare_group, group_name, loss_group
 from sparsort.curriculum.demos.contextual import calibrated as calibrate_labels
 from sparsort.curriculum.demos.criteria import Evidence, criterion
-from sparsort.curriculum.demos.per_query import cone, mdl
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.scoring.answers import POST_NORM
 from sparsort.scoring.judges import judge_of
 
@@ -283,12 +283,9 @@ class Collector:
         self, name: str, data: TaskData, sets: list[tuple[_Set, list[_Read]]], random: list[Arm], rule: bool
     ) -> Arm | None:
         """The arm of a criterion: for each set the random order that it takes."""
-        if name == "mdl":
-            choice = np.stack([mdl(np.stack([_scores(read, rule) for read in reads], axis=1)) for _, reads in sets])
-            return self._chosen_by_query(name, sets, random, choice)
-        if name == "cone":
+        if reads_losses([name]):
             losses = [self._losses(one) for one, _ in sets]
-            cheapest = [cone(loss) for loss in losses if loss is not None]
+            cheapest = [criterion(name).choose_by_query(Evidence(loss=loss)) for loss in losses if loss is not None]
             if len(cheapest) < len(sets):
                 return None
             arm = self._chosen_by_query(name, sets, random, np.stack(cheapest))
@@ -302,6 +299,11 @@ class Collector:
                 arm,
                 tokens=chosen_S * (prefix_S + free * query_S) / n + query_S,
                 choosing_tokens=len(random) * (prefix_S + n * query_S),
+            )
+        if criterion(name).chooses != "order":
+            asked = [Evidence(log_p=np.stack([_scores(read, rule) for read in reads], axis=1)) for _, reads in sets]
+            return self._chosen_by_query(
+                name, sets, random, np.stack(list(map(criterion(name).choose_by_query, asked)))
             )
         places, costs = [], []
         for one, reads in sets:
@@ -353,7 +355,7 @@ class Collector:
             # Both sites' metrics stand before the entropy; those after the final norm are the later ones.
             features=np.stack([read.features[:, POST_NORM] for read in asked]),
             bare_features=bare,
-            metrics=METRICS,
+            metrics=METRIC_NAMES,
         )
         length = one.probes.get("tokens", one.tokens["dev"]) if sampled else one.tokens["dev"]
         cost = len(one.random) * (one.prefix_tokens() + len(queries) * float(length))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.design import Ablation, applies, base_order, depends_on_query, probes_of
+from sparsort.curriculum.ablation.design import Ablation, applies, base_order, depends_on_query, probes_of, reads_losses
 from sparsort.curriculum.ablation.splits import FIXED_SELECTORS, QUERY_SELECTORS, Splits
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.criteria import criterion
@@ -214,7 +214,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
         n_dev = len(random_RK) * lengths.n_dev if "dev" in probes else 0
         n_probes = len(random_RK) ** 2 if "sampled" in probes else 0
         n_free = distinct * n_trees * len(free)
-        if "cone" in choosers:
+        if reads_losses(choosers):
             # A pass of its own, without labels.
             losses += len(random_RK) * lengths.n_test
             nodes += shared_nodes(random_RK)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from sparsort.curriculum.demos.order import ORDERS
 from sparsort.curriculum.demos.per_query import NEIGHBOURS
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS
 
 Probes = Literal["sampled", "dev", "none"]
 
@@ -131,8 +131,7 @@ class Ablation:
         for orderer in self.orderers:
             base_order(orderer)
         needs_dev = [name for name in self.choosers if probes_of(name, sampled=self.sampled_probes) == "dev"]
-        if self.metric not in METRICS:
-            raise unknown_choice("metric", self.metric, METRICS)
+        METRICS.check(self.metric)
         if needs_dev and self.dev_rows == 0:
             raise SparsortError(
                 f"{', '.join(needs_dev)} choose by dev rows, but dev_rows is 0. Give some, or leave them out."
@@ -167,10 +166,6 @@ class Ablation:
         """The recipe as JSON values; `from_table` reads them back."""
         table: dict[str, Any] = tables.plain(self)
         return table
-
-    def to_toml(self) -> str:
-        """The recipe as TOML."""
-        return tables.dump(self.to_table())
 
     def load_tasks(self) -> list[Task]:
         """The tasks themselves, in their order.
@@ -246,15 +241,16 @@ def depends_on_query(orderer: str, selector: str = "random") -> bool:
 
 
 def applies(chooser: str, task: Task, selector: str = "random") -> bool:
-    """Whether a chooser can be used: most need labels, and all but "mdl" one set that all queries share.
-
-    "best_on_dev" goes by judged answers where there are no labels.
-    """
-    if selector in QUERY_SELECTORS and chooser != "mdl":
+    """Whether a chooser can be used: most need labels, or judged answers, and one set that all queries share."""
+    entry = criterion(chooser)
+    if selector in QUERY_SELECTORS and entry.shared_set:
         return False
-    return (
-        not task.is_generation or chooser == "best_on_dev" or not criterion(chooser).needs & {"log_p", "content_free"}
-    )
+    return not task.is_generation or entry.judged or not entry.needs & {"log_p", "content_free"}
+
+
+def reads_losses(choosers: Iterable[str]) -> bool:
+    """Whether one of these choosers reads the loss of each test query under every random order."""
+    return any("loss" in criterion(chooser).needs for chooser in choosers)
 
 
 def left_out(ablation: Ablation) -> list[str]:
@@ -265,13 +261,14 @@ def left_out(ablation: Ablation) -> list[str]:
             said.append(f"{task.name}: {', '.join(lacking)} left out: labels are read, and answers here are written.")
         for selector in ablation.selectors:
             names = [c for c in ablation.choosers if applies(c, task) and not applies(c, task, selector)]
-            if "cone" in names:
-                names.remove("cone")
-                said.append(f"{task.name}, {selector}: cone left out: sets that all queries share are read.")
-            if names:
+            by_query = [name for name in names if criterion(name).chooses != "order"]
+            if by_query:
+                listed = ", ".join(by_query)
+                said.append(f"{task.name}, {selector}: {listed} left out: sets that all queries share are read.")
+            if by_order := [name for name in names if name not in by_query]:
                 said.append(
-                    f"{task.name}, {selector}: {', '.join(names)} left out: one order for all queries is chosen, and here every "
-                    "query has demonstrations of its own."
+                    f"{task.name}, {selector}: {', '.join(by_order)} left out: one order for all queries is chosen, and here "
+                    "every query has demonstrations of its own."
                 )
     return said
 

@@ -24,7 +24,7 @@ from sparsort.scoring.embedding import embed_rows
 from sparsort.scoring.loading import LoadedModel, load_model
 from sparsort.scoring.losses import LossScorer
 from sparsort.scoring.prompts import Prompt, identify_tokenizer
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 from sparsort.scoring.sources import SAMPLE_ROWS, digest_of, sample_by_digest
 from sparsort.values import put
 

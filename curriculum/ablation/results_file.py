@@ -13,19 +13,16 @@ import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.results import Arm, Group, SetInfo, arrays_of
+from sparsort.curriculum.ablation.cells import Arm, Group, SetInfo, arrays_of
 from sparsort.errors import SparsortError
 from sparsort.files import write_atomically
 from sparsort.integrity import check_seal, damage, parse_own_json, record_of, write_sealed
 from sparsort.interrupts import held
-
-if TYPE_CHECKING:
-    from sparsort.curriculum.ablation.results import Results
 
 RESULTS = "results.json"
 ARRAYS = "arrays.npz"
@@ -123,13 +120,13 @@ def _rebuilt(number: int, group: Mapping[str, Any], arrays: Mapping[str, Any]) -
 
 
 @held()
-def save(results: Results, folder: Path) -> None:
-    """Write `results` into `folder`: the arrays first, then the JSON that names their digest.
+def save(groups: Sequence[Group], provenance: Mapping[str, Any], folder: Path) -> None:
+    """Write results into `folder`: the arrays first, then the JSON that names their digest.
 
     Raises:
         SparsortError: the folder cannot be written.
     """
-    groups, arrays = describe(results.groups)
+    described, arrays = describe(groups)
     stored = {
         name: array.astype(_STORED.get(name.rpartition("/")[2], array.dtype), copy=False)
         for name, array in arrays.items()
@@ -140,7 +137,7 @@ def save(results: Results, folder: Path) -> None:
         record = record_of(temporary)
     write_sealed(
         folder / RESULTS,
-        {"format": _FORMAT, "arrays": record, "provenance": results.provenance, "groups": groups},
+        {"format": _FORMAT, "arrays": record, "provenance": dict(provenance), "groups": described},
     )
 
 
@@ -161,14 +158,12 @@ def find_results(folder: Path) -> Path:
     )
 
 
-def load(folder: Path) -> Results:
-    """Read results from `folder`, or from `results` inside it.
+def load(folder: Path) -> tuple[list[Group], dict[str, Any]]:
+    """Read the cells and the provenance from `folder`, or from `results` inside it.
 
     Raises:
         SparsortError: no results there, results of another format, a damaged file, or files that do not belong together.
     """
-    from sparsort.curriculum.ablation.results import Results
-
     folder = find_results(folder)
     path = folder / RESULTS
     try:
@@ -199,7 +194,7 @@ def load(folder: Path) -> Results:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise SparsortError(f"{arrays_path} cannot be read ({error}). {_AGAIN}") from error
-    return Results(groups=rebuild(held["groups"], arrays), provenance=held["provenance"])
+    return rebuild(held["groups"], arrays), held["provenance"]
 
 
 def _is_recorded(path: Path, record: Mapping[str, Any]) -> bool:

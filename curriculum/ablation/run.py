@@ -28,6 +28,7 @@ from sparsort.curriculum.ablation.design import (
     applies,
     base_order,
     probes_of,
+    reads_losses,
     units,
 )
 from sparsort.curriculum.ablation.engine import Engine
@@ -137,7 +138,7 @@ class Run:
                 orders = self._orders(unit, group, showing)
                 probes = self._probes(unit, group, showing, orders)
                 self._ask(unit.task, group, list(self._asks(data, showing, orders, probes)))
-                if "cone" in self._ablation.choosers and applies("cone", data.task, unit.selector):
+                if reads_losses(name for name in self._ablation.choosers if applies(name, data.task, unit.selector)):
                     every = [
                         (query, showing.demos(query, order))
                         for order in orders.random

@@ -8,8 +8,6 @@ value of another type, each by name; what the values mean is checked by the data
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import tomllib
 import types
 import typing
@@ -17,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.errors import SparsortError, did_you_mean, unknown_choice
 
 T = TypeVar("T")
 _MISMATCH = object()
@@ -66,8 +64,7 @@ def build(cls: type[T], table: Mapping[str, Any], *, kind: str, where: str) -> T
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, fields)
             raise SparsortError(f"{where}: there is no {key!r} in {_a(kind)}.{hint} There is: {', '.join(fields)}.")
     for name, field in fields.items():
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
@@ -98,11 +95,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def dump(table: Mapping[str, Any]) -> str:
-    """A table of plain values as TOML, one key a line, tables within lists inline; keys whose value is None left out."""
-    return "".join(f"{_key(key)} = {_inline(value)}\n" for key, value in table.items() if value is not None)
 
 
 def _checked(name: str, given: Any, hint: Any, where: str) -> Any:
@@ -160,24 +152,3 @@ def _expected(hint: Any) -> str:
 
 def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _key(key: str) -> str:
-    return (
-        key if key and all(letter.isascii() and (letter.isalnum() or letter in "_-") for letter in key) else _text(key)
-    )
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items() if v is not None) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_inline(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _text(value) if isinstance(value, str) else repr(value)
-
-
-def _text(value: str) -> str:
-    # A JSON string is a TOML one but for the delete character, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

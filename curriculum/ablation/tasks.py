@@ -10,7 +10,6 @@ A label whose text begins another's ("number", "number of") is allowed: what fol
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sparsort.curriculum.ablation import tables
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.errors import SparsortError, did_you_mean, unknown_choice
 from sparsort.paths import canonical, column_of
 from sparsort.templates import fields_of, render
 from sparsort.values import is_missing, missing_field, put, row_of, text_at
@@ -160,8 +159,7 @@ class Task:
             return -1
         values = list(self.labels)
         if value not in self.labels:
-            near = difflib.get_close_matches(value, values, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(value, values)
             raise SparsortError(
                 f"{_name(row)} has {value!r} in the field {self.label!r}, which is none of the values that the task "
                 f"{self.name!r} gives words to: {', '.join(map(repr, values))}.{hint} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.rows import listed
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, did_you_mean
 from sparsort.values import as_text, is_missing
 
 
@@ -31,8 +30,7 @@ def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int,
         places.setdefault(name, []).append(position)
     for name in names:
         if name not in places:
-            near = difflib.get_close_matches(name, pool_ids, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, pool_ids)
             raise SparsortError(f"the pool of {len(pool_ids)} rows has no row with the id {name!r}.{hint}")
         if names.count(name) > 1:
             raise SparsortError(

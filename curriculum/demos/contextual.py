@@ -15,7 +15,6 @@ import numpy as np
 from sparsort.curriculum.demos.distributions import Floats, label_scores, log_mean, log_softmax
 from sparsort.errors import SparsortError, unknown_choice
 
-CONTENT_FREE = ("N/A", "[MASK]", "")
 Average = Literal["normalised", "raw"]
 
 

@@ -1,8 +1,8 @@
 """The criteria by which an order of demonstrations, or a query's demonstrations, are chosen with the model in the loop.
 
-Contract: `CRITERIA` lists them by name with what each needs of the model and where it comes from; higher is better for
-all. Whoever holds the model fills an `Evidence` and pays for it; nothing here calls a model. `Criterion.choose` breaks
-ties as `choosing.choose` does and says how many there were. "a+b" names the mean rank of several.
+Contract: `CRITERIA` is the one place that lists them; higher is better for all. To add one, add an entry and its name to
+`CriterionName`. Nothing here imports NumPy or calls a model: whoever holds the model fills an `Evidence` and pays for it.
+`Criterion.choose` breaks ties as `choosing.choose` does and says how many there were. "a+b" names the mean rank of several.
 
 Formulas, costs and traps stand with the functions: `label_criteria`, `density`, `per_query`.
 
@@ -12,19 +12,40 @@ of a query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from sparsort.curriculum.demos import density as states
-from sparsort.curriculum.demos import label_criteria as labels
-from sparsort.curriculum.demos import per_query
-from sparsort.curriculum.demos.choosing import Choice, choose, rank_average
-from sparsort.curriculum.demos.distributions import Floats, numbers
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER
+from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.registry import Entry, Registry, load
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sparsort.curriculum.demos.choosing import Choice
+    from sparsort.curriculum.demos.distributions import Floats
+
+CriterionName = Literal[
+    "globale",
+    "locale",
+    "globale_unlabelled",
+    "locale_unlabelled",
+    "pdo",
+    "pdo_prior",
+    "pdo_null",
+    "best_on_dev",
+    "best_on_dev_likelihood",
+    "density",
+    "density_gain",
+    "density_rank",
+    "mdl",
+    "cone",
+]
 Need = Literal["log_p", "gold", "prior", "content_free", "features", "bare_features", "sampled", "loss"]
+# The fields that hold every metric of a state, with their axes.
+_METRIC_AXES: dict[str, tuple[str, ...]] = {"features": ("orders", "probes"), "bare_features": ("probes",)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +61,7 @@ class Evidence:
         bare_features: (P, F) the same without demonstrations.
         metrics: F names.
         metric: which of them the density criteria read.
-        denser_is_higher: its direction; by default that of the metric of this name in `HIGHER_IS_SPARSER`.
+        denser_is_higher: its direction; by default that of the metric of this name in `METRICS`.
         loss: (Q, W) mean negative log-likelihood of a query's tokens after each candidate, for "cone".
     """
 
@@ -55,47 +76,54 @@ class Evidence:
     denser_is_higher: bool | None = None
     loss: Any = None
 
-    def slice_of(self, values: Any, axes: tuple[str, ...], what: str) -> Floats:
-        """The chosen metric of `features` or `bare_features`."""
-        array = numbers(values, (*axes, "metrics"), what=what)
+    def argument(self, name: Need) -> Any:
+        """A field as a criterion's function takes it: of `features` and `bare_features` the chosen metric alone."""
+        value = getattr(self, name)
+        if name not in _METRIC_AXES:
+            return value
+        from sparsort.curriculum.demos.distributions import numbers
+
+        array = numbers(value, (*_METRIC_AXES[name], "metrics"), what=name)
         if len(self.metrics) != array.shape[-1]:
-            raise SparsortError(f"{what} holds {array.shape[-1]} metrics, but {len(self.metrics)} names were given.")
+            raise SparsortError(f"{name} holds {array.shape[-1]} metrics, but {len(self.metrics)} names were given.")
         if self.metric not in self.metrics:
             raise unknown_choice("metric", self.metric, self.metrics)
-        chosen: Floats = array[..., list(self.metrics).index(self.metric)]
-        return chosen
+        return array[..., list(self.metrics).index(self.metric)]
 
     def denser_higher(self) -> bool:
         """Whether a higher value of the chosen metric means a denser state."""
         if self.denser_is_higher is not None:
             return self.denser_is_higher
-        if self.metric not in HIGHER_IS_SPARSER:
+        if self.metric not in METRICS:
             raise SparsortError(
                 f"whether a higher {self.metric!r} means a denser state is not known. Pass denser_is_higher=True or False."
             )
-        return not HIGHER_IS_SPARSER[self.metric]
+        return not METRICS[self.metric].higher_is_sparser
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Criterion:
-    """A criterion by name.
+class Criterion(Entry):
+    """A criterion by name. `needs` names the fields of `Evidence` that it reads; "sampled" says that the probes are to be
+    sampled from the model (`probes.probing_set`) and not drawn from the data.
 
     Attributes:
-        name: as in `CRITERIA`.
         chooses: "order": one score for each of O orders. "demonstrations": (Q, W) scores, a choice for every query.
-        needs: the fields of `Evidence` that it reads; "sampled" says that the probes are to be sampled from the model
-            (`probes.probing_set`) and not drawn from the data.
-        source: the paper.
-        fn: from evidence to scores.
-        tiebreak: from evidence to the scores that decide between equals; None leaves them to the seed.
+        place: "module:function" in this package: from the fields that it needs, in the order of `Need`, to scores.
+        tiebreak: the same for the scores that decide between equals; None leaves them to the seed.
+        with_prior: the criterion that compares with a prior given, where this one compares with the uniform one.
+        shared_set: whether all queries must share one set of demonstrations.
+        judged: whether it can do without labels, by judged answers.
+        members: the criteria whose mean rank it is, for one that joins several.
     """
 
-    name: str
-    chooses: Literal["order", "demonstrations"]
     needs: frozenset[Need]
-    source: str
-    fn: Callable[[Evidence], Floats]
-    tiebreak: Callable[[Evidence], Floats] | None = None
+    chooses: Literal["order", "demonstrations"] = "order"
+    place: str = ""
+    tiebreak: str | None = None
+    with_prior: str | None = None
+    shared_set: bool = True
+    judged: bool = False
+    members: tuple[Criterion, ...] = ()
 
     def scores(self, evidence: Evidence) -> Floats:
         """The scores, (O,) or (Q, W), higher is better.
@@ -110,7 +138,11 @@ class Criterion:
                 f"the criterion {self.name!r} needs {', '.join(missing)}, but the evidence holds "
                 f"{', '.join(held) or 'nothing'}. Ask the model for it, or choose another criterion."
             )
-        return self.fn(evidence)
+        if self.members:
+            from sparsort.curriculum.demos.choosing import rank_average
+
+            return rank_average([member.scores(evidence) for member in self.members])
+        return self._call(self.place, evidence)
 
     def choose(self, evidence: Evidence, *, seed: int = 0) -> Choice:
         """The best order, with its ties; `seed` draws among those left.
@@ -121,10 +153,33 @@ class Criterion:
         if self.chooses != "order":
             raise SparsortError(
                 f"the criterion {self.name!r} chooses demonstrations for every query, not an order for all of them. "
-                "Take the argmax of its scores over the candidates, as per_query does."
+                "Call choose_by_query instead."
             )
+        from sparsort.curriculum.demos.choosing import choose
+
         scores = self.scores(evidence)
-        return choose(scores, tiebreak=self.tiebreak(evidence) if self.tiebreak else None, seed=seed)
+        return choose(scores, tiebreak=self._call(self.tiebreak, evidence) if self.tiebreak else None, seed=seed)
+
+    def choose_by_query(self, evidence: Evidence) -> NDArray[np.int64]:
+        """For every query the best of its candidates, (Q,); ties go to the earliest.
+
+        Raises:
+            SparsortError: as `scores`; the criterion chooses an order.
+        """
+        if self.chooses == "order":
+            raise SparsortError(
+                f"the criterion {self.name!r} chooses an order for all queries, not demonstrations for each. "
+                "Call choose instead."
+            )
+        from sparsort.curriculum.demos.per_query import first_of_best
+
+        return first_of_best(self.scores(evidence))
+
+    def _call(self, place: str, evidence: Evidence) -> Floats:
+        values = [evidence.argument(name) for name in get_args(Need) if name in self.needs - {"sampled"}]
+        options = {"denser_is_higher": evidence.denser_higher()} if self.needs & _METRIC_AXES.keys() else {}
+        scores: Floats = load(place, __package__ or "")(*values, **options)
+        return scores
 
 
 def criterion(name: str) -> Criterion:
@@ -135,97 +190,133 @@ def criterion(name: str) -> Criterion:
     """
     if name in CRITERIA:
         return CRITERIA[name]
-    parts = [part.strip() for part in name.split("+")]
-    for part in parts:
-        if part not in CRITERIA:
-            raise unknown_choice("criterion", part, CRITERIA)
-    members = [CRITERIA[part] for part in parts]
+    members = [CRITERIA.check(part) for part in parts_of(name)]
     if any(member.chooses != "order" for member in members):
         raise SparsortError(f"{name!r} joins criteria, but only those that choose an order can be joined.")
     return Criterion(
-        name="+".join(parts),
-        chooses="order",
+        name="+".join(member.name for member in members),
+        help="best mean rank under all of them",
         needs=frozenset[Need]().union(*(member.needs for member in members)),
         source="mean rank of " + "; ".join(member.source for member in members),
-        fn=lambda evidence: rank_average([member.scores(evidence) for member in members]),
+        members=tuple(members),
     )
 
 
-def _density(score: Callable[..., Floats]) -> Callable[[Evidence], Floats]:
-    def scores(evidence: Evidence) -> Floats:
-        features = evidence.slice_of(evidence.features, ("orders", "probes"), "features")
-        return score(features, denser_is_higher=evidence.denser_higher())
-
-    return scores
+def parts_of(name: str) -> list[str]:
+    """The names that "+" joins."""
+    return [part.strip() for part in name.split("+")]
 
 
-def _density_gain(evidence: Evidence) -> Floats:
-    return states.density_gain(
-        evidence.slice_of(evidence.features, ("orders", "probes"), "features"),
-        evidence.slice_of(evidence.bare_features, ("probes",), "bare_features"),
-        denser_is_higher=evidence.denser_higher(),
-    )
-
-
-def _order(
-    name: str,
-    fn: Callable[[Evidence], Floats],
-    *needs: Need,
-    source: str,
-    tiebreak: Callable[[Evidence], Floats] | None = None,
-) -> Criterion:
-    return Criterion(name=name, chooses="order", needs=frozenset(needs), source=source, fn=fn, tiebreak=tiebreak)
-
-
-def _globale(evidence: Evidence) -> Floats:
-    return labels.globale(evidence.log_p)
-
-
-def _locale(evidence: Evidence) -> Floats:
-    return labels.locale(evidence.log_p)
-
-
-def _likelihood(evidence: Evidence) -> Floats:
-    return labels.gold_log_likelihood(evidence.log_p, evidence.gold)
-
-
+_LABEL_SCORES: frozenset[Need] = frozenset({"log_p"})
+_RIGHT_LABELS: frozenset[Need] = frozenset({"log_p", "gold"})
 _LU, _XU, _LI, _OURS = "arXiv 2104.08786", "arXiv 2402.11447", "arXiv 2511.09700", "this library"
 
-CRITERIA: dict[str, Criterion] = {
-    entry.name: entry
-    for entry in (
-        _order("globale", _globale, "log_p", "sampled", source=_LU),
-        _order("locale", _locale, "log_p", "sampled", source=_LU),
-        _order("globale_unlabelled", _globale, "log_p", source=_LU + ", on unlabelled queries"),
-        _order("locale_unlabelled", _locale, "log_p", source=_LU + ", on unlabelled queries"),
-        _order("pdo", lambda e: labels.pdo(e.log_p), "log_p", source=_XU),
-        _order("pdo_prior", lambda e: labels.pdo(e.log_p, e.prior), "log_p", "prior", source=_XU),
-        _order("pdo_null", lambda e: labels.pdo(e.content_free), "content_free", source=_XU),
-        _order(
-            "best_on_dev",
-            lambda e: labels.best_on_dev(e.log_p, e.gold),
-            "log_p",
-            "gold",
-            source=_LI,
-            tiebreak=_likelihood,
+CRITERIA = Registry(
+    "criterion",
+    (
+        Criterion(
+            name="globale",
+            help="predicted labels are most evenly spread over probes sampled from the model",
+            source=_LU,
+            needs=frozenset({"log_p", "sampled"}),
+            place="label_criteria:globale",
         ),
-        _order("best_on_dev_likelihood", _likelihood, "log_p", "gold", source=_LI + ", by likelihood"),
-        _order("density", _density(states.density), "features", source=_OURS),
-        _order("density_gain", _density_gain, "features", "bare_features", source=_OURS),
-        _order("density_rank", _density(states.density_rank), "features", source=_OURS),
+        Criterion(
+            name="locale",
+            help="each prediction for probes sampled from the model is least certain",
+            source=_LU,
+            needs=frozenset({"log_p", "sampled"}),
+            place="label_criteria:locale",
+        ),
+        Criterion(
+            name="globale_unlabelled",
+            help="predicted labels are most evenly spread over the queries",
+            source=_LU + ", on unlabelled queries",
+            needs=_LABEL_SCORES,
+            place="label_criteria:globale",
+        ),
+        Criterion(
+            name="locale_unlabelled",
+            help="each prediction for the queries is least certain",
+            source=_LU + ", on unlabelled queries",
+            needs=_LABEL_SCORES,
+            place="label_criteria:locale",
+        ),
+        Criterion(
+            name="pdo",
+            help="the mean predicted distribution is nearest in KL to uniform, or to a prior that is given",
+            source=_XU,
+            needs=_LABEL_SCORES,
+            place="label_criteria:pdo",
+            with_prior="pdo_prior",
+        ),
+        Criterion(
+            name="pdo_prior",
+            help="the mean predicted distribution is nearest in KL to the label shares of the pool",
+            source=_XU,
+            needs=frozenset({"log_p", "prior"}),
+            place="label_criteria:pdo",
+        ),
+        Criterion(
+            name="pdo_null",
+            help="the mean predicted distribution on content-free inputs is nearest to uniform",
+            source=_XU,
+            needs=frozenset({"content_free"}),
+            place="label_criteria:pdo",
+        ),
+        Criterion(
+            name="best_on_dev",
+            help="accuracy is best; ties go to the higher likelihood of the right labels",
+            source=_LI,
+            needs=_RIGHT_LABELS,
+            place="label_criteria:best_on_dev",
+            tiebreak="label_criteria:gold_log_likelihood",
+            judged=True,
+        ),
+        Criterion(
+            name="best_on_dev_likelihood",
+            help="the right labels are most likely",
+            source=_LI + ", by likelihood",
+            needs=_RIGHT_LABELS,
+            place="label_criteria:gold_log_likelihood",
+        ),
+        Criterion(
+            name="density",
+            help="the queries' last states are densest",
+            source=_OURS,
+            needs=frozenset({"features"}),
+            place="density:density",
+        ),
+        Criterion(
+            name="density_gain",
+            help="the queries' last states are densest relative to the query alone",
+            source=_OURS,
+            needs=frozenset({"features", "bare_features"}),
+            place="density:density_gain",
+        ),
+        Criterion(
+            name="density_rank",
+            help="the queries' last states have the best mean rank by density",
+            source=_OURS,
+            needs=frozenset({"features"}),
+            place="density:density_rank",
+        ),
         Criterion(
             name="mdl",
-            chooses="demonstrations",
-            needs=frozenset({"log_p"}),
+            help="the entropy of the label is least, query by query",
             source="arXiv 2212.10375",
-            fn=lambda e: per_query.mdl_scores(e.log_p),
+            chooses="demonstrations",
+            needs=_LABEL_SCORES,
+            place="per_query:mdl_scores",
+            shared_set=False,
         ),
         Criterion(
             name="cone",
+            help="the query's own text is least surprising, query by query",
+            source="arXiv 2401.12087",
             chooses="demonstrations",
             needs=frozenset({"loss"}),
-            source="arXiv 2401.12087",
-            fn=lambda e: per_query.cone_scores(e.loss),
+            place="per_query:cone_scores",
         ),
-    )
-}
+    ),
+)

@@ -24,7 +24,7 @@ class DifficultyTable(Protocol):
 
     @property
     def kind(self) -> str:
-        """What was scored: sparsity, answer_loss, prompt_loss, entropy, length, compression, random or column."""
+        """What was scored: the name of a scorer (`sparsort.scoring.scorers.SCORERS`), or "calibrated"."""
 
     def difficulty_of(self, rows: Sequence[Row]) -> NDArray[np.float64]:
         """The difficulty of each row, (N,), NaN where it could not be scored.

@@ -46,7 +46,7 @@ def mdl(log_p_QWL: Any) -> NDArray[np.int64]:
     Traps: the opposite of `label_criteria.locale`, which wants entropy high. That one asks which order is not biased,
     this one which neighbours settle this query; a set that biases the model settles every query, and wins here.
     """
-    return _first_of_best(mdl_scores(log_p_QWL))
+    return first_of_best(mdl_scores(log_p_QWL))
 
 
 def organisations(near_QN: Any, k: int, seed: int, *, count: int = ORGANISATIONS) -> NDArray[np.int64]:
@@ -69,7 +69,17 @@ def organisations(near_QN: Any, k: int, seed: int, *, count: int = ORGANISATIONS
 
 
 def cone_scores(nll_QW: Any) -> Floats:
-    """Minus the loss on the query's own tokens under each candidate, (Q, W).
+    """ConE (arXiv 2401.12087) over whole sets: minus the loss on the query's own tokens under each candidate, (Q, W).
+
+    c* = argmin_c H(x | c), H(x | c) = H(x, c) − H(c): the negative log-likelihood of the query's tokens after the
+    demonstrations, with the template's words up to where the answer begins. No label is looked at.
+
+    Args:
+        nll_QW: that loss under each candidate, as the sum over the tokens (the authors' code) or as their mean: the two
+            rank alike, as a query's tokens are the same after every candidate.
+
+    Cost: Q·W passes over query tokens. Trap: a demonstration that repeats the query's words is the least surprising;
+    leave near-duplicates out before.
 
     Raises:
         SparsortError: not (Q, W) finite numbers.
@@ -84,22 +94,6 @@ def cone_scores(nll_QW: Any) -> Floats:
     return -losses
 
 
-def cone(nll_QW: Any) -> NDArray[np.int64]:
-    """ConE (arXiv 2401.12087) over whole sets: for every query the set after which its text is least surprising, (Q,).
-
-    c* = argmin_c H(x | c), H(x | c) = H(x, c) − H(c): the negative log-likelihood of the query's tokens after the
-    demonstrations, with the template's words up to where the answer begins. No label is looked at.
-
-    Args:
-        nll_QW: that loss under each candidate, as the sum over the tokens (the authors' code) or as their mean: the two
-            rank alike, as a query's tokens are the same after every candidate.
-
-    Cost: Q·W passes over query tokens. Trap: a demonstration that repeats the query's words is the least surprising;
-    leave near-duplicates out before.
-    """
-    return _first_of_best(cone_scores(nll_QW))
-
-
 def cone_neighbours(nll_QN: Any, k: int) -> NDArray[np.int64]:
     """TopK + ConE as its authors run it: the k of a query's N neighbours with the lowest loss, each alone, (Q, k).
 
@@ -107,7 +101,7 @@ def cone_neighbours(nll_QN: Any, k: int) -> NDArray[np.int64]:
     are the demonstrations, the cheapest first, so that it stands farthest from the query.
 
     Args:
-        nll_QN: the loss on the query's tokens after each single neighbour, as in `cone`.
+        nll_QN: the loss on the query's tokens after each single neighbour, as in `cone_scores`.
         k: how many, 1 to N.
 
     Cost: Q·N passes over query tokens; a neighbour's prefix is shared by all queries that have it.
@@ -122,7 +116,8 @@ def _check_k(k: int, neighbours: int) -> None:
         raise SparsortError(f"k is {k}, but there are {neighbours} neighbours. Choose 1 to {neighbours}.")
 
 
-def _first_of_best(scores_QW: Floats) -> NDArray[np.int64]:
+def first_of_best(scores_QW: Floats) -> NDArray[np.int64]:
+    """For every query the first candidate whose score is the best but for rounding, (Q,)."""
     near_best = scores_QW >= scores_QW.max(axis=1, keepdims=True) - _ROUNDING
     first: NDArray[np.int64] = near_best.argmax(axis=1)
     return first

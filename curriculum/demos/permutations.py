@@ -1,4 +1,4 @@
-"""Permutations of a few demonstrations: all of them where they are few, else a seeded sample without repeats."""
+"""A seeded sample of orders of a few demonstrations, without repeats."""
 
 from __future__ import annotations
 
@@ -10,22 +10,7 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError
 
-MOST_EXHAUSTIVE = 24
 _ENUMERABLE = 8
-
-
-def all_permutations(n: int) -> NDArray[np.int64]:
-    """Every order of n items, (n!, n), in lexicographic order, so that the first row is the given order.
-
-    Raises:
-        SparsortError: there are more than 24.
-    """
-    if n < 0 or math.factorial(min(n, 20)) > MOST_EXHAUSTIVE:
-        raise SparsortError(
-            f"all permutations of {n} items were asked for; only up to {MOST_EXHAUSTIVE} (4 items) are enumerated. "
-            "Sample some with random_permutations(n, count, seed)."
-        )
-    return np.array(list(itertools.permutations(range(n))), dtype=np.int64)
 
 
 def random_permutations(n: int, count: int, seed: int = 0) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ import math
 import numbers
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +25,10 @@ from torch.autograd.function import once_differentiable
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import blocksparse_implementation
 from sparsort.kernels.blocksparse.budgets import Budget, check_budget
-from sparsort.kernels.blocksparse.contract import check_heads, check_index, check_selection, check_tensor
+from sparsort.kernels.blocksparse.checks import check_heads, check_index, check_selection, check_tensor
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection, check_block_size
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _uncompiled(operation: F) -> F:
-    # torch's decorator, with the operation's own type.
-    disabled: F = torch.compiler.disable(operation)  # type: ignore[no-untyped-call]
-    return disabled
+from sparsort.kernels.eager import in_eager
 
 
 class Functions(NamedTuple):
@@ -47,7 +40,7 @@ class Functions(NamedTuple):
     align_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
-@_uncompiled
+@in_eager
 def index_select(
     index_query: Tensor,
     index_key: Tensor,
@@ -85,7 +78,7 @@ def index_select(
         return run.index_select(index_query, index_key, layout, budget, block_size=block_size, scale=scale)
 
 
-@_uncompiled
+@in_eager
 def attend(
     query: Tensor,
     key: Tensor,
@@ -123,7 +116,7 @@ def attend(
     return output, lse
 
 
-@_uncompiled
+@in_eager
 def align(
     query: Tensor,
     key: Tensor,
@@ -270,9 +263,9 @@ def _functions(tensor: Tensor) -> Functions:
 
 @functools.cache
 def _torch_functions() -> Functions:
-    from sparsort.kernels.blocksparse.aligning import align_forward
-    from sparsort.kernels.blocksparse.blockwise import attend_backward, attend_forward
-    from sparsort.kernels.blocksparse.scoring import index_select as select
+    from sparsort.kernels.blocksparse.cpu.align import align_forward
+    from sparsort.kernels.blocksparse.cpu.attend import attend_backward, attend_forward
+    from sparsort.kernels.blocksparse.cpu.select import index_select as select
 
     return Functions(select, attend_forward, attend_backward, align_forward)
 
@@ -280,10 +273,10 @@ def _torch_functions() -> Functions:
 @functools.cache
 def _triton_functions() -> Functions:
     # Imported on use: Triton is not installed everywhere.
-    from sparsort.kernels.blocksparse.align import align_forward_triton
-    from sparsort.kernels.blocksparse.attend import attend_forward_triton
-    from sparsort.kernels.blocksparse.attend_backward import attend_backward_triton
-    from sparsort.kernels.blocksparse.select import index_select_triton
+    from sparsort.kernels.blocksparse.triton.align import align_forward_triton
+    from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton
+    from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton
+    from sparsort.kernels.blocksparse.triton.select import index_select_triton
 
     return Functions(index_select_triton, attend_forward_triton, attend_backward_triton, align_forward_triton)
 

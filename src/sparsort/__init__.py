@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from sparsort.curriculum.demos.prompt import assemble as assemble
     from sparsort.curriculum.demos.prompt import build_prompt as build_prompt
     from sparsort.curriculum.demos.select import select_demos as select_demos
-    from sparsort.curriculum.loading.loader import CurriculumLoader as CurriculumLoader
-    from sparsort.curriculum.loading.online import OnlineDifficulty as OnlineDifficulty
-    from sparsort.curriculum.loading.pacing import Pacing as Pacing
-    from sparsort.curriculum.loading.plan import CurriculumPlan as CurriculumPlan
-    from sparsort.curriculum.loading.planning import plan_curriculum as plan_curriculum
-    from sparsort.curriculum.loading.trainer import CurriculumTrainer as CurriculumTrainer
+    from sparsort.curriculum.loading.loader.loader import CurriculumLoader as CurriculumLoader
+    from sparsort.curriculum.loading.online.measure import OnlineDifficulty as OnlineDifficulty
+    from sparsort.curriculum.loading.plan.pacing import Pacing as Pacing
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan as CurriculumPlan
+    from sparsort.curriculum.loading.plan.planning import plan_curriculum as plan_curriculum
+    from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer as CurriculumTrainer
     from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
     from sparsort.recipes.ablate import ablate as ablate
     from sparsort.recipes.calibrate import calibrate as calibrate
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sparsort.scoring.losses import EntropyScorer as EntropyScorer
     from sparsort.scoring.losses import LossScorer as LossScorer
     from sparsort.scoring.row_cache import RowCache as RowCache
-    from sparsort.scoring.scorers import SparsityScorer as SparsityScorer
+    from sparsort.scoring.scorers.sparsity import SparsityScorer as SparsityScorer
     from sparsort.scoring.scores import Scores as Scores
 
 __version__ = "0.1.0"
@@ -53,13 +53,13 @@ _HOME = {
     "RandomScorer": "scoring.baselines",
     "RowCache": "scoring.row_cache",
     "Scores": "scoring.scores",
-    "SparsityScorer": "scoring.scorers",
-    "CurriculumLoader": "curriculum.loading.loader",
-    "CurriculumPlan": "curriculum.loading.plan",
-    "CurriculumTrainer": "curriculum.loading.trainer",
-    "OnlineDifficulty": "curriculum.loading.online",
-    "Pacing": "curriculum.loading.pacing",
-    "plan_curriculum": "curriculum.loading.planning",
+    "SparsityScorer": "scoring.scorers.sparsity",
+    "CurriculumLoader": "curriculum.loading.loader.loader",
+    "CurriculumPlan": "curriculum.loading.plan.plan",
+    "CurriculumTrainer": "curriculum.loading.trainer.trainer",
+    "OnlineDifficulty": "curriculum.loading.online.measure",
+    "Pacing": "curriculum.loading.plan.pacing",
+    "plan_curriculum": "curriculum.loading.plan.planning",
     "ablate": "recipes.ablate",
     "choose_order": "recipes.choose_order",
     "Calibration": "scoring.calibration",

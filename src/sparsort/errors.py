@@ -33,9 +33,21 @@ def unknown_choice(
         return SparsortError(
             f"unknown {kind} {given!r}. It is called {meant!r} here. Choose one of: {', '.join(names)}."
         )
-    near = difflib.get_close_matches(str(given).lower(), [name.lower() for name in names], n=1, cutoff=0.4)
-    hint = next((f" Did you mean {name!r}?" for name in names if near and name.lower() == near[0]), "")
+    hint = did_you_mean(given, names, cutoff=0.4)
     return SparsortError(f"unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")
+
+
+def did_you_mean(given: object, names: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """A sentence that suggests the name nearest to what was given, after a space; empty where not one is near.
+
+    Args:
+        given: what was passed.
+        names: the valid names; upper and lower case count as equal.
+        cutoff: how near a name must be, from 0 to 1 (`difflib.get_close_matches`).
+    """
+    by_lower = {name.lower(): name for name in reversed(list(names))}
+    near = difflib.get_close_matches(str(given).lower(), list(by_lower), n=1, cutoff=cutoff)
+    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

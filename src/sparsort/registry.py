@@ -79,6 +79,11 @@ class Registry(Mapping[str, E], Generic[E]):
         """The names of the entries for which `where` holds."""
         return tuple(name for name, entry in self._entries.items() if where(entry))
 
+    def listed(self, where: Callable[[E], bool] = lambda entry: True) -> str:
+        """The names for which `where` holds, as a help text lists them: "a, b or c"."""
+        *others, last = self.names(where)
+        return f"{', '.join(others)} or {last}" if others else last
+
     def needing(self, *inputs: str) -> tuple[str, ...]:
         """The names of the entries that need at least one of these inputs."""
         return self.names(lambda entry: not entry.needs.isdisjoint(inputs))

@@ -9,7 +9,6 @@ items of sequences are looked up, never attributes. Neither pandas nor torch is 
 from __future__ import annotations
 
 import datetime
-import difflib
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, did_you_mean
 from sparsort.paths import is_index, parse_field, spell
 
 # Kinds of NumPy scalars that have a text: booleans, numbers, times and text. Not bytes, objects and records.
@@ -116,9 +115,8 @@ def missing_field(field: str, row: Mapping[str, Any], where: str, *, in_template
         what = "no value" if steps and value is None else missing_name(value)
         return SparsortError(f"{where} has {what} in the field {field!r}. Give it a value, or leave the row out.")
     names = [str(name) for name in row]
-    near = difflib.get_close_matches(column, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    if in_template and not near:
+    hint = did_you_mean(column, names)
+    if in_template and not hint:
         hint = f" If the braces are meant literally, double them: {{{{{field}}}}}."
     # A path that, read as a name, is a column: the brackets are what the user needs to know of.
     if steps and (plain := next((name for name in names if name == field), None)):

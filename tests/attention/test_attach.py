@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import sparsort
 from sparsort.attention.attach import attach_index_branch, detach
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors.base import Selector
 from sparsort.attention.selectors.chunks import in_blocks
-from sparsort.attention.selectors.interface import Selector
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.kernels.blocksparse.reference import support

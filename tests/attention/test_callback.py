@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparsort.attention.callback import SparseAttentionCallback, sparse_attention_of
 from sparsort.attention.diagnostics import report_selection
 from sparsort.attention.flops import AttentionShape, SparseShape, dense_flops, sparse_flops
-from sparsort.attention.hooks import SparseAttention
-from sparsort.attention.schedule import SparseSchedule
+from sparsort.attention.state import SparseAttention
+from sparsort.attention.training.callback import SparseAttentionCallback, sparse_attention_of
+from sparsort.attention.training.schedule import SparseSchedule
 from sparsort.errors import SparsortError
 
 LENGTH, BLOCK, BLOCKS = 24, 4, 2
@@ -216,7 +216,7 @@ def test_layers_that_checkpointing_runs_again_are_measured_once(
         calls.append(1)
         return report_selection(*args, **kwargs)
 
-    monkeypatch.setattr("sparsort.attention.callback.report_selection", counted)
+    monkeypatch.setattr("sparsort.attention.training.callback.report_selection", counted)
     logs = []
     for checkpointing in (False, True):
         model = sparse()

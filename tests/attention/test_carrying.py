@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsort.attention.carrying import Carrier
+from sparsort.attention.training.alignment_loss import Carrier
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.reference import align_ref
 

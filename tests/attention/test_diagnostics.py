@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsort.attention.diagnostics import SelectionReport, report_selection
-from sparsort.attention.selectors.interface import LayerInputs
-from sparsort.attention.selectors.plain import Oracle, window
+from sparsort.attention.selectors.base import LayerInputs
+from sparsort.attention.selectors.fixed import Oracle, window
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection, every_block

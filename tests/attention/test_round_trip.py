@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsort import load_sparse
 from sparsort.attention.attach import attach_index_branch, detach
-from sparsort.attention.hooks import SparseAttention
+from sparsort.attention.state import SparseAttention
 from sparsort.errors import SparsortError
 
 Make = Callable[..., Any]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparsort.attention.schedule import SparseSchedule
+from sparsort.attention.training.schedule import SparseSchedule
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
 

@@ -16,8 +16,8 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors import SELECTORS, chunks, lm_trained
-from sparsort.attention.selectors.interface import Choice, LayerInputs, Selector
-from sparsort.attention.selectors.making import make_selector
+from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.build import make_selector
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget, TopPBudget
 from sparsort.kernels.blocksparse.layout import Layout, Span

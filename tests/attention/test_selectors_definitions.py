@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors.base import LayerInputs, Selector
+from sparsort.attention.selectors.build import make_selector
+from sparsort.attention.selectors.fixed import hashed
 from sparsort.attention.selectors.index_branch import IndexBranch, turn
-from sparsort.attention.selectors.interface import LayerInputs, Selector
-from sparsort.attention.selectors.making import make_selector
-from sparsort.attention.selectors.plain import hashed
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.ops import attend

@@ -15,9 +15,10 @@ import torch
 from forks import ForkServer
 
 import sparsort
+from sparsort.curriculum.ablation.cells import Arm, Group
 from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.results import Arm, Group, Results
+from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.errors import SparsortError

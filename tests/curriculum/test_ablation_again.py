@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sparsort
+from sparsort.curriculum.ablation.cells import Group
 from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.results import Group, Results
+from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.run import Run
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.errors import SparsortError

@@ -14,10 +14,11 @@ import torch
 
 import sparsort
 from sparsort.curriculum.ablation import probing, run
+from sparsort.curriculum.ablation.cells import Group
 from sparsort.curriculum.ablation.data import TaskData
 from sparsort.curriculum.ablation.design import Ablation, units
 from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.results import Group, Results
+from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.splits import SELECTORS
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.tasks import Task

@@ -19,7 +19,7 @@ from sparsort.curriculum.demos import per_query
 from sparsort.curriculum.demos.choosing import choose, mean_ranks, rank_average
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER
+from sparsort.kernels.sparsity.metrics import METRICS
 
 Floats = NDArray[np.float64]
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(2, 5), st.integers(0, 10_000))
@@ -89,7 +89,8 @@ def test_against_the_formulas(shape: tuple[int, int, int, int]) -> None:
     assert labels.gold_log_likelihood(log_p, gold) == pytest.approx(likelihood(plain, gold), abs=1e-9)
     entropies = [[shannon(softmax(row)) for row in query] for query in plain]
     assert per_query.mdl(log_p).tolist() == [row.index(min(row)) for row in entropies]
-    assert per_query.cone(log_p[:, :, 0]).tolist() == [row.index(min(row)) for row in log_p[:, :, 0].tolist()]
+    assert CRITERIA["mdl"].choose_by_query(Evidence(log_p=log_p)).tolist() == per_query.mdl(log_p).tolist()
+    assert CRITERIA["cone"].choose_by_query(Evidence(loss=log_p[:, :, 0])).tolist() == log_p[:, :, 0].argmin(1).tolist()
 
 
 EVERY: dict[str, Callable[[Any], Floats]] = {
@@ -254,13 +255,15 @@ def test_per_query_ties_go_to_the_first() -> None:
     assert per_query.mdl([[unsure, sure, sure], [unsure, unsure, unsure]]).tolist() == [1, 0]
     # The same distribution up to which label is which and a constant: equal up to rounding.
     assert per_query.mdl([[[-0.3, -1.7, -2.0], [-2.1, -0.4, -1.8]]]).tolist() == [0]
-    assert per_query.cone([[2.0, 1.0, 1.0 - 1e-15], [1.0, 1.0, 1.0]]).tolist() == [1, 0]
+    losses = [[2.0, 1.0, 1.0 - 1e-15], [1.0, 1.0, 1.0]]
+    assert per_query.first_of_best(per_query.cone_scores(losses)).tolist() == [1, 0]
 
 
 def test_cone_takes_the_cheapest_neighbours_cheapest_first() -> None:
     nll = [[3.0, 1.0, 2.0, 0.5], [1.0, 1.0, 0.0, 9.0]]
     assert per_query.cone_neighbours(nll, 2).tolist() == [[3, 1], [2, 0]]
-    assert per_query.cone_neighbours(nll, 1)[:, 0].tolist() == per_query.cone(nll).tolist()
+    cheapest = per_query.first_of_best(per_query.cone_scores(nll))
+    assert per_query.cone_neighbours(nll, 1)[:, 0].tolist() == cheapest.tolist()
     assert per_query.cone_neighbours(nll, 4).tolist() == [[3, 1, 2, 0], [2, 0, 1, 3]]
     for k in (0, 5):
         with pytest.raises(SparsortError, match=f"k is {k}.*1 to 4"):
@@ -269,9 +272,9 @@ def test_cone_takes_the_cheapest_neighbours_cheapest_first() -> None:
 
 def test_bad_losses() -> None:
     with pytest.raises(SparsortError, match="nan for query 1, candidate 0"):
-        per_query.cone([[1.0, 2.0], [math.nan, 1.0]])
+        per_query.cone_scores([[1.0, 2.0], [math.nan, 1.0]])
     with pytest.raises(SparsortError, match="no queries"):
-        per_query.cone(np.zeros((0, 3)))
+        per_query.cone_scores(np.zeros((0, 3)))
     with pytest.raises(SparsortError, match="no sets"):
         per_query.mdl(np.zeros((2, 0, 3)))
 
@@ -450,13 +453,15 @@ def test_unknown_criteria_suggest_the_nearest() -> None:
         criterion("")
     with pytest.raises(SparsortError, match="for every query, not an order"):
         CRITERIA["mdl"].choose(evidence())
+    with pytest.raises(SparsortError, match="an order for all queries"):
+        CRITERIA["pdo"].choose_by_query(evidence())
 
 
-@pytest.mark.parametrize("metric", HIGHER_IS_SPARSER)
+@pytest.mark.parametrize("metric", METRICS)
 def test_density_knows_each_metric_s_direction(metric: str) -> None:
     features = np.array([[[0.1]], [[0.2]]])
     best = CRITERIA["density"].choose(Evidence(features=features, metrics=(metric,), metric=metric)).index
-    assert best == (0 if HIGHER_IS_SPARSER[metric] else 1)
+    assert best == (0 if METRICS[metric].higher_is_sparser else 1)
 
 
 def test_density_of_a_metric_of_one_s_own() -> None:

@@ -18,10 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from sparsort import manifests
-from sparsort.curriculum.loading import checkpoints
-from sparsort.curriculum.loading.checkpoints import damage_of, newest_intact, seal_checkpoint
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.trainer import CurriculumMixin, CurriculumTrainer
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.trainer.checkpoints import damage_of, newest_intact, seal_checkpoint
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer, checkpoints
 from sparsort.errors import SparsortError
 
 Damages = Callable[[Path], Iterator[str]]

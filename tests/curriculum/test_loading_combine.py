@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from sparsort.curriculum.loading.combine import COMBINATIONS, combine, percentiles
+from sparsort.curriculum.loading.plan.combine import COMBINATIONS, combine
 from sparsort.errors import SparsortError
 
 # Few values, so that ties are common.
@@ -45,6 +45,13 @@ def by_keys(keys: list[tuple[Any, ...]]) -> list[float]:
 
 
 # Percentiles
+
+
+def percentiles(values: Any) -> NDArray[np.float64]:
+    """What one score alone is combined into; combining needs a row that has it."""
+    column = np.asarray(values)
+    has_one = column.size > 0 and not (column.dtype.kind == "f" and np.isnan(column).all())
+    return combine({"only": column}, "rank_average") if has_one else np.full(len(column), np.nan)
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=60))

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.coverage import coverage_of, spaced
-from sparsort.curriculum.loading.drawing import BATCHES, draw_plans
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.summary import Shown, describe, look, summarise
+from sparsort.curriculum.loading.inspect.coverage import coverage_of, spaced
+from sparsort.curriculum.loading.inspect.drawing import BATCHES, draw_plans
+from sparsort.curriculum.loading.inspect.summary import Shown, describe, look, summarise
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 
 pytest.importorskip("matplotlib", reason="the extra plots, an optional one, is not installed")

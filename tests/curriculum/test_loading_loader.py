@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.pacing import Pacing
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.pacing import Pacing
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 
 pytestmark = [
@@ -87,7 +87,7 @@ def test_every_number_of_ranks_and_workers_sees_the_same_ordered_global_batches(
 
 
 def _read_rank(folder: str, n: int, rank: int, world_size: int, answers: Any) -> None:
-    from sparsort.curriculum.loading.plan import CurriculumPlan
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
     plan = CurriculumPlan.open(folder)
     loader = CurriculumLoader(

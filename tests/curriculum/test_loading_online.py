@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsort.curriculum.loading.observations import Observations
-from sparsort.curriculum.loading.online import OnlineDifficulty
-from sparsort.curriculum.loading.packing import PackedCollator, pack
+from sparsort.curriculum.loading.loader.packing import PackedCollator, pack
+from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+from sparsort.curriculum.loading.online.observations import Observations
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.names import METRICS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 B, T = 4, 12
 ROWS = np.array([40, 7, 19, 3])
@@ -38,7 +38,7 @@ def some_ids(b: int = B, t: int = T) -> Tensor:
 
 
 def values_of(states_NH: Tensor, metric: str = "hoyer") -> list[float]:
-    return sparsity_rows_ref(states_NH.detach()).values_NM[:, METRICS.index(metric)].double().tolist()
+    return sparsity_rows_ref(states_NH.detach()).values_NM[:, METRIC_NAMES.index(metric)].double().tolist()
 
 
 def measured(model: Any, batch: dict[str, Any], rows: Any = ROWS, **options: Any) -> tuple[Observations, Tensor]:
@@ -87,7 +87,7 @@ def test_the_mean_is_over_tokens_spread_evenly(model: Any) -> None:
     np.testing.assert_allclose(everything.values, [np.mean(values_of(states[b])) for b in range(B)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", METRIC_NAMES)
 def test_higher_is_harder_whatever_the_metric(metric: str) -> None:
     flat, spiked = torch.full((16,), 0.5) + torch.arange(16) / 100, torch.zeros(16)
     spiked[3] = 3.0
@@ -265,7 +265,7 @@ def test_wrapped_models_are_unwrapped(model: Any, wrap: str) -> None:
 def test_nothing_is_read_back_from_the_device_before_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from sparsort.curriculum.loading import online as module
+    from sparsort.curriculum.loading.online.measure import measure as module
 
     class NoReadBack(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -276,12 +276,12 @@ def test_nothing_is_read_back_from_the_device_before_drain(monkeypatch: pytest.M
             return func(*args, **(kwargs or {}))
 
     # The CPU's reference looks whether any row is bad; the GPU's kernel does not.
-    fake = SimpleNamespace(values_NM=torch.ones(5, len(METRICS)))
+    fake = SimpleNamespace(values_NM=torch.ones(5, len(METRIC_NAMES)))
     monkeypatch.setattr(module, "sparsity_rows", lambda *_args, **_options: fake)
     toy = Toy(torch.rand((5, 8), generator=torch.Generator().manual_seed(0)))
     with OnlineDifficulty().attach(toy) as online:
         for rows, positions in (([1], None), ([1, 2, 3], torch.tensor([[0, 1, 0, 0, 1]]))):
-            fake.values_NM = torch.ones(len(rows), len(METRICS))
+            fake.values_NM = torch.ones(len(rows), len(METRIC_NAMES))
             online.begin()
             toy(input_ids=torch.zeros((1, 5), dtype=torch.int64))
             with NoReadBack():

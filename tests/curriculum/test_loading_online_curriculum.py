@@ -15,13 +15,13 @@ import torch
 from forks import ForkServer
 from torch import Tensor, nn
 
-from sparsort.curriculum.loading.gathering import gather
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.observations import Observations
-from sparsort.curriculum.loading.online import OnlineDifficulty
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.running import RunningDifficulty
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.online.gathering import gather
+from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+from sparsort.curriculum.loading.online.observations import Observations
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 
 N, WIDTH, STEPS = 48, 16, 24
@@ -207,7 +207,7 @@ def test_the_revised_order_is_that_of_the_running_difficulty() -> None:
         edge = loader.plan.stage_edges[1]
         assert loader.plan.revision == {"number": 1, "epoch": 0, "start": edge}
         assert loader.plan.notes["revises"] == original
-        assert online.running.n_observed > 0
+        assert online.running.next_step > 0
         assert loader.plan.order.tolist() == np.argsort(online.running.difficulty(edge), kind="stable").tolist()
 
 
@@ -307,7 +307,7 @@ import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import test_loading_online_curriculum as tests
 from torch.nn.parallel import DistributedDataParallel
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
 
 out, rank = Path(sys.argv[2]), int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.pacing import PACINGS, Pacing
+from sparsort.curriculum.loading.plan.pacing import PACINGS, Pacing
 from sparsort.errors import SparsortError
 
 SHARES = st.floats(0.0, 1.0, exclude_min=True) | st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 1.0])

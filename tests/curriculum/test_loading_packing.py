@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.packing import PackedCollator, cut, pack
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.loader.packing import PackedCollator, cut, pack
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 
 LENGTHS = [5, 1, 9, 3, 3, 12, 2, 7, 1, 1, 4, 6, 8, 2, 10, 3, 5]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort import SparsortError
-from sparsort.curriculum.loading.pacing import Pacing
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.pacing import Pacing
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
 N = 103
 DIFFICULTY = np.random.default_rng(7).normal(size=N)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from sparsort import SparsortError, integrity
-from sparsort.curriculum.loading.pacing import Pacing
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.pacing import Pacing
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
 REVERSED = Path(__file__).parents[1] / "data" / "plan_reversed"
 N = 60

@@ -6,8 +6,8 @@ import pytest
 
 import sparsort
 from sparsort import SparsortError
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.scoring.sources import digest_of
 
 ROWS = [

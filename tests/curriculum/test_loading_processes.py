@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 from handshake import die, die_in, search_path
 
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
 BASE, LENGTH = 16, 6
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -81,8 +81,8 @@ def _train_with_trainer(job: dict[str, Any], rank: int) -> None:
     """transformers' Trainer, and DDP where there are several ranks."""
     from transformers import TrainingArguments, default_data_collator
 
-    from sparsort.curriculum.loading.online import OnlineDifficulty
-    from sparsort.curriculum.loading.trainer import CurriculumTrainer
+    from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+    from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 
     class Written(CurriculumTrainer):
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def _train_in_a_loop(job: dict[str, Any], rank: int) -> None:
     import torch
     from transformers import default_data_collator
 
-    from sparsort.curriculum.loading.loader import CurriculumLoader
+    from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -178,7 +178,7 @@ def _serve() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import sparsort.curriculum.loading.trainer  # noqa: F401
+    import sparsort.curriculum.loading.trainer.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsort import SparsortError
-from sparsort.curriculum.loading.ranking import by_id, rank_rows, spread_groups
+from sparsort.curriculum.loading.plan.ranking import by_id, rank_rows, spread_groups
 
 NUMBERS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([0.0, -0.0, 1.0, 2.0, np.inf, -np.inf, np.nan])

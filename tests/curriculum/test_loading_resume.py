@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.pacing import Pacing
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.pacing import Pacing
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 
 pytestmark = [
@@ -110,8 +110,8 @@ def test_the_rest_is_the_same_with_workers_that_had_prefetched(name: str) -> Non
 
 _NEW_PROCESS = """
 import json, sys
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
 def rest(folder, state, workers, epochs):
     loader = CurriculumLoader(CurriculumPlan.open(folder), list(range(47)), num_workers=workers, collate_fn=list, verify=False)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from scipy.stats import spearmanr
 
-from sparsort.curriculum.loading.running import Observations, RunningDifficulty, standard_ranks
+from sparsort.curriculum.loading.online.running_difficulty import Observations, RunningDifficulty, standard_ranks
 from sparsort.errors import SparsortError
 
 Floats = NDArray[np.float64]
@@ -419,5 +419,5 @@ def test_observations_are_checked() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, sparsort.curriculum.loading.running\nassert 'torch' not in sys.modules"
+    code = "import sys, sparsort.curriculum.loading.online.running_difficulty\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

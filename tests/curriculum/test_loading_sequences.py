@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading import sequences
-from sparsort.curriculum.loading.pacing import Pacing
-from sparsort.curriculum.loading.shuffling import key_of
+from sparsort.curriculum.loading.plan import sequences
+from sparsort.curriculum.loading.plan.pacing import Pacing
+from sparsort.curriculum.loading.plan.shuffling import key_of
 
 
 def edges_of(n, stages):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from sparsort.curriculum.loading.shuffling import SORTED_UP_TO, key_of, permutation, permute, uniform
+from sparsort.curriculum.loading.plan.shuffling import SORTED_UP_TO, key_of, permutation, permute, uniform
 
 
 @given(n=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))

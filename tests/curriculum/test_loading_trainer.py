@@ -28,12 +28,12 @@ from transformers import (
     default_data_collator,
 )
 
-from sparsort.curriculum.loading.checkpoints import seal_checkpoint
-from sparsort.curriculum.loading.online import OnlineDifficulty
-from sparsort.curriculum.loading.pacing import Pacing
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.trainer import CurriculumMixin, CurriculumTrainer, check_global_batch
+from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+from sparsort.curriculum.loading.plan.pacing import Pacing
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.trainer.checkpoints import seal_checkpoint
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer, check_global_batch
 from sparsort.errors import SparsortError
 
 N, BATCH, BASE = 41, 4, 8

@@ -24,10 +24,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import sparsort
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.trainer import CurriculumMixin, CurriculumTrainer
-from sparsort.curriculum.loading.trainer_classes import refuse_own_batches
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.trainer.classes import refuse_own_batches
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer
 from sparsort.errors import SparsortError
 
 REFUSED = "chooses its own training batches"

@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sparsort
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.trainer import CurriculumMixin, CurriculumTrainer
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer
 from sparsort.errors import SparsortError
 from sparsort.scoring.scores import Scores
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import sparsort
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.verification import note_rows, verify_every_row, verify_rows
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.loader.verification import note_rows, verify_every_row, verify_rows
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 from sparsort.integrity import seal
 from sparsort.scoring.scores import Scores

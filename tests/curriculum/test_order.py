@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.order import ORDERS, order_demos, order_indices
-from sparsort.curriculum.demos.permutations import all_permutations, random_permutations
+from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.errors import SparsortError
 
 KEYS = st.lists(st.floats(-1e6, 1e6, allow_nan=False), max_size=9)
@@ -161,14 +161,6 @@ def test_unknown_order_suggests_the_nearest() -> None:
 def test_no_demonstrations() -> None:
     for order in ORDERS:
         assert order_demos([], [], order, similarity=[]) == []
-
-
-def test_all_permutations() -> None:
-    assert all_permutations(0).shape == (1, 0)
-    assert all_permutations(3).tolist() == [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
-    assert len(np.unique(all_permutations(4), axis=0)) == 24
-    with pytest.raises(SparsortError, match="random_permutations"):
-        all_permutations(5)
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (3, 6), (5, 100), (12, 50), (30, 10), (4, 0)])

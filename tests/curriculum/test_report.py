@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulated_results import simulate
 
 from sparsort.curriculum.ablation import statistics
+from sparsort.curriculum.ablation.cells import Arm, Group
 from sparsort.curriculum.ablation.report import compare, rows
 from sparsort.curriculum.ablation.report.head import duration, facts
 from sparsort.curriculum.ablation.report.shape import Report
 from sparsort.curriculum.ablation.report.summary import summarise
-from sparsort.curriculum.ablation.results import Arm, Group, Results
-from sparsort.curriculum.ablation.simulation import simulate
+from sparsort.curriculum.ablation.results import Results
 
 ARMS = ["sparse_to_dense", "similarity_ascending", "pdo", "density", "oracle_best"]
 

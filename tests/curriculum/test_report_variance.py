@@ -19,13 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.cells import Arm, ArmKind, Group, SetInfo
 from sparsort.curriculum.ablation.report import forest, panels, rows, sheets, tables
 from sparsort.curriculum.ablation.report.markdown import markdown
 from sparsort.curriculum.ablation.report.shape import Difference, Report
 from sparsort.curriculum.ablation.report.style import Tips, blank, styled
 from sparsort.curriculum.ablation.report.summary import summarise
 from sparsort.curriculum.ablation.report.write import write_report
-from sparsort.curriculum.ablation.results import Arm, ArmKind, Group, Results, SetInfo
+from sparsort.curriculum.ablation.results import Results
 
 ARMS: dict[str, ArmKind] = {"given": "named", "pdo": "chosen", "oracle_best": "oracle"}
 K = 2

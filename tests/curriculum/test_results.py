@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.ablation.results import Arm, Group, Results, SetInfo
+from sparsort.curriculum.ablation.cells import Arm, Group, SetInfo
+from sparsort.curriculum.ablation.results import Results
 from sparsort.curriculum.ablation.results_file import ARRAYS, RESULTS
 from sparsort.errors import SparsortError
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toml_text import dump
 
 from sparsort.curriculum.ablation import tables
 from sparsort.curriculum.ablation.tasks import (
@@ -172,7 +173,7 @@ def test_equal_tasks_have_equal_hashes() -> None:
 def test_a_task_survives_its_file(tmp_path: Path) -> None:
     for ready in [*map(load_task, task_names()), task(chat=True, system='Say "no" \\ \t\x7f é {}', stop=("\n", "Ä"))]:
         path = tmp_path / f"{ready.name}.toml"
-        path.write_text(tables.dump(tables.plain(ready)), encoding="utf-8")
+        path.write_text(dump(tables.plain(ready)), encoding="utf-8")
         again = load_task(path)
         assert again == ready
         assert again.digest == ready.digest
@@ -181,7 +182,7 @@ def test_a_task_survives_its_file(tmp_path: Path) -> None:
 @given(text=TEXT, inner=st.dictionaries(TEXT, TEXT))
 def test_any_text_survives_toml(text: str, inner: dict[str, str]) -> None:
     table = {"a": text, "b": [text, [True, 3, -1.5]], "c": inner, "d": [inner], "e": None}
-    assert tomllib.loads(tables.dump(table)) == {key: value for key, value in table.items() if value is not None}
+    assert tomllib.loads(dump(table)) == {key: value for key, value in table.items() if value is not None}
 
 
 def test_a_task_file_is_named_for_its_task_unless_it_says_otherwise(tmp_path: Path) -> None:

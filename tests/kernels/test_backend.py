@@ -10,7 +10,7 @@ import torch
 import sparsort
 from sparsort.errors import SparsortError
 from sparsort.kernels import backend
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def pretend_cuda(monkeypatch, capability=(9, 0), bf16=True):
 def test_sparsity_metrics_keeps_leading_axes():
     for shape in [(5,), (2, 5), (2, 3, 5), (2, 3, 4, 5), (0, 5), (2, 0, 5)]:
         metrics = sparsort.sparsity_metrics(torch.ones(shape))
-        assert tuple(metrics) == METRICS
+        assert tuple(metrics) == METRIC_NAMES
         assert {value.shape for value in metrics.values()} == {torch.Size(shape[:-1])}
     assert sparsort.sparsity_metrics(torch.ones(3, dtype=torch.float64))["gini"].dtype == torch.float64
     assert sparsort.sparsity_metrics(torch.ones(3, dtype=torch.bfloat16))["gini"].dtype == torch.float32

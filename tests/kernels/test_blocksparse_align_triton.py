@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from selections import check_blocks
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout, Span
@@ -18,7 +19,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
 from sparsort.kernels.blocksparse import align as module  # noqa: E402
-from sparsort.kernels.blocksparse.align import align_forward_triton  # noqa: E402
+from sparsort.kernels.blocksparse.triton.align import align_forward_triton  # noqa: E402
 
 # In the interpreter NumPy warns of the logarithm of 0, where a query sees none of the keys that a program holds.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -58,7 +59,7 @@ def selected(layout, groups, slots, block_size, seed=0):
                 keep = torch.rand(slots, generator=generator) < 0.8
                 blocks[b, g, t] = blocks[b, g, t].where(keep, -1)
     selection = Selection(blocks=blocks, block_size=block_size)
-    selection.check(layout)
+    check_blocks(selection, layout)
     return selection
 
 

@@ -32,11 +32,11 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
 from sparsort.kernels.blocksparse import attend_backward_keys  # noqa: E402
-from sparsort.kernels.blocksparse.attend import attend_forward_triton  # noqa: E402
-from sparsort.kernels.blocksparse.attend_backward import attend_backward_triton  # noqa: E402
-from sparsort.kernels.blocksparse.launch import choose_launch  # noqa: E402
-from sparsort.kernels.blocksparse.segments import key_blocks, longest_segment, segments  # noqa: E402
-from sparsort.kernels.blocksparse.unions import queries_of_tile, unions  # noqa: E402
+from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton  # noqa: E402
+from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton  # noqa: E402
+from sparsort.kernels.blocksparse.triton.launch import choose_launch  # noqa: E402
+from sparsort.kernels.blocksparse.triton.segments import key_blocks, longest_segment, segments  # noqa: E402
+from sparsort.kernels.blocksparse.triton.unions import queries_of_tile, unions  # noqa: E402
 
 # In the interpreter a masked row's −∞ − −∞ and the like warn in NumPy before they are put right.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -441,9 +441,9 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from sparsort.kernels.blocksparse import attend_backward_keys
-from sparsort.kernels.blocksparse.attend import attend_forward_triton
-from sparsort.kernels.blocksparse.attend_backward import attend_backward_triton
+from sparsort.kernels.blocksparse.triton import attend_backward_keys
+from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton
+from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsort.kernels.blocksparse import blockwise, ops, places, scoring, short, tiles
-from sparsort.kernels.blocksparse.aligning import align_forward
-from sparsort.kernels.blocksparse.blockwise import attend_backward, attend_forward
+from sparsort.kernels.blocksparse import ops
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget, TopPBudget
+from sparsort.kernels.blocksparse.cpu import attend as blockwise
+from sparsort.kernels.blocksparse.cpu import dense_map as short
+from sparsort.kernels.blocksparse.cpu import key_slots as places
+from sparsort.kernels.blocksparse.cpu import select as scoring
+from sparsort.kernels.blocksparse.cpu import tiles
+from sparsort.kernels.blocksparse.cpu.align import align_forward
+from sparsort.kernels.blocksparse.cpu.attend import attend_backward, attend_forward
+from sparsort.kernels.blocksparse.cpu.select import index_select
 from sparsort.kernels.blocksparse.layout import Layout, Span
 from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, index_select_ref, key_places
-from sparsort.kernels.blocksparse.scoring import index_select
 from sparsort.kernels.blocksparse.selection import Selection, every_block
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [0] * 13, [1] * 13])

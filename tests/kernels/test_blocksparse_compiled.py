@@ -19,7 +19,8 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sparsort.kernels.blocksparse import align_kernels, select_kernel
+from sparsort.kernels.blocksparse.triton import align_kernels
+from sparsort.kernels.blocksparse.triton import select_kernel
 
 POINTERS = {"order_ptr": "*i64", "bounds_ptr": "*i64", "chooser_ptr": "*i64", "slot_ptr": "*i64", "table_ptr": "*i32",
             "position_ptr": "*i32", "blocks_ptr": "*i32"}

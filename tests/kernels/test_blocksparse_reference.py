@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from selections import check_blocks
 from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -99,7 +100,7 @@ def test_attention_and_alignment_are_what_loops_say(name, H, G, size, tensors, n
     layout = LAYOUTS[name]
     query, key, value, index_query, index_key = tensors(layout, H, G)
     selection = some_blocks(layout, G, size)
-    selection.check(layout)
+    check_blocks(selection, layout)
     bias = normal(*selection.blocks.shape, dtype=torch.float64)
     for slot_bias in (None, bias):
         output, lse, rows = plain_attention(
@@ -119,7 +120,7 @@ def test_selection_is_what_loops_say(name, budget, size, tensors):
     layout = LAYOUTS[name]
     *_, index_query, index_key = tensors(layout)
     selection = reference.index_select_ref(index_query, index_key, layout, budget, block_size=size, scale=1.3)
-    selection.check(layout)
+    check_blocks(selection, layout)
     slots = min(budget.slots, layout.blocks(size))
     expected = torch.full((layout.batch, 2, layout.queries, slots), -1, dtype=torch.int32)
     for b, t, position, first in plain_queries(layout):

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from selections import check_blocks
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
@@ -17,7 +18,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.blocksparse.select import _highest, index_select_triton  # noqa: E402
+from sparsort.kernels.blocksparse.triton.select import _highest, index_select_triton  # noqa: E402
 
 # In the interpreter NumPy warns where a block holds nothing but NaN, or the lowest number is exceeded.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -151,7 +152,7 @@ def test_every_dtype_within_a_tie_band(dtype, normal):
     chosen = index_select_triton(
         index_query.to(DEVICE), index_key.to(DEVICE), layout, FixedBudget(blocks=4), block_size=8, scale=0.2
     )
-    chosen.check(layout)
+    check_blocks(chosen, layout)
     blocks = chosen.blocks.cpu().long()
     scores = index_scores(index_query.double(), index_key.double(), layout, scale=0.2)
     scores = block_scores(scores, layout, block_size=8)

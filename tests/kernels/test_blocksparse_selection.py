@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selections import check_blocks
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout
@@ -47,7 +48,7 @@ def selections(draw):
 @given(selections())
 def test_reverse_lists_the_queries_of_every_block(case):
     layout, selection = case
-    selection.check(layout)
+    check_blocks(selection, layout)
     made = reverse(selection, layout)
     batch, groups, queries, slots = selection.blocks.shape
     first, blocks_of_row = [], [0] * batch
@@ -78,7 +79,7 @@ def test_reverse_lists_the_queries_of_every_block(case):
 def test_every_block_is_all_blocks_up_to_the_querys_own(lengths, size, groups):
     layout = Layout.from_lengths(lengths)
     selection = every_block(layout, groups, size)
-    selection.check(layout)
+    check_blocks(selection, layout)
     assert selection.blocks.shape == (layout.batch, groups, layout.queries, layout.blocks(size))
     for b, own in enumerate(rows_of(layout, size)):
         for g in range(groups):
@@ -105,16 +106,16 @@ def test_counts_are_of_used_slots_wherever_they_stand():
 def test_blocks_that_no_query_may_hold_are_found(blocks, message):
     selection = Selection(blocks=torch.tensor([[blocks]], dtype=torch.int32), block_size=2)
     with pytest.raises(SparsortError, match=message):
-        selection.check(Layout.plain(1, 2))
+        check_blocks(selection, Layout.plain(1, 2))
 
 
 def test_blocks_of_padding_are_found():
     layout = Layout.from_padding(torch.tensor([[0, 1]]), 2)
     selection = Selection(blocks=torch.zeros(1, 1, 2, 1, dtype=torch.int32), block_size=2)
     with pytest.raises(SparsortError, match=r"\(0, 0, 0\) is not a block"):
-        selection.check(layout)
+        check_blocks(selection, layout)
     with pytest.raises(SparsortError, match="of 1 rows of 2 queries and the layout of 1 of 3"):
-        selection.check(Layout.plain(1, 3))
+        check_blocks(selection, Layout.plain(1, 3))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsort.kernels.blocksparse import ops, places, short, tiles
+from sparsort.kernels.blocksparse import ops
 from sparsort.kernels.blocksparse.budgets import FixedBudget
+from sparsort.kernels.blocksparse.cpu import dense_map as short
+from sparsort.kernels.blocksparse.cpu import key_slots as places
+from sparsort.kernels.blocksparse.cpu import tiles
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, index_select_ref
 from sparsort.kernels.blocksparse.selection import Selection, every_block

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sparsort.kernels.backend import sparsity_metrics
-from sparsort.kernels.sparsity.names import HIGHER_IS_SPARSER, METRICS
+from sparsort.kernels.sparsity.metrics import METRICS
 
 SCALE_BOUND = {"l0_absolute", "l1"}
 COUNTS = {"l0_relative", "l0_absolute"}
@@ -89,7 +89,7 @@ def test_moving_mass_from_large_to_small_never_raises_sparsity(row, data):
         mass[small] += moved
         before, after = measure(size), measure(mass ** (1 / power))
         for name in names:
-            sign = 1 if HIGHER_IS_SPARSER[name] else -1
+            sign = 1 if METRICS[name].higher_is_sparser else -1
             assert sign * after[name] <= sign * before[name] + 1e-9, name
 
 

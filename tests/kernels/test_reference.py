@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.contract import FinalNorm
-from sparsort.kernels.sparsity.names import METRICS, ROW_REASONS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref, top_counts
+from sparsort.kernels.sparsity.checks import FinalNorm
+from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref, top_counts
 
 KINDS = ("gaussian", "cauchy", "lognormal", "tied", "constant", "one_hot", "massive", "half_zero", "huge", "tiny")
 SMOOTH = [m for m, name in enumerate(METRICS) if not name.startswith("l0")]
@@ -114,7 +114,7 @@ def test_final_norm_measures_before_and_after(normal):
     scale = torch.stack([torch.ones(10), normal(10).abs() + 0.1])
     scale[1, 3] = 0.0
     values, reason, bound = sparsity_rows_ref(states, norm=norm, dim_scale=scale, gini="binned")
-    assert values.shape == (2, 4, 13)
+    assert values.shape == (2, 4, len(METRICS))
     assert reason.shape == bound.shape == (2, 4)
     wide = states.double()
     after = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight.double())
@@ -145,14 +145,14 @@ def test_gradients(normal):
 def test_chunks_do_not_show(monkeypatch, normal):
     states = normal(37, 64)
     whole = sparsity_rows_ref(states)
-    monkeypatch.setattr("sparsort.kernels.sparsity.reference._CHUNK_ELEMENTS", 64 * 5)
+    monkeypatch.setattr("sparsort.kernels.sparsity.torch_rows._CHUNK_ELEMENTS", 64 * 5)
     torch.testing.assert_close(sparsity_rows_ref(states).values_NM, whole.values_NM, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
 def test_no_rows(shape):
     values, reason, bound = sparsity_rows_ref(torch.ones(shape), gini="binned")
-    assert values.shape == (0, 13)
+    assert values.shape == (0, len(METRICS))
     assert reason.shape == bound.shape == (0,)
 
 

@@ -13,23 +13,24 @@ import torch
 
 from sparsort.errors import SparsortError
 from sparsort.kernels import backend
-from sparsort.kernels.sparsity.contract import MAX_TRITON_WIDTH, FinalNorm
-from sparsort.kernels.sparsity.names import METRICS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.checks import MAX_TRITON_WIDTH, FinalNorm
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 pytest.importorskip("triton", reason="Triton is not installed")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.sparsity.rows import _float32_not_above, sparsity_rows_triton  # noqa: E402
+from sparsort.kernels.sparsity import rows  # noqa: E402
+from sparsort.kernels.sparsity.triton_rows import _float32_not_above, sparsity_rows_triton  # noqa: E402
 
 # In the interpreter NumPy warns where a row that gets NaN divides by zero on the way; a GPU has no such warning.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DEVICE = "cuda" if CUDA else "cpu"
 KINDS = ("gaussian", "cauchy", "lognormal", "tied", "constant", "one_hot", "massive", "half_zero", "huge", "tiny")
-GINI, L1 = METRICS.index("gini"), METRICS.index("l1")
-L0 = [METRICS.index("l0_relative"), METRICS.index("l0_absolute")]
+GINI, L1 = METRIC_NAMES.index("gini"), METRIC_NAMES.index("l1")
+L0 = [METRIC_NAMES.index("l0_relative"), METRIC_NAMES.index("l0_absolute")]
 
 
 def assert_agrees(states, index=None, *, gini="none", **options):
@@ -55,7 +56,7 @@ def assert_agrees(states, index=None, *, gini="none", **options):
     if gini == "none":
         assert values[..., GINI].isnan().all()
         error[..., GINI] = 0.0
-    assert (error <= tolerance).all(), [(METRICS[m], error[..., m].max().item()) for m in range(len(METRICS))]
+    assert (error <= tolerance).all(), [(METRIC_NAMES[m], error[..., m].max().item()) for m in range(len(METRIC_NAMES))]
     return ours
 
 
@@ -172,7 +173,7 @@ def test_sites_before_and_after_the_norm_from_one_read(offset, eps, normal):
     states[6, 1] = torch.nan
     norm = FinalNorm(weight=normal(100), eps=eps, offset=offset)
     ours = assert_agrees(states, norm=norm, gini="binned")
-    assert ours.values_NM.shape == (2, 7, 13)
+    assert ours.values_NM.shape == (2, 7, len(METRIC_NAMES))
     scale = torch.stack([normal(100), normal(100)])
     scale[0, 1] = scale[1, 1] = scale[1, 7] = 0.0
     # NaN in a left-out dimension harms the site after the norm, whose mean square has read it, and not the one before.
@@ -227,7 +228,7 @@ def test_twice_run_is_bitwise_the_same(normal, monkeypatch):
 
 def test_no_rows():
     values, reason, bound = sparsity_rows_triton(torch.ones(2, 0, 4, device=DEVICE), gini="binned")
-    assert values.shape == (0, 13)
+    assert values.shape == (0, len(METRIC_NAMES))
     assert reason.shape == bound.shape == (0,)
 
 
@@ -237,14 +238,28 @@ def test_what_the_kernel_does_not_take_is_refused():
             sparsity_rows_triton(states.to(DEVICE))
 
 
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_a_metric_that_the_kernel_lacks_comes_from_the_reference(has_norm, normal, monkeypatch):
+    monkeypatch.setattr(rows, "_OTHERS", [L1])
+    states = normal(2, 3, 20).to(DEVICE)
+    states[0, 1] = 0.0
+    norm = FinalNorm(weight=torch.ones(20, device=DEVICE)) if has_norm else None
+    index = torch.tensor([4, 1, 2], device=DEVICE)
+    ours = sparsity_rows_triton(states, index, norm=norm, gini="none")
+    wanted = sparsity_rows_ref(states, index, norm=norm, gini="none")
+    assert torch.equal(ours.reason_N, wanted.reason_N)
+    torch.testing.assert_close(ours.values_NM[..., L1], wanted.values_NM[..., L1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.values_NM, wanted.values_NM, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.skipif(CUDA, reason="the override is for the interpreter")
 def test_the_backend_reaches_the_kernel(normal, monkeypatch):
     states = normal(2, 3, 20)
     wanted = backend.sparsity_metrics(states)
     monkeypatch.setenv("SPARSORT_SPARSITY", "triton")
     ours = backend.sparsity_metrics(states)
-    assert any(not torch.equal(ours[name], wanted[name]) for name in METRICS), "the reference ran"
-    for name in METRICS:
+    assert any(not torch.equal(ours[name], wanted[name]) for name in METRIC_NAMES), "the reference ran"
+    for name in METRIC_NAMES:
         torch.testing.assert_close(ours[name], wanted[name], rtol=1e-5, atol=1e-5)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sparsort.kernels import backend
-from sparsort.kernels.sparsity.names import METRICS
-from sparsort.kernels.sparsity.reference import sparsity_rows_ref
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES
+from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-L0 = [METRICS.index("l0_relative"), METRICS.index("l0_absolute")]
-GINI, L1 = METRICS.index("gini"), METRICS.index("l1")
+L0 = [METRIC_NAMES.index("l0_relative"), METRIC_NAMES.index("l0_absolute")]
+GINI, L1 = METRIC_NAMES.index("gini"), METRIC_NAMES.index("l1")
 
 
 # Compiling the sort takes 15 to 25 seconds a width and dtype: the narrowest and the usual width in every dtype, the
@@ -34,7 +34,7 @@ def assert_close(ours, states, *, gini="exact", gini_bound=None):
     tolerance[:, L0] = 1.5 / states.shape[-1]
     if gini_bound is not None:
         tolerance[:, GINI] = gini_bound.cpu().double()
-    assert (error <= tolerance).all(), dict(zip(METRICS, error.amax(0).tolist(), strict=True))
+    assert (error <= tolerance).all(), dict(zip(METRIC_NAMES, error.amax(0).tolist(), strict=True))
 
 
 @pytest.mark.parametrize(("gini", "width", "dtype"), CASES)
@@ -50,11 +50,11 @@ def test_the_backend_chooses_triton():
     choice = backend.sparsity_implementation("cuda")
     assert choice.value == "triton", choice.reason
     chosen = backend._runner(torch.ones(1, 8, device="cuda"), "exact")
-    assert chosen.__module__ == "sparsort.kernels.sparsity.rows"
+    assert chosen.__module__ == "sparsort.kernels.sparsity.triton_rows"
 
 
 def test_batches_of_any_size_share_one_compilation():
-    from sparsort.kernels.sparsity.rows import _rows_kernel
+    from sparsort.kernels.sparsity.triton_rows import _rows_kernel
 
     def compiled():
         return sum(len(caches[0]) for caches in _rows_kernel.device_caches.values())

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import sparsort
 from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.demos.order import default_order, order_demos
-from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.recipes.calibrate import calibrate
 from sparsort.recipes.choose_order import choose_order, read_rows

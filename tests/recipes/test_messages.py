@@ -82,11 +82,12 @@ def test_order_shows_whole_conversations(file: Path, model: str) -> None:
 
 
 def test_the_difficulty_is_that_of_the_conversation_without_its_answer(file: Path, model: str) -> None:
-    made = json.loads(run("order", file, "--messages", "messages", "-m", model, "-q", QUERY, "--json").stdout)
+    options = ("--messages", "messages", "-m", model, "--dtype", "float32", "--json")
+    made = json.loads(run("order", file, *options, "-q", QUERY).stdout)
     flat = [
         {"id": "0", "a": "Be kind.", "b": "My bike broke."},
     ]
-    alone = sparsort.SparsityScorer(model).score(flat, "{b}", system="{a}", chat=True)
+    alone = sparsort.SparsityScorer(model, dtype="float32").score(flat, "{b}", system="{a}", chat=True)
     (found,) = [demo["difficulty"] for demo in made["demonstrations"] if demo["id"] == "0"]
     assert found == pytest.approx(alone.difficulty[0], abs=1e-6)
 

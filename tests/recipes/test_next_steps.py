@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulated_results import simulate
 from transformers import Trainer
 from typer.testing import CliRunner
 
 import sparsort
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.curriculum.ablation.splits import check_selector
 from sparsort.curriculum.demos.select import ALIASES, METHODS
-from sparsort.curriculum.loading.trainer import CurriculumMixin
+from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.cli import app
 

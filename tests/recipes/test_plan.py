@@ -13,14 +13,15 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli import app
 from sparsort.recipes.cli_plan import named_paths
 from sparsort.recipes.plan import make_plan
-from sparsort.scoring.scores import Scores, score_table, scores_schema
+from sparsort.scoring.score_tables import score_table, scores_schema
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import open_rows
 
 N = 60
@@ -355,7 +356,7 @@ def test_the_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_planning_leaves_no_torch_behind(scores: Path) -> None:
     code = (
         "import sys; from sparsort.recipes.plan import make_plan; "
-        "from sparsort.curriculum.loading.settings import CurriculumSettings; "
+        "from sparsort.curriculum.loading.plan.settings import CurriculumSettings; "
         f"make_plan({str(scores)!r}, settings=CurriculumSettings(batch_size=4)); "
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )

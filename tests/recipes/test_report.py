@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import typer
+from simulated_results import simulate
 from typer.testing import CliRunner
 
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.simulation import simulate
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli_report import report
 from sparsort.recipes.report import make_report, write_report

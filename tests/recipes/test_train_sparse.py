@@ -19,7 +19,7 @@ from forks import ForkServer
 from transformers import AutoModelForCausalLM
 
 import sparsort
-from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.recipes import train_loop

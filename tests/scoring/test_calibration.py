@@ -16,7 +16,8 @@ from sparsort.scoring.calibration import Calibration, Definition
 from sparsort.scoring.candidates import Candidate
 from sparsort.scoring.compare import compare
 from sparsort.scoring.prompts import Prompt
-from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.score_tables import score_table
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import Row
 from sparsort.scoring.verdict import judge
 

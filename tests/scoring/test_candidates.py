@@ -13,7 +13,7 @@ import torch
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.names import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.scoring import backbone as backbone_module
 from sparsort.scoring import candidate_job
 from sparsort.scoring.candidates import POOLINGS, SITES, Candidate, CandidateScorer

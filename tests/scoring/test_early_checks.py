@@ -22,7 +22,7 @@ from sparsort.scoring.candidates import CandidateScorer
 from sparsort.scoring.early_checks import check_model, outline_of
 from sparsort.scoring.loading import load_model
 from sparsort.scoring.pooling import fit_outliers
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from sparsort.errors import SparsortError
 from sparsort.scoring import shards
 from sparsort.scoring.engine import Coverage, run, run_part
 from sparsort.scoring.readers import SequenceReader
-from sparsort.scoring.scores import Scores, score_table
+from sparsort.scoring.score_tables import score_table
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.shard_files import read_shard
 from sparsort.scoring.sources import Row, RowSource, open_rows
 
@@ -224,7 +225,7 @@ from pathlib import Path
 import numpy as np
 from handshake import die_in
 from sparsort.scoring.engine import run_part
-from sparsort.scoring.scores import score_table
+from sparsort.scoring.score_tables import score_table
 from sparsort.scoring.sources import open_rows
 
 folder, out, (k, n, last, moment) = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])
@@ -301,7 +302,7 @@ import json, sys
 from pathlib import Path
 import numpy as np, psutil
 from sparsort.scoring.engine import run
-from sparsort.scoring.scores import score_table
+from sparsort.scoring.score_tables import score_table
 from sparsort.scoring.sources import open_rows
 
 class Scorer:

@@ -14,7 +14,7 @@ import torch
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.loading import load_model
 from sparsort.scoring.row_cache import obstacle
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 
 ROWS = [{"q": f"How many apples are {number} apples?"} for number in range(12)]
 

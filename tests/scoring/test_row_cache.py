@@ -28,7 +28,7 @@ from sparsort.scoring.loading import load_model
 from sparsort.scoring.losses import EntropyScorer, LossScorer
 from sparsort.scoring.prompts import Encoded, Prompt
 from sparsort.scoring.row_cache import RowCache, context_of, key_of
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 
 ROWS = [{"q": f"How many apples are {number} apples?", "a": str(number)} for number in range(12)]
 NEW = [{"q": "Is Paris the capital of Italy?", "a": "No"}]

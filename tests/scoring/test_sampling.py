@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.scoring import engine, scorers
+from sparsort.scoring import engine
 from sparsort.scoring.base import Request
 from sparsort.scoring.candidates import CandidateScorer
 from sparsort.scoring.pooling import fit_outliers
 from sparsort.scoring.prompts import Prompt
+from sparsort.scoring.scorers import sparsity
 from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import SAMPLE_ROWS, digest_of, open_rows, sample_by_digest
 
@@ -160,7 +161,7 @@ def _score_part(scorer: sparsort.SparsityScorer, rows: Any, out: Path, part: tup
 def test_runs_of_the_version_before_open_and_are_not_continued(
     scorer: sparsort.SparsityScorer, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorers, "fit_outliers", _by_position)
+    monkeypatch.setattr(sparsity, "fit_outliers", _by_position)
     before = scorer.score(rows, PROMPT, shard_rows=100, out=tmp_path / "whole")
     _score_part(scorer, rows, tmp_path / "half", (0, 2))
     monkeypatch.undo()

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.scores import STATUSES, Scores, score_table, scores_schema
+from sparsort.scoring.score_tables import STATUSES, score_table, scores_schema
+from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import open_rows
 
 PROVENANCE = {

@@ -61,7 +61,7 @@ RESUME = """
 import json, sys, time
 import numpy as np
 from sparsort import CurriculumLoader
-from sparsort.curriculum.loading.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 source, folder, position = sys.argv[1], sys.argv[2], float(sys.argv[3])
 data = np.load(source, mmap_mode="r")
 fresh = CurriculumLoader(CurriculumPlan.open(folder), data, verify=False)

@@ -249,9 +249,9 @@ class SparsortSession:
     """Ours."""
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
-        from sparsort.curriculum.loading.loader import CurriculumLoader
-        from sparsort.curriculum.loading.pacing import Pacing
-        from sparsort.curriculum.loading.planning import plan_curriculum
+        from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+        from sparsort.curriculum.loading.plan.pacing import Pacing
+        from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
         pacing = Pacing(kind="linear", start=setup.first_share, until=PACED_SHARE_OF_EPOCH)
         chosen: dict[Order, dict[str, Any]] = {

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import Report, add_output_options, compare, wall_seconds
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 
 FLOOR = 1.01
 ROWS, BATCH, TOKENS = 4096, 16, 128

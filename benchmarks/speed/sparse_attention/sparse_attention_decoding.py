@@ -117,7 +117,7 @@ def _filled(model: Any, setting: Setting, tokens: int, room: int, kind: str) -> 
     """A cache that holds `tokens` random keys and values, and index keys where the model has an index branch."""
     from transformers import DynamicCache, StaticCache
 
-    from sparsort.attention.caching import keep_index_keys
+    from sparsort.attention.cache import keep_index_keys
 
     sparse = hasattr(model, "sparse_attention")
     length = tokens + room

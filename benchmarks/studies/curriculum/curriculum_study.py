@@ -3,7 +3,7 @@
     python benchmarks/studies/curriculum/curriculum_study.py --save
     python benchmarks/studies/curriculum/curriculum_study.py --data FILE.jsonl --text '{question} {answer}' --save
 
-Contract: the texts are scored once per scorer, then every order of recipes/curriculum_study.toml is trained with every
+Contract: the texts are scored once per scorer, then every order of benchmarks/studies/curriculum_study.toml is trained with every
 learning-rate schedule and seed. Scores and runs are kept in a folder, each run as one file that is whole or absent: stopped
 at any moment and started again, it goes on. A folder that was begun with other settings or other texts is refused. Nothing in
 the page is written by hand.
@@ -39,27 +39,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from curriculum_study_page import write_page
 from numpy.typing import NDArray
+from studies.graded_text import graded_texts
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.online_curriculum import OnlineCurriculum
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
-from sparsort.curriculum.loading.running import RunningDifficulty
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_json
 from sparsort.integrity import read_sealed, write_sealed
 from sparsort.progress import progress
-from sparsort.recipes.graded_text import graded_texts
 from sparsort.scoring.base import Scorer
 from sparsort.scoring.baselines import ColumnScorer, CompressionScorer, LengthScorer
 from sparsort.scoring.losses import LossScorer
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 from sparsort.scoring.scores import Scores
 
 ROOT = Path(__file__).parents[3]
-RECIPE = ROOT / "recipes" / "curriculum_study.toml"
+RECIPE = ROOT / "benchmarks" / "studies" / "curriculum_study.toml"
 SCORERS = ("sparsity_last", "sparsity_mean", "loss", "length", "compression", "level")
 ORDERS = ("plain", "random", "online", *SCORERS, *(f"anti_{name}" for name in SCORERS))
 SCHEDULES = ("constant", "cosine")

@@ -150,7 +150,7 @@ def page(name: str, facts: Mapping[str, Any], results: Results, figures: Sequenc
         f"# Does the order of its training texts matter to a small language model? ({facts['corpus']})",
         f"Run on {on['cores']} cores of {on['cpu']}, {results.seconds / 60:.0f} minutes of one core for "
         f"{len(results.orders) * len(results.schedules) * study['seeds']} runs. Made by `{command}`; the recipe is "
-        "[recipes/curriculum_study.toml](../../recipes/curriculum_study.toml).",
+        "[benchmarks/studies/curriculum_study.toml](../../benchmarks/studies/curriculum_study.toml).",
         _what_was_done(facts),
         "## What was found",
         *(_found(results, schedule) for schedule in results.schedules),

@@ -39,7 +39,7 @@ PRIOR_SHIFT = ROOT / "benchmarks" / "results" / "prior-shift.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One page: its recipe in recipes/, the page's name in docs/results/, its title and what a reader has to know."""
+    """One page: its recipe in benchmarks/studies/, the page's name in docs/results/, its title and what a reader has to know."""
 
     recipe: str
     page: str
@@ -48,7 +48,7 @@ class Study:
 
     def read(self, data: Path) -> Ablation:
         """The recipe, with its data."""
-        return replace(Ablation.from_toml(ROOT / "recipes" / self.recipe), data=data.resolve())
+        return replace(Ablation.from_toml(ROOT / "benchmarks" / "studies" / self.recipe), data=data.resolve())
 
 
 STUDIES = {
@@ -90,7 +90,7 @@ def head(report: dict[str, Any], name: str, planned: int) -> str:
     return (
         f"{state} Made by `python benchmarks/studies/ordering/ordering_study.py --data FOLDER{option} --save`, "
         "which asks the model only for what its store lacks; the recipe is "
-        f"[recipes/{study.recipe}](../../recipes/{study.recipe}). "
+        f"[benchmarks/studies/{study.recipe}](../../benchmarks/studies/{study.recipe}). "
         f"How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n{study.about}"
     )
 

@@ -3,8 +3,8 @@
     python benchmarks/studies/sparse/sparse_study.py --save
     python benchmarks/studies/sparse/sparse_study.py --quick
 
-Contract: every kind of attention of recipes/sparse_study.toml is trained in every order with every seed, on the same number of
-tokens, and measured on held-out rows of recipes/recall_task.py: loss of the text, and recall of facts that stand farther back
+Contract: every kind of attention of studies/sparse_study.toml is trained in every order with every seed, on the same number of
+tokens, and measured on held-out rows of studies/recall_task.py: loss of the text, and recall of facts that stand farther back
 than any stack of local windows reaches. "sparsity" is the curriculum by the sparsity of hidden states in a small dense model
 that was trained beforehand, on rows in plain order, for `reference_steps`; "random" has the same pacing and no difficulty.
 Each run is one file that is whole or absent: stopped at any moment and started again, the study goes on. A folder that was
@@ -37,20 +37,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sparse_study_model import EVALUATED, Study, best_possible, collator, make_model, make_tokenizer, train
 from sparse_study_page import write_page
+from studies.recall_task import recall_rows
 
 import sparsort
 from sparsort.attention.selectors import SELECTORS
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.curriculum.loading.planning import plan_curriculum
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically, write_json
 from sparsort.integrity import check_file, read_sealed, record_of, write_sealed
 from sparsort.progress import progress
-from sparsort.recipes.recall_task import recall_rows
-from sparsort.scoring.scorers import SparsityScorer
+from sparsort.scoring.scorers.sparsity import SparsityScorer
 
 ROOT = Path(__file__).parents[3]
-RECIPE = ROOT / "recipes" / "sparse_study.toml"
+RECIPE = ROOT / "benchmarks" / "studies" / "sparse_study.toml"
 ATTENTIONS = ("dense", "retrofit", *SELECTORS)
 ORDERS = ("plain", "random", "sparsity", "anti_sparsity", "level")
 _REFERENCE_SEED = 1_000_000

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from studies.recall_task import drawn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import sparsort
 from sparsort.attention.diagnostics import report_selection
-from sparsort.attention.selectors.interface import Choice, LayerInputs
-from sparsort.curriculum.loading.loader import CurriculumLoader
-from sparsort.curriculum.loading.plan import CurriculumPlan
-from sparsort.recipes.recall_task import drawn
+from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
 IGNORED = -100
 PAD, UNKNOWN = "<pad>", "<unk>"

@@ -164,7 +164,7 @@ def page(facts: Mapping[str, Any], results: Results, figures: Sequence[str]) -> 
         "# Sparse attention and its curriculum, trained together from scratch",
         f"Run on {on['cores']} cores of {on['cpu']}, {results.seconds / 60:.0f} minutes of one core for "
         f"{len(results.attentions) * len(results.orders) * study['seeds']} runs. Made by `{command}`; the recipe is "
-        "[recipes/sparse_study.toml](../../recipes/sparse_study.toml).",
+        "[benchmarks/studies/sparse_study.toml](../../benchmarks/studies/sparse_study.toml).",
         _what_was_done(facts, results),
         "## The floors",
         _floors(facts, results),
@@ -198,7 +198,7 @@ def _what_was_done(facts: Mapping[str, Any], results: Results) -> str:
         f"A Qwen3 of {facts['parameters'] / 1e6:.2f} million parameters ({study['layers']} layers, width {study['hidden']}, "
         f"{study['heads']} heads in {study['groups']} groups of width {study['head_dim']}) is trained from scratch on "
         f"{tokens / 1e6:.2f} million tokens{retrofit}, the same number for all: {study['steps']} steps of {study['batch_size']} "
-        f"rows of {study['length']} words, out of {study['rows']} rows of `recipes/recall_task.py`, and measured on "
+        f"rows of {study['length']} words, out of {study['rows']} rows of `benchmarks/studies/recall_task.py`, and measured on "
         f"{study['held_out']} held-out rows. A row is generated text with facts among its words, which are asked for later. "
         f"Far recall is the accuracy for facts {facts['reach']} words or more before their question, which no stack of "
         f"{study['layers']} layers with windows of {kept} words can carry to it; a model that sees no fact is right in one of 8. "

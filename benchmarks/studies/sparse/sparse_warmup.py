@@ -34,8 +34,8 @@ from common import RESULTS, Report, add_output_options, interval
 import sparsort
 from sparsort.attention.diagnostics import report_selection
 from sparsort.attention.selectors import SelectorKind
-from sparsort.attention.selectors.interface import Choice, LayerInputs
-from sparsort.attention.selectors.making import make_selector
+from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.attention.selectors.build import make_selector
 from sparsort.curriculum.ablation.resampling import student_t
 from sparsort.files import write_json
 from sparsort.kernels.blocksparse.budgets import FixedBudget

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sparsort.curriculum.ablation.cells import Arm, Group
 from sparsort.curriculum.ablation.report.shape import PromptTexts
-from sparsort.curriculum.ablation.results import Arm, Group
 
 
 def inspect(group: Group, cell: str) -> dict[str, Any]:

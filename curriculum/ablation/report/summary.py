@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.cells import Arm, Group
 from sparsort.curriculum.ablation.report import compare
 from sparsort.curriculum.ablation.report.inspection import inspect, texts_of
 from sparsort.curriculum.ablation.report.shape import (
@@ -30,7 +31,7 @@ from sparsort.curriculum.ablation.report.shape import (
     Report,
     Spread,
 )
-from sparsort.curriculum.ablation.results import Arm, Group, Results
+from sparsort.curriculum.ablation.results import Results
 
 
 def summarise(results: Results, *, title: str = "Does the order of demonstrations matter here?") -> Report:

@@ -1,0 +1,276 @@
+"""What a forward pass is given, and the state of a model's sparse attention.
+
+Contract: a hook on the decoder makes a `Pass` for every forward call and sends it through the layers as the keyword argument
+`sparsort_pass`, which transformers hands on to the attention function. A hook on every sparse attention module adds
+`sparsort_layer`: what only the module's caller knows (its input, its rotary embedding), and the index keys, appended to the
+cache. Hooks, and not the model's class or forward method, so that wrappers that call `forward` of the causal model directly
+(PEFT) lose nothing. Everything of a pass is in its `Pass`: a layer that is run again by checkpointing is given the same one.
+
+Legend: B batch, T query columns, S key columns, C hidden width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from sparsort.attention.cache import keep_index_keys
+from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.selectors import SELECTORS
+from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.attention.training.alignment_loss import Carrier
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.blocksparse.budgets import Budget
+from sparsort.kernels.blocksparse.layout import Layout
+from sparsort.kernels.eager import in_eager
+
+NAME = "sparsort"  # of the attention implementation
+Mode = Literal["full", "sparse"]
+Observer: TypeAlias = Callable[[int, LayerInputs, Choice], None]
+
+
+class Pass:
+    """One forward call of the decoder. Not a dataclass: FSDP rebuilds those, field by field, on the way into a layer.
+
+    Attributes:
+        full: warm-up: every block is attended to.
+        budget: how many blocks otherwise.
+        carrier: of the selectors' losses.
+        observers: called with the number, the inputs and the choice of every sparse layer, without gradients.
+        layouts: made so far, by size; layers share them.
+        dense_masks: the same for the layers left dense.
+    """
+
+    def __init__(self, *, full: bool, budget: Budget, carrier: Carrier, observers: tuple[Observer, ...] = ()) -> None:
+        self.full = full
+        self.budget = budget
+        self.carrier = carrier
+        self.observers = observers
+        self.layouts: dict[tuple[int, int, int], Layout] = {}
+        self.dense_masks: dict[Any, Tensor | None] = {}
+
+    def layout(
+        self, padding: Tensor | None, position_ids: Tensor | None, batch: int, queries: int, keys: int
+    ) -> Layout:
+        """Where the sequences lie, from the padding (B, columns filled) or, without one, from packed positions (B or 1, T)."""
+        sizes = (batch, queries, keys)
+        if sizes not in self.layouts:
+            if padding is not None:
+                layout = Layout.from_padding(padding, queries, keys)
+            elif position_ids is not None and queries == keys:
+                layout = Layout.packed(position_ids.expand(batch, -1))
+            else:
+                layout = Layout.plain(batch, queries, keys)
+            self.layouts[sizes] = layout
+        return self.layouts[sizes]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Given:
+    """What the hook of an attention module hands to its attention function.
+
+    Attributes:
+        hidden: (B, T, C), the module's input.
+        rotary: cosines and sines of its positions.
+        index_keys: (B, S, width), or None where the selector keeps none.
+    """
+
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    index_keys: Tensor | None
+
+
+class SparseAttention:
+    """The state of a model's sparse attention, at `model.sparse_attention`.
+
+    Attributes:
+        config: what was attached.
+        budget: how many blocks a query token may have; may be set between steps.
+        alignment_weight: λ of the total loss LM + λ·Σ_layers KL; may be set between steps.
+        observers: called with (layer, inputs, choice) of every sparse layer, for diagnostics; not under gradients.
+        attn_implementation: of the model before, which `detach` gives back.
+        lm_loss: the mean over the labels of the last forward pass with labels; None before.
+        alignment: by layer, the selector's loss in the last forward pass; empty in evaluation.
+    """
+
+    def __init__(self, config: SparseAttentionConfig, *, attn_implementation: str) -> None:
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self._budget: Budget = config.budget()
+        self._alignment_weight = config.alignment_weight
+        self.observers: list[Observer] = []
+        self.lm_loss: Tensor | None = None
+        self._mode: Mode = "sparse"
+        self._carrier = Carrier(0.0)
+        self._hooks: list[Any] = []
+        self._lm: Any = None
+        self._lm_was_set = False
+
+    @property
+    def mode(self) -> Mode:
+        """ "sparse", or "full" for the warm-up over every block; may be set between steps."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, given: Mode) -> None:
+        if given not in ("full", "sparse"):
+            raise unknown_choice("mode of sparse attention", given, ("full", "sparse"))
+        self._mode = given
+
+    @property
+    def budget(self) -> Budget:
+        return self._budget
+
+    @budget.setter
+    def budget(self, given: Budget) -> None:
+        if not isinstance(given, Budget):
+            raise SparsortError(
+                f"the budget is {given!r}; expected a FixedBudget, ThresholdBudget or TopPBudget of "
+                "sparsort.kernels.blocksparse.budgets, such as FixedBudget(blocks=16)."
+            )
+        self._budget = given
+
+    @property
+    def alignment_weight(self) -> float:
+        return self._alignment_weight
+
+    @alignment_weight.setter
+    def alignment_weight(self, given: float) -> None:
+        self._alignment_weight = replace(self.config, alignment_weight=given, stored=True).alignment_weight
+
+    @property
+    def alignment(self) -> dict[int, Tensor]:
+        return self._carrier.values
+
+    def add_alignment(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """For a loss computed outside the model: `loss` + λ·share·Σ KL of the last forward pass, to be called right after it.
+
+        Args:
+            loss: a scalar, computed from the last forward pass.
+            share: of the labels of an optimiser step that this pass has, where `loss` is divided by all of them; else 1.
+
+        Raises:
+            SparsortError: that pass's loss has them already.
+        """
+        if (
+            loss.requires_grad
+            and not self._carrier.values
+            and SELECTORS[self.config.selector].learns_by == "alignment_loss"
+        ):
+            warnings.warn(
+                "the last forward pass has no alignment losses to add: it ran in evaluation. Call add_alignment right after the "
+                "forward pass, in training, that the loss was computed from.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self._add(loss, share)
+
+    def _add(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        total = self._carrier.add_to(loss, share)
+        self.lm_loss = loss.detach() / share
+        return total
+
+    def install(self, model: Any, decoder: nn.Module, layers: list[nn.Module]) -> None:
+        """Hook the decoder and its sparse attention modules, and wrap the model's loss."""
+        self._hooks = [decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._hooks += [layer.register_forward_pre_hook(_give, with_kwargs=True) for layer in layers]
+        self._lm, self._lm_was_set = model.loss_function, hasattr(model, "_loss_function")
+        model.loss_function = self._loss
+
+    def remove(self, model: Any) -> None:
+        """Undo `install`."""
+        for hook in self._hooks:
+            hook.remove()
+        del model._loss_function
+        if self._lm_was_set:
+            model.loss_function = self._lm
+
+    def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        _check_implementation(decoder)
+        _check_shapes(args, kwargs)
+        self._carrier = Carrier(self.alignment_weight)
+        made = Pass(
+            full=self.mode == "full", budget=self.budget, carrier=self._carrier, observers=tuple(self.observers)
+        )
+        if _is_packed(kwargs):
+            _without_cache(kwargs)
+            kwargs = {**kwargs, "use_cache": False}
+        return args, {**kwargs, "sparsort_pass": made}
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's own loss, and in training the alignment losses beside it."""
+        loss: Tensor = self._lm(*args, **kwargs)
+        labels = kwargs["labels"] if "labels" in kwargs else args[1]
+        return self._add_own(loss, labels, kwargs)
+
+    @in_eager
+    def _add_own(self, loss: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        count = kwargs.get("num_items_in_batch")
+        if count is None:
+            return self._add(loss)
+        # The LM loss is this pass's sum over the labels of the whole step; the mean KL gets the same share.
+        shifted = kwargs.get("shift_labels")
+        shifted = labels[..., 1:] if shifted is None else shifted
+        own = (shifted != kwargs.get("ignore_index", -100)).sum().to(loss.device)
+        return self._add(loss, own / (count.to(loss.device) if isinstance(count, Tensor) else count))
+
+
+def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The hook before a sparse attention module."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    rotary = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+    index_keys = module.index_branch.index_keys(module, hidden, rotary)
+    cache = kwargs.get("past_key_values")
+    if cache is not None and index_keys is not None:
+        index_keys = keep_index_keys(cache, module.layer_idx, index_keys, selector=type(module.index_branch).__name__)
+    return args, {**kwargs, "sparsort_layer": Given(hidden=hidden, rotary=rotary, index_keys=index_keys)}
+
+
+def _check_implementation(decoder: Any) -> None:
+    found = decoder.config._attn_implementation
+    if found != NAME:
+        raise SparsortError(
+            f"the attention implementation of a model with an index branch was set to {found!r}, which would leave its layers "
+            f"dense. Set it back, model.set_attn_implementation({NAME!r}), or take the branch away with detach of "
+            "sparsort.attention.attach."
+        )
+
+
+def _check_shapes(args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse positions and padding of another size than the tokens; (B, 1, T, S) masks are refused where they are used."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((found for found in given if found is not None), None)
+    if tokens is None or tokens.ndim < 2:
+        return
+    batch, length = tokens.shape[:2]
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
+        raise SparsortError(
+            f"position_ids have shape {tuple(positions.shape)}; expected ({batch}, {length}) or (1, {length}), as the tokens are."
+        )
+    if isinstance(mask, Tensor) and mask.ndim != 4 and (mask.ndim != 2 or mask.shape[0] != batch):
+        raise SparsortError(
+            f"the attention mask has shape {tuple(mask.shape)}; expected ({batch}, tokens in the cache and new ones), with 0 "
+            "where there is padding."
+        )
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether position_ids hold several sequences in a row. As in transformers, a padding mask goes before them."""
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or positions.ndim != 2:
+        return False
+    return bool((positions[:, 1:] != positions[:, :-1] + 1).any())
+
+
+def _without_cache(kwargs: dict[str, Any]) -> None:
+    """A cache cannot tell packed sequences apart: what follows them would see them all."""
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise SparsortError(
+            "position_ids hold several sequences in a row, and a cache keeps a row as one. Pass use_cache=False and no "
+            "past_key_values, or the sequences in rows of their own with an attention_mask."
+        )

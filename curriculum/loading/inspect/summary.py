@@ -1,0 +1,321 @@
+"""What a plan does, stage by stage: shares, difficulty, length and groups of what its batches show.
+
+Contract: NumPy only; pure functions of a plan. Every number is taken from `plan.batch`, so it tells what training will
+see. Up to `ALL_BATCHES` batches and `ALL_EXAMPLES` examples all are gone over and the numbers are exact; above, evenly
+spaced batches stand for the others, and the result says how many were looked at.
+
+Legend: N rows, K batches of an epoch, P parts, S batches looked at, G groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsort.curriculum.loading.inspect.coverage import Coverage, coverage_of, spaced
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.ranking import group_names
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
+from sparsort.errors import SparsortError
+from sparsort.progress import progress
+
+ALL_BATCHES = 10_000
+ALL_EXAMPLES = 5_000_000
+_SAMPLE = 2000
+_MOST_PARTS, _PARTS = 20, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Of some numbers: the mean of the finite ones, the ends, and the 10, 50 and 90 % quantiles."""
+
+    mean: float
+    lowest: float
+    low: float
+    median: float
+    high: float
+    highest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive batches taken together, such as those of a stage.
+
+    Attributes:
+        stages: first and last stage, from 0.
+        batches: first and last batch, from 0.
+        looked_at: batches that the numbers below are from.
+        examples: of all its batches; estimated where not all were looked at and the plan does not tell.
+        share: of the examples that is available at the first and at the last batch.
+        difficulty: of the examples that have a score; None where none has.
+        unscored: share of the examples without a score.
+        length: tokens; None where lengths are not known.
+        padding: share of a batch's tokens (longest × count, or the packed sequences) that holds no example.
+        groups: share of each group, in the order of the group names; None without groups.
+    """
+
+    stages: tuple[int, int]
+    batches: tuple[int, int]
+    looked_at: int
+    examples: int
+    share: tuple[float, float]
+    difficulty: Spread | None
+    unscored: float
+    length: Spread | None
+    padding: float | None
+    groups: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """An epoch of a plan in numbers; `to_json` for a script.
+
+    Attributes:
+        what: the curriculum in a line.
+        scores: name → scorer of what the difficulty is made of.
+        rows: of the data; `batches` of an epoch; `smallest_batch` in items.
+        unscored: rows without a score.
+        cut: rows longer than max_length; None where lengths play no part in the plan.
+        unused_scores: scores that no row of the data has.
+        below_batch: batches of a pool for which the pacing allows less than they need.
+        group_names: with their shares of the data in `group_shares`; empty without groups.
+        coverage: how often the epoch shows an example.
+        parts: stage by stage; stages are put together where they are many, and an epoch of one stage is cut in ten.
+    """
+
+    what: str
+    scores: dict[str, str]
+    epoch: int
+    rows: int
+    batches: int
+    smallest_batch: int
+    settings: dict[str, Any]
+    fingerprint: str
+    unscored: int
+    cut: int | None
+    unused_scores: int
+    below_batch: int
+    group_names: list[str]
+    group_shares: list[float]
+    coverage: Coverage
+    parts: list[Part]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every batch was looked at."""
+        return all(part.looked_at == part.batches[1] - part.batches[0] + 1 for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; an infinity is a text."""
+        return {**_plain(asdict(self)), "exact": self.exact}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is known of the rows beyond their difficulty: (N,) tokens, and (N,) codes of the named groups."""
+
+    lengths: NDArray[Any] | None
+    groups: NDArray[Any] | None
+    names: list[str]
+
+    @classmethod
+    def of(cls, plan: CurriculumPlan, lengths: ArrayLike | None = None, groups: Sequence[Any] | None = None) -> Shown:
+        """The plan's own lengths and groups, or others that are only to be shown: (N,) tokens, (N,) group of each row.
+
+        Raises:
+            SparsortError: not one of them a row.
+        """
+        for name, given in (("lengths", lengths), ("groups", groups)):
+            if given is not None and len(np.asarray(given)) != plan.n_rows:
+                raise SparsortError(
+                    f"{len(np.asarray(given))} {name} to show for the {plan.n_rows} rows of the plan. Pass one a row."
+                )
+        tokens = plan.lengths if lengths is None else np.asarray(lengths)
+        if lengths is not None and plan.settings.max_length is not None:
+            tokens = np.minimum(np.asarray(lengths), plan.settings.max_length)
+        if groups is None:
+            return cls(tokens, plan.groups, list(plan.notes.get("groups", [])))
+        names, codes = np.unique(np.array(group_names(groups, "groups")), return_inverse=True)
+        return cls(tokens, codes.astype(np.int32), [str(name) for name in names])
+
+
+def summarise(
+    plan: CurriculumPlan,
+    *,
+    epoch: int = 0,
+    lengths: ArrayLike | None = None,
+    groups: Sequence[Any] | None = None,
+    all_batches: int = ALL_BATCHES,
+) -> PlanSummary:
+    """An epoch of a plan in numbers.
+
+    Args:
+        plan: of whichever mode.
+        epoch: from 0.
+        lengths: (N,) tokens to show, by default the plan's own.
+        groups: (N,) group of each row to show, by default the plan's own.
+        all_batches: batches up to which all are looked at.
+
+    Raises:
+        SparsortError: lengths or groups that do not fit the rows, or an epoch that a revised plan does not reach.
+    """
+    shown = Shown.of(plan, lengths, groups)
+    edges = _part_edges(plan, epoch)
+    count = edges[-1] - edges[0]
+    size = max(1, len(plan.batch(edges[0], epoch)))
+    everything = count <= all_batches and count * size <= ALL_EXAMPLES
+    sample = min(all_batches, max(_PARTS, min(_SAMPLE, ALL_EXAMPLES // size)))
+    parts = look(plan, edges, shown, epoch=epoch, most=None if everything else max(1, sample // (len(edges) - 1)))
+    held = np.bincount(shown.groups, minlength=len(shown.names)) / plan.n_rows if shown.groups is not None else None
+    return PlanSummary(
+        what=describe(plan.settings),
+        scores={name: str(made.get("scorer", "unknown")) for name, made in plan.notes.get("scores", {}).items()},
+        epoch=epoch,
+        rows=plan.n_rows,
+        batches=plan.n_batches,
+        smallest_batch=plan.smallest_batch,
+        settings=plan.settings.to_json(),
+        fingerprint=plan.fingerprint,
+        unscored=int(np.count_nonzero(np.isnan(plan.difficulty))),
+        cut=plan.notes.get("cut"),
+        unused_scores=int(plan.notes.get("unused_scores", 0)),
+        below_batch=plan.notes.get("below_batch", 0),
+        group_names=shown.names,
+        group_shares=[] if held is None else held.tolist(),
+        coverage=coverage_of(plan, epoch, edges[0], None if everything else sample),
+        parts=parts,
+    )
+
+
+def look(
+    plan: CurriculumPlan, edges: Sequence[int], shown: Shown, *, epoch: int = 0, most: int | None = None
+) -> list[Part]:
+    """Parts of an epoch in numbers.
+
+    Args:
+        plan: the plan.
+        edges: (P + 1,) number of each part's first batch, rising strictly; the last is where the last part ends.
+        shown: lengths and groups of the rows.
+        epoch: from 0.
+        most: batches of a part to look at, evenly spaced; None for all.
+    """
+    with progress("batches", sum(len(spaced(*pair, most)) for pair in itertools.pairwise(edges))) as advance:
+        parts = []
+        for first, last in itertools.pairwise(edges):
+            numbers = spaced(first, last, most)
+            parts.append(_part(plan, first, last, numbers, shown, epoch))
+            advance(len(numbers))
+    return parts
+
+
+def first_batch(plan: CurriculumPlan, epoch: int) -> int:
+    """The first batch of an epoch that the plan has: 0, but where it was revised in the middle of this epoch."""
+    revised = plan.revision or {}
+    return revised.get("start", 0) if revised.get("epoch") == epoch else 0
+
+
+def describe(settings: CurriculumSettings) -> str:
+    """A configuration in one line."""
+    pool = settings.mode == "pool"
+    said = ["pool" if pool else settings.schedule.replace("_", " ")]
+    if settings.schedule in ("folded", "interleaved"):
+        said[0] += f" {settings.folds}"
+    if settings.schedule not in ("shuffle", "as_given"):
+        said.append("random order" if settings.direction == "random" else settings.direction.replace("_", " "))
+    if settings.pacing is not None:
+        said.append(str(settings.pacing))
+    if settings.stages is not None:
+        said.append(f"{settings.stages} stages")
+    if settings.warm_up is not None:
+        said.append(f"warm-up {100 * settings.warm_up:g} %")
+    if settings.group_by_length:
+        said.append("by length")
+    if settings.packing != "none":
+        said.append(f"packed {settings.packing.replace('_', ' ')} in {settings.pack_length}")
+    if settings.later_epochs == "shuffle":
+        said.append("later epochs shuffled")
+    return ", ".join(said)
+
+
+def _part_edges(plan: CurriculumPlan, epoch: int) -> list[int]:
+    """The stages, put together where they are many; equal parts where there is one."""
+    stages, count = plan.n_stages, plan.n_batches
+    if stages == 1:
+        edges = [p * count // _PARTS for p in range(_PARTS + 1)]
+    else:
+        parts = min(stages, _MOST_PARTS)
+        edges = [plan.stage_edges[p * stages // parts] for p in range(parts + 1)]
+    first = first_batch(plan, epoch)
+    return sorted({max(first, edge) for edge in edges})
+
+
+def _part(plan: CurriculumPlan, first: int, last: int, numbers: Sequence[int], shown: Shown, epoch: int) -> Part:
+    batches = [plan.batch(number, epoch) for number in numbers]
+    rows = np.concatenate(batches)
+    difficulty = plan.difficulty[rows].astype(np.float64)
+    scored = difficulty[~np.isnan(difficulty)]
+    stages = (plan.stage(first), plan.stage(last - 1))
+    examples = len(rows)
+    if len(numbers) < last - first:
+        examples = round(len(rows) * (last - first) / len(numbers))
+        whole = [plan.stage_edges[stages[0]], plan.stage_edges[stages[1] + 1]] == [first, last]
+        if plan.settings.mode == "one_pass" and whole:
+            examples = plan.stage_places[stages[1] + 1] - plan.stage_places[stages[0]]
+    length = padding = shares = None
+    if shown.lengths is not None:
+        length = _spread(shown.lengths[rows].astype(np.float64))
+        padding = _padding(plan, numbers, batches, shown.lengths, epoch)
+    if shown.groups is not None:
+        shares = (np.bincount(shown.groups[rows], minlength=len(shown.names)) / len(rows)).tolist()
+    return Part(
+        stages=stages,
+        batches=(first, last - 1),
+        looked_at=len(numbers),
+        examples=examples,
+        share=(plan.share(first, epoch), plan.share(last - 1, epoch)),
+        difficulty=_spread(scored),
+        unscored=1 - len(scored) / len(rows),
+        length=length,
+        padding=padding,
+        groups=shares,
+    )
+
+
+def _spread(values: NDArray[np.float64]) -> Spread | None:
+    if not values.size:
+        return None
+    ranked = np.sort(values)
+    finite = ranked[np.isfinite(ranked)]
+    low, median, high = (float(ranked[math.ceil(q * len(ranked)) - 1]) for q in (0.1, 0.5, 0.9))
+    mean = float(finite.mean()) if finite.size else median
+    return Spread(mean=mean, lowest=float(ranked[0]), low=low, median=median, high=high, highest=float(ranked[-1]))
+
+
+def _padding(
+    plan: CurriculumPlan,
+    numbers: Sequence[int],
+    batches: Sequence[NDArray[np.int64]],
+    lengths: NDArray[Any],
+    epoch: int,
+) -> float:
+    capacity = plan.settings.pack_length
+    used = sum(int(lengths[rows].sum()) for rows in batches)
+    if capacity is not None:
+        room = sum(len(plan.bins(number, epoch)) for number in numbers) * capacity
+    else:
+        room = sum(int(lengths[rows].max()) * len(rows) for rows in batches)
+    return 1 - used / max(1, room)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,358 @@
+"""CurriculumLoader: a plan and a dataset → the collated batches of one rank, exactly.
+
+Contract: the order is the plan's, whatever the number of ranks, workers and micro-batches, and however often training
+was stopped. The position is a number of global batches that were handed out whole, never of what was prefetched; going
+on from any position costs the same as from the first. No generator of the main process is touched, no collective is
+called, and nothing is shared between ranks but the plan.
+
+It holds a torch DataLoader but is none, so that accelerate and Trainer use it as it is instead of dividing it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+from numpy.typing import NDArray
+
+from sparsort.conditions import Table, needs, refuse_unread_arguments
+from sparsort.curriculum.loading.loader.fetching import Fetcher, Key, Part
+from sparsort.curriculum.loading.loader.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream
+from sparsort.curriculum.loading.loader.packing import PackedCollator
+from sparsort.curriculum.loading.loader.resuming import make_state, position_of
+from sparsort.curriculum.loading.loader.streams import StreamFetcher, check_stream, is_stream
+from sparsort.curriculum.loading.loader.verification import another_size, check_name, refuse_frame, verify_rows
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.plan.shuffling import key_of
+from sparsort.errors import SparsortError
+
+_WORKERS = (needs("num_workers", "the batches are loaded without workers", num_workers=2),)
+# What an argument needs to be read; see `sparsort.conditions`.
+READ_BY: Table = dict.fromkeys(
+    ("prefetch_factor", "persistent_workers", "worker_init_fn", "multiprocessing_context", "timeout"), _WORKERS
+)
+
+Hook = Callable[["CurriculumLoader", int], CurriculumPlan | None]
+
+
+class CurriculumLoader:
+    """Loads the batches of a plan, from the current position on.
+
+    `for batch in loader` gives what is left of the current epoch; the next `for` is the next epoch. `len(loader)` counts
+    the micro-batches of a whole epoch on this rank.
+
+    Args:
+        plan: of `plan_curriculum`, or the folder that it was saved in.
+        dataset: the rows that the plan was made for: anything with `len` and `[row]` (`__getitems__` is used where
+            there is one, as `datasets.Dataset` has), or a stream in the plan's own order (see `streams`).
+        collate_fn: list of examples → batch; torch's default, or `PackedCollator` where the plan packs.
+        rank, world_size: this process among those that share a global batch; None: as torch.distributed says, or one
+            process alone. Rank r of R takes places r, r + R, … of each global batch.
+        micro_batches: pieces of the rank's share of a global batch, handed out one by one (gradient accumulation).
+        num_workers, prefetch_factor, pin_memory, persistent_workers, worker_init_fn, multiprocessing_context, timeout: as
+            of torch's DataLoader. Persistent workers live through all epochs, unless `on_stage` is set.
+        fingerprint: your own name for the data. Where the plan was made with a name too, the names are compared instead of
+            rows, and no row is read in the main process; states then carry the name instead of a digest of some rows.
+        verify: compare the dataset with what the plan knows of its rows: ids, or contents (`verification`). False takes any
+            dataset with as many rows.
+
+    Attributes:
+        epoch: the epoch of the current position.
+        batch: global batches of this epoch that were handed out whole. Where that is all of them, the next `for` begins
+            the next epoch.
+        on_stage: called before the first batch of every stage but the very first of training, when that batch is asked
+            for, with the loader and the stage's number (0 at the beginning of a later epoch). A plan that it returns
+            takes over from that batch on. While it is set nothing is prefetched over a stage's edge. After a resume at
+            an edge it is called for that edge again.
+
+    Raises:
+        SparsortError: the dataset has not the plan's rows in their order, or nothing that could be compared with them; or
+            the smallest batch does not give every rank and micro-batch something.
+    """
+
+    # Trainer looks for these on whatever it trains from.
+    batch_sampler = None
+    sampler = None
+
+    def __init__(
+        self,
+        plan: CurriculumPlan | str | Path,
+        dataset: Any,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        rank: int | None = 0,
+        world_size: int | None = 1,
+        micro_batches: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool = False,
+        persistent_workers: bool = False,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        timeout: float = 0,
+        fingerprint: str | None = None,
+        verify: bool = True,
+    ) -> None:
+        if isinstance(plan, (str, Path)):
+            plan = CurriculumPlan.open(plan)
+        if not isinstance(plan, CurriculumPlan):
+            raise SparsortError(
+                f"a loader follows a plan, not {type(plan).__name__}: pass what plan_curriculum returned, or the folder that it "
+                "was saved in."
+            )
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
+        read: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "timeout": timeout}
+        read |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
+        read |= {"multiprocessing_context": multiprocessing_context}
+        refuse_unread_arguments(CurriculumLoader, READ_BY, read)
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.on_stage: Hook | None = None
+        self._part = _part(rank, world_size, micro_batches)
+        self._is_stream = is_stream(dataset)
+        check_name(fingerprint)
+        self._fingerprint: Fingerprint | None = fingerprint
+        self._name, self._verify = fingerprint, verify
+        self._verified: str | None = None  # the plan whose rows the dataset was compared with
+        self._plan = self._checked(plan)
+        if collate_fn is None:
+            packs = plan.settings.packing != "none"
+            collate_fn = PackedCollator() if packs else torch.utils.data.default_collate
+        self.collate_fn = collate_fn
+        self._persistent = persistent_workers
+        self._options: dict[str, Any] = {
+            "collate_fn": collate_fn,
+            "num_workers": num_workers,
+            "prefetch_factor": prefetch_factor,
+            "pin_memory": pin_memory,
+            "worker_init_fn": worker_init_fn,
+            "multiprocessing_context": multiprocessing_context,
+            "timeout": timeout,
+        }
+        self._epoch = self._batch = 0
+        self._run = 0  # which iterator may move the position: the one made last, until the position is set
+        self._latest: tuple[CurriculumPlan, Key] | None = None
+        self._keys = _Keys(self._part.micro_batches)
+        self._kept: torch.utils.data.DataLoader[Any] | None = None
+
+    @property
+    def plan(self) -> CurriculumPlan:
+        """The plan that the next batch follows."""
+        return self._plan
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def batch(self) -> int:
+        return self._batch
+
+    @property
+    def latest(self) -> tuple[int, int] | None:
+        """Epoch and number of the global batch that was handed out last, whole or in part; None before the first."""
+        return None if self._latest is None else self._latest[1][:2]
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The rows of the micro-batch that was handed out last, in order, on this rank; none before the first.
+
+        Where the plan packs, those of all its packed sequences, one after the other.
+        """
+        if self._latest is None:
+            return np.empty(0, dtype=np.int64)
+        plan, (epoch, number, micro) = self._latest
+        if plan.settings.packing == "none":
+            return self._part.of(plan.batch(number, epoch), micro)
+        return np.concatenate(self._part.of(plan.bins(number, epoch), micro))
+
+    @property
+    def stage(self) -> int:
+        """The stage of the global batch that was handed out last; before the first, of the one to come."""
+        plan, (_epoch, number, _micro) = self._latest or self._coming()
+        return plan.stage(number)
+
+    @property
+    def share(self) -> float:
+        """The share of the data that was available to that batch."""
+        plan, (epoch, number, _micro) = self._latest or self._coming()
+        return plan.share(number, epoch)
+
+    def __len__(self) -> int:
+        return self._plan.n_batches * self._part.micro_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batch >= self._plan.n_batches:
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._run += 1
+        return self._walk(self._run)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to the beginning of an epoch. Within the current one the position stays: it may just have been loaded.
+
+        Raises:
+            SparsortError: no whole number of at least 0.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise SparsortError(f"epochs are whole numbers from 0, not {epoch!r}.")
+        if epoch != self._epoch or self._batch >= self._plan.n_batches:
+            self._move(epoch, 0)
+
+    def replace_plan(self, plan: CurriculumPlan) -> None:
+        """Follow another plan over the same rows, such as a revision that a checkpoint was written under.
+
+        Raises:
+            SparsortError: as on construction.
+        """
+        self._plan = self._checked(plan)
+        self._kept = None
+        self._move(self._epoch, self._batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as JSON values of less than 1 KiB, whatever the size of the data.
+
+        It names the first global batch that was not handed out whole: between micro-batches, the one they belong to.
+        """
+        return make_state(self._plan, self._data(), epoch=self._epoch, batch=self._batch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a state was taken. Iterators from before end with an error when used again.
+
+        Raises:
+            SparsortError: the state is of another version, plan or data, or names no batch of the plan.
+        """
+        epoch, batch = position_of(state_dict, self._plan, self._data())
+        self._move(epoch, batch)
+
+    def _walk(self, run: int) -> Iterator[Any]:
+        """What is left of the epoch, one DataLoader at a time: all of it, or stage by stage where a hook may step in."""
+        self._check_current(run)
+        epoch = self._epoch
+        while (start := self._batch) < self._plan.n_batches:
+            stop = self._plan.n_batches
+            if self.on_stage is not None:
+                self._call_hook(start)
+                self._check_current(run)
+                stop = next(edge for edge in (*self._plan.stage_edges, stop) if edge > start)
+            plan = self._plan
+            batches = self._load(epoch, start, stop)
+            for key in self._keys.all(epoch, start, stop):
+                # No name holds the batch here: its memory is free for the next as soon as the caller lets go of it.
+                yield self._hand_out(plan, key, batches)
+                self._check_current(run)
+            # Run to its end, where a stream finds out that it is too long, and where workers stop.
+            next(batches, None)
+        self._epoch, self._batch = epoch + 1, 0
+
+    def _hand_out(self, plan: CurriculumPlan, key: Key, batches: Iterator[Any]) -> Any:
+        batch = next(batches)
+        self._latest = (plan, key)
+        self._batch = key[1] + (key[2] == self._part.micro_batches - 1)
+        return batch
+
+    def _load(self, epoch: int, start: int, stop: int) -> Iterator[Any]:
+        self._keys.span = (epoch, start, stop)
+        keep = self._persistent and self.on_stage is None and not self._is_stream
+        if keep and self._kept is not None:
+            return iter(self._kept)
+        options = {**self._options, "persistent_workers": keep, "generator": torch.Generator()}
+        # Without one of its own, a DataLoader draws the seed of its workers from the global generator.
+        options["generator"].manual_seed(key_of("loader", self._plan.settings.seed, epoch, start))
+        loader: torch.utils.data.DataLoader[Any]
+        if self._is_stream:
+            stream = StreamFetcher(self._plan, self.dataset, self._part, epoch=epoch, start=start, stop=stop)
+            loader = torch.utils.data.DataLoader(stream, batch_size=None, **options)
+        else:
+            fetcher = Fetcher(self._plan, self.dataset, self._part)
+            loader = torch.utils.data.DataLoader(fetcher, batch_sampler=self._keys, **options)
+        self._kept = loader if keep else None
+        return iter(loader)
+
+    def _call_hook(self, number: int) -> None:
+        begins = number in self._plan.stage_edges and (self._epoch, number) != (0, 0)
+        if self.on_stage is None or not begins:
+            return
+        revised = self.on_stage(self, self._plan.stage(number))
+        if revised is not None:
+            self._plan = self._checked(revised)
+
+    def _coming(self) -> tuple[CurriculumPlan, Key]:
+        at_end = self._batch >= self._plan.n_batches
+        return self._plan, (self._epoch + at_end, 0 if at_end else self._batch, 0)
+
+    def _move(self, epoch: int, batch: int) -> None:
+        self._epoch, self._batch, self._latest = epoch, batch, None
+        self._run += 1
+
+    def _check_current(self, run: int) -> None:
+        if run != self._run:
+            raise SparsortError(
+                "this iterator is out of date: the loader was moved (load_state_dict, set_epoch, replace_plan) or "
+                "iterated over anew since. Take a new one with iter(loader)."
+            )
+
+    def _data(self) -> Fingerprint:
+        if self._fingerprint is None:
+            self._fingerprint = (
+                fingerprint_of_stream(self.dataset, self._plan.n_rows)
+                if self._is_stream
+                else fingerprint_of(self.dataset)
+            )
+        return self._fingerprint
+
+    def _checked(self, plan: CurriculumPlan) -> CurriculumPlan:
+        refuse_frame(self.dataset)
+        if self._is_stream:
+            check_stream(plan, self.dataset, self.num_workers)
+        elif len(self.dataset) != plan.n_rows:
+            raise another_size(plan, len(self.dataset))
+        needed = self._part.world_size * self._part.micro_batches
+        if plan.smallest_batch < needed:
+            raise SparsortError(
+                f"the smallest global batch of the plan has {plan.smallest_batch} examples or packed sequences, and "
+                f"{self._part.world_size} ranks × {self._part.micro_batches} micro-batches need at least {needed}, or some "
+                f"would get nothing. Plan with larger batches, or use at most {max(1, plan.smallest_batch)} in all."
+            )
+        # A revision is over the rows of the plan that it revises.
+        base = str(plan.notes.get("revises", plan.fingerprint))
+        if self._verify and base != self._verified:
+            verify_rows(plan, self.dataset, fingerprint=self._name)
+            self._verified = base
+        return plan
+
+
+class _Keys:
+    """The batch sampler: the keys of the micro-batches of a span of global batches, in order."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.span = (0, 0, 0)
+
+    def all(self, epoch: int, start: int, stop: int) -> Iterator[Key]:
+        return ((epoch, number, micro) for number in range(start, stop) for micro in range(self.micro_batches))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return ([key] for key in self.all(*self.span))
+
+    def __len__(self) -> int:
+        return (self.span[2] - self.span[1]) * self.micro_batches
+
+
+def _part(rank: int | None, world_size: int | None, micro_batches: int) -> Part:
+    if rank is None or world_size is None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        here, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        rank, world_size = here if rank is None else rank, ranks if world_size is None else world_size
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise SparsortError(
+            f"rank={rank} of world_size={world_size}: ranks are counted from 0 to world_size − 1. Leave both out for one "
+            "process, or pass None to take them from torch.distributed."
+        )
+    if micro_batches < 1:
+        raise SparsortError(f"micro_batches={micro_batches}: a global batch has at least 1. Leave it out for 1.")
+    return Part(rank=rank, world_size=world_size, micro_batches=micro_batches)

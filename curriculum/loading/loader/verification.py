@@ -1,0 +1,494 @@
+"""Are these the rows that a plan was made for? What a plan notes of its rows, and how a dataset is compared with it.
+
+Contract: the first of these that both sides have decides: the user's own name for the data (`fingerprint=`), the ids, the
+content that was scored. Where they have nothing in common, the dataset is refused: comparing nothing is not agreement.
+
+How much is compared. Ids of a `datasets.Dataset`, a list or a tuple: all of them, so that two exchanged rows are found. Ids of
+any other dataset, and content: a sample of at most 144 rows, which are the first 16, the last, and one from each of 128 equal
+parts. A whole shuffle, a reversal or a shift is always found in it. Where a share q of the rows, drawn at random, has moved,
+the sample misses it with a probability of (1 − q)^128: 1 in 700 for q = 5 %, 1 in 4 for q = 1 %. Two exchanged rows are found by
+luck only. Of a stream, the first 16 rows are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from sparsort.curriculum.loading.loader.fingerprints import random_state_put_back
+from sparsort.curriculum.loading.plan.shuffling import key_of
+from sparsort.errors import SparsortError
+from sparsort.scoring.sources import digest_of
+from sparsort.values import is_missing
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+    from sparsort.scoring.scores import Scores
+
+# Keys of a plan's notes.
+NAME, IDS, CONTENT = "fingerprint", "ids", "content"
+
+_FIRST = 16  # rows of a stream that are compared
+_PARTS = 128  # of the data, from each of which one row is compared
+_LONGEST_ID = 64  # characters; of a longer id, a digest is noted
+_CHUNK = 10_000  # rows of an id column that are read at once
+_OTHER_ROWS = "these are not the rows that the plan was made for, or they are in another order"
+
+
+def note_rows(
+    scores: Scores | None,
+    data: Any,
+    *,
+    ids: Sequence[Any] | None = None,
+    id_column: str | None = None,
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """What a plan notes of its rows, as JSON values of at most some 20 KiB: their ids, their content, and their name.
+
+    Args:
+        scores: that the plan is made from, or None for plain numbers.
+        data: the rows of the plan, or None where they are those of the scores.
+        ids: one id a row, or None to take them from the data or the scores.
+        id_column: the field of the data, and of the dataset that is trained on, with the ids; None for that of the scores,
+            else "id".
+        fingerprint: the user's own name for the data.
+
+    Raises:
+        SparsortError: a name that is no text.
+    """
+    check_name(fingerprint)
+    notes: dict[str, Any] = {} if fingerprint is None else {NAME: fingerprint}
+    scored_column = scores.provenance.get("id_column") if scores is not None else None
+    column = id_column or scored_column or "id"
+    rows = None if data is None else unformatted(data)
+    if ids is not None:
+        names = [id_text(name) for name in ids]
+    elif rows is not None:
+        names = [id_text(value) for value in _ids_of(rows, column)]
+    else:
+        # Ids that the scorer counted, "0", "1", …, are places and identify no row.
+        names = list(scores.ids) if scores is not None and scored_column is not None else []
+    known = [name for name in names if name is not None]
+    if known and len(set(known)) == len(names):
+        notes[IDS] = _note_ids(known, column)
+    fields = scores.provenance.get("content") if scores is not None else None
+    if rows is not None:
+        fields = fields if fields is not None else _common_fields(rows, column)
+        notes[CONTENT] = _note_content([_content(row, fields) for row in _only(rows, fields)], fields)
+    elif scores is not None:
+        notes[CONTENT] = _note_content(list(scores.column("digest")), fields)
+    return notes
+
+
+def ids_from(data: Any, id_column: str) -> list[str]:
+    """The id of each row of the data.
+
+    Raises:
+        SparsortError: a row has none.
+    """
+    names = [id_text(value) for value in _ids_of(unformatted(data), id_column)]
+    if None in names:
+        raise SparsortError(
+            f"row {names.index(None)} of the data has no {id_column!r}, and id_column={id_column!r} names the field with the id "
+            "of every row. Name a field that all rows have, or leave id_column out."
+        )
+    return [name for name in names if name is not None]
+
+
+def verify_rows(plan: CurriculumPlan, dataset: Any, *, fingerprint: str | None = None) -> None:
+    """Refuse a dataset that is not the plan's, as far as this module's contract says, or that cannot be compared with it.
+
+    Args:
+        plan: whose notes say what its rows were.
+        dataset: as the user gave it, before any column is removed: map-style, or a stream.
+        fingerprint: the user's own name for the data. Where the plan has one too, the names alone are compared, and no row
+            is read.
+
+    Raises:
+        SparsortError: other rows, rows in another order, another name, or nothing that could be compared.
+    """
+    if _same_name(plan, fingerprint):
+        return
+    if not rows_agree(plan, dataset):
+        raise incomparable(plan, fingerprint)
+
+
+def rows_agree(plan: CurriculumPlan, dataset: Any, *, content: bool = True) -> bool:
+    """Whether rows were compared and are the plan's; False where there is nothing that could be compared.
+
+    Args:
+        plan: whose notes say what its rows were.
+        dataset: map-style, or a stream.
+        content: whether contents are compared too, where there are no ids.
+
+    Raises:
+        SparsortError: other rows, or rows in another order.
+    """
+    # It imports torch, which a plan does without.
+    from sparsort.curriculum.loading.loader.streams import check_stream, is_stream
+
+    with random_state_put_back():
+        if stream := is_stream(dataset):
+            check_stream(plan, dataset, num_workers=0)
+            rows = list(islice(dataset, _FIRST))
+        else:
+            rows = unformatted(dataset)
+        expected = min(_FIRST, plan.n_rows) if stream else plan.n_rows
+        if len(rows) != expected:
+            raise another_size(plan, len(rows))
+        if _ids_agree(plan.notes.get(IDS), rows, whole=not stream):
+            return True
+        return content and _content_agrees(plan.notes.get(CONTENT), rows, plan.n_rows)
+
+
+def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: str | None = None) -> None:
+    """As `verify_rows`, for rows that are read once from front to back: all ids and all contents are compared.
+
+    Raises:
+        SparsortError: as `verify_rows`. The message names the options of `sparsort train`.
+    """
+    if _same_name(plan, fingerprint):
+        return
+    first = _fields(next(iter(rows), {}))
+    ids: dict[str, Any] = plan.notes.get(IDS) or {}
+    content: dict[str, Any] = plan.notes.get(CONTENT) or {}
+    if ids and ids["column"] not in first:
+        ids = {}
+    fields = content.get("fields")
+    if not _says_something(content, plan.n_rows) or any(field not in first for field in fields or ()):
+        content = {}
+    found_ids, found_content = _Digest(), _Digest()
+    for place, row in enumerate(rows if ids or content else ()):
+        if ids:
+            name = id_text(_fields(row).get(ids["column"]))
+            _check_id(ids, place, name)
+            found_ids.add(str(name))
+        if content:
+            digest = _content(row, fields)
+            if fields is not None and content["sample"].get(str(place), digest) != digest:
+                raise _other_content(fields, place)
+            found_content.add(digest)
+    if ids and found_ids.hex() != ids["digest"]:
+        raise _other_ids(ids)
+    if content and found_content.hex() != content["digest"]:
+        if fields is not None:
+            raise SparsortError(f"{_OTHER_ROWS}: the content of {' and '.join(fields)} differs. {_again()}")
+        content = {}
+    if not ids and not content:
+        raise incomparable(plan, fingerprint, command=True)
+
+
+def _same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
+    """Whether plan and dataset have the same name; False where one of them has none.
+
+    Raises:
+        SparsortError: two names that differ, or a name that is no text.
+    """
+    check_name(fingerprint)
+    noted = plan.notes.get(NAME)
+    if noted is None or fingerprint is None:
+        return False
+    if noted != fingerprint:
+        raise SparsortError(
+            f"the plan was made for the data fingerprint={noted!r}, and this is fingerprint={fingerprint!r}. Load the data that "
+            "was planned, or plan this data with plan_curriculum(…, fingerprint=…)."
+        )
+    return True
+
+
+def check_name(fingerprint: Any) -> None:
+    """Refuse a name of the data that is no text.
+
+    Raises:
+        SparsortError: it is neither None nor a text of at least one character.
+    """
+    if fingerprint is not None and (not isinstance(fingerprint, str) or not fingerprint):
+        raise SparsortError(
+            f"fingerprint= is your own name for the data, such as 'corpus v3, sorted by date', not {fingerprint!r}."
+        )
+
+
+def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool = False) -> SparsortError:
+    """The error where plan and dataset have nothing in common that could be compared, with the three ways out.
+
+    Args:
+        plan: of which the notes are described.
+        fingerprint: that the dataset was given.
+        command: whether the options of `sparsort train` are named too.
+    """
+    ids, content, name = (plan.notes.get(key) for key in (IDS, CONTENT, NAME))
+    known = [f"ids in the column {ids['column']!r}"] if ids else []
+    if content and content["fields"]:
+        known.append(f"the content of {' and '.join(map(repr, content['fields']))}")
+    elif content and content["fields"] is None:
+        known.append("the content of whole rows")
+    if name is not None:
+        known.append(f"the name fingerprint={name!r}")
+    why = (
+        f"the plan knows {', '.join(known)}, and the dataset has nothing to compare with that"
+        if known
+        else "the plan was made from numbers alone, so it knows neither ids nor contents"
+    )
+    keep = (
+        f"Keep the column {ids['column']!r} in the dataset" if ids else "Keep an id column in the data and the dataset"
+    )
+    plans = "" if ids or content else " (and plan with plan_curriculum(scores, data=rows))"
+    names = "fingerprint='a name for the data'" if name is None else f"fingerprint={name!r}"
+    here = "to this call" if not command else "here (--fingerprint)"
+    skip = "verify=False (--no-verify)" if command else "verify=False"
+    given = (
+        f" The dataset is fingerprint={fingerprint!r}, and the plan has no name."
+        if fingerprint and name is None
+        else ""
+    )
+    return SparsortError(
+        f"cannot tell whether these are the rows that the plan was made for: {why}.{given} {keep}{plans}; or pass the same "
+        f"{names} to plan_curriculum, which stores it, and {here}; or pass {skip} to train without this check."
+    )
+
+
+def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
+    """The error where a dataset has another number of rows than the plan."""
+    return SparsortError(
+        f"the dataset has {n_rows} rows and the plan was made for {plan.n_rows}. Load the data that was planned (one split, "
+        "unfiltered), or plan it again."
+    )
+
+
+def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the notes of two plans are of different rows, as far as both say something of them."""
+    names = [notes[NAME] for notes in (noted, other) if notes.get(NAME) is not None]
+    ids = [notes[IDS] for notes in (noted, other) if notes.get(IDS)]
+    content = [notes[CONTENT] for notes in (noted, other) if notes.get(CONTENT)]
+    return (
+        len(set(names)) > 1
+        or (len(ids) == 2 and ids[0]["column"] == ids[1]["column"] and ids[0]["digest"] != ids[1]["digest"])
+        or (
+            len(content) == 2
+            and content[0]["fields"] == content[1]["fields"]
+            and content[0]["digest"] != content[1]["digest"]
+        )
+    )
+
+
+def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
+    """The content of rows in their order: what of it `fields` name, None for all. A plan notes it of the rows it is for."""
+    found = _Digest()
+    for row in rows:
+        found.add(_content(row, fields))
+    return found.hex()
+
+
+def refuse_frame(dataset: Any) -> None:
+    """Refuse a data frame, whose `[position]` is a column.
+
+    Raises:
+        SparsortError: it is one, of pandas or polars.
+    """
+    if type(dataset).__name__ == "DataFrame":
+        raise SparsortError(
+            "a DataFrame has no rows that can be read by their position. Pass datasets.Dataset.from_pandas(frame), or "
+            "frame.to_dict('records')."
+        )
+
+
+def unformatted(dataset: Any) -> Any:
+    """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is.
+
+    Raises:
+        SparsortError: it is a data frame.
+    """
+    refuse_frame(dataset)
+    datasets = sys.modules.get("datasets")  # whoever passes a dataset has imported its library
+    return dataset.with_format(None) if datasets is not None and isinstance(dataset, datasets.Dataset) else dataset
+
+
+def id_text(value: Any) -> str | None:
+    """An id as scores hold it; None where there is none."""
+    if (plain := getattr(value, "tolist", None)) is not None:  # NumPy's numbers, and torch's
+        value = plain()
+    return None if is_missing(value) else str(value)
+
+
+class _Digest:
+    """BLAKE2b over texts, each closed by a line break: 128 bits as 32 hexadecimal digits."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, text: str) -> None:
+        self._hash.update(f"{text}\n".encode("utf-8", "surrogatepass"))
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _note_ids(names: Sequence[str], column: str) -> dict[str, Any]:
+    found = _Digest()
+    for name in names:
+        found.add(name)
+    sample = {str(place): _short(names[place]) for place in _places(len(names))}
+    return {"column": column, "digest": found.hex(), "sample": sample}
+
+
+def _note_content(digests: Sequence[str], fields: Sequence[str] | None) -> dict[str, Any]:
+    found = _Digest()
+    for digest in digests:
+        found.add(digest)
+    sample = {str(place): digests[place] for place in _places(len(digests), digests)}
+    return {"fields": None if fields is None else list(fields), "digest": found.hex(), "sample": sample}
+
+
+def _places(n: int, digests: Sequence[str] | None = None) -> list[int]:
+    """The rows that are compared. Of each part, a row whose content is rarest, since only rare content identifies a position."""
+    if not n:
+        return []
+    counts = Counter(digests)
+    parts, chosen = min(_PARTS, n), {*range(min(_FIRST, n)), n - 1}
+    for part in range(parts):
+        among: Sequence[int] = range(part * n // parts, (part + 1) * n // parts)
+        if digests is not None:
+            rarest = min(counts[digests[place]] for place in among)
+            among = [place for place in among if counts[digests[place]] == rarest]
+        chosen.add(among[key_of("row to compare", n, part) % len(among)])
+    return sorted(chosen)
+
+
+def _ids_agree(noted: Mapping[str, Any] | None, rows: Any, *, whole: bool) -> bool:
+    if not noted or noted["column"] not in _columns(rows):
+        return False
+    column = noted["column"]
+    if (every := _column(rows, column) if whole else None) is None:
+        places = _noted_places(noted, rows)
+        for place in places:
+            _check_id(noted, place, id_text(_fields(rows[place]).get(column)))
+        return bool(places)
+    found = _Digest()
+    for place, value in enumerate(every):
+        name = id_text(value)
+        _check_id(noted, place, name)
+        found.add(str(name))
+    if found.hex() != noted["digest"]:
+        raise _other_ids(noted)
+    return True
+
+
+def _content_agrees(noted: Mapping[str, Any] | None, rows: Any, n_rows: int) -> bool:
+    if not noted or not _says_something(noted, n_rows):
+        return False
+    fields = noted["fields"]
+    if fields is not None:
+        if not set(fields) <= set(_columns(rows)):
+            return False
+        rows = _only(rows, fields)
+    places = _noted_places(noted, rows)
+    for place in places:
+        row = _fields(rows[place])
+        if fields is not None and any(field not in row for field in fields):
+            return False
+        if _content(row, fields) != noted["sample"][str(place)]:
+            if fields is None:  # of a whole row: it may only have gained or lost a column
+                return False
+            raise _other_content(fields, place)
+    return bool(places)
+
+
+def _says_something(noted: Mapping[str, Any], n_rows: int) -> bool:
+    """Rows that are all alike, such as objects without a readable content, would agree in any order."""
+    return bool(noted) and (n_rows == 1 or len(set(noted["sample"].values())) > 1)
+
+
+def _noted_places(noted: Mapping[str, Any], rows: Any) -> list[int]:
+    return [place for place in map(int, noted["sample"]) if place < len(rows)]
+
+
+def _check_id(noted: Mapping[str, Any], place: int, name: str | None) -> None:
+    expected = noted["sample"].get(str(place))
+    if expected is not None and (name is None or _short(name) != expected):
+        found = "no id" if name is None else f"the id {_short(name)!r}"
+        raise SparsortError(
+            f"{_OTHER_ROWS}: row {place} has {found} in the column {noted['column']!r}, and the plan's row {place} has "
+            f"{expected!r}. {_again()}"
+        )
+
+
+def _other_ids(noted: Mapping[str, Any]) -> SparsortError:
+    sampled = len(noted["sample"])
+    return SparsortError(
+        f"{_OTHER_ROWS}: the ids in the column {noted['column']!r} differ, although {sampled} of them are as planned. {_again()}"
+    )
+
+
+def _other_content(fields: Sequence[str], place: int) -> SparsortError:
+    what = " and ".join(field or "content" for field in fields)
+    return SparsortError(f"{_OTHER_ROWS}: row {place} has another {what} than when it was planned. {_again()}")
+
+
+def _again() -> str:
+    return (
+        "Load the data that was planned, in its order, or plan this data with plan_curriculum(scores, data=…). verify=False "
+        "(--no-verify of sparsort train) skips this check."
+    )
+
+
+def _short(name: str) -> str:
+    if len(name) <= _LONGEST_ID:
+        return name
+    return f"{name[:16]}…{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
+
+
+def _fields(row: Any) -> Mapping[str, Any]:
+    """A row as a mapping; one that is none, such as a number or a tuple, is the field without a name."""
+    return row if isinstance(row, Mapping) else {"": row}
+
+
+def _content(row: Any, fields: Sequence[str] | None) -> str:
+    return digest_of(_fields(row), fields)
+
+
+def _ids_of(rows: Any, column: str) -> Iterator[Any]:
+    if column not in _columns(rows):
+        return iter([None] * len(rows))
+    every = _column(rows, column)
+    return every if every is not None else (_fields(row).get(column) for row in rows)
+
+
+def _columns(rows: Any) -> list[str]:
+    return list(getattr(rows, "column_names", None) or (_fields(rows[0]) if len(rows) else ()))
+
+
+def _column(rows: Any, column: str) -> Iterator[Any] | None:
+    """One column of every row, where that reads nothing else; else None."""
+    if isinstance(rows, list | tuple):
+        return (_fields(row).get(column) for row in rows)
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(rows, datasets.Dataset):
+        return None
+    batches = rows.select_columns([column]).with_format("arrow").iter(batch_size=_CHUNK)
+    return (value for batch in batches for value in batch.column(column).to_pylist())
+
+
+def _only(rows: Any, fields: Sequence[str]) -> Any:
+    """A `datasets.Dataset` with these columns alone, so that no image is decoded for an id; anything else as it is."""
+    names = getattr(rows, "column_names", None)
+    wanted = [name for name in names or () if name in fields]
+    return rows.select_columns(wanted) if wanted and hasattr(rows, "select_columns") else rows
+
+
+def _common_fields(rows: Any, id_column: str) -> list[str]:
+    """The fields that every row has, in the order of their names, without the id where there are others.
+
+    Of a `datasets.Dataset`, without images, sounds and other columns that would have to be decoded.
+    """
+    if names := getattr(rows, "column_names", None):
+        features = getattr(rows, "features", None) or {}
+        common = {name for name in names if not hasattr(features.get(name), "decode_example")}
+    else:
+        common = set(_fields(next(iter(rows), {})))
+        for row in rows:
+            common &= _fields(row).keys()
+    return sorted(map(str, common - {id_column} or common))

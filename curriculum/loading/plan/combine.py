@@ -1,0 +1,176 @@
+"""Several scores into one difficulty: what "hard" means when there is more than one measure of it.
+
+Contract: NumPy only. Scores enter through their ranks alone, so any two that order the rows alike are worth the same,
+whatever their units; each rises with difficulty (negate one that does not). Equal rows stay exactly equal, because ranks
+are added as whole numbers, and what breaks their ties is left to the ranking. The result does not depend on the order of
+the rows, nor, under rank_average with whole weights and under intersection, on the order of the scores.
+
+A row that lacks any of the scores (NaN) has none, and the others are ranked as if it were not there. Infinities are
+numbers here: the ends of the ranking. Memory: about 6 float64 arrays of N at the peak.
+
+Legend: N rows, M of them complete.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsort.errors import SparsortError, unknown_choice
+
+Combination = Literal["rank_average", "lexicographic", "intersection"]
+COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
+
+
+def combine(
+    scores: Mapping[str, ArrayLike],
+    how: Combination,
+    *,
+    weights: Mapping[str, float] | None = None,
+    levels: int | None = 10,
+) -> NDArray[np.float64]:
+    """One difficulty out of several scores, each (N,) and rising with difficulty.
+
+    The ways:
+        rank_average: the weighted mean of the percentiles; a row is as hard as its scores are on average.
+        lexicographic: by the first score; its ties by the second, and so on. Every score but the last is cut into
+            `levels` levels of equal counts first, as a score that is continuous has no ties. Equal values share a level,
+            so ties can make levels uneven.
+        intersection: by the largest of the percentiles; an example is easy when every score says so. This is the order
+            in which DeepSpeed's data pipeline lets examples in, which takes those that are easy enough by each metric.
+            There fewer than the share c are in when each metric stands at its percentile c; here the result is ranked
+            again, so that the share c of a pacing is the share c of the data.
+
+    Args:
+        scores: name → (N,) numbers; NaN where a row has none. The order of names matters to "lexicographic" only.
+        how: one of the ways above.
+        weights: name → weight above 0, for rank_average; by default all alike.
+        levels: for lexicographic; None takes values as they are.
+
+    Returns:
+        (N,) float64 in (0, 1): mid-rank percentiles, under rank_average a mean of such. NaN where any score is NaN.
+
+    Raises:
+        SparsortError: an unknown way, no scores, different lengths, no row that has all of them, weights that miss or
+            invent a name or are not above 0, weights for another way, levels below 1.
+    """
+    if how not in COMBINATIONS:
+        raise unknown_choice("way to combine scores", how, COMBINATIONS)
+    if not scores:
+        raise SparsortError("there are no scores to combine. Give at least one, as {name: numbers}.")
+    if weights is not None and how != "rank_average":
+        raise SparsortError(f"weights were given to {how!r}, which has none. Leave them out, or use 'rank_average'.")
+    _check_levels(levels)
+    columns = {name: _column(f"score {name!r}", values) for name, values in scores.items()}
+    complete_N = _complete(columns)
+    n_complete = int(np.count_nonzero(complete_N))
+    chosen = (_chosen(values_N, complete_N) for values_N in columns.values())
+    if how == "rank_average":
+        weight_of = _weights(columns, weights)
+        total_M = np.zeros(n_complete)
+        for values_M, weight in zip(chosen, weight_of, strict=True):
+            total_M += weight * _doubled_ranks([values_M])
+        combined_M = total_M / (2 * n_complete * math.fsum(weight_of))
+    elif how == "intersection":
+        largest_M = np.zeros(n_complete)
+        for values_M in chosen:
+            np.maximum(largest_M, _doubled_ranks([values_M]), out=largest_M)
+        combined_M = _doubled_ranks([largest_M]) / (2 * n_complete)
+    else:
+        keys = list(chosen)
+        if levels is not None:
+            keys[:-1] = [_levels(values_M, levels) for values_M in keys[:-1]]
+        combined_M = _doubled_ranks(keys) / (2 * n_complete)
+    return _spread_out(combined_M, complete_N)
+
+
+def _doubled_ranks(keys: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """2·rank − 1 of each row by the first key, then the second, …: (M,) whole numbers from 1 to 2M−1, ties averaged."""
+    order_M = np.argsort(keys[0]) if len(keys) == 1 else np.lexsort(tuple(reversed(keys)))
+    count = len(order_M)
+    begins_M = np.zeros(count, dtype=np.bool_)
+    begins_M[0] = True
+    for key_M in keys:
+        sorted_M = key_M[order_M]
+        begins_M[1:] |= sorted_M[1:] != sorted_M[:-1]
+        del sorted_M
+    edges = np.append(np.flatnonzero(begins_M), count)
+    # A run of equal rows at places s … e−1 has the mean rank (s + 1 + e) / 2.
+    ranks_M = np.empty(count)
+    ranks_M[order_M] = np.repeat(edges[:-1] + edges[1:], np.diff(edges))
+    return ranks_M
+
+
+def _levels(values_M: NDArray[Any], levels: int) -> NDArray[np.int64]:
+    """⌊percentile · levels⌋, in whole numbers."""
+    ranks_M = _doubled_ranks([values_M]).astype(np.int64)
+    return ranks_M * levels // (2 * len(values_M))
+
+
+def _column(what: str, values: ArrayLike) -> NDArray[Any]:
+    values_N = np.asarray(values)
+    if values_N.ndim != 1:
+        raise SparsortError(f"{what} has shape {values_N.shape}; one number a row is needed, shape (N,).")
+    if values_N.size and values_N.dtype.kind not in "fiub":
+        raise SparsortError(f"{what} has values of type {values_N.dtype}; numbers are needed, NaN where there is none.")
+    return values_N
+
+
+def _complete(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """The rows that have every score."""
+    lengths = {name: len(values_N) for name, values_N in columns.items()}
+    if len(set(lengths.values())) > 1:
+        given = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise SparsortError(f"the scores have different numbers of rows ({given}). Give the scores of the same rows.")
+    complete_N = np.ones(next(iter(lengths.values())), dtype=np.bool_)
+    for values_N in columns.values():
+        complete_N &= ~np.isnan(values_N)
+    if not complete_N.any():
+        given = ", ".join(f"{name}: {np.count_nonzero(~np.isnan(values_N))}" for name, values_N in columns.items())
+        raise SparsortError(
+            f"none of the {len(complete_N)} rows has all the scores (rows with a number: {given}). "
+            "Score the rows, or leave out the score that is missing."
+        )
+    return complete_N
+
+
+def _weights(columns: Mapping[str, Any], weights: Mapping[str, float] | None) -> list[float]:
+    if weights is None:
+        return [1.0] * len(columns)
+    for name in weights:
+        if name not in columns:
+            raise unknown_choice("score in the weights", name, columns)
+    if missing := [name for name in columns if name not in weights]:
+        raise SparsortError(f"the weights miss {', '.join(missing)}. Give each score a weight, or none at all.")
+    given: Mapping[str, object] = weights
+    for name, weight in given.items():
+        if not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
+            raise SparsortError(
+                f"the weight of {name} is {weight!r}; a number above 0 is needed. To drop a score, omit it."
+            )
+    return [float(weights[name]) for name in columns]
+
+
+def _check_levels(levels: object) -> None:
+    if levels is None:
+        return
+    if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or levels < 1:
+        raise SparsortError(f"levels = {levels!r}; a whole number of at least 1 is needed, or None for exact values.")
+
+
+def _chosen(values_N: NDArray[Any], complete_N: NDArray[np.bool_]) -> NDArray[Any]:
+    return values_N if complete_N.all() else values_N[complete_N]
+
+
+def _spread_out(values_M: NDArray[np.float64], complete_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Back to all rows, NaN where a row is not complete."""
+    if len(values_M) == len(complete_N):
+        return values_M
+    values_N = np.full(len(complete_N), np.nan)
+    values_N[complete_N] = values_M
+    return values_N

@@ -1,0 +1,361 @@
+"""CurriculumPlan: every batch of a training run, by its number.
+
+Contract: `plan.batch(number, epoch)` is a pure function of the plan: the ordered rows of one global batch, whoever asks,
+in whatever order. Saved, a plan is a folder of `plan.json` and `.npy` arrays that every process maps and none writes to.
+
+Trade-off: an epoch's sequence is never made whole. Its rows are worked out in blocks of 32768 places when a batch asks for
+one of them (a millisecond), so that an epoch begins, or goes on anywhere, at once at any size. Grouping by length
+needs the stage as a whole, once an epoch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsort.curriculum.loading.plan import draw
+from sparsort.curriculum.loading.plan.arrays import Spans, base_order, rows_at, warm_place
+from sparsort.curriculum.loading.plan.batches import WINDOW
+from sparsort.curriculum.loading.plan.files import AGAIN, fingerprint_of, read_plan, write_plan
+from sparsort.curriculum.loading.plan.ranking import Rows, row_type
+from sparsort.curriculum.loading.plan.sequences import like_lengths
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.shuffling import key_of, permute
+from sparsort.errors import SparsortError
+from sparsort.integrity import as_written
+
+_FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
+_BLOCK = 1 << 15
+_KEPT = 4  # blocks, or stages, that are held
+
+
+class CurriculumPlan:
+    """Made by `plan_curriculum`, or read with `open`.
+
+    Attributes:
+        settings: what was asked for.
+        n_rows: rows of the data.
+        stage_edges: number of each stage's first batch, from 0; the last is the number of batches.
+        stage_places: in one pass, the place of each stage's first row in the sequence; the last is the number of rows.
+        turn_spans: of batches that were cut by length: which of them change places from epoch to epoch, from and to.
+        smallest_batch: items of the smallest global batch.
+        notes: JSON values of how it was made: counts of rows without a score and of cut rows, groups, provenance.
+        revision: of a plan made by `revised`: {"number", "epoch", "start"}; else None.
+        fingerprint: of everything that decides a batch.
+        folder: where it is saved, or None.
+    """
+
+    def __init__(
+        self,
+        settings: CurriculumSettings,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        n_rows: int,
+        stage_edges: list[int],
+        stage_places: list[int],
+        smallest_batch: int,
+        turn_spans: Spans | None = None,
+        notes: Mapping[str, Any],
+        revision: Mapping[str, int] | None = None,
+        fingerprint: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.settings = settings
+        self.n_rows = n_rows
+        self.stage_edges = stage_edges
+        self.stage_places = stage_places
+        self.smallest_batch = smallest_batch
+        self.notes = dict(notes)
+        self.revision = dict(revision) if revision else None
+        self.folder = folder
+        self._arrays = dict(arrays)
+        self.turn_spans = [(int(first), int(last)) for first, last in turn_spans or ()]
+        self._made: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._n_batches = stage_edges[-1]
+        # Batches by count in one pass, the common case, whose rows are looked up in blocks.
+        self._is_flat = settings.mode == "one_pass" and "sequence" not in arrays and not settings.group_by_length
+        self.fingerprint = fingerprint or fingerprint_of(self._described(), self._arrays)
+
+    def __repr__(self) -> str:
+        what = "pool" if self.settings.mode == "pool" else self.settings.schedule
+        return (
+            f"CurriculumPlan({self.n_rows} rows, {self.n_batches} batches an epoch, {what}, {self.settings.direction})"
+        )
+
+    @property
+    def n_batches(self) -> int:
+        """Global batches of one epoch, the same in every epoch."""
+        return self._n_batches
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.stage_edges) - 1
+
+    @property
+    def difficulty(self) -> NDArray[np.float32]:
+        """(N,) by row; NaN where there is no score."""
+        return self._arrays["difficulty"]
+
+    @property
+    def lengths(self) -> NDArray[np.int32] | None:
+        """(N,) tokens by row, after max_length; None where the plan was made without."""
+        return self._arrays.get("lengths")
+
+    @property
+    def groups(self) -> NDArray[np.int32] | None:
+        """(N,) group of each row, numbering notes["groups"]; None without groups."""
+        return self._arrays.get("groups")
+
+    @property
+    def order(self) -> Rows:
+        """(N,) rows from the beginning of the curriculum to its end, before stages and pacing; by group with quotas."""
+        return self._arrays["order"] if "order" in self._arrays else np.arange(self.n_rows, dtype=row_type(self.n_rows))
+
+    def batch(self, number: int, epoch: int = 0) -> NDArray[np.int64]:
+        """The ordered rows of a global batch.
+
+        Raises:
+            SparsortError: there is no such batch, or a revised plan does not reach back to it.
+        """
+        if not self._is_flat or not 0 <= number < self._n_batches or epoch < 0 or self.revision:
+            self._check(number, epoch)
+            if not self._is_flat:
+                return self._other_batch(number, epoch)
+        first, last = number * self.n_rows // self._n_batches, (number + 1) * self.n_rows // self._n_batches
+        block = first // _BLOCK
+        rows = self._made.get((epoch, block))
+        if rows is None or last > (block + 1) * _BLOCK:
+            blocks = [self._block(number, epoch) for number in range(block, (last - 1) // _BLOCK + 1)]
+            rows = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return rows[first - block * _BLOCK : last - block * _BLOCK]
+
+    def bins(self, number: int, epoch: int = 0) -> list[NDArray[np.int64]]:
+        """The items of a global batch: the rows of each packed sequence, or one row each without packing."""
+        rows = self.batch(number, epoch)
+        if "item_edges" not in self._arrays:
+            return [rows[i : i + 1] for i in range(len(rows))]
+        number = self._turned(number, epoch)
+        edges = self._arrays["item_edges"][self._edge(number) : self._edge(number + 1) + 1]
+        return np.split(rows, edges[1:-1] - edges[0])
+
+    def stage(self, number: int) -> int:
+        """The stage of a batch, from 0."""
+        return int(np.searchsorted(self.stage_edges, number, side="right")) - 1
+
+    def share(self, number: int, epoch: int = 0) -> float:
+        """Share of the examples that a batch could be drawn from; 1 where the schedule sets no such limit.
+
+        With quotas it is the share of each group, of which a batch gets its quota even where that is more.
+        """
+        settings = self.settings
+        if settings.mode == "pool":
+            return float(self._arrays["available"][number]) / self.n_rows
+        if settings.schedule != "sorted" or (epoch > 0 and settings.later_epochs == "shuffle"):
+            return 1.0
+        first, last = self._places(number, epoch)
+        if last > warm_place(settings, self.n_rows):
+            return 1.0
+        if settings.stages is None:
+            # Best fit takes rows from anywhere in its window.
+            reach = -(-last // WINDOW) * WINDOW if settings.packing == "best_fit" else last
+            return min(reach, self.n_rows) / self.n_rows
+        stage = int(np.searchsorted(self.stage_places, first, side="right")) - 1
+        limits = self._arrays.get("available", self.stage_places[1:])
+        return float(limits[stage]) / self.n_rows
+
+    def revised(self, difficulty: ArrayLike, *, epoch: int = 0, start: int = 0) -> CurriculumPlan:
+        """The same curriculum over other difficulties, from batch `start` of `epoch` on.
+
+        Args:
+            difficulty: (N,) by row.
+
+        Raises:
+            SparsortError: difficulties that do not fit; one pass in the middle of an epoch, or without an easy and a
+                hard end; batches that depend on lengths, of which there would be another number.
+        """
+        values = np.asarray(difficulty)
+        settings = self.settings
+        if values.shape != (self.n_rows,):
+            raise SparsortError(f"a revision needs one difficulty a row, ({self.n_rows},), not {values.shape}.")
+        if settings.mode == "one_pass" and (start or settings.schedule in ("shuffle", "as_given")):
+            raise SparsortError(
+                f"in one pass a curriculum is revised between epochs, not at batch {start} of the schedule "
+                f"{settings.schedule!r}. Use mode='pool' to revise between stages."
+            )
+        if "batch_edges" in self._arrays:
+            raise SparsortError(
+                "batches by tokens and packed sequences are cut for the order that the plan was made with. A plan that is "
+                "to be revised needs batch_size and no packing."
+            )
+        kept = ("ids", "lengths", "groups", "available")
+        arrays: dict[str, NDArray[Any]] = {name: array for name, array in self._arrays.items() if name in kept}
+        if settings.unscored == "error" and np.isnan(values).any():
+            raise SparsortError(f"{np.count_nonzero(np.isnan(values))} rows have no difficulty, and unscored='error'.")
+        arrays.update(base_order(values, settings, arrays.get("ids"), arrays.get("groups")))
+        return CurriculumPlan(
+            settings,
+            {**arrays, "difficulty": values.astype(np.float32)},
+            n_rows=self.n_rows,
+            stage_edges=self.stage_edges,
+            stage_places=self.stage_places,
+            smallest_batch=self.smallest_batch,
+            notes={**self.notes, "revises": self.notes.get("revises", self.fingerprint)},
+            revision={"number": (self.revision or {}).get("number", 0) + 1, "epoch": epoch, "start": start},
+        )
+
+    def save(self, folder: str | Path) -> CurriculumPlan:
+        """Write the plan as a folder and return it mapped from there.
+
+        Saving the same plan again changes nothing, except that files of it that are damaged are written again.
+
+        Raises:
+            SparsortError: the folder holds another plan, or the disk refuses.
+        """
+        folder = Path(folder)
+        write_plan(folder, {"fingerprint": self.fingerprint, **self._described()}, self._arrays)
+        return CurriculumPlan._mapped(folder, check=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> CurriculumPlan:
+        """Map a plan that `save` wrote, after reading it once to see that nothing of it has changed (about 1 s a gigabyte).
+
+        Raises:
+            SparsortError: no plan is there, another version wrote it, or a file is missing or has changed.
+        """
+        path = Path(folder).expanduser()
+        with as_written(path, next_step=AGAIN.format(path)):
+            made = cls._mapped(path, check=True)
+            for number in {0, made.n_batches // 2, made.n_batches - 1}:
+                made.batch(number, made.revision["epoch"] + 1 if made.revision else 0)
+        return made
+
+    @classmethod
+    def _mapped(cls, folder: Path, *, check: bool) -> CurriculumPlan:
+        found, arrays = read_plan(folder, check=check)
+        settings = CurriculumSettings.from_json(found.pop("settings"), stored=True)
+        return cls(settings, arrays, folder=folder.resolve(), **found)
+
+    def in_memory(self) -> CurriculumPlan:
+        """The same plan, independent of the folder that it was read from."""
+        held = copy.copy(self)
+        held.folder, held._made = None, {}
+        held._arrays = {name: np.array(array) for name, array in self._arrays.items()}
+        return held
+
+    # A worker process maps the files again instead of receiving the arrays. They were checked when the plan was opened.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}, **({"_arrays": {}} if self.folder else {})}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.folder is not None:
+            found, self._arrays = read_plan(self.folder, check=False)
+            if found["fingerprint"] != self.fingerprint:
+                raise SparsortError(f"{self.folder} holds another plan than when it was opened. Open the plan again.")
+
+    def _described(self) -> dict[str, Any]:
+        """The plan as `plan.json` holds it, except for its fingerprint."""
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return {"settings": self.settings.to_json(), "n_rows": self.n_rows, **facts}
+
+    def _other_batch(self, number: int, epoch: int) -> NDArray[np.int64]:
+        """A batch that is drawn, or was cut by length, or is put together by length."""
+        if self.settings.mode == "pool":
+            return self._draw(number, epoch)
+        first, last = self._places(number, epoch)
+        if "sequence" in self._arrays:
+            return self._arrays["sequence"][first:last].astype(np.int64)
+        if epoch > 0 and self.settings.later_epochs == "shuffle":
+            return self._at(np.arange(first, last, dtype=np.int64), epoch)
+        return self._like_lengths(first, last, epoch)
+
+    def _check(self, number: int, epoch: int) -> None:
+        if not 0 <= number < self.n_batches or epoch < 0:
+            raise SparsortError(
+                f"there is no batch {number} of epoch {epoch}: an epoch has {self.n_batches}, from 0 to {self.n_batches - 1}."
+            )
+        if self.revision and (epoch, number) < (self.revision["epoch"], self.revision["start"]):
+            raise SparsortError(
+                f"this plan was revised at batch {self.revision['start']} of epoch {self.revision['epoch']} and does not "
+                f"reach back to batch {number} of epoch {epoch}. Ask the plan that came before."
+            )
+
+    def _draw(self, number: int, epoch: int) -> NDArray[np.int64]:
+        settings, held = self.settings, int(self._arrays["available"][number])
+        key = key_of(settings.seed, epoch, "pool", number)
+        order = self._arrays["order"]
+        if settings.token_budget is not None:
+            return draw.draw_tokens(order, held, settings.token_budget, self._arrays["lengths"], key)
+        size = settings.batch_size or 0
+        if settings.quotas is None:
+            return draw.draw(order, held, size, key)
+        shares = np.array([settings.quotas[name] for name in self.notes["groups"]])
+        shares /= shares.sum()
+        return draw.draw_quotas(order, self._arrays["group_edges"], shares, held, size, key)
+
+    def _edge(self, number: int) -> int:
+        """The item with which batch `number` begins."""
+        if "batch_edges" in self._arrays:
+            return int(self._arrays["batch_edges"][number])
+        return number * self.n_rows // self.n_batches
+
+    def _places(self, number: int, epoch: int) -> tuple[int, int]:
+        """The places of the sequence that a batch takes, from and to."""
+        number = self._turned(number, epoch)
+        first, last = self._edge(number), self._edge(number + 1)
+        if "item_edges" in self._arrays:
+            first, last = (int(edge) for edge in self._arrays["item_edges"][[first, last]])
+        return first, last
+
+    def _turned(self, number: int, epoch: int) -> int:
+        """Batches that were cut once, by tokens or bins, change places within their span from epoch to epoch."""
+        if epoch > 0:
+            for first, last in self.turn_spans:
+                if first <= number < last:
+                    key = key_of(self.settings.seed, epoch, "turn", first)
+                    return first + int(permute(number - first, last - first, key))
+        return number
+
+    def _block(self, block: int, epoch: int) -> NDArray[np.int64]:
+        """The rows at the places of one block."""
+        found = self._made.get((epoch, block))
+        if found is None:
+            places = np.arange(block * _BLOCK, min(self.n_rows, (block + 1) * _BLOCK), dtype=np.int64)
+            found = self._keep((epoch, block), self._at(places, epoch))
+        return found
+
+    def _like_lengths(self, first: int, last: int, epoch: int) -> NDArray[np.int64]:
+        """The rows at places of one stage, after those of like length were put together."""
+        stage = int(np.searchsorted(self.stage_places, first, side="right")) - 1
+        begin, end = self.stage_places[stage], self.stage_places[stage + 1]
+        found = self._made.get((epoch, stage))
+        if found is None:
+            rows = self._at(np.arange(begin, end, dtype=np.int64), epoch)
+            numbers = np.arange(self.stage_edges[stage], self.stage_edges[stage + 1] + 1)
+            edges = numbers * self.n_rows // self.n_batches - begin
+            key = key_of(self.settings.seed, epoch, "lengths", stage)
+            found = self._keep((epoch, stage), like_lengths(rows, self._arrays["lengths"], edges, key))
+        return found[first - begin : last - begin]
+
+    def _at(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        rows = rows_at(
+            self.settings,
+            places,
+            order=self._arrays.get("order"),
+            ids=self._arrays.get("ids"),
+            stage_places=np.array(self.stage_places, dtype=np.int64),
+            limits=self._arrays.get("available"),
+            epoch=epoch,
+        )
+        return rows.astype(np.int64)
+
+    def _keep(self, name: tuple[int, int], made: NDArray[np.int64]) -> NDArray[np.int64]:
+        made.flags.writeable = False
+        # One assignment, so that threads see a whole dictionary.
+        self._made = {**dict(list(self._made.items())[1 - _KEPT :]), name: made}
+        return made

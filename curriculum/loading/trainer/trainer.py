@@ -1,0 +1,370 @@
+"""A curriculum inside transformers' Trainer: the plan's batches, on any number of processes, resumed exactly.
+
+Contract: optimiser step s trains on global batch s of the plan, whatever the number of processes, data workers and
+accumulation steps that make it up; `resume_from_checkpoint` goes on with the next one, at once. Trainer's own ordering
+options (`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, accelerate's `even_batches`) have no effect: the
+loader is sharded already and never passes through `accelerator.prepare`, whose wrap-around would show the easiest
+examples again after the hardest.
+
+Checkpoints are finished by a manifest and checked against it before they are used (`checkpoints`).
+
+Two of the caller's arguments are changed, for a while: `ignore_data_skip` is on while `train` runs (Trainer would otherwise
+walk over the data up to the checkpoint), and `save_total_limit` is None while a checkpoint is written (Trainer would
+otherwise delete older ones before every process has written its part).
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
+
+from sparsort.curriculum.loading.loader.fetching import Part
+from sparsort.curriculum.loading.loader.loader import CurriculumLoader
+from sparsort.curriculum.loading.loader.packing import PackedCollator
+from sparsort.curriculum.loading.loader.verification import check_name, rows_agree, verify_rows
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+from sparsort.curriculum.loading.trainer import checkpoints
+from sparsort.curriculum.loading.trainer.callback import CurriculumCallback
+from sparsort.curriculum.loading.trainer.classes import refuse_mixin_after_trainer, refuse_own_batches
+from sparsort.errors import SparsortError
+from sparsort.files import disk_errors
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.online.measure import OnlineDifficulty
+    from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+
+_ONLINE = "curriculum"  # folder of a checkpoint
+
+
+class CurriculumMixin(Trainer):  # type: ignore[misc]
+    """Trains in the order of a plan. Put it before any subclass of Trainer: `class Mine(CurriculumMixin, SFTTrainer)`.
+
+    Logs that carry a loss gain, for every target of `report_to`: `curriculum/stage` and `curriculum/share` (of the
+    examples that are available) at the last step, and `curriculum/difficulty`, the mean over all examples trained on
+    since the last such log, on all processes.
+
+    Args:
+        curriculum: the plan of the training data's rows, or the folder that `plan.save` wrote.
+        fingerprint: your own name for the training data, as of `CurriculumLoader`.
+        verify: compare `train_dataset`, as it is given and before any column is removed, with what the plan knows of its
+            rows. False takes any dataset with as many rows.
+        online: measure the difficulty of the examples while training on them, and plan anew from it at the edges of stages
+            (`OnlineCurriculum`). The checkpoints then hold a folder `curriculum` with what was learnt.
+        args, kwargs: of the Trainer beside it.
+
+    Raises:
+        SparsortError: a trainer that chooses its own batches (`classes`), or a `train_dataset` without the plan's
+            rows in their order, or without anything that could be compared with them (`verification`).
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_mixin_after_trainer(cls, CurriculumMixin)
+
+    def __init__(
+        self,
+        *args: Any,
+        curriculum: CurriculumPlan | str | Path,
+        online: OnlineDifficulty | None = None,
+        fingerprint: str | None = None,
+        verify: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(curriculum, (CurriculumPlan, str, Path)):
+            raise SparsortError(
+                f"curriculum= is a plan of plan_curriculum, or the folder that it was saved in, not {type(curriculum).__name__}."
+            )
+        if online is not None and not hasattr(online, "attach"):
+            raise SparsortError(
+                f"online= is an OnlineDifficulty, such as OnlineDifficulty(metric='hoyer'), not {online!r}."
+            )
+        self.online = online
+        self._learning: OnlineCurriculum | None = None
+        self._resumed_from: Path | None = None
+        self._passed_over: list[Path] = []
+        self._sealed: Path | None = None
+        self._micro = 0
+        self.curriculum = (
+            curriculum if isinstance(curriculum, CurriculumPlan) else CurriculumPlan.open(Path(curriculum))
+        )
+        check_name(fingerprint)
+        self._fingerprint, self._verify = fingerprint, verify
+        # All of this before the model is loaded, and before the other base class removes columns from the data.
+        passed = _passed(super().__init__, args, kwargs)
+        refuse_own_batches(type(self), CurriculumMixin, passed.get("args"))
+        given = passed.get("train_dataset")
+        if given is not None and verify:
+            verify_rows(self.curriculum, given, fingerprint=fingerprint)
+        super().__init__(*args, **kwargs)
+        self._verified = self._verify_prepared(given)
+        # The first to be called, so that the others see the epoch that it puts right.
+        self.callback_handler.callbacks.insert(0, CurriculumCallback())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does. With `resume_from_checkpoint=True`, checkpoints that are damaged, or that a kill left half
+        written, are passed over with a warning.
+
+        Raises:
+            SparsortError: the checkpoint is damaged, is not of this plan over this data, or was written without a curriculum.
+        """
+        self._resumed_from, self._passed_over = checkpoints.choose(resume_from_checkpoint, self.args)
+        if self._resumed_from is not None:
+            resume_from_checkpoint = str(self._resumed_from)
+        skip = self.args.ignore_data_skip
+        self.args.ignore_data_skip = True
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.ignore_data_skip = skip
+            self._resumed_from = None
+            self._stop_learning()
+
+    def get_train_dataloader(self) -> CurriculumLoader:
+        """This process's share of the plan's batches, with the columns, the collator and the workers that Trainer would use.
+
+        Where the plan packs and no `data_collator` is given, it is `PackedCollator`.
+
+        Raises:
+            SparsortError: the arguments do not make up the plan's global batch, or ask for a parallelism under which
+                several processes share a batch.
+        """
+        args = self.args
+        if self.train_dataset is None:
+            raise SparsortError("training needs train_dataset=, the data that the plan was made for.")
+        self._check_parallelism()
+        if self._verify and self.train_dataset is not self._verified:
+            # Given after construction.
+            verify_rows(self.curriculum, self.train_dataset, fingerprint=self._fingerprint)
+            self._verified = self.train_dataset
+        if self.curriculum.settings.batch_size is not None:
+            check_global_batch(
+                self.curriculum.settings.batch_size,
+                args.per_device_train_batch_size,
+                args.gradient_accumulation_steps,
+                args.world_size,
+            )
+        dataset, collate = self._as_the_model_takes_it()
+        loader = CurriculumLoader(
+            self.curriculum,
+            dataset,
+            collate_fn=collate,
+            rank=args.process_index,
+            world_size=args.world_size,
+            micro_batches=args.gradient_accumulation_steps,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            fingerprint=self._fingerprint,
+            verify=False,  # the whole dataset was, with the columns that are removed here
+        )
+        self._learn(loader)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one step; none when training is over, where Trainer would take one step more on resuming."""
+        self._micro = 0
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        samples: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, as Trainer or the class beside computes it; with `online`, the micro-batch is measured on the way."""
+        learning = self._learning
+        if learning is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        learning.online.begin()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        plan, (epoch, number) = learning.loader.plan, learning.loader.latest or (0, 0)
+        # Trainer has taken all micro-batches of the step by now, so the loader cannot tell which of them this is.
+        rows = self._part().of(plan.batch(number, epoch), self._micro)
+        learning.online.collect(rows, epoch * plan.n_batches + number)
+        self._micro += 1
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Report `logs`, with what the curriculum did where they carry a training loss."""
+        if "loss" in logs:
+            callback = next(held for held in self.callback_handler.callbacks if isinstance(held, CurriculumCallback))
+            logs = {**logs, **callback.measures()}
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # All processes are here; a callback's state is asked for in the first one only. Trainer's own state is written
+        # after this, so a checkpoint that has it has all.
+        args, runs = self.args, Path(self._get_output_dir(trial=trial))
+        folder = runs / f"checkpoint-{self.state.global_step}"
+        self._sealed = None
+        if args.should_save:
+            checkpoints.open_for_writing(folder)
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            with disk_errors(folder):
+                if self._learning is not None:
+                    self._learning.save(folder / _ONLINE)
+                super()._save_checkpoint(model, trial)
+            self._seal(folder)
+        except SparsortError:
+            # A full disk should not be filled by a checkpoint that cannot be used. Earlier ones are still there.
+            if args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            args.save_total_limit = limit
+        if args.should_save:
+            best = self.state.best_model_checkpoint
+            keep = [folder, *([Path(best)] if best else [])]
+            checkpoints.rotate(runs, limit, keep=keep, first=self._passed_over)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload runs in a thread of its own, which must find the manifest written.
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        checkpoints.choose(self.state.best_model_checkpoint, self.args, may_be_missing=True)
+        super()._load_best_model()
+
+    def _seal(self, folder: Path) -> None:
+        """Finish a checkpoint, once, after every process has written its part of it."""
+        if self._sealed == folder:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal_checkpoint(folder)
+        self._sealed = folder
+
+    def _verify_prepared(self, given: Any) -> Any:
+        """The dataset that counts as compared after construction: the given one, as the other base class prepared it."""
+        prepared = self.train_dataset
+        if given is None:
+            return None
+        if prepared is not given and self._verify and self._fingerprint is None:
+            # Ids alone: templates may have changed the contents, and a class may have dropped the columns.
+            rows_agree(self.curriculum, prepared, content=False)
+        return prepared
+
+    def _learn(self, loader: CurriculumLoader) -> None:
+        self._stop_learning()
+        saved = self._resumed_from / _ONLINE if self._resumed_from else None
+        if self.online is None:
+            if saved is not None and saved.exists():
+                raise SparsortError(
+                    f"{saved.parent} was written while the difficulty was measured online. Resume with online=, as before."
+                )
+            return
+        if self.args.enable_jit_checkpoint:
+            raise SparsortError(
+                "enable_jit_checkpoint=True saves in the middle of a step, when the online difficulty has seen half of it. "
+                "Leave it out, and save often (save_steps)."
+            )
+        from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
+
+        self._learning = OnlineCurriculum(self.model, loader, online=self.online, automatic=False)
+        if saved is not None:
+            self._learning.load(saved)
+
+    def _stop_learning(self) -> None:
+        if self._learning is not None:
+            self._learning.close()
+            self._learning = None
+
+    def _part(self) -> Part:
+        args = self.args
+        return Part(rank=args.process_index, world_size=args.world_size, micro_batches=args.gradient_accumulation_steps)
+
+    def _as_the_model_takes_it(self) -> tuple[Any, Callable[[list[Any]], Any]]:
+        collate = self.data_collator
+        by_default = collate is default_data_collator or type(collate) is DataCollatorWithPadding
+        if by_default and self.curriculum.settings.packing != "none":
+            collate = PackedCollator(pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0)
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), collate
+        return self.train_dataset, self._get_collator_with_removed_columns(collate, description="training")
+
+    def _check_parallelism(self) -> None:
+        shared = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
+        if asked := [f"{kind} parallelism over {size}" for kind, size in shared.items() if size > 1]:
+            raise SparsortError(
+                f"{' and '.join(asked)} processes: several processes would share a batch, and the curriculum gives "
+                "each process its own. Use data parallelism (DDP, FSDP or ZeRO), or your own loop with "
+                "CurriculumLoader(rank=…, world_size=…) counted over the data-parallel groups."
+            )
+        if self.args.n_gpu > 1:
+            raise SparsortError(
+                f"{self.args.n_gpu} GPUs in one process would be used through DataParallel, which cuts batches by itself. "
+                f"Start one process for each GPU (torchrun --nproc-per-node {self.args.n_gpu} …), or show it only one "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.args.accelerator_config, name):
+                raise SparsortError(
+                    f"accelerator_config's {name}=True has accelerate divide batches among processes; here each process "
+                    "loads its own part of the global batch. Leave it out."
+                )
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise SparsortError(
+                f"train_sampling_strategy={self.args.train_sampling_strategy!r} would order the data, and the plan does. Leave "
+                "it out; to put like lengths together, plan with group_by_length=True."
+            )
+        if self.args.dataloader_drop_last:
+            raise SparsortError(
+                "dataloader_drop_last=True would leave examples out; the plan's batches differ by at most one, so there is no "
+                "last one to drop. Leave it out."
+            )
+        if self.args.auto_find_batch_size:
+            raise SparsortError(
+                "auto_find_batch_size=True changes the batch while training, and the plan's batches are fixed. Leave it "
+                "out; where memory is short, halve per_device_train_batch_size and double gradient_accumulation_steps."
+            )
+
+
+class CurriculumTrainer(CurriculumMixin):
+    """transformers' Trainer in the order of a plan: `CurriculumTrainer(model, args, curriculum=plan, train_dataset=data)`."""
+
+
+def _passed(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as far as the signature names them."""
+    try:
+        bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # for the call itself to report
+        return kwargs
+    return {**bound, **kwargs}
+
+
+def check_global_batch(batch_size: int, per_device: int, accumulation: int, processes: int) -> None:
+    """Refuse arguments that make up another global batch than the plan's, with those that would.
+
+    Args:
+        batch_size: examples (or packed sequences) of the plan's global batch. A plan by tokens has none: there, the
+            plan alone decides what a step holds and `per_device_train_batch_size` is not looked at.
+
+    Raises:
+        SparsortError: per_device × accumulation × processes is not `batch_size`.
+    """
+    asked = per_device * accumulation * processes
+    if asked == batch_size:
+        return
+    message = (
+        f"per_device_train_batch_size={per_device} × gradient_accumulation_steps={accumulation} × {processes} "
+        f"process{'es' if processes > 1 else ''} make a global batch of {asked}; the plan's is {batch_size}. "
+    )
+    each, left = divmod(batch_size, processes)
+    if left:
+        raise SparsortError(
+            f"{message}{batch_size} does not divide among {processes} processes: make the plan with batch_size={asked}, "
+            "or use another number of processes."
+        )
+    fits = max(size for size in range(1, min(per_device, each) + 1) if each % size == 0)
+    raise SparsortError(
+        f"{message}Use per_device_train_batch_size={fits} with gradient_accumulation_steps={each // fits}, or make the "
+        f"plan with batch_size={asked}."
+    )
