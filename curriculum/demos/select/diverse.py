@@ -1,6 +1,7 @@
 """Demonstrations that are near the query or typical of the pool, and unlike one another: MMR, k-DPP, vote-k.
 
-Contract: pure functions of arrays; positions come back in the order of choice; ties go to the earlier position.
+Contract: the functions of the table take `Candidates`, the others are pure functions of arrays. Positions come back in the
+order of choice; ties go to the earlier position.
 
 Shapes: N candidates, D embedding width, k chosen.
 """
@@ -10,11 +11,40 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.demos.select.candidates import Candidates, Places
 from sparsort.curriculum.demos.similarity import Floats
 from sparsort.errors import SparsortError
 
 _BLOCK_ROWS = 1024
 _SINGULAR = 1e-10
+# Neighbours of the query among which a selector looks, unless the caller says otherwise.
+_MMR_FETCH = 20
+_KDPP_FETCH = 100
+
+
+def select_mmr(candidates: Candidates) -> Places:
+    """Rows near the query and unlike one another, by maximal marginal relevance."""
+    top = candidates.nearest(_MMR_FETCH)
+    near, unit = candidates.near[top], candidates.unit[top]
+    return top[mmr(near, unit, candidates.k, trade_off=candidates.settings.trade_off)]
+
+
+def select_kdpp(candidates: Candidates) -> Places:
+    """Rows near the query and unlike one another, by a determinantal point process."""
+    top = candidates.nearest(_KDPP_FETCH)
+    return top[dpp_map(dpp_kernel(candidates.near[top], candidates.unit[top]), candidates.k)]
+
+
+def select_vote_k(candidates: Candidates) -> Places:
+    """Rows typical of the pool and unlike one another."""
+    pool, unit, neighbours = candidates.known.pool, candidates.unit, candidates.settings.neighbours
+
+    def graph() -> Places:
+        return neighbour_graph(unit, neighbours)
+
+    # Excluded rows change with the query; the graph of all rows does not.
+    is_whole = len(candidates.rows) == len(pool)
+    return vote_k_of(pool.kept("graph", unit, graph, neighbours) if is_whole else graph(), candidates.k)
 
 
 def mmr(relevance_N: Floats, unit_ND: Floats, k: int, *, trade_off: float = 0.5) -> NDArray[np.int64]:

@@ -1,9 +1,9 @@
 """Selection by difficulty level: a spread over all levels, or the query's own level and its neighbours.
 
-Contract: pure functions of arrays; difficulty is a number and rises from easy (dense) to hard (sparse). `spread` gives
-positions easy to hard; `difficulty_matched` gives its lower level first, except in places that it had to fill with rows
-of whatever level was left. Levels are looked up by difficulty itself, never by a raw metric, so a metric in which high
-means easy cannot turn the look-up round.
+Contract: the functions of the table take `Candidates`, the others are pure functions of arrays. Difficulty is a number and
+rises from easy (dense) to hard (sparse). `spread` gives positions easy to hard; `difficulty_matched` gives its lower level
+first, except in places that it had to fill with rows of whatever level was left. Levels are looked up by difficulty itself,
+never by a raw metric, so a metric in which high means easy cannot turn the look-up round.
 """
 
 from __future__ import annotations
@@ -13,8 +13,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.demos.select.candidates import Candidates, Places
 from sparsort.curriculum.demos.similarity import Floats, nearest
 from sparsort.errors import SparsortError
+
+
+def select_spread(candidates: Candidates) -> Places:
+    """One row for each of k difficulty bins."""
+    near = candidates.near if candidates.near.size else None
+    return spread(candidates.difficulty, candidates.k, similarity_N=near, seed=candidates.settings.seed)
+
+
+def select_difficulty_matched(candidates: Candidates) -> Places:
+    """Rows near the query and of its own difficulty level or the next."""
+    return difficulty_matched(
+        candidates.difficulty,
+        candidates.known.query_difficulty,
+        candidates.near,
+        candidates.k,
+        levels=candidates.settings.n_levels,
+        fetch=candidates.settings.fetch or 20,
+    )
 
 
 def level_edges(difficulty_N: NDArray[np.float64], levels: int) -> NDArray[np.float64]:

@@ -1,4 +1,7 @@
-"""Selection by what the caller names: ids, or an even share of every label."""
+"""Selection without a look at what the rows say: at random, the first, by id, or an even share of every label.
+
+Contract: the functions of the table take `Candidates` and return places among its rows.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.rows import listed
+from sparsort.curriculum.demos.select.candidates import Candidates, Places
 from sparsort.errors import SparsortError, did_you_mean
 from sparsort.values import as_text, is_missing
+
+
+def select_random(candidates: Candidates) -> Places:
+    """k rows drawn by the seed."""
+    order = np.random.default_rng(candidates.settings.seed).permutation(len(candidates.rows))
+    return order[: candidates.k].astype(np.int64)
+
+
+def select_first(candidates: Candidates) -> Places:
+    """The first k rows."""
+    return np.arange(candidates.k, dtype=np.int64)
+
+
+def select_ids(candidates: Candidates) -> Places:
+    """The rows of the ids asked for, in that order."""
+    positions = by_id(candidates.known.pool.ids, candidates.settings.ids or (), candidates.excluded)
+    return np.searchsorted(candidates.rows, positions).astype(np.int64)
+
+
+def select_balanced(candidates: Candidates) -> Places:
+    """As many rows of each label as k allows."""
+    known, seed = candidates.known, candidates.settings.seed
+    return balanced(known.labels, candidates.rows, candidates.k, field=str(known.label), seed=seed)
 
 
 def by_id(pool_ids: Sequence[str], wanted: Sequence[Any], excluded: Mapping[int, str]) -> list[int]:
