@@ -52,6 +52,7 @@ _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     "hard_to_easy": ("curriculum/loading",),
     "ids": ("curriculum/ablation/order_notes.py", "curriculum/loading"),
     "random": (
+        "curriculum/ablation/cells.py",
         "curriculum/ablation/report",
         "curriculum/ablation/results.py",
         "curriculum/ablation/results_file.py",
