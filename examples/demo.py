@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsort
-from sparsort.scoring.correlation import Correlation, spearman
+from sparsort.scoring.calibration.correlation import Correlation, spearman
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out" / "demo"
@@ -97,7 +97,7 @@ def _draw(difficulty: np.ndarray, steps: np.ndarray, found: Correlation, path: P
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    from sparsort.files import write_atomically
+    from sparsort.storage.files import write_atomically
 
     rng = np.random.default_rng(0)
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")

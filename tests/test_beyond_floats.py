@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from sparsort.curriculum.demos.distributions import numbers
+from sparsort.curriculum.demos.criteria.distributions import numbers
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.recipes.choose_prior import _file_shares
+from sparsort.recipes.choose.prior import _file_shares
 from sparsort.recipes.plan import make_plan
-from sparsort.scoring.baselines import ColumnScorer
+from sparsort.scoring.scorers.baselines import ColumnScorer
 from sparsort.templates import render
 
 BIG = 10**400

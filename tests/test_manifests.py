@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
+from sparsort.storage import integrity, manifests
 
 
 @pytest.fixture

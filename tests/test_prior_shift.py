@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsort.curriculum.demos.distributions import log_softmax
+from sparsort.curriculum.demos.criteria.distributions import log_softmax
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "ordering"
 

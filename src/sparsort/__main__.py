@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from sparsort.interrupts import exit_code, handle_signals, received
-from sparsort.terminal import OutputError, closed, discard, note, unwritable
+from sparsort.terminal.interrupts import exit_code, handle_signals, received
+from sparsort.terminal.printing import OutputError, closed, discard, note, unwritable
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     handle_signals()
     code: object = 0
     try:
-        from sparsort.recipes.cli import app
+        from sparsort.recipes.cli.app import app
 
         app()
     except KeyboardInterrupt as stop:

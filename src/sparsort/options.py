@@ -1,6 +1,6 @@
 """Options of the command line, each declared once: as a field of the frozen dataclass that the code reads.
 
-Contract: `option` makes the field, and its `Option` says how a command shows it. `sparsort.recipes.options` makes the
+Contract: `option` makes the field, and its `Option` says how a command shows it. `sparsort.recipes.cli.options` makes the
 parameters of the commands from the fields, and the dataclass from the values of a call. A field without an `Option` is for
 Python alone, and a field whose default is itself such a dataclass brings the options of that dataclass.
 """

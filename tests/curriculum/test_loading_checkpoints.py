@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-from sparsort import manifests
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.trainer.checkpoints import damage_of, newest_intact, seal_checkpoint
 from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer, checkpoints
 from sparsort.errors import SparsortError
+from sparsort.storage import manifests
 
 Damages = Callable[[Path], Iterator[str]]
 N, BATCH = 24, 4

@@ -12,7 +12,7 @@ from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 from sparsort.errors import SparsortError
-from sparsort.scoring.baselines import LengthScorer
+from sparsort.scoring.scorers.baselines import LengthScorer
 
 DIFFICULTY = np.random.default_rng(0).random(12)
 

@@ -27,7 +27,7 @@ ROWS = np.array([40, 7, 19, 3])
 def model(make_tiny_model: Callable[..., Path]) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM
 
-    from sparsort.scoring.embedded import quiet_transformers
+    from sparsort.scoring.loading.demo_model import quiet_transformers
 
     with quiet_transformers():
         yield AutoModelForCausalLM.from_pretrained(make_tiny_model("llama")).train()

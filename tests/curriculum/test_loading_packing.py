@@ -182,7 +182,7 @@ def test_a_row_with_more_tokens_than_the_plan_counted_is_an_error(options: dict[
 def _model(folder: Path, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from sparsort.scoring.embedded import quiet_transformers
+    from sparsort.scoring.loading.demo_model import quiet_transformers
 
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()

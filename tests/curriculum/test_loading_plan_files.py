@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsort import SparsortError, integrity
+from sparsort import SparsortError
 from sparsort.curriculum.loading.plan.pacing import Pacing
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.storage import integrity
 
 REVERSED = Path(__file__).parents[1] / "data" / "plan_reversed"
 N = 60

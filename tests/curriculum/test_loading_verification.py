@@ -20,9 +20,9 @@ from sparsort.curriculum.loading.loader.verification import note_rows, verify_ev
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
-from sparsort.integrity import seal
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import digest_of
+from sparsort.scoring.data.rows import digest_of
+from sparsort.scoring.store.scores import Scores
+from sparsort.storage.integrity import seal
 
 N = 300  # more than the rows of a sample
 ROWS = [{"id": f"r{place}", "text": f"{place} " + "word " * (1 + place * 7 % 13)} for place in range(N)]

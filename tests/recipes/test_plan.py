@@ -17,12 +17,12 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.recipes.cli_plan import named_paths
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.cli.commands.plan import named_paths
 from sparsort.recipes.plan import make_plan
-from sparsort.scoring.score_tables import score_table, scores_schema
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.store.score_tables import score_table, scores_schema
+from sparsort.scoring.store.scores import Scores
 
 N = 60
 ROWS: list[dict[str, Any]] = [
@@ -342,7 +342,7 @@ def test_no_matplotlib_is_found_out_before_any_work(
 
 
 def test_the_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsort.recipes.cli_plan import EXAMPLE
+    from sparsort.recipes.cli.commands.plan import EXAMPLE
 
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sparsort.curriculum.ablation.report.style import LABEL_COLOURS, blank, colour, plain, styled
+from sparsort.curriculum.ablation.report.figures.style import LABEL_COLOURS, blank, colour, plain, styled
 from sparsort.curriculum.loading.inspect.summary import Part, Shown, Spread, describe, first_batch, look
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.extras import need
-from sparsort.files import write_atomically
+from sparsort.storage.files import write_atomically
 
 BATCHES = 400
 FORMATS = ("png", "pdf", "svg")

@@ -23,7 +23,7 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.ranking import group_names
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 ALL_BATCHES = 10_000
 ALL_EXAMPLES = 5_000_000

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparsort.curriculum.loading.loader import fingerprints
 from sparsort.errors import SparsortError
-from sparsort.integrity import check_version
+from sparsort.storage.integrity import check_version
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan

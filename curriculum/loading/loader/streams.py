@@ -27,8 +27,8 @@ import torch.utils.data
 
 from sparsort.curriculum.loading.loader.fetching import Part, note, prepared, seed_worker
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error
-from sparsort.progress import progress
+from sparsort.storage.files import disk_error
+from sparsort.terminal.progress import progress
 
 if TYPE_CHECKING:
     import datasets

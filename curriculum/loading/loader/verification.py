@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from sparsort.curriculum.loading.loader.fingerprints import random_state_put_back
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
-from sparsort.scoring.sources import digest_of
+from sparsort.scoring.data.rows import digest_of
 from sparsort.values import is_missing
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
-    from sparsort.scoring.scores import Scores
+    from sparsort.scoring.store.scores import Scores
 
 # Keys of a plan's notes.
 NAME, IDS, CONTENT = "fingerprint", "ids", "content"

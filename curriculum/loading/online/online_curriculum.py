@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparsort import integrity
 from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.online.gathering import gather
 from sparsort.curriculum.loading.online.measure import OnlineDifficulty, unwrap
@@ -28,6 +27,7 @@ from sparsort.curriculum.loading.online.observations import Observations
 from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.errors import SparsortError
+from sparsort.storage import integrity
 
 _FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
 _WITHOUT_DIGEST = 1  # still read

@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsort import integrity
 from sparsort.curriculum.loading.online.observations import Observations as Observations
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically
+from sparsort.storage import integrity
+from sparsort.storage.files import write_atomically
 
 _KIND, _VERSION = "sparsort running difficulty", 2
 _WITHOUT_DIGESTS = 1  # still read

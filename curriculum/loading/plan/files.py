@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort import integrity
 from sparsort.curriculum.loading.loader.verification import noted_for_other_rows
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically
-from sparsort.interrupts import held
+from sparsort.storage import integrity
+from sparsort.storage.files import write_atomically
+from sparsort.terminal.interrupts import held
 
 FORMAT = "sparsort-curriculum"
 VERSION = 2

@@ -27,7 +27,7 @@ from sparsort.curriculum.loading.plan.sequences import like_lengths
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.curriculum.loading.plan.shuffling import key_of, permute
 from sparsort.errors import SparsortError
-from sparsort.integrity import as_written
+from sparsort.storage.integrity import as_written
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
 _BLOCK = 1 << 15

@@ -24,7 +24,7 @@ from sparsort.curriculum.loading.plan.ranking import by_id, group_names, row_typ
 from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
-from sparsort.scoring.scores import Scores
+from sparsort.scoring.store.scores import Scores
 from sparsort.values import as_text, is_missing, number_array
 
 Given = Scores | str | Path | ArrayLike

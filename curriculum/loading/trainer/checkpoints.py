@@ -1,6 +1,6 @@
 """Checkpoints that transformers' Trainer writes: which one is intact, which one to resume from, which ones to delete.
 
-Contract: a checkpoint of ours is finished by a manifest of all its files (`sparsort.manifests`), written when every process
+Contract: a checkpoint of ours is finished by a manifest of all its files (`storage.manifests`), written when every process
 has written its part and before older checkpoints are deleted. So at any time, whatever is killed, the newest checkpoint that
 was finished is still there. A checkpoint is checked before anything of it is used, and one that is damaged or was not finished
 is passed over for the newest one that is intact. Files that are added to a checkpoint later are no damage.
@@ -19,9 +19,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsort import manifests
 from sparsort.errors import SparsortError
-from sparsort.integrity import parse_json
+from sparsort.storage import manifests
+from sparsort.storage.integrity import parse_json
 
 _LOG = logging.getLogger("sparsort")
 _STATE = "trainer_state.json"

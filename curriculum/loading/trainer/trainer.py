@@ -33,7 +33,7 @@ from sparsort.curriculum.loading.trainer import checkpoints
 from sparsort.curriculum.loading.trainer.callback import CurriculumCallback
 from sparsort.curriculum.loading.trainer.classes import refuse_mixin_after_trainer, refuse_own_batches
 from sparsort.errors import SparsortError
-from sparsort.files import disk_errors
+from sparsort.storage.files import disk_errors
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.online.measure import OnlineDifficulty

@@ -1,0 +1,188 @@
+"""The user's cache folder: what is in it, how large it may grow, and how it is emptied.
+
+    models/NAME/                   a converted model or tokenizer (`scoring.loading.conversions`)
+    rows/CONTEXT/DIGEST.rows       what a model computed for rows (`scoring.store.row_cache`)
+
+Contract: everything in the cache can be made again, so anything in it may be removed at any time, also while other processes
+use it. Each kind has a limit in bytes. `make_room` removes the entries of a kind that were used least recently until the rest
+is within the limit; the time of last use is an entry's modification time. Entries are recognised by their form, and nothing
+else is ever removed: SPARSORT_CACHE may name a folder with other files in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sparsort.errors import SparsortError
+from sparsort.storage.files import cache_folder
+
+Kind = Literal["models", "rows"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# A file with one of these names is in every converted model.
+MODEL_MARKS = ("sparsort-digests.json", "sparsort.json")
+ROWS_SUFFIX = ".rows"
+
+_DEFAULT_GB = {"models": 20.0, "rows": 1.0}
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+# What is being written, and what is being removed. One that has not changed for an hour belongs to a process that was killed.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.tmp)?")
+_LEFTOVER_SECONDS = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """One thing that can be removed: a folder of `models`, or a file of `rows`.
+
+    Attributes:
+        kind: the part of the cache that it is in.
+        path: where it is.
+        bytes: its size.
+        used: when it was last used, in seconds since the epoch.
+    """
+
+    kind: Kind
+    path: Path
+    bytes: int
+    used: float
+
+
+def limit_of(kind: Kind) -> int:
+    """The most bytes that the entries of a kind may take: `$SPARSORT_CACHE_MODELS_GB` or `$SPARSORT_CACHE_ROWS_GB`.
+
+    Raises:
+        SparsortError: the variable does not hold a number of gigabytes.
+    """
+    variable = f"SPARSORT_CACHE_{kind.upper()}_GB"
+    given = os.environ.get(variable) or str(_DEFAULT_GB[kind])
+    try:
+        # 10 ** 9 times a larger number would be infinite.
+        limit = float(given)
+        if 0 <= limit < 1e9:
+            return int(limit * 10**9)
+    except ValueError:
+        pass
+    raise SparsortError(f"{variable} is {given!r}; expected a number of gigabytes, such as {_DEFAULT_GB[kind]:g}.")
+
+
+def entries(kind: Kind) -> list[CacheEntry]:
+    """The entries of a kind, in no particular order; those that another process removes meanwhile are skipped."""
+    found = []
+    for path in _paths(kind):
+        with contextlib.suppress(OSError):
+            files = path.iterdir() if path.is_dir() else [path]
+            size = sum(file.stat().st_size for file in files)
+            found.append(CacheEntry(kind=kind, path=path, bytes=size, used=path.stat().st_mtime))
+    return found
+
+
+def mark_used(path: Path) -> None:
+    """Note that an entry was used now; a cache that cannot be written is left as it is."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def make_room(kind: Kind, *, keep: Collection[Path] = ()) -> None:
+    """Remove the entries used least recently until those of this kind are within their limit, and what killed processes left.
+
+    Args:
+        kind: the part of the cache.
+        keep: entries that stay, such as the one that was just written.
+    """
+    _remove_leftovers(kind)
+    held = sorted(entries(kind), key=lambda entry: entry.used)
+    total, limit = sum(entry.bytes for entry in held), limit_of(kind)
+    for entry in held:
+        if total <= limit:
+            return
+        if entry.path not in keep:
+            remove(entry.path)
+            total -= entry.bytes
+
+
+def clear() -> list[CacheEntry]:
+    """Remove every entry, and return what was removed.
+
+    Raises:
+        SparsortError: an entry cannot be removed.
+    """
+    removed = []
+    for kind in KINDS:
+        for entry in entries(kind):
+            remove(entry.path)
+            if entry.path.exists():
+                raise SparsortError(f"cannot remove {entry.path}. Is the cache yours? Remove the rest by hand.")
+            removed.append(entry)
+        _remove_leftovers(kind)
+    for folder in _contexts():
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    return removed
+
+
+def remove(path: Path) -> None:
+    """Remove an entry; a folder is renamed first, so that no process sees a part of it."""
+    with contextlib.suppress(OSError):
+        if not path.is_dir():
+            path.unlink()
+            return
+        aside = unused_name(path)
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def unused_name(path: Path) -> Path:
+    """A hidden name in the same folder that no other process chooses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def describe() -> dict[str, Any]:
+    """Folder, and of each kind the number of entries, their bytes and the limit, as JSON values."""
+    held = {kind: entries(kind) for kind in KINDS}
+    return {
+        "folder": str(cache_folder()),
+        **{
+            kind: {"entries": len(found), "bytes": sum(entry.bytes for entry in found), "limit": limit_of(kind)}
+            for kind, found in held.items()
+        },
+    }
+
+
+def _paths(kind: Kind) -> Iterator[Path]:
+    if kind == "models":
+        for path in _inside(cache_folder() / "models"):
+            if not path.name.startswith(".") and any((path / mark).is_file() for mark in MODEL_MARKS):
+                yield path
+        return
+    for folder in _contexts():
+        for path in _inside(folder):
+            if path.suffix == ROWS_SUFFIX and _DIGEST.fullmatch(path.stem):
+                yield path
+
+
+def _contexts() -> list[Path]:
+    return [path for path in _inside(cache_folder() / "rows") if _DIGEST.fullmatch(path.name)]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _remove_leftovers(kind: Kind) -> None:
+    folders = [cache_folder() / "models"] if kind == "models" else _contexts()
+    for path in (path for folder in folders for path in _inside(folder) if _TEMPORARY.fullmatch(path.name)):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
