@@ -47,7 +47,7 @@ WRONG = [
     (
         "query",
         torch.zeros(2, 4, 6, 8, device="meta"),
-        "(key|index_query) is on cpu and query on meta; bring them to one device",
+        "(key|index_query) is on cpu and query on meta; move them to one device",
     ),
     ("key", torch.zeros(2, 2, 6, 7), r"key has shape \(2, 2, 6, 7\); expected \(2, any, 6, 8\)"),
     ("key", torch.zeros(2, 2, 7, 8), r"key has shape \(2, 2, 7, 8\)"),
