@@ -339,7 +339,7 @@ def test_packed_sequences_stay_whole_and_in_order_over_ranks_and_a_resume(server
     ],
     ids=["one_pass", "pool"],
 )
-def test_an_online_curriculum_is_planned_anew_and_resumes_exactly(
+def test_an_online_curriculum_is_planned_again_and_resumes_exactly(
     server: Server, tmp_path: Path, world: int, settings: dict[str, Any], at: list[int]
 ) -> None:
     plan = _plan(tmp_path / "plan", 61, **settings)

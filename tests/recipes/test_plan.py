@@ -174,7 +174,7 @@ def test_several_scores_are_combined_by_name(scores: Path, data: Path, tmp_path:
     rows = CurriculumPlan.open(out).batch(0).tolist()
     assert [HARD[row] for row in rows] == sorted(HARD)
     assert "Did you mean" in _mistake(scores, other, "--batch-size", 4, "--combination", "rank_avg")
-    assert "weights miss other" in _mistake(scores, other, "--batch-size", 4, "--weight", "scores=1")
+    assert "weights lack other" in _mistake(scores, other, "--batch-size", 4, "--weight", "scores=1")
     assert "weigh several" in _mistake(scores, "--batch-size", 4, "--weight", "scores=1")
     assert "two scores are called 'scores'" in _mistake(scores, scores, "--batch-size", 4)
 
