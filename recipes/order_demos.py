@@ -6,7 +6,6 @@ are scored with the very prompt that they will stand in.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsort.conditions import changed, refuse_unread
-from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
-from sparsort.curriculum.demos.prompt import assemble
-from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator, PromptForm
+from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
+from sparsort.curriculum.demos.pool import DemoPool
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
+from sparsort.errors import SparsortError
+from sparsort.options import values_of
 from sparsort.recipes.demo_text import DemoText
 from sparsort.recipes.order_conditions import READ_BY
-from sparsort.recipes.score import ScorerConfig
+from sparsort.recipes.order_config import OrderConfig
+from sparsort.recipes.scorer_config import ScorerConfig
+from sparsort.scoring.prompt_spec import PromptSpec
+from sparsort.scoring.prompts import check_truncation
 from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import Row, open_rows
+from sparsort.scoring.sources import Row
 from sparsort.terminal import one_line
 from sparsort.values import text_if_any
 
@@ -36,46 +41,6 @@ if TYPE_CHECKING:
 MOST_DEMOS = 64
 # Characters of a demonstration's excerpt, for a person.
 EXCERPT = 80
-_NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
-_NEEDS_NO_SCORES = (
-    "given",
-    "random",
-    "similarity_ascending",
-    "similarity_descending",
-    "length_ascending",
-    "length_descending",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OrderConfig:
-    """What to select, how to order it, and how the prompt is put together.
-
-    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by any other score, `hard_to_easy`. An option that
-    differs from its default and has no effect is refused by `order_file`; see `recipes.order_conditions`.
-    """
-
-    select: str = "random"
-    k: int | None = None
-    ids: tuple[str, ...] | None = None
-    label: str | None = None
-    order: str | None = None
-    max_tokens: int | None = None
-    drop: Any = "farthest"
-    separator: str = "\n\n"
-    allow_leaks: bool = False
-    allow_zero_shot: bool = False
-    seed: int = 0
-    prompt: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-    system: str | None = None
-    chat: bool = False
-    id_column: str | None = None
-    columns: tuple[str, ...] | None = None
-    missing: Any = "error"
-    embedder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,80 +94,62 @@ def order_file(
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
     order = str(config.order)
-    base = order.rpartition("reverse:")[2]
     # Names first: a misspelt one should not cost the loading of a model.
-    if base not in ORDERS:
-        raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
-    if config.select not in METHODS:
-        raise unknown_choice("selection method", config.select, METHODS, aliases=ALIASES)
-    if config.ids is not None and config.select not in ("random", "ids"):
-        raise SparsortError(f"ids were given, and select is {config.select!r}. Pass one of the two.")
-    if config.k is None and config.ids is None and config.select != "random":
+    demonstrator = Demonstrator(
+        selector=config.select,
+        order=order,
+        k=config.k,
+        seed=config.seed,
+        ids=config.ids,
+        missing=config.missing,
+        allow_leaks=config.allow_leaks,
+        own_similarity=True,
+    )
+    selector = demonstrator.selector_entry
+    if config.k is None and config.ids is None and selector.name != DEFAULT_SELECTOR:
         raise SparsortError(
             f"selection by {config.select!r} needs the number of demonstrations k (-k) or, for 'ids', the ids (--ids)."
         )
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    source = open_rows(file, id_column=config.id_column, columns=config.columns)
+    source = config.data.open(file)
     rows = list(source.rows())
-    text = DemoText.of(
-        list(rows[0].fields),
-        prompt=config.prompt,
-        answer=config.answer,
-        messages=config.messages,
-        system=config.system,
-        chat=config.chat,
-    )
+    text = DemoText.of(list(rows[0].fields), config.prompt)
     if scorer.found is not None:
         definition = scorer.found.definition
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
     asked = text.parse_query(query)
-    scorer.check_model()
-    session = _Session(rows, text, config, scorer, table, cache)
-    if config.select == "balanced":
+    check_truncation(config.prompt.truncation)
+    scorer.check_model(max_length=config.prompt.max_length)
+    model = _Model(rows, text, config, scorer, table, cache)
+    if "label" in selector.needs:
         source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
-    chosen, notes = _select(session, asked)
-    source.check(lambda fields, where: text.whole(fields, where=where), [row.position for row in chosen])
-    similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
-    difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
-    places = order_indices(
-        order,
-        len(chosen),
-        difficulty=None if base in _NEEDS_NO_SCORES else difficulty,
-        kind=session.kind if base not in _NEEDS_NO_SCORES else None,
-        similarity=similarity,
-        lengths=[len(session.text_of(row)) for row in chosen] if base.startswith("length") else None,
-        seed=config.seed,
-        missing=config.missing,
-        names=[row.id for row in chosen],
-    )
-    ordered = [chosen[place] for place in places]
-    made = assemble(
-        [dict(row.fields) for row in ordered],
-        asked,
-        prompt=text.prompt,
-        answer=text.answer,
-        messages=text.messages,
-        system=text.system,
-        separator=config.separator,
-        chat=text.chat,
-        max_tokens=config.max_tokens,
-        tokenizer=session.tokenizer() if config.max_tokens is not None or text.chat else None,
-        drop=config.drop,
-        allow_leaks=config.allow_leaks,
-        allow_zero_shot=config.allow_zero_shot,
-    )
-    notes += [*([made.report] if made.dropped else []), *made.notes]
-    kept = set(made.kept)
+    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
+        raise SparsortError(
+            f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
+            "(--select) for the method."
+        )
+    known = model.known(asked)
+    selection = demonstrator.choose(known)
+    source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
+    tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
+    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
+    return _result(order, model, known, shown)
+
+
+def _result(order: str, model: _Model, known: Known, shown: Demonstration) -> OrderResult:
+    made = shown.prompt
+    is_ranked = order_entry(order).ranks_by == "difficulty"
+    difficulty = known.difficulty.at(shown.indices) if known.difficulty is not None and is_ranked else None
     demonstrations = [
         {
-            "id": row.id,
-            "difficulty": None if math.isnan(difficulty[place]) else float(difficulty[place]),
-            "kept": number in kept,
-            "excerpt": one_line(session.text_of(row), EXCERPT),
+            "id": model.rows[at].id,
+            "difficulty": None if difficulty is None or math.isnan(difficulty[place]) else float(difficulty[place]),
+            "kept": place in made.kept,
+            "excerpt": one_line(model.text_of(at), EXCERPT),
         }
-        for number, (row, place) in enumerate(zip(ordered, places, strict=True))
+        for place, at in enumerate(shown.indices)
     ]
     return OrderResult(
         prompt=made.text,
@@ -210,14 +157,29 @@ def order_file(
         order=order,
         demonstrations=demonstrations,
         n_tokens=made.n_tokens,
-        notes=[*session.notes, *notes],
-        provenance=session.provenance,
-        cache=session.cache.summary() if session.cache is not None else None,
+        notes=[*model.notes, *shown.notes],
+        provenance=model.provenance,
+        cache=model.cache.summary() if model.cache is not None else None,
     )
 
 
-class _Session:
-    """The model, the scores and the embeddings of one call, each made at most once."""
+def _form(config: OrderConfig, text: DemoText) -> PromptForm:
+    return PromptForm(
+        prompt=text.prompt,
+        answer=text.answer,
+        messages=text.messages,
+        system=text.system,
+        separator=config.separator,
+        chat=text.chat,
+        max_tokens=config.max_tokens,
+        drop=config.drop,
+        allow_leaks=config.allow_leaks,
+        allow_zero_shot=config.allow_zero_shot,
+    )
+
+
+class _Model:
+    """The model of one call, with what it computes of rows and of the query; loaded at most once, when it is first needed."""
 
     def __init__(
         self,
@@ -235,29 +197,40 @@ class _Session:
         self._table_fit: Scores | None = None
         self._loaded: Any = None
         self._tokenizer: Any = None
-        self._difficulty: dict[str, float] = {}
-        self._vectors: dict[str, Any] = {}
-        self._queries: dict[str, Any] = {}
         self._backbone: Any = None
         self._read = text.read()
         self.notes: list[str] = []
         before = self._table.provenance.get("prompt") if self._table is not None else None
         if before is not None and before.get("turns") != [list(turn) for turn in self._read.turns]:
             self.notes.append(f"the scores are of another prompt: {before['turns'][-1][1]!r}.")
-        self.kind = self._table.kind if self._table is not None else scorer.kind
         self.provenance: dict[str, Any] | None = self._table.provenance if self._table is not None else None
 
-    def difficulty(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Difficulty of these rows, from the scores given or scored now."""
-        if self._table is not None:
-            return self._table.difficulty_of([row.fields for row in rows])
-        missing = [row for row in rows if row.id not in self._difficulty]
-        if missing:
-            scored = self._score([row.fields for row in missing])
-            self._difficulty |= {row.id: float(value) for row, value in zip(missing, scored, strict=True)}
-        return np.array([self._difficulty[row.id] for row in rows])
+    def known(self, query: Mapping[str, Any]) -> Known:
+        """What is known about the rows and the query, each part computed when it is first read."""
+        rows, count = self.rows, len(self.rows)
+        ids, label = [row.id for row in rows], self.config.label
+        return Known(
+            DemoPool([row.fields for row in rows], ids=ids, label=label, **self.text.compared_by()),
+            query,
+            difficulty=Column(count, self._difficulty),
+            kind=self._table.kind if self._table is not None else self.scorer.kind,
+            embeddings=Column(count, lambda at: self._embed([rows[i].fields for i in at])),
+            query_difficulty=lambda: self._query_difficulty(query),
+            query_embedding=lambda: self._embed([query])[0],
+            lengths=Column(count, lambda at: [len(self.text_of(i)) for i in at]),
+        )
 
-    def query_difficulty(self, query: Mapping[str, Any]) -> float:
+    def text_of(self, position: int) -> str:
+        """A demonstration as it will appear in the prompt, without chat markers."""
+        row = self.rows[position]
+        return self.text.whole(row.fields, where=row.name)
+
+    def _difficulty(self, positions: Sequence[int]) -> Any:
+        """Difficulty of some rows, from the scores given or scored now."""
+        fields = [self.rows[position].fields for position in positions]
+        return self._table.difficulty_of(fields) if self._table is not None else self._score(fields)
+
+    def _query_difficulty(self, query: Mapping[str, Any]) -> float:
         """Difficulty of the query by the same score."""
         if self.scorer.needs_answer:
             raise SparsortError(
@@ -265,61 +238,26 @@ class _Session:
             )
         return float(self._score([query])[0])
 
-    def vectors(self, rows: Sequence[Row]) -> Any:
-        """(n, H) embeddings of the rows' prompts."""
-        missing = [row for row in rows if row.id not in self._vectors]
-        if missing:
-            found = self._embed([row.fields for row in missing])
-            self._vectors |= {row.id: vector for row, vector in zip(missing, found, strict=True)}
-        return np.stack([self._vectors[row.id] for row in rows])
-
-    def query_vector(self, query: Mapping[str, Any]) -> Any:
-        """(H,) embedding of the query's prompt."""
-        key = json.dumps(query, sort_keys=True, default=str)
-        if key not in self._queries:
-            self._queries[key] = self._embed([query])[0]
-        return self._queries[key]
-
-    def text_of(self, row: Row) -> str:
-        """The demonstration as it will appear in the prompt, without chat markers."""
-        return self.text.whole(row.fields, where=row.name)
-
-    def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
-        """(n,) cosine similarity of rows and query."""
-        from sparsort.curriculum.demos.similarity import cosine, unit_rows
-
-        return cosine(self.query_vector(query), unit_rows(self.vectors(rows)))
-
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            from sparsort.scoring.embedded import load_tokenizer
-
-            self._tokenizer = load_tokenizer(
-                self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
-            )
+            self._tokenizer = self.scorer.model.load_tokenizer()
         return self._tokenizer
 
     def _model(self) -> Any:
         if self._loaded is None:
             from sparsort.scoring.chat_templates import need_chat_template
-            from sparsort.scoring.loading import load_model
 
-            options = self.scorer
             if self.text.chat:
                 need_chat_template(self.tokenizer())
-            self._loaded = load_model(
-                options.model,
-                tokenizer=self.tokenizer(),
-                dtype=options.dtype,
-                device=options.device,
-                revision=options.revision,
-                trust_remote_code=options.trust_remote_code,
-            )
+            self._loaded = replace(self.scorer.model, tokenizer=self.tokenizer()).load()
         return self._loaded
 
     def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
-        read = self.text.read(answer=self.scorer.needs_answer)
+        given = self.config.prompt
+        read = PromptSpec(
+            self.text.read(answer=self.scorer.needs_answer), truncation=given.truncation, max_length=given.max_length
+        )
         options: dict[str, Any] = {}
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
@@ -333,7 +271,7 @@ class _Session:
             self._table_fit = self._scorer.score([row.fields for row in self.rows], read, **options)
         scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
         self.provenance = scores.provenance
-        return scores.difficulty
+        return np.asarray(scores.difficulty, dtype=np.float64)
 
     def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
         if self.config.embedder is not None:
@@ -345,7 +283,7 @@ class _Session:
         from sparsort.scoring.embedding import embed_rows
 
         if self._backbone is None:
-            self._backbone = Backbone(self._model())
+            self._backbone = Backbone(self._model(), token_budget=self.scorer.model.token_budget)
             self._backbone.mark_as_own()
         return embed_rows(self._backbone, fields, self._read, cache=self._cache_for(self._backbone))
 
@@ -359,41 +297,9 @@ class _Session:
         return self.cache
 
 
-def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
-    config, rows = session.config, session.rows
-    method = "ids" if config.ids is not None else config.select
-    k = config.k if config.k is not None else len(config.ids) if config.ids is not None else None
-    if k is None:
-        if len(rows) > MOST_DEMOS:
-            raise SparsortError(
-                f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
-                "(--select) for the method."
-            )
-        return list(rows), []
-    pool = [{**row.fields, "id": row.id} for row in rows]
-    wants_vectors, wants_scores = method in _NEEDS_EMBEDDINGS, method in _NEEDS_POOL_SCORES
-    chosen = select_demos(
-        pool,
-        query,
-        k,
-        method=method,
-        seed=config.seed,
-        ids=config.ids,
-        label=config.label,
-        scores=session.difficulty(rows) if wants_scores else None,
-        query_difficulty=session.query_difficulty(query) if method == "difficulty_matched" else None,
-        embeddings=session.vectors(rows) if wants_vectors else None,
-        query_embedding=session.query_vector(query) if wants_vectors and method != "vote_k" else None,
-        **session.text.compared_by(),
-        allow_leaks=config.allow_leaks,
-    )
-    notes = [f"left out {item.id}: {item.reason}" for item in chosen.excluded]
-    return [rows[index] for index in chosen.indices], notes
-
-
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
     """Refuse what was configured and has no effect; a seed, and a scorer next to scores, may be given where they are not read."""
-    values = {**vars(scorer), **vars(config), "scores": scores}
+    values = {name: value for part in (scorer, config) for name, value, _ in values_of(part)} | {"scores": scores}
     refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
 
 
@@ -404,10 +310,10 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
         SparsortError: the calibrated prompt is not one that demonstrations can be put into.
     """
     order = config.order or default_order(kind)
-    if scorer.found is None or config.prompt is not None or config.messages is not None:
+    if scorer.found is None or config.prompt.template is not None or config.prompt.messages is not None:
         return replace(config, order=order)
     if (column := scorer.found.definition.prompt.messages) is not None:
-        return replace(config, order=order, messages=column)
+        return replace(config, order=order, prompt=replace(config.prompt, messages=column))
     roles = [role for role, _ in scorer.found.definition.turns]
     if roles not in (["text"], ["user"], ["system", "user"]):
         raise SparsortError(
@@ -416,4 +322,4 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
         )
     system = scorer.found.definition.turns[0][1] if roles[0] == "system" else None
     prompt, chat = scorer.found.definition.turns[-1][1], roles != ["text"]
-    return replace(config, order=order, prompt=prompt, system=system, chat=chat)
+    return replace(config, order=order, prompt=replace(config.prompt, template=prompt, system=system, chat=chat))
