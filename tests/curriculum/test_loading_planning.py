@@ -121,7 +121,7 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
         ([1.0, 2.0], {}, "exactly one, such as batch_size=32"),
         ([1.0, 2.0], {"batch_size": 1, "token_budget": 5}, "exactly one"),
         ([1.0, 2.0], {"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
-        ([1.0, 2.0], {"batch_size": 1, "stages": 3}, "3 stages do not fit into an epoch of 2 batches"),
+        ([1.0, 2.0], {"batch_size": 1, "stages": 3}, "3 stages do not fit in an epoch of 2 batches"),
         ([1.0, 2.0], {"batch_size": 1, "schedule": "folded", "folds": 5}, "5 folds need at least as many rows"),
         ([1.0, 2.0], {"batch_size": 1, "schedule": "sortd"}, r"unknown schedule 'sortd'. Did you mean 'sorted'"),
         ([1.0, 2.0], {"batch_size": 1, "shedule": "sorted"}, r"unknown setting 'shedule'. Did you mean 'schedule'"),

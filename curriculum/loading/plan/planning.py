@@ -393,7 +393,7 @@ def _check_size(settings: CurriculumSettings, n: int) -> None:
         else n
     )
     if settings.n_stages > (k or 0) and not (settings.mode == "pool" and settings.stages is None):
-        raise SparsortError(f"{settings.n_stages} stages do not fit into an epoch of {k} batches. Choose stages ≤ {k}.")
+        raise SparsortError(f"{settings.n_stages} stages do not fit in an epoch of {k} batches. Choose stages ≤ {k}.")
     if settings.schedule in ("folded", "interleaved") and settings.folds > n:
         raise SparsortError(
             f"{settings.folds} folds need at least as many rows, and there are {n}. Choose folds ≤ {n}."
