@@ -342,7 +342,7 @@ def test_one_pass_is_revised_between_epochs(tmp_path):
     for name in ("tokens", "best_fit"):
         with pytest.raises(SparsortError, match="with batch_size and without packing"):
             plan_of(name).revised(DIFFICULTY, epoch=1)
-    with pytest.raises(SparsortError, match="one difficulty a row"):
+    with pytest.raises(SparsortError, match="one difficulty per row"):
         plan.revised(DIFFICULTY[:5], epoch=1)
 
 

@@ -116,7 +116,7 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
     [
         ([], {"batch_size": 1}, "there are no rows"),
         ([np.nan, np.nan], {"batch_size": 1}, "every difficulty is NaN"),
-        ([2.0, 2.0, 2.0], {"batch_size": 1}, "same difficulty, 2.0: so the rows cannot be ordered"),
+        ([2.0, 2.0, 2.0], {"batch_size": 1}, "same difficulty, 2.0, so the rows cannot be ordered"),
         ([1.0, 2.0], {"batch_size": 3}, "batch_size=3 is above the 2 rows"),
         ([1.0, 2.0], {}, "exactly one, such as batch_size=32"),
         ([1.0, 2.0], {"batch_size": 1, "token_budget": 5}, "exactly one"),
