@@ -208,7 +208,7 @@ def _modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def _places(tree: ast.Module, module: str) -> Iterator[str]:
-    """The dotted names of "module:name" in a table, whose modules are beside it or in the package around it."""
+    """The dotted names of "module:name" in a table, whose modules are next to it or in the package that contains it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and _PLACE.fullmatch(node.value):
             for package in (module, module.rpartition(".")[0]):

@@ -1,6 +1,6 @@
 """sparsort: rank examples by how sparsely a language model represents them, and order data by that rank.
 
-The public names load on first use, so that `import sparsort` and `sparsort --help` import neither torch nor transformers.
+The public names are imported on first use, so `import sparsort` and `sparsort --help` import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Public name → the module that defines it.
 _HOME = {
     "ColumnScorer": "scoring.scorers.baselines",
     "CompressionScorer": "scoring.scorers.baselines",
@@ -84,6 +85,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sparsort' has no attribute {name!r}")
     value = getattr(import_module(f"sparsort.{_HOME[name]}"), name)
+    # Cached, so that the next access does not come back to this function.
     globals()[name] = value
     return value
 

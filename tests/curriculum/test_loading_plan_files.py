@@ -168,5 +168,5 @@ def test_a_process_maps_the_plan_that_it_was_given_and_no_other(tmp_path):
     assert batches_of(copy.copy(plan)) == batches_of(plan_of("paced"))  # by way of its pickled state
     shutil.rmtree(tmp_path / "plan")
     plan_of("packed").save(tmp_path / "plan")
-    with pytest.raises(SparsortError, match="holds another plan than when it was opened"):
+    with pytest.raises(SparsortError, match="contains another plan than when it was opened"):
         copy.copy(plan)

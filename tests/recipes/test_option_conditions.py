@@ -404,7 +404,7 @@ def test_an_option_without_an_effect_is_refused_with_a_way_out(command: str, opt
     assert why in told
     assert not _told(command, rest).startswith(option)
     # What the message suggests takes this reason away; another may be left.
-    if suggestion := re.search(r"Leave it out, or pass (.*)\.$", told):
+    if suggestion := re.search(r"Omit it, or pass (.*)\.$", told):
         assert why not in _told(command, f"{rest} {option} {suggestion[1]}")
 
 

@@ -3,10 +3,10 @@
     models/NAME/                   a converted model or tokenizer (`scoring.loading.conversions`)
     rows/CONTEXT/DIGEST.rows       what a model computed for rows (`scoring.store.row_cache`)
 
-Contract: everything in the cache can be made again, so anything in it may be removed at any time, also while other processes
+Contract: everything in the cache can be recomputed, so any entry may be removed at any time, even while other processes
 use it. Each kind has a limit in bytes. `make_room` removes the entries of a kind that were used least recently until the rest
-is within the limit; the time of last use is an entry's modification time. Entries are recognised by their form, and nothing
-else is ever removed: SPARSORT_CACHE may name a folder with other files in it.
+is within the limit; the time of last use is an entry's modification time. Entries are recognised by their names and
+marker files, and nothing else is ever removed: SPARSORT_CACHE may name a folder that contains other files.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from sparsort.storage.files import cache_folder
 Kind = Literal["models", "rows"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# A file with one of these names is in every converted model.
+# Every converted model contains a file with one of these names.
 MODEL_MARKS = ("sparsort-digests.json", "sparsort.json")
 ROWS_SUFFIX = ".rows"
 
 _DEFAULT_GB = {"models": 20.0, "rows": 1.0}
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-# What is being written, and what is being removed. One that has not changed for an hour belongs to a process that was killed.
+# Names of entries that are being written or removed. One that has not changed for an hour belongs to a process that was killed.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.tmp)?")
 _LEFTOVER_SECONDS = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
-    """One thing that can be removed: a folder of `models`, or a file of `rows`.
+    """An entry that can be removed: a folder in `models`, or a file in `rows`.
 
     Attributes:
-        kind: the part of the cache that it is in.
-        path: where it is.
+        kind: the part of the cache that contains it.
+        path: its file or folder.
         bytes: its size.
-        used: when it was last used, in seconds since the epoch.
+        used: the time of its last use, in seconds since the Unix epoch.
     """
 
     kind: Kind
@@ -57,7 +57,7 @@ class CacheEntry:
 
 
 def limit_of(kind: Kind) -> int:
-    """The most bytes that the entries of a kind may take: `$SPARSORT_CACHE_MODELS_GB` or `$SPARSORT_CACHE_ROWS_GB`.
+    """The size limit for one kind of entry, in bytes: `$SPARSORT_CACHE_MODELS_GB` or `$SPARSORT_CACHE_ROWS_GB`.
 
     Raises:
         SparsortError: the variable does not hold a number of gigabytes.
@@ -65,7 +65,7 @@ def limit_of(kind: Kind) -> int:
     variable = f"SPARSORT_CACHE_{kind.upper()}_GB"
     given = os.environ.get(variable) or str(_DEFAULT_GB[kind])
     try:
-        # 10 ** 9 times a larger number would be infinite.
+        # Without the upper bound, the conversion to bytes could overflow to infinity.
         limit = float(given)
         if 0 <= limit < 1e9:
             return int(limit * 10**9)
@@ -75,42 +75,43 @@ def limit_of(kind: Kind) -> int:
 
 
 def entries(kind: Kind) -> list[CacheEntry]:
-    """The entries of a kind, in no particular order; those that another process removes meanwhile are skipped."""
-    found = []
+    """The entries of a kind, in no particular order; an entry that another process removes meanwhile is skipped."""
+    present = []
     for path in _paths(kind):
         with contextlib.suppress(OSError):
             files = path.iterdir() if path.is_dir() else [path]
             size = sum(file.stat().st_size for file in files)
-            found.append(CacheEntry(kind=kind, path=path, bytes=size, used=path.stat().st_mtime))
-    return found
+            present.append(CacheEntry(kind=kind, path=path, bytes=size, used=path.stat().st_mtime))
+    return present
 
 
 def mark_used(path: Path) -> None:
-    """Note that an entry was used now; a cache that cannot be written is left as it is."""
+    """Record that an entry is used now; in a read-only cache this does nothing."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def make_room(kind: Kind, *, keep: Collection[Path] = ()) -> None:
-    """Remove the entries used least recently until those of this kind are within their limit, and what killed processes left.
+    """Remove leftovers of killed processes, then the least recently used entries of a kind until the rest is within its limit.
 
     Args:
         kind: the part of the cache.
-        keep: entries that stay, such as the one that was just written.
+        keep: entries that are not removed, such as the one that was just written.
     """
     _remove_leftovers(kind)
-    held = sorted(entries(kind), key=lambda entry: entry.used)
-    total, limit = sum(entry.bytes for entry in held), limit_of(kind)
-    for entry in held:
+    by_last_use = sorted(entries(kind), key=lambda entry: entry.used)
+    total, limit = sum(entry.bytes for entry in by_last_use), limit_of(kind)
+    for entry in by_last_use:
         if total <= limit:
             return
+        # An entry in `keep` stays, but its size still counts.
         if entry.path not in keep:
             remove(entry.path)
             total -= entry.bytes
 
 
 def clear() -> list[CacheEntry]:
-    """Remove every entry, and return what was removed.
+    """Remove every entry, and return the removed entries.
 
     Raises:
         SparsortError: an entry cannot be removed.
@@ -130,12 +131,13 @@ def clear() -> list[CacheEntry]:
 
 
 def remove(path: Path) -> None:
-    """Remove an entry; a folder is renamed first, so that no process sees a part of it."""
+    """Remove an entry; a folder is renamed first, so no other process sees it half removed."""
     with contextlib.suppress(OSError):
         if not path.is_dir():
             path.unlink()
             return
         aside = unused_name(path)
+        # The rename is atomic, while deleting a folder is not.
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -146,13 +148,13 @@ def unused_name(path: Path) -> Path:
 
 
 def describe() -> dict[str, Any]:
-    """Folder, and of each kind the number of entries, their bytes and the limit, as JSON values."""
-    held = {kind: entries(kind) for kind in KINDS}
+    """The cache folder, and the number of entries, their total size and the limit for each kind, as JSON values."""
+    by_kind = {kind: entries(kind) for kind in KINDS}
     return {
         "folder": str(cache_folder()),
         **{
-            kind: {"entries": len(found), "bytes": sum(entry.bytes for entry in found), "limit": limit_of(kind)}
-            for kind, found in held.items()
+            kind: {"entries": len(present), "bytes": sum(entry.bytes for entry in present), "limit": limit_of(kind)}
+            for kind, present in by_kind.items()
         },
     }
 

@@ -1,9 +1,9 @@
 """Files that are either whole or absent.
 
-Contract: `write_atomically` yields a temporary path in the target's folder; on success the file is fsynced and renamed
-over the target and the folder is fsynced, so that a kill or a power cut leaves the old file or the new one, never a
-part. On failure the temporary file is removed. Errors of the disk become a `SparsortError` that names the path. A symlink
-stays, and the file that it names is replaced. What is no regular file (a device, a pipe, /dev/stdout) is never replaced: the
+Contract: `write_atomically` yields a temporary path in the target's folder. On success the file is fsynced and renamed over
+the target, and the folder is fsynced. A kill or a power cut therefore leaves the old file or the new one, never a part. On
+failure the temporary file is removed. Disk errors become a `SparsortError` that names the path. A symlink is kept, and the
+file that it points to is replaced. A target that is not a regular file (a device, a pipe, /dev/stdout) is never replaced: the
 finished bytes are written to it.
 """
 
@@ -25,7 +25,7 @@ from sparsort.errors import SparsortError
 from sparsort.terminal.interrupts import held
 
 _STREAMS = (Path("/dev"), Path("/dev/fd"))
-# Of file systems that sync no folders, or no files that are open for reading.
+# Errors of file systems that cannot sync a folder, or a file that is open for reading only.
 _NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some room and run the same command again, finished work is kept",
@@ -40,9 +40,9 @@ _ADVICE = {
 
 
 def write_failure(error: Exception, path: Path) -> OSError | None:
-    """The error of the disk that a library met when it wrote below `path`; None if it is an error of another kind.
+    """The disk error that made a library fail to write below `path`; None if it is an error of another kind.
 
-    safetensors passes the system's number on in its text. PyTorch says that a file became shorter than it should be.
+    safetensors puts the error number of the system into its text. PyTorch reports that a file is shorter than it should be.
     """
     if isinstance(error, OSError):
         return error
@@ -51,6 +51,7 @@ def write_failure(error: Exception, path: Path) -> OSError | None:
     if not any(mark in str(error) for mark in _TORCH):
         return None
     with contextlib.suppress(OSError):
+        # PyTorch does not report the reason, so look whether the disk is almost full.
         disk = os.statvfs(path if path.exists() else path.parent)
         if disk.f_bavail * disk.f_frsize < _ALMOST_FULL:
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -59,7 +60,7 @@ def write_failure(error: Exception, path: Path) -> OSError | None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a disk inside the block, those of safetensors and PyTorch included, into one that names `path`.
+    """Turn disk errors inside the block, including those of safetensors and PyTorch, into an error that names `path`.
 
     Raises:
         SparsortError: see `disk_error`.
@@ -74,39 +75,40 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise disk_error(path, failure) from error
 
 
-# How the errors of libraries that are no OSError show that a file could not be written.
+# Marks in the text of a library's error, which is not an OSError, that show that a file could not be written.
 _RUST = re.compile(r"\(os error (\d+)\)")
 _TORCH = ("inline_container.cc", "PytorchStreamWriter")
 _ALMOST_FULL = 1 << 20
-_LONG = 100  # items of a list
+_LONG = 100  # items from which on a list is written one item per line
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, or the user's share of it, is full."""
+    """Whether the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_error(path: Path, error: OSError) -> SparsortError:
-    """The user-facing form of an error met while writing `path`."""
+    """The user-facing form of an error that occurred while writing `path`."""
     return SparsortError(f"cannot write {path}: {_ADVICE.get(error.errno or 0, error.strerror or str(error))}.")
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends without an error it becomes `path`, durably.
+    """Yield a temporary path; when the block ends without an error, its file durably becomes `path`.
 
     Args:
-        path: the file.
-        hold: whether a signal that asks the process to stop waits until the file is written; False for a block that takes
-            long, in which it discards the temporary file.
+        path: the file to write.
+        hold: whether a signal that asks the process to stop waits until the file is written. Pass False for a block that
+            takes long: there the signal discards the temporary file.
 
     Raises:
-        SparsortError: the disk is full, read-only or not ours.
+        SparsortError: the disk is full or read-only, or permission is denied.
     """
     if not path.name or path.is_dir():
         raise SparsortError(f"cannot write {path}: it is a folder. Give the name of a file.")
     is_stream = _is_stream(path)
     target = Path(tempfile.gettempdir(), path.name) if is_stream else Path(os.path.realpath(path))
+    # The temporary file is in the folder of the target, because a rename is atomic only within one file system.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     with held() if hold else contextlib.nullcontext():
         try:
@@ -115,6 +117,7 @@ def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
             if is_stream:
                 _send(temporary, path)
                 return
+            # The content must be on the disk before the rename, otherwise a power cut could leave an empty target.
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
             temporary.replace(target)
@@ -128,21 +131,21 @@ def write_atomically(path: Path, *, hold: bool = True) -> Iterator[Path]:
 
 def _is_stream(path: Path) -> bool:
     """Whether a path names a device, a pipe, or a file that some process has open, such as /dev/stdout."""
-    # Not all of /dev: /dev/shm holds files like any others.
+    # Not everything below /dev is a stream: /dev/shm contains regular files.
     folder = path.absolute().parent
     return folder in _STREAMS or folder.is_relative_to("/proc") or (path.exists() and not path.is_file())
 
 
 def _send(source: Path, target: Path) -> None:
-    # Opened for appending: a file that stdout was redirected to keeps what is in it.
+    # The target is opened for appending, so a file that stdout was redirected to keeps its content.
     with source.open("rb") as reader, target.open("ab", buffering=0) as writer:
         shutil.copyfileobj(reader, writer)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically and durably; each item of a long list at the top is one line."""
+    """Write `value` as indented JSON, atomically and durably; a long list at the top level has one item per line."""
     with write_atomically(path) as temporary:
-        # Half of a surrogate pair, which UTF-8 does not have, is written as JSON escapes it.
+        # UTF-8 cannot encode half of a surrogate pair; it is written as its JSON escape.
         temporary.write_text(_indented(value) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -153,28 +156,28 @@ def _indented(value: Any) -> str:
     parts = []
     for name, part in value.items():
         if isinstance(part, list) and len(part) >= _LONG:
-            # Python's encoder of indented JSON is not the one in C, and takes ten times as long.
+            # `indent` makes Python use its JSON encoder that is not written in C and takes ten times as long.
             items = ",\n    ".join(json.dumps(item, **options) for item in part)
             text = f"[\n    {items}\n  ]"
         else:
-            # Line breaks within texts are escapes, so these are all of the layout.
+            # Line breaks inside strings are escaped, so every newline here belongs to the layout.
             text = json.dumps(part, indent=2, **options).replace("\n", "\n  ")
         parts.append(f"  {json.dumps(name, **options)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def cache_folder() -> Path:
-    """Where sparsort keeps what it can make again: `$SPARSORT_CACHE`, else `sparsort` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """The folder for data that can be recomputed: `$SPARSORT_CACHE`, else `sparsort` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if given := os.environ.get("SPARSORT_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsort"
 
 
 def sync(path: Path) -> None:
-    """Put a file or a folder on the disk (fsync), if its file system can.
+    """Force a file or a folder onto the disk (fsync), if its file system supports that.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk reports an error.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

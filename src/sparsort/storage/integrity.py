@@ -1,8 +1,8 @@
-"""Digests of the files that sparsort writes and later trusts: what is recorded, and how it is checked before use.
+"""Digests of the files that sparsort writes and later trusts: recorded when written, checked before use.
 
-Contract: a manifest is a JSON object that lists its files with size and digest and carries a digest of itself (`seal`). It is
-written last. A reader checks the seal (`check_seal`), then each file that it uses (`check_file`), before it reads a value. A
-change of any one bit in a listed file, or in a value of the manifest, is therefore reported and never read.
+Contract: a manifest is a JSON object that lists files with their sizes and digests and contains a digest of itself (`seal`). It
+is written last. A reader checks the seal (`check_seal`), then each file that it uses (`check_file`), before it reads a value. A
+change of any single bit in a listed file, or in a value of the manifest, is therefore reported before the value is used.
 
 The digests guard against damage (disks, copies, kills), not against an attacker, who could write a new manifest.
 """
@@ -26,10 +26,10 @@ _PIECE = 1 << 20
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, for files: nesting beyond what Python can follow is a ValueError too, as any other text that is not JSON.
+    """Parse JSON as `json.loads` does, but raise a ValueError also for nesting that is too deep for Python.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -38,10 +38,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_own_json(text: str | bytes) -> Any:
-    """As `parse_json`, for a file of sparsort's own: NaN and infinities, which it never writes, are a ValueError too.
+    """Parse JSON that sparsort wrote: as `parse_json`, but refuse NaN and infinities, which sparsort never writes.
 
     Raises:
-        ValueError: it is not JSON that sparsort writes.
+        ValueError: the text is not JSON that sparsort writes.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
@@ -58,27 +58,28 @@ def _finite(text: str) -> float:
     return number
 
 
-# One for all files: `json.loads` makes a decoder in every call that sets its options, and a folder may have 10,000 seals.
+# One decoder for all files: `json.loads` makes a new one in every call with options, and a folder may have 10,000 seals.
 _OWN_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 @contextlib.contextmanager
 def as_written(path: Path | str, *, next_step: str) -> Iterator[None]:
-    """Turn the errors of reading values that are not of the types that sparsort writes into one that names the file.
+    """Turn errors about values of unexpected types inside the block into an error that names the file.
 
-    A digest says that values have not changed, and not that this version wrote them. The block should only read.
+    A digest shows that values have not changed, not that this version of sparsort wrote them. The block should only read.
 
     Args:
-        path: the file, for the error.
-        next_step: the last sentence of the error.
+        path: the file, for the error message.
+        next_step: the last sentence of the error message.
 
     Raises:
-        SparsortError: a value is missing, or is of another type than was written.
+        SparsortError: a value is missing, or has another type than sparsort writes.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The text of a KeyError is only the key.
         what = f"{reason} is missing" if isinstance(error, KeyError) else reason
         raise SparsortError(f"{path} is not what sparsort writes ({what}). {next_step}") from error
 
@@ -95,7 +96,7 @@ def digest_of_file(path: Path) -> str:
         OSError: the file cannot be read.
     """
     state = hashlib.blake2b(digest_size=_BITS // 8)
-    # Not `hashlib.file_digest`, whose buffer takes longer to make than a small file takes to read.
+    # `hashlib.file_digest` allocates a buffer, which takes longer than reading a small file.
     with path.open("rb", buffering=0) as handle:
         while piece := handle.read(_PIECE):
             state.update(piece)
@@ -112,16 +113,16 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path, record: Mapping[str, Any]) -> str | None:
-    """How the file differs from its record, in words; None if it is the recorded one.
+    """A description of how the file differs from its record; None if it is the recorded file.
 
     Raises:
-        OSError: the disk cannot read a file that is there.
+        OSError: the file exists, but the disk cannot read it.
     """
     try:
         size = path.stat().st_size
         if size != record.get("bytes"):
             return f"it has {size} bytes, and {record.get('bytes')} were written"
-        # The size is compared first: a truncated file of gigabytes is found without reading it.
+        # The size is compared first, so that a large truncated file is detected without reading it.
         return None if digest_of_file(path) == record.get("digest") else "its content has changed since it was written"
     except (FileNotFoundError, NotADirectoryError):
         return "it is missing"
@@ -132,11 +133,11 @@ def check_file(path: Path, record: Mapping[str, Any], *, next_step: str) -> None
 
     Args:
         path: the file.
-        record: as `record_of` gave it.
-        next_step: the last sentence of the error, such as "Make the plan again with sparsort plan."
+        record: the record that `record_of` returned.
+        next_step: the last sentence of the error message, such as "Make the plan again with sparsort plan."
 
     Raises:
-        SparsortError: the file is missing, has another size or another content, or cannot be read.
+        SparsortError: the file is missing, has another size or other content, or cannot be read.
     """
     try:
         problem = damage(path, record)
@@ -147,7 +148,7 @@ def check_file(path: Path, record: Mapping[str, Any], *, next_step: str) -> None
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with a digest of them under the key "digest", to be written as JSON.
+    """Add a digest of the values under the key "digest".
 
     Args:
         values: JSON values; an earlier seal among them is replaced.
@@ -157,7 +158,7 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether the values carry the seal that belongs to them."""
+    """Whether the values contain the seal that matches them."""
     return values.get(SEAL) == digest_of_values({name: value for name, value in values.items() if name != SEAL})
 
 
@@ -165,11 +166,11 @@ def check_version(version: Any, readable: Sequence[int], name: Path | str, *, da
     """Refuse a format version that this sparsort does not read.
 
     Args:
-        version: what was read as the version; None if there is none.
+        version: the value that was read as the version; None if there is none.
         readable: the versions that this sparsort reads, ascending.
-        name: what has the version, for the error.
-        damaged: the last sentence of the error if no version of sparsort wrote this.
-        other: the last sentence of the error for a version that another sparsort wrote.
+        name: the file or object that has the version, for the error message.
+        damaged: the last sentence of the error message if no sparsort can have written this version.
+        other: the last sentence of the error message for a version that another sparsort wrote.
 
     Raises:
         SparsortError: the version is not one of `readable`.
@@ -191,8 +192,8 @@ def check_seal(values: Mapping[str, Any], path: Path, *, next_step: str) -> None
 
     Args:
         values: the object that was read from `path`.
-        path: for the error.
-        next_step: the last sentence of the error.
+        path: the file, for the error message.
+        next_step: the last sentence of the error message.
 
     Raises:
         SparsortError: the seal does not match.
@@ -202,7 +203,7 @@ def check_seal(values: Mapping[str, Any], path: Path, *, next_step: str) -> None
 
 
 def digest_of_values(values: Any) -> str:
-    """A digest of JSON values that does not depend on the order of keys or on white space."""
+    """A digest of JSON values that does not depend on the order of keys."""
     return digest_of_bytes(json.dumps(values, sort_keys=True).encode())
 
 
@@ -210,21 +211,21 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON values with their seal, atomically.
 
     Raises:
-        SparsortError: the disk refuses.
+        SparsortError: the disk cannot be written.
     """
     write_json(path, seal(values))
 
 
 def read_sealed(path: Path, *, next_step: str) -> dict[str, Any]:
-    """The values that `write_sealed` wrote.
+    """Read the values that `write_sealed` wrote.
 
     Args:
         path: the file.
-        next_step: the last sentence of an error.
+        next_step: the last sentence of the error message.
 
     Raises:
-        FileNotFoundError: there is no file.
-        SparsortError: it is damaged, has no seal, or cannot be read.
+        FileNotFoundError: the file does not exist.
+        SparsortError: the file is damaged, has no seal, or cannot be read.
     """
     try:
         values = parse_own_json(path.read_bytes())

@@ -1,7 +1,7 @@
-"""A lock file between processes on one machine: advisory, and dropped by the kernel with the process that holds it.
+"""A lock file between processes on one machine. It is advisory, and the kernel releases it when its process ends.
 
-Contract: `locked` tells whether the lock is held. Where the file system knows no locks it says yes and warns, since work done
-twice is better than work not done.
+Contract: `locked` yields whether the lock is held. On a file system without locks it yields True and warns, because doing work
+twice is better than not doing it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock file while the block runs, and say whether it is held: with `wait` always."""
+    """Hold the lock file while the block runs.
+
+    Args:
+        path: the lock file, which is created if it does not exist.
+        wait: wait until the lock is free; otherwise return immediately.
+
+    Yields:
+        Whether the lock is held; always True with `wait`.
+
+    Raises:
+        SparsortError: the lock file cannot be written.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -30,7 +41,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     try:
         yield _take(path, descriptor, wait)
     finally:
-        # Before the close: a forked child may share the lock, and would keep it.
+        # Unlock before closing: a forked child may share the descriptor, and closing alone would leave the lock with it.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
@@ -44,5 +55,5 @@ def _take(path: Path, descriptor: int, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise disk_error(path, error) from error
-        _LOG.warning("%s: this file system knows no locks; two processes may do the same work.", path)
+        _LOG.warning("%s: this file system does not support locks; two processes may do the same work.", path)
     return True

@@ -1,9 +1,9 @@
-"""A folder and its manifest: every file with size and digest, in one sealed file that is written last.
+"""The manifest of a folder: one sealed file, written last, that lists every other file with its size and digest.
 
-Contract: a folder is intact if its manifest is, and every file that it lists is the one that was listed. Files that came later
-are no damage. The listed files are on the disk (fsync) before the manifest is.
+Contract: a folder is intact if its manifest is intact and every listed file is unchanged. Files that are added later are not
+damage. The listed files are on the disk (fsync) before the manifest is.
 
-Cost: every byte is read once, on writing and on checking, at about 1 GB/s for each of up to eight files at a time.
+Cost: writing and checking each read every byte once, at about 1 GB/s per file, with up to eight files at a time.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, Run
 
 
 def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
-    """List every file of a folder and of the folders in it.
+    """Write the manifest of every file in a folder and its subfolders.
 
     Args:
-        folder: whose files are all written and closed, by whichever process.
-        skip: names of files that may go away later.
+        folder: a folder in which every process has written and closed its files.
+        skip: names of files that are not listed because they may be removed later.
 
     Raises:
-        SparsortError: a file cannot be read, or the disk refuses the manifest.
+        SparsortError: a file cannot be read, or the manifest cannot be written.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     paths = [path for path in paths if not path.name.startswith((FILE, f".{FILE}.")) and path.name not in skip]
@@ -45,29 +45,30 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
             sync(inner)
     except OSError as error:
         raise SparsortError(
-            f"cannot list what {folder} holds: {error.filename or ''} {error.strerror or error}."
+            f"cannot list the files in {folder}: {error.filename or ''} {error.strerror or error}."
         ) from error
     files = {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
     integrity.write_sealed(folder / FILE, {"format": FORMAT, "version": VERSION, "files": files})
 
 
 def damage_in(folder: Path) -> str | None:
-    """What is wrong in a folder, in words; None if it has a manifest and all that is listed is intact."""
+    """A description of the damage in a folder; None if it has a manifest and every listed file is intact."""
     try:
-        found = integrity.parse_own_json((folder / FILE).read_text(encoding="utf-8"))
+        manifest = integrity.parse_own_json((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {FILE}"
     except (OSError, ValueError) as error:
         return f"{FILE} cannot be read ({error})"
-    given = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
-    if given != (FORMAT, VERSION):
+    format_version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
+    if format_version != (FORMAT, VERSION):
         return (
-            f"{FILE} is version {given[1]!r} of {given[0]!r}, and this sparsort reads version {VERSION} of {FORMAT!r}"
+            f"{FILE} is version {format_version[1]!r} of {format_version[0]!r}, "
+            f"and this sparsort reads version {VERSION} of {FORMAT!r}"
         )
-    if not integrity.is_sealed(found):
+    if not integrity.is_sealed(manifest):
         return f"the content of {FILE} has changed since it was written"
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        listed = found.get("files")
+        listed = manifest.get("files")
         if not isinstance(listed, dict) or not all(isinstance(record, dict) for record in listed.values()):
             return f"{FILE} does not list files"
         problems = pool.map(lambda item: _damage(folder, *item), listed.items())
@@ -75,9 +76,9 @@ def damage_in(folder: Path) -> str | None:
 
 
 def unreadable_in(folder: Path) -> str | None:
-    """What is damaged in a folder without a manifest, in words, as far as the files show it; None if nothing is.
+    """A description of the damage in a folder without a manifest, as far as its files show any; None if they show none.
 
-    JSON must parse, safetensors have a header that fits their size, and records that torch.save wrote have their CRC.
+    JSON must parse, the header of a safetensors file must fit its size, and the CRC of each record of torch.save must match.
     """
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if problem := _unreadable(path):
@@ -95,6 +96,7 @@ def _unreadable(path: Path) -> str | None:
         from safetensors import SafetensorError, safe_open
 
         try:
+            # Opening the file parses its header and checks the offsets against the size.
             with safe_open(str(path), framework="numpy"):
                 pass
         except (SafetensorError, OSError, ValueError) as error:
@@ -118,5 +120,6 @@ def _damage(folder: Path, name: str, record: dict[str, Any]) -> str | None:
 
 
 def _settled(path: Path) -> dict[str, Any]:
+    # The file must be on the disk before a manifest says that it is complete.
     sync(path)
     return integrity.record_of(path)

@@ -1,13 +1,13 @@
-"""SIGINT, SIGTERM and SIGHUP in a command: the write under way is finished, and the command ends with 128 + the signal's number.
+"""SIGINT, SIGTERM and SIGHUP in a command: the current write is finished, and the command exits with 128 + the signal's number.
 
-Contract: `handle_signals` is for the command line, once, in the main thread. From then on a signal raises `Interrupted`, a
-KeyboardInterrupt, in the main thread: at once, or at the end of `held()`, in which files are written that belong together. A
-command that can stop in better order is asked first (`asking`). A second signal ends the process at once; a scheduler or
-`timeout` may send one request twice, so SIGTERM and SIGHUP count as a second one only after a second. A signal that the parent
-ignores, as nohup does SIGHUP, stays ignored. Without `handle_signals`, as in a library, all of this does nothing.
+Contract: the command line calls `handle_signals` once, in the main thread. From then on a signal raises `Interrupted`, a
+KeyboardInterrupt, in the main thread: immediately, or at the end of a `held()` block, which writes files that belong together. A
+command that can stop more gracefully is notified first (`asking`). A second signal ends the process immediately. A scheduler or
+`timeout` may send one request twice, so a SIGTERM or SIGHUP counts as a second signal only after one second. A signal that the
+parent process ignores, as nohup ignores SIGHUP, stays ignored. Without `handle_signals`, as in a library, nothing changes.
 
-Forked children (data workers, pools) get the former handlers back, and a process group of their own: what is sent to the group,
-such as Ctrl-C in a terminal, is for the main process, which ends its children when it has finished with them.
+Forked children (data workers, pools) get the original handlers back and a process group of their own. A signal to the group,
+such as Ctrl-C in a terminal, therefore reaches only the main process, which ends its children when it no longer needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Seconds within which a SIGTERM or SIGHUP is the same request as the signal before it.
+# A SIGTERM or SIGHUP within this many seconds of the previous signal is the same request.
 _SAME_REQUEST = 1.0
 
 
@@ -35,15 +35,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    """What this process was sent. One object, as signals are the whole process's."""
+    """The signals that this process received. There is one object, because signals belong to the whole process."""
 
     def __init__(self) -> None:
-        self.before: dict[int, Any] = {}  # the handlers that were replaced
+        self.before: dict[int, Any] = {}  # the handlers that were replaced, by signal
         self.number: int | None = None  # the latest signal
         self.at = 0.0
         self.asked: Callable[[str], None] | None = None
-        self.depth = 0  # of `held`
-        self.waiting = False  # to raise, at the end of `held`
+        self.depth = 0  # number of `held` blocks that are open
+        self.waiting = False  # whether to raise at the end of the outermost `held` block
         self.raised = False
 
 
@@ -51,7 +51,7 @@ _state = _State()
 
 
 def handle_signals() -> None:
-    """Take over the signals that are neither ignored nor handled by anything but Python's default."""
+    """Handle the signals that have their default handler; those that are ignored or handled otherwise stay as they are."""
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             _state.before[number] = signal.signal(number, _on_signal)
@@ -60,18 +60,18 @@ def handle_signals() -> None:
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """What a shell reports of a process that the signal ended: 128 + its number, 130 for SIGINT."""
+    """The exit code that a shell reports for a process that the signal ended: 128 + its number, 130 for SIGINT."""
     return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 
 
 def received() -> KeyboardInterrupt | None:
-    """The interrupt that this process was sent, whether it was raised or not; None if it was sent none."""
+    """The interrupt that this process received, whether or not it was raised; None if it received none."""
     return None if _state.number is None else Interrupted(_state.number)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Raise a signal that arrives inside the block at its end. The block should take no longer than writing some files."""
+    """Delay a signal that arrives inside the block until the end of the block, which should only write a few files."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,9 +87,9 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def asking(ask: Callable[[str], None]) -> Iterator[None]:
-    """Have the first signal inside the block call `ask` with its name; another one then raises an interrupt.
+    """Call `ask` with the name of the first signal inside the block; the next signal raises an interrupt.
 
-    Without `handle_signals` it is the first SIGINT, and only in the main thread.
+    Without `handle_signals` this applies to the first SIGINT only, and only in the main thread.
     """
     if _state.before:
         _state.asked = ask
@@ -114,18 +114,21 @@ def asking(ask: Callable[[str], None]) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise an interrupt again that was raised and lost, as in a destructor or a callback, where Python only reports it."""
+    """Raise a lost interrupt again: one that was raised in a destructor or a callback, where Python only reports it."""
     if _state.raised and threading.current_thread() is threading.main_thread() and not _is_unwinding():
         _raise()
 
 
 def _on_signal(number: int, _frame: object) -> None:
     now = time.monotonic()
+    # A scheduler may repeat its request immediately; only a later signal is a second one.
     if number != signal.SIGINT and _state.number is not None and now - _state.at < _SAME_REQUEST:
         return
+    # This is the second signal: the default handler ends the process immediately.
     if _state.raised or _state.waiting:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+    # The callback is called once; the next signal raises an interrupt.
     ask, _state.asked = _state.asked, None
     _state.number, _state.at = number, now
     if ask is not None:
@@ -142,8 +145,9 @@ def _raise() -> NoReturn:
 
 
 def _is_unwinding() -> bool:
-    """Whether an interrupt is on its way up, and this is called to clean up."""
+    """Whether an interrupt is already propagating, and the caller runs as part of the cleanup."""
     error = sys.exc_info()[1]
+    # The interrupt may be the context of another error that was raised during the cleanup.
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
@@ -155,11 +159,12 @@ def _leave_to_parent() -> None:
         signal.signal(number, handler)
     _state = _State()
     with contextlib.suppress(OSError):
+        # A process group of its own keeps Ctrl-C in the terminal away from the child.
         os.setpgid(0, 0)
 
 
 def _without_interrupts(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A `sys.unraisablehook` that is silent about interrupts, which `check` raises again."""
+    """A `sys.unraisablehook` that does not report interrupts, because `check` raises them again."""
 
     def hook(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, Interrupted):

@@ -1,9 +1,9 @@
-"""The one way to stdout and stderr: text is made printable and bounded in length before it is written.
+"""All output to stdout and stderr: text is made printable and limited in length before it is written.
 
-Contract: what the command line writes contains no control character but the newline, no mark that changes the direction of
-text, and no invisible character that hides it; each is written as its escape (`\\x1b`, `\\u202e`). Ids, labels, column names,
-file names and error texts come from other people's files, and a terminal obeys escape sequences. Markup such as `[bold]` has no
-meaning here. JSON has the same characters as JSON escapes, so a reader of it gets every value unchanged.
+Contract: the output of the command line contains no control character except the newline, no mark that changes the direction of
+text, and no invisible character that hides text; each is written as its escape (`\\x1b`, `\\u202e`). The reason is that ids,
+labels, column names, file names and error texts come from other people's files, and a terminal obeys escape sequences. Markup
+such as `[bold]` has no meaning here. In JSON output these characters are JSON escapes, so a parser gets every value unchanged.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, TextIO
 
 from sparsort.errors import SparsortError
 
-# Characters of a message, or of a line of a table, that are printed. No message of ours is as long.
+# The longest message, and the longest line of a table, in characters. No message of sparsort itself is that long.
 MOST = 4000
-# Characters of a prompt that are printed; --out and --json have all of it.
+# The most characters of a prompt that are printed; --out and --json write the whole prompt.
 MOST_OF_PROMPT = 1_000_000
 
-# C0 and C1 but the newline; marks and overrides of direction; separators that end a line in some terminals; invisible
-# characters, without the two joiners that Persian, Indic scripts and emoji need; halves of surrogate pairs; tags.
+# C0 and C1 controls except the newline; direction marks and overrides; separators that end a line in some terminals; invisible
+# characters, except the two joiners that Persian, Indic scripts and emoji need; halves of surrogate pairs; tag characters.
 _UNPRINTABLE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
@@ -35,18 +35,18 @@ _SPACE = re.compile(r"[^\S\xa0]+")
 
 
 class OutputError(SparsortError):
-    """Nothing can be written to stdout: the disk is full, or stdout is closed."""
+    """stdout cannot be written: the disk is full, or stdout is closed."""
 
     exit_code = 1
 
 
 def printable(text: str, most: int | None = MOST) -> str:
-    """A text as it may be written to a terminal.
+    """A text in a form that is safe to write to a terminal.
 
     Args:
         text: any text.
-        most: characters of it that are kept, at its beginning and its end, where a message has its next step; None for
-            all.
+        most: number of characters that are kept, at the beginning and at the end, where a message gives the next step; None
+            for all.
     """
     if most is not None and len(text) > most:
         head, tail = most - most // 4, most // 4
@@ -55,42 +55,43 @@ def printable(text: str, most: int | None = MOST) -> str:
 
 
 def one_line(text: str, most: int) -> str:
-    """The beginning of a text, printable, on one line, with every run of white space as one space; no-break spaces stay.
+    """The beginning of a text as one printable line; every run of white space becomes one space, except no-break spaces.
 
     Args:
         text: any text.
-        most: the most characters of the result, the ellipsis included.
+        most: the most characters of the result, including the ellipsis.
     """
-    # Escapes are longer than what they stand for, so `most` characters of text always suffice; white space is dropped.
+    # An escape is longer than its character, so `most` characters always suffice. The text is cut at 20 times that length
+    # first, since collapsing white space makes it shorter.
     start = _SPACE.sub(" ", text[: 20 * most]).strip()
-    shown = _UNPRINTABLE.sub(_escape, start[: most + 1])
-    return shown if len(shown) <= most and len(text) <= 20 * most else f"{shown[: most - 1].rstrip()}…"
+    printed = _UNPRINTABLE.sub(_escape, start[: most + 1])
+    return printed if len(printed) <= most and len(text) <= 20 * most else f"{printed[: most - 1].rstrip()}…"
 
 
 def show(text: str = "", *, most: int | None = MOST) -> None:
-    """Write a text and a newline to stdout: results.
+    """Write a text and a newline to stdout. This is for results.
 
     Raises:
         OutputError: stdout cannot be written.
-        BrokenPipeError: its reader went away.
+        BrokenPipeError: the reader of the pipe has closed it.
     """
     _write_stdout(printable(text, most))
 
 
 def show_json(value: Any) -> None:
-    """Write one JSON object to stdout, on one line. Values are whole; unprintable characters are JSON escapes.
+    """Write one JSON object to stdout, on one line. Values are not shortened; unprintable characters are JSON escapes.
 
     Raises:
         OutputError: stdout cannot be written.
-        BrokenPipeError: its reader went away.
+        BrokenPipeError: the reader of the pipe has closed it.
     """
     text = json.dumps(value, ensure_ascii=False, default=str)
-    # Outside strings JSON has no such character, and inside them the escape means the same.
-    _write_stdout(_UNPRINTABLE.sub(lambda found: json.dumps(found.group())[1:-1], text))
+    # JSON has such characters only inside strings, where the escape has the same meaning.
+    _write_stdout(_UNPRINTABLE.sub(lambda match: json.dumps(match.group())[1:-1], text))
 
 
 def note(text: str) -> None:
-    """Write a text and a newline to stderr: notes, warnings, errors. Where stderr cannot be written, it is lost."""
+    """Write a text and a newline to stderr, for notes, warnings and errors. They are lost if stderr cannot be written."""
     stream = sys.stderr
     if stream is None:
         return
@@ -101,7 +102,7 @@ def note(text: str) -> None:
 
 
 def discard(stream: TextIO | None) -> None:
-    """Send what is left in a stream's buffer, and all that follows, to nowhere, so that the interpreter's exit is silent."""
+    """Discard the rest of a stream's buffer and all later output, so that the interpreter does not report an error at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
@@ -110,9 +111,9 @@ def discard(stream: TextIO | None) -> None:
 
 @contextlib.contextmanager
 def printable_messages() -> Iterator[None]:
-    """Inside the block, what is logged and warned of by any library is printable, and a warning is one line without source.
+    """Inside the block, make log records and warnings of every library printable, and show a warning on one line without source.
 
-    For the command line: it sets the log records and the warnings of the whole process, and puts both back.
+    This is for the command line: it changes logging and warnings for the whole process, and restores both afterwards.
     """
     factory, show_warning = logging.getLogRecordFactory(), warnings.showwarning
 
@@ -133,8 +134,8 @@ def printable_messages() -> Iterator[None]:
         warnings.showwarning = show_warning
 
 
-def _escape(found: re.Match[str]) -> str:
-    return ascii(found.group())[1:-1]
+def _escape(match: re.Match[str]) -> str:
+    return ascii(match.group())[1:-1]
 
 
 def _write_stdout(text: str) -> None:
@@ -150,12 +151,12 @@ def _write_stdout(text: str) -> None:
 
 
 def closed() -> str:
-    """The message for a standard output that is closed."""
+    """The error message for a closed stdout."""
     return "stdout is closed. Direct it somewhere, such as > /dev/null."
 
 
 def unwritable(error: OSError) -> str:
-    """The message for a standard output that cannot be written."""
+    """The error message for a stdout that cannot be written."""
     return (
         f"the output cannot be written to stdout: {error.strerror or error}. Free some space or direct it elsewhere, and run "
         "the same command again."
@@ -164,7 +165,7 @@ def unwritable(error: OSError) -> str:
 
 def _write(stream: TextIO, text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    # An encoding without the character, such as ASCII, gets its escape.
+    # A character that the encoding lacks, such as "é" in ASCII, is written as its escape.
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    # Now, not at the interpreter's exit, where an error can no longer be reported.
+    # Flush now: at the interpreter's exit, an error could no longer be reported.
     stream.flush()

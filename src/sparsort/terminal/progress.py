@@ -1,7 +1,7 @@
-"""Progress of long work, on stderr and only where a person watches.
+"""Progress bars for long work, on stderr, and only if it is a terminal.
 
 Contract: `progress(title, total)` yields `advance(n)`. Nothing is drawn when stderr is not a terminal, so logs and pipes
-stay clean, and stdout is never touched. An interrupt that was lost is raised again by `advance` (`sparsort.terminal.interrupts`).
+stay clean, and nothing is ever written to stdout. `advance` raises an interrupt again that was lost (`sparsort.interrupts`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda _count: check()
         return
-    # rich draws link ids from the global generator, which is the caller's.
+    # rich draws link ids from the global generator, which belongs to the caller, so its state is restored afterwards.
     state = random.getstate()
     try:
         with _bars() as bars:
@@ -55,7 +55,7 @@ def _bars() -> Progress:
     )
 
     columns = (
-        # Titles have names of files in them, which are no markup.
+        # Titles contain file names, which must not be read as markup.
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

@@ -1,8 +1,8 @@
-"""Tables on a terminal: numbers and headings are whole, text gives way, and nothing is wider than the terminal if it can be.
+"""Tables on a terminal: numbers and headings are never shortened, and text is shortened to fit the width where possible.
 
-Contract: a column is of numbers (never shortened, right-aligned), of text (one line, shortened with an ellipsis) or of prose
-(whole, wrapped). Where not even the shortest form of all columns fits, the table is printed in several blocks below each other,
-and each repeats the first column. Off a terminal the width is 80, or what COLUMNS says.
+Contract: a column contains numbers (never shortened, right-aligned), text (one line, shortened with an ellipsis) or prose (never
+shortened, wrapped). If even the narrowest form of all columns is too wide, the table is printed as several blocks below each
+other, and each block repeats the first column. Without a terminal the width is 80, or the value of COLUMNS.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sparsort.terminal.printing import MOST, one_line, show
 
 Kind = Literal["number", "text", "prose"]
 _GAP = 2
-# Cells that text keeps at least, and prose at least, where the terminal is narrow.
+# The narrowest width of a text column and of a prose column, in terminal cells.
 _NARROWEST = {"text": 12, "prose": 18}
 _DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, and what gives way where the terminal is narrow."""
+    """A column: its heading, and its kind, which decides how it fits a narrow terminal."""
 
     name: str
     kind: Kind
@@ -38,12 +38,12 @@ def number(name: str) -> Column:
 
 
 def text(name: str) -> Column:
-    """A column of text, which is shortened."""
+    """A column of text, which may be shortened."""
     return Column(name, "text")
 
 
 def prose(name: str) -> Column:
-    """A column of text that is needed whole, and wrapped."""
+    """A column of text that is wrapped instead of shortened."""
     return Column(name, "prose")
 
 
@@ -51,7 +51,7 @@ class Table:
     """Rows of cells under headings.
 
     Args:
-        columns: first to last; the first names the rows.
+        columns: the columns from left to right; the first one names the rows.
         title: a line above the table.
     """
 
@@ -66,7 +66,7 @@ class Table:
         self._rows.append([one_line(cell, MOST) for cell in cells])
 
     def lines(self, width: int) -> list[str]:
-        """The table as lines of at most `width` cells, if its numbers and headings allow."""
+        """The table as lines of at most `width` terminal cells, unless its numbers and headings need more."""
         natural = [
             max(cell_len(cell) for cell in (column.name, *(row[at] for row in self._rows)))
             for at, column in enumerate(self.columns)
@@ -96,13 +96,14 @@ class Table:
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sorting key that puts "q2" before "q10"."""
-    # Digits compare by their number without a limit on its size: the longer is the larger.
+    # Numbers without leading zeros compare by their length, then digit by digit. That needs no conversion to int, whose number
+    # of digits Python limits.
     parts = ((part, part.lstrip("0")) for part in _DIGITS.split(name))
     return tuple((0, len(short), short) if part.isdecimal() else (1, 0, part) for part, short in parts)
 
 
 def _blocks(smallest: Sequence[int], width: int) -> list[list[int]]:
-    """The columns of each block; from the second on, the first column again and those that were left."""
+    """The columns of each block; every block after the first one repeats column 0."""
     blocks, used = [[0]], smallest[0]
     for at in range(1, len(smallest)):
         used += _GAP + smallest[at]
@@ -114,14 +115,14 @@ def _blocks(smallest: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _sizes(smallest: Sequence[int], natural: Sequence[int], width: int) -> list[int]:
-    """Widths between the smallest and the natural ones, which share what the terminal has left."""
-    sizes, left = list(smallest), width - sum(smallest) - _GAP * (len(smallest) - 1)
-    while left > 0 and (wanting := [at for at, size in enumerate(sizes) if size < natural[at]]):
-        share = max(left // len(wanting), 1)
+    """Column widths between the smallest and the natural ones; columns that need more share the remaining width evenly."""
+    sizes, remaining = list(smallest), width - sum(smallest) - _GAP * (len(smallest) - 1)
+    while remaining > 0 and (wanting := [at for at, size in enumerate(sizes) if size < natural[at]]):
+        share = max(remaining // len(wanting), 1)
         for at in wanting:
-            more = min(share, natural[at] - sizes[at], left)
+            more = min(share, natural[at] - sizes[at], remaining)
             sizes[at] += more
-            left -= more
+            remaining -= more
     return sizes
 
 
@@ -129,10 +130,10 @@ def _row(cells: Sequence[str], columns: Sequence[Column], sizes: Sequence[int]) 
     parts = [_cell(cell, column.kind, size) for cell, column, size in zip(cells, columns, sizes, strict=True)]
     lines = []
     for at in range(max(map(len, parts))):
-        shown = [part[at] if at < len(part) else "" for part in parts]
+        line = [part[at] if at < len(part) else "" for part in parts]
         aligned = [
             " " * (size - cell_len(cell)) + cell if column.kind == "number" else cell + " " * (size - cell_len(cell))
-            for cell, column, size in zip(shown, columns, sizes, strict=True)
+            for cell, column, size in zip(line, columns, sizes, strict=True)
         ]
         lines.append((" " * _GAP).join(aligned).rstrip().replace("\xa0", " "))
     return lines
@@ -145,7 +146,7 @@ def _cell(cell: str, kind: Kind, size: int) -> list[str]:
 
 
 def _wrap(cell: str, size: int) -> list[str]:
-    """Lines of at most `size` cells, broken between words, and inside a word that is longer."""
+    """Break a text into lines of at most `size` cells, between words, or inside a word that is longer than a line."""
     lines = [""]
     for word in cell.split(" "):
         joined = f"{lines[-1]} {word}" if lines[-1] else word
