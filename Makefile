@@ -45,15 +45,15 @@ tables: $(READY) ## fill the tables of the documentation from the source
 	@$(RUN) docs/generate_tables.py
 
 bench: $(READY) ## measure scoring, kernels, sparse attention, calibration, the ablation and the loader, in some minutes
-	@$(RUN) benchmarks/scoring.py --quick $(ARGS)
-	@$(RUN) benchmarks/sparsity_kernels.py --quick $(ARGS)
-	@$(RUN) benchmarks/sparse_attention.py --quick $(ARGS)
-	@$(RUN) benchmarks/calibration.py --quick $(ARGS)
-	@$(RUN) benchmarks/ablation.py --quick $(ARGS)
-	@$(RUN) benchmarks/loader.py --quick $(ARGS)
+	@$(RUN) benchmarks/speed/scoring.py --quick $(ARGS)
+	@$(RUN) benchmarks/speed/sparsity_kernels.py --quick $(ARGS)
+	@$(RUN) benchmarks/speed/sparse_attention/sparse_attention.py --quick $(ARGS)
+	@$(RUN) benchmarks/speed/calibration.py --quick $(ARGS)
+	@$(RUN) benchmarks/speed/ablation.py --quick $(ARGS)
+	@$(RUN) benchmarks/speed/loader/loader.py --quick $(ARGS)
 
 gpu-check: $(READY) ## check and measure the Triton kernels on this machine's GPU
-	@$(RUN) benchmarks/gpu_check.py $(ARGS)
+	@$(RUN) benchmarks/speed/gpu_check.py $(ARGS)
 
 setup: $(READY) ## only set up .venv
 

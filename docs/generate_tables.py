@@ -18,6 +18,8 @@ from typing import Any
 
 from sparsort.attention.selectors import SELECTORS
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion
+from sparsort.curriculum.demos.order import ORDERS, OrderEntry
+from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.loading.plan.pacing import PACINGS
 from sparsort.errors import unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
@@ -47,6 +49,12 @@ def _source(entry: Entry) -> str:
 def _class(entry: ScorerEntry) -> str:
     arguments = ", ".join(f'{name}="{value}"' for name, value in entry.arguments.items())
     return f"`{entry.place.partition(':')[2]}{f'({arguments})' if arguments else ''}`"
+
+
+def _ranks_by(order: OrderEntry) -> str:
+    """What an order ranks by, with the kinds of score that it accepts."""
+    kinds = " or ".join(f"`{kind}`" for kind in order.kinds)
+    return f"{order.ranks_by}, by scores of the kind {kinds} only" if kinds else order.ranks_by
 
 
 def _queries(criterion: Criterion) -> str:
@@ -86,6 +94,20 @@ TABLES: dict[str, tuple[Registry[Any], Columns]] = {
     "criteria": (
         CRITERIA,
         {"criterion": _name, "takes the order under which …": _help, "reads": _queries, "source": _source},
+    ),
+    "demonstration selectors": (
+        DEMO_SELECTORS,
+        {
+            "method": _name,
+            "chooses": _help,
+            "needs": lambda entry: ", ".join(f"`{need}`" for need in sorted(entry.needs)) or "nothing",
+            "seeded": lambda entry: "yes" if entry.is_seeded else "no",
+            "source": _source,
+        },
+    ),
+    "orders": (
+        ORDERS,
+        {"order": _name, "first to last": _help, "ranks by": _ranks_by, "source": _source},
     ),
     "pacings": (
         PACINGS,

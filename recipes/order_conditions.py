@@ -6,13 +6,13 @@ that reads everything, so that the misspelt name is what is reported.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from sparsort.conditions import Table, Values, When, always, among, excludes, needs, under
-from sparsort.curriculum.demos.order import ORDERS, default_order, ranks_by
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
+from sparsort.curriculum.demos.order import ranks_by, reads_order
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
-from sparsort.curriculum.demos.select import EMBEDDED, METHODS, SCORED
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, SelectorEntry
 from sparsort.recipes.score import READ_BY as SCORER_READ_BY
 from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 
@@ -27,16 +27,23 @@ def _is(values: Values, name: str, choices: Collection[str], known: Collection[s
     return values[name] in choices or values[name] not in known
 
 
+def _selects(values: Values, holds: Callable[[SelectorEntry], bool]) -> bool:
+    """Whether something holds for the entry of the selector; true of a value that is no selector."""
+    return values["select"] not in SELECTORS or holds(SELECTORS[values["select"]])
+
+
 def _ranks(values: Values) -> bool:
-    return ranks_by("difficulty")(values) or _is(values, "select", SCORED, METHODS)
+    return ranks_by("difficulty")(values) or _selects(values, lambda entry: "scores" in entry.needs)
 
 
 def _scores_now(values: Values) -> bool:
-    return _ranks(values) and (values["scores"] is None or values["select"] == "difficulty_matched")
+    return _ranks(values) and (
+        values["scores"] is None or _selects(values, lambda entry: "query_difficulty" in entry.needs)
+    )
 
 
 def _embeds(values: Values) -> bool:
-    return _is(values, "select", EMBEDDED, METHODS) or ranks_by("similarity")(values)
+    return ranks_by("similarity")(values) or _selects(values, lambda entry: "embeddings" in entry.needs)
 
 
 def _runs_model(values: Values) -> bool:
@@ -50,9 +57,8 @@ def _reads_model(values: Values) -> bool:
 
 
 def _draws(values: Values) -> bool:
-    drawn = values["k"] is not None and _is(values, "select", ("random", "balanced", "spread"), METHODS)
-    base = str(values["order"] or default_order(None)).rpartition("reverse:")[2]
-    shuffled = base == "random" or base not in ORDERS
+    drawn = values["k"] is not None and _selects(values, lambda entry: entry.is_seeded)
+    shuffled = reads_order(lambda entry: entry.is_seeded)(values)
     return drawn or shuffled or (_scores_now(values) and values["scorer"] in SCORERS.reading("seed"))
 
 
@@ -73,16 +79,16 @@ READ_BY: Table = {
     "chat": (NO_CONVERSATION, _OWN_PROMPT),
     "select": (
         When(
-            holds=lambda values: values["ids"] is None or values["select"] == "ids",
+            holds=lambda values: values["ids"] is None or _selects(values, lambda entry: entry.names_rows),
             why="{ids} names the demonstrations",
         ),
         When(
-            holds=lambda values: values["k"] is not None or values["select"] != "random",
+            holds=lambda values: values["k"] is not None or values["select"] != DEFAULT_SELECTOR,
             why="every row is shown unless the number of demonstrations is given",
             instead={"k": 4},
         ),
     ),
-    "label": (among("select", ("balanced",), of=METHODS),),
+    "label": (among("select", SELECTORS.needing("label"), of=SELECTORS),),
     "drop": PROMPT_READ_BY["drop"],
     "allow_zero_shot": PROMPT_READ_BY["allow_zero_shot"],
     "separator": PROMPT_READ_BY["separator"],

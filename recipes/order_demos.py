@@ -6,7 +6,6 @@ are scored with the very prompt that they will stand in.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsort.conditions import changed, refuse_unread
-from sparsort.curriculum.demos.order import ORDERS, default_order, order_indices
-from sparsort.curriculum.demos.prompt import assemble
-from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator, PromptForm
+from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
+from sparsort.curriculum.demos.pool import DemoPool
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
+from sparsort.errors import SparsortError
 from sparsort.recipes.demo_text import DemoText
 from sparsort.recipes.order_conditions import READ_BY
 from sparsort.recipes.score import ScorerConfig
@@ -36,16 +37,6 @@ if TYPE_CHECKING:
 MOST_DEMOS = 64
 # Characters of a demonstration's excerpt, for a person.
 EXCERPT = 80
-_NEEDS_EMBEDDINGS = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_NEEDS_POOL_SCORES = ("spread", "difficulty_matched")
-_NEEDS_NO_SCORES = (
-    "given",
-    "random",
-    "similarity_ascending",
-    "similarity_descending",
-    "length_ascending",
-    "length_descending",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +47,7 @@ class OrderConfig:
     differs from its default and has no effect is refused by `order_file`; see `recipes.order_conditions`.
     """
 
-    select: str = "random"
+    select: str = DEFAULT_SELECTOR
     k: int | None = None
     ids: tuple[str, ...] | None = None
     label: str | None = None
@@ -129,15 +120,19 @@ def order_file(
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
     order = str(config.order)
-    base = order.rpartition("reverse:")[2]
     # Names first: a misspelt one should not cost the loading of a model.
-    if base not in ORDERS:
-        raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
-    if config.select not in METHODS:
-        raise unknown_choice("selection method", config.select, METHODS, aliases=ALIASES)
-    if config.ids is not None and config.select not in ("random", "ids"):
-        raise SparsortError(f"ids were given, and select is {config.select!r}. Pass one of the two.")
-    if config.k is None and config.ids is None and config.select != "random":
+    demonstrator = Demonstrator(
+        selector=config.select,
+        order=order,
+        k=config.k,
+        seed=config.seed,
+        ids=config.ids,
+        missing=config.missing,
+        allow_leaks=config.allow_leaks,
+        own_similarity=True,
+    )
+    selector = demonstrator.selector_entry
+    if config.k is None and config.ids is None and selector.name != DEFAULT_SELECTOR:
         raise SparsortError(
             f"selection by {config.select!r} needs the number of demonstrations k (-k) or, for 'ids', the ids (--ids)."
         )
@@ -159,50 +154,34 @@ def order_file(
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
     asked = text.parse_query(query)
     scorer.check_model()
-    session = _Session(rows, text, config, scorer, table, cache)
-    if config.select == "balanced":
+    model = _Model(rows, text, config, scorer, table, cache)
+    if "label" in selector.needs:
         source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
-    chosen, notes = _select(session, asked)
-    source.check(lambda fields, where: text.whole(fields, where=where), [row.position for row in chosen])
-    similarity = session.similarity(chosen, asked) if base.startswith("similarity") else None
-    difficulty = session.difficulty(chosen) if base not in _NEEDS_NO_SCORES else np.full(len(chosen), math.nan)
-    places = order_indices(
-        order,
-        len(chosen),
-        difficulty=None if base in _NEEDS_NO_SCORES else difficulty,
-        kind=session.kind if base not in _NEEDS_NO_SCORES else None,
-        similarity=similarity,
-        lengths=[len(session.text_of(row)) for row in chosen] if base.startswith("length") else None,
-        seed=config.seed,
-        missing=config.missing,
-        names=[row.id for row in chosen],
-    )
-    ordered = [chosen[place] for place in places]
-    made = assemble(
-        [dict(row.fields) for row in ordered],
-        asked,
-        prompt=text.prompt,
-        answer=text.answer,
-        messages=text.messages,
-        system=text.system,
-        separator=config.separator,
-        chat=text.chat,
-        max_tokens=config.max_tokens,
-        tokenizer=session.tokenizer() if config.max_tokens is not None or text.chat else None,
-        drop=config.drop,
-        allow_leaks=config.allow_leaks,
-        allow_zero_shot=config.allow_zero_shot,
-    )
-    notes += [*([made.report] if made.dropped else []), *made.notes]
-    kept = set(made.kept)
+    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
+        raise SparsortError(
+            f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
+            "(--select) for the method."
+        )
+    known = model.known(asked)
+    selection = demonstrator.choose(known)
+    source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
+    tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
+    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
+    return _result(order, model, known, shown)
+
+
+def _result(order: str, model: _Model, known: Known, shown: Demonstration) -> OrderResult:
+    made = shown.prompt
+    is_ranked = order_entry(order).ranks_by == "difficulty"
+    difficulty = known.difficulty.at(shown.indices) if known.difficulty is not None and is_ranked else None
     demonstrations = [
         {
-            "id": row.id,
-            "difficulty": None if math.isnan(difficulty[place]) else float(difficulty[place]),
-            "kept": number in kept,
-            "excerpt": one_line(session.text_of(row), EXCERPT),
+            "id": model.rows[at].id,
+            "difficulty": None if difficulty is None or math.isnan(difficulty[place]) else float(difficulty[place]),
+            "kept": place in made.kept,
+            "excerpt": one_line(model.text_of(at), EXCERPT),
         }
-        for number, (row, place) in enumerate(zip(ordered, places, strict=True))
+        for place, at in enumerate(shown.indices)
     ]
     return OrderResult(
         prompt=made.text,
@@ -210,14 +189,29 @@ def order_file(
         order=order,
         demonstrations=demonstrations,
         n_tokens=made.n_tokens,
-        notes=[*session.notes, *notes],
-        provenance=session.provenance,
-        cache=session.cache.summary() if session.cache is not None else None,
+        notes=[*model.notes, *shown.notes],
+        provenance=model.provenance,
+        cache=model.cache.summary() if model.cache is not None else None,
     )
 
 
-class _Session:
-    """The model, the scores and the embeddings of one call, each made at most once."""
+def _form(config: OrderConfig, text: DemoText) -> PromptForm:
+    return PromptForm(
+        prompt=text.prompt,
+        answer=text.answer,
+        messages=text.messages,
+        system=text.system,
+        separator=config.separator,
+        chat=text.chat,
+        max_tokens=config.max_tokens,
+        drop=config.drop,
+        allow_leaks=config.allow_leaks,
+        allow_zero_shot=config.allow_zero_shot,
+    )
+
+
+class _Model:
+    """The model of one call, with what it computes of rows and of the query; loaded at most once, when it is first needed."""
 
     def __init__(
         self,
@@ -235,60 +229,46 @@ class _Session:
         self._table_fit: Scores | None = None
         self._loaded: Any = None
         self._tokenizer: Any = None
-        self._difficulty: dict[str, float] = {}
-        self._vectors: dict[str, Any] = {}
-        self._queries: dict[str, Any] = {}
         self._backbone: Any = None
         self._read = text.read()
         self.notes: list[str] = []
         before = self._table.provenance.get("prompt") if self._table is not None else None
         if before is not None and before.get("turns") != [list(turn) for turn in self._read.turns]:
             self.notes.append(f"the scores are of another prompt: {before['turns'][-1][1]!r}.")
-        self.kind = self._table.kind if self._table is not None else scorer.kind
         self.provenance: dict[str, Any] | None = self._table.provenance if self._table is not None else None
 
-    def difficulty(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Difficulty of these rows, from the scores given or scored now."""
-        if self._table is not None:
-            return self._table.difficulty_of([row.fields for row in rows])
-        missing = [row for row in rows if row.id not in self._difficulty]
-        if missing:
-            scored = self._score([row.fields for row in missing])
-            self._difficulty |= {row.id: float(value) for row, value in zip(missing, scored, strict=True)}
-        return np.array([self._difficulty[row.id] for row in rows])
+    def known(self, query: Mapping[str, Any]) -> Known:
+        """What is known about the rows and the query, each part computed when it is first read."""
+        rows, count = self.rows, len(self.rows)
+        ids, label = [row.id for row in rows], self.config.label
+        return Known(
+            DemoPool([row.fields for row in rows], ids=ids, label=label, **self.text.compared_by()),
+            query,
+            difficulty=Column(count, self._difficulty),
+            kind=self._table.kind if self._table is not None else self.scorer.kind,
+            embeddings=Column(count, lambda at: self._embed([rows[i].fields for i in at])),
+            query_difficulty=lambda: self._query_difficulty(query),
+            query_embedding=lambda: self._embed([query])[0],
+            lengths=Column(count, lambda at: [len(self.text_of(i)) for i in at]),
+        )
 
-    def query_difficulty(self, query: Mapping[str, Any]) -> float:
+    def text_of(self, position: int) -> str:
+        """A demonstration as it will appear in the prompt, without chat markers."""
+        row = self.rows[position]
+        return self.text.whole(row.fields, where=row.name)
+
+    def _difficulty(self, positions: Sequence[int]) -> Any:
+        """Difficulty of some rows, from the scores given or scored now."""
+        fields = [self.rows[position].fields for position in positions]
+        return self._table.difficulty_of(fields) if self._table is not None else self._score(fields)
+
+    def _query_difficulty(self, query: Mapping[str, Any]) -> float:
         """Difficulty of the query by the same score."""
         if self.scorer.needs_answer:
             raise SparsortError(
                 "the query has no answer yet, so it has no score of one. Match by a score of the prompt alone."
             )
         return float(self._score([query])[0])
-
-    def vectors(self, rows: Sequence[Row]) -> Any:
-        """(n, H) embeddings of the rows' prompts."""
-        missing = [row for row in rows if row.id not in self._vectors]
-        if missing:
-            found = self._embed([row.fields for row in missing])
-            self._vectors |= {row.id: vector for row, vector in zip(missing, found, strict=True)}
-        return np.stack([self._vectors[row.id] for row in rows])
-
-    def query_vector(self, query: Mapping[str, Any]) -> Any:
-        """(H,) embedding of the query's prompt."""
-        key = json.dumps(query, sort_keys=True, default=str)
-        if key not in self._queries:
-            self._queries[key] = self._embed([query])[0]
-        return self._queries[key]
-
-    def text_of(self, row: Row) -> str:
-        """The demonstration as it will appear in the prompt, without chat markers."""
-        return self.text.whole(row.fields, where=row.name)
-
-    def similarity(self, rows: Sequence[Row], query: Mapping[str, Any]) -> Any:
-        """(n,) cosine similarity of rows and query."""
-        from sparsort.curriculum.demos.similarity import cosine, unit_rows
-
-        return cosine(self.query_vector(query), unit_rows(self.vectors(rows)))
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -333,7 +313,7 @@ class _Session:
             self._table_fit = self._scorer.score([row.fields for row in self.rows], read, **options)
         scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
         self.provenance = scores.provenance
-        return scores.difficulty
+        return np.asarray(scores.difficulty, dtype=np.float64)
 
     def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
         if self.config.embedder is not None:
@@ -357,38 +337,6 @@ class _Session:
             self.notes.append(f"nothing was kept in the cache: {why}.")
             self.cache = None
         return self.cache
-
-
-def _select(session: _Session, query: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
-    config, rows = session.config, session.rows
-    method = "ids" if config.ids is not None else config.select
-    k = config.k if config.k is not None else len(config.ids) if config.ids is not None else None
-    if k is None:
-        if len(rows) > MOST_DEMOS:
-            raise SparsortError(
-                f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
-                "(--select) for the method."
-            )
-        return list(rows), []
-    pool = [{**row.fields, "id": row.id} for row in rows]
-    wants_vectors, wants_scores = method in _NEEDS_EMBEDDINGS, method in _NEEDS_POOL_SCORES
-    chosen = select_demos(
-        pool,
-        query,
-        k,
-        method=method,
-        seed=config.seed,
-        ids=config.ids,
-        label=config.label,
-        scores=session.difficulty(rows) if wants_scores else None,
-        query_difficulty=session.query_difficulty(query) if method == "difficulty_matched" else None,
-        embeddings=session.vectors(rows) if wants_vectors else None,
-        query_embedding=session.query_vector(query) if wants_vectors and method != "vote_k" else None,
-        **session.text.compared_by(),
-        allow_leaks=config.allow_leaks,
-    )
-    notes = [f"left out {item.id}: {item.reason}" for item in chosen.excluded]
-    return [rows[index] for index in chosen.indices], notes
 
 
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:

@@ -2,8 +2,8 @@
 
 Contract: `Backbone.walk` yields `Piece`s that cover every token of every row once. Rows are padded on the right and no mask
 is passed: causality keeps real tokens blind to the padding behind them, which leaves the fast attention path open and makes
-a row's states independent of its batch mates (to rounding; measured in `benchmarks/scoring.py`). A head that rows share is run
-once and its keys and values gathered per row; a row longer than a chunk continues through the same cache.
+a row's states independent of its batch mates (to rounding; measured in `benchmarks/speed/scoring.py`). A head that rows share is
+run once and its keys and values gathered per row; a row longer than a chunk continues through the same cache.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Contract: the same numbers but for rounding, and less of that: a fused step roun
 The model is left as it was: blocks are replaced for the length of a pass only.
 
 The trade-off: the faster a processor multiplies matrices, the more of a pass is such steps, so that fusing them pays
-(`benchmarks/ablation.py` with and without `--compile`); the compiler takes half a minute first, less where it has done it
+(`benchmarks/speed/ablation.py` with and without `--compile`); the compiler takes half a minute first, less where it has done it
 before. So it is for long runs, when asked for.
 """
 

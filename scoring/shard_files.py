@@ -2,7 +2,7 @@
 
 Contract: what is read is the table that was written, or an error that names the file. Opening a Parquet file and each of its
 columns takes a fixed time, which for 10,000 shards is most of what `sparsort plan` may take; the copy, an Arrow IPC stream
-between pages and footer, takes less than half of it (`benchmarks/many_shards.py`). A shard without a copy is read from its
+between pages and footer, takes less than half of it (`benchmarks/speed/many_shards.py`). A shard without a copy is read from its
 pages, as is every shard of an earlier version.
 """
 

@@ -1,7 +1,7 @@
 """One flipped bit in any region of any file that sparsort trusts later is refused, repaired, or changes no value.
 
-The fast version of `benchmarks/bit_flips.py`: each region of each file of each kind once, and of the kinds whose readers train a
-model a few of these.
+The fast version of `benchmarks/checks/bit_flips.py`: each region of each file of each kind once, and of the kinds whose readers
+train a model a few of these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "checks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
     flips: Any = importlib.import_module("bit_flips")

@@ -1,4 +1,4 @@
-"""A short run of `benchmarks/fuzz_readers.py`: every reader gives a result or a SparsortError for damaged and unusual files.
+"""A short run of `benchmarks/checks/fuzz_readers.py`: every reader gives a result or a SparsortError for damaged or odd files.
 
 The corpus of past failures is replayed in full, and each kind is given a few new examples, the same in every run.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "checks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
     fuzz: Any = importlib.import_module("fuzz_readers")

@@ -1,6 +1,6 @@
 """The fast part of the sweep over model families: each kind of architecture against a plain loop.
 
-`benchmarks/model_families.py` runs all of them. Here are the ones in which faults were found, and one of each other kind.
+`benchmarks/checks/model_families.py` runs all of them. Here are the ones in which faults were found, and one of each other kind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from sparsort.errors import SparsortError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "checks"
 
 
 @pytest.fixture(scope="module")

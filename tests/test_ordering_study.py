@@ -19,7 +19,7 @@ from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.errors import SparsortError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "ordering"
 
 
 @pytest.fixture(scope="module")

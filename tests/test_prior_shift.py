@@ -14,7 +14,7 @@ import pytest
 
 from sparsort.curriculum.demos.distributions import log_softmax
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "ordering"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_page_has_every_prior_and_the_default_is_bold(
         "pool_rows": scripts.shift.table(scripts.shift.gains(cases, scripts.shift.FROM_POOL, from_pool=True)),
         "error_of_shares": scripts.shift.errors(cases),
         "machine": {"cpu": "a CPU", "cores": 2},
-        "command": "python benchmarks/prior_shift.py",
+        "command": "python benchmarks/studies/ordering/prior_shift.py",
     }
     (tmp_path / "found.json").write_text(json.dumps(whole), encoding="utf-8")
     text = scripts.shift_page.section(tmp_path / "found.json")

@@ -10,7 +10,11 @@ from typing import Any, get_args
 import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, ModelSelectorName
 from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
+from sparsort.curriculum.demos.order import ORDERS, Order
+from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
+from sparsort.curriculum.demos.select import SelectorName
 from sparsort.curriculum.loading.plan.pacing import PACINGS, PacingKind
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS, MetricName
@@ -22,39 +26,46 @@ _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/spa
 # Each table with the Literal of its names, and the file that holds it.
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
+    "curriculum/ablation/selectors.py": (MODEL_SELECTORS, ModelSelectorName),
     "curriculum/demos/criteria.py": (CRITERIA, CriterionName),
+    "curriculum/demos/order.py": (ORDERS, Order),
+    "curriculum/demos/select/__init__.py": (DEMO_SELECTORS, SelectorName),
     "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
     "kernels/sparsity/metrics.py": (METRICS, MetricName),
     "scoring/scorers/__init__.py": (SCORERS, ScorerName),
 }
-# Made-up results, whose arms are named after criteria.
-_SIMULATED = "curriculum/ablation/simulation.py"
-# Where a name of a table means something else: an order, a curve of a drawing, a field of a file or a log.
+# Made-up results, whose arms are named after criteria and orders.
+# Where a name of a table means something else: an order of training data, a kind of arm, the place of rows without a score, a
+# curve of a drawing, a field of a file or a log, a chapter of a report.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
-    "best_on_dev": (_SIMULATED,),
     "column": ("curriculum/loading/loader/verification.py", "scoring/baselines.py"),
     "compression": ("scoring/shard_files.py",),
     "constant": ("recipes/train_loop.py",),
-    "density": (_SIMULATED,),
-    "globale": (_SIMULATED,),
-    "length": ("curriculum/loading/inspect/drawing.py", "curriculum/loading/plan/files.py", "recipes/cli_calibrate.py"),
-    "locale": (_SIMULATED,),
-    "mdl": (_SIMULATED,),
+    "length": (
+        "curriculum/demos/order.py",
+        "curriculum/loading/inspect/drawing.py",
+        "curriculum/loading/plan/files.py",
+        "recipes/cli_calibrate.py",
+    ),
     "oracle": ("curriculum/ablation",),
-    "pdo": (_SIMULATED,),
+    "first": ("curriculum/demos/order.py", "curriculum/loading", "recipes/cli_plan.py"),
+    "hard_to_easy": ("curriculum/loading",),
+    "ids": ("curriculum/ablation/order_notes.py", "curriculum/loading"),
     "random": (
-        "curriculum",
+        "curriculum/ablation/cells.py",
+        "curriculum/ablation/report",
+        "curriculum/ablation/results.py",
+        "curriculum/ablation/results_file.py",
+        "curriculum/loading",
         "recipes/option_conditions.py",
-        "recipes/order_conditions.py",
-        "recipes/order_demos.py",
         "recipes/train_run.py",
     ),
     "sparsity": (
         "curriculum/ablation/order_notes.py",
-        "curriculum/demos/order.py",
         "recipes/environment.py",
         "scoring/scorers/sparsity.py",
     ),
+    "spread": ("curriculum/ablation/report",),
     "step": ("recipes/train_loop.py",),
     "window": ("curriculum/loading",),
 }
@@ -123,6 +134,7 @@ def test_every_entry_is_described(home: str) -> None:
         assert entry.help
         assert not entry.help.endswith(".")
         assert entry.source
+        assert not set(entry.aliases) & set(table)
 
 
 @pytest.mark.parametrize("home", _TABLES)

@@ -1,4 +1,4 @@
-"""`benchmarks/sparse_attention.py`: what it times is what it says, its figures follow from the times, and it judges as it says.
+"""The benchmark `sparse_attention.py`: it times what it says, its figures follow from the times, and it judges as it says.
 
 Both devices' measuring runs here at tiny size on the CPU; the numbers themselves say nothing.
 """
@@ -16,13 +16,14 @@ from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.reference import attend_ref, support
 from sparsort.kernels.blocksparse.selection import Selection, every_block
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The benchmark's modules, and `tiny`, the setting of quick runs on the CPU."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    for folder in (BENCHMARKS, BENCHMARKS / "speed", BENCHMARKS / "speed" / "sparse_attention"):
+        monkeypatch.syspath_prepend(folder)
     import gpu_check
     import sparse_attention
     import sparse_attention_cpu

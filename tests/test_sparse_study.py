@@ -16,7 +16,7 @@ import torch
 from sparsort import attach_index_branch
 from sparsort.errors import SparsortError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "sparse"
 
 
 @pytest.fixture(scope="module")

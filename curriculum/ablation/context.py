@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sparsort.curriculum.ablation.data import TaskData
 from sparsort.curriculum.ablation.design import Ablation, Unit
-from sparsort.curriculum.ablation.splits import QUERY_SELECTORS
+from sparsort.curriculum.ablation.selectors import looks_at_query
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.errors import SparsortError
 
@@ -39,7 +39,7 @@ def check_context(
         for k in ablation.shots:
             for seed in ablation.seeds:
                 unit = Unit(task=task.name, selector=selector, k=k, seed=seed)
-                if selector in QUERY_SELECTORS or data.reads_pool(unit):
+                if looks_at_query(selector) or data.reads_pool(unit):
                     continue
                 demos = data.show(unit).demos(0, ablation.orders(k, seed)[0])
                 tokens = count("".join(texts.prefix(demos)) + texts.query(demos, longest))

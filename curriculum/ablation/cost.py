@@ -15,8 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.design import Ablation, applies, base_order, depends_on_query, probes_of, reads_losses
-from sparsort.curriculum.ablation.splits import FIXED_SELECTORS, QUERY_SELECTORS, Splits
+from sparsort.curriculum.ablation.design import (
+    Ablation,
+    applies,
+    by_similarity,
+    depends_on_query,
+    kind_of,
+    probes_of,
+    reads_losses,
+)
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, SELECTORS, looks_at_query
+from sparsort.curriculum.ablation.splits import Splits
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.demos.per_query import NEIGHBOURS, ORGANISATIONS
@@ -24,7 +33,6 @@ from sparsort.errors import SparsortError
 
 # Rows of a split whose tokens are counted.
 _SAMPLE = 512
-_BY_SPARSITY = ("sparse_to_dense", "dense_to_sparse", "u_shape", "inverted_u", "easy_to_hard", "hard_to_easy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +207,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
     for seed in ablation.seeds:
         random_RK = ablation.orders(k, seed)
         generator = np.random.default_rng(seed)
-        if selector in QUERY_SELECTORS:
+        if looks_at_query(selector):
             # Another set for every query: its orders share their beginnings, queries share nothing.
             every = np.concatenate([random_RK, _stand_ins(generator, k, len(by_query))])
             distinct, n_trees = len(np.unique(every, axis=0)), lengths.n_test
@@ -270,16 +278,15 @@ def _stand_ins(generator: np.random.Generator, k: int, count: int) -> NDArray[np
 
 
 def _heads(ablation: Ablation, lengths: Lengths, selector: str) -> int:
-    return ablation.sets * (lengths.n_test if selector in QUERY_SELECTORS else 1)
+    return ablation.sets * (lengths.n_test if looks_at_query(selector) else 1)
 
 
 def _score_tokens(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> float:
     """Demonstrations read by themselves for sparsity, loss or an embedding; whole pools once, counted with the first k."""
-    bases = {base_order(name) for name in ablation.orderers}
-    passes = bool(bases & set(_BY_SPARSITY)) + ("perplexity_ascending" in bases)
-    near = any(name.startswith("similarity") for name in bases)
-    chooses_by_model = selector in FIXED_SELECTORS or (selector in QUERY_SELECTORS and selector != "bm25")
-    shown = ablation.sets * k * (lengths.n_test if selector in QUERY_SELECTORS else 1)
+    passes = len({kind_of(name) for name in ablation.orderers} - {None})
+    near = any(map(by_similarity, ablation.orderers))
+    chooses_by_model = "embeddings" in SELECTORS[selector].needs
+    shown = ablation.sets * k * (lengths.n_test if looks_at_query(selector) else 1)
     total = min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
     if k == ablation.shots[0]:
         embedded = near or chooses_by_model
@@ -298,14 +305,15 @@ class _Choosing(NamedTuple):
 
 
 def _choosing(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> _Choosing:
-    if selector == "topk_cone" and k == ablation.shots[0]:
+    scores = MODEL_SELECTORS[selector].model_scores if selector in MODEL_SELECTORS else None
+    if scores == "query" and k == ablation.shots[0]:
         # Single neighbours from half of the pool, each behind which some queries are read; the same for every k.
         half = (lengths.n_pool + 1) // 2
         pairs = ablation.sets * lengths.n_test * min(NEIGHBOURS, half)
         alone = ablation.sets * min(lengths.n_test * NEIGHBOURS, half)
         tokens = pairs * lengths.query + alone * (lengths.head + lengths.demo)
         return _Choosing(pairs, tokens, pairs * (lengths.head + lengths.demo + lengths.query))
-    if selector == "topk_mdl":
+    if scores == "labels":
         # Every query's sets, of which no two share anything.
         pairs = ablation.sets * lengths.n_test * ORGANISATIONS
         prompt, labels = lengths.head + k * lengths.demo + lengths.query, sum(lengths.labels)

@@ -9,38 +9,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.design import Ablation, Unit
-from sparsort.curriculum.ablation.splits import (
-    MODEL_SELECTORS,
-    QUERY_SELECTORS,
-    Splits,
-    draw_sets,
-    read_rows,
-    split_rows,
-)
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, SELECTORS
+from sparsort.curriculum.ablation.splits import Splits, draw_sets, read_rows, split_rows
 from sparsort.curriculum.ablation.tasks import Task, check_rows
-from sparsort.curriculum.demos.difficulty import ScoresLike
+from sparsort.curriculum.demos.known import Known
 from sparsort.curriculum.demos.pool import DemoPool
-from sparsort.curriculum.demos.select import select_demos
+from sparsort.curriculum.demos.select.candidates import SelectSettings
+from sparsort.curriculum.demos.select.selection import select_rows
 from sparsort.errors import SparsortError
 from sparsort.templates import columns_of
 
+if TYPE_CHECKING:
+    from sparsort.curriculum.ablation.measured import PoolNumbers
+
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolNumbers:
-    """What selectors may read of the pool and the test rows: embeddings (N, D), (Q, D), and difficulty (N,), (Q,)."""
-
-    embeddings: Any = None
-    query_embeddings: Any = None
-    scores: ScoresLike | None = None
-    query_difficulty: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,11 +81,14 @@ class TaskData:
             seed=ablation.split_seed,
         )
         self.notes = [*self.splits.notes, *check_rows(task, self.splits.test, "the test rows")]
-        if task.is_generation and "topk_mdl" in ablation.selectors:
-            raise SparsortError(
-                f"the selector 'topk_mdl' goes by the labels' entropy, and answers of the task {task.name!r} are written. "
-                "Leave it out, or take 'topk_cone'."
-            )
+        by_labels = MODEL_SELECTORS.names(lambda entry: entry.model_scores == "labels")
+        for selector in by_labels if task.is_generation else ():
+            if selector in ablation.selectors:
+                others = " or ".join(repr(name) for name in MODEL_SELECTORS if name not in by_labels)
+                raise SparsortError(
+                    f"the selector {selector!r} goes by the labels' entropy, and answers of the task {task.name!r} are "
+                    f"written. Leave it out, or take {others}."
+                )
         most = max(ablation.shots)
         if len(self.splits.pool) < most:
             raise SparsortError(
@@ -111,6 +102,11 @@ class TaskData:
         self.gold_index = np.array([task.gold_index(row) for row in self.splits.test])
         self.dev_gold = np.array([task.gold_index(row) for row in self.splits.dev])
         _check_unicode(task, [*self.splits.test, *self.splits.dev, *self.splits.pool])
+
+    @functools.cached_property
+    def questions(self) -> list[Row]:
+        """The columns of the prompt of each test row, without its label."""
+        return [{name: row[name] for name in columns_of(self.task.prompt)} for row in self.splits.test]
 
     @functools.cached_property
     def pool_by_id(self) -> dict[str, Row]:
@@ -128,36 +124,38 @@ class TaskData:
 
         Args:
             unit: a unit of this task.
-            numbers: what the selector reads of the pool, where it reads anything.
+            numbers: what the selector may read of the pool, where it reads anything.
 
         Raises:
             SparsortError: the pool is too small, or the selector lacks its numbers.
         """
-        numbers = numbers or PoolNumbers()
-        if unit.selector not in QUERY_SELECTORS:
-            (one,) = draw_sets(
-                self.task,
-                self.pool,
-                unit.selector,
-                unit.k,
-                [unit.seed],
-                embeddings=numbers.embeddings,
-                scores=numbers.scores,
-            )
-            return Showing(rows=[dict(self.pool.rows[place]) for place in one], of_query=np.arange(unit.k)[None])
-        if unit.selector in MODEL_SELECTORS:
-            raise SparsortError(f"the selector {unit.selector!r} asks a model; this knows none.")
-        return self.shown(self._chosen(unit, numbers, unit.selector, unit.k))
+        entry = SELECTORS[unit.selector]
+        if entry.looks_at_query:
+            if unit.selector in MODEL_SELECTORS:
+                raise SparsortError(
+                    f"the selector {unit.selector!r} queries the model about neighbours; use `nearest`."
+                )
+            return self.shown(self._chosen(unit, numbers, unit.k))
+        (one,) = draw_sets(
+            self.task,
+            self.pool,
+            unit.selector,
+            unit.k,
+            [unit.seed],
+            embeddings=None if numbers is None or "embeddings" not in entry.needs else numbers.embeddings,
+            scores=None if numbers is None or "scores" not in entry.needs else numbers.difficulty,
+        )
+        return Showing(rows=[dict(self.pool.rows[place]) for place in one], of_query=np.arange(unit.k)[None])
 
     def nearest(self, unit: Unit, numbers: PoolNumbers, count: int) -> NDArray[np.int64]:
         """(Q, N) positions in the pool of each test query's nearest neighbours by cosine, nearest first; N is at most `count`.
 
         Args:
-            unit: a unit of this task.
+            unit: a unit of this task, whose selector queries the model about neighbours.
             numbers: embeddings of pool and queries.
             count: how many, where the half of the pool that the unit's seed draws has as many.
         """
-        return self._chosen(unit, numbers, "knn", min(count, self._half_size(unit)))
+        return self._chosen(unit, numbers, min(count, self._half_size(unit)))
 
     def shown(self, of_query: NDArray[np.int64]) -> Showing:
         """Demonstrations by (Q, k) positions in the pool."""
@@ -168,37 +166,21 @@ class TaskData:
     def _half_size(self, unit: Unit) -> int:
         return max(unit.k, (len(self.pool) + 1) // 2)
 
-    def _chosen(self, unit: Unit, numbers: PoolNumbers, method: str, k: int) -> NDArray[np.int64]:
-        """(Q, k) positions in the pool that a method chooses for each test query."""
+    def _chosen(self, unit: Unit, numbers: PoolNumbers | None, k: int) -> NDArray[np.int64]:
+        """(Q, k) positions in the pool that the unit's selector chooses for each test query."""
         # No seed changes what these choose, so every set is chosen from another half of the pool.
         half = np.sort(np.random.default_rng(unit.seed).permutation(len(self.pool))[: self._half_size(unit)])
-        shop = DemoPool(
-            [self.pool.rows[place] for place in half.tolist()], prompt=self.task.prompt, label=self.task.label
-        )
-        scores = None if numbers.scores is None else np.asarray(numbers.scores, dtype=np.float64)[half]
-        embeddings = None if numbers.embeddings is None else np.asarray(numbers.embeddings)[half]
-        chosen = [
-            select_demos(
-                shop,
-                self._question(row),
-                k,
-                method=method,
-                seed=unit.seed,
-                embeddings=embeddings,
-                query_embedding=None if numbers.query_embeddings is None else numbers.query_embeddings[place],
-                scores=scores,
-                query_difficulty=None if numbers.query_difficulty is None else float(numbers.query_difficulty[place]),
-            ).indices
-            for place, row in enumerate(self.splits.test)
-        ]
+        rows = [self.pool.rows[position] for position in half.tolist()]
+        pool = DemoPool(rows, prompt=self.task.prompt, label=self.task.label)
+        known = [Known(pool, query) for query in self.questions] if numbers is None else numbers.known(pool, half)
+        entry = SELECTORS[unit.selector]
+        settings = SelectSettings(seed=unit.seed, own_similarity=True)
+        chosen = [select_rows(one, entry, k, settings).indices for one in known]
         return half[np.array(chosen, dtype=np.int64)]
 
     def reads_pool(self, unit: Unit) -> bool:
         """Whether the unit's selector needs numbers of the whole pool."""
-        return unit.selector not in ("random", "balanced", "bm25")
-
-    def _question(self, row: Mapping[str, Any]) -> Row:
-        return {name: row[name] for name in columns_of(self.task.prompt)}
+        return not SELECTORS[unit.selector].needs.isdisjoint(("embeddings", "scores"))
 
 
 def _check_unicode(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -20,22 +20,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS, check_selector
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, check_selector, looks_at_query
 from sparsort.curriculum.ablation.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import criterion
-from sparsort.curriculum.demos.order import ORDERS
+from sparsort.curriculum.demos.order import ORDERS, REVERSE, OrderEntry
 from sparsort.curriculum.demos.per_query import NEIGHBOURS
 from sparsort.curriculum.demos.permutations import random_permutations
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
 
 Probes = Literal["sampled", "dev", "none"]
 
-REVERSE = "reverse:"
+# The kind of the scores by which an ablation orders wherever an order accepts it.
+SPARSITY = "sparsity"
 # One more random order, drawn as if by scores that mean nothing: what an orderer that knows nothing looks like.
 RANDOM_SCORES = "random_scores"
-BY_SIMILARITY = ("similarity_ascending", "similarity_descending")
-ORDERERS: tuple[str, ...] = (*(name for name in ORDERS if name != "random"), RANDOM_SCORES)
+# Random orders always run, so that no orderer draws another.
+ORDERERS: tuple[str, ...] = (*ORDERS.names(lambda entry: not entry.is_seeded), RANDOM_SCORES)
 # Each with its reverse: by name where it has one, else "reverse:…".
 DEFAULT_ORDERERS: tuple[str, ...] = (
     "sparse_to_dense",
@@ -67,7 +69,7 @@ class Ablation:
         sets: how many demonstration sets for each task, selector and number of shots.
         first_seed: the first set's seed; the others follow.
         shots: numbers of demonstrations, k.
-        selectors: how a set is drawn, see `splits.SELECTORS`.
+        selectors: how a set is drawn, see `ablation.selectors.SELECTORS`.
         orderers: rules of `curriculum.demos.order`, "reverse:X", or "random_scores".
         choosers: criteria of `curriculum.demos.criteria`, which choose among the random orders with the model in the loop.
         random_orders: R, how many random orders a set; all k! where there are no more.
@@ -89,7 +91,7 @@ class Ablation:
     sets: int = 10
     first_seed: int = 0
     shots: tuple[int, ...] = (4, 8)
-    selectors: tuple[str, ...] = ("random",)
+    selectors: tuple[str, ...] = (DEFAULT_SELECTOR,)
     orderers: tuple[str, ...] = DEFAULT_ORDERERS
     choosers: tuple[str, ...] = ("globale", "locale", "pdo", "pdo_prior", "best_on_dev", "density")
     random_orders: int = 16
@@ -228,22 +230,41 @@ def base_order(orderer: str) -> str:
     base = orderer
     while base.startswith(REVERSE):
         base = base.removeprefix(REVERSE)
-    if base == "random":
-        raise SparsortError("'random' is no orderer here: random orders always run, random_orders of them a set.")
+    if base in ORDERS and ORDERS[base].is_seeded:
+        raise SparsortError(f"{base!r} is no orderer here: random orders always run, random_orders of them a set.")
     if base not in ORDERERS:
         raise unknown_choice("orderer", orderer, (*ORDERERS, "reverse:<any of these>"))
     return base
 
 
-def depends_on_query(orderer: str, selector: str = "random") -> bool:
+def order_of(orderer: str) -> OrderEntry | None:
+    """The entry of the order by which an orderer goes; None for drawn scores."""
+    return ORDERS.get(base_order(orderer))
+
+
+def by_similarity(orderer: str) -> bool:
+    """Whether an orderer ranks by similarity to the query."""
+    entry = order_of(orderer)
+    return entry is not None and entry.ranks_by == "similarity"
+
+
+def kind_of(orderer: str) -> str | None:
+    """The kind of score by which an orderer ranks, sparsity where the order accepts it; None for one that reads no score."""
+    entry = order_of(orderer)
+    if entry is None or entry.ranks_by != "difficulty":
+        return None
+    return SPARSITY if entry.accepts(SPARSITY) else entry.kinds[0]
+
+
+def depends_on_query(orderer: str, selector: str = DEFAULT_SELECTOR) -> bool:
     """Whether an orderer's order of one set differs from query to query."""
-    return base_order(orderer) in BY_SIMILARITY or selector in QUERY_SELECTORS
+    return by_similarity(orderer) or looks_at_query(selector)
 
 
-def applies(chooser: str, task: Task, selector: str = "random") -> bool:
+def applies(chooser: str, task: Task, selector: str = DEFAULT_SELECTOR) -> bool:
     """Whether a chooser can be used: most need labels, or judged answers, and one set that all queries share."""
     entry = criterion(chooser)
-    if selector in QUERY_SELECTORS and entry.shared_set:
+    if looks_at_query(selector) and entry.shared_set:
         return False
     return not task.is_generation or entry.judged or not entry.needs & {"log_p", "content_free"}
 

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.data import Row, Showing
 from sparsort.curriculum.ablation.design import (
-    BY_SIMILARITY,
     RANDOM_SCORES,
+    SPARSITY,
     Ablation,
     Unit,
     base_order,
     depends_on_query,
+    kind_of,
 )
-from sparsort.curriculum.ablation.splits import QUERY_SELECTORS
+from sparsort.curriculum.ablation.selectors import looks_at_query
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import digest
 from sparsort.errors import SparsortError
@@ -33,19 +34,6 @@ if TYPE_CHECKING:
     from sparsort.curriculum.ablation.store import OutcomeStore
 
 _LOG = logging.getLogger("sparsort")
-_READ_NO_SPARSITY = (
-    *BY_SIMILARITY,
-    "perplexity_ascending",
-    "length_ascending",
-    "length_descending",
-    "given",
-    RANDOM_SCORES,
-)
-
-
-def reads_sparsity(orderer: str) -> bool:
-    """Whether an orderer goes by the sparsity of the demonstrations."""
-    return base_order(orderer) not in _READ_NO_SPARSITY
 
 
 def stored_orders(store: OutcomeStore, group: str) -> Any:
@@ -137,7 +125,7 @@ def orders_of(
     other = note.get("sparsity", _sparsity(ablation)) != _sparsity(ablation)
     found = {}
     for name, order in note["named"].items():
-        if other and reads_sparsity(name):
+        if other and kind_of(name) == SPARSITY:
             continue
         # Drawn scores are drawn once for a set, whoever chose it.
         if base_order(name) == RANDOM_SCORES or not depends_on_query(name, unit.selector):
@@ -159,7 +147,7 @@ def showing_of(note: Mapping[str, Any], rows: Mapping[str, Row], unit: Unit, que
     of_query = np.asarray(note["of_query"], dtype=np.int64)
     if any(name not in rows for name in note["ids"]):
         return None
-    if unit.selector in QUERY_SELECTORS:
+    if looks_at_query(unit.selector):
         if not holds_for(note, queries):
             return None
         of_query = of_query[: len(queries)]

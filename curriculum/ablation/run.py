@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.answer_checks import check_answers
 from sparsort.curriculum.ablation.context import check_context
-from sparsort.curriculum.ablation.data import PoolNumbers, Showing, TaskData
+from sparsort.curriculum.ablation.data import Showing, TaskData
 from sparsort.curriculum.ablation.design import (
-    BY_SIMILARITY,
     RANDOM_SCORES,
-    REVERSE,
     Ablation,
     Unit,
     applies,
@@ -32,25 +30,24 @@ from sparsort.curriculum.ablation.design import (
     units,
 )
 from sparsort.curriculum.ablation.engine import Engine
+from sparsort.curriculum.ablation.measured import PoolNumbers, UnitNumbers
 from sparsort.curriculum.ablation.order_notes import (
     check_note,
     holds_for,
     order_note,
     orders_of,
-    reads_sparsity,
     stored_orders,
 )
 from sparsort.curriculum.ablation.outcomes import Outcomes
 from sparsort.curriculum.ablation.probing import probes
-from sparsort.curriculum.ablation.splits import MODEL_SELECTORS, QUERY_SELECTORS
+from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, looks_at_query
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.texts import Texts
 from sparsort.curriculum.ablation.unit_names import bare_group, group_name, loss_group, neighbour_group
 from sparsort.curriculum.demos.criteria import criterion
-from sparsort.curriculum.demos.order import order_indices
+from sparsort.curriculum.demos.order import is_reversed
 from sparsort.curriculum.demos.per_query import NEIGHBOURS, cone_neighbours, mdl, organisations
-from sparsort.curriculum.demos.similarity import cosine, unit_rows
 from sparsort.errors import SparsortError
 from sparsort.interrupts import held
 from sparsort.scoring.generation import generate
@@ -89,7 +86,7 @@ class Run:
         self._ablation, self._engine, self._store = ablation, engine, store
         self.tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
         self._texts = {name: Texts(data.task, engine.loaded.tokenizer) for name, data in self.tasks.items()}
-        self._kept: dict[tuple[str, str], Any] = {}
+        self._numbers = {name: PoolNumbers(data, engine) for name, data in self.tasks.items()}
         self.tokens_read = 0
         for data in self.tasks.values():
             if data.task.is_generation:
@@ -230,11 +227,11 @@ class Run:
 
         What the model says of neighbours is kept, so that a unit that goes on asks nothing twice.
         """
-        data, numbers = self.tasks[unit.task], self._pool_numbers(unit)
-        if numbers is None or unit.selector not in MODEL_SELECTORS:
+        data, numbers = self.tasks[unit.task], self._numbers[unit.task]
+        if unit.selector not in MODEL_SELECTORS:
             return data.show(unit, numbers)
         near_QN = data.nearest(unit, numbers, NEIGHBOURS)
-        if unit.selector == "topk_mdl":
+        if MODEL_SELECTORS[unit.selector].model_scores == "labels":
             return data.shown(self._by_mdl(unit, group, near_QN))
         alone = neighbour_group(data.task, unit)
         # Units of the same seed and another k read the same losses.
@@ -325,96 +322,16 @@ class Run:
             check_note(note, order_note(self._ablation, data.task, showing, {}, data.test_texts), group)
             named = orders_of(note, self._ablation, unit, data.test_texts)
         lacking = [name for name in self._ablation.orderers if name not in named]
+        numbers = UnitNumbers(showing, self._numbers[unit.task])
         for name in lacking:
-            named[name] = self._order(unit, data, showing, name)
+            drawn = base_order(name) == RANDOM_SCORES
+            named[name] = _drawn_order(name, unit) if drawn else numbers.order(name, unit.seed)
         # A recipe with fewer test rows leaves what the note says of the others.
-        if not note or lacking or unit.selector in QUERY_SELECTORS or not holds_for(note, data.test_texts):
+        if not note or lacking or looks_at_query(unit.selector) or not holds_for(note, data.test_texts):
             note = order_note(self._ablation, data.task, showing, named, data.test_texts)
             self._store.put_note(group, "orders", note)
         random = self._ablation.orders(unit.k, unit.seed)
         return Orders(random=random, named={name: named[name] for name in self._ablation.orderers})
-
-    def _order(self, unit: Unit, data: TaskData, showing: Showing, name: str) -> NDArray[np.int64]:
-        """(1, k) or (Q, k): the permutation of each query's demonstrations."""
-        base, k = base_order(name), unit.k
-        if base == RANDOM_SCORES:
-            drawn = np.random.default_rng([unit.seed, k]).permutation(k)
-            return (drawn[::-1] if name.count(REVERSE) % 2 else drawn)[None].astype(np.int64)
-        lengths = np.array([len(data.task.demo_text(row)) for row in showing.rows], dtype=np.float64)
-        difficulty, kind = self._difficulty(unit, name, data, showing)
-        near = self._similarity(unit, data, showing) if base in BY_SIMILARITY else None
-        rows = []
-        for query in range(len(data.test_texts) if near is not None or not showing.fixed else 1):
-            mine = showing.of_query[0 if showing.fixed else query]
-            rows.append(
-                order_indices(
-                    name,
-                    k,
-                    difficulty=None if difficulty is None else difficulty[mine],
-                    kind=kind,
-                    similarity=None if near is None else near[query][mine],
-                    lengths=lengths[mine],
-                    seed=unit.seed,
-                )
-            )
-        return np.array(rows)
-
-    def _difficulty(
-        self, unit: Unit, name: str, data: TaskData, showing: Showing
-    ) -> tuple[NDArray[np.float64] | None, str | None]:
-        if base_order(name) == "perplexity_ascending":
-            return self._once(unit, "loss", lambda: self._engine.loss(data.task, showing.rows)), "answer_loss"
-        if not reads_sparsity(name):
-            return None, None
-        pool = data.splits.pool
-        return self._once(unit, "sparsity", lambda: self._engine.sparsity(data.task, showing.rows, pool)), "sparsity"
-
-    def _similarity(self, unit: Unit, data: TaskData, showing: Showing) -> NDArray[np.float64]:
-        """(Q, U) cosine of every test query and row shown."""
-        shown = self._once(unit, "shown", lambda: self._engine.embeddings(data.task, showing.rows))
-        asked = self._query_embeddings(data)
-        unit_shown = unit_rows(shown, len(shown))
-        return np.array([cosine(one, unit_shown) for one in asked], dtype=np.float64)
-
-    def _query_embeddings(self, data: TaskData) -> Any:
-        key = (data.task.name, "test embeddings")
-        if key not in self._kept:
-            self._kept[key] = self._engine.embeddings(data.task, data.splits.test)
-        return self._kept[key]
-
-    def _pool_numbers(self, unit: Unit) -> PoolNumbers | None:
-        data = self.tasks[unit.task]
-        if not data.reads_pool(unit):
-            return None
-        rows, name = data.splits.pool, unit.task
-        scored = unit.selector in ("spread", "difficulty_matched")
-        embedded = unit.selector != "spread"
-        for key, needed, make in (
-            ("embeddings", embedded, lambda: self._engine.embeddings(data.task, rows)),
-            ("scores", scored, lambda: self._engine.sparsity(data.task, rows, rows)),
-            (
-                "query scores",
-                unit.selector == "difficulty_matched",
-                lambda: self._engine.sparsity(data.task, data.splits.test, rows),
-            ),
-        ):
-            if needed and (name, key) not in self._kept:
-                self._kept[name, key] = make()
-        return PoolNumbers(
-            embeddings=self._kept.get((name, "embeddings")),
-            query_embeddings=self._query_embeddings(data) if embedded else None,
-            scores=self._kept.get((name, "scores")),
-            query_difficulty=self._kept.get((name, "query scores")),
-        )
-
-    def _once(self, unit: Unit, what: str, make: Callable[[], Any]) -> Any:
-        """A number of the unit at hand, computed once for all of its orders."""
-        if self._kept.get(("unit", "now")) != unit:
-            self._kept = {key: value for key, value in self._kept.items() if key[0] != "unit"}
-            self._kept["unit", "now"] = unit
-        if ("unit", what) not in self._kept:
-            self._kept["unit", what] = make()
-        return self._kept["unit", what]
 
     @contextlib.contextmanager
     def _spending(self, group: str) -> Iterator[None]:
@@ -446,6 +363,12 @@ class Run:
         demos = [encoder.count(data.task.demo_text(row) + data.task.separator) - lead for row in showing.rows]
         tokens = {"demos": demos, "test": mean(data.test_texts), "dev": mean(data.dev_texts)}
         self._store.put_note(group, "tokens", tokens)
+
+
+def _drawn_order(orderer: str, unit: Unit) -> NDArray[np.int64]:
+    """(1, k): the order by scores that mean nothing, drawn once for all queries."""
+    order = np.random.default_rng([unit.seed, unit.k]).permutation(unit.k)
+    return (order[::-1] if is_reversed(orderer) else order)[None].astype(np.int64)
 
 
 def _outcomes(

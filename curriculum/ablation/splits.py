@@ -17,26 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from sparsort.curriculum.ablation.selectors import SELECTORS, check_selector
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.difficulty import ScoresLike
 from sparsort.curriculum.demos.fingerprints import tokens
 from sparsort.curriculum.demos.leaks import find_leaks
 from sparsort.curriculum.demos.pool import DemoPool, field_text
 from sparsort.curriculum.demos.rows import ID_FIELD
-from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
-from sparsort.errors import SparsortError, unknown_choice
+from sparsort.curriculum.demos.select import select_demos
+from sparsort.errors import SparsortError
 from sparsort.values import has_text, is_missing, not_text
 
 Fields = dict[str, Any]
-
-# Selectors that show every query the same set, by whether a seed changes what they choose.
-SEEDED_SELECTORS = ("random", "balanced", "spread")
-FIXED_SELECTORS = ("vote_k",)
-# Selectors that ask the model about each query's nearest neighbours: TopK + ConE, TopK + MDL.
-MODEL_SELECTORS = ("topk_cone", "topk_mdl")
-# Selectors that look at the query.
-QUERY_SELECTORS = ("bm25", "knn", "mmr", "kdpp", "difficulty_matched", *MODEL_SELECTORS)
-SELECTORS = (*SEEDED_SELECTORS, *FIXED_SELECTORS, *QUERY_SELECTORS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,35 +172,34 @@ def draw_sets(
 ) -> list[list[int]]:
     """A set of demonstrations a seed: positions in the pool, in the selector's order.
 
-    A selector that no seed changes ("vote_k") chooses from a half of the pool that the seed draws, else all sets would
-    be one.
+    A selector that no seed changes chooses from a half of the pool that the seed draws, or else all sets would be the same.
 
     Args:
         task: the task.
         pool: the rows that may be shown, or a `DemoPool` of them.
-        selector: one of `SEEDED_SELECTORS` or `FIXED_SELECTORS`.
+        selector: a selector of `ablation.selectors.SELECTORS` that does not look at the query.
         k: how many a set.
         seeds: one a set.
-        embeddings: (N, D), for "vote_k".
-        scores: for "spread".
+        embeddings: (N, D), for a selector that needs them.
+        scores: difficulty, for a selector that needs it.
 
     Raises:
         SparsortError: the selector is unknown or looks at the query, lacks its input, or the pool is too small.
     """
-    if selector in QUERY_SELECTORS or selector not in SELECTORS:
-        check_selector(selector)
+    entry = check_selector(selector)
+    if entry.looks_at_query:
         raise SparsortError(
             f"the selector {selector!r} chooses for each query; one set for all queries is drawn by "
-            f"{', '.join((*SEEDED_SELECTORS, *FIXED_SELECTORS))}."
+            f"{', '.join(SELECTORS.names(lambda one: not one.looks_at_query))}."
         )
     if k < 1:
         raise SparsortError(f"k is {k}; a set needs at least 1 demonstration.")
     shop = pool if isinstance(pool, DemoPool) else DemoPool(pool, prompt=task.prompt, label=task.label)
-    if selector in FIXED_SELECTORS and embeddings is None:
+    if "embeddings" in entry.needs and embeddings is None:
         raise SparsortError(f"the selector {selector!r} needs embeddings=, one a row of the pool.")
     sets = []
     for seed in seeds:
-        if selector in SEEDED_SELECTORS:
+        if entry.is_seeded:
             chosen = select_demos(shop, None, k, method=selector, seed=seed, scores=scores)
             sets.append(chosen.indices)
             continue
@@ -217,22 +208,6 @@ def draw_sets(
         chosen = select_demos(some, None, k, method=selector, seed=seed, embeddings=np.asarray(embeddings)[half])
         sets.append(half[chosen.indices].tolist())
     return sets
-
-
-def check_selector(name: str) -> str:
-    """The selector's name.
-
-    Raises:
-        SparsortError: there is none of that name, or it is one that an ablation cannot draw several sets by.
-    """
-    if name in METHODS and name not in SELECTORS:
-        raise SparsortError(
-            f"the selector {name!r} gives one set only, and an ablation compares several. Choose one of: "
-            f"{', '.join(SELECTORS)}."
-        )
-    if name not in SELECTORS:
-        raise unknown_choice("selector", name, SELECTORS, aliases=ALIASES)
-    return name
 
 
 def _identified(row: Mapping[str, Any], position: int, which: str) -> Fields:

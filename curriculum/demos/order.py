@@ -1,14 +1,16 @@
-"""The order in which demonstrations stand in a prompt, first to last; the last stands next to the query.
+"""The order of demonstrations in a prompt, first to last; the last one is next to the query.
 
-Contract: an order is a permutation of the demonstrations (of those with a score, under missing="drop"). Ties keep the
-given order. `reverse:X` is the exact reverse of X, ties included. Nothing here knows a model: difficulty, similarity
-and length come in as numbers. Difficulty rises with sparsity, so "sparse" reads as hard and "dense" as easy.
+Contract: `ORDERS` lists the orders. An order is a permutation of the demonstrations (of those with a score, under
+missing="drop"). Ties keep the given order. `reverse:X` is the exact reverse of X, ties included. Nothing here knows a model:
+difficulty, similarity and length come in as numbers. Difficulty rises with sparsity, so "sparse" reads as hard and "dense" as
+easy. To add an order, add an entry to `ORDERS` and its name to `Order`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,6 +21,7 @@ from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, re
 from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.rows import Row, TextOf, id_of, listed, text_of
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.registry import Entry, Registry
 
 Order = Literal[
     "sparse_to_dense",
@@ -36,80 +39,229 @@ Order = Literal[
     "given",
 ]
 Missing = Literal["error", "first", "last", "drop"]
+Key = Literal["difficulty", "similarity", "length", "nothing"]
+Direction = Literal["ascending", "descending", "descending, then ascending", "ascending, then descending", "none"]
+# From keys (N,) and a seed to N positions, first to last.
+Ranking = Callable[[NDArray[np.float64], int], NDArray[np.int64]]
 
-ORDERS: tuple[str, ...] = get_args(Order)
-_REVERSE = "reverse:"
-_OTHER_NAME = {"sparse_to_dense": "hard_to_easy", "dense_to_sparse": "easy_to_hard"}
-_LOSSES = ("answer_loss", "prompt_loss")
+REVERSE = "reverse:"
+# The input that holds each key.
+_INPUTS: dict[Key, str] = {"difficulty": "scores", "similarity": "similarity", "length": "lengths"}
 
 
-def _ascending(key_N: NDArray[np.float64]) -> NDArray[np.int64]:
+@dataclass(frozen=True, kw_only=True)
+class OrderEntry(Entry):
+    """One order. It needs the input that holds what it ranks by: "scores", "similarity" or "lengths".
+
+    Attributes:
+        ranks_by: the number of each demonstration that it ranks by.
+        direction: how that number changes from the first demonstration to the last.
+        kinds: the kinds of score that it accepts; empty for any. Scores without a kind are always accepted.
+        function: computes the order from the keys; those of an order that ranks by nothing are zero.
+        is_seeded: whether a seed changes it.
+    """
+
+    ranks_by: Key
+    direction: Direction
+    kinds: tuple[str, ...] = ()
+    function: Ranking
+    is_seeded: bool = False
+
+    def __post_init__(self) -> None:
+        inputs = (_INPUTS[self.ranks_by],) if self.ranks_by in _INPUTS else ()
+        object.__setattr__(self, "needs", frozenset(inputs))
+
+    def accepts(self, kind: str | None) -> bool:
+        """Whether it ranks by difficulty of this kind; None stands for numbers without a kind."""
+        return self.ranks_by == "difficulty" and (kind is None or not self.kinds or kind in self.kinds)
+
+
+def _ascending(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
     return np.argsort(key_N, kind="stable").astype(np.int64)
 
 
-def _descending(key_N: NDArray[np.float64]) -> NDArray[np.int64]:
+def _descending(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
     return _ascending(-key_N)
 
 
-def _u_shape(key_N: NDArray[np.float64]) -> NDArray[np.int64]:
+def _u_shape(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
     """Falls, then rises: dealt from the highest down, alternately to the back and to the front."""
     falling = _descending(key_N)
     return np.concatenate([falling[1::2], falling[0::2][::-1]])
 
 
-def _inverted_u(key_N: NDArray[np.float64]) -> NDArray[np.int64]:
+def _inverted_u(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
     return _u_shape(-key_N)
 
 
-_BY_DIFFICULTY: dict[str, Callable[[NDArray[np.float64]], NDArray[np.int64]]] = {
-    "sparse_to_dense": _descending,
-    "dense_to_sparse": _ascending,
-    "easy_to_hard": _ascending,
-    "hard_to_easy": _descending,
-    "u_shape": _u_shape,
-    "inverted_u": _inverted_u,
-    "perplexity_ascending": _ascending,
-}
-_BY_SIMILARITY = {"similarity_ascending": _ascending, "similarity_descending": _descending}
-_BY_LENGTH = {"length_ascending": _ascending, "length_descending": _descending}
+def _random(key_N: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(len(key_N)).astype(np.int64)
 
 
-def base_order(order: str) -> str:
-    """An order without its "reverse:".
+def _given(key_N: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
+    return np.arange(len(key_N), dtype=np.int64)
+
+
+_CONTROL = "control for the confound with length"
+_OURS = "this library"
+
+ORDERS = Registry(
+    "order",
+    (
+        OrderEntry(
+            name="sparse_to_dense",
+            help="the sparsest, read as the hardest, first",
+            source="arXiv 2603.03415",
+            ranks_by="difficulty",
+            direction="descending",
+            kinds=("sparsity",),
+            function=_descending,
+        ),
+        OrderEntry(
+            name="dense_to_sparse",
+            help="the densest, read as the easiest, first",
+            source="arXiv 2603.03415",
+            ranks_by="difficulty",
+            direction="ascending",
+            kinds=("sparsity",),
+            function=_ascending,
+        ),
+        OrderEntry(
+            name="easy_to_hard",
+            help="the easiest first, by any difficulty",
+            source="curriculum learning, Bengio et al. 2009",
+            ranks_by="difficulty",
+            direction="ascending",
+            function=_ascending,
+        ),
+        OrderEntry(
+            name="hard_to_easy",
+            help="the hardest first, by any difficulty",
+            source="the reverse of a curriculum",
+            ranks_by="difficulty",
+            direction="descending",
+            function=_descending,
+        ),
+        OrderEntry(
+            name="u_shape",
+            help="the hardest last, the second hardest first, the easiest in the middle",
+            source="after arXiv 2307.03172: models read both ends of a prompt best",
+            ranks_by="difficulty",
+            direction="descending, then ascending",
+            function=_u_shape,
+        ),
+        OrderEntry(
+            name="inverted_u",
+            help="the easiest last, the second easiest first, the hardest in the middle",
+            source="the opposite of u_shape",
+            ranks_by="difficulty",
+            direction="ascending, then descending",
+            function=_inverted_u,
+        ),
+        OrderEntry(
+            name="similarity_ascending",
+            help="the nearest to the query last, next to it",
+            source="KATE, arXiv 2101.06804",
+            ranks_by="similarity",
+            direction="ascending",
+            function=_ascending,
+        ),
+        OrderEntry(
+            name="similarity_descending",
+            help="the nearest to the query first",
+            source="KATE, arXiv 2101.06804",
+            ranks_by="similarity",
+            direction="descending",
+            function=_descending,
+        ),
+        OrderEntry(
+            name="perplexity_ascending",
+            help="the lowest loss of the model first, on the answer or on the prompt",
+            source="ICCL, arXiv 2402.10738",
+            ranks_by="difficulty",
+            direction="ascending",
+            kinds=("answer_loss", "prompt_loss"),
+            function=_ascending,
+        ),
+        OrderEntry(
+            name="length_ascending",
+            help="the shortest first, in characters",
+            source=_CONTROL,
+            ranks_by="length",
+            direction="ascending",
+            function=_ascending,
+        ),
+        OrderEntry(
+            name="length_descending",
+            help="the longest first, in characters",
+            source=_CONTROL,
+            ranks_by="length",
+            direction="descending",
+            function=_descending,
+        ),
+        OrderEntry(
+            name="random",
+            help="drawn by the seed",
+            source="baseline",
+            ranks_by="nothing",
+            direction="none",
+            function=_random,
+            is_seeded=True,
+        ),
+        OrderEntry(
+            name="given",
+            help="as the demonstrations come",
+            source="baseline",
+            ranks_by="nothing",
+            direction="none",
+            function=_given,
+        ),
+    ),
+)
+# The default orders, of which the first that accepts the scores is taken.
+_HARDEST_FIRST: tuple[Order, ...] = ("sparse_to_dense", "hard_to_easy")
+
+
+def order_entry(order: str) -> OrderEntry:
+    """The entry of an order, with or without "reverse:".
 
     Raises:
         SparsortError: there is no such order.
     """
     base = str(order)
-    while base.startswith(_REVERSE):
-        base = base.removeprefix(_REVERSE)
+    while base.startswith(REVERSE):
+        base = base.removeprefix(REVERSE)
     if base not in ORDERS:
         raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
-    return base
+    return ORDERS[base]
 
 
 def default_order(kind: str | None) -> str:
     """The order where none is named: the hardest first, by the name that goes with scores of this kind."""
-    return "sparse_to_dense" if kind in (None, "sparsity") else "hard_to_easy"
+    return next(name for name in _HARDEST_FIRST if ORDERS[name].accepts(kind))
 
 
-def _keys(values: Values) -> frozenset[str]:
-    """What the order that is asked for ranks by."""
-    order = values["order"]
-    try:
-        base = base_order(order if order is not None else default_order(None))
-    except SparsortError:
-        return frozenset(("difficulty", "similarity", "length"))
-    return frozenset(
-        name
-        for name, orders in (("difficulty", _BY_DIFFICULTY), ("similarity", _BY_SIMILARITY), ("length", _BY_LENGTH))
-        if base in orders
-    )
+def is_reversed(order: str) -> bool:
+    """Whether "reverse:" applies, which it does not where it is written twice."""
+    return order.count(REVERSE) % 2 == 1
 
 
-def ranks_by(*keys: str) -> Callable[[Values], bool]:
-    """Whether the order ranks by one of "difficulty", "similarity" and "length"; true of what is no order."""
-    return lambda values: bool(_keys(values) & set(keys))
+def ranks_by(*keys: Key) -> Callable[[Values], bool]:
+    """Whether the option `order` ranks by one of these keys; true of a value that is no order."""
+    return reads_order(lambda entry: entry.ranks_by in keys)
+
+
+def reads_order(holds: Callable[[OrderEntry], bool]) -> Callable[[Values], bool]:
+    """Whether something holds for the entry of the option `order`; true of a value that is no order."""
+
+    def read(values: Values) -> bool:
+        order = values["order"]
+        try:
+            return holds(order_entry(order if order is not None else default_order(None)))
+        except SparsortError:
+            return True
+
+    return read
 
 
 # The orders that read a setting; see `sparsort.conditions`. Numbers of the rows and a seed may be given where they are not read.
@@ -131,25 +283,13 @@ def order_demos(
     text: TextOf | None = None,
     missing: Missing = "error",
 ) -> list[dict[str, Any]]:
-    """Put demonstrations in an order.
-
-    The orders:
-        sparse_to_dense, dense_to_sparse: by sparsity (arXiv 2603.03415); scores of another kind are refused.
-        easy_to_hard, hard_to_easy: by any difficulty.
-        u_shape: difficulty falls, then rises; the hardest stands next to the query, the second hardest first, the
-            easiest in the middle. The ends are what a model reads best (arXiv 2307.03172). inverted_u: the same with
-            easy and hard exchanged, so the hardest stands in the middle.
-        similarity_ascending (the nearest next to the query, as KATE, arXiv 2101.06804), similarity_descending.
-        perplexity_ascending: ICCL (arXiv 2402.10738); by the model's loss on the answer or on the prompt.
-        length_ascending, length_descending: by characters; the confound that every other order is measured against.
-        random: seeded. given: as they come.
-        reverse:X: the exact reverse of any of these.
+    """Put demonstrations in an order. `ORDERS` lists the orders, what each ranks by, and its source.
 
     Args:
         demos: K rows.
         scores: a table of scores, a mapping from id to difficulty, or K numbers; higher is harder.
-        order: one of the names above; None for the hardest first: `sparse_to_dense`, or `hard_to_easy` for scores of another kind
-            than sparsity.
+        order: a name in `ORDERS`, or "reverse:NAME" for its exact reverse; None for the hardest first: `sparse_to_dense`, or
+            `hard_to_easy` for scores of another kind than sparsity.
         similarity: K similarities to the query, or a mapping from id; for the similarity orders.
         seed: of the random order.
         text: a row's text, for the length orders; by default all its text fields but the id.
@@ -166,14 +306,14 @@ def order_demos(
     refuse_unread_arguments(order_demos, READ_BY, {"order": order, "missing": missing, "text": text})
     if order is None:
         order = default_order(scores.kind if isinstance(scores, DifficultyTable) else None)
-    base = base_order(order)
+    key = order_entry(order).ranks_by
     difficulty = kind = near = lengths = None
-    if base in _BY_DIFFICULTY and scores is not None:
+    if key == "difficulty" and scores is not None:
         resolved = resolve(scores, demos)
         difficulty, kind = resolved.values, resolved.kind
-    if base in _BY_SIMILARITY and similarity is not None:
+    if key == "similarity" and similarity is not None:
         near = resolve(similarity, demos, argument="similarity").values
-    if base in _BY_LENGTH:
+    if key == "length":
         lengths = [len(text(row) if text else text_of(row, position)) for position, row in enumerate(demos)]
     indices = order_indices(
         order,
@@ -220,74 +360,58 @@ def order_indices(
     Raises:
         SparsortError: as `order_demos`.
     """
-    base = base_order(order)
+    entry = order_entry(order)
     if missing not in get_args(Missing):
         raise unknown_choice("treatment of missing scores", missing, get_args(Missing))
-    if base == "given":
-        ranked = np.arange(count, dtype=np.int64)
-    elif base == "random":
-        ranked = np.random.default_rng(seed).permutation(count).astype(np.int64)
-    elif base in _BY_DIFFICULTY:
-        _check_kind(base, kind)
-        return _rank(order, _BY_DIFFICULTY[base], _key(base, difficulty, count, "scores"), missing, names)
-    elif base in _BY_SIMILARITY:
-        return _rank(order, _BY_SIMILARITY[base], _key(base, similarity, count, "similarity"), missing, names)
-    else:
-        return _rank(order, _BY_LENGTH[base], _key(base, lengths, count, "lengths"), missing, names)
-    return ranked[::-1].copy() if _is_reversed(order) else ranked
+    if entry.ranks_by == "difficulty":
+        _check_kind(entry, kind)
+    inputs = {"scores": difficulty, "similarity": similarity, "lengths": lengths}
+    key_N = next((_key(entry, name, inputs[name], count) for name in entry.needs), np.zeros(count))
+    unknown = np.flatnonzero(np.isnan(key_N)).astype(np.int64)
+    if unknown.size and missing == "error":
+        raise _no_key(order, unknown, count, names)
+    known = np.flatnonzero(~np.isnan(key_N)).astype(np.int64)
+    ranked = known[entry.function(key_N[known], seed)]
+    if is_reversed(order):
+        ranked = ranked[::-1].copy()
+    match missing:
+        case "first":
+            return np.concatenate([unknown, ranked])
+        case "last":
+            return np.concatenate([ranked, unknown])
+        case _:
+            return ranked
 
 
-def _is_reversed(order: str) -> bool:
-    return order.count(_REVERSE) % 2 == 1
-
-
-def _check_kind(base: str, kind: str | None) -> None:
-    if kind is None:
+def _check_kind(entry: OrderEntry, kind: str | None) -> None:
+    if entry.accepts(kind):
         return
-    if base in _OTHER_NAME and kind != "sparsity":
-        raise SparsortError(
-            f"the order {base!r} is by sparsity, but these scores are of kind {kind!r}. "
-            f"For any difficulty the same order is called {_OTHER_NAME[base]!r}."
-        )
-    if base == "perplexity_ascending" and kind not in _LOSSES:
-        raise SparsortError(
-            f"the order {base!r} is by the model's loss ({' or '.join(_LOSSES)}), but these scores are of kind "
-            f"{kind!r}. Score with LossScorer, or use 'easy_to_hard', which takes any difficulty."
-        )
+    any_kind = ORDERS.names(lambda one: one.ranks_by == "difficulty" and not one.kinds)
+    other = next(name for name in any_kind if ORDERS[name].function is entry.function)
+    raise SparsortError(
+        f"the order {entry.name!r} is by {' or '.join(entry.kinds)}, but these scores are of kind {kind!r}. "
+        f"For any difficulty the same order is called {other!r}."
+    )
 
 
-def _key(base: str, values: Sequence[float] | NDArray[Any] | None, count: int, argument: str) -> NDArray[np.float64]:
+def _key(
+    entry: OrderEntry, argument: str, values: Sequence[float] | NDArray[Any] | None, count: int
+) -> NDArray[np.float64]:
     if values is None:
-        hint = " Without scores: random, given, length_ascending." if argument == "scores" else ""
-        raise SparsortError(f"the order {base!r} needs {argument}=, one number a demonstration.{hint}")
+        others = ORDERS.names(lambda one: one.ranks_by in ("length", "nothing"))
+        hint = f" Without scores: {', '.join(others)}." if entry.ranks_by == "difficulty" else ""
+        raise SparsortError(f"the order {entry.name!r} needs {argument}=, one number a demonstration.{hint}")
     key = np.asarray(values, dtype=np.float64)
     if key.shape != (count,):
         raise SparsortError(f"{argument} has shape {key.shape}; the {count} demonstrations need shape ({count},).")
     return key
 
 
-def _rank(
-    order: str,
-    rank: Callable[[NDArray[np.float64]], NDArray[np.int64]],
-    key_N: NDArray[np.float64],
-    missing: Missing,
-    names: Sequence[str] | None,
-) -> NDArray[np.int64]:
-    unknown = np.flatnonzero(np.isnan(key_N)).astype(np.int64)
-    if unknown.size and missing == "error":
-        who = listed([repr(names[index]) if names else str(index) for index in unknown.tolist()], most=10)
-        raise SparsortError(
-            f"the order {order!r} needs a number for each demonstration, but {unknown.size} of {len(key_N)} have NaN: "
-            f"{who}. "
-            "A table of scores keeps the reason of a row that could not be scored in its column 'reason'. "
-            "Leave such rows out with missing='drop', or place them with missing='first' or 'last'."
-        )
-    known = np.flatnonzero(~np.isnan(key_N)).astype(np.int64)
-    ranked = known[rank(key_N[known])]
-    if _is_reversed(order):
-        ranked = ranked[::-1].copy()
-    if missing == "first":
-        return np.concatenate([unknown, ranked])
-    if missing == "last":
-        return np.concatenate([ranked, unknown])
-    return ranked
+def _no_key(order: str, unknown: NDArray[np.int64], count: int, names: Sequence[str] | None) -> SparsortError:
+    who = listed([repr(names[index]) if names else str(index) for index in unknown.tolist()], most=10)
+    return SparsortError(
+        f"the order {order!r} needs a number for each demonstration, but {unknown.size} of {count} have NaN: "
+        f"{who}. "
+        "A table of scores keeps the reason of a row that could not be scored in its column 'reason'. "
+        "Leave such rows out with missing='drop', or place them with missing='first' or 'last'."
+    )

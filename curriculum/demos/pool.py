@@ -45,18 +45,26 @@ class DemoPool:
         prompt: the prompt template; its fields are the input that a query is compared by.
         text: instead, a function from a row to the text that it is compared by.
         label: the field that holds the label, excluded from the comparison; a column, or a path as in a template.
+        ids: each row's id as text; by default its field "id", or else its position.
 
     Raises:
         SparsortError: both `prompt` and `text` are given, or the template names no field.
     """
 
     def __init__(
-        self, rows: Iterable[Row], *, prompt: str | None = None, text: TextOf | None = None, label: str | None = None
+        self,
+        rows: Iterable[Row],
+        *,
+        prompt: str | None = None,
+        text: TextOf | None = None,
+        label: str | None = None,
+        ids: Sequence[str] | None = None,
     ) -> None:
         if prompt is not None and text is not None:
             raise SparsortError("prompt= and text= both say what a query is compared by. Give one of them.")
         self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
-        self.ids: list[str] = [id_of(row, position) for position, row in enumerate(self.rows)]
+        self._has_ids = ids is not None
+        self.ids = [id_of(row, at) for at, row in enumerate(self.rows)] if ids is None else list(ids)
         self.label = label
         self._fields = None if prompt is None else input_fields(prompt)
         self._text = text
@@ -71,6 +79,8 @@ class DemoPool:
 
     def name(self, position: int) -> str:
         """What an error calls a row."""
+        if self._has_ids:
+            return f"demonstration {self.ids[position]!r}"
         return name_of(self.rows[position], position)
 
     def input_of(self, query: Query) -> InputTexts:

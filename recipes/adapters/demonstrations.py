@@ -1,8 +1,8 @@
 """What the adapters share: which demonstrations of a pool stand in a prompt, and in which order.
 
 Contract: options are checked when they are made, before a framework starts. `DemoChooser.choose` gives positions in the
-pool, so that every framework keeps its own objects. It runs `select_demos` and orders what that chose; the pool's
-scores, embeddings and word index are made once. No sparsort model is run here: scores come in made.
+pool, so that every framework keeps its own objects. It makes a `Known` for each query, over one pool whose scores, embeddings
+and word index are computed once, and leaves the rest to `Demonstrator`. No sparsort model is run here: scores come in made.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsort.conditions import refuse_unread_fields
+from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
 from sparsort.curriculum.demos.duplicates import duplicates
-from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_indices
+from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool import DemoPool, Query
-from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of, text_of
-from sparsort.curriculum.demos.select import ALIASES, METHODS, select_demos
+from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SelectorEntry
+from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.registry import Registry
 from sparsort.scoring.scores import Scores
 
 _LOG = logging.getLogger("sparsort")
 
 Embed = Callable[[list[str]], ArrayLike]
 
-# "ids" is left out: a framework says how many demonstrations it wants, and has its own way to name them.
-SELECTORS: tuple[str, ...] = tuple(method for method in METHODS if method != "ids")
-BY_QUERY = ("bm25", "knn", "mmr", "kdpp", "difficulty_matched")
-_EMBEDDED = ("knn", "mmr", "kdpp", "vote_k", "difficulty_matched")
-_SCORED = ("spread", "difficulty_matched")
+# A framework says how many demonstrations it wants, and has its own way to name them.
+SELECTORS = Registry(DEMO_SELECTORS.kind, (entry for entry in DEMO_SELECTORS.values() if not entry.names_rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,14 @@ class DemoOptions:
 
     Attributes:
         order: an order of `order_demos`, first to last; the last is next to the query. None for the hardest first.
-        select: a selector of `select_demos`, all but "ids".
+        select: a selector of `select_demos`, except one by which the caller names the rows.
         scores: difficulties of the pool's rows: a score folder or file (read at once), a table of scores, a mapping
             from id, or one number a row of the pool.
         score_column: instead, the field of a row that holds its difficulty; higher is harder.
-        query_difficulty: a function from the query to its difficulty by the same score, for "difficulty_matched".
+        query_difficulty: a function from the query to its difficulty by the same score, for a selector that needs it.
         embed: a function from N texts to (N, D), for the selectors by embedding and the orders by similarity. LangChain's
             `Embeddings.embed_documents` and a `dspy.Embedder` are such functions.
-        label: the field that holds the label, for "balanced"; it is not compared to a query.
+        label: the field that holds the label, for a selector that needs it; it is not compared to a query.
         prompt: a template whose fields are the input, which a query is compared and embedded by; see `select_demos`.
         text: a demonstration's text, for the orders by length; by default all its text fields but the id.
         seed: of whatever is drawn; None: the framework's own seed where it has one, else 0.
@@ -63,7 +64,7 @@ class DemoOptions:
     """
 
     order: str | None = None
-    select: str = "random"
+    select: str = DEFAULT_SELECTOR
     scores: ScoresLike | str | Path | None = None
     score_column: str | None = None
     query_difficulty: Callable[[Query], float] | None = None
@@ -76,8 +77,7 @@ class DemoOptions:
     allow_leaks: bool = False
 
     def __post_init__(self) -> None:
-        if self.select not in SELECTORS:
-            raise unknown_choice("selection method", self.select, SELECTORS, aliases=ALIASES)
+        selector = SELECTORS.check(self.select)
         if self.missing not in get_args(Missing):
             raise unknown_choice("treatment of missing scores", self.missing, get_args(Missing))
         if self.scores is not None and self.score_column is not None:
@@ -90,17 +90,18 @@ class DemoOptions:
             object.__setattr__(self, "order", default_order(kind))
         # With nothing to order, this checks that the order exists and goes with the scores.
         order_indices(self.by_name, 0, difficulty=[] if self.has_scores else None, kind=kind, similarity=[], lengths=[])
-        if self.by_similarity and self.embed is None and self.select != "bm25":
+        if self.by_similarity and self.embed is None and not selector.compares_words:
+            by_words = " or ".join(repr(name) for name in SELECTORS.names(lambda entry: entry.compares_words))
             raise SparsortError(
-                f"the order {self.order!r} needs embed=, a function from texts to embeddings, or select='bm25'."
+                f"the order {self.order!r} needs embed=, a function from texts to embeddings, or select={by_words}."
             )
-        needs = {
-            "scores= or score_column=": (self.has_scores, _SCORED),
-            "embed=": (self.embed is not None, _EMBEDDED),
-            "query_difficulty=": (self.query_difficulty is not None, ("difficulty_matched",)),
-            "label=": (self.label is not None, ("balanced",)),
+        given = {
+            "scores": (self.has_scores, "scores= or score_column="),
+            "embeddings": (self.embed is not None, "embed="),
+            "query_difficulty": (self.query_difficulty is not None, "query_difficulty="),
+            "label": (self.label is not None, "label="),
         }
-        absent = [name for name, (given, methods) in needs.items() if self.select in methods and not given]
+        absent = [option for name, (is_given, option) in given.items() if name in selector.needs and not is_given]
         if absent:
             raise SparsortError(f"the selection method {self.select!r} needs {' and '.join(absent)}.")
 
@@ -110,6 +111,11 @@ class DemoOptions:
         return str(self.order)
 
     @property
+    def selector(self) -> SelectorEntry:
+        """The entry of the selector."""
+        return SELECTORS[self.select]
+
+    @property
     def has_scores(self) -> bool:
         """Difficulties are given, in one form or the other."""
         return self.scores is not None or self.score_column is not None
@@ -117,17 +123,17 @@ class DemoOptions:
     @property
     def by_similarity(self) -> bool:
         """The order is by similarity to the query."""
-        return self.by_name.rpartition(":")[2].startswith("similarity_")
+        return order_entry(self.by_name).ranks_by == "similarity"
 
     @property
     def by_query(self) -> bool:
         """The choice or the order depends on the query."""
-        return self.select in BY_QUERY or self.by_similarity
+        return self.selector.looks_at_query or self.by_similarity
 
     @property
     def by_embedding(self) -> bool:
         """The choice or the order reads embeddings."""
-        return self.embed is not None and (self.select in _EMBEDDED or self.by_similarity)
+        return self.embed is not None and ("embeddings" in self.selector.needs or self.by_similarity)
 
 
 class DemoChooser:
@@ -159,8 +165,11 @@ class DemoChooser:
             if leaking
             else pool
         )
-        self._difficulty = None if difficulty is None else difficulty[self._positions]
-        self._embeddings: NDArray[Any] | None = None
+        held = self._pool
+        self._difficulty = None if difficulty is None else Column.of(difficulty[self._positions])
+        self._embeddings = Column(len(held), lambda at: self._embed([self._input(held.rows[i]) for i in at]))
+        text = options.text
+        self._lengths = text and Column(len(held), lambda at: [len(text(held.rows[i])) for i in at])
 
     def choose(self, query: Query | None, k: int, *, seed: int = 0) -> list[int]:
         """Positions in the pool of k demonstrations, first to last.
@@ -181,46 +190,28 @@ class DemoChooser:
                 f"{self._count} rows stand in the held-out set too, exactly or nearly, and are left out. Ask for fewer, "
                 "or give a larger pool."
             )
-        selection = select_demos(
-            self._pool,
-            query,
-            k,
-            method=options.select,
-            seed=seed,
-            scores=self._difficulty if options.select in _SCORED else None,
-            query_difficulty=(
-                None if options.query_difficulty is None or query is None else float(options.query_difficulty(query))
-            ),
-            embeddings=self._pool_embeddings(),
-            query_embedding=self._query_embedding(query),
-            allow_leaks=options.allow_leaks,
-        )
-        chosen = selection.indices
-        places = order_indices(
-            options.by_name,
-            len(chosen),
-            difficulty=None if self._difficulty is None else self._difficulty[chosen],
-            similarity=selection.similarity,
-            lengths=self._lengths(chosen),
+        demonstrator = Demonstrator(
+            selector=options.select,
+            order=options.order,
+            k=k,
             seed=seed,
             missing=options.missing,
-            names=[self._pool.ids[at] for at in chosen],
+            allow_leaks=options.allow_leaks,
         )
-        return [int(self._positions[chosen[place]]) for place in places]
+        return [int(self._positions[at]) for at in demonstrator.positions(self._known(query))]
 
-    def _lengths(self, chosen: Sequence[int]) -> list[int] | None:
-        if "length_" not in self.options.by_name:
-            return None
-        rows, text = self._pool.rows, self.options.text
-        return [len(text(rows[at]) if text else text_of(rows[at], at)) for at in chosen]
-
-    def _pool_embeddings(self) -> NDArray[Any] | None:
-        if self._embeddings is None and self.options.by_embedding:
-            self._embeddings = self._embed([self._input(row) for row in self._pool.rows])
-        return self._embeddings
-
-    def _query_embedding(self, query: Query | None) -> NDArray[Any] | None:
-        return None if query is None or not self.options.by_embedding else self._embed([self._input(query)])[0]
+    def _known(self, query: Query | None) -> Known:
+        """What is known about the pool and a query, with embeddings only where the selector or the order reads them."""
+        score, embeds = self.options.query_difficulty, self.options.by_embedding
+        return Known(
+            self._pool,
+            query,
+            difficulty=self._difficulty,
+            embeddings=self._embeddings if embeds else None,
+            query_difficulty=None if score is None or query is None else lambda: score(query),
+            query_embedding=None if query is None or not embeds else lambda: self._embed([self._input(query)])[0],
+            lengths=self._lengths,
+        )
 
     def _embed(self, texts: list[str]) -> NDArray[Any]:
         embeddings = np.asarray(self.options.embed(texts) if self.options.embed else ())

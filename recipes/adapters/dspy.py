@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from sparsort.errors import SparsortError
 from sparsort.extras import need
 from sparsort.paths import spell
-from sparsort.recipes.adapters.demonstrations import BY_QUERY, SELECTORS, DemoChooser, DemoOptions
+from sparsort.recipes.adapters.demonstrations import SELECTORS, DemoChooser, DemoOptions
 from sparsort.values import is_missing
 
 need("dspy", "dspy", "an optimiser of DSPy")
@@ -110,7 +110,7 @@ def _refuse_by_query(options: DemoOptions) -> None:
     what = f"order {options.order!r}" if options.by_similarity else f"selection method {options.select!r}"
     raise SparsortError(
         f"the {what} looks at the query, but a DSPy program is compiled once for all queries. "
-        f"Select by one of: {', '.join(name for name in SELECTORS if name not in BY_QUERY)}; "
+        f"Select by one of: {', '.join(SELECTORS.names(lambda entry: not entry.looks_at_query))}; "
         "order by difficulty, by length, or as they come."
     )
 

@@ -25,6 +25,7 @@ class Entry:
         source: the paper or author that it comes from.
         needs: the inputs without which it cannot work ("query", "embeddings", "scores", …).
         reads: the settings that it reads, besides those that every entry of its table reads.
+        aliases: what other papers and programs call it, in lower case with underscores; an error suggests its name.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Entry:
     source: str
     needs: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
 
 
 E = TypeVar("E", bound=Entry)
@@ -73,7 +75,8 @@ class Registry(Mapping[str, E], Generic[E]):
         """
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
-        raise unknown_choice(self.kind, name, self._entries)
+        aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
+        raise unknown_choice(self.kind, name, self._entries, aliases=aliases)
 
     def names(self, where: Callable[[E], bool] = lambda entry: True) -> tuple[str, ...]:
         """The names of the entries for which `where` holds."""

@@ -19,7 +19,7 @@ from sparsort.curriculum.ablation.data import TaskData
 from sparsort.curriculum.ablation.design import Ablation, units
 from sparsort.curriculum.ablation.engine import Engine
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.splits import SELECTORS
+from sparsort.curriculum.ablation.selectors import SELECTORS
 from sparsort.curriculum.ablation.store import OutcomeStore
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.ablation.unit_names import neighbour_group

@@ -29,7 +29,8 @@ from sparsort.curriculum.ablation.design import (
     probes_of,
     units,
 )
-from sparsort.curriculum.ablation.splits import SELECTORS, split_rows
+from sparsort.curriculum.ablation.selectors import SELECTORS
+from sparsort.curriculum.ablation.splits import split_rows
 from sparsort.curriculum.ablation.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import CRITERIA
 from sparsort.curriculum.demos.order import order_indices
@@ -389,7 +390,7 @@ def test_lengths_are_counted_on_the_texts() -> None:
 
 
 def test_every_selector_has_a_cost() -> None:
-    rows = estimate(ablation(sets=1, shots=(3,), selectors=SELECTORS), [LENGTHS]).rows
+    rows = estimate(ablation(sets=1, shots=(3,), selectors=tuple(SELECTORS)), [LENGTHS]).rows
     assert [row.selector for row in rows] == list(SELECTORS)
     assert all(row.tokens > 0 for row in rows)
 

@@ -1,4 +1,4 @@
-"""Plans do to a small network what the literature says: the toys of `benchmarks/curriculum_toys.py`, on fewer seeds."""
+"""Plans do to a small network what the literature says: the toys of `curriculum_toys.py` among the benchmarks, on fewer seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks" / "studies" / "curriculum")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -149,6 +150,26 @@ def test_missing_scores() -> None:
 def test_bad_scores(scores: Any, message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         order_demos(DEMOS, scores)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_direction_in_the_table_is_that_of_the_order(order: str) -> None:
+    entry, key = ORDERS[order], np.array([3.0, 1.0, 5.0, 2.0, 4.0])
+    ranked = key[order_indices(order, 5, difficulty=key, similarity=key, lengths=key)]
+    steps = ["ascending" if step > 0 else "descending" for step in np.diff(ranked)]
+    if entry.direction == "none":
+        assert entry.ranks_by == "nothing"
+        assert not entry.needs
+    else:
+        assert ", then ".join(name for name, _ in itertools.groupby(steps)) == entry.direction
+        assert len(entry.needs) == 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_a_seeded_order_changes_with_the_seed(order: str) -> None:
+    key = np.arange(6.0)
+    drawn = {tuple(order_indices(order, 6, difficulty=key, similarity=key, lengths=key, seed=s)) for s in range(20)}
+    assert (len(drawn) > 1) == ORDERS[order].is_seeded
 
 
 def test_unknown_order_suggests_the_nearest() -> None:

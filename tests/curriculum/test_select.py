@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsort.curriculum.demos import diversity, similarity
+from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.pool import DemoPool
-from sparsort.curriculum.demos.select import METHODS, select_demos
+from sparsort.curriculum.demos.select import SELECTORS, diverse, select_demos
 from sparsort.curriculum.demos.similarity import WordIndex, sentence_embeddings
 from sparsort.errors import SparsortError
 
@@ -58,7 +58,7 @@ def choose(method: str, k: int | None = 3, query: Any = QUERY, pool: Any = POOL,
     return select_demos(pool, query, k, method=method, **{**needed, **options}).indices
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_exactly_k_distinct_rows_the_same_every_time(method: str) -> None:
     chosen = choose(method)
     assert len(set(chosen)) == 3
@@ -68,7 +68,15 @@ def test_exactly_k_distinct_rows_the_same_every_time(method: str) -> None:
     assert selection.method == method
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ids"}))
+@pytest.mark.parametrize("method", SELECTORS)
+def test_the_table_says_what_a_selector_needs_and_whether_it_draws(method: str) -> None:
+    entry = SELECTORS[method]
+    assert entry.needs - {"query"} == set(NEEDS.get(method, []))
+    assert entry.looks_at_query == (method in ("bm25", "knn", "mmr", "kdpp", "difficulty_matched"))
+    assert (len({tuple(choose(method, query=QUERY, seed=seed)) for seed in range(20)}) > 1) == entry.is_seeded
+
+
+@pytest.mark.parametrize("method", sorted(set(SELECTORS) - {"ids"}))
 def test_none_all_and_too_many(method: str) -> None:
     assert choose(method, 0) == []
     if method not in ("balanced", "kdpp"):
@@ -92,7 +100,7 @@ def test_bm25_needs_a_query_and_others_do_not() -> None:
         assert len(choose(method, query=None)) == 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_the_query_is_left_out_of_its_own_demonstrations(method: str) -> None:
     query = {**POOL[2], "id": "another", "question": "which river  flows through PARIS"}
     needed = {name: INPUTS[name] for name in NEEDS.get(method, [])}
@@ -335,7 +343,7 @@ def test_embeddings_and_scores_are_read_once_a_pool(monkeypatch: pytest.MonkeyPa
             return np.arange(float(len(rows)))
 
     counted(similarity, "unit_rows")
-    counted(diversity, "neighbour_graph")
+    counted(diverse, "neighbour_graph")
     pool, scores, other = DemoPool(POOL, prompt="{question}"), Table(), EMBEDDINGS[::-1].copy()
     for query in (QUERY, {"question": "What is the capital of Spain?"}, POOL[4]):
         for method in ("vote_k", "knn", "spread"):

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from work import count_calls
 
-from sparsort.curriculum.ablation.splits import QUERY_SELECTORS, draw_sets, read_rows, split_rows
+from sparsort.curriculum.ablation.selectors import SELECTORS
+from sparsort.curriculum.ablation.splits import draw_sets, read_rows, split_rows
 from sparsort.curriculum.ablation.tasks import Task
 from sparsort.curriculum.demos.leaks import find_leaks
 from sparsort.errors import SparsortError
@@ -230,7 +231,7 @@ def test_vote_k_sets_differ_though_no_seed_changes_the_method() -> None:
     assert sorted(draw_sets(TASK, rows(4), "vote_k", 4, [0], embeddings=embeddings[:4])[0]) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("selector", QUERY_SELECTORS)
+@pytest.mark.parametrize("selector", SELECTORS.names(lambda entry: entry.looks_at_query))
 def test_a_selector_that_looks_at_the_query_draws_no_common_set(selector: str) -> None:
     with pytest.raises(SparsortError, match="chooses for each query"):
         draw_sets(TASK, rows(10), selector, 2, [0])

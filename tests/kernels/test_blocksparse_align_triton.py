@@ -18,7 +18,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.blocksparse import align as module  # noqa: E402
+from sparsort.kernels.blocksparse.triton import align as module  # noqa: E402
 from sparsort.kernels.blocksparse.triton.align import align_forward_triton  # noqa: E402
 
 # In the interpreter NumPy warns of the logarithm of 0, where a query sees none of the keys that a program holds.

@@ -31,7 +31,7 @@ if not CUDA and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.blocksparse import attend_backward_keys  # noqa: E402
+from sparsort.kernels.blocksparse.triton import attend_backward_keys  # noqa: E402
 from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton  # noqa: E402
 from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton  # noqa: E402
 from sparsort.kernels.blocksparse.triton.launch import choose_launch  # noqa: E402

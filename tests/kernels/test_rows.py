@@ -22,7 +22,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.sparsity import rows  # noqa: E402
+from sparsort.kernels.sparsity import triton_rows as rows  # noqa: E402
 from sparsort.kernels.sparsity.triton_rows import _float32_not_above, sparsity_rows_triton  # noqa: E402
 
 # In the interpreter NumPy warns where a row that gets NaN divides by zero on the way; a GPU has no such warning.

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import sparsort
 from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.splits import check_selector
-from sparsort.curriculum.demos.select import ALIASES, METHODS
+from sparsort.curriculum.ablation.selectors import check_selector
+from sparsort.curriculum.demos.select import SELECTORS
 from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.recipes.cli import app
@@ -131,11 +131,12 @@ def test_the_name_of_the_literature_leads_to_ours(name: str, tmp_path: Path) -> 
 
 
 def test_aliases_lead_to_names_and_shadow_none() -> None:
-    assert set(ALIASES.values()) <= set(METHODS)
-    assert not set(ALIASES) & set(METHODS)
+    aliases = {alias: entry.name for entry in SELECTORS.values() for alias in entry.aliases}
+    assert len(aliases) == sum(len(entry.aliases) for entry in SELECTORS.values())
+    assert not set(aliases) & set(SELECTORS)
     # An alias of a choice that is not among these suggests nothing, and any other name the nearest.
-    assert "called" not in str(unknown_choice("method", "topk", ["random"], aliases=ALIASES))
-    assert "Did you mean 'vote_k'?" in str(unknown_choice("method", "vote", METHODS, aliases=ALIASES))
+    assert "called" not in str(unknown_choice("method", "topk", ["random"], aliases=aliases))
+    assert "Did you mean 'vote_k'?" in str(unknown_choice("method", "vote", SELECTORS, aliases=aliases))
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_an_old_manifest_that_contradicts_its_shards_is_refused(key: str, value:
 
 
 def test_no_flip_that_passes_changes_a_value(old: Path) -> None:
-    """120 bits of each of pages, footer and manifest; `benchmarks/bit_flips.py` tries more."""
+    """120 bits of each of pages, footer and manifest; `benchmarks/checks/bit_flips.py` tries more."""
     rng, expected = np.random.default_rng(0), Scores.load(OLD)
     shard, manifest = old / "shard-00000.parquet", old / "manifest.json"
     size = shard.stat().st_size

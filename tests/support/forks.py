@@ -54,10 +54,10 @@ for line in sys.stdin:
 
 
 class ForkServer(Child):
-    """Runs programs in forks of a process that has imported torch, transformers and sparsort."""
+    """Runs programs in forks of a process that has imported torch, transformers, sparsort and `modules`."""
 
-    def __init__(self) -> None:
-        super().__init__(_SERVER)
+    def __init__(self, *modules: str) -> None:
+        super().__init__("".join(f"import {module}\n" for module in modules) + _SERVER)
 
     def run(self, log: Path, *jobs: tuple[str, list[Any], dict[str, str]]) -> list[int]:
         """Run jobs at once, each of its source code, arguments and environment; their exit codes, -9 for a kill.

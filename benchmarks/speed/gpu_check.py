@@ -1,0 +1,67 @@
+"""Check the Triton kernels on this machine's GPU against float64, then time them, and keep the numbers.
+
+    python benchmarks/speed/gpu_check.py [--quick]
+
+Runs the tests marked `gpu` of the row kernel and of the block-sparse kernels. The benchmarks of those whose tests pass follow:
+benchmarks/results/sparsity_kernels-<device>.json and sparse_attention-<device>.json are written. Ends with status 1 where a
+test fails or a figure misses its floor. Without a CUDA device it says so and ends with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+# By name: the other tests of the folder need more packages, and show nothing of the GPU.
+KERNELS = {
+    "sparsity_kernels": ("test_rows.py", "test_rows_gpu.py"),
+    "sparse_attention": ("test_blocksparse_*triton*.py", "test_blocksparse_*gpu*.py"),
+}
+
+
+def tests_of(benchmark: str) -> list[Path]:
+    """The tests of the kernels that a benchmark times."""
+    folder = ROOT / "tests" / "kernels"
+    return sorted({path for pattern in KERNELS[benchmark] for path in folder.glob(pattern)})
+
+
+def missed_floors(benchmark: str, *, quick: bool) -> list[str]:
+    """Time the kernels, save the figures, and name those below their floor."""
+    # Imported when its kernels have passed.
+    report = importlib.import_module(benchmark).main(["--save", "--device", "cuda", *(["--quick"] if quick else [])])
+    # A report of its own kind also counts what it could not measure.
+    below = [name for name, figure in report.figures.items() if figure.holds is False]
+    return list(getattr(report, "missed", below))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few sizes and rounds")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device; nothing to check. The kernels' tests ran in Triton's interpreter with `make test`.")
+        return 0
+    status = 0
+    for benchmark in KERNELS:
+        # -P: see the Makefile.
+        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", *map(str, tests_of(benchmark))]
+        failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
+        if failed:
+            print(f"the kernels of {benchmark} fail on this GPU; they were not timed.", file=sys.stderr)
+            status = failed
+            continue
+        missed = missed_floors(benchmark, quick=arguments.quick)
+        if missed:
+            print(f"below their floor: {', '.join(missed)}", file=sys.stderr)
+            status = status or 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

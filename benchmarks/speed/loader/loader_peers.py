@@ -1,0 +1,304 @@
+"""What other loaders do with a curriculum, beside ours: what one epoch shows, and what comes after a resume.
+
+    python benchmarks/speed/loader/loader_peers.py [--quick] [--json] [--save]
+
+Each loader gets the same examples with the same difficulties, with 8 examples a rank, on 1 and on 4 ranks; how each is set up,
+saved and rebuilt is in `loader_sessions.py` and `loader_deepspeed.py`. What is not installed is named, and the rest goes on:
+
+    pip install torchdata deepspeed accelerate
+
+One epoch: `draws` are the examples that all ranks saw, `distinct` the share of the data among them, `repeats` the draws of an
+example that had been drawn before; `easy again` counts those that came after the hardest example had been shown, and the share of
+the data, by difficulty, that they are from. Draws from a growing pool ("pool") repeat and leave out by design.
+
+Resume: a run is stopped after a third of an epoch, its state is taken, all is rebuilt from it, and the rest is compared with the
+rest of the run that was not stopped, batch for batch as ordered lists. "same" is equality to the end of the second epoch; "+3"
+means that the fourth batch after the resume was the first to differ. `workers a→b` and `ranks a→b` change the number of worker
+processes and of ranks in between (the global batch stays). `state` is what one rank saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import Report, add_output_options
+from loader_deepspeed import DeepSpeedSession
+from loader_sessions import (
+    Batch,
+    Order,
+    PyTorchSession,
+    Session,
+    Setup,
+    SparsortSession,
+    StatefulSession,
+    TrainerSession,
+)
+
+from sparsort.files import write_json
+
+SIZES = (103, 10_000)
+RANKS = {1: 2, 4: 2}  # and the number that a run is resumed on
+BATCH = 8
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A loader in one way of ordering; `package` is what must be installed for it."""
+
+    name: str
+    order: Order
+    session: type[Session]
+    package: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.order}"
+
+
+PEERS = (
+    Peer("PyTorch", "random", PyTorchSession, "torch"),
+    Peer("Trainer", "random", TrainerSession, "accelerate"),
+    Peer("Trainer", "sorted", TrainerSession, "accelerate"),
+    Peer("StatefulDataLoader", "random", StatefulSession, "torchdata"),
+    Peer("StatefulDataLoader", "sorted", StatefulSession, "torchdata"),
+    Peer("DeepSpeed", "pool", DeepSpeedSession, "deepspeed"),
+    Peer("sparsort", "pool", SparsortSession, "sparsort"),
+    Peer("sparsort", "random", SparsortSession, "sparsort"),
+    Peer("sparsort", "sorted", SparsortSession, "sparsort"),
+    Peer("sparsort", "paced", SparsortSession, "sparsort"),
+)
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What was seen of one peer on one size and number of ranks.
+
+    Attributes:
+        draws, distinct, repeats: of the first epoch; `distinct` is a share of n.
+        easy_again, easy_again_share: repeats after the hardest example was shown, and the easiest share that they are from;
+            None where the order has no end to come after.
+        state_bytes: what one rank saves, the largest over the resumes.
+        resumes: name → index of the first batch after the resume that differs, or None for the same rest.
+        errors: name → the peer's own error, in a line.
+    """
+
+    peer: str
+    order: str
+    n: int
+    ranks: int
+    draws: int | None = None
+    distinct: float | None = None
+    repeats: int | None = None
+    easy_again: int | None = None
+    easy_again_share: float | None = None
+    state_bytes: int | None = None
+    resumes: dict[str, int | None] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """One stop: after a third of `epoch`, on (ranks, workers) `before`; it goes on with `after`."""
+
+    name: str
+    epoch: int
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+
+def resumes(ranks: int) -> list[Resume]:
+    """The stops of a run on `ranks` ranks."""
+    other = RANKS[ranks]
+    return [
+        Resume("epoch 1", 0, (ranks, 0), (ranks, 0)),
+        Resume("epoch 2", 1, (ranks, 0), (ranks, 0)),
+        Resume(f"workers {WORKERS}→{WORKERS}", 0, (ranks, WORKERS), (ranks, WORKERS)),
+        Resume(f"workers 0→{WORKERS}", 0, (ranks, 0), (ranks, WORKERS)),
+        Resume(f"workers {WORKERS}→{WORKERS - 1}", 0, (ranks, WORKERS), (ranks, WORKERS - 1)),
+        Resume(f"workers {WORKERS}→0", 0, (ranks, WORKERS), (ranks, 0)),
+        Resume(f"ranks {ranks}→{other}", 0, (ranks, 0), (other, 0)),
+    ]
+
+
+def measure(peer: Peer, difficulty: np.ndarray, ranks: int) -> Findings:
+    """All findings of one peer; what fails is kept as its error."""
+    found = Findings(peer=peer.name, order=peer.order, n=len(difficulty), ranks=ranks)
+    with kept_errors(found, "run"):
+        whole = {workers: whole_run(peer, difficulty, ranks, workers) for workers in (0, WORKERS)}
+        cover(found, difficulty, [batch for epoch, batch in whole[0] if epoch == 0])
+        for resume in resumes(ranks):
+            with kept_errors(found, resume.name):
+                batches = [batch for _, batch in whole[resume.before[1]]]
+                stop_and_go(found, peer, difficulty, resume, batches)
+    return found
+
+
+def whole_run(peer: Peer, difficulty: np.ndarray, ranks: int, workers: int) -> list[tuple[int, Batch]]:
+    """Both epochs without a stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(peer.session(setup(peer, difficulty, (ranks, workers), folder, ranks * BATCH)).steps())
+
+
+def cover(found: Findings, difficulty: np.ndarray, batches: list[Batch]) -> None:
+    """What the first epoch showed."""
+    drawn = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])
+    again = np.ones(len(drawn), dtype=bool)
+    again[np.unique(drawn, return_index=True)[1]] = False
+    found.draws, found.repeats = len(drawn), int(again.sum())
+    found.distinct = len(np.unique(drawn)) / len(difficulty)
+    if found.order in ("sorted", "paced"):
+        end = int(np.flatnonzero(drawn == np.argmax(difficulty))[0])
+        late = drawn[end:][again[end:]]
+        found.easy_again = len(late)
+        if len(late):
+            found.easy_again_share = float((difficulty <= difficulty[late].max()).mean())
+
+
+def stop_and_go(found: Findings, peer: Peer, difficulty: np.ndarray, resume: Resume, batches: list[Batch]) -> None:
+    """Stop a run, rebuild it from its state, and compare the rest."""
+    global_batch = resume.before[0] * BATCH
+    per_epoch = ceil(len(difficulty) / global_batch)
+    stop = resume.epoch * per_epoch + max(1, per_epoch // 3)
+    with tempfile.TemporaryDirectory() as folder:
+        before = peer.session(setup(peer, difficulty, resume.before, folder, global_batch))
+        steps = before.steps()
+        seen = [batch for _, batch in islice(steps, stop)]
+        states = before.states()  # while the run stands at its stop: `steps` is still open
+        if seen != batches[:stop]:
+            raise RuntimeError("two runs of the same seed differ before the stop")
+        found.state_bytes = max(found.state_bytes or 0, *(state.n_bytes for state in states))
+        after = peer.session(setup(peer, difficulty, resume.after, folder, global_batch), states)
+        rest = [batch for _, batch in after.steps()]
+    found.resumes[resume.name] = first_difference(batches[stop:], rest)
+
+
+def first_difference(expected: list[Batch], rest: list[Batch]) -> int | None:
+    """Index of the first batch that is not the same ordered list, or is on one side only; None where there is none."""
+    for index, (a, b) in enumerate(zip(expected, rest, strict=False)):
+        if a != b:
+            return index
+    return None if len(expected) == len(rest) else min(len(expected), len(rest))
+
+
+def setup(peer: Peer, difficulty: np.ndarray, layout: tuple[int, int], folder: str, global_batch: int) -> Setup:
+    """The setup on `layout` = (ranks, workers) with the same global batch."""
+    ranks, workers = layout
+    return Setup(
+        difficulty=difficulty,
+        order=peer.order,
+        ranks=ranks,
+        batch=global_batch // ranks,
+        workers=workers,
+        folder=Path(folder),
+    )
+
+
+@contextlib.contextmanager
+def kept_errors(found: Findings, name: str) -> Iterator[None]:
+    """Whatever a peer raises is a finding, not the end of the benchmark."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+        found.errors[name] = f"{type(error).__name__}: {' '.join(said.split())[:300]}"
+
+
+def table(findings: list[Findings], missing: dict[str, str]) -> None:
+    """Print one table per size and number of ranks, and the errors below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    for n, ranks in sorted({(found.n, found.ranks) for found in findings}):
+        names = [resume.name for resume in resumes(ranks)]
+        shown = Table(title=f"{n:,} examples, {ranks} {'rank' if ranks == 1 else 'ranks'} × batch {BATCH}")
+        for column in ("loader", "draws", "distinct", "repeats", "easy again", *names, "state"):
+            shown.add_column(column, justify="left" if column == "loader" else "right", no_wrap=column == "loader")
+        errors = []
+        for found in findings:
+            if (found.n, found.ranks) == (n, ranks):
+                label = f"{found.peer}, {found.order}"
+                shown.add_row(label, *cells(found), *(resumed(found, name) for name in names), state(found))
+                errors += [f"{label}, {name}: {error}" for name, error in found.errors.items()]
+        console.print(shown)
+        for line in errors:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name, package in missing.items():
+        console.print(f"{name}: not installed: pip install {package}")
+
+
+def cells(found: Findings) -> list[str]:
+    """The first epoch of one row."""
+    if found.draws is None or found.distinct is None:
+        return ["error", "", "", ""]
+    again = "" if found.easy_again is None else str(found.easy_again)
+    if found.easy_again_share is not None:
+        again += f" (easiest {found.easy_again_share:.1%})"
+    return [f"{found.draws:,}", f"{found.distinct:.2%}", f"{found.repeats:,}", again]
+
+
+def resumed(found: Findings, name: str) -> str:
+    if name not in found.resumes:
+        return "error" if name in found.errors else ""
+    first = found.resumes[name]
+    return "same" if first is None else f"+{first}"
+
+
+def state(found: Findings) -> str:
+    return "" if found.state_bytes is None else f"{found.state_bytes:,} B" if found.state_bytes else "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_output_options(parser)
+    parser.add_argument("--only", default="", help="the loaders whose name holds this text")
+    arguments = parser.parse_args()
+    chosen = [peer for peer in PEERS if arguments.only.lower() in peer.label.lower()]
+    missing = {peer.name: peer.package for peer in chosen if find_spec(peer.package) is None}
+    findings = []
+    for n in SIZES[:1] if arguments.quick else SIZES:
+        difficulty = np.random.default_rng(n).permutation(n).astype(np.float64)
+        for peer in chosen:
+            if peer.name not in missing:
+                print(f"{peer.label}, {n:,} examples", file=sys.stderr)
+                with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints as it opens its files
+                    findings += [measure(peer, difficulty, ranks) for ranks in RANKS]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    report = Report("loader-peers", torch.device("cpu"))
+    result = {
+        **report.to_json(),
+        "figures": [asdict(found) for found in findings],
+        "missing": missing,
+        "packages": {peer.package: version(peer.package) for peer in chosen if peer.name not in missing},
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        table(findings, missing)
+    if arguments.save:
+        write_json(report.path(), result)
+        print(f"saved to {report.path()}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What the cache of read rows saves: `sparsort order --select knn` over the 240 example rows, the first call and the next.
+
+    python benchmarks/speed/row_cache.py --save
+
+Each of three rounds begins with an empty cache of rows and runs two commands, each in a process of its own, loading included:
+one query, then another. The figure is the wall time of the second over that of the first. The processor time, which other
+programs on the machine affect less, is given with it. At last the second query runs without the cache: its prompt has to be the
+same. With --quick there is one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Report, add_output_options
+
+from sparsort.files import cache_folder
+from sparsort.kernels.backend import default_device
+from sparsort.scoring.embedded import demo_folder
+
+ROWS = Path(__file__).parents[2] / "examples" / "graded.jsonl"
+QUERIES = ("Tom has 12 pens and gives 5 away. How many are left?", "The meeting is on a Monday. Which day follows it?")
+
+
+def _order(query: str, cache: Path, *options: str) -> tuple[float, float, dict[str, Any]]:
+    """Seconds of one call, seconds of its processors, and what it printed as JSON."""
+    command = [
+        sys.executable,
+        "-m",
+        "sparsort",
+        "order",
+        str(ROWS),
+        "-q",
+        query,
+        "-k",
+        "4",
+        "--select",
+        "knn",
+        "--json",
+    ]
+    start, before = time.perf_counter(), _processor_seconds()
+    done = subprocess.run(
+        [*command, *options],
+        env={**os.environ, "SPARSORT_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return time.perf_counter() - start, _processor_seconds() - before, json.loads(done.stdout)
+
+
+def _processor_seconds() -> float:
+    """Of the processes that were run and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_options(parser)
+    arguments = parser.parse_args()
+    demo_folder()
+    firsts, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        (cache / "models").symlink_to(cache_folder() / "models")
+        for _ in range(1 if arguments.quick else 3):
+            shutil.rmtree(cache / "rows", ignore_errors=True)
+            firsts.append(_order(QUERIES[0], cache))
+            seconds.append(_order(QUERIES[1], cache))
+        size = sum(path.stat().st_size for path in (cache / "rows").glob("*/*"))
+        without = _order(QUERIES[1], cache, "--no-cache")
+    report = Report("row_cache", torch.device(default_device().value))
+    for number, what in enumerate(("wall", "processor")):
+        for name, calls in (("first", firsts), ("second", seconds)):
+            report.add(f"{name}_call_{what}", statistics.median(call[number] for call in calls), "s", better="lower")
+        ratios = [second[number] / first[number] for first, second in zip(firsts, seconds, strict=True)]
+        report.add(
+            f"second_over_first_{what}",
+            statistics.median(ratios),
+            "",
+            floor=0.3 if what == "wall" else None,
+            better="lower",
+            note=f"{min(ratios):.3f} to {max(ratios):.3f}",
+        )
+    report.add("same_prompt", float(all(call[2]["prompt"] == without[2]["prompt"] for call in seconds)), "", floor=1.0)
+    read, kept = seconds[-1][2]["cache"]["read"], seconds[-1][2]["cache"]["from_cache"]
+    report.add("readings_first", firsts[-1][2]["cache"]["read"], "rows", better="lower")
+    report.add("readings_second", read, "rows", better="lower", note=f"{kept} more from the cache")
+    report.add("cache_bytes", size, "bytes", better="lower")
+    report.finish(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Block-sparse attention against dense: measured in one run on the machine that it names.
+
+    python benchmarks/speed/sparse_attention/sparse_attention.py [--quick] [--json] [--save] [--device cpu|cuda]
+
+Dense is torch's scaled_dot_product_attention in whichever form of it is fastest for the shape. Sparse always includes index
+scores and top-k; forward and backward come without and with the alignment loss (its value and its gradients), and both are held
+to the floor. Selections are random, the worst case and the one that floors are about, or clustered, as training makes them
+(`sparse_attention_setting.py`). Steps are timed in turns; each ratio has its spread, the ratio of the best times and that of
+processor times beside it (`sparse_attention_timing.py`). Threads that wait for each other spin, so that where other programs
+hold a core even processor times mislead: on a crowded machine set OMP_NUM_THREADS=1 and read those.
+
+CPU: `layer_N` forward and backward, `warm_up_N` with every block, the crossover, `memory_N`, and `decode_N` against a cache.
+CUDA: the same in bfloat16 against FlashAttention, the share of the matrix peak, and peers (`sparse_attention_cuda.py`).
+What training loses and gains is measured by `sparse_study.py` (loss gap, recall task) and `sparse_warmup.py` (mass captured), and
+repeated here.
+
+Ends with status 1 where a floor is missed. `--quick` shows that everything runs and judges nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import add_output_options
+from sparse_attention_cpu import SETTINGS, SMALL, measure_cpu
+from sparse_attention_report import SparseReport, add_study, add_warm_up
+
+from sparsort.kernels.backend import blocksparse_implementation, default_device
+
+
+def main(argv: list[str] | None = None) -> SparseReport:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_options(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA where there is a device")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the layer on the CPU [default: %(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each step [default: %(default)s]")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device) if arguments.device else default_device().value
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here. Leave it out, or give cpu.")
+    if arguments.tokens < 1024 or arguments.rounds < 1:
+        parser.error(f"--tokens {arguments.tokens} --rounds {arguments.rounds}: expected 1024 and 1, or more.")
+    report = SparseReport("sparse_attention", device, quick=arguments.quick)
+    implementation = blocksparse_implementation(device)
+    report.notes.append(f"implementation: {implementation.value} ({implementation.reason})")
+    if device.type == "cuda":
+        from sparse_attention_cuda import measure_cuda
+
+        measure_cuda(report, quick=arguments.quick)
+    elif arguments.quick:
+        measure_cpu(report, (SMALL,), 1024, 1)
+    else:
+        measure_cpu(report, SETTINGS, arguments.tokens, arguments.rounds)
+    add_study(report)
+    add_warm_up(report)
+    report.finish(arguments)
+    return report
+
+
+if __name__ == "__main__":
+    missed = main().missed
+    if missed:
+        print(f"below their floor: {', '.join(missed)}", file=sys.stderr)
+    sys.exit(1 if missed else 0)

@@ -1,0 +1,82 @@
+"""The selectors of an ablation: those of `demos.select` by which several sets can be drawn, and two that query the model.
+
+Contract: `SELECTORS` is the one place that lists them. A selector that a seed changes draws a set for each seed. Any other
+chooses from a half of the pool that the seed draws, or else all sets would be the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
+from sparsort.curriculum.demos.select import SelectorEntry
+from sparsort.curriculum.demos.select.nearest import select_nearest
+from sparsort.errors import SparsortError
+from sparsort.registry import Registry
+
+ModelSelectorName = Literal["topk_cone", "topk_mdl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSelectorEntry(SelectorEntry):
+    """A selector that queries the model about the nearest neighbours of each query, which `function` gives.
+
+    Attributes:
+        model_scores: what the model scores: the query's own text after each neighbour alone, or the labels after sets of
+            neighbours.
+    """
+
+    model_scores: Literal["query", "labels"]
+
+
+MODEL_SELECTORS = Registry(
+    "selector",
+    (
+        ModelSelectorEntry(
+            name="topk_cone",
+            help="of each query's nearest neighbours, those after which, each alone, its own text is least surprising",
+            source="TopK + ConE, arXiv 2401.12087",
+            needs=frozenset({"embeddings", "query_embedding"}),
+            function=select_nearest,
+            model_scores="query",
+        ),
+        ModelSelectorEntry(
+            name="topk_mdl",
+            help="of some sets of each query's nearest neighbours, the one under which the predicted label is surest",
+            source="TopK + MDL, arXiv 2212.10375",
+            needs=frozenset({"embeddings", "query_embedding"}),
+            function=select_nearest,
+            model_scores="labels",
+        ),
+    ),
+)
+
+
+def _draws_several(entry: SelectorEntry) -> bool:
+    """Whether other sets come out of another seed or another half of the pool: not of ids or places in the file."""
+    return entry.is_seeded or bool(entry.needs and not entry.names_rows)
+
+
+SELECTORS: Registry[SelectorEntry] = Registry(
+    "selector", (*(entry for entry in DEMO_SELECTORS.values() if _draws_several(entry)), *MODEL_SELECTORS.values())
+)
+
+
+def check_selector(name: str) -> SelectorEntry:
+    """The entry of a selector.
+
+    Raises:
+        SparsortError: there is none of that name, or it is one by which an ablation cannot draw several sets.
+    """
+    if name in DEMO_SELECTORS and name not in SELECTORS:
+        raise SparsortError(
+            f"the selector {name!r} gives one set only, and an ablation compares several. Choose one of: "
+            f"{', '.join(SELECTORS)}."
+        )
+    return SELECTORS.check(name)
+
+
+def looks_at_query(name: str) -> bool:
+    """Whether a selector of the table shows every query a set of its own."""
+    return SELECTORS[name].looks_at_query
