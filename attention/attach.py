@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsort.attention.attention_function import register
-from sparsort.attention.config import SparseAttentionConfig
+from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
 from sparsort.attention.selectors.base import Selector
 from sparsort.attention.selectors.build import make_selector
 from sparsort.attention.state import NAME, SparseAttention
@@ -26,7 +26,9 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 
 
 def attach_index_branch(
-    model: PreTrainedModel, config: SparseAttentionConfig | Mapping[str, Any] | None = None, **changes: Any
+    model: PreTrainedModel,
+    config: SparseAttentionConfig | Mapping[str, Any] | None = None,
+    **changes: Unpack[SparseAttentionOptions],
 ) -> PreTrainedModel:
     """Make layers of a causal language model sparse, in place. Their selectors start with fresh weights.
 

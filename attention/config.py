@@ -12,7 +12,7 @@ import numbers
 import operator
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
 from sparsort.conditions import ALWAYS, Table, among, refuse_unread_fields
@@ -28,6 +28,21 @@ READ_BY: Table = {
 } | dict.fromkeys(("selector", "block_size", "blocks", "layers", "seed"), ALWAYS)
 _MOST = 2**31 - 1  # what the kernels count in
 _LARGEST_BLOCK = 2**20  # that the kernels take
+
+
+class SparseAttentionOptions(TypedDict, total=False):
+    """The fields of `SparseAttentionConfig`, where a function takes them as keywords."""
+
+    selector: SelectorKind
+    block_size: int
+    blocks: int
+    threshold: float | None
+    top_p: float | None
+    index_dim: int | None
+    index_norm: bool | None
+    alignment_weight: float
+    layers: tuple[int, ...] | None
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)

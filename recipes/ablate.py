@@ -14,14 +14,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.design import Ablation, left_out, units
+from sparsort.curriculum.ablation.design import Ablation, AblationOptions, left_out, units
 from sparsort.curriculum.ablation.tasks import Task, check_row, load_task, parse_labels, task_from_flags, task_names
 from sparsort.errors import SparsortError
 from sparsort.files import write_json
+from sparsort.options import values_of
 from sparsort.progress import progress
+from sparsort.scoring.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.collect import Collector
@@ -79,14 +81,14 @@ def ablate(
     run: bool = True,
     report: bool = True,
     compile: bool = False,
-    **changes: Any,
+    **changes: Unpack[AblationOptions],
 ) -> AblationReport:
     """Find out whether the order of demonstrations matters here, which orderers help, and how sure that is.
 
     Args:
         recipe: an `Ablation`, its fields as a mapping, a TOML file, or None to give the fields as `changes`.
         out: the folder to work in; run again it goes on where it was.
-        model: a `LoadedModel` that is at hand, or a name or folder; None for the recipe's.
+        model: a `LoadedModel` that is at hand, a `ModelSpec`, or a name or folder; None for the recipe's.
         run: query the model for what is missing; False takes the store as it is, finished or not, and loads only the tokenizer.
         report: also write `report/` (needs the extra "plots").
         compile: compile the model first, half a minute; worth it from some million tokens on (needs a C++ compiler).
@@ -100,7 +102,7 @@ def ablate(
     """
     start = time.perf_counter()
     loaded = _loaded(model)
-    ablation = make_recipe(recipe, **changes, **({} if loaded is model else {"model": str(model)}))
+    ablation = make_recipe(recipe, {**changes, **_naming(None if loaded is model else model)})
     ablation.check()
     folder = Path(out).expanduser()
     asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder, loaded)
@@ -165,12 +167,11 @@ def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Aske
     from sparsort.curriculum.ablation.collect import Collector
     from sparsort.curriculum.ablation.data import TaskData
     from sparsort.curriculum.ablation.store import OutcomeStore
-    from sparsort.scoring.embedded import load_tokenizer
     from sparsort.scoring.prompts import identify_tokenizer
 
     store = OutcomeStore.existing(folder / "store")
     tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
-    tokenizer = load_tokenizer(ablation.model) if loaded is None else loaded.tokenizer
+    tokenizer = ablation.spec.load_tokenizer() if loaded is None else loaded.tokenizer
     recorded = store.identity.get("tokenizer")
     if identify_tokenizer(tokenizer, chat=False, recorded=recorded) != recorded:
         name = ablation.model if loaded is None else loaded.name
@@ -192,7 +193,7 @@ def _notes(ablation: Ablation, tasks: Mapping[str, TaskData]) -> list[str]:
     return notes
 
 
-def make_recipe(recipe: Ablation | Mapping[str, Any] | str | Path | None, **changes: Any) -> Ablation:
+def make_recipe(recipe: Ablation | Mapping[str, Any] | str | Path | None, changes: Mapping[str, Any]) -> Ablation:
     """The recipe with some fields changed.
 
     Raises:
@@ -216,9 +217,8 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
     from sparsort.curriculum.ablation.answer_checks import check_answers
     from sparsort.curriculum.ablation.cost import estimate, measure
     from sparsort.curriculum.ablation.data import TaskData
-    from sparsort.scoring.embedded import load_tokenizer
 
-    tokenizer = load_tokenizer(ablation.model)
+    tokenizer = ablation.spec.load_tokenizer()
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -239,7 +239,14 @@ def find_source(
     prompt: str | None,
     label: str | None,
     labels: str | None,
-    **task: Any,
+    answer: str | None = None,
+    judge: str | None = None,
+    stop: tuple[str, ...] | None = None,
+    max_new_tokens: int | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    id_column: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Fields of the recipe that a command line's SOURCE stands for: a recipe, a data file, or names of ready tasks.
 
@@ -255,7 +262,15 @@ def find_source(
     if path.suffix == ".toml" or (is_ready and (prompt is None or not path.exists())):
         return {"tasks": tuple(names), "data": data} if is_ready else _from_toml(path, data)
     if path.exists():
-        return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, task),), "data": Path()}
+        given: dict[str, Any] = {
+            "answer": answer,
+            "judge": judge,
+            "stop": stop,
+            "max_new_tokens": max_new_tokens,
+            "chat": chat,
+        }
+        given |= {"system": system, "id_column": id_column, "columns": columns}
+        return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, given),), "data": Path()}
     raise SparsortError(
         f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with a prompt (--prompt), a "
         f"recipe (.toml), or names of ready tasks with the folder of their data (--data): {', '.join(task_names())}."
@@ -299,8 +314,17 @@ def _task_of_file(
     return replace(task, train=str(path.resolve()), test=None if test is None else str(test.expanduser().resolve()))
 
 
+def _naming(model: Any) -> dict[str, Any]:
+    """The fields of a recipe that a model's name or spec stands for; none for None."""
+    if not isinstance(model, ModelSpec):
+        return {} if model is None else {"model": str(model)}
+    return {name: value for name, value, default in values_of(model) if name == "model" or value != default}
+
+
 def _loaded(model: Any) -> Any:
-    """The loaded model that was given, or None for none and for a name."""
+    """The loaded model that was given, or None for none, for a name and for a spec of one."""
+    if isinstance(model, ModelSpec):
+        return None if model.is_named else _loaded(model.name)
     if model is None or isinstance(model, str | Path):
         return None
     from sparsort.scoring.loading import LoadedModel
@@ -345,23 +369,3 @@ def _write_report(results: Results, folder: Path) -> str | None:
         # A study of hours should not fail for want of a drawing library.
         _LOG.warning("no report was written: %s", error)
         return None
-
-
-def lists(text: str | None) -> tuple[str, ...] | None:
-    """A comma-separated option as its parts."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def numbers(text: str | None, name: str) -> tuple[int, ...] | None:
-    """A comma-separated option as whole numbers.
-
-    Raises:
-        SparsortError: a part is none.
-    """
-    parts: Sequence[str] | None = lists(text)
-    if parts is None:
-        return None
-    try:
-        return tuple(int(part) for part in parts)
-    except ValueError as error:
-        raise SparsortError(f"{name} is {text!r}; whole numbers separated by commas were expected.") from error

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
+from sparsort.scoring.prompt_types import Truncation, Turns
 from sparsort.values import has_text, is_missing, number_array
 
 if TYPE_CHECKING:
     from sparsort.scoring.calibration import Calibration
-    from sparsort.scoring.prompts import Prompt, Truncation, Turns
+    from sparsort.scoring.prompts import Prompt
     from sparsort.scoring.sources import RowSource
 
 # What an argument needs to be read; see `sparsort.conditions`.
@@ -42,7 +45,7 @@ _TRUTH = {"true": 1.0, "false": 0.0}
 
 def calibrate(
     data: Any,
-    prompt: str | Turns | Prompt | None = None,
+    prompt: str | Turns | Prompt | PromptSpec | None = None,
     *,
     messages: str | None = None,
     answer: str | None = None,
@@ -68,7 +71,7 @@ def calibrate(
     n_perm: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
-    **model_options: Any,
+    **options: Unpack[ModelOptions],
 ) -> Calibration:
     """Compare every candidate score with what is known of difficulty, and say whether one of them carries it.
 
@@ -79,11 +82,11 @@ def calibrate(
 
     Args:
         data: see `Scorer.score`; at least 40 rows that can be scored, a few hundred to see a weak signal.
-        prompt: the prompt as it will be scored, without the answer; see `Scorer.score`, also for `system`, `chat`, `truncation`,
-            `max_length`, `id_column` and `columns`.
+        prompt: the prompt as it will be scored, without the answer; or a `PromptSpec`. See `Scorer.score`, also for `system`,
+            `chat`, `truncation`, `max_length`, `id_column` and `columns`.
         messages: instead of a prompt, the column that holds whole conversations; their last assistant turn is the answer.
         answer: the reference answer's template, such as " {answer}": gives the reference `loss` and the pooling `answer`.
-        model: see `ModelScorer`; so are `tokenizer`, `dtype`, `device`, `token_budget`, `revision` and `trust_remote_code`.
+        model: see `ModelScorer`, also for `options`.
         level: a human level that rises with difficulty: a column's name, or (N,) numbers.
         correct: whether the model's answer to each row was right (1 or 0): a column's name, or (N,) numbers. It is turned, so
             that the reference `correct` rises with errors.
@@ -114,17 +117,26 @@ def calibrate(
     from sparsort.scoring.candidates import CandidateScorer, check_grid
     from sparsort.scoring.compare import compare
     from sparsort.scoring.early_checks import check_model
-    from sparsort.scoring.prompts import Prompt
-    from sparsort.scoring.scorers.sparsity import naming_options
-    from sparsort.scoring.sources import open_rows
 
     check_grid(sites, poolings, outliers)
-    read = {"own_loss": own_loss, "answer": answer, "messages": messages, "poolings": poolings}
+    spec, text = (
+        ModelSpec.of(model, **options),
+        PromptSpec.of(
+            prompt,
+            messages=messages,
+            answer=answer,
+            system=system,
+            chat=chat,
+            truncation=truncation,
+            max_length=max_length,
+        ),
+    )
+    read = {"own_loss": own_loss, "answer": text.answer, "messages": text.messages, "poolings": poolings}
     refuse_unread_arguments(calibrate, READ_BY, read)
     file = _check_out(out)
-    asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
+    asked = text.read()
     content = asked.fields if asked is not None else None
-    source = open_rows(data, id_column=id_column, content=content, columns=columns)
+    source = DataSpec(id_column=id_column, columns=columns).open(data, content=content)
     if asked is None:
         raise SparsortError(
             "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) for "
@@ -146,21 +158,18 @@ def calibrate(
             "there is nothing to calibrate against. Pass answer='…' (--answer) for the model's own loss, a human level "
             "(level=, --level COLUMN) or whether each answer was right (correct=, --correct COLUMN)."
         )
-    check_model(model, max_length=max_length, **naming_options(model_options))
+    check_model(spec, max_length=text.max_length)
     scorer = CandidateScorer(
-        model,
+        spec,
         sites=sites,
         poolings=poolings,
         outliers=outliers,
         own_loss=own_loss,
         l0_threshold=l0_threshold,
-        **model_options,
     )
     scores = scorer.score(
         source,
-        asked,
-        truncation=truncation,
-        max_length=max_length,
+        text,
         out=file.with_suffix(".rows") if file is not None else None,
         shard_rows=shard_rows,
     )
@@ -173,7 +182,7 @@ def calibrate(
         scores,
         known,
         target=target,
-        revision=model_options.get("revision"),
+        revision=spec.revision,
         notes=notes,
         n_boot=n_boot,
         n_perm=n_perm,

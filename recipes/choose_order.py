@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,13 @@ from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.progress import progress
 from sparsort.recipes.choose_prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order_demos import MOST_DEMOS
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
 from sparsort.templates import fields_of, render
 from sparsort.values import text_if_any
 
 if TYPE_CHECKING:
+    from sparsort.scoring.loading import LoadedModel
     from sparsort.scoring.sources import RowSource
 
 Rows = Sequence[Mapping[str, Any]]
@@ -105,7 +108,7 @@ def choose_order(
     demos: Rows,
     queries: Rows = (),
     *,
-    prompt: str,
+    prompt: str | PromptSpec,
     answer: str | None = None,
     label: str = "label",
     labels: str | Mapping[str, str] | None = None,
@@ -119,11 +122,8 @@ def choose_order(
     system: str | None = None,
     allow_leaks: bool = False,
     model: Any = "demo",
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     seed: int = 0,
+    **options: Unpack[ModelOptions],
 ) -> ChosenOrder:
     """Choose the best of some orders of the same demonstrations by a criterion that asks the model.
 
@@ -131,7 +131,7 @@ def choose_order(
         demos: k rows, each with the prompt's fields and its label.
         queries: rows that the criterion asks about under every order, without their labels but for "best_on_dev". Criteria
             that read probes sampled from the model ("globale", "locale") or content-free inputs take none.
-        prompt: format string of a row's question.
+        prompt: format string of a row's question; or a `PromptSpec`, which holds `answer`, `chat` and `system` too.
         answer: format string of what follows it; by default a space and the label.
         label: the field of the label.
         labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations and the
@@ -147,13 +147,15 @@ def choose_order(
         pool: labelled rows from which the demonstrations were drawn, for the prior alone.
         separator, instruction, chat, system: as `Task`.
         allow_leaks: let queries stand among the demonstrations.
-        model, dtype, device, revision, trust_remote_code: as `scoring.loading.load_model`; or a `LoadedModel`.
+        model: a `ModelSpec`, or what its `name` takes.
         seed: of the orders, of sampled probes, and between equals.
+        options: fields of `ModelSpec`: `dtype`, `device`, `token_budget`, `revision`, `trust_remote_code`, `tokenizer`.
 
     Raises:
         SparsortError: bad input; the message says what to do.
     """
-    read = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": chat}
+    spec, text = ModelSpec.of(model, **options), PromptSpec.of(prompt, answer=answer, system=system, chat=chat)
+    read = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": text.chat}
     refuse_unread_arguments(choose_order, READ_BY, read)
     chosen_by = _criterion(by)
     probes = probes_of(by, sampled=True)
@@ -162,7 +164,7 @@ def choose_order(
     if pool and not reads_prior(by):
         raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Leave it out.")
     shown = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
-    task = _task(shown, queries, chosen_by, prompt, answer, label, labels, separator, instruction, chat, system)
+    task = _task(shown, queries, chosen_by, text, label, labels, separator, instruction)
     _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
     plan = None
     if reads_prior(by):
@@ -170,13 +172,8 @@ def choose_order(
         chosen_by = criterion(with_prior(by))
     count = min(orders, math.factorial(min(len(demos), 20)))
     orders_RK = random_permutations(len(demos), count, seed)
-
-    from sparsort.scoring.loading import LoadedModel, load_model
-
-    loaded = model
-    if not isinstance(model, LoadedModel):
-        loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
-    asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded)
+    loaded = spec.load()
+    asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded, spec.token_budget)
     notes = duplicates(demos, [task.demo_text(row) for row in demos])
     if probes == "sampled":
         texts = asking.sampled(seed)
@@ -271,8 +268,7 @@ def read_rows(
     k: int | None = None,
     queries: int = 32,
     seed: int = 0,
-    id_column: str | None = None,
-    columns: Sequence[str] | None = None,
+    data: DataSpec = DataSpec(),
 ) -> Given:
     """Demonstrations and queries of files.
 
@@ -284,8 +280,7 @@ def read_rows(
         k: how many demonstrations to draw; None for all of `file`.
         queries: most queries; of more rows, as many are drawn.
         seed: of the drawing.
-        id_column: the column of ids in `file`.
-        columns: names of the columns of `file` and `on`, if these are CSV or TSV files without a header.
+        data: how `file` and `on` are read; the column of ids is that of `file`.
 
     Raises:
         SparsortError: files that cannot be read, or too few rows.
@@ -294,7 +289,7 @@ def read_rows(
         raise SparsortError(f"queries is {queries}; at least 1 is needed.")
     if seed < 0:
         raise SparsortError(f"the seed is {seed}; it may not be negative.")
-    source = _source(file, prompt, id_column, columns)
+    source = _source(file, prompt, data)
     rows = _fields(source)
     if k is not None and not 2 <= k <= len(rows):
         raise SparsortError(
@@ -313,7 +308,7 @@ def read_rows(
         alike = alike_rows(fields_of(prompt or ""), rest, demos)
         asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
     else:
-        other = _source(on, prompt, None, columns)
+        other = _source(on, prompt, replace(data, id_column=None))
         others = _fields(other)
         places = sorted(generator.permutation(len(others))[:queries].tolist())
         other.check(lambda fields, where: render(prompt or "", fields, where=where), places)
@@ -323,10 +318,8 @@ def read_rows(
     return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
 
 
-def _source(file: str | Path, prompt: str | None, id_column: str | None, columns: Sequence[str] | None) -> RowSource:
-    from sparsort.scoring.sources import open_rows
-
-    source = open_rows(file, id_column=id_column, columns=columns)
+def _source(file: str | Path, prompt: str | None, data: DataSpec) -> RowSource:
+    source = data.open(file)
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; "
@@ -342,12 +335,19 @@ def _fields(source: RowSource) -> list[dict[str, Any]]:
 class _Asking:
     """A model that is asked under every order of one set of demonstrations."""
 
-    def __init__(self, task: Task, demos: list[dict[str, Any]], orders_RK: NDArray[np.int64], loaded: Any) -> None:
+    def __init__(
+        self,
+        task: Task,
+        demos: list[dict[str, Any]],
+        orders_RK: NDArray[np.int64],
+        loaded: LoadedModel,
+        token_budget: int | None,
+    ) -> None:
         from sparsort.scoring.answers import POST_NORM, AnswerReader
 
         self._post_norm = POST_NORM
         self._task, self._orders = task, orders_RK
-        self._reader = AnswerReader(loaded, chat=task.chat)
+        self._reader = AnswerReader(loaded, chat=task.chat, token_budget=token_budget)
         self._texts = Texts(task, loaded.tokenizer)
         self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
         self.tokens_read = 0
@@ -434,28 +434,25 @@ def _task(
     shown: Rows,
     queries: Rows,
     by: Criterion,
-    prompt: str,
-    answer: str | None,
+    prompt: PromptSpec,
     label: str,
     labels: str | Mapping[str, str] | None,
     separator: str,
     instruction: str,
-    chat: bool,
-    system: str | None,
 ) -> Task:
     scored = needs_labels(by.name) or labels is not None
     return task_from_flags(
         [*shown, *(queries if "gold" in by.needs else ())],
-        prompt=prompt,
-        answer=answer,
+        prompt=prompt.for_demonstrations,
+        answer=prompt.answer,
         label=label,
         labels=labels if scored else None,
         judge="labels" if scored else "exact",
         name="demonstrations",
         separator=separator,
         instruction=instruction,
-        chat=chat,
-        system=system,
+        chat=prompt.chat,
+        system=prompt.system,
     )
 
 

@@ -7,22 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsort.recipes.options import (
-    ColumnsOption,
-    DeviceOption,
-    DtypeOption,
-    IdOption,
-    JsonOption,
-    names_in,
-    unescape,
-)
+from sparsort.curriculum.ablation.design_options import DesignOptions
+from sparsort.options import unescape
+from sparsort.recipes.options import FewShotPrompt, Fields, JsonOption, generated
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import DataSpec
 from sparsort.terminal import note, show, show_json
 from sparsort.terminal_tables import Table, number, prose, text
 
 _TASK = "Task"
-_DESIGN = "Design"
 
 
+@generated
 def ablate(
     source: Annotated[
         str,
@@ -33,17 +29,15 @@ def ablate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the store, the results and the report; run again to go on.")
     ] = Path("ablation"),
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help=r"Question of a row, up to its answer.", rich_help_panel=_TASK)
-    ] = None,
-    answer: Annotated[
+    *,
+    prompt: FewShotPrompt,
+    rows: DataSpec,
+    label: Annotated[
         str | None,
         typer.Option(
-            "--answer", "-a", help="What follows [default: the label, behind a space].", rich_help_panel=_TASK
+            help="Column of the label or answer [default: label]. It follows a space unless --answer says more.",
+            rich_help_panel=_TASK,
         ),
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Column of the label or answer [default: label].", rich_help_panel=_TASK)
     ] = None,
     labels: Annotated[
         str | None,
@@ -67,55 +61,13 @@ def ablate(
             help="Written answers end after as many [default: 32; number 256, math 512].", rich_help_panel=_TASK
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=_TASK)] = False,
-    id_column: IdOption = None,
-    columns: ColumnsOption = None,
     test: Annotated[
         Path | None, typer.Option(help="Test rows [default: half of the data file].", rich_help_panel=_TASK)
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the ready tasks' files.", rich_help_panel=_TASK)] = None,
-    shots: Annotated[
-        str | None,
-        typer.Option("-k", "--shots", help="Demonstrations in a prompt [default: 4,8].", rich_help_panel=_DESIGN),
-    ] = None,
-    sets: Annotated[int | None, typer.Option(help="Demonstration sets [default: 10].", rich_help_panel=_DESIGN)] = None,
-    first_seed: Annotated[
-        int | None, typer.Option(help="Seed of the first set [default: 0].", rich_help_panel=_DESIGN)
-    ] = None,
-    selectors: Annotated[
-        str | None, typer.Option(help="How sets are drawn [default: random].", rich_help_panel=_DESIGN)
-    ] = None,
-    orderers: Annotated[
-        str | None,
-        typer.Option(help="Orders to compare [default: all, with their reverses].", rich_help_panel=_DESIGN),
-    ] = None,
-    choosers: Annotated[
-        str | None,
-        typer.Option(
-            help="Criteria that choose an order by the model [default: globale, locale, pdo, pdo_prior, best_on_dev, density].",
-            rich_help_panel=_DESIGN,
-        ),
-    ] = None,
-    random_orders: Annotated[
-        int | None, typer.Option(help="Random orders of each set [default: 16].", rich_help_panel=_DESIGN)
-    ] = None,
-    test_rows: Annotated[int | None, typer.Option(help="Test rows [default: 256].", rich_help_panel=_DESIGN)] = None,
-    dev_rows: Annotated[
-        int | None, typer.Option(help="Rows that choose an order [default: 32].", rich_help_panel=_DESIGN)
-    ] = None,
-    label_score: Annotated[
-        str | None, typer.Option(help="sum or mean of a label's tokens [default: sum].", rich_help_panel=_DESIGN)
-    ] = None,
-    contextual: Annotated[
-        str | None,
-        typer.Option(help="Contextual calibration: off, on or both [default: both].", rich_help_panel=_DESIGN),
-    ] = None,
-    max_demo_chars: Annotated[
-        int | None, typer.Option(help="Leave out longer demonstrations.", rich_help_panel=_DESIGN)
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    # Options of the design and the model that were not given are those of a recipe.
+    design: Annotated[dict[str, Any], Fields(of=DesignOptions, given=True)],
+    model: Annotated[dict[str, Any], Fields(of=ModelSpec, given=True)],
     compile: Annotated[
         bool,
         typer.Option(
@@ -130,45 +82,26 @@ def ablate(
     as_json: JsonOption = False,
 ) -> None:
     """Find out whether the order of demonstrations matters: orderers against random orders of the same sets."""
-    from sparsort.errors import unknown_choice
     from sparsort.recipes import ablate as recipes
 
-    rules = {"off": (False,), "on": (True,), "both": (False, True)}
-    if contextual is not None and contextual not in rules:
-        raise unknown_choice("setting of contextual calibration", contextual, rules)
     fields = recipes.find_source(
         source,
         data=data,
         test=test,
-        prompt=unescape(prompt),
-        answer=unescape(answer),
+        prompt=prompt.template,  # type: ignore[arg-type]
+        answer=prompt.answer,
         label=label,
         labels=labels,
         judge=judge,
         stop=tuple(str(unescape(text)) for text in stop) if stop else None,
         max_new_tokens=max_new_tokens,
-        chat=chat or None,
-        id_column=id_column,
-        columns=names_in(columns),
+        chat=prompt.chat or None,
+        system=prompt.system,
+        id_column=rows.id_column,
+        columns=rows.columns,
     )
-    changes: dict[str, Any] = {
-        "sets": sets,
-        "first_seed": first_seed,
-        "shots": recipes.numbers(shots, "--shots"),
-        "selectors": recipes.lists(selectors),
-        "orderers": recipes.lists(orderers),
-        "choosers": recipes.lists(choosers),
-        "random_orders": random_orders,
-        "test_rows": test_rows,
-        "dev_rows": dev_rows,
-        "label_score": label_score,
-        "calibrated": rules[contextual] if contextual else None,
-        "max_demo_chars": max_demo_chars,
-        "model": model,
-        "dtype": None if dtype == "auto" else dtype,
-        "device": None if device == "auto" else device,
-    }
-    ablation = recipes.make_recipe(fields, **{name: value for name, value in changes.items() if value is not None})
+    changes = design | {"model" if name == "name" else name: value for name, value in model.items()}
+    ablation = recipes.make_recipe(fields, changes)
     if dry_run:
         cost, notes = recipes.estimate_cost(ablation)
         _show_cost(cost, notes, as_json)

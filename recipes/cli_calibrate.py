@@ -8,26 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsort.recipes.options import (
-    SCORER_PANEL,
-    TEXT_PANEL,
-    AnswerOption,
-    BudgetOption,
-    ChatOption,
-    ColumnsOption,
-    DeviceOption,
-    DtypeOption,
-    IdOption,
-    JsonOption,
-    MessagesOption,
-    ModelOption,
-    PromptOption,
-    RevisionOption,
-    SystemOption,
-    TrustOption,
-    names_in,
-    unescape,
-)
+from sparsort.recipes.options import JsonOption, generated
+from sparsort.recipes.scorer_config import SCORER_PANEL
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
 from sparsort.terminal import note, show, show_json
 from sparsort.terminal_tables import Table, number, prose
 
@@ -37,24 +21,14 @@ if TYPE_CHECKING:
 _REFERENCES = "References"
 
 
+@generated
 def calibrate(
     file: Annotated[
         Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
     ],
-    prompt: PromptOption = None,
-    answer: AnswerOption = None,
-    messages: MessagesOption = None,
-    system: SystemOption = None,
-    chat: ChatOption = False,
-    truncation: Annotated[
-        str,
-        typer.Option(help="error, left or right: what happens to a text over the limit.", rich_help_panel=TEXT_PANEL),
-    ] = "error",
-    max_length: Annotated[
-        int | None, typer.Option(help="Limit in tokens [default: the model's context].", rich_help_panel=TEXT_PANEL)
-    ] = None,
-    id_column: IdOption = None,
-    columns: ColumnsOption = None,
+    prompt: PromptSpec,
+    data: DataSpec,
+    *,
     level: Annotated[
         str | None, typer.Option(help="Column that rises with human difficulty.", rich_help_panel=_REFERENCES)
     ] = None,
@@ -82,12 +56,7 @@ def calibrate(
         str, typer.Option(help="Comma-separated outlier rules.", rich_help_panel=SCORER_PANEL)
     ] = "none,drop:3,rms",
     l0_threshold: Annotated[float, typer.Option(help="Threshold of l0_absolute.", rich_help_panel=SCORER_PANEL)] = 1.0,
-    model: ModelOption = "demo",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    token_budget: BudgetOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    model: ModelSpec,
     draws: Annotated[int, typer.Option(help="Bootstrap draws, and permutations.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of halves, draws and permutations.")] = 0,
     top: Annotated[int, typer.Option(help="Candidates shown for each reference.")] = 3,
@@ -102,15 +71,9 @@ def calibrate(
 
     found = run(
         file,
-        unescape(prompt),
-        answer=unescape(answer),
-        messages=messages,
-        system=unescape(system),
-        chat=chat,
-        truncation=truncation,  # type: ignore[arg-type]
-        max_length=max_length,
-        id_column=id_column,
-        columns=names_in(columns),
+        prompt,
+        id_column=data.id_column,
+        columns=data.columns,
         level=level,
         correct=correct,
         target=target,
@@ -120,11 +83,6 @@ def calibrate(
         outliers=_names(outliers) or [],
         l0_threshold=l0_threshold,
         model=model,
-        dtype=dtype,
-        device=device,
-        token_budget=token_budget,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         n_boot=draws,
         n_perm=draws - 1,
         seed=seed,

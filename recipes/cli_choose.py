@@ -9,23 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsort.curriculum.demos.criteria import CRITERIA
-from sparsort.recipes.options import (
-    TEXT_PANEL,
-    AnswerOption,
-    ChatOption,
-    ColumnsOption,
-    DeviceOption,
-    DtypeOption,
-    IdOption,
-    JsonOption,
-    ModelOption,
-    PromptOption,
-    RevisionOption,
-    SystemOption,
-    TrustOption,
-    names_in,
-    unescape,
-)
+from sparsort.options import unescape
+from sparsort.recipes.options import FewShotPrompt, JsonOption, generated
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import TEXT_PANEL, DataSpec
 from sparsort.terminal import note, one_line, show, show_json
 from sparsort.terminal_tables import Table, number, prose
 
@@ -37,6 +24,7 @@ _SHOWN = 8
 _MOST_OF_ID = 40
 
 
+@generated
 def choose(
     file: Annotated[
         Path, typer.Argument(help="Demonstrations, each with its label; or, with -k, the rows to draw them from.")
@@ -61,28 +49,21 @@ def choose(
             "labelled rows are left; with -k alone mixed; else uniform]."
         ),
     ] = None,
-    prompt: PromptOption = None,
-    answer: AnswerOption = None,
+    *,
+    prompt: FewShotPrompt,
     label: Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=TEXT_PANEL)] = "label",
     labels: Annotated[
         str | None,
         typer.Option(help="0=negative,1=positive [default: as they stand in the data].", rich_help_panel=TEXT_PANEL),
     ] = None,
-    system: SystemOption = None,
-    chat: ChatOption = False,
     separator: Annotated[str, typer.Option(help="Between demonstrations.", rich_help_panel=TEXT_PANEL)] = r"\n\n",
-    id_column: IdOption = None,
-    columns: ColumnsOption = None,
+    data: DataSpec,
     k: Annotated[int | None, typer.Option("-k", "--shots", help="Draw this many demonstrations from FILE.")] = None,
     queries: Annotated[int, typer.Option(help="Most queries to ask about.")] = 32,
     orders: Annotated[int, typer.Option(help="Orders to try: all, or random ones where there are more.")] = 24,
     allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow queries among the demonstrations.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
-    model: ModelOption = "demo",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    model: ModelSpec,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -100,35 +81,27 @@ def choose(
     given = read_rows(
         file,
         on,
-        prompt=unescape(prompt),
+        prompt=prompt.template,  # type: ignore[arg-type]
         label=label,
         k=k,
         queries=queries,
         seed=seed,
-        id_column=id_column,
-        columns=names_in(columns),
+        data=data,
     )
     named = given.label_set(label, labels) if scored or labels else {}
     chosen = choose_order(
         given.demos,
         given.queries,
         by=by,
-        prompt=unescape(prompt) or "",
-        answer=unescape(answer),
+        prompt=prompt,
         label=label,
         labels=named or None,
         prior=prior,
         pool=given.pool if reads_prior(by) else (),
         separator=unescape(separator) or "",
-        chat=chat,
-        system=unescape(system),
         orders=orders,
         allow_leaks=allow_leaks,
         model=model,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         seed=seed,
     )
     if out is not None:

@@ -8,35 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsort.curriculum.loading.plan.settings import BATCH_PANEL, ORDER_PANEL, CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.recipes.options import ColumnsOption, IdOption, JsonOption, names_in
-from sparsort.recipes.options_curriculum import (
-    BATCH_PANEL,
-    ORDER_PANEL,
-    BatchSizeOption,
-    DirectionOption,
-    FoldsOption,
-    GroupByLengthOption,
-    GroupsOption,
-    LaterEpochsOption,
-    ModeOption,
-    PacingOption,
-    PackingOption,
-    PackLengthOption,
-    ScheduleOption,
-    StagesOption,
-    TokenBudgetOption,
-    UnscoredOption,
-    WarmUpOption,
-    given,
-)
+from sparsort.options import shares
+from sparsort.recipes.options import JsonOption, generated
+from sparsort.recipes.options_curriculum import GroupsOption, PlannedCurriculum
+from sparsort.scoring.prompt_spec import DataSpec
 from sparsort.terminal import one_line, show, show_json
 from sparsort.terminal_tables import Table, number, prose
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.inspect.summary import PlanSummary
-
-POOL_PANEL = "Pool mode"
 
 EXAMPLE = (
     "Example: `sparsort score examples/graded.jsonl --scorer column --column steps --out scores`, then "
@@ -44,28 +26,18 @@ EXAMPLE = (
 )
 
 
+@generated
 def plan(
     scores: Annotated[
         list[str], typer.Argument(help="Score folders or files; several are combined. PATH or NAME=PATH.")
     ],
+    *,
     data: Annotated[
         Path | None, typer.Option(help="Rows to train on, matched to the scores [default: the scored rows].")
     ] = None,
-    id_column: IdOption = None,
-    columns: ColumnsOption = None,
-    batch_size: BatchSizeOption = None,
-    token_budget: TokenBudgetOption = None,
-    mode: ModeOption = None,
-    schedule: ScheduleOption = None,
-    direction: DirectionOption = None,
-    pacing: PacingOption = None,
-    stages: StagesOption = None,
-    folds: FoldsOption = None,
-    warm_up: WarmUpOption = None,
-    later_epochs: LaterEpochsOption = None,
-    unscored: UnscoredOption = None,
+    rows: DataSpec,
+    curriculum: PlannedCurriculum,
     groups: GroupsOption = None,
-    seed: Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=ORDER_PANEL)] = 0,
     combination: Annotated[
         str,
         typer.Option(help="Of scores: rank_average, lexicographic or intersection.", rich_help_panel=ORDER_PANEL),
@@ -76,13 +48,6 @@ def plan(
             "--weight", help="NAME=2: of a score in rank_average; once for each.", rich_help_panel=ORDER_PANEL
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Batches of an epoch.", rich_help_panel=POOL_PANEL)] = None,
-    quota: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--quota", help="GROUP=0.7: its share of every batch; once for each group.", rich_help_panel=POOL_PANEL
-        ),
-    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -90,12 +55,6 @@ def plan(
             rich_help_panel=BATCH_PANEL,
         ),
     ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens at which a row is cut.", rich_help_panel=BATCH_PANEL)
-    ] = None,
-    group_by_length: GroupByLengthOption = False,
-    packing: PackingOption = None,
-    pack_length: PackLengthOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the plan, to train with.")] = None,
     fingerprint: Annotated[
         str | None, typer.Option(help="Your name for the data, for loaders that have no id or text to compare.")
@@ -112,42 +71,19 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Plan the batches of a training run from SCORES, and show what they hold: a curriculum before it is trained on."""
-    from sparsort.curriculum.loading.plan.settings import CurriculumSettings
     from sparsort.recipes.plan import make_plan
 
-    settings = CurriculumSettings.from_json(
-        given(
-            batch_size=batch_size,
-            token_budget=token_budget,
-            mode=mode,
-            schedule=schedule,
-            direction=direction,
-            pacing=pacing,
-            stages=stages,
-            folds=folds,
-            warm_up=warm_up,
-            later_epochs=later_epochs,
-            steps=steps,
-            quotas=_numbers(quota, "--quota"),
-            group_by_length=group_by_length,
-            max_length=max_length,
-            packing=packing,
-            pack_length=pack_length,
-            unscored=unscored,
-            seed=seed,
-        )
-    )
     made = make_plan(
         named_paths(scores),
-        settings=settings,
+        settings=CurriculumSettings.from_json(curriculum),
         data=data,
-        id_column=id_column,
-        columns=names_in(columns),
+        id_column=rows.id_column,
+        columns=rows.columns,
         groups=groups,
         show_groups=show_groups,
         lengths=lengths,
         combination=combination,  # type: ignore[arg-type]
-        weights=_numbers(weight, "--weight"),
+        weights=shares("--weight")(weight),
         epoch=epoch,
         out=out,
         fingerprint=fingerprint,
@@ -180,25 +116,6 @@ def named_paths(texts: Sequence[str], what: str = "scores") -> dict[str, str]:
                 f"two {what} are called {name!r}: {found[name]} and {path}. Name them, as in first={found[name]} second={path}."
             )
         found[name] = path
-    return found
-
-
-def _numbers(texts: Sequence[str] | None, option: str) -> dict[str, float] | None:
-    """NAME=NUMBER, each name once."""
-    if not texts:
-        return None
-    found: dict[str, float] = {}
-    for text in texts:
-        name, equals, value = text.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise SparsortError(f"{option} {text!r} is not NAME=NUMBER, as in {option} {name or text or 'web'}=0.7.")
-        if name in found:
-            raise SparsortError(f"{option} gives {name!r} twice. Give it once.")
-        found[name] = number
     return found
 
 

@@ -11,6 +11,7 @@ from sparsort.curriculum.demos.blocks import compared_text, demo_turns, query_ro
 from sparsort.errors import SparsortError
 from sparsort.integrity import parse_json
 from sparsort.scoring.conversations import turns_of
+from sparsort.scoring.prompt_spec import PromptSpec
 from sparsort.scoring.prompts import Prompt
 from sparsort.templates import fields_of, render
 from sparsort.values import row_of
@@ -34,24 +35,21 @@ class DemoText:
     chat: bool
 
     @classmethod
-    def of(
-        cls,
-        columns: Sequence[str],
-        *,
-        prompt: str | None,
-        answer: str | None,
-        messages: str | None,
-        system: str | None,
-        chat: bool,
-    ) -> DemoText:
+    def of(cls, columns: Sequence[str], spec: PromptSpec) -> DemoText:
         """What was asked for; without templates or a column, the columns "question" and "answer".
 
         Raises:
             SparsortError: conversations and templates were given together, or nothing, and there are no such columns.
         """
-        if messages is not None:
-            Prompt.given(prompt, messages=messages, answer=answer, system=system)
-            return cls(prompt=None, answer=None, messages=messages, system=None, chat=True)
+        if spec.messages is not None:
+            spec.read()
+            return cls(prompt=None, answer=None, messages=spec.messages, system=None, chat=True)
+        prompt, answer = spec.template, spec.answer
+        if prompt is not None and not isinstance(prompt, str):
+            raise SparsortError(
+                f"the prompt is {prompt!r:.80}; demonstrations are put into a format string, such as "
+                "'Question: {question}\nAnswer:' (with chat=True (--chat), the user's turn)."
+            )
         if prompt is None and "question" not in columns:
             raise SparsortError(
                 "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' "
@@ -63,7 +61,7 @@ class DemoText:
                 f"{', '.join(columns)}."
             )
         prompt, answer = prompt or "Question: {question}\nAnswer:", answer or " {answer}"
-        return cls(prompt=prompt, answer=answer, messages=None, system=system, chat=chat)
+        return cls(prompt=prompt, answer=answer, messages=None, system=spec.system, chat=spec.chat)
 
     def read(self, *, answer: bool = False) -> Prompt:
         """What the model reads of a row, with or without its answer."""

@@ -13,20 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
+from sparsort.curriculum.ablation.design_options import DesignOptions
 from sparsort.curriculum.ablation.tasks import JUDGES, task_names
 from sparsort.curriculum.loading.plan.combine import COMBINATIONS
-from sparsort.curriculum.loading.plan.settings import RANKED, CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import RANKED
 from sparsort.curriculum.loading.plan.settings import READ_BY as CURRICULUM_READ_BY
+from sparsort.options import parameters_of
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose_order import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose_order import READS_QUERIES
 from sparsort.recipes.order_conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order_conditions import READ_BY as ORDER_READ_BY
-from sparsort.recipes.score import READ_BY as SCORER_READ_BY
-from sparsort.recipes.score import read_by_scorers
+from sparsort.recipes.scorer_config import READ_BY as SCORER_READ_BY
+from sparsort.recipes.scorer_config import read_by_scorers
 from sparsort.recipes.train_config import READ_BY as TRAIN_READ_BY
 from sparsort.recipes.train_config import TrainConfig
 from sparsort.recipes.train_recipe import read_recipe
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import DataSpec
 
 Resolve = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
@@ -80,8 +84,12 @@ _TEXT = read_by_scorers("answer", "system", "chat", "truncation", "max_length")
 # The command has no such option.
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
+_MODEL = always(*parameters_of(ModelSpec))
+_DATA = always(*parameters_of(DataSpec))
+
 SCORE: Table = {
-    **always("file", "prompt", "messages", "id_column", "columns", "out", "shard_rows", "strict", "as_json"),
+    **always("file", "prompt", "messages", "out", "shard_rows", "strict", "as_json"),
+    **_DATA,
     **_SCORER,
     **_TEXT,
     "system": (*_TEXT["system"], NO_CONVERSATION, SYSTEM),
@@ -93,8 +101,9 @@ ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY, "n
 
 
 CHOOSE: Table = {
-    **always("file", "by", "prompt", "answer", "label", "labels", "chat", "id_column", "k", "orders", "seed", "model"),
-    **always("columns", "dtype", "device", "revision", "trust_remote_code", "out", "as_json"),
+    **always("file", "by", "prompt", "answer", "label", "labels", "chat", "k", "orders", "seed", "out", "as_json"),
+    **_DATA,
+    **_MODEL,
     "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
     "system": (SYSTEM,),
@@ -102,11 +111,10 @@ CHOOSE: Table = {
 }
 
 CALIBRATE: Table = {
-    **always(
-        "file", "prompt", "messages", "truncation", "max_length", "id_column", "level", "correct", "target", "sites"
-    ),
-    **always("columns", "poolings", "outliers", "l0_threshold", "model", "dtype", "device", "token_budget", "revision"),
-    **always("trust_remote_code", "draws", "seed", "out", "as_json"),
+    **always("file", "prompt", "messages", "truncation", "max_length", "level", "correct", "target", "sites"),
+    **always("poolings", "outliers", "l0_threshold", "draws", "seed", "out", "as_json"),
+    **_DATA,
+    **_MODEL,
     "answer": CALIBRATE_READ_BY["answer"],
     "system": (NO_CONVERSATION, SYSTEM),
     "chat": (NO_CONVERSATION,),
@@ -140,20 +148,10 @@ _WRITES = When(
 )
 ABLATE: Table = {
     # --dry-run and --no-run are appended to a whole command, so they accept the options that describe its run and its report.
-    **always("source", "out", "shots", "sets", "first_seed", "selectors", "orderers", "choosers", "random_orders"),
-    **always(
-        "test_rows",
-        "dev_rows",
-        "max_demo_chars",
-        "model",
-        "dtype",
-        "device",
-        "compile",
-        "dry_run",
-        "no_report",
-        "as_json",
-    ),
-    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "id_column", "columns", "test"), (_OWN_TASK,)),
+    **always("source", "out", "compile", "dry_run", "no_report", "as_json", *parameters_of(DesignOptions)),
+    **_MODEL,
+    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test", *_DATA), (_OWN_TASK,)),
+    "system": (_OWN_TASK, SYSTEM),
     "labels": (_OWN_TASK, _SCORES_LABELS),
     "stop": (_OWN_TASK, _WRITES),
     "max_new_tokens": (_OWN_TASK, _WRITES),
@@ -194,13 +192,13 @@ _GROUPED = When(holds=RANKED.holds, why="{schedule} does not take the easiest of
 _CURRICULUM = {
     name: conditions
     for name, conditions in CURRICULUM_READ_BY.items()
-    if name not in ("seed", "quotas", "steps", "max_length")
+    if name not in ("seed", "quota", "steps", "max_length")
 }
 PLAN: Table = {
     **always("scores", "data", "fingerprint", "out", "draw", "epoch", "max_length", "as_json"),
     **_CURRICULUM,
     "steps": CURRICULUM_READ_BY["steps"],
-    "quota": CURRICULUM_READ_BY["quotas"],
+    "quota": CURRICULUM_READ_BY["quota"],
     "seed": (_SEED,),
     "groups": (_NAMES_A_FIELD, _GROUPED),
     "show_groups": (_NAMES_A_FIELD,),
@@ -251,12 +249,6 @@ def _calibrated(values: dict[str, Any], given: Collection[str]) -> dict[str, Any
     return values | {"own_loss": not values["no_loss"]}
 
 
-def _planned(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the defaults of a curriculum for the options that were not given."""
-    defaults = {field.name: field.default for field in fields(CurriculumSettings)}
-    return values | {name: default for name, default in defaults.items() if name in values and values[name] is None}
-
-
 def _trained(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
     """With the settings of a recipe for the options that were not given, and the defaults for what neither has."""
     recipe = read_recipe(values["recipe"]).without(set(given))
@@ -264,7 +256,7 @@ def _trained(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
     for name, value in (defaults | recipe.train | recipe.curriculum).items():
         if name in values and name not in given:
             values[name] = value
-    return _planned(values, given)
+    return values
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -274,7 +266,7 @@ COMMANDS: Mapping[str, Command] = {
     "calibrate": Command(table=CALIBRATE, resolve=_calibrated),
     "ablate": Command(table=ABLATE),
     "report": Command(table=REPORT),
-    "plan": Command(table=PLAN, resolve=_planned),
+    "plan": Command(table=PLAN),
     "train": Command(table=TRAIN, resolve=_trained),
     "env": Command(table=ENV),
     "cache": Command(table=CACHE),

@@ -1,209 +1,176 @@
-"""What the commands share: the options that more than one of them has."""
+"""Makes the parameters of a command from the dataclasses that it takes, and the dataclasses from the values of a call.
+
+Contract: a command is a function whose parameters are of two kinds. One whose annotation is a dataclass with options (see
+`sparsort.options`) stands for all of these, in the order of the fields; every other one is a parameter of typer as it is. A
+retired flag is read as the present one, with a warning.
+"""
 
 from __future__ import annotations
 
-import os
-import shlex
+import dataclasses
+import functools
+import inspect
 import sys
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
-from sparsort.errors import SparsortError
-from sparsort.files import disk_error, is_full, write_failure
-from sparsort.interrupts import exit_code, received
-from sparsort.scoring.dtypes import DTYPES
-from sparsort.scoring.scorers import SCORERS
-from sparsort.terminal import OutputError, printable, unwritable
+from sparsort.options import Option, escape, has_options, option_of, parameter_of
+from sparsort.scoring.prompt_spec import PromptSpec
+from sparsort.terminal import note
 
-TEXT_PANEL = "Text"
-SCORER_PANEL = "Scorer"
-MODEL_PANEL = "Model"
+Command = TypeVar("Command", bound=Callable[..., None])
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL)
-]
-DtypeOption = Annotated[
-    str, typer.Option(help=f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.", rich_help_panel=MODEL_PANEL)
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=MODEL_PANEL)]
-RevisionOption = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=MODEL_PANEL)]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.", rich_help_panel=MODEL_PANEL)
-]
-BudgetOption = Annotated[
-    int | None, typer.Option(help="Tokens of one batch. Changes speed only.", rich_help_panel=MODEL_PANEL)
-]
-PromptOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt",
-        "-p",
-        help=r"Format string over the columns; \n and \t are read as newline and tab.",
-        rich_help_panel=TEXT_PANEL,
-    ),
-]
-AnswerOption = Annotated[
-    str | None,
-    typer.Option("--answer", "-a", help="Format string of the answer behind the prompt.", rich_help_panel=TEXT_PANEL),
-]
-MessagesOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Column of whole conversations (ShareGPT, OpenAI, TRL) instead of --prompt; the last assistant turn is the answer.",
-        rich_help_panel=TEXT_PANEL,
-    ),
-]
-SystemOption = Annotated[str | None, typer.Option(help="System turn; with --chat.", rich_help_panel=TEXT_PANEL)]
-ChatOption = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=TEXT_PANEL)]
-IdOption = Annotated[
-    str | None,
-    typer.Option(
-        "--id-column", help="Column that identifies a row [default: id, else the position].", rich_help_panel=TEXT_PANEL
-    ),
-]
-ColumnsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--columns",
-        help="Comma-separated names of the columns of a .csv or .tsv file without a header.",
-        rich_help_panel=TEXT_PANEL,
-    ),
-]
-ScorerOption = Annotated[
-    str,
-    typer.Option(
-        help=f"{SCORERS.listed()}.",
-        rich_help_panel=SCORER_PANEL,
-    ),
-]
-SiteOption = Annotated[
-    str, typer.Option(help="pre_norm, post_norm, mlp, mlp:N or layer:N.", rich_help_panel=SCORER_PANEL)
-]
-PoolingOption = Annotated[
-    str, typer.Option(help="last, mean_metric, mean_state or answer.", rich_help_panel=SCORER_PANEL)
-]
-MetricOption = Annotated[str, typer.Option(help="Metric behind the difficulty.", rich_help_panel=SCORER_PANEL)]
-OutliersOption = Annotated[str, typer.Option(help="none, drop:n or rms.", rich_help_panel=SCORER_PANEL)]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(help="File of 'sparsort calibrate', which decides the score.", rich_help_panel=SCORER_PANEL),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_CONTEXT = "context"
 
 
-# typer brings a copy of click, and gives the base class of its usage errors no public name.
-_UsageError: Any = typer.BadParameter.__mro__[1]
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Which fields of a dataclass a parameter stands for, as a part of its annotation.
+
+    Attributes:
+        of: the dataclass.
+        without: names of options that the command does not have.
+        given: whether the command takes, in place of the dataclass, a mapping from name to value with only the fields that were
+            given on the command line.
+    """
+
+    of: type
+    without: tuple[str, ...] = ()
+    given: bool = False
 
 
-class PrintableUsage:
-    """A command, or the group of them, whose usage errors repeat the arguments printably, and whose help can fail to print."""
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().make_context(*args, **options)  # type: ignore[misc]
-        except _UsageError as error:
-            error.message = printable(error.message)
-            raise
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputError(unwritable(error)) from error
+# A prompt of demonstrations and a query is made from columns, and is read whole or refused.
+NOT_IN_FEW_SHOT = ("messages", "truncation", "max_length")
+FewShotPrompt = Annotated[PromptSpec, Fields(of=PromptSpec, without=NOT_IN_FEW_SHOT)]
 
 
-class StoppedError(SparsortError):
-    """A command was interrupted; the message says how to resume."""
+def generated(function: Command) -> Command:
+    """The function as typer can read it, with a parameter for every option of the dataclasses in its signature."""
+    groups: dict[str, Fields] = {}
+    parameters = [inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        fields = _fields_of(hints[name])
+        if fields is None:
+            kept = {"kind": inspect.Parameter.KEYWORD_ONLY, "annotation": hints[name]}
+            parameters.append(parameter.replace(**kept))
+        else:
+            groups[name] = fields
+            parameters += _parameters(fields.of, fields.without)
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        context = values.pop(_CONTEXT)
+        taken = {name: _take(fields, values, context) for name, fields in groups.items()}
+        function(**values, **taken)
 
-
-class CheckedCommand(PrintableUsage, TyperCommand):
-    """A command that refuses options without an effect before it does anything, and says how to resume when it is interrupted."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        hints = get_type_hints(self.callback).items()
-        names = {name for name, hint in hints if Path in (hint, *get_args(hint))}
-        _refuse_empty_paths({flag for one in self.params if one.name in names for flag in one.opts}, args)
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        from sparsort.recipes.option_conditions import check
-
-        try:
-            check(ctx)
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            raise _stopped(ctx, stop) from stop
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except SparsortError:
-            raise
-        except Exception as error:
-            # A signal to all processes of a job ends data workers and peers too, and their loss may be met first.
-            if (sent := received()) is not None and isinstance(error, (RuntimeError, OSError, EOFError)):
-                raise _stopped(ctx, sent) from error
-            path = Path(getattr(error, "filename", None) or ctx.params.get("out") or ".")
-            if (failure := write_failure(error, path)) is not None and is_full(failure):
-                raise disk_error(path, failure) from error
-            raise
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return typing.cast(Command, run)
 
 
-def _refuse_empty_paths(flags: Collection[str], args: Sequence[str]) -> None:
-    """Refuse an empty path, such as that of a shell variable that is not set: pathlib takes it for the current folder.
+def retired_flags(function: Callable[..., Any] | None) -> dict[str, str]:
+    """Retired flag → present one, for a function that `generated` made."""
+    found: dict[str, str] = {}
+    for hint in typing.get_type_hints(inspect.unwrap(typing.cast(Any, function)), include_extras=True).values():
+        if (fields := _fields_of(hint)) is not None:
+            for _, field, shown in _options(fields.of, fields.without):
+                found |= dict.fromkeys(shown.retired, _flag(field, shown))
+    return found
+
+
+def replace_retired(flags: dict[str, str], params: Sequence[Any], args: Sequence[str]) -> list[str]:
+    """The arguments with the present flag in place of each retired one, and a warning for it.
 
     Args:
-        flags: the options that take a path.
+        flags: retired flag → present one.
+        params: the parameters of the command.
         args: what follows the name of the command.
-
-    Raises:
-        SparsortError: an option that takes a path has an empty value, or an argument is empty.
     """
-    before = ""
-    for text in args:
-        flag = text.removesuffix("=") if text.endswith("=") else before if not text else ""
-        if flag in flags:
-            raise SparsortError(f"{flag} is empty; expected a path. Is a variable of the shell not set?")
-        if not text and not before.startswith("-"):
-            raise SparsortError("an argument is empty; expected a path. Is a variable of the shell not set?")
-        before = text
+    with_value = {flag for one in params if not getattr(one, "is_flag", True) for flag in one.opts}
+    with_value |= {old for old, present in flags.items() if present in with_value}
+    found: list[str] = []
+    is_value = False
+    for place, text in enumerate(args):
+        if text == "--" and not is_value:
+            return [*found, *args[place:]]
+        flag, equals, value = text.partition("=")
+        if not is_value and flag in flags:
+            note(f"warning: {flag} is now called {flags[flag]}; the old name works until the next release.")
+            text = f"{flags[flag]}{equals}{value}"
+        found.append(text)
+        is_value = not is_value and not equals and flag in with_value
+    return found
 
 
-# Commands that keep finished work in the folder of --out or next to it, and resume from it.
-_RESUMED = ("score", "ablate", "train", "calibrate")
+def _fields_of(hint: Any) -> Fields | None:
+    if typing.get_origin(hint) is Annotated:
+        return next((one for one in typing.get_args(hint)[1:] if isinstance(one, Fields)), None)
+    return Fields(of=hint) if has_options(hint) else None
 
 
-def _stopped(ctx: Any, stop: KeyboardInterrupt) -> StoppedError:
-    cause = f"interrupted by {stop}" if str(stop) else "interrupted"
-    # The arguments of a launcher such as torchrun, or of another program that calls the app, are not known.
-    is_alone = ctx.info_name in sys.argv[1:] and "RANK" not in os.environ
-    command = f": {shlex.join(['sparsort', *sys.argv[1:]])}" if is_alone else "."
-    out = ctx.params.get("out")
-    # A calibration keeps the rows of its pass in a folder next to its file.
-    folder = Path(out).with_suffix(".rows") if out is not None and ctx.info_name == "calibrate" else out
-    if ctx.info_name in _RESUMED and folder is not None and not Path(folder).expanduser().exists():
-        kept = "Nothing was finished yet. Run"
-    elif ctx.info_name in _RESUMED and folder is not None:
-        kept = f"What was finished is kept in {folder}. To resume from there, run"
-    elif ctx.info_name == "score":
-        kept = "Nothing is kept without --out FOLDER, which a score resumes from. Run"
-    else:
-        kept = "Files that it was writing are whole or absent. Run"
-    return StoppedError(f"{cause}. {kept} the same command again{command}", exit_code(stop))
+def _options(kind: type, without: Sequence[str]) -> Iterator[tuple[type, dataclasses.Field[Any], Option]]:
+    """Each field that has an option, those of the dataclasses in a dataclass included, with the dataclass that holds it."""
+    for field in dataclasses.fields(kind):
+        if has_options(type(field.default)):
+            yield from _options(type(field.default), without)
+        elif (shown := option_of(field)) is not None and parameter_of(field) not in without:
+            yield kind, field, shown
 
 
-def names_in(text: str | None) -> tuple[str, ...] | None:
-    """The names of a comma-separated list, without spaces around them; None for None."""
-    return None if text is None else tuple(name.strip() for name in text.split(","))
+def _parameters(kind: type, without: Sequence[str]) -> Iterator[inspect.Parameter]:
+    for holder, field, shown in _options(kind, without):
+        names = [_flag(field, shown), *([shown.short] if shown.short else [])]
+        declared = typer.Option(*names, help=shown.help, rich_help_panel=shown.panel)
+        yield inspect.Parameter(
+            parameter_of(field),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(field, shown),
+            annotation=Annotated[_kind(holder, field, shown), declared],
+        )
 
 
-def unescape(text: str | None) -> str | None:
-    r"""Read \n, \t and \\ as a shell user means them."""
-    if text is None:
+def _default(field: dataclasses.Field[Any], shown: Option) -> Any:
+    """The default as the command line reads it; None for a list, whose help text says what it is."""
+    if isinstance(field.default, tuple):
         return None
-    parts = text.split("\\\\")
-    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
+    return escape(field.default) if isinstance(field.default, str) and shown.read else field.default
+
+
+def _flag(field: dataclasses.Field[Any], shown: Option) -> str:
+    return shown.flag or f"--{parameter_of(field).replace('_', '-')}"
+
+
+def _kind(holder: type, field: dataclasses.Field[Any], shown: Option) -> Any:
+    """The type that the command line reads: text for a choice, which is checked with all other settings, by our own error."""
+    if shown.kind is not None:
+        return shown.kind
+    owner = next(one for one in holder.__mro__ if field.name in inspect.get_annotations(one))
+    # The field alone: other annotations may name what only a type checker imports.
+    alone = types.SimpleNamespace(__annotations__={field.name: field.type})
+    hint = typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[field.name]
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = [str if typing.get_origin(part) is Literal else part for part in parts]
+    return functools.reduce(lambda left, right: left | right, plain)
+
+
+def _take(fields: Fields, values: dict[str, Any], context: typer.Context) -> Any:
+    """The dataclass of a parameter, or the mapping of what was given; its values are removed from those of the call."""
+    taken: dict[str, Any] = {}
+    for field in dataclasses.fields(fields.of):
+        name = parameter_of(field)
+        if has_options(type(field.default)):
+            inner = dataclasses.replace(fields, of=type(field.default))
+            taken[field.name] = _take(inner, values, context)
+        elif (shown := option_of(field)) is not None and name not in fields.without:
+            value = values.pop(name)
+            source = context.get_parameter_source(name)
+            if not fields.given or (source is not None and source.name != "DEFAULT"):
+                taken[field.name] = value if shown.read is None else shown.read(value)
+    return taken if fields.given else fields.of(**taken)

@@ -21,11 +21,15 @@ from sparsort.curriculum.demos.order import default_order, order_entry, order_in
 from sparsort.curriculum.demos.pool import DemoPool
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError
+from sparsort.options import values_of
 from sparsort.recipes.demo_text import DemoText
 from sparsort.recipes.order_conditions import READ_BY
-from sparsort.recipes.score import ScorerConfig
+from sparsort.recipes.order_config import OrderConfig
+from sparsort.recipes.scorer_config import ScorerConfig
+from sparsort.scoring.prompt_spec import PromptSpec
+from sparsort.scoring.prompts import check_truncation
 from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import Row, open_rows
+from sparsort.scoring.sources import Row
 from sparsort.terminal import one_line
 from sparsort.values import text_if_any
 
@@ -37,36 +41,6 @@ if TYPE_CHECKING:
 MOST_DEMOS = 64
 # Characters of a demonstration's excerpt, for a person.
 EXCERPT = 80
-
-
-@dataclass(frozen=True, kw_only=True)
-class OrderConfig:
-    """What to select, how to order it, and how the prompt is put together.
-
-    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by any other score, `hard_to_easy`. An option that
-    differs from its default and has no effect is refused by `order_file`; see `recipes.order_conditions`.
-    """
-
-    select: str = DEFAULT_SELECTOR
-    k: int | None = None
-    ids: tuple[str, ...] | None = None
-    label: str | None = None
-    order: str | None = None
-    max_tokens: int | None = None
-    drop: Any = "farthest"
-    separator: str = "\n\n"
-    allow_leaks: bool = False
-    allow_zero_shot: bool = False
-    seed: int = 0
-    prompt: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-    system: str | None = None
-    chat: bool = False
-    id_column: str | None = None
-    columns: tuple[str, ...] | None = None
-    missing: Any = "error"
-    embedder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,21 +113,15 @@ def order_file(
     if table is None:
         # With nothing to order, this checks that the order goes with the scorer.
         order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    source = open_rows(file, id_column=config.id_column, columns=config.columns)
+    source = config.data.open(file)
     rows = list(source.rows())
-    text = DemoText.of(
-        list(rows[0].fields),
-        prompt=config.prompt,
-        answer=config.answer,
-        messages=config.messages,
-        system=config.system,
-        chat=config.chat,
-    )
+    text = DemoText.of(list(rows[0].fields), config.prompt)
     if scorer.found is not None:
         definition = scorer.found.definition
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
     asked = text.parse_query(query)
-    scorer.check_model()
+    check_truncation(config.prompt.truncation)
+    scorer.check_model(max_length=config.prompt.max_length)
     model = _Model(rows, text, config, scorer, table, cache)
     if "label" in selector.needs:
         source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
@@ -273,33 +241,23 @@ class _Model:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            from sparsort.scoring.embedded import load_tokenizer
-
-            self._tokenizer = load_tokenizer(
-                self.scorer.model, revision=self.scorer.revision, trust_remote_code=self.scorer.trust_remote_code
-            )
+            self._tokenizer = self.scorer.model.load_tokenizer()
         return self._tokenizer
 
     def _model(self) -> Any:
         if self._loaded is None:
             from sparsort.scoring.chat_templates import need_chat_template
-            from sparsort.scoring.loading import load_model
 
-            options = self.scorer
             if self.text.chat:
                 need_chat_template(self.tokenizer())
-            self._loaded = load_model(
-                options.model,
-                tokenizer=self.tokenizer(),
-                dtype=options.dtype,
-                device=options.device,
-                revision=options.revision,
-                trust_remote_code=options.trust_remote_code,
-            )
+            self._loaded = replace(self.scorer.model, tokenizer=self.tokenizer()).load()
         return self._loaded
 
     def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
-        read = self.text.read(answer=self.scorer.needs_answer)
+        given = self.config.prompt
+        read = PromptSpec(
+            self.text.read(answer=self.scorer.needs_answer), truncation=given.truncation, max_length=given.max_length
+        )
         options: dict[str, Any] = {}
         if self._scorer is None:
             self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
@@ -325,7 +283,7 @@ class _Model:
         from sparsort.scoring.embedding import embed_rows
 
         if self._backbone is None:
-            self._backbone = Backbone(self._model())
+            self._backbone = Backbone(self._model(), token_budget=self.scorer.model.token_budget)
             self._backbone.mark_as_own()
         return embed_rows(self._backbone, fields, self._read, cache=self._cache_for(self._backbone))
 
@@ -341,7 +299,7 @@ class _Model:
 
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
     """Refuse what was configured and has no effect; a seed, and a scorer next to scores, may be given where they are not read."""
-    values = {**vars(scorer), **vars(config), "scores": scores}
+    values = {name: value for part in (scorer, config) for name, value, _ in values_of(part)} | {"scores": scores}
     refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
 
 
@@ -352,10 +310,10 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
         SparsortError: the calibrated prompt is not one that demonstrations can be put into.
     """
     order = config.order or default_order(kind)
-    if scorer.found is None or config.prompt is not None or config.messages is not None:
+    if scorer.found is None or config.prompt.template is not None or config.prompt.messages is not None:
         return replace(config, order=order)
     if (column := scorer.found.definition.prompt.messages) is not None:
-        return replace(config, order=order, messages=column)
+        return replace(config, order=order, prompt=replace(config.prompt, messages=column))
     roles = [role for role, _ in scorer.found.definition.turns]
     if roles not in (["text"], ["user"], ["system", "user"]):
         raise SparsortError(
@@ -364,4 +322,4 @@ def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConf
         )
     system = scorer.found.definition.turns[0][1] if roles[0] == "system" else None
     prompt, chat = scorer.found.definition.turns[-1][1], roles != ["text"]
-    return replace(config, order=order, prompt=prompt, system=system, chat=chat)
+    return replace(config, order=order, prompt=replace(config.prompt, template=prompt, system=system, chat=chat))

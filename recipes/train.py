@@ -17,14 +17,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from sparsort import integrity
 from sparsort.errors import SparsortError
 from sparsort.extras import need
-from sparsort.recipes.train_config import TrainConfig, make_config
+from sparsort.recipes.train_config import TrainConfig, TrainOptions, make_config
 from sparsort.recipes.train_recipe import read_recipe
 from sparsort.recipes.train_run import Run
 
@@ -93,7 +93,7 @@ def train(
     verify: bool = True,
     config: TrainConfig | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
-    **changes: Any,
+    **changes: Unpack[TrainOptions],
 ) -> TrainResult:
     """Train a language model on the rows of `data`, in the order of a plan.
 
@@ -137,7 +137,7 @@ def train(
             "by name instead, such as learning_rate=1e-3."
         )
     read = TrainText(template=text, messages=messages)
-    config = make_config(config, **{**asked.train, **changes})
+    config = make_config(config, {**asked.train, **changes})
     run = Run(
         config=config,
         out=Path(out).expanduser(),

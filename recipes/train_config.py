@@ -7,12 +7,21 @@ the losses of a run; the others divide its work, or say how often to look at it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
-from sparsort.conditions import Table, excludes, needs, refuse_unread_fields
+from sparsort.conditions import Table, When, excludes, needs, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.options import option, same_option
+from sparsort.recipes.train_model import PRESETS
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import TEXT_PANEL
+
+CURRICULUM_PANEL = "Curriculum"
+TRAINING_PANEL = "Training"
+WORK_PANEL = "How the work is divided"
 
 LearningRateSchedule = Literal["constant", "linear", "cosine", "wsd"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -29,14 +38,47 @@ IDENTITY = (
     "online_metric",
     "seed",
     "dtype",
+    "revision",
 )
 
 
 # What a setting needs to be read; see `sparsort.conditions`.
+_PRETRAINED = When(
+    holds=lambda values: values["model"] not in PRESETS,
+    why="{model} starts from random weights, and nothing is read for it",
+    instead={"model": "FOLDER"},
+)
 READ_BY: Table = {
+    "revision": (_PRETRAINED,),
+    "trust_remote_code": (_PRETRAINED,),
     "online_metric": (needs("online", "the difficulty is not learned in training", online=True),),
     "epochs": (excludes("max_steps", "{max_steps} sets the length of the run"),),
 }
+
+
+class TrainOptions(TypedDict, total=False):
+    """The fields of `TrainConfig`, where a function takes them as keywords."""
+
+    model: str
+    epochs: int
+    max_steps: int | None
+    per_device_batch: int | None
+    accumulate: int
+    learning_rate: float
+    lr_schedule: LearningRateSchedule
+    warmup_steps: int
+    max_length: int
+    eval_share: float | None
+    eval_steps: int | None
+    online: bool
+    online_metric: str
+    save_steps: int
+    report_to: str
+    workers: int
+    seed: int
+    dtype: Dtype
+    revision: str | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +105,41 @@ class TrainConfig:
         workers: processes that load data.
         seed: of the weights of a model from scratch, of dropout, of what is held out, and of a plan made here.
         dtype: "float32"; "bfloat16", computing in it with weights in float32; "auto", the latter on a GPU that has it.
+        revision: hub revision of the model.
+        trust_remote_code: run code that ships with the model; never without being asked.
     """
 
-    model: str = "tiny"
-    epochs: int = 1
-    max_steps: int | None = None
-    per_device_batch: int | None = None
-    accumulate: int = 1
-    learning_rate: float = 5e-4
-    lr_schedule: LearningRateSchedule = "cosine"
-    warmup_steps: int = 0
-    max_length: int = 1024
-    eval_share: float | None = None
-    eval_steps: int | None = None
-    online: bool = False
-    online_metric: str = "hoyer"
-    save_steps: int = 500
-    report_to: str = "none"
-    workers: int = 0
-    seed: int = 0
-    dtype: Dtype = "auto"
+    model: str = same_option(
+        ModelSpec,
+        "name",
+        default="tiny",
+        help="tiny or small (from scratch, over bytes), hub id, folder, .gguf file or 'demo'.",
+    )
+    epochs: int = option(1, "Passes over the data.", panel=TRAINING_PANEL)
+    max_steps: int | None = option(None, "Optimiser steps, instead of --epochs.", panel=TRAINING_PANEL)
+    per_device_batch: int | None = option(
+        None, "Examples a device sees at once [default: what fits, else 8].", panel=WORK_PANEL
+    )
+    accumulate: int = option(1, "Micro-batches in a step.", panel=WORK_PANEL)
+    learning_rate: float = option(5e-4, "Peak of the learning rate.", panel=TRAINING_PANEL, flag="--lr")
+    lr_schedule: LearningRateSchedule = option("cosine", "constant, linear, cosine or wsd.", panel=TRAINING_PANEL)
+    warmup_steps: int = option(0, "Steps in which the learning rate rises.", panel=TRAINING_PANEL)
+    max_length: int = option(
+        1024, "Tokens at which a text is cut.", panel=TEXT_PANEL, flag="--cut-length", retired=("--max-length",)
+    )
+    eval_share: float | None = option(
+        None, "Share of the rows to hold out [default: 0.1, none with --plan].", panel=TRAINING_PANEL
+    )
+    eval_steps: int | None = option(None, "Steps between held-out losses [default: at the end].", panel=TRAINING_PANEL)
+    online: bool = option(False, "Learn the difficulty in training.", panel=CURRICULUM_PANEL)
+    online_metric: str = option("hoyer", "Sparsity metric of --online.", panel=CURRICULUM_PANEL)
+    save_steps: int = option(500, "Steps between checkpoints.", panel=WORK_PANEL)
+    report_to: str = option("none", "none, tensorboard, or another tracker of transformers.", panel=WORK_PANEL)
+    workers: int = option(0, "Processes that load data.", panel=WORK_PANEL)
+    seed: int = option(0, "Seed for the weights, dropout, held-out rows and plan.", panel=TRAINING_PANEL)
+    dtype: Dtype = same_option(ModelSpec, "dtype", help="auto, float32 or bfloat16.")
+    revision: str | None = same_option(ModelSpec, "revision")
+    trust_remote_code: bool = same_option(ModelSpec, "trust_remote_code")
 
     def __post_init__(self) -> None:
         for name, choices in {"lr_schedule": get_args(LearningRateSchedule), "dtype": get_args(Dtype)}.items():
@@ -112,8 +169,19 @@ class TrainConfig:
             raise unknown_choice("online metric", self.online_metric, METRICS)
         refuse_unread_fields(self, READ_BY)
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as it is loaded: in float32, and on the CPU, from where Trainer places it."""
+        return ModelSpec(
+            self.model,
+            dtype="float32",
+            device="cpu",
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
-def make_config(config: TrainConfig | None = None, **changes: Any) -> TrainConfig:
+
+def make_config(config: TrainConfig | None, changes: Mapping[str, Any]) -> TrainConfig:
     """A configuration with some fields changed.
 
     Raises:

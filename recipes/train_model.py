@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.model_spec import ModelSpec
 
 # Of transformers' LlamaConfig; about 0.15 and 11 million parameters.
 PRESETS: dict[str, dict[str, int]] = {
@@ -22,27 +23,26 @@ PRESETS: dict[str, dict[str, int]] = {
 _CONTEXT = 4096
 
 
-def make_tokenizer(name: str) -> Any:
+def make_tokenizer(model: ModelSpec | str) -> Any:
     """The tokenizer of a preset or a model.
 
     Raises:
         SparsortError: there is no such model, or it has no tokenizer.
     """
-    if name in PRESETS:
+    model = ModelSpec.of(model)
+    if model.name in PRESETS:
         from transformers import ByT5Tokenizer
 
         return ByT5Tokenizer(extra_ids=0)
-    from sparsort.scoring.embedded import load_tokenizer
-
-    _refuse_misspelt(name)
-    return load_tokenizer(name)
+    _refuse_misspelt(str(model.name))
+    return model.load_tokenizer()
 
 
-def make_model(name: str, tokenizer: Any, seed: int, *, longest: int) -> Any:
+def make_model(model: ModelSpec | str, tokenizer: Any, seed: int, *, longest: int) -> Any:
     """A causal language model in float32 on the CPU, with the tokenizer's special ids.
 
     Args:
-        name: a preset or a model.
+        model: a preset or a model.
         tokenizer: its tokenizer.
         seed: of a preset's weights, which moves torch's global generator: the caller keeps that.
         longest: tokens of the longest text.
@@ -50,6 +50,8 @@ def make_model(name: str, tokenizer: Any, seed: int, *, longest: int) -> Any:
     Raises:
         SparsortError: it cannot be loaded, or takes fewer tokens than `longest`.
     """
+    spec = ModelSpec.of(model, dtype="float32", device="cpu", tokenizer=tokenizer)
+    name = str(spec.name)
     if name in PRESETS:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,23 +65,22 @@ def make_model(name: str, tokenizer: Any, seed: int, *, longest: int) -> Any:
             **PRESETS[name],
         )
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        made = LlamaForCausalLM(config)
     else:
         from sparsort.scoring.early_checks import context_of, outline_of
-        from sparsort.scoring.loading import load_model
 
-        outline = outline_of(name)
+        outline = outline_of(spec)
         _refuse_longer(longest, context_of(outline.config) if outline is not None else None, name)
-        model = load_model(name, tokenizer=tokenizer, dtype="float32", device="cpu").model
-    _refuse_longer(longest, getattr(model.config.get_text_config(), "max_position_embeddings", None), name)
-    return model
+        made = spec.load().model
+    _refuse_longer(longest, getattr(made.config.get_text_config(), "max_position_embeddings", None), name)
+    return made
 
 
 def _refuse_longer(longest: int, context: int | None, name: str) -> None:
     if context is not None and longest > context:
         raise SparsortError(
             f"the longest text has {longest} tokens and the model {name!r} takes {context}. "
-            f"Cut texts with max_length={context} (--max-length {context})."
+            f"Cut texts with max_length={context} (--cut-length {context})."
         )
 
 

@@ -126,12 +126,12 @@ class Run:
     def _check_model(self) -> Any:
         """The model's tokenizer. It and the settings fit each other, and the folder: so far nothing was written into it."""
         train_folder.compare(self.out, self._known())
-        tokenizer = make_tokenizer(self.config.model)
+        tokenizer = make_tokenizer(self.config.spec)
         self.text.check_tokenizer(tokenizer)
         if self.sparse is None:
-            refuse_to_drop(self.config.model)
+            refuse_to_drop(self.config.spec)
         else:
-            self.sparse.check(self.config.model)
+            self.sparse.check(self.config.spec)
         return tokenizer
 
     def _prepare(self, args: Any, tokenizer: Any) -> Prepared:
@@ -213,8 +213,8 @@ class Run:
 
         config = self.config
         lengths = [found.lengths.max() for found in (prepared.tokens, prepared.held) if found is not None]
-        model = make_model(config.model, prepared.tokenizer, config.seed, longest=int(max(lengths)))
-        sparse = None if self.sparse is None else self.sparse.attach(model, config.model, prepared.steps)
+        model = make_model(config.spec, prepared.tokenizer, config.seed, longest=int(max(lengths)))
+        sparse = None if self.sparse is None else self.sparse.attach(model, config.spec, prepared.steps)
         trainer, resumed = run_trainer(
             model,
             args,

@@ -17,6 +17,7 @@ from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors import SELECTORS
 from sparsort.errors import SparsortError, first_line
 from sparsort.recipes.train_model import PRESETS
+from sparsort.scoring.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from sparsort.attention.training.callback import SparseAttentionCallback
@@ -99,8 +100,8 @@ class SparseTraining:
         )
         return SparseSchedule(warmup_steps=warmup, start=self.start, anneal_steps=anneal)
 
-    def check(self, model: str) -> None:
-        """Refuse a model, by its name, whose configuration this cannot be attached to.
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse a model whose configuration this cannot be attached to.
 
         Raises:
             SparsortError: it cannot; no such model; a frozen base that was never trained; trained weights of another index
@@ -108,12 +109,13 @@ class SparseTraining:
         """
         from transformers import AutoModelForCausalLM
 
+        model = spec.name
         if self.freeze_base and model in PRESETS:
             raise SparsortError(
                 f"freeze_base = true trains a selector on a model that was trained before, and {model!r} starts from random "
                 "weights. Name a checkpoint with model (--model), or leave freeze_base out."
             )
-        config = _configuration(model)
+        config = _configuration(spec)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise SparsortError(f"the model {model!r} is a {config.model_type}, which is no causal language model.")
         if dropout := getattr(config, "attention_dropout", 0):
@@ -137,11 +139,12 @@ class SparseTraining:
             "dense weights, take sparse_attention out of the config.json of a copy of the model."
         )
 
-    def attach(self, model: Any, name: str, steps: int) -> SparseAttentionCallback:
+    def attach(self, model: Any, spec: ModelSpec | str, steps: int) -> SparseAttentionCallback:
         """Make a model sparse, in place, and freeze what does not learn.
 
         Args:
-            model: with the dense weights of the model called `name`.
+            model: with the dense weights of the model that `spec` names.
+            spec: the model as it was loaded.
             steps: of the run.
 
         Returns:
@@ -150,7 +153,7 @@ class SparseTraining:
         from sparsort.attention.attach import attach_index_branch
         from sparsort.attention.training.callback import SparseAttentionCallback
 
-        trained = _trained_branch(name, self.attention)
+        trained = _trained_branch(ModelSpec.of(spec), self.attention)
         attach_index_branch(model, self.attention)
         model.load_state_dict(trained, strict=False)
         for weight, parameter in model.named_parameters():
@@ -167,17 +170,17 @@ def identity(sparse: SparseTraining | None) -> dict[str, Any]:
     return {f"attention {name}": None if sparse is None else value for name, value in values.items()}
 
 
-def refuse_to_drop(model: str) -> None:
+def refuse_to_drop(spec: ModelSpec) -> None:
     """Refuse a checkpoint with an index branch that dense training would drop.
 
     Raises:
         SparsortError: it has one.
     """
-    config = Path(model).expanduser() / "config.json"
-    if config.is_file() and _has_branch(_configuration(model)):
+    config = Path(spec.name).expanduser() / "config.json"
+    if config.is_file() and _has_branch(_configuration(spec)):
         raise SparsortError(
-            f"the model {model!r} has sparse attention, which training without a recipe would drop. Go on with it by the recipe "
-            "that it was trained by, such as recipe='sparse' (--recipe sparse)."
+            f"the model {spec.name!r} has sparse attention, which training without a recipe would drop. Go on with it by the "
+            "recipe that it was trained by, such as recipe='sparse' (--recipe sparse)."
         )
 
 
@@ -202,26 +205,29 @@ def summary(log: list[dict[str, Any]]) -> dict[str, float | None]:
     return {**found, "saving": dense / spent if spent else None}
 
 
-def _configuration(model: str) -> Any:
-    """The configuration of a model, by its name."""
+def _configuration(spec: ModelSpec) -> Any:
+    """The configuration of a model, without its weights."""
     from transformers import AutoConfig, LlamaConfig
 
-    from sparsort.scoring.embedded import quiet_transformers, resolve_model
+    from sparsort.scoring.embedded import hint_at, quiet_transformers, resolve_model
     from sparsort.scoring.hub import cached_only
 
+    model = str(spec.name)
     if model in PRESETS:
         return LlamaConfig(**PRESETS[model])
     resolved = resolve_model(model)
-    given: dict[str, Any] = {"gguf_file": resolved.gguf_file} if resolved.gguf_file else {}
+    given: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    if resolved.gguf_file:
+        given["gguf_file"] = resolved.gguf_file
     if resolved.is_hub_id:
-        given["local_files_only"] = cached_only(resolved.folder_or_id)
+        given["local_files_only"] = cached_only(resolved.folder_or_id, revision=spec.revision)
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(resolved.folder_or_id, **given)
     except (OSError, ValueError, KeyError) as error:
         raise SparsortError(
-            f"cannot read the configuration of the model {model!r}: {first_line(error)} Give a folder with "
-            "config.json and weights, a hub id that this machine can reach, or 'tiny' or 'small'."
+            f"cannot read the configuration of the model {model!r}: {first_line(error)}{hint_at(model, error)} Give a "
+            "folder with config.json and weights, a hub id that this machine can reach, or 'tiny' or 'small'."
         ) from error
 
 
@@ -252,11 +258,11 @@ def _branch_shapes(config: Any, attention: SparseAttentionConfig) -> dict[str, t
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items() if _BRANCH in name}
 
 
-def _trained_branch(model: str, attention: SparseAttentionConfig) -> dict[str, Any]:
+def _trained_branch(spec: ModelSpec, attention: SparseAttentionConfig) -> dict[str, Any]:
     """The weights of the index branch that a checkpoint has; none of a dense one, or of a selector without weights."""
-    if model in PRESETS:
+    if spec.name in PRESETS:
         return {}
-    config = _configuration(model)
+    config = _configuration(spec)
     if _learned_branch(config) is None:
         return {}
     import torch
@@ -266,5 +272,11 @@ def _trained_branch(model: str, attention: SparseAttentionConfig) -> dict[str, A
 
     config.sparse_attention = attention.to_json()
     with quiet_transformers():
-        loaded = load_sparse(resolve_model(model).folder_or_id, config=config, dtype=torch.float32)
+        loaded = load_sparse(
+            resolve_model(str(spec.name)).folder_or_id,
+            config=config,
+            dtype=torch.float32,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+        )
     return {name: weight for name, weight in loaded.state_dict().items() if _BRANCH in name}

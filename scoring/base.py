@@ -17,9 +17,11 @@ import sparsort
 from sparsort.errors import SparsortError
 from sparsort.progress import progress
 from sparsort.scoring import engine
-from sparsort.scoring.prompts import Prompt, Truncation, Turns
+from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
+from sparsort.scoring.prompt_types import Truncation, Turns
+from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.shards import MANIFEST, read_manifest
-from sparsort.scoring.sources import SAMPLING, RowSource, open_rows
+from sparsort.scoring.sources import SAMPLING, RowSource
 
 if TYPE_CHECKING:
     from sparsort.scoring.row_cache import RowCache
@@ -77,6 +79,10 @@ class Scorer(ABC):
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> engine.Job:
         """The job for this source. `previous` is the provenance of a run that `out` holds already."""
 
+    def read_prompt(self, spec: PromptSpec) -> Prompt | None:
+        """The prompt that a caller described; None where the scorer was given none."""
+        return spec.read()
+
     def content(self, prompt: Prompt | None) -> Sequence[str] | None:
         """The fields whose values decide a row's score; None where all of them count."""
         return prompt.fields if prompt is not None else None
@@ -84,7 +90,7 @@ class Scorer(ABC):
     def score(
         self,
         data: Any,
-        prompt: str | Turns | Prompt | None = None,
+        prompt: str | Turns | Prompt | PromptSpec | None = None,
         *,
         messages: str | None = None,
         answer: str | None = None,
@@ -104,7 +110,8 @@ class Scorer(ABC):
         Args:
             data: a path (.jsonl, .json, .csv, .tsv, .parquet, a saved `datasets` folder), a `datasets.Dataset`, or a list of
                 dicts.
-            prompt: format string over the columns, or chat turns (see `Prompt.of`); or a `Prompt`.
+            prompt: format string over the columns, or chat turns (see `Prompt.of`); or a `Prompt`. A `PromptSpec` holds this
+                and the six arguments that follow, which are left out then.
             messages: instead, the column that holds whole conversations (see `sparsort.scoring.conversations`): their last
                 assistant turn is the answer, and the model's chat template is applied.
             answer: format string of the answer behind the prompt; None to read the prompt alone.
@@ -132,11 +139,20 @@ class Scorer(ABC):
             raise SparsortError(
                 "out= and cache= were given. A score folder keeps the scores of every row: leave cache= out."
             )
-        asked = Prompt.given(prompt, messages=messages, answer=answer, system=system, chat=chat)
-        source = open_rows(data, id_column=id_column, content=self.content(asked), columns=columns)
+        spec = PromptSpec.of(
+            prompt,
+            messages=messages,
+            answer=answer,
+            system=system,
+            chat=chat,
+            truncation=truncation,
+            max_length=max_length,
+        )
+        asked = self.read_prompt(spec)
+        source = DataSpec(id_column=id_column, columns=columns).open(data, content=self.content(asked))
         if asked is not None:
             source.require(asked.fields, asked)
-        request = Request(prompt_or_none=asked, truncation=truncation, max_length=max_length, cache=cache)
+        request = Request(prompt_or_none=asked, truncation=spec.truncation, max_length=spec.max_length, cache=cache)
         folder = Path(out).expanduser() if out is not None else None
         job = self.prepare(source, request, like.provenance if like is not None else _previous(folder))
         if like is not None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-from sparsort.errors import SparsortError
 from sparsort.scoring.base import Request
 from sparsort.scoring.calibration import Calibration
-from sparsort.scoring.prompts import Encoder, Prompt, Turns, identify_tokenizer
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompt_spec import PromptSpec
+from sparsort.scoring.prompts import Encoder, Prompt, identify_tokenizer
 from sparsort.scoring.scorers.sparsity import ModelJob, SparsityScorer
-from sparsort.scoring.scores import Scores
 from sparsort.scoring.sources import RowSource
 
 _LOG = logging.getLogger("sparsort")
@@ -33,20 +34,21 @@ class CalibratedScorer(SparsityScorer):
 
     kind: ClassVar[str] = "calibrated"
 
-    def __init__(self, calibration: Calibration | str | Path, model: Any = None, **model_options: Any) -> None:
+    def __init__(
+        self, calibration: Calibration | str | Path, model: Any = None, **options: Unpack[ModelOptions]
+    ) -> None:
         self.calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
         made = self.definition = self.calibration.definition
+        spec = ModelSpec.of(made.model if model is None else model, **options)
         if model is None:
-            model = made.model
-            model_options = {**model_options, "revision": model_options.get("revision") or made.revision}
+            spec = replace(spec, revision=spec.revision or made.revision)
         super().__init__(
-            model,
+            spec,
             site=made.candidate.site,
             pooling=made.candidate.pooling,
             metric=made.candidate.metric,
             outliers=made.candidate.outliers,
             l0_threshold=made.l0_threshold,
-            **model_options,
         )
         tokenizer = identify_tokenizer(self.loaded.tokenizer, chat=made.prompt.is_chat, recorded=made.tokenizer)
         made.refuse_other_model(self.loaded.name, self.loaded.weights, tokenizer)
@@ -55,24 +57,13 @@ class CalibratedScorer(SparsityScorer):
                 "the score of this calibration is not known to carry difficulty. %s", self.calibration.sentence()
             )
 
-    def score(self, data: Any, prompt: str | Turns | Prompt | None = None, **options: Any) -> Scores:
-        """Score every row of `data`; see `Scorer.score`. Without a prompt the calibrated one is used.
+    def read_prompt(self, spec: PromptSpec) -> Prompt | None:
+        """The prompt that a caller described; without one, the calibrated prompt.
 
         Raises:
-            SparsortError: another prompt or answer than the calibrated one.
+            SparsortError: a system turn was given for the calibrated prompt.
         """
-        column = self.definition.prompt.messages
-        if prompt is None and column is not None and options.get("messages") in (None, column):
-            return super().score(data, self.definition.prompt, **{**options, "messages": None})
-        if prompt is None and options.get("messages") is None:
-            made = self.definition
-            options = {"answer": made.answer} | {name: value for name, value in options.items() if value is not None}
-            prompt = [{"role": role, "content": text} for role, text in made.turns]
-            if made.turns[0][0] == "text":
-                prompt = made.turns[0][1]
-            elif options.pop("system", None) is not None:
-                raise SparsortError("the calibrated prompt has its own turns. Leave system (--system) away.")
-        return super().score(data, prompt, **options)
+        return self.definition.complete(spec).read()
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         made = self.definition

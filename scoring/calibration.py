@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.files import write_atomically
 from sparsort.integrity import as_written, check_version, is_sealed, parse_own_json, seal
 from sparsort.scoring.candidates import Candidate
+from sparsort.scoring.prompt_spec import PromptSpec
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.resampling import Array
 from sparsort.scoring.verdict import Associations, HeldOut, Judgement, Verdict
@@ -79,6 +80,23 @@ class Definition:
         for name in ("model", "revision", "dtype"):
             del parts[name]
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def complete(self, spec: PromptSpec) -> PromptSpec:
+        """The prompt that a caller described; where it has no template and no other column, the calibrated one.
+
+        Raises:
+            SparsortError: a system turn was given for the calibrated prompt, which has its own turns.
+        """
+        if spec.template is not None or (spec.messages is not None and spec.messages != self.prompt.messages):
+            return spec
+        if self.prompt.messages is not None:
+            return replace(spec, template=self.prompt, messages=None)
+        if self.turns[0][0] == "text":
+            return replace(spec, template=self.turns[0][1], answer=spec.answer or self.answer)
+        if spec.system is not None:
+            raise SparsortError("the calibrated prompt has its own turns. Leave system (--system) away.")
+        turns = [{"role": role, "content": text} for role, text in self.turns]
+        return replace(spec, template=turns, answer=spec.answer or self.answer)
 
     def refuse_other_prompt(self, asked: Prompt) -> None:
         """Refuse to score by another prompt than the one that was calibrated.

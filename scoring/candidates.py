@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Unpack, get_args
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_implementation
@@ -26,9 +26,10 @@ from sparsort.scoring.candidate_job import LOSS, CandidateJob
 from sparsort.scoring.collecting import Measurement
 from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.heads import Head
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.pooling import Pooling, check_answer, check_outlier_rule, check_pooling
 from sparsort.scoring.prompts import Encoder
-from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer, naming_options
+from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sites import check_site
 from sparsort.scoring.sources import RowSource
 
@@ -95,12 +96,13 @@ class CandidateScorer(ModelScorer):
         outliers: Sequence[str] = OUTLIERS,
         own_loss: bool = True,
         l0_threshold: float = 1.0,
-        **model_options: Any,
+        **options: Unpack[ModelOptions],
     ) -> None:
         check_grid(sites, poolings, outliers)
         check_l0_threshold(l0_threshold)
-        check_model(model, sites=sites or SITES[:1], outliers=outliers, **naming_options(model_options))
-        super().__init__(model, **model_options)
+        spec = ModelSpec.of(model, **options)
+        check_model(spec, sites=sites or SITES[:1], outliers=outliers)
+        super().__init__(spec)
         self.poolings = [check_pooling(name) for name in _distinct(poolings)] if poolings is not None else None
         self.outliers, self.own_loss, self.l0_threshold = _distinct(outliers), own_loss, l0_threshold
         self.notes: list[str] = []

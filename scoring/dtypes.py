@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+from typing import Literal, get_args
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+DTYPES: tuple[str, ...] = get_args(Dtype)[1:]

@@ -17,6 +17,7 @@ from sparsort.errors import SparsortError
 from sparsort.scoring.embedded import quiet_transformers, resolve_model
 from sparsort.scoring.gguf_files import kept_folder
 from sparsort.scoring.hub import cached_only
+from sparsort.scoring.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from sparsort.scoring.sites import Site
@@ -69,26 +70,24 @@ def check_model(
     sites: Sequence[str] = (),
     outliers: Sequence[str] = (),
     max_length: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> None:
     """Refuse what a model does not have.
 
     Args:
-        model: as `load_model` takes it; only names are looked at.
+        model: a `ModelSpec` or a name; a model in memory is not looked at.
         sites: where states will be read.
         outliers: the outlier rules that will be fitted at each of the sites.
         max_length: a limit in tokens.
-        revision, trust_remote_code: as `load_model`.
 
     Raises:
         SparsortError: see `sites.find_site`, `pooling.check_dropped` and `check_max_length`; or there is no such model.
     """
     dropped = [rule for rule in outliers if rule.startswith("drop:")]
     special = [site for site in sites if site != "pre_norm"]
-    if not isinstance(model, (str, Path)) or not (special or dropped or max_length is not None):
+    spec = ModelSpec.of(model)
+    if not spec.is_named or not (special or dropped or max_length is not None):
         return
-    outline = outline_of(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    outline = outline_of(spec)
     if outline is None:
         return
     check_max_length(max_length, context_of(outline.config), outline.name)
@@ -101,17 +100,19 @@ def check_model(
                 check_dropped(rule, outline.width(site))
 
 
-def outline_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Outline | None:
-    """What is known of a model without its weights; None if that is nothing, as of a GGUF file that is not converted yet.
+def outline_of(model: ModelSpec | str) -> Outline | None:
+    """What is known of a named model without its weights; None if that is nothing, as of a GGUF file that is not converted yet.
 
     Raises:
         SparsortError: there is no such model.
     """
+    model = ModelSpec.of(model)
+    name = str(model.name)
     resolved = resolve_model(name)
     folder: str | Path | None = resolved.folder_or_id
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if resolved.is_hub_id:
-        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=model.revision)
     if resolved.gguf_file:
         # Reading the configuration from the file itself takes as long as converting its tokenizer.
         folder = kept_folder(Path(resolved.folder_or_id) / resolved.gguf_file)
@@ -125,7 +126,7 @@ def outline_of(name: str, *, revision: str | None = None, trust_remote_code: boo
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     except Exception:  # noqa: BLE001 - each class checks its own fields in its own way, and loading reports what is wrong
         return None
-    return Outline(name=name, config=text, model=_built(config, trust_remote_code))
+    return Outline(name=name, config=text, model=_built(config, model.trust_remote_code))
 
 
 def context_of(config: Any) -> int | None:

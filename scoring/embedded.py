@@ -125,7 +125,7 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
         raise
     except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
         raise SparsortError(
-            f"cannot load the tokenizer of {model!r}: {_first_line(error)}{_hint(model, error)} {_EXPECTED}"
+            f"cannot load the tokenizer of {model!r}: {_first_line(error)}{hint_at(model, error)} {_EXPECTED}"
         ) from error
     if not len(tokenizer):
         raise SparsortError(
@@ -166,11 +166,12 @@ def _first_line(error: Exception) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-def _hint(model: str, error: Exception) -> str:
+def hint_at(model: str, error: Exception) -> str:
+    """What may help against an error of loading a model or a part of it, as a sentence after a space; or nothing."""
     if "trust_remote_code" in str(error):
         return (
-            " It ships code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code of "
-            "sparsort score, order, choose and calibrate), or a model object that you loaded yourself."
+            " It ships code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code), or a "
+            "model object that you loaded yourself."
         )
     return did_you_mean(model, [DEMO], cutoff=0.7)
 

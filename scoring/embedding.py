@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from sparsort.errors import SparsortError
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.collecting import Measurement, StateCollector, whole_texts
-from sparsort.scoring.prompts import Encoded, Encoder, Prompt, Truncation
+from sparsort.scoring.prompt_types import Truncation
+from sparsort.scoring.prompts import Encoded, Encoder, Prompt
 from sparsort.scoring.row_cache import RowCache, context_of, key_of
 from sparsort.scoring.sites import Site
 

@@ -18,7 +18,7 @@ import torch
 from sparsort.errors import SparsortError, first_line, unknown_choice
 from sparsort.kernels.backend import Choice, compute_dtype, default_device, use_device
 from sparsort.scoring.dtypes import DTYPES
-from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.embedded import hint_at, load_tokenizer, quiet_transformers, resolve_model
 from sparsort.scoring.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.hub import cached_only
 from sparsort.scoring.prompts import hash_tokenizer
@@ -86,7 +86,7 @@ def load_model(
         raise
     except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
         raise SparsortError(
-            f"cannot load the model {str(model)!r}: {first_line(error)} "
+            f"cannot load the model {str(model)!r}: {first_line(error)}{hint_at(str(model), error)} "
             "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
         ) from error
     if missing := sorted(info["missing_keys"]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sparsort.scoring.base import Advance, Request
 from sparsort.scoring.batching import Plan
 from sparsort.scoring.collecting import finished_rows
 from sparsort.scoring.heads import Head
+from sparsort.scoring.model_spec import ModelOptions
 from sparsort.scoring.prompts import Encoded, Encoder
 from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.scoring.sources import Row, RowSource
@@ -35,12 +36,12 @@ class LossScorer(ModelScorer):
     """
 
     def __init__(
-        self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **model_options: Any
+        self, model: Any = "demo", *, on: Literal["answer", "prompt"] = "answer", **options: Unpack[ModelOptions]
     ) -> None:
         if on not in ("answer", "prompt"):
             raise unknown_choice("part of the text", on, ("answer", "prompt"))
         self.on = on
-        super().__init__(model, **model_options)
+        super().__init__(model, **options)
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     @property
@@ -66,8 +67,8 @@ class EntropyScorer(ModelScorer):
 
     kind: ClassVar[str] = "entropy"
 
-    def __init__(self, model: Any = "demo", **model_options: Any) -> None:
-        super().__init__(model, **model_options)
+    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
+        super().__init__(model, **options)
         self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:

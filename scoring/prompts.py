@@ -14,17 +14,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of, spell
 from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.conversations import conversation_columns, split_answer, turns_of
+from sparsort.scoring.prompt_types import Truncation, Turns
 from sparsort.templates import check_values, columns_of, fields_of, render
 from sparsort.values import is_list, is_missing, kind_of, missing_name, value_at
-
-Truncation = Literal["error", "left", "right"]
-Turns = Sequence[Mapping[str, str]]
 
 _ROLES = ("system", "user", "assistant")
 # The role of the one turn of a prompt that is a conversation: its template is the name of the column.

@@ -40,7 +40,10 @@ _AFTER = re.compile(r"(?: [^\s()]+)? of sparsort ([a-z]+(?:(?:, | and )[a-z]+)*)
 _PLACE = re.compile(r"[\w.]+:\w+")
 _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 
-_NO_CONVERSATIONS = "ablate passes templates, never a column of conversations"
+# What declares an option; `test_the_help_of_an_option_names_options_of_its_command` reads what it says.
+_DECLARES = ("option", "same_option", "shares", "whole_numbers")
+
+_NO_CONVERSATIONS = "the command passes templates, never a column of conversations"
 _KEEPS_NOTHING = "only an interrupted score without --out gives this sentence"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
@@ -49,11 +52,15 @@ EXCEPT: dict[tuple[str, str], str] = {
         "ablate",
     ): "ablate refuses a source without a prompt before it scores",
     ("sparsort.scoring.conversations.conversation_fields", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.conversations.conversation_fields", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.conversations._items", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.conversations._items", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.Prompt.given", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.Prompt.given", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
-    ("sparsort.recipes.options._stopped", "env"): _KEEPS_NOTHING,
-    ("sparsort.recipes.options._stopped", "cache"): _KEEPS_NOTHING,
+    ("sparsort.scoring.prompts._WAY_OUT", "choose"): _NO_CONVERSATIONS,
+    ("sparsort.recipes.cli_command._stopped", "env"): _KEEPS_NOTHING,
+    ("sparsort.recipes.cli_command._stopped", "cache"): _KEEPS_NOTHING,
     ("sparsort.scoring.prompts.Prompt.of", "train"): "train passes no system turn",
 }
 
@@ -255,9 +262,13 @@ def _dotted(node: ast.AST) -> str:
 
 
 def _without_effect(node: ast.AST) -> list[ast.expr]:
-    """What a node holds that is neither a message nor used: a docstring, and the class in `fields(Settings)`."""
+    """What a node holds that is neither a message nor used: a docstring, the class in `fields(Settings)`, an option's texts."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return [node.value]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _DECLARES:
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        texts = [item for value in given for item in (value.elts if isinstance(value, ast.Tuple) else [value])]
+        return [text for text in texts if isinstance(text, ast.Constant)]
     is_fields = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fields"
     return node.args if is_fields else []  # type: ignore[union-attr]
 
@@ -291,7 +302,7 @@ _EVERY = [
     "sparsort.recipes.cli._Commands",
     "sparsort.recipes.cli._root",
     "sparsort.recipes.cli._version",
-    "sparsort.recipes.options.CheckedCommand",
+    "sparsort.recipes.cli_command.CheckedCommand",
 ]
 
 
@@ -377,13 +388,30 @@ def test_every_option_in_a_message_is_one_of_the_command() -> None:
     assert excused == set(EXCEPT)
 
 
+def test_the_help_of_an_option_names_options_of_its_command() -> None:
+    group = typer.main.get_command(app)
+    helps = [
+        (name, getattr(parameter, "help", None) or "")
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        for parameter in command.params
+    ]
+    wrong = [
+        f"{name}: {text}"
+        for name, text in helps
+        for option in _OPTION.finditer(text)
+        for asked in _asked(text, option) or [name]
+        if option[0] not in _commands()[asked][1]
+    ]
+    assert wrong == []
+
+
 def test_no_message_computes_the_name_of_an_option() -> None:
     tree, _ = _reach()
     assert [
         f"{definition.name}:{line}"
         for definition in tree.definitions.values()
-        # Names of CSS variables begin with two hyphens, too.
-        if not definition.name.startswith("sparsort.curriculum.ablation.report.svg.")
+        # Names of CSS variables begin with two hyphens, too, and flags are made from the names of fields.
+        if not definition.name.startswith(("sparsort.curriculum.ablation.report.svg.", "sparsort.recipes.options."))
         for text, line in definition.texts
         if _COMPUTED.search(text)
     ] == []

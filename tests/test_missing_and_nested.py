@@ -26,9 +26,11 @@ from sparsort.recipes.ablate import find_source
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.calibrate import _number
 from sparsort.recipes.choose_order import read_rows
-from sparsort.recipes.order_demos import OrderConfig, order_file
-from sparsort.recipes.score import ScorerConfig
+from sparsort.recipes.order_config import OrderConfig
+from sparsort.recipes.order_demos import order_file
 from sparsort.recipes.score_table import text_of
+from sparsort.recipes.scorer_config import ScorerConfig
+from sparsort.scoring.prompt_spec import PromptSpec
 from sparsort.scoring.prompts import Prompt
 from sparsort.scoring.sources import digest_of, open_rows
 
@@ -293,12 +295,14 @@ def test_the_commands_name_the_file_and_the_line_of_a_row(field: str, value: Any
             Ablation(tasks=("mr",)),
         ),
         "choose": lambda: read_rows(path, prompt="{text}"),
-        "order": lambda: _order(path, OrderConfig(prompt="{text}", answer=" {label}", order="given")),
+        "order": lambda: _order(path, OrderConfig(prompt=PromptSpec("{text}", answer=" {label}"), order="given")),
     }
     if field == "text":
         calls["choose --on"] = lambda: read_rows(good, path, prompt="{text}")
     else:
-        config = OrderConfig(prompt="{text}", answer=" x", select="balanced", k=2, label="label", order="given")
+        config = OrderConfig(
+            prompt=PromptSpec("{text}", answer=" x"), select="balanced", k=2, label="label", order="given"
+        )
         calls |= {"order --select balanced": lambda: _order(path, config)} if value == ["joy"] else {}
     for call in calls.values():
         with pytest.raises(SparsortError) as caught:

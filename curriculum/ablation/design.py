@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation import tables
+from sparsort.curriculum.ablation.design_options import DesignOptions
 from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, check_selector, looks_at_query
 from sparsort.curriculum.ablation.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import criterion
@@ -29,6 +30,8 @@ from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.scoring.dtypes import Dtype
+from sparsort.scoring.model_spec import ModelSpec
 
 Probes = Literal["sampled", "dev", "none"]
 
@@ -38,34 +41,48 @@ SPARSITY = "sparsity"
 RANDOM_SCORES = "random_scores"
 # Random orders always run, so that no orderer draws another.
 ORDERERS: tuple[str, ...] = (*ORDERS.names(lambda entry: not entry.is_seeded), RANDOM_SCORES)
-# Each with its reverse: by name where it has one, else "reverse:…".
-DEFAULT_ORDERERS: tuple[str, ...] = (
-    "sparse_to_dense",
-    "dense_to_sparse",
-    "u_shape",
-    "reverse:u_shape",
-    "inverted_u",
-    "reverse:inverted_u",
-    "perplexity_ascending",
-    "reverse:perplexity_ascending",
-    "similarity_ascending",
-    "similarity_descending",
-    "length_ascending",
-    "length_descending",
-    RANDOM_SCORES,
-)
 # Up to here all permutations are listed and shuffled; above, orders are drawn until they differ.
 _LISTED = 8
 
 
+class AblationOptions(TypedDict, total=False):
+    """The fields of `Ablation` besides the model's name, where a function takes them as keywords."""
+
+    tasks: Sequence[str | Task]
+    data: str | Path | None
+    dtype: Dtype
+    device: str
+    revision: str | None
+    trust_remote_code: bool
+    token_budget: int | None
+    sets: int
+    first_seed: int
+    shots: Sequence[int]
+    selectors: Sequence[str]
+    orderers: Sequence[str]
+    choosers: Sequence[str]
+    random_orders: int
+    test_rows: int
+    dev_rows: int
+    sampled_probes: bool
+    calibrated: Sequence[bool]
+    label_score: Literal["sum", "mean"]
+    site: str
+    pooling: str
+    metric: str
+    outliers: str
+    max_demo_chars: int | None
+    split_seed: int
+
+
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
+class Ablation(DesignOptions):
     """The recipe.
 
     Attributes:
         tasks: names of ready tasks, task files, or tasks.
         data: the folder that the tasks' files lie in; None: this folder.
-        model, dtype, device: as `scoring.loading.load_model`.
+        model, dtype, device, revision, trust_remote_code, token_budget: as `ModelSpec`, of which `model` is the name.
         sets: how many demonstration sets for each task, selector and number of shots.
         first_seed: the first set's seed; the others follow.
         shots: numbers of demonstrations, k.
@@ -86,25 +103,16 @@ class Ablation:
     tasks: tuple[str | Task, ...]
     data: Path | None = None
     model: str = "demo"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
-    sets: int = 10
-    first_seed: int = 0
-    shots: tuple[int, ...] = (4, 8)
-    selectors: tuple[str, ...] = (DEFAULT_SELECTOR,)
-    orderers: tuple[str, ...] = DEFAULT_ORDERERS
-    choosers: tuple[str, ...] = ("globale", "locale", "pdo", "pdo_prior", "best_on_dev", "density")
-    random_orders: int = 16
-    test_rows: int = 256
-    dev_rows: int = 32
+    revision: str | None = None
+    trust_remote_code: bool = False
+    token_budget: int | None = None
     sampled_probes: bool = True
-    calibrated: tuple[bool, ...] = (False, True)
-    label_score: Literal["sum", "mean"] = "sum"
     site: str = "pre_norm"
     pooling: str = "last"
     metric: str = "gini"
     outliers: str = "none"
-    max_demo_chars: int | None = None
     split_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -185,14 +193,25 @@ class Ablation:
         Raises:
             SparsortError: an unknown one.
         """
-        from sparsort.scoring.loading import check_dtype
         from sparsort.scoring.pooling import check_outlier_rule, check_pooling
         from sparsort.scoring.sites import check_site
 
         check_site(self.site)
         check_pooling(self.pooling)
         check_outlier_rule(self.outliers)
-        check_dtype(self.dtype)
+        self.spec.check()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, and how it is loaded and run."""
+        return ModelSpec(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            token_budget=self.token_budget,
+        )
 
     @property
     def seeds(self) -> range:

@@ -21,7 +21,7 @@ from sparsort.scoring.answers import FEATURES, AnswerReader
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.early_checks import check_model
 from sparsort.scoring.embedding import embed_rows
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading import LoadedModel
 from sparsort.scoring.losses import LossScorer
 from sparsort.scoring.prompts import Prompt, identify_tokenizer
 from sparsort.scoring.scorers.sparsity import SparsityScorer
@@ -46,8 +46,9 @@ class Engine:
     def __init__(self, ablation: Ablation, loaded: LoadedModel | None = None, *, compile: bool = False) -> None:
         self._ablation, self._compile = ablation, compile
         if loaded is None:
-            check_model(ablation.model, sites=[ablation.site], outliers=[ablation.outliers])
-        self.loaded = loaded or load_model(ablation.model, dtype=ablation.dtype, device=ablation.device)
+            check_model(ablation.spec, sites=[ablation.site], outliers=[ablation.outliers])
+        self.loaded = loaded or ablation.spec.load()
+        self._budget = ablation.token_budget
         self._readers: dict[bool, AnswerReader] = {}
 
     @property
@@ -88,7 +89,9 @@ class Engine:
     def reader(self, task: Task) -> AnswerReader:
         """The reader of a task's prompts."""
         if task.chat not in self._readers:
-            self._readers[task.chat] = AnswerReader(self.loaded, chat=task.chat, compile=self._compile)
+            self._readers[task.chat] = AnswerReader(
+                self.loaded, token_budget=self._budget, chat=task.chat, compile=self._compile
+            )
         return self._readers[task.chat]
 
     def sparsity(self, task: Task, rows: Rows, pool: Rows) -> NDArray[np.float64]:
@@ -115,16 +118,23 @@ class Engine:
     @functools.cached_property
     def _backbone(self) -> Backbone:
         # Not the reader's: with other batches, as a compiled one has, states differ by rounding and near ties fall otherwise.
-        return Backbone(self.loaded)
+        return Backbone(self.loaded, token_budget=self._budget)
 
     @functools.cached_property
     def _sparsity_scorer(self) -> SparsityScorer:
         a = self._ablation
-        return SparsityScorer(self.loaded, site=a.site, pooling=a.pooling, metric=a.metric, outliers=a.outliers)
+        return SparsityScorer(
+            self.loaded,
+            site=a.site,
+            pooling=a.pooling,
+            metric=a.metric,
+            outliers=a.outliers,
+            token_budget=self._budget,
+        )
 
     @functools.cached_property
     def _loss_scorer(self) -> LossScorer:
-        return LossScorer(self.loaded)
+        return LossScorer(self.loaded, token_budget=self._budget)
 
     @staticmethod
     def _prompt(task: Task) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from sparsort.curriculum.ablation import tables
 from sparsort.errors import SparsortError, did_you_mean, unknown_choice
@@ -38,6 +38,22 @@ MOST_LABELS = 64
 _WORKED = {"number": 256, "math": 512}
 # Where the data lies and what it is called there change no outcome.
 _NOT_IN_DIGEST = ("name", "train", "test", "id_column", "columns")
+
+
+class TaskOptions(TypedDict, total=False):
+    """The fields of `Task` that `task_from_flags` passes on as they are."""
+
+    separator: str
+    instruction: str
+    chat: bool
+    system: str | None
+    train: str | None
+    test: str | None
+    id_column: str | None
+    columns: Sequence[str] | None
+    stop: Sequence[str]
+    max_new_tokens: int
+    content_free: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +297,7 @@ def task_from_flags(
     labels: str | Mapping[str, str] | None = None,
     judge: Judge = "labels",
     name: str = "data",
-    **options: Any,
+    **options: Unpack[TaskOptions],
 ) -> Task:
     """A task for any dataset.
 
@@ -317,7 +333,7 @@ def task_from_flags(
         # In chat the turn's own end is enough, and worked answers hold empty lines.
         stop = () if options.get("chat") else (f"\n{opening}" if opening else options.get("separator", "\n\n"),)
         table |= {"max_new_tokens": _WORKED[judge], "stop": stop}
-    return tables.build(Task, table | {"labels": labels} | options, kind="task", where="the flags")
+    return tables.build(Task, {**table, "labels": labels, **options}, kind="task", where="the flags")
 
 
 def parse_labels(text: str) -> dict[str, str]:

@@ -7,9 +7,8 @@ higher loss, higher entropy). The table keeps every metric of the pass; another 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, check_l0_threshold
 from sparsort.scoring.backbone import Backbone
 from sparsort.scoring.base import Advance, Request, Scorer, versions
-from sparsort.scoring.batching import Plan, check_token_budget
+from sparsort.scoring.batching import Plan
 from sparsort.scoring.collecting import (
     Measurement,
     SquareSum,
@@ -30,7 +29,7 @@ from sparsort.scoring.collecting import (
 )
 from sparsort.scoring.early_checks import check_max_length, check_model
 from sparsort.scoring.engine import Job
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.model_spec import ModelOptions, ModelSpec
 from sparsort.scoring.pooling import (
     OutlierFit,
     check_answer,
@@ -51,40 +50,16 @@ class ModelScorer(Scorer):
     """What the model scorers share: the model, loaded once at construction.
 
     Args:
-        model: hub id, folder, `.gguf` file, "demo" (the embedded model), or a transformers model with its `tokenizer`.
-        tokenizer: None for the model's own.
-        dtype: "auto" (bf16 where the hardware has it, else fp32) or a torch dtype's name.
-        device: "auto", "cpu", "cuda", …
-        token_budget: tokens of one batch, padding included; None for the device's default. Changes speed, not scores.
-        revision: hub revision.
-        trust_remote_code: run code that ships with the model.
+        model: a `ModelSpec`; or what its `name` takes: a hub id, a folder, a `.gguf` file, "demo" (the embedded model), a
+            transformers model with its `tokenizer`.
+        options: fields of `ModelSpec`: `tokenizer`, `dtype`, `device`, `token_budget`, `revision`, `trust_remote_code`.
     """
 
-    def __init__(
-        self,
-        model: Any = "demo",
-        *,
-        tokenizer: Any = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        token_budget: int | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        check_token_budget(token_budget)
-        if isinstance(model, LoadedModel):
-            self.loaded = model
-        else:
-            self.loaded = load_model(
-                model,
-                tokenizer=tokenizer,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
-        self.backbone = Backbone(self.loaded, token_budget=token_budget)
-        if isinstance(model, (str, Path)):
+    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
+        spec = ModelSpec.of(model, **options)
+        self.loaded = spec.load()
+        self.backbone = Backbone(self.loaded, token_budget=spec.token_budget)
+        if spec.is_named:
             self.backbone.mark_as_own()
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
@@ -262,7 +237,7 @@ class SparsityScorer(ModelScorer):
         metric: str = "gini",
         outliers: str = "none",
         l0_threshold: float = 1.0,
-        **model_options: Any,
+        **options: Unpack[ModelOptions],
     ) -> None:
         METRICS.check(metric)
         check_l0_threshold(l0_threshold)
@@ -271,8 +246,9 @@ class SparsityScorer(ModelScorer):
         self.metric = metric
         self.l0_threshold = l0_threshold
         check_site(site)
-        check_model(model, sites=[site], outliers=[outliers], **naming_options(model_options))
-        super().__init__(model, **model_options)
+        spec = ModelSpec.of(model, **options)
+        check_model(spec, sites=[site], outliers=[outliers])
+        super().__init__(spec)
         self.site = self.backbone.site(site)
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
@@ -320,11 +296,6 @@ class SparsityScorer(ModelScorer):
             if len(batch):
                 squares.add(states_at(piece.states[self.site.name], batch, token), span.shares(piece)[batch])
         return squares.count, squares.mean_H()
-
-
-def naming_options(model_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the options of a `ModelScorer`, those that say which model is meant."""
-    return {name: model_options[name] for name in ("revision", "trust_remote_code") if name in model_options}
 
 
 class _SparsityJob(ModelJob):

@@ -8,13 +8,13 @@ that is not a valid choice, so that the code that reads it can report the misspe
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsort.errors import SparsortError
+from sparsort.options import values_of
 
 Values = Mapping[str, Any]
 Shown = Callable[[str, Any], str]
@@ -108,12 +108,8 @@ def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Sho
 
 
 def changed(config: Any) -> list[str]:
-    """The fields of a dataclass that differ from their defaults."""
-    return [
-        one.name
-        for one in dataclasses.fields(config)
-        if not _same(getattr(config, one.name), one.default if one.default is not MISSING else None)
-    ]
+    """The settings of a dataclass that differ from their defaults, those of the dataclasses in it included."""
+    return [name for name, value, default in values_of(config) if not _same(value, default)]
 
 
 def refuse_unread_fields(config: Any, table: Table) -> None:
@@ -126,7 +122,7 @@ def refuse_unread_fields(config: Any, table: Table) -> None:
     Raises:
         SparsortError: see `refuse_unread`.
     """
-    values = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    values = {name: value for name, value, _ in values_of(config)}
     refuse_unread(table, values, [name for name in changed(config) if name in table])
 
 

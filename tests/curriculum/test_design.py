@@ -18,7 +18,6 @@ from toml_text import dump
 
 from sparsort.curriculum.ablation.cost import Lengths, estimate, measure, shared_nodes
 from sparsort.curriculum.ablation.design import (
-    DEFAULT_ORDERERS,
     ORDERERS,
     Ablation,
     Unit,
@@ -29,6 +28,7 @@ from sparsort.curriculum.ablation.design import (
     probes_of,
     units,
 )
+from sparsort.curriculum.ablation.design_options import DEFAULT_ORDERERS
 from sparsort.curriculum.ablation.selectors import SELECTORS
 from sparsort.curriculum.ablation.splits import split_rows
 from sparsort.curriculum.ablation.tasks import Task, load_task

@@ -11,9 +11,11 @@ import pytest
 from command_line import run
 
 from sparsort import cache as user_cache
-from sparsort.recipes.order_demos import OrderConfig, order_file
-from sparsort.recipes.score import ScorerConfig
+from sparsort.recipes.order_config import OrderConfig
+from sparsort.recipes.order_demos import order_file
+from sparsort.recipes.scorer_config import ScorerConfig
 from sparsort.scoring.backbone import Backbone
+from sparsort.scoring.model_spec import ModelSpec
 
 ROWS = [{"id": f"q{n}", "question": f"How many apples are left of {n}?", "answer": str(n)} for n in range(12)]
 QUERY = "How many pears are left of 7?"
@@ -103,7 +105,7 @@ def test_a_limit_of_nothing_is_no_cache(file: Path, model: str, cache: Path, mon
 
 
 def test_python_writes_nothing_unless_asked(file: Path, model: str, cache: Path) -> None:
-    result = order_file(file, query=QUERY, config=OrderConfig(), scorer=ScorerConfig(model=model))
+    result = order_file(file, query=QUERY, config=OrderConfig(), scorer=ScorerConfig(model=ModelSpec(model)))
     assert result.cache is None
     assert not cache.exists()
 

@@ -16,11 +16,15 @@ import sparsort
 from sparsort.errors import SparsortError
 from sparsort.recipes import calibrate as calibrate_module
 from sparsort.recipes.calibrate import calibrate
-from sparsort.recipes.order_demos import OrderConfig, order_file
-from sparsort.recipes.score import ScorerConfig, TextConfig, score_file
+from sparsort.recipes.order_config import OrderConfig
+from sparsort.recipes.order_demos import order_file
+from sparsort.recipes.score import score_file
+from sparsort.recipes.scorer_config import ScorerConfig
 from sparsort.scoring import backbone as backbone_module
 from sparsort.scoring.calibrated import CalibratedScorer
 from sparsort.scoring.calibration import Calibration
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import PromptSpec
 from sparsort.scoring.scores import Scores
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -135,8 +139,8 @@ def test_a_second_call_reads_what_the_first_has_computed(
 
 
 def test_score_and_order_take_the_file(saved: Path, file: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    config = ScorerConfig(calibration=saved, dtype="float32", device="cpu")
-    report = score_file(file, scorer=config, text=TextConfig(), out=tmp_path / "s")
+    config = ScorerConfig(calibration=saved, model=ModelSpec(dtype="float32", device="cpu"))
+    report = score_file(file, scorer=config, out=tmp_path / "s")
     assert report.summary()["provenance"]["prompt"]["turns"] == [["text", PROMPT]]
     hardest = report.scores.ranked(descending=True)
     few = tmp_path / "few.jsonl"
@@ -154,7 +158,7 @@ def test_score_and_order_take_the_file(saved: Path, file: Path, rows: list[dict[
     with pytest.raises(SparsortError, match="hard_to_easy"):
         order_file(few, query="How many pears?", config=OrderConfig(order="sparse_to_dense"), scorer=config)
     with pytest.raises(SparsortError, match="calibration is of the prompt"):
-        order_file(few, query="How many pears?", config=OrderConfig(prompt="{question}"), scorer=config)
+        order_file(few, query="How many pears?", config=OrderConfig(prompt=PromptSpec("{question}")), scorer=config)
 
 
 def test_another_prompt_model_or_option_is_refused(
@@ -162,21 +166,21 @@ def test_another_prompt_model_or_option_is_refused(
 ) -> None:
     config = ScorerConfig(calibration=saved)
     with pytest.raises(SparsortError, match="calibration is of the prompt"):
-        score_file(file, scorer=config, text=TextConfig(prompt="{question}"))
+        score_file(file, scorer=config, prompt=PromptSpec("{question}"))
     with pytest.raises(SparsortError, match="reads the prompt alone"):
-        score_file(file, scorer=config, text=TextConfig(answer=" {answer}"))
+        score_file(file, scorer=config, prompt=PromptSpec(answer=" {answer}"))
     with pytest.raises(SparsortError, match="reads the prompt alone"):
         CalibratedScorer(saved, dtype="float32").score(rows, PROMPT, answer=" {answer}")
     with pytest.raises(SparsortError, match="weights of"):
         CalibratedScorer(saved, str(make_tiny_model("llama", rms_norm_eps=1e-3)))
     with pytest.raises(SparsortError, match=r"metric is 'l1'.*of 'hoyer'"):
-        score_file(file, scorer=ScorerConfig(calibration=saved, metric="l1"), text=TextConfig())
+        score_file(file, scorer=ScorerConfig(calibration=saved, metric="l1"))
     with pytest.raises(
         SparsortError, match=r"calibration=.* has no effect: sparsity reads it, and this is scorer='length'"
     ):
         ScorerConfig(calibration=saved, scorer="length")
     with pytest.raises(SparsortError, match="there is no calibration"):
-        score_file(file, scorer=ScorerConfig(calibration=saved.with_name("absent.json")), text=TextConfig())
+        score_file(file, scorer=ScorerConfig(calibration=saved.with_name("absent.json")))
 
 
 def test_a_calibration_that_found_nothing_warns(

@@ -19,6 +19,7 @@ from sparsort.errors import SparsortError
 from sparsort.recipes.choose_order import read_rows
 from sparsort.recipes.cli import app
 from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.prompt_spec import DataSpec
 
 DEMOS = [
     {"id": "a", "text": "the screen is bright", "label": "1"},
@@ -205,17 +206,17 @@ def test_rows_of_files(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"uid": f"u{n}", "id": n, "text": f"{word} of all", "label": n % 2} for n, word in enumerate("abcdefgh")]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"uid": "twin"}]), encoding="utf-8")
-    found = read_rows(file, prompt="{text}:", k=2, queries=4, id_column="uid")
+    found = read_rows(file, prompt="{text}:", k=2, queries=4, data=DataSpec(id_column="uid"))
     assert found.counts == {"0": 5, "1": 4}
     assert len(found.pool) == 9
     assert len(found.queries) == 4
     shown = {row["text"] for row in found.demos}
     assert not shown & {row["text"] for row in found.queries}
     assert {row["id"][0] for row in [*found.demos, *found.queries]} <= {"u", "t"}
-    assert read_rows(file, file, prompt="{text}:", k=2, queries=4, id_column="uid") == found
+    assert read_rows(file, file, prompt="{text}:", k=2, queries=4, data=DataSpec(id_column="uid")) == found
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
-    asked = read_rows(file, other, prompt="{text}:", k=2, queries=2, id_column="uid").queries
+    asked = read_rows(file, other, prompt="{text}:", k=2, queries=2, data=DataSpec(id_column="uid")).queries
     assert len(asked) == 2
     assert all(row["text"] in ("one", "two", "three") for row in asked)
 

@@ -109,7 +109,7 @@ def test_options_go_before_the_recipe_and_the_recipe_before_defaults(data: Path,
     assert (found["learning_rate"], found["max_length"], found["steps"]) == (2e-3, 32, 1)
     assert found["curriculum"]["stages"] == 2
     # Also where an option has the default's value.
-    options = ("--lr", 5e-4, "--max-length", 1024, "--schedule", "shuffle", "--epochs", 1, "--batch-size", 8)
+    options = ("--lr", 5e-4, "--cut-length", 1024, "--schedule", "shuffle", "--epochs", 1, "--batch-size", 8)
     _cli(*_command(data, tmp_path / "b", *options))
     found = _run(tmp_path / "b")
     assert (found["learning_rate"], found["max_length"], found["steps"]) == (5e-4, 1024, 4)
@@ -142,7 +142,7 @@ def test_mistakes_are_one_message_and_exit_code_2(recipe: str, message: str, dat
 
 
 def test_a_recipe_of_another_branch_leaves_the_folder_to_the_right_one(data: Path, tmp_path: Path) -> None:
-    options = ("--max-steps", 1, "--max-length", 64, "--stages", 2)
+    options = ("--max-steps", 1, "--cut-length", 64, "--stages", 2)
     _cli(*_command(data, tmp_path / "first", *options), "--recipe", "sparse")
     again = (*_command(data, tmp_path / "again", *options), "--model", tmp_path / "first" / "model", "--recipe")
     told = " ".join(_cli(*again, "sparse_retrofit", code=2).stderr.split())
@@ -152,7 +152,7 @@ def test_a_recipe_of_another_branch_leaves_the_folder_to_the_right_one(data: Pat
 
 
 def test_a_run_without_a_recipe_says_nothing_of_sparse_attention(data: Path, tmp_path: Path) -> None:
-    asked = (data / "rows.jsonl", "--text", TEXT, "--schedule", "shuffle", "--max-steps", 1, "--max-length", 16)
+    asked = (data / "rows.jsonl", "--text", TEXT, "--schedule", "shuffle", "--max-steps", 1, "--cut-length", 16)
     shown = _cli(*asked, "--out", tmp_path).stdout
     assert "FLOPs" not in shown
     assert json.loads(_cli(*asked, "--out", tmp_path, "--json").stdout)["sparse"] is None

@@ -18,15 +18,18 @@ from sparsort.curriculum.ablation.design import Ablation
 from sparsort.curriculum.demos.order import default_order, order_demos
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
+from sparsort.options import unescape
 from sparsort.recipes.calibrate import calibrate
 from sparsort.recipes.choose_order import choose_order, read_rows
 from sparsort.recipes.cli import app
-from sparsort.recipes.options import unescape
-from sparsort.recipes.order_demos import OrderConfig
+from sparsort.recipes.order_config import OrderConfig
 from sparsort.recipes.plan import make_plan
 from sparsort.recipes.report import make_report
-from sparsort.recipes.score import ScorerConfig, TextConfig, score_file
+from sparsort.recipes.score import score_file
+from sparsort.recipes.scorer_config import ScorerConfig
 from sparsort.recipes.train_config import TrainConfig
+from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.prompt_spec import PromptSpec
 
 GROUP: Any = typer.main.get_command(app)
 ROWS = [
@@ -40,7 +43,12 @@ def _options(command: str) -> dict[str, Any]:
 
 def _defaults(function: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(function):
-        return {field.name: field.default for field in dataclasses.fields(function)}
+        # The dataclasses in one are compared by themselves.
+        return {
+            field.name: field.default
+            for field in dataclasses.fields(function)
+            if not dataclasses.is_dataclass(field.default)
+        }
     parameters = inspect.signature(function).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
@@ -48,8 +56,8 @@ def _defaults(function: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("command", "functions", "renamed"),
     [
-        ("score", [ScorerConfig, TextConfig, score_file, sparsort.SparsityScorer], {}),
-        ("order", [ScorerConfig, OrderConfig, sparsort.assemble], {}),
+        ("score", [ScorerConfig, PromptSpec, ModelSpec, score_file, sparsort.SparsityScorer], {}),
+        ("order", [ScorerConfig, OrderConfig, PromptSpec, ModelSpec, sparsort.assemble], {}),
         # `queries` is a number on the command line and the rows themselves in `choose_order`.
         ("choose", [choose_order, read_rows], {}),
         ("calibrate", [calibrate], {"draws": "n_boot"}),

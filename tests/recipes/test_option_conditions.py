@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli import app
+from sparsort.recipes.cli_command import CheckedCommand
 from sparsort.recipes.option_conditions import COMMANDS, check
-from sparsort.recipes.options import CheckedCommand
 
 # What every command needs, whatever else is given. No file of these is there: options are checked before any is read.
 BASE = {
@@ -79,6 +79,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "column hard",
                 "l0-threshold 1.0",
                 "descending",
+                "truncation left",
+                "max-length 9",
             )
         ),
         *(
@@ -93,6 +95,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "column hard",
                 "l0-threshold 1.0",
                 "descending",
+                "truncation left",
+                "max-length 9",
             )
         ),
         *(
@@ -131,7 +135,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         *(
             (f"--{name}", "--scorer length", "nothing here runs a model")
-            for name in ("dtype float32", "device cpu", "no-cache")
+            for name in ("dtype float32", "device cpu", "no-cache", "token-budget 64")
+        ),
+        *(
+            (f"--{name}", "--scorer length", "sparsity, answer_loss, prompt_loss, entropy read it")
+            for name in ("truncation left", "max-length 9")
         ),
         ("--no-cache", "--order random -k 2 --select bm25", "nothing here runs a model"),
         ("--dtype float32", "--order given --max-tokens 9", "nothing here runs a model"),
@@ -167,6 +175,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "labels a,b",
                 "judge exact",
                 "chat",
+                "system x",
                 "id-column key",
                 "test t.jsonl",
                 "stop x",
@@ -175,6 +184,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             )
         ),
         ("--label x", "mr,trec", "mr,trec has its own prompt"),
+        ("--system x", "", "a plain prompt has no system turn"),
         ("--labels a,b", "--judge exact", "--judge exact reads written answers"),
         ("--stop x", "", "labels are scored, and nothing is written"),
         ("--max-new-tokens 3", "--judge labels", "labels are scored"),
@@ -237,7 +247,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "warm-up 0.2",
                 "later-epochs shuffle",
                 "batch-size 4",
-                "token-budget 4",
+                "batch-tokens 4",
                 "packing next_fit",
                 "pack-length 9",
                 "group-by-length",
@@ -267,6 +277,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--unscored last", "--schedule shuffle", "does not look at scores"),
         ("--groups kind", "--schedule shuffle", "does not take the easiest of each group"),
         ("--online-metric hoyer", "", "the difficulty is not learned in training"),
+        ("--revision main", "", "--model tiny starts from random weights"),
+        ("--trust-remote-code", "--model small", "--model small starts from random weights"),
         ("--epochs 1", "--max-steps 5", "--max-steps 5 sets the length of the run"),
         ("--eval-steps 5", "--eval-share 0", "no rows are held out"),
         ("--eval-steps 5", "--plan p", "no rows are held out"),
@@ -314,6 +326,11 @@ ACCEPTED = [
     ("score", "--messages m --scorer answer_loss", None),
     ("choose", "--by pdo+density --prior pool", None),
     ("train", "--plan p --fingerprint f", None),
+    ("train", "--plan p --model some/model --revision r --trust-remote-code", None),
+    ("order", "--order given --select knn -k 2 --token-budget 64", None),
+    ("order", "--scorer entropy --max-length 9 --truncation left", None),
+    ("ablate", "study.toml --revision r --trust-remote-code --token-budget 64 --model m", None),
+    ("ablate", "--prompt x --chat --system s", None),
     ("plan", "--mode pool --pacing linear --steps 9 --stages 3 --seed 2 --quota a=1 --data d --groups kind", None),
     ("plan", "--schedule interleaved --folds 4 --warm-up 0.2 --seed 1", None),
     ("plan", "--schedule shuffle --unscored error --seed 1", None),

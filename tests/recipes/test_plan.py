@@ -133,7 +133,7 @@ def test_every_option_reaches_the_settings(scores: Path, data: Path, tmp_path: P
         "folds": 3,
         "warm_up": 0.3,
     }
-    lengths = ["--token-budget", 90, "--max-length", 30, "--group-by-length", "--stages", 2]
+    lengths = ["--batch-tokens", 90, "--cut-length", 30, "--group-by-length", "--stages", 2]
     assert settings(*lengths, "--later-epochs", "shuffle") == default | {
         "batch_size": None,
         "token_budget": 90,
@@ -152,7 +152,7 @@ def test_every_option_reaches_the_settings(scores: Path, data: Path, tmp_path: P
 def test_lengths_from_the_scores_and_from_a_field_make_the_same_batches(
     scores: Path, data: Path, tmp_path: Path
 ) -> None:
-    asked = ["--data", data, "--token-budget", 100, "--max-length", 25, "--json"]
+    asked = ["--data", data, "--batch-tokens", 100, "--cut-length", 25, "--json"]
     counted = json.loads(_run(scores, *asked).stdout)
     named = json.loads(_run(scores, *asked, "--lengths", "tokens").stdout)
     assert counted["fingerprint"] == named["fingerprint"]
@@ -247,7 +247,7 @@ POOL = ["--batch-size", "4", "--mode", "pool", "--pacing", "linear", "--steps", 
         (["--batch-size", "4", "--stages", "4", "--pacing", "root:start=1.5"], "above 0 and at most 1"),
         (["--batch-size", "4", "--pacing", "root:start=0.2"], "stages=100"),
         ([], "exactly one"),
-        (["--batch-size", "4", "--token-budget", "100"], "exactly one"),
+        (["--batch-size", "4", "--batch-tokens", "100"], "exactly one"),
         (["--batch-size", "61"], "above the 60 rows"),
         (["--batch-size", "0"], "at least 1"),
         (["--batch-size", "4", "--stages", "99"], "99 stages do not fit"),

@@ -109,7 +109,7 @@ def test_no_command_prints_a_control_character(run: Run, folder: Path, model: li
         "--scores",
         out / "scores",
     ]
-    run(*train, "--out", out / "train", "--max-length", 16)
+    run(*train, "--out", out / "train", "--cut-length", 16)
     run("env")
 
 

@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
 }
 STEPS = 33  # 3 epochs of ceil(42 / 4) batches
 OPTIONS = (
-    *("--stages", 3, "--batch-size", 4, "--later-epochs", "shuffle", "--max-length", MAX_LENGTH, "--lr", LR),
+    *("--stages", 3, "--batch-size", 4, "--later-epochs", "shuffle", "--cut-length", MAX_LENGTH, "--lr", LR),
     *("--lr-schedule", "constant", "--epochs", 3, "--save-steps", 5, "--seed", 5),
 )
 
@@ -238,7 +238,7 @@ def test_a_folder_that_is_trained_in_is_left_alone(data: Path, tmp_path: Path) -
     asked = (data / "rows.jsonl", "--text", TEXT, "--schedule", "shuffle", "--out", tmp_path, "--max-steps", 1)
     with held(tmp_path):
         assert "another process is training" in " ".join(_cli(*asked, code=2).output.split())
-    _cli(*asked, "--model", "tiny", "--max-length", 8)
+    _cli(*asked, "--model", "tiny", "--cut-length", 8)
 
 
 def test_a_plan_of_these_rows_is_followed(data: Path, whole: Path, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_every_kind_of_batch_trains(curriculum: dict[str, Any], data: Path, tmp_
 def test_a_model_that_is_there_is_trained_on(data: Path, make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = str(make_tiny_model("llama"))
     arguments = (data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--model", model, "--max-steps", 2)
-    shown = _cli(*arguments, "--max-length", 16, "--out", tmp_path / "run").stdout
+    shown = _cli(*arguments, "--cut-length", 16, "--out", tmp_path / "run").stdout
     assert "38 trained on, 4 held out" in shown
     before, after = (
         AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, tmp_path / "run/model")

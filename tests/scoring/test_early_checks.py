@@ -229,7 +229,7 @@ SCORE = ["score", "FILE", *TEXT]
         ([*QUERY, "--outliers", "drop:64"], "drops every one of the 64 dimensions"),
         (["calibrate", "FILE", *TEXT, "-a", "{a}", "--sites", "layer:999"], "the model has 3 blocks"),
         (["calibrate", "FILE", *TEXT, "-a", "{a}", "--max-length", "4000"], "was made for 1024 tokens"),
-        ([*TRAIN, "--max-length", "2000"], "the model .* takes 1024"),
+        ([*TRAIN, "--cut-length", "2000"], "the model .* takes 1024"),
     ],
 )
 def test_the_commands_find_mistakes_without_weights(

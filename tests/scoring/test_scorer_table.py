@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.score import READ_BY, ScorerConfig
+from sparsort.recipes.scorer_config import READ_BY, ScorerConfig
+from sparsort.scoring.model_spec import ModelSpec
 from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 from sparsort.scoring.scorers.sparsity import ModelScorer
 
@@ -20,7 +21,7 @@ NEEDS: dict[str, dict[str, Any]] = {"text": {"prompt": "{text}"}, "answer": {"an
 
 
 def _config(name: str, folder: Path) -> ScorerConfig:
-    model = {"model": str(folder)} if "model" in SCORERS[name].reads else {}
+    model = {"model": ModelSpec(str(folder))} if "model" in SCORERS[name].reads else {}
     return ScorerConfig(scorer=name, column="level" if name == "column" else None, **model)  # type: ignore[arg-type]
 
 

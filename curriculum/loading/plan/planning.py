@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,7 @@ from sparsort.curriculum.loading.plan.arrays import Spans, available, base_order
 from sparsort.curriculum.loading.plan.combine import COMBINATIONS, Combination, combine
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.ranking import by_id, group_names, row_type
-from sparsort.curriculum.loading.plan.settings import CurriculumSettings
+from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
 from sparsort.scoring.scores import Scores
@@ -62,7 +62,7 @@ def plan_curriculum(
     combination: Combination = "rank_average",
     weights: Mapping[str, float] | None = None,
     out: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[CurriculumOptions],
 ) -> CurriculumPlan:
     """Plan every batch of a training run.
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, fields
-from typing import Any, Literal, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from sparsort.conditions import ALWAYS, Table, When, among, excludes, refuse_unread_fields
-from sparsort.curriculum.loading.plan.pacing import Pacing
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.options import option, shares
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.loading.plan.pacing import Pacing
+
+ORDER_PANEL = "Order"
+BATCH_PANEL = "Batches"
+POOL_PANEL = "Pool mode"
 
 Mode = Literal["one_pass", "pool"]
 Schedule = Literal["sorted", "folded", "interleaved", "shuffle", "as_given"]
@@ -65,7 +70,7 @@ READ_BY: Table = {
         When(holds=lambda v: v["schedule"] != "as_given", why="{schedule} has no easy and hard end"),
     ),
     "steps": (_POOL,),
-    "quotas": (_POOL,),
+    "quota": (_POOL,),
     "group_by_length": (
         _ONE_PASS,
         _SORTED,
@@ -82,6 +87,29 @@ READ_BY: Table = {
     ),
     "seed": ALWAYS,
 }
+
+
+class CurriculumOptions(TypedDict, total=False):
+    """The fields of `CurriculumSettings`, where a function takes them as keywords; a pacing may be given as text."""
+
+    batch_size: int | None
+    token_budget: int | None
+    mode: Mode
+    schedule: Schedule
+    direction: Direction
+    pacing: Pacing | str | None
+    stages: int | None
+    folds: int
+    warm_up: float | None
+    later_epochs: Later
+    steps: int | None
+    quotas: Mapping[str, float] | None
+    group_by_length: bool
+    max_length: int | None
+    packing: Packing
+    pack_length: int | None
+    unscored: Unscored
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,29 +147,60 @@ class CurriculumSettings:
         SparsortError: an unknown choice, a number out of range, settings that need others, or one that is not read (`READ_BY`).
     """
 
-    batch_size: int | None = None
-    token_budget: int | None = None
-    mode: Mode = "one_pass"
-    schedule: Schedule = "sorted"
-    direction: Direction = "easy_to_hard"
-    pacing: Pacing | None = None
-    stages: int | None = None
-    folds: int = 4
-    warm_up: float | None = None
-    later_epochs: Later = "repeat"
-    steps: int | None = None
-    quotas: Mapping[str, float] | None = None
-    group_by_length: bool = False
-    max_length: int | None = None
-    packing: Packing = "none"
-    pack_length: int | None = None
-    unscored: Unscored = "last"
-    seed: int = 0
+    batch_size: int | None = option(
+        None, "Examples of a global batch: per device × accumulation × devices.", panel=BATCH_PANEL
+    )
+    token_budget: int | None = option(
+        None,
+        "Tokens of a global batch, padding included, instead of --batch-size.",
+        panel=BATCH_PANEL,
+        flag="--batch-tokens",
+        retired=("--token-budget",),
+    )
+    mode: Mode = option(
+        "one_pass", "one_pass: each example once an epoch; pool: drawn from the available share.", panel=ORDER_PANEL
+    )
+    schedule: Schedule = option("sorted", "sorted, folded, interleaved, shuffle or as_given.", panel=ORDER_PANEL)
+    direction: Direction = option("easy_to_hard", "easy_to_hard, hard_to_easy or random.", panel=ORDER_PANEL)
+    pacing: Pacing | None = option(
+        None,
+        "Share available over training, such as root:start=0.2,until=0.5.",
+        panel=ORDER_PANEL,
+        kind=str | None,
+    )
+    stages: int | None = option(None, "Pieces of an epoch, shuffled within.", panel=ORDER_PANEL)
+    folds: int = option(4, "Folds of folded, or levels of interleaved.", panel=ORDER_PANEL)
+    warm_up: float | None = option(None, "After this share of an epoch the rest comes shuffled.", panel=ORDER_PANEL)
+    later_epochs: Later = option("repeat", "repeat the curriculum, or shuffle.", panel=ORDER_PANEL)
+    steps: int | None = option(None, "Batches of an epoch.", panel=POOL_PANEL)
+    quotas: Mapping[str, float] | None = option(
+        None,
+        "GROUP=0.7: its share of every batch; once for each group.",
+        panel=POOL_PANEL,
+        parameter="quota",
+        kind=list[str] | None,
+        read=shares("--quota"),
+    )
+    group_by_length: bool = option(False, "Like lengths share a batch, within a stage.", panel=BATCH_PANEL)
+    max_length: int | None = option(
+        None,
+        "Tokens at which a row is cut.",
+        panel=BATCH_PANEL,
+        flag="--cut-length",
+        retired=("--max-length",),
+    )
+    packing: Packing = option("none", "none, next_fit (keeps the order) or best_fit.", panel=BATCH_PANEL)
+    pack_length: int | None = option(None, "Tokens of a packed sequence.", panel=BATCH_PANEL)
+    unscored: Unscored = option("last", "Rows without a score: last, first or error.", panel=ORDER_PANEL)
+    seed: int = option(0, "Seed for every random draw.", panel=ORDER_PANEL)
     stored: InitVar[bool] = False
 
     def __post_init__(self, stored: bool) -> None:
+        from sparsort.curriculum.loading.plan.pacing import Pacing
+
         for field in fields(self):
-            if isinstance(value := getattr(self, field.name), np.integer | np.floating):
+            value = getattr(self, field.name)
+            if getattr(value, "ndim", None) == 0:  # a number of NumPy's
                 object.__setattr__(self, field.name, value.item())
         if isinstance(self.quotas, Mapping):
             plain = {
@@ -153,8 +212,8 @@ class CurriculumSettings:
                 raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
         if (self.batch_size is None) == (self.token_budget is None):
             raise SparsortError(
-                f"a batch is measured by examples or by tokens: got batch_size={self.batch_size} and "
-                f"token_budget={self.token_budget}. Give exactly one, such as batch_size=32."
+                f"a batch is measured by examples or by tokens: got batch_size={self.batch_size} (--batch-size) and "
+                f"token_budget={self.token_budget} (--batch-tokens). Give exactly one, such as batch_size=32."
             )
         for name in ("batch_size", "token_budget", "stages", "folds", "steps", "max_length", "pack_length"):
             value = getattr(self, name)
@@ -187,6 +246,8 @@ class CurriculumSettings:
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, stored: bool = False) -> CurriculumSettings:
         """Settings by name; a pacing may be given as text, such as "root:start=0.2". `stored`: see the class."""
+        from sparsort.curriculum.loading.plan.pacing import Pacing
+
         names = [field.name for field in fields(cls)]
         for name in value:
             if name not in names:
@@ -228,7 +289,7 @@ class CurriculumSettings:
         if self.max_length is not None and limit is not None and self.max_length > limit:
             raise SparsortError(
                 f"max_length={self.max_length} is above the {limit} tokens that one batch or packed sequence holds. "
-                f"Choose max_length ≤ {limit}."
+                f"Choose max_length ≤ {limit} (--cut-length)."
             )
 
     def _check_quotas(self) -> None:
