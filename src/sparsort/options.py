@@ -1,6 +1,6 @@
 """Command-line options, each declared once, as a field of the frozen dataclass that the code reads.
 
-Contract: `option` creates the field, and its `Option` describes how a command presents it. `sparsort.recipes.options` makes the
+Contract: `option` creates the field, and its `Option` describes how a command presents it. `recipes.cli.options` makes the
 parameters of the commands from the fields, and the dataclass from the values of a call. A field without an `Option` can
 be set only in Python. A field whose default is itself such a dataclass adds the options of that dataclass.
 """

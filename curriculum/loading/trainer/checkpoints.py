@@ -1,6 +1,6 @@
 """Checkpoints of transformers' Trainer: check them, choose the one to resume from, and delete old ones.
 
-Contract: a checkpoint of sparsort is completed by a manifest of all its files (`sparsort.manifests`), which is written after
+Contract: a checkpoint of sparsort is completed by a manifest of all its files (`storage.manifests`), which is written after
 every process has written its part and before older checkpoints are deleted. Whatever is killed, and whenever, the newest complete
 checkpoint is therefore still there. A checkpoint is checked before any part of it is used; damaged and incomplete checkpoints are
 skipped in favour of the newest intact one. Files that are added to a checkpoint later are not damage.

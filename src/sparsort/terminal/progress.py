@@ -1,7 +1,7 @@
 """Progress bars for long work, on stderr, and only if it is a terminal.
 
 Contract: `progress(title, total)` yields `advance(n)`. Nothing is drawn when stderr is not a terminal, so logs and pipes
-stay clean, and nothing is ever written to stdout. `advance` raises an interrupt again that was lost (`sparsort.interrupts`).
+stay clean, and nothing is ever written to stdout. `advance` raises an interrupt again that was lost (`interrupts`).
 """
 
 from __future__ import annotations
