@@ -1,8 +1,8 @@
-# Each target sets up .venv when it is missing or older than pyproject.toml and constraints.txt.
+# Each target sets up .venv if it is missing or older than pyproject.toml and constraints.txt.
 #
-#   PYTHON=python3.12        the interpreter that .venv is made with
-#   VENV_PYTHON=python3      run with that interpreter as it is, without .venv and without installing anything,
-#                            as on a GPU machine that has torch but no network
+#   PYTHON=python3.12        the interpreter that creates .venv
+#   VENV_PYTHON=python3      run with this interpreter, without .venv and without installing anything;
+#                            for example on a GPU machine that has torch but no network
 #   ARGS="-k order"          passed on to the command
 
 .DEFAULT_GOAL := help
@@ -18,16 +18,16 @@ READY := .venv/.ready
 RUN := .venv/bin/python
 endif
 
-# -P with -m: the root stays off the path, where its folder `kernels` would answer for Hugging Face's distribution.
+# -P with -m keeps the root off the path. Its folder `kernels` would otherwise shadow Hugging Face's package of that name.
 .PHONY: help demo test test-under-load lint house tables bench gpu-check setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
-demo: $(READY) ## score the shipped examples, order a prompt, save a picture
+demo: $(READY) ## score the examples, order a prompt, and save a figure
 	@$(RUN) examples/demo.py $(ARGS)
 
-test: $(READY) ## run all tests, in two processes
+test: $(READY) ## run all tests in two processes
 	@OMP_NUM_THREADS=1 $(RUN) -P -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 test-under-load: $(READY) ## run tests five times while eight processes keep the machine busy: ARGS="tests/scoring -k killed"
@@ -38,13 +38,13 @@ lint: $(READY) ## check style and types
 	@$(RUN) -P -m ruff format --check
 	@$(RUN) -P -m mypy
 
-house: $(READY) ## measure the code itself: sizes, cycles, words, symbols; ARGS="--list words" lists one row
+house: $(READY) ## measure the code: sizes, cycles, words, symbols; ARGS="--list words" lists the hits of one row
 	@$(RUN) tests/support/house.py $(ARGS)
 
-tables: $(READY) ## fill the tables of the documentation from the source
+tables: $(READY) ## regenerate the tables of the documentation from the source
 	@$(RUN) docs/generate_tables.py
 
-bench: $(READY) ## measure scoring, kernels, sparse attention, calibration, the ablation and the loader, in some minutes
+bench: $(READY) ## measure scoring, kernels, sparse attention, calibration, the ablation and the loader (some minutes)
 	@$(RUN) benchmarks/speed/scoring.py --quick $(ARGS)
 	@$(RUN) benchmarks/speed/sparsity_kernels.py --quick $(ARGS)
 	@$(RUN) benchmarks/speed/sparse_attention/sparse_attention.py --quick $(ARGS)
@@ -55,15 +55,15 @@ bench: $(READY) ## measure scoring, kernels, sparse attention, calibration, the 
 gpu-check: $(READY) ## check and measure the Triton kernels on this machine's GPU
 	@$(RUN) benchmarks/speed/gpu_check.py $(ARGS)
 
-setup: $(READY) ## only set up .venv
+setup: $(READY) ## set up .venv only
 
-clean: ## remove what builds, tests and runs leave; .venv stays
+clean: ## remove the files that builds, tests and runs leave; keep .venv
 	@rm -rf dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "sparsort needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=python3.12 …" >&2; exit 1; }
+		|| { echo "sparsort needs Python 3.11 or newer, and $(PYTHON) is older. Run: make PYTHON=python3.12 …" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "Installing sparsort and its tools into .venv (minutes the first time) …"
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -1,7 +1,7 @@
-"""Run what README.md promises: its blocks marked `bash` and `python`, in order, without `… no-ci`. Stop at the first failure.
+"""Run the blocks of README.md marked `bash` or `python`, in order. Skip those marked `… no-ci`, and stop at the first failure.
 
-Every command and every Python block has a process of its own, forked from one that has imported torch, transformers and the
-classes of the embedded model: importing them takes 9 s of CPU time, more than most of the commands do. Usage:
+Every command and every Python block runs in its own process. It is forked from one that has imported torch, transformers and the
+classes of the embedded model, because importing them takes 9 s of CPU time, more than most of the commands. Usage:
 `python -P .ci/readme.py README.md`, in the folder that the commands may write to.
 """
 
@@ -23,7 +23,7 @@ _EMBEDDED_MODEL = ("transformers.models.gemma3.modeling_gemma3", "transformers.m
 
 
 def jobs(text: str) -> Iterator[tuple[str, str, list[str]]]:
-    """What to show, the code to run and its arguments, for each command and each Python block of a README."""
+    """Yield (text to show, code to run, arguments) for each command and each Python block of a README."""
     for language, body in re.findall(r"^```(bash|python)[ \t]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         if language == "python":
             yield body, body, []
@@ -31,9 +31,7 @@ def jobs(text: str) -> Iterator[tuple[str, str, list[str]]]:
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words and words[0] != "sparsort":
-                sys.exit(
-                    f"README.md runs {words[0]!r}, and here only sparsort can be run: mark the block `bash no-ci`."
-                )
+                sys.exit(f"README.md runs {words[0]!r}, but only sparsort can run here. Mark the block `bash no-ci`.")
             if words:
                 yield line, _SPARSORT, words[1:]
 
@@ -47,7 +45,7 @@ def main() -> None:
             for stream in ("out", "err"):
                 print(Path(f"{log}-0.{stream}").read_text(encoding="utf-8"), end="", flush=True)  # noqa: T201
             if returned:
-                sys.exit(f"It ended with exit code {returned}.")
+                sys.exit(f"The command ended with exit code {returned}.")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Sparse attention that is trained in: selectors, and how they join the models of transformers."""
+"""Trainable sparse attention: block selectors, and how they are attached to transformers models."""

@@ -1,9 +1,9 @@
 """The attention function and the mask function that are registered with transformers as "sparsort".
 
-Contract: the mask function hands the padding on as (B, columns filled), or None where every row is one sequence of queries
-behind all keys; (B, 1, T, S) is made for sliding-window layers only. The attention function sends a module with an index
-branch through choose → attend → mix → loss, and any other to SDPA. What it cannot honour it refuses: masks of another
-pattern, dropout, softcapping, sinks.
+Contract: the mask function passes the padding on as (B, filled columns), or returns None if every row is one sequence whose
+queries are its last keys. It builds a (B, 1, T, S) mask for sliding-window layers only. The attention function runs
+choose → attend → mix → loss for a module with an index branch, and SDPA for any other module. It raises an error for
+everything that it cannot honour: masks with another pattern, dropout, softcapping, and sinks.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups (key/value heads), D head width.
 """
@@ -26,7 +26,7 @@ from sparsort.kernels.eager import in_eager
 
 
 def register() -> None:
-    """Make `attn_implementation="sparsort"` known to transformers; once or many times."""
+    """Register `attn_implementation="sparsort"` with transformers. Repeated calls have no further effect."""
     AttentionInterface.register(NAME, attend_layer)
     AttentionMaskInterface.register(NAME, padding_or_mask)
 
@@ -44,13 +44,16 @@ def padding_or_mask(
     allow_is_bidirectional_skip: bool | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What full layers need of the mask; for sliding layers, the mask.
+    """Return the padding for layers with full attention, and the complete mask for sliding-window layers.
+
+    The arguments are those of transformers' mask interface; `local_size` is given for sliding-window layers only.
 
     Returns:
-        None; or (B, q_offset + T) bool, the columns filled so far, False where they are padding; or (B, 1, T, S).
+        For full attention, None or (B, q_offset + T) bool over the columns filled so far, False at padding; for sliding-window
+        layers, (B, 1, T, S).
 
     Raises:
-        SparsortError: a pattern other than causal, or a padding mask that does not cover the cache.
+        SparsortError: the pattern is not causal, or the padding mask does not cover the cache.
     """
     if local_size is not None:
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
@@ -67,18 +70,21 @@ def padding_or_mask(
         return mask
     if use_vmap or allow_is_bidirectional_skip is not None:
         raise SparsortError(
-            "sparse attention is causal, and the model asks for another mask (bidirectional, or one with a function of its own)."
+            "sparse attention is causal, but the model requests another mask (a bidirectional one, or one with its own mask "
+            "function). Use a causal model without a custom mask function."
         )
     filled = int(q_offset) + q_length
     if attention_mask is None:
-        behind_all = filled == kv_length and (q_length in (1, filled))
-        return None if behind_all else torch.ones(batch_size, filled, dtype=torch.bool, device=kwargs.get("device"))
+        # None suffices if the queries are all of the keys, or only the last one. SDPA's causal flag would misalign any other
+        # number of queries, and a static cache has unfilled columns, so these cases need a mask.
+        is_plain = filled == kv_length and (q_length in (1, filled))
+        return None if is_plain else torch.ones(batch_size, filled, dtype=torch.bool, device=kwargs.get("device"))
     if attention_mask.shape[-1] < filled:
         raise SparsortError(
             f"the attention mask covers {attention_mask.shape[-1]} tokens; expected {filled}: those in the cache and the "
-            f"{q_length} new ones."
+            f"{q_length} new ones. Extend the mask to the cached tokens."
         )
-    # Columns after the filled ones are a static cache's future.
+    # The columns after the filled ones are slots of a static cache that no token has reached yet.
     return attention_mask[:, :filled]
 
 
@@ -96,36 +102,36 @@ def attend_layer(
     sparsort_layer: Given | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of every layer of a model with an index branch.
+    """Compute the attention of any layer, sparse or dense, of a model with an index branch.
 
     Args:
         module: the attention module.
         query: (B, H, T, D).
-        key, value: (B, G, S, D), with what the cache holds.
-        attention_mask: what `padding_or_mask` gave.
-        scaling: of the logits; 1/√D where the model gives none.
+        key, value: (B, G, S, D), including the cached tokens.
+        attention_mask: the result of `padding_or_mask`.
+        scaling: factor for the logits; None: 1/√D.
         position_ids: (B or 1, T).
-        sparsort_pass, sparsort_layer: from the hooks.
-        kwargs: dropout, sliding_window, and whatever else the model sends.
+        sparsort_pass, sparsort_layer: arguments that the hooks of `state.py` add.
+        kwargs: dropout, sliding_window, and other arguments of the model.
 
     Returns:
-        (B, T, H, D), and None where eager attention returns its weights.
+        The output (B, T, H, D), and None in the place of the attention weights.
 
     Raises:
-        SparsortError: the model wants of its sparse layers what they do not have, or the hooks did not run.
+        SparsortError: the model requests a feature that sparse layers do not have, or the hooks did not run.
     """
     branch: Any = getattr(module, "index_branch", None)
     if branch is None:
-        made = {} if sparsort_pass is None else sparsort_pass.dense_masks
+        masks = {} if sparsort_pass is None else sparsort_pass.dense_masks
         return attend_dense(
-            module, query, key, value, attention_mask, made, scaling=scaling, position_ids=position_ids, **kwargs
+            module, query, key, value, attention_mask, masks, scaling=scaling, position_ids=position_ids, **kwargs
         )
     if sparsort_pass is None or sparsort_layer is None:
         raise SparsortError(
-            "a layer with an index branch was called outside its model's decoder, so that nothing was prepared for it. Call the "
-            "model that attach_index_branch was given, or its decoder."
+            "a layer with an index branch was called outside its model's decoder, whose hook prepares the layer's inputs. Call "
+            "the model that was passed to attach_index_branch, or its decoder."
         )
-    _check_wishes(attention_mask, kwargs)
+    _check_features(attention_mask, kwargs)
     batch, _, queries, width = query.shape
     layout = sparsort_pass.layout(attention_mask, position_ids, batch, queries, key.shape[2])
     inputs = LayerInputs(
@@ -144,8 +150,10 @@ def attend_layer(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend_sparse(module: Any, branch: Selector, inputs: LayerInputs, index_keys: Tensor | None, made: Pass) -> Tensor:
-    """(B, H, T, D)."""
+def _attend_sparse(
+    module: Any, branch: Selector, inputs: LayerInputs, index_keys: Tensor | None, forward_pass: Pass
+) -> Tensor:
+    """Return the output (B, H, T, D) of a sparse layer, which in training carries the selector's loss."""
     choice = branch.choose(inputs, index_keys)
     output, lse = attend(
         inputs.query,
@@ -157,29 +165,35 @@ def _attend_sparse(module: Any, branch: Selector, inputs: LayerInputs, index_key
         bias=choice.bias,
     )
     output = branch.mix(inputs, index_keys, choice, output)
-    for observe in made.observers:
+    for observe in forward_pass.observers:
         with torch.no_grad():
             observe(module.layer_idx, inputs, choice)
+    # Evaluation needs no alignment loss. `module.training` is checked instead of gradients, because the first forward pass under
+    # reentrant checkpointing runs without them.
     if not module.training:
         return output
     loss = branch.loss(inputs, index_keys, choice, lse)
-    return output if loss is None else made.carrier.carry(output, loss, module.layer_idx)
+    return output if loss is None else forward_pass.carrier.carry(output, loss, module.layer_idx)
 
 
-def _check_wishes(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _check_features(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse masks and features that block-sparse attention does not support."""
     if attention_mask is not None and attention_mask.ndim != 2:
         raise SparsortError(
             f"the attention mask has shape {tuple(attention_mask.shape)}; a sparse layer takes padding only, as (batch, tokens). "
-            "Separate packed sequences by position_ids instead, without a mask."
+            "To separate packed sequences, pass position_ids and no mask."
         )
     if kwargs.get("output_attentions"):
-        raise SparsortError("a sparse layer has no attention weights to return. Leave output_attentions out.")
+        raise SparsortError("a sparse layer has no attention weights to return. Do not pass output_attentions.")
     if kwargs.get("dropout"):
         raise SparsortError(
             f"the model drops out {kwargs['dropout']} of its attention weights in training, which block-sparse attention "
-            "does not do. Set attention_dropout to 0 in its configuration before the model is made."
+            "does not support. Set attention_dropout to 0 in the configuration before the model is built."
         )
-    wishes = {"softcap": "softcapping", "s_aux": "attention sinks", "sliding_window": "a sliding window"}
-    for name, wish in wishes.items():
+    features = {"softcap": "softcapping", "s_aux": "attention sinks", "sliding_window": "a sliding window"}
+    for name, feature in features.items():
         if kwargs.get(name) is not None:
-            raise SparsortError(f"a sparse layer is asked for {wish}, which it does not have. Leave this layer dense.")
+            raise SparsortError(
+                f"the model requests {feature} ({name}) in a sparse layer, which does not support it. Keep this layer dense: "
+                "do not name it in layers."
+            )

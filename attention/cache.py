@@ -1,9 +1,9 @@
 """Index keys in the caches of transformers.
 
-Contract: what a selector keeps of a token lies beside the token's key and value, in transformers' own indexed layers
-(`DynamicIndexedLayer`, `StaticIndexedLayer`), so that reordering (beam search), cropping (assisted generation), selecting and
-resetting treat all three alike. A cache comes with plain layers, because the configuration is that of a dense model: an empty
-one is exchanged for its indexed kind when its attention layer is first reached.
+Contract: a token's index key is stored with its key and value, in transformers' own indexed layers (`DynamicIndexedLayer`,
+`StaticIndexedLayer`). Reordering (beam search), cropping (assisted generation), selecting and resetting therefore treat all
+three alike. A new cache has plain layers, because the configuration is that of a dense model. When an attention layer is first
+reached, its empty plain cache layer is replaced by the indexed kind.
 """
 
 from __future__ import annotations
@@ -21,70 +21,74 @@ def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor, *, selector: s
     """Append the index keys of new tokens.
 
     Args:
-        cache: of the whole model; its keys and values have not been updated yet.
-        layer: number of the attention layer.
-        index_keys: (B, T, width), of the new tokens.
-        selector: what made them; a cache keeps those of one selector.
+        cache: the cache of the whole model, before the keys and values of the new tokens are added.
+        layer: number of the attention layer, from 0.
+        index_keys: (B, T, width), the index keys of the new tokens.
+        selector: name of the selector that computed them; a cache holds the index keys of one selector.
 
     Returns:
-        (B, S, width): those of all tokens, the new ones last; of a static cache all of its columns, filled or not.
+        (B, S, width), the index keys of all tokens, the new ones last; for a static cache, all of its columns, filled or not.
 
     Raises:
-        SparsortError: the cache was filled without index keys or with another selector's, or is of a kind that cannot hold
-            them.
+        SparsortError: the cache was filled without index keys or with those of another selector, or its kind cannot hold
+            index keys.
     """
     if getattr(cache, "offloading", False):
         raise SparsortError(
-            "an offloaded cache does not move index keys in time. Use a dynamic or static cache that stays on the device."
+            "the cache is offloaded, and an offloaded cache does not move index keys back in time. Use a dynamic or static "
+            "cache that stays on the device."
         )
+    # transformers appends the layers of a dynamic cache when their keys first arrive, which is after their index keys.
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
-    held = cache.layers[layer]
-    if not isinstance(held, DynamicIndexedLayer | StaticIndexedLayer):
-        held = cache.layers[layer] = _indexed(held, layer)
-    _check_held(held, layer, f"{selector} of width {index_keys.shape[-1]}")
-    kept: Tensor = held.update_indexer(index_keys)
-    return kept
+    cache_layer = cache.layers[layer]
+    if not isinstance(cache_layer, DynamicIndexedLayer | StaticIndexedLayer):
+        cache_layer = cache.layers[layer] = _indexed(cache_layer, layer)
+    _check_index_keys(cache_layer, layer, f"{selector} of width {index_keys.shape[-1]}")
+    all_index_keys: Tensor = cache_layer.update_indexer(index_keys)
+    return all_index_keys
 
 
-def _check_held(held: Any, layer: int, maker: str) -> None:
-    """Refuse index keys that `maker` did not make, or that some of the layer's tokens lack."""
-    if not held.is_indexer_initialized:
-        held.sparsort_maker = maker
-    found = getattr(held, "sparsort_maker", "another model")
-    if found != maker:
+def _check_index_keys(cache_layer: Any, layer: int, maker: str) -> None:
+    """Refuse a cache layer whose index keys are from another maker or do not cover all of its tokens."""
+    if not cache_layer.is_indexer_initialized:
+        cache_layer.sparsort_maker = maker
+    stored_maker = getattr(cache_layer, "sparsort_maker", "another model")
+    if stored_maker != maker:
         raise SparsortError(
-            f"layer {layer} of the cache holds index keys of {found}, and the model's are of {maker}. Start with a new cache."
+            f"layer {layer} of the cache holds index keys of {stored_maker}, but the model computes those of {maker}. Start "
+            "with a new cache."
         )
-    # A static cache counts in tensors, which a compiled model cannot compare.
+    # A static cache keeps its counts in tensors, and a compiled model cannot branch on their values.
     if torch.compiler.is_compiling():
         return
+    # Index keys are appended before keys and values, so both counts exclude the new tokens here.
     indexed = 0
-    if held.is_indexer_initialized:
-        static = isinstance(held, StaticIndexedLayer)
-        indexed = int(held.indexer_cumulative_length) if static else held.indexer_keys.shape[1]
-    filled = int(held.get_seq_length())
+    if cache_layer.is_indexer_initialized:
+        static = isinstance(cache_layer, StaticIndexedLayer)
+        indexed = int(cache_layer.indexer_cumulative_length) if static else cache_layer.indexer_keys.shape[1]
+    filled = int(cache_layer.get_seq_length())
     if indexed != filled:
         raise SparsortError(
-            f"layer {layer} of the cache holds {filled} tokens and index keys of {indexed}: the model was without its index "
-            "branch in between. Start with a new cache."
+            f"layer {layer} of the cache holds {filled} tokens and index keys of {indexed}; expected one for each token. Some "
+            "tokens were added while the index branch was detached. Start with a new cache."
         )
 
 
-def _indexed(held: Any, layer: int) -> DynamicIndexedLayer | StaticIndexedLayer:
-    """The indexed kind of an empty plain layer."""
-    if type(held) not in (DynamicLayer, StaticLayer):
+def _indexed(cache_layer: Any, layer: int) -> DynamicIndexedLayer | StaticIndexedLayer:
+    """Return an indexed cache layer to replace an empty plain one."""
+    if type(cache_layer) not in (DynamicLayer, StaticLayer):
         raise SparsortError(
-            f"layer {layer} of the cache is a {type(held).__name__}, which cannot hold index keys. Use a DynamicCache or a "
-            'StaticCache (cache_implementation="dynamic" or "static").'
+            f"layer {layer} of the cache is a {type(cache_layer).__name__}, which cannot hold index keys. Use a DynamicCache "
+            'or a StaticCache (cache_implementation="dynamic" or "static").'
         )
-    filled = int(held.get_seq_length())
+    filled = int(cache_layer.get_seq_length())
     if filled:
         raise SparsortError(
             f"layer {layer} of the cache holds {filled} tokens without index keys: it was filled before the index branch was "
-            "attached, or by another model. Start with an empty cache."
+            "attached, or by another model. Start with a new cache."
         )
-    if isinstance(held, StaticLayer):
-        return StaticIndexedLayer(max_cache_len=held.max_cache_len)
+    if isinstance(cache_layer, StaticLayer):
+        return StaticIndexedLayer(max_cache_len=cache_layer.max_cache_len)
     return DynamicIndexedLayer()

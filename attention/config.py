@@ -1,7 +1,7 @@
-"""What makes a model's attention sparse: the selector, the blocks, the budget, and which layers.
+"""The settings of a model's sparse attention: the selector, the blocks, the budget, and the layers.
 
-Contract: frozen, checked on construction, and the same again after `from_json(to_json())`. It imports no torch, so that a
-recipe can be read and refused before anything heavy is loaded.
+Contract: a configuration is frozen, is checked on construction, and survives `from_json(to_json())` unchanged. This module does
+not import torch, so a recipe can be read and refused before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sparsort.errors import SparsortError, unknown_choice
 if TYPE_CHECKING:
     from sparsort.kernels.blocksparse.budgets import Budget
 
-# The selectors that read a setting; see `sparsort.conditions`. A seed may be given where nothing is drawn.
+# Setting → the selectors that read it; see `sparsort.conditions`. A seed is accepted even if the selector draws nothing.
 READ_BY: Table = {
     setting: (among("selector", SELECTORS.reading(setting), of=SELECTORS),)
     for setting in ("threshold", "top_p", "index_dim", "index_norm", "alignment_weight")
 } | dict.fromkeys(("selector", "block_size", "blocks", "layers", "seed"), ALWAYS)
-_MOST = 2**31 - 1  # what the kernels count in
-_LARGEST_BLOCK = 2**20  # that the kernels take
+_MOST = 2**31 - 1  # The kernels count in int32.
+_LARGEST_BLOCK = 2**20  # The largest block size that the kernels accept.
 
 
 class SparseAttentionOptions(TypedDict, total=False):
@@ -47,24 +47,24 @@ class SparseAttentionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionConfig:
-    """The sparse attention of a model.
+    """The settings of a model's sparse attention.
 
     Attributes:
-        selector: how blocks are chosen; `attention/selectors/` has a file for each, with its paper.
-        block_size: keys of a block.
-        blocks: how many blocks a query token attends to, its own among them; with `threshold` or `top_p` the most.
+        selector: how blocks are chosen; each selector has a file in `attention/selectors/`, which cites its paper.
+        block_size: W, the number of keys in a block.
+        blocks: number of blocks that a query token attends to, including its own; with `threshold` or `top_p`, the maximum.
         threshold: take every block whose share of the softmax over block scores is at least this, in [0, 1].
-        top_p: take the fewest blocks whose shares sum to this or more, in (0, 1].
+        top_p: take the fewest blocks whose shares sum to at least this, in (0, 1].
         index_dim: I, the width of index queries and keys, even (rotary pairs); None: the layer's head width.
-        index_norm: RMSNorm on index queries and keys: always (True), never (False), or where the layer has it (None).
-        alignment_weight: λ of the total loss L_LM + λ·Σ_layers L_selector, 0 or more.
+        index_norm: whether index queries and keys get an RMSNorm; None: if the layer has one.
+        alignment_weight: λ in the total loss L_LM + λ·Σ_layers L_selector, 0 or more.
         layers: numbers of the layers that become sparse, from 0; None: every layer with full attention.
-        seed: of a selector's first weights, and of the blocks of "random".
-        stored: the settings come from a checkpoint, where one that is not read is kept as it is.
+        seed: seed for the selector's initial weights, and for the blocks of "random".
+        stored: whether the settings come from a checkpoint; if so, settings that the selector does not read are kept.
 
     Raises:
-        SparsortError: an unknown selector, a number out of its range, both `threshold` and `top_p`, or a setting that the
-            selector does not read.
+        SparsortError: the selector is unknown, a number is out of range, both `threshold` and `top_p` are given, or the
+            selector does not read a given setting.
     """
 
     selector: SelectorKind = "index_branch"
@@ -81,6 +81,7 @@ class SparseAttentionConfig:
 
     def __post_init__(self, stored: bool) -> None:
         SELECTORS.check(self.selector)
+        # Each number is stored as the plain Python number that it equals, so that NumPy scalars also survive JSON.
         self._keep("block_size", whole("block_size", self.block_size, 1, most=_LARGEST_BLOCK))
         self._keep("blocks", whole("blocks", self.blocks, 1, most=_MOST))
         self._keep("seed", whole("seed", self.seed, 0))
@@ -88,8 +89,8 @@ class SparseAttentionConfig:
             self._keep("index_dim", whole("index_dim", self.index_dim, 1, most=_MOST))
             if self.index_dim % 2:
                 raise SparsortError(
-                    f"index_dim is {self.index_dim}; the rotary embedding turns pairs of coordinates. "
-                    f"Give an even number, such as {self.index_dim + 1}."
+                    f"index_dim is {self.index_dim}; expected an even number, because the rotary embedding rotates pairs of "
+                    f"coordinates. Use {self.index_dim + 1}, for example."
                 )
         if self.index_norm is not None and not isinstance(self.index_norm, bool):
             raise SparsortError(
@@ -97,7 +98,8 @@ class SparseAttentionConfig:
             )
         if self.threshold is not None and self.top_p is not None:
             raise SparsortError(
-                f"a budget goes by threshold ({self.threshold}) or by top_p ({self.top_p}), not by both. Give one of them."
+                f"both threshold ({self.threshold}) and top_p ({self.top_p}) are given; expected at most one. Remove one of "
+                "them."
             )
         for name in ("threshold", "top_p", "alignment_weight"):
             if name == "alignment_weight" or getattr(self, name) is not None:
@@ -112,14 +114,16 @@ class SparseAttentionConfig:
             )
         if self.layers is not None:
             self._keep("layers", _layers(self.layers))
+        # A checkpoint may have settings that its selector does not read; they are kept as they are.
         if not stored:
             refuse_unread_fields(self, READ_BY)
 
     def _keep(self, name: str, value: Any) -> None:
+        # A frozen dataclass refuses plain assignment, also to its own __post_init__.
         object.__setattr__(self, name, value)
 
     def budget(self) -> Budget:
-        """How many blocks a query token may have, as the kernels take it."""
+        """Return the budget of blocks for each query token, in the form that the kernels take."""
         from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
 
         if self.threshold is not None:
@@ -129,19 +133,20 @@ class SparseAttentionConfig:
         return FixedBudget(blocks=self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as a JSON value; `from_json` reads them back."""
+        """Return every field as a JSON value, for `from_json`."""
         return {**dataclasses.asdict(self), "layers": None if self.layers is None else list(self.layers)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, stored: bool = False) -> SparseAttentionConfig:
-        """What `to_json` gave; fields that are not there have their defaults. `stored`: see the class.
+        """Read the result of `to_json`. Missing fields have their defaults. `stored`: see the class.
 
         Raises:
-            SparsortError: not a table of fields, an unknown field, or a value out of range.
+            SparsortError: `values` is not a mapping, a field is unknown, or a value is out of range.
         """
         if not isinstance(values, Mapping):
             raise SparsortError(
-                f"sparse attention is read from a table such as {{'selector': 'moba', 'blocks': 16}}, not from {values!r}."
+                f"the settings of sparse attention are {values!r}; they must be read from a table such as "
+                "{'selector': 'moba', 'blocks': 16}."
             )
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -151,32 +156,42 @@ class SparseAttentionConfig:
 
 
 def _layers(given: Any) -> tuple[int, ...]:
+    """Return checked layer numbers, each one once."""
     if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__iter__"):
         raise SparsortError(
-            f"layers is {given!r}; expected layer numbers such as [0, 2], or None for every full layer."
+            f"layers is {given!r}; expected layer numbers such as [0, 2], or None for every full-attention layer."
         )
     layers = tuple(whole("a number in layers", layer, 0) for layer in given)
     if not layers or len(set(layers)) < len(layers):
-        what = "names a layer twice" if layers else "names no layer"
-        raise SparsortError(f"layers = {list(layers)} {what}; give each once, or None for every full-attention layer.")
+        problem = "names a layer twice" if layers else "names no layer"
+        raise SparsortError(
+            f"layers = {list(layers)} {problem}; name each layer once, or pass None for every full-attention layer."
+        )
     return layers
 
 
 def whole(name: str, given: Any, lowest: int, *, most: int | None = None) -> int:
-    """A whole number of any library, as Python's.
+    """Convert a whole number of any library to a Python int.
+
+    Args:
+        name: name of the setting, for the error message.
+        given: the value to convert.
+        lowest, most: inclusive bounds.
 
     Raises:
-        SparsortError: another value, or one out of range.
+        SparsortError: the value is not a whole number, or is out of range.
     """
+    # In Python a bool is an Integral number, but True as a count is a mistake.
     number = None if isinstance(given, bool) or not isinstance(given, numbers.Integral) else operator.index(given)
     if number is None or number < lowest:
         raise SparsortError(f"{name} is {given!r}; expected a whole number of at least {lowest}.")
     if most is not None and number > most:
-        raise SparsortError(f"{name} is {given!r}; expected {most} at most.")
+        raise SparsortError(f"{name} is {given!r}; expected at most {most}.")
     return number
 
 
 def _number(name: str, given: Any) -> float:
+    """Convert a real number of any library to a Python float."""
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise SparsortError(f"{name} is {given!r}; expected a number.")
     return float(given)

@@ -1,10 +1,11 @@
-"""What a forward pass is given, and the state of a model's sparse attention.
+"""The state of a model's sparse attention, and the data that each forward pass hands to its layers.
 
-Contract: a hook on the decoder makes a `Pass` for every forward call and sends it through the layers as the keyword argument
-`sparsort_pass`, which transformers hands on to the attention function. A hook on every sparse attention module adds
-`sparsort_layer`: what only the module's caller knows (its input, its rotary embedding), and the index keys, appended to the
-cache. Hooks, and not the model's class or forward method, so that wrappers that call `forward` of the causal model directly
-(PEFT) lose nothing. Everything of a pass is in its `Pass`: a layer that is run again by checkpointing is given the same one.
+Contract: a hook on the decoder creates a `Pass` for every forward call and sends it through the layers as the keyword argument
+`sparsort_pass`, which transformers forwards to the attention function. A hook on every sparse attention module adds
+`sparsort_layer`: the module's input and rotary embedding, which the attention function does not receive otherwise, and the
+index keys, appended to the cache. Hooks are used instead of a subclass or a new forward method because wrappers such as PEFT
+call `forward` of the causal model directly. All data of a forward pass is in its `Pass`, and a layer that checkpointing runs
+again gets the same one.
 
 Legend: B batch, T query columns, S key columns, C hidden width.
 """
@@ -28,21 +29,24 @@ from sparsort.kernels.blocksparse.budgets import Budget
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.eager import in_eager
 
-NAME = "sparsort"  # of the attention implementation
+NAME = "sparsort"  # The name of the attention implementation in transformers.
 Mode = Literal["full", "sparse"]
 Observer: TypeAlias = Callable[[int, LayerInputs, Choice], None]
 
 
 class Pass:
-    """One forward call of the decoder. Not a dataclass: FSDP rebuilds those, field by field, on the way into a layer.
+    """One forward call of the decoder.
+
+    This is not a dataclass because FSDP copies dataclasses, field by field, when they are passed to a layer. The copies would
+    not share their dictionaries.
 
     Attributes:
-        full: warm-up: every block is attended to.
-        budget: how many blocks otherwise.
-        carrier: of the selectors' losses.
-        observers: called with the number, the inputs and the choice of every sparse layer, without gradients.
-        layouts: made so far, by size; layers share them.
-        dense_masks: the same for the layers left dense.
+        full: whether every block is attended to (warm-up).
+        budget: number of blocks per query token if not `full`.
+        carrier: carrier of the selectors' losses.
+        observers: functions called with the number, the inputs and the choice of every sparse layer, without gradients.
+        layouts: layouts built so far, by (B, T, S); the sparse layers share them.
+        dense_masks: masks built so far; the dense layers share them.
     """
 
     def __init__(self, *, full: bool, budget: Budget, carrier: Carrier, observers: tuple[Observer, ...] = ()) -> None:
@@ -56,7 +60,7 @@ class Pass:
     def layout(
         self, padding: Tensor | None, position_ids: Tensor | None, batch: int, queries: int, keys: int
     ) -> Layout:
-        """Where the sequences lie, from the padding (B, columns filled) or, without one, from packed positions (B or 1, T)."""
+        """Return the layout given by the padding (B, filled columns) or, without padding, by the positions (B or 1, T)."""
         sizes = (batch, queries, keys)
         if sizes not in self.layouts:
             if padding is not None:
@@ -71,12 +75,12 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Given:
-    """What the hook of an attention module hands to its attention function.
+    """The data that the hook of an attention module hands to the attention function.
 
     Attributes:
         hidden: (B, T, C), the module's input.
         rotary: cosines and sines of its positions.
-        index_keys: (B, S, width), or None where the selector keeps none.
+        index_keys: (B, S, width), or None if the selector has no index keys.
     """
 
     hidden: Tensor
@@ -88,13 +92,14 @@ class SparseAttention:
     """The state of a model's sparse attention, at `model.sparse_attention`.
 
     Attributes:
-        config: what was attached.
-        budget: how many blocks a query token may have; may be set between steps.
-        alignment_weight: λ of the total loss LM + λ·Σ_layers KL; may be set between steps.
-        observers: called with (layer, inputs, choice) of every sparse layer, for diagnostics; not under gradients.
-        attn_implementation: of the model before, which `detach` gives back.
-        lm_loss: the mean over the labels of the last forward pass with labels; None before.
-        alignment: by layer, the selector's loss in the last forward pass; empty in evaluation.
+        config: the configuration that was attached.
+        mode: "sparse", or "full" for the warm-up; may be set between steps.
+        budget: number of blocks per query token; may be set between steps.
+        alignment_weight: λ in the total loss LM + λ·Σ_layers KL; may be set between steps.
+        observers: functions called with (layer, inputs, choice) of every sparse layer, without gradients, for diagnostics.
+        attn_implementation: the model's previous attention implementation, which `detach` restores.
+        lm_loss: mean LM loss over the labels of the last forward pass with labels; None before the first one.
+        alignment: layer → the selector's loss in the last forward pass; empty in evaluation.
     """
 
     def __init__(self, config: SparseAttentionConfig, *, attn_implementation: str) -> None:
@@ -112,7 +117,7 @@ class SparseAttention:
 
     @property
     def mode(self) -> Mode:
-        """ "sparse", or "full" for the warm-up over every block; may be set between steps."""
+        """The mode: "sparse", or "full" for the warm-up over every block. It may be set between steps."""
         return self._mode
 
     @mode.setter
@@ -129,7 +134,7 @@ class SparseAttention:
     def budget(self, given: Budget) -> None:
         if not isinstance(given, Budget):
             raise SparsortError(
-                f"the budget is {given!r}; expected a FixedBudget, ThresholdBudget or TopPBudget of "
+                f"the budget is {given!r}; expected a FixedBudget, ThresholdBudget or TopPBudget from "
                 "sparsort.kernels.blocksparse.budgets, such as FixedBudget(blocks=16)."
             )
         self._budget = given
@@ -140,6 +145,7 @@ class SparseAttention:
 
     @alignment_weight.setter
     def alignment_weight(self, given: float) -> None:
+        # Building a configuration applies the same check as attaching does.
         self._alignment_weight = replace(self.config, alignment_weight=given, stored=True).alignment_weight
 
     @property
@@ -147,14 +153,20 @@ class SparseAttention:
         return self._carrier.values
 
     def add_alignment(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """For a loss computed outside the model: `loss` + λ·share·Σ KL of the last forward pass, to be called right after it.
+        """Add the alignment losses of the last forward pass to a loss that was computed outside the model.
+
+        Call it right after the forward pass that `loss` was computed from.
 
         Args:
-            loss: a scalar, computed from the last forward pass.
-            share: of the labels of an optimiser step that this pass has, where `loss` is divided by all of them; else 1.
+            loss: a scalar computed from the last forward pass.
+            share: the fraction of the optimiser step's labels that are in this pass, if `loss` is a sum divided by the number of
+                labels of the whole step; otherwise 1.
+
+        Returns:
+            The scalar `loss` + λ·share·Σ_layers KL.
 
         Raises:
-            SparsortError: that pass's loss has them already.
+            SparsortError: the alignment losses of that pass have been added already.
         """
         if (
             loss.requires_grad
@@ -162,8 +174,8 @@ class SparseAttention:
             and SELECTORS[self.config.selector].learns_by == "alignment_loss"
         ):
             warnings.warn(
-                "the last forward pass has no alignment losses to add: it ran in evaluation. Call add_alignment right after the "
-                "forward pass, in training, that the loss was computed from.",
+                "the last forward pass has no alignment losses to add, because it ran in evaluation mode. Call add_alignment "
+                "right after the training forward pass that the loss was computed from.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -171,6 +183,7 @@ class SparseAttention:
 
     def _add(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
         total = self._carrier.add_to(loss, share)
+        # Dividing by the share turns this pass's part of the step's loss into the mean over its own labels.
         self.lm_loss = loss.detach() / share
         return total
 
@@ -178,6 +191,7 @@ class SparseAttention:
         """Hook the decoder and its sparse attention modules, and wrap the model's loss."""
         self._hooks = [decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._hooks += [layer.register_forward_pre_hook(_give, with_kwargs=True) for layer in layers]
+        # transformers stores a loss function that was assigned in `_loss_function`; without one, it looks up the default.
         self._lm, self._lm_was_set = model.loss_function, hasattr(model, "_loss_function")
         model.loss_function = self._loss
 
@@ -192,17 +206,19 @@ class SparseAttention:
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         _check_implementation(decoder)
         _check_shapes(args, kwargs)
+        # Each forward pass has its own carrier, so that several passes can come before one backward pass.
         self._carrier = Carrier(self.alignment_weight)
-        made = Pass(
+        forward_pass = Pass(
             full=self.mode == "full", budget=self.budget, carrier=self._carrier, observers=tuple(self.observers)
         )
+        # transformers would create a cache by default, and a cache cannot separate packed sequences.
         if _is_packed(kwargs):
             _without_cache(kwargs)
             kwargs = {**kwargs, "use_cache": False}
-        return args, {**kwargs, "sparsort_pass": made}
+        return args, {**kwargs, "sparsort_pass": forward_pass}
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The model's own loss, and in training the alignment losses beside it."""
+        """Return the model's own loss, plus the alignment losses in training."""
         loss: Tensor = self._lm(*args, **kwargs)
         labels = kwargs["labels"] if "labels" in kwargs else args[1]
         return self._add_own(loss, labels, kwargs)
@@ -212,7 +228,8 @@ class SparseAttention:
         count = kwargs.get("num_items_in_batch")
         if count is None:
             return self._add(loss)
-        # The LM loss is this pass's sum over the labels of the whole step; the mean KL gets the same share.
+        # The LM loss is the sum over this pass's labels divided by the label count of the whole step. The alignment losses are
+        # means over this pass, so they are scaled by the pass's share of the labels.
         shifted = kwargs.get("shift_labels")
         shifted = labels[..., 1:] if shifted is None else shifted
         own = (shifted != kwargs.get("ignore_index", -100)).sum().to(loss.device)
@@ -220,7 +237,7 @@ class SparseAttention:
 
 
 def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The hook before a sparse attention module."""
+    """Add `sparsort_layer` to the arguments of a sparse attention module (forward pre-hook)."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rotary = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
     index_keys = module.index_branch.index_keys(module, hidden, rotary)
@@ -231,36 +248,36 @@ def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str
 
 
 def _check_implementation(decoder: Any) -> None:
-    found = decoder.config._attn_implementation
-    if found != NAME:
+    implementation = decoder.config._attn_implementation
+    if implementation != NAME:
         raise SparsortError(
-            f"the attention implementation of a model with an index branch was set to {found!r}, which would leave its layers "
-            f"dense. Set it back, model.set_attn_implementation({NAME!r}), or take the branch away with detach of "
-            "sparsort.attention.attach."
+            f"the attention implementation of a model with an index branch was set to {implementation!r}, which would make all "
+            f"layers dense. Reset it with model.set_attn_implementation({NAME!r}), or remove the index branch with "
+            "sparsort.attention.attach.detach(model)."
         )
 
 
 def _check_shapes(args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse positions and padding of another size than the tokens; (B, 1, T, S) masks are refused where they are used."""
-    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
-    tokens = next((found for found in given if found is not None), None)
+    """Refuse positions and padding that do not match the tokens. The attention function refuses (B, 1, T, S) masks."""
+    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((tensor for tensor in inputs if tensor is not None), None)
     if tokens is None or tokens.ndim < 2:
         return
     batch, length = tokens.shape[:2]
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
         raise SparsortError(
-            f"position_ids have shape {tuple(positions.shape)}; expected ({batch}, {length}) or (1, {length}), as the tokens are."
+            f"position_ids have shape {tuple(positions.shape)}; expected ({batch}, {length}) or (1, {length}), like the tokens."
         )
     if isinstance(mask, Tensor) and mask.ndim != 4 and (mask.ndim != 2 or mask.shape[0] != batch):
         raise SparsortError(
             f"the attention mask has shape {tuple(mask.shape)}; expected ({batch}, tokens in the cache and new ones), with 0 "
-            "where there is padding."
+            "at padding."
         )
 
 
 def _is_packed(kwargs: dict[str, Any]) -> bool:
-    """Whether position_ids hold several sequences in a row. As in transformers, a padding mask goes before them."""
+    """Whether position_ids pack several sequences into one row. As in transformers, a padding mask overrides them."""
     positions = kwargs.get("position_ids")
     if positions is None or kwargs.get("attention_mask") is not None or positions.ndim != 2:
         return False
@@ -268,9 +285,9 @@ def _is_packed(kwargs: dict[str, Any]) -> bool:
 
 
 def _without_cache(kwargs: dict[str, Any]) -> None:
-    """A cache cannot tell packed sequences apart: what follows them would see them all."""
+    """Refuse a cache for packed sequences, which it cannot separate: later tokens would see every sequence of the row."""
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         raise SparsortError(
-            "position_ids hold several sequences in a row, and a cache keeps a row as one. Pass use_cache=False and no "
-            "past_key_values, or the sequences in rows of their own with an attention_mask."
+            "position_ids pack several sequences into one row, but a cache keeps a row as one sequence. Pass use_cache=False and "
+            "no past_key_values, or put each sequence in its own row and pass an attention_mask."
         )

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 import torch
 
-from sparsort.files import write_json
 from sparsort.kernels.backend import device_name
+from sparsort.storage.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,7 +25,7 @@ from sparsort.errors import unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.registry import Entry, Registry
 from sparsort.scoring.scorers import SCORERS, ScorerEntry
-from sparsort.terminal import show
+from sparsort.terminal.printing import show
 
 ROOT = Path(__file__).parent.parent
 _PLACE = re.compile(r"^<!-- table: ([^\n]+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)

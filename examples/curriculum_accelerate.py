@@ -1,8 +1,8 @@
-"""A curriculum in accelerate's own loop, on any number of processes, stopped and resumed with `save_state`.
+"""A curriculum in an accelerate loop, on any number of processes, stopped and resumed with `save_state`.
 
     accelerate launch --cpu --num_processes 2 examples/curriculum_accelerate.py
 
-The loader is not passed to `accelerator.prepare`, which would divide its batches once more.
+The loader is not passed to `accelerator.prepare`, which would divide its batches again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = [json.loads(line) for line in (Path(__file__).parent / "graded.jsonl").re
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Bytes as tokens, filled up with 0, which the loss ignores."""
+    """Use bytes as tokens and pad with 0, which the loss ignores."""
     texts = [f"{row['question']} {row['answer']}".encode()[:LENGTH].ljust(LENGTH, b"\0") for row in rows]
     tokens = torch.tensor([list(text) for text in texts])
     return {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "labels": tokens.where(tokens > 0, -100)}

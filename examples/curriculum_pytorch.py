@@ -1,4 +1,4 @@
-"""A curriculum in a plain PyTorch loop, stopped and gone on with: both runs train on the same batches.
+"""A curriculum in a plain PyTorch loop, stopped and resumed: both runs train on the same batches.
 
     python examples/curriculum_pytorch.py
 
@@ -23,7 +23,7 @@ PLAN = plan_curriculum([row["steps"] for row in ROWS], data=ROWS, batch_size=16,
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Bytes as tokens, filled up with 0, which the loss ignores."""
+    """Use bytes as tokens and pad with 0, which the loss ignores."""
     texts = [f"{row['question']} {row['answer']}".encode()[:LENGTH].ljust(LENGTH, b"\0") for row in rows]
     tokens = torch.tensor([list(text) for text in texts])
     return {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "labels": tokens.where(tokens > 0, -100)}
@@ -44,13 +44,13 @@ def main() -> None:
         optimizer.zero_grad()
         seen.append(loader.rows.tolist())
         print(f"batch {loader.batch:2d}  stage {loader.stage}  share {loader.share:.2f}  loss {loss.item():.3f}")
-        if loader.batch == 6:  # save this beside the weights; it is JSON of a few hundred bytes
+        if loader.batch == 6:  # save this with the weights; it is JSON of a few hundred bytes
             saved = json.dumps(loader.state_dict())
 
     again = CurriculumLoader(PLAN, ROWS, collate_fn=collate, num_workers=2)
     again.load_state_dict(json.loads(saved))
     rest = [again.rows.tolist() for _ in again]
-    print(f"gone on after 6 of {len(seen)}: {'the same batches' if rest == seen[6:] else 'NOT THE SAME'}")
+    print(f"resumed after 6 of {len(seen)}: {'the same batches' if rest == seen[6:] else 'NOT THE SAME'}")
 
 
 if __name__ == "__main__":

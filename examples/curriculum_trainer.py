@@ -24,7 +24,7 @@ PLAN = plan_curriculum([row["steps"] for row in ROWS], data=ROWS, batch_size=16,
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Bytes as tokens, filled up with 0, which the loss ignores."""
+    """Use bytes as tokens and pad with 0, which the loss ignores."""
     texts = [f"{row['question']} {row['answer']}".encode()[:LENGTH].ljust(LENGTH, b"\0") for row in rows]
     tokens = torch.tensor([list(text) for text in texts])
     return {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "labels": tokens.where(tokens > 0, -100)}

@@ -1,9 +1,9 @@
-"""The whole of sparsort in one run, offline: score, order, assemble, and ask whether the score carried difficulty here.
+"""All of sparsort in one offline run: score, order, assemble, and check whether the score carries difficulty here.
 
     python examples/demo.py
 
-Scores the graded questions beside this file with the embedded model, orders eight of them as demonstrations for a query,
-prints the table and the prompt, and draws the scores against the known number of reasoning steps. The scores stay in
+It scores the graded questions in this folder with the embedded model, orders eight of them as demonstrations for a query,
+prints the table and the prompt, and draws the scores against the known number of reasoning steps. The scores are stored in
 `out/demo/scores`, so a second run only reads them.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsort
-from sparsort.scoring.correlation import Correlation, spearman
+from sparsort.scoring.calibration.correlation import Correlation, spearman
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out" / "demo"
@@ -48,23 +48,23 @@ def main() -> None:
     console.print()
 
     steps = np.array([row["steps"] for row in rows])
-    found = spearman(scores.difficulty, steps)
-    beside_length = spearman(scores.difficulty, steps, fixed=scores.column("n_tokens"))
-    picture = _draw(scores.difficulty, steps, found, OUT / "difficulty.png")
+    plain = spearman(scores.difficulty, steps)
+    length_fixed = spearman(scores.difficulty, steps, fixed=scores.column("n_tokens"))
+    picture = _draw(scores.difficulty, steps, plain, OUT / "difficulty.png")
     console.print(f"Picture: {picture}")
-    console.print(_verdict(found, beside_length))
+    console.print(_verdict(plain, length_fixed))
     console.print(_reviews(scorer))
 
 
 def _reviews(scorer: sparsort.SparsityScorer) -> str:
-    """The labelled reviews: here sparsity should not know the answer, and the sentence says whether it does."""
+    """Report whether sparsity differs between the labels of the reviews, which it should not."""
     file = HERE / "reviews.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     scores = scorer.score(file, "Review: {text}\nLabel:", out=OUT / "review-scores")
     positive = [row["label"] == "positive" for row in rows]
-    found = spearman(scores.difficulty, positive, fixed=scores.column("n_tokens"))
-    verdict = "differs between" if found.excludes_zero else "does not tell apart"
-    return f"On {len(rows)} labelled reviews sparsity {verdict} the two labels ({found} with length held fixed)."
+    correlation = spearman(scores.difficulty, positive, fixed=scores.column("n_tokens"))
+    verdict = "differs between" if correlation.excludes_zero else "does not distinguish"
+    return f"On {len(rows)} labelled reviews, sparsity {verdict} the two labels ({correlation} with length held fixed)."
 
 
 def _table(ordered: list[dict[str, Any]], difficulty: np.ndarray) -> Table:
@@ -76,28 +76,28 @@ def _table(ordered: list[dict[str, Any]], difficulty: np.ndarray) -> Table:
     return table
 
 
-def _verdict(found: Correlation, beside_length: Correlation) -> str:
-    numbers = f"Spearman {found}, {beside_length} with length held fixed, 95 % intervals, n = {found.n}"
-    if found.low > 0 and beside_length.low > 0:
-        said = "the score carried difficulty: sparser states belong to questions of more steps"
-    elif found.high < 0 and beside_length.high < 0:
-        said = "the score carried difficulty the other way round: denser states belong to questions of more steps"
-    elif beside_length.excludes_zero:
-        said = "the score carried difficulty only with length held fixed"
-    elif found.excludes_zero:
-        said = "the score carried length only: the correlation with steps goes when length is held fixed"
+def _verdict(plain: Correlation, length_fixed: Correlation) -> str:
+    numbers = f"Spearman {plain}, {length_fixed} with length held fixed, 95 % intervals, n = {plain.n}"
+    if plain.low > 0 and length_fixed.low > 0:
+        verdict = "the score carried difficulty: questions with more steps have sparser states"
+    elif plain.high < 0 and length_fixed.high < 0:
+        verdict = "the score carried difficulty in the opposite direction: questions with more steps have denser states"
+    elif length_fixed.excludes_zero:
+        verdict = "the score carried difficulty only with length held fixed"
+    elif plain.excludes_zero:
+        verdict = "the score carried length only: with length held fixed, the correlation with steps disappears"
     else:
-        said = "the score did not carry difficulty"
-    return f"Here {said} ({numbers})."
+        verdict = "the score did not carry difficulty"
+    return f"Here {verdict} ({numbers})."
 
 
-def _draw(difficulty: np.ndarray, steps: np.ndarray, found: Correlation, path: Path) -> Path:
+def _draw(difficulty: np.ndarray, steps: np.ndarray, correlation: Correlation, path: Path) -> Path:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    from sparsort.files import write_atomically
+    from sparsort.storage.files import write_atomically
 
     rng = np.random.default_rng(0)
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
@@ -116,7 +116,7 @@ def _draw(difficulty: np.ndarray, steps: np.ndarray, found: Correlation, path: P
     )
     axes.set_xlabel("reasoning steps (known)")
     axes.set_ylabel("sparsity of the last state (Gini)")
-    axes.set_title(f"Sparsity against known difficulty: {found}", fontsize=10)
+    axes.set_title(f"Sparsity against known difficulty: {correlation}", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     with write_atomically(path) as temporary:

@@ -1,9 +1,8 @@
 """Make the example data: `graded.jsonl`, questions of known difficulty, and `reviews.jsonl`, labelled short texts.
 
 Contract: the same seed gives the same bytes. Every answer is computed along with its question, and `steps` counts the
-operations that lead to it. Sentences that have nothing to do with the question pad the easy ones, so that a question's
-length says little of its steps (Spearman's ρ 0.18 at seed 0); otherwise a score of length would pass for one of
-difficulty.
+operations that lead to it. Unrelated sentences pad the easy questions, so a question's length says little about its steps
+(Spearman's ρ 0.18 at seed 0). Without them, a score of length would pass for one of difficulty.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ class Puzzle(NamedTuple):
 
 
 def count(rng: random.Random, steps: int) -> Puzzle:
-    """Things are added to a box and taken from it."""
+    """Ask for the number of things in a box after things are added and taken."""
     box = rng.choice(["box", "basket", "drawer", "jar", "crate"])
     things = rng.choice(["marbles", "pencils", "shells", "coins", "buttons", "apples", "keys", "stamps"])
-    held = rng.randint(6, 30)
-    facts = [f"The {box} holds {held} {things}."]
+    number = rng.randint(6, 30)
+    facts = [f"The {box} holds {number} {things}."]
     for _ in range(steps):
         n = rng.randint(2, 19)
-        moves: list[tuple[str, int]] = [(f"Then {n} more {things} are put in.", held + n)]
-        if held > n + 3:
-            moves.append((f"Then {n} {things} are taken out.", held - n))
-        if held <= 40:
-            moves.append((f"Then the number of {things} is doubled.", held * 2))
-        if held % 2 == 0 and held >= 12:
-            moves.append((f"Then half of the {things} are given away.", held // 2))
-        fact, held = rng.choice(moves)
+        moves: list[tuple[str, int]] = [(f"Then {n} more {things} are put in.", number + n)]
+        if number > n + 3:
+            moves.append((f"Then {n} {things} are taken out.", number - n))
+        if number <= 40:
+            moves.append((f"Then the number of {things} is doubled.", number * 2))
+        if number % 2 == 0 and number >= 12:
+            moves.append((f"Then half of the {things} are given away.", number // 2))
+        fact, number = rng.choice(moves)
         facts.append(fact)
-    return Puzzle(facts, f"How many {things} does the {box} hold now?", str(held))
+    return Puzzle(facts, f"How many {things} does the {box} hold now?", str(number))
 
 
 def clock(rng: random.Random, steps: int) -> Puzzle:
-    """Durations follow each other, forwards from a beginning or back from an end."""
+    """Ask for the end or the beginning of an event that consists of parts of known duration."""
     event = rng.choice(["lesson", "tour", "rehearsal", "trip", "workshop", "match"])
     minutes = [5 * rng.randint(2, 15) for _ in range(steps)]
     time = 5 * rng.randint(6 * 12, 15 * 12)
@@ -63,7 +62,7 @@ def clock(rng: random.Random, steps: int) -> Puzzle:
 
 
 def weekday(rng: random.Random, steps: int) -> Puzzle:
-    """Events lie some days before or after each other."""
+    """Ask for the weekday of an event, which is some days before or after other events."""
     days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
     events = rng.sample(["picnic", "concert", "exam", "wedding", "meeting", "party", "race", "market"], steps + 1)
     day = rng.randrange(7)
@@ -76,7 +75,7 @@ def weekday(rng: random.Random, steps: int) -> Puzzle:
 
 
 def ranking(rng: random.Random, steps: int) -> Puzzle:
-    """Comparisons of neighbours in a ranking, told in any order and either way round."""
+    """Ask for an end of a ranking, given comparisons of neighbours in any order and direction."""
     more, less, most, least = rng.choice(
         [
             ("taller", "shorter", "tallest", "shortest"),
@@ -97,7 +96,7 @@ def ranking(rng: random.Random, steps: int) -> Puzzle:
 
 
 def letters(rng: random.Random, steps: int) -> Puzzle:
-    """A word is changed letter by letter."""
+    """Ask for a word after changes to its letters."""
     word = rng.choice(
         [
             "planet",
@@ -125,7 +124,7 @@ def letters(rng: random.Random, steps: int) -> Puzzle:
         if len(word) > 4:
             moves["Remove its first letter."] = word[1:]
             moves["Remove its last letter."] = word[:-1]
-        # Done twice in a row, some moves undo themselves and would be no step at all.
+        # Some moves undo themselves if they are repeated, and would then not be a step.
         moves = {move: result for move, result in moves.items() if move != last and result != word}
         last = rng.choice(list(moves))
         word = moves[last]
@@ -157,7 +156,7 @@ FILLER = [
 
 
 def graded(seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with `id`, `question`, `answer`, `steps` (1 to 6) and `kind`, shuffled."""
+    """Yield shuffled rows with `id`, `question`, `answer`, `steps` (1 to 6) and `kind`."""
     rng = random.Random(f"graded {seed}")
     rows = []
     seen: set[tuple[str, ...]] = set()
@@ -275,7 +274,7 @@ TOO_ALIKE = 0.4
 
 
 def reviews(seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with `id`, `text` and `label`, shuffled; no two share a part `TOO_ALIKE` of their word triples."""
+    """Yield shuffled rows with `id`, `text` and `label`; no two have a share `TOO_ALIKE` of their word triples in common."""
     rng = random.Random(f"reviews {seed}")
     rows: list[dict[str, Any]] = []
     taken: list[set[tuple[str, ...]]] = []
@@ -301,7 +300,7 @@ def _review(rng: random.Random, label: str) -> str:
     middle = rng.sample(same, rng.randint(1, 2))
     ending = [rng.choice(VERDICTS[label])] if rng.random() < 0.6 else []
     if len(middle) == 2 and rng.random() < 0.3:
-        # A word against the label, outweighed by the two for it.
+        # One sentence against the label, outweighed by the two sentences for it.
         against = rng.choice(other)
         middle.insert(0, f"True, {against[0].lower()}{against[1:]}" if not against.startswith("I ") else against)
     return " ".join([opening, *middle, *ending])

@@ -1,8 +1,8 @@
-"""The one place that chooses what runs, and why: which implementation, which dtype, which device.
+"""The choice of implementation, dtype and device, each with its reason.
 
-Contract: a `Choice` is (value, reason) and `sparsort env` prints both. The environment overrides: `SPARSORT_SPARSITY` and
-`SPARSORT_BLOCKSPARSE` (auto, triton, torch) and `SPARSORT_DEVICE` (auto, cpu, cuda, cuda:1, …). An override that cannot be
-met is an error. `sparsity_metrics` and `sparsity_rows` answer alike whichever implementation runs.
+Contract: a `Choice` is (value, reason), and `sparsort env` prints both. Environment variables override the choice:
+`SPARSORT_SPARSITY` and `SPARSORT_BLOCKSPARSE` (auto, triton, torch) and `SPARSORT_DEVICE` (auto, cpu, cuda, cuda:1, …). An
+override that cannot be met is an error. `sparsity_metrics` and `sparsity_rows` give the same results with every implementation.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 
 T = TypeVar("T")
 
+# The oldest version that the kernels were compiled and tested with.
 _OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """What was chosen, and why."""
+    """A choice, and the reason for it."""
 
     value: T
     reason: str
 
 
 def default_device() -> Choice[torch.device]:
-    """The device that models run on: `SPARSORT_DEVICE`, else the first CUDA device, else the CPU.
+    """Choose the device that models run on: `SPARSORT_DEVICE` if set, else the current CUDA device, else the CPU.
 
     Raises:
-        SparsortError: `SPARSORT_DEVICE` names a device that is not here.
+        SparsortError: `SPARSORT_DEVICE` names a device that this machine does not have.
     """
     given = os.environ.get("SPARSORT_DEVICE", "auto").strip() or "auto"
     if given != "auto":
@@ -59,7 +60,7 @@ def default_device() -> Choice[torch.device]:
 
 
 def use_device() -> str:
-    """The next step after a device that cannot be used: a sentence with the devices that this machine has."""
+    """Return a sentence that lists this machine's devices, for errors about a device that cannot be used."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(1, count))]
     if torch.backends.mps.is_available():
@@ -68,7 +69,7 @@ def use_device() -> str:
 
 
 def compute_dtype(device: torch.device | str) -> Choice[torch.dtype]:
-    """The dtype of a forward pass on `device`: bfloat16 where its matrix products are native, else float32."""
+    """Choose the dtype of a forward pass on `device`: bfloat16 if the device has native bfloat16 products, else float32."""
     device = torch.device(device)
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -85,33 +86,33 @@ def compute_dtype(device: torch.device | str) -> Choice[torch.dtype]:
 
 
 def sparsity_implementation(device: torch.device | str) -> Choice[str]:
-    """Which implementation measures rows on `device`: "triton" or "torch".
+    """Choose the implementation that measures rows on `device`: "triton" or "torch".
 
     Raises:
-        SparsortError: `SPARSORT_SPARSITY` is no known choice, or asks for Triton where it cannot run.
+        SparsortError: `SPARSORT_SPARSITY` is unknown, or requests Triton where it cannot run.
     """
     return _implementation("SPARSORT_SPARSITY", torch.device(device))
 
 
 def blocksparse_implementation(device: torch.device | str) -> Choice[str]:
-    """Which implementation selects, attends and aligns on `device`: "triton" or "torch".
+    """Choose the implementation of block-sparse attention on `device`: "triton" or "torch".
 
     Raises:
-        SparsortError: `SPARSORT_BLOCKSPARSE` is no known choice, or asks for Triton where it cannot run.
+        SparsortError: `SPARSORT_BLOCKSPARSE` is unknown, or requests Triton where it cannot run.
     """
     return _implementation("SPARSORT_BLOCKSPARSE", torch.device(device))
 
 
 def sparsity_metrics(states: Tensor, *, l0_threshold: float = 1.0) -> dict[str, Tensor]:
-    """Every sparsity metric of every state.
+    """Compute every sparsity metric of every state.
 
     Args:
-        states: (..., H) floating point, any strides. A gradient flows, but for the L0 counts, which have none.
+        states: (..., H) floating point, any strides. The metrics are differentiable, except for the L0 counts.
         l0_threshold: τ of `l0_absolute`, in the states' own units.
 
     Returns:
-        Metric name (of `METRICS`) to a tensor of shape (...): float64 for float64 states, else float32. A state that is
-        all zero or not finite has NaN throughout.
+        Metric name (see `METRICS`) → tensor of shape (...): float64 for float64 states, else float32. If a state is all zero or
+        not finite, all of its metrics are NaN.
 
     Raises:
         SparsortError: `states` is not a floating-point tensor with a last axis of at least one coordinate.
@@ -130,23 +131,23 @@ def sparsity_rows(
     l0_threshold: float = 1.0,
     gini: GiniMethod = "exact",
 ) -> RowMetrics:
-    """Every metric of chosen rows, read in place.
+    """Compute every metric of the chosen rows, which are read in place.
 
     Args:
         states: (N, H), (B, T, H) or more leading axes, any strides; never copied as a whole.
         index: (N,) token numbers b·T + t; None: every token.
-        dim_scale: (H,), or (2, H) with `norm`: multiplies each coordinate; a zero leaves the dimension out of the row
-            and of its width.
-        norm: the model's final RMS norm; the states are then measured before and after it, from one read.
+        dim_scale: (H,), or (2, H) with `norm`: factor for each coordinate. A zero excludes the dimension from the row and from
+            its width.
+        norm: the model's final RMS norm; if given, the states are measured before and after it, from one read.
         l0_threshold: τ of `l0_absolute`, in the states' own units.
-        gini: "exact", "binned" (with a certified bound beside it), or "none" (NaN).
+        gini: "exact", "binned" (with a certified error bound), or "none" (NaN).
 
     Returns:
-        RowMetrics: values (N, M) in the order of `METRICS`, reason (N,), Gini's bound (N,) or None; with `norm` each with a
-            leading axis of 2.
+        RowMetrics: values (N, M) in the order of `METRICS`, reason (N,), and Gini's bound (N,) or None; with `norm`, each has a
+        leading axis of 2.
 
     Raises:
-        SparsortError: an argument does not fit; see `sparsity/contract.py`.
+        SparsortError: an argument does not fit; see `sparsity/checks.py`.
     """
     check_states(states)
     run = _runner(states, gini)
@@ -154,16 +155,17 @@ def sparsity_rows(
 
 
 def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
+    """Return the implementation for these states: the chosen one, or torch if the kernel cannot take them."""
     choice = sparsity_implementation(states.device)
     if choice.value == "torch":
         return sparsity_rows_ref
     obstacle = None
     if states.dtype == torch.float64:
-        obstacle = "float64 states want float64 arithmetic, and the kernel's is float32"
+        obstacle = "float64 states need float64 arithmetic, and the kernel computes in float32"
     elif states.requires_grad and torch.is_grad_enabled():
         obstacle = "the kernel has no gradient"
     elif states.shape[-1] > MAX_TRITON_WIDTH:
-        obstacle = f"rows of width {states.shape[-1]} are wider than the kernel's {MAX_TRITON_WIDTH}"
+        obstacle = f"rows of width {states.shape[-1]} are wider than the kernel's maximum of {MAX_TRITON_WIDTH}"
     elif gini == "exact":
         obstacle = _sort_obstacle(states)
     if obstacle is None:
@@ -176,13 +178,14 @@ def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
 
 
 def _implementation(variable: str, device: torch.device) -> Choice[str]:
-    """Triton on a GPU that can, else torch, unless the environment variable names one."""
+    """Choose Triton if the GPU supports it, else torch, unless the environment variable names an implementation."""
     given = os.environ.get(variable, "auto").strip().lower() or "auto"
     if given not in ("auto", "triton", "torch"):
         raise unknown_choice(f"value of {variable}", given, ("auto", "triton", "torch"))
     if given == "torch":
         return Choice("torch", f"{variable}=torch")
-    # The interpreter runs kernels on a CPU, a thousand times slower: for tests, and only when asked for by name.
+    # Triton's interpreter runs the kernels on a CPU, a thousand times slower. It is meant for tests, so it is used only if
+    # Triton is requested by name.
     interpreted = given == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     obstacle = _triton_obstacle(device, interpreted)
     if given == "triton":
@@ -195,11 +198,11 @@ def _implementation(variable: str, device: torch.device) -> Choice[str]:
 
 
 def _triton_obstacle(device: torch.device, interpreted: bool) -> str | None:
-    """Why Triton cannot run on `device`, or None."""
+    """Return the reason why Triton cannot run on `device`, or None."""
     if device.type != "cuda" and not interpreted:
         return f"Triton has no {device.type} backend"
     if device.type == "cuda" and torch.version.hip is not None:
-        return "the kernels are written for NVIDIA GPUs, and this torch is built for ROCm"
+        return "the kernels are written for NVIDIA GPUs, but this torch is built for ROCm"
     triton = _triton()
     if triton.value is None:
         return triton.reason
@@ -210,45 +213,46 @@ def _triton_obstacle(device: torch.device, interpreted: bool) -> str | None:
 
 @functools.cache
 def _triton() -> Choice[str | None]:
-    """The version of the installed Triton, or None and why it cannot be used. Cached: it reads files."""
+    """Return the version of the installed Triton, or None and why it cannot be used. Cached, because it reads files."""
     if importlib.util.find_spec("triton") is None:
         return Choice(None, "Triton is not installed")
     try:
-        found = version("triton")
+        installed = version("triton")
     except PackageNotFoundError:
-        return Choice(None, "the installed Triton does not tell its version")
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
-        return Choice(None, f"Triton {found} is older than {'.'.join(map(str, _OLDEST_TRITON))}")
-    return Choice(found, "installed")
+        return Choice(None, "the installed Triton has no version metadata")
+    if tuple(int(part) for part in installed.split(".")[:2]) < _OLDEST_TRITON:
+        return Choice(None, f"Triton {installed} is older than {'.'.join(map(str, _OLDEST_TRITON))}")
+    return Choice(installed, "installed")
 
 
 def _sort_obstacle(states: Tensor) -> str | None:
-    """Why this device cannot sort these rows, or None: a sort holds the row in shared memory, as float32."""
+    """Return the reason why this device cannot sort these rows, or None. A sort needs the row in shared memory, as float32."""
     if states.device.type != "cuda":
         return None
     needs = 4 * max(128, 1 << (states.shape[-1] - 1).bit_length())
-    # Any: torch's stubs lack the attribute.
+    # `Any` because torch's stubs lack the attribute.
     properties: Any = torch.cuda.get_device_properties(states.device)
     has = properties.shared_memory_per_block_optin
     if needs <= has:
         return None
-    return f"the exact Gini of rows of width {states.shape[-1]} takes {needs} bytes of shared memory, the GPU has {has}"
+    return f"the exact Gini of rows of width {states.shape[-1]} takes {needs} bytes of shared memory, but the GPU has {has}"
 
 
 def _named_device(given: str) -> torch.device:
+    """Return the device that `SPARSORT_DEVICE` names, if this machine has it."""
     try:
         device = torch.device(given)
     except RuntimeError as error:
-        raise SparsortError(f"SPARSORT_DEVICE={given!r} is no device. {use_device()}") from error
+        raise SparsortError(f"SPARSORT_DEVICE={given!r} is not a device. {use_device()}") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise SparsortError(f"SPARSORT_DEVICE={given} but torch sees {count} CUDA devices. {use_device()}")
+            raise SparsortError(f"SPARSORT_DEVICE is {given}, but torch sees {count} CUDA devices. {use_device()}")
     return device
 
 
 def device_name(device: torch.device | str) -> str:
-    """The maker's name of the processor behind a device; "cpu" is this machine's."""
+    """Return the vendor's name of a device's processor; "cpu" is this machine's processor."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -257,7 +261,7 @@ def device_name(device: torch.device | str) -> str:
 
 @functools.cache
 def _cpu_bf16_feature() -> str | None:
-    """The processor's own bfloat16 matrix arithmetic, by name, or None."""
+    """Return the name of the processor's native bfloat16 instructions, or None."""
     flags = _cpu_flags()
     for flag, feature in (("amx_bf16", "AMX bfloat16"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "Arm BF16")):
         if flag in flags:
@@ -266,19 +270,20 @@ def _cpu_bf16_feature() -> str | None:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """What the processor says it has: names as in /proc/cpuinfo, from torch where that file does not exist."""
-    said = _cpu_says("flags", "Features")
-    if said is not None:
-        return frozenset(said.split())
+    """Return the processor's features, named as in /proc/cpuinfo; if that file does not exist, as reported by torch."""
+    # x86 lists its features under "flags", Arm under "Features".
+    features = _cpuinfo("flags", "Features")
+    if features is not None:
+        return frozenset(features.split())
     return frozenset(name for name, has in torch.cpu.get_capabilities().items() if has is True)
 
 
 def _cpu_name() -> str:
-    return _cpu_says("model name") or platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _cpu_says(*keys: str) -> str | None:
-    """The first value of these keys in /proc/cpuinfo; None where it has none, or does not exist."""
+def _cpuinfo(*keys: str) -> str | None:
+    """Return the first value of these keys in /proc/cpuinfo; None if it has no such key or does not exist."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,8 +1,8 @@
-"""A decorator for what torch.compile must not compile.
+"""A decorator for functions that torch.compile must not compile.
 
-A decorated function runs uncompiled inside a compiled model, at the price of a break in its graph. The block-sparse operations
-and the attention function need it: their work depends on where sequences are, and the alignment loss keeps account in Python
-objects.
+A decorated function runs uncompiled inside a compiled model, at the price of a graph break. The block-sparse operations and the
+attention function need it, because their work depends on the positions of sequences, and because the alignment loss keeps its
+state in Python objects.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_eager(function: F) -> F:
-    """`torch.compiler.disable`, with the type of what it decorates."""
+    """Apply `torch.compiler.disable` and keep the type of the decorated function."""
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]

@@ -16,21 +16,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.design import Ablation, AblationOptions, left_out, units
-from sparsort.curriculum.ablation.tasks import Task, check_row, load_task, parse_labels, task_from_flags, task_names
+from sparsort.curriculum.ablation.recipe import tables
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, AblationOptions, left_out, units
+from sparsort.curriculum.ablation.recipe.tasks import (
+    Task,
+    check_row,
+    load_task,
+    parse_labels,
+    task_from_flags,
+    task_names,
+)
 from sparsort.errors import SparsortError
-from sparsort.files import write_json
 from sparsort.options import values_of
-from sparsort.progress import progress
-from sparsort.scoring.model_spec import ModelSpec
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.storage.files import write_json
+from sparsort.terminal.progress import progress
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.ablation.collect import Collector
-    from sparsort.curriculum.ablation.cost import Cost
-    from sparsort.curriculum.ablation.data import TaskData
-    from sparsort.curriculum.ablation.results import Results
-    from sparsort.scoring.loading import LoadedModel
+    from sparsort.curriculum.ablation.recipe.task_data import TaskData
+    from sparsort.curriculum.ablation.results.collect import Collector
+    from sparsort.curriculum.ablation.results.results import Results
+    from sparsort.curriculum.ablation.run.cost import Cost
+    from sparsort.scoring.loading.load import LoadedModel
 
 _LOG = logging.getLogger("sparsort")
 # Seconds between two looks at sets that another process holds.
@@ -59,7 +66,7 @@ class AblationReport:
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the report, without the demonstrations, as JSON values."""
-        from sparsort.curriculum.ablation.report.summary import summarise
+        from sparsort.curriculum.ablation.report.numbers.summary import summarise
 
         found: dict[str, Any] = dict(summarise(self.results))
         for name in ("demonstrations", "texts"):
@@ -129,11 +136,11 @@ class _Asked:
 
 def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _Asked:
     """Ask the model what the store lacks."""
-    from sparsort.curriculum.ablation.collect import Collector
-    from sparsort.curriculum.ablation.engine import Engine
-    from sparsort.curriculum.ablation.run import Run
-    from sparsort.curriculum.ablation.store import OutcomeStore
-    from sparsort.curriculum.ablation.store_folder import recorded_identity
+    from sparsort.curriculum.ablation.results.collect import Collector
+    from sparsort.curriculum.ablation.run.model import Engine
+    from sparsort.curriculum.ablation.run.run import Run
+    from sparsort.curriculum.ablation.store.folder import recorded_identity
+    from sparsort.curriculum.ablation.store.store import OutcomeStore
 
     engine = Engine(ablation, loaded, compile=compile)
     identity = engine.identity_as(recorded_identity(folder / "store"))
@@ -164,10 +171,10 @@ def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Aske
     Raises:
         SparsortError: it is of a model with another tokenizer, by which outcomes are named.
     """
-    from sparsort.curriculum.ablation.collect import Collector
-    from sparsort.curriculum.ablation.data import TaskData
-    from sparsort.curriculum.ablation.store import OutcomeStore
-    from sparsort.scoring.prompts import identify_tokenizer
+    from sparsort.curriculum.ablation.recipe.task_data import TaskData
+    from sparsort.curriculum.ablation.results.collect import Collector
+    from sparsort.curriculum.ablation.store.store import OutcomeStore
+    from sparsort.scoring.prompts.prompt import identify_tokenizer
 
     store = OutcomeStore.existing(folder / "store")
     tasks = {task.name: TaskData(task, ablation) for task in ablation.load_tasks()}
@@ -214,9 +221,9 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
     Raises:
         SparsortError: files, rows or a tokenizer that do not fit.
     """
-    from sparsort.curriculum.ablation.answer_checks import check_answers
-    from sparsort.curriculum.ablation.cost import estimate, measure
-    from sparsort.curriculum.ablation.data import TaskData
+    from sparsort.curriculum.ablation.recipe.task_data import TaskData
+    from sparsort.curriculum.ablation.run.answer_checks import check_answers
+    from sparsort.curriculum.ablation.run.cost import estimate, measure
 
     tokenizer = ablation.spec.load_tokenizer()
 
@@ -290,7 +297,7 @@ def _fields(ablation: Ablation) -> dict[str, Any]:
 def _task_of_file(
     path: Path, test: Path | None, prompt: str | None, label: str, labels: str | None, options: Mapping[str, Any]
 ) -> Task:
-    from sparsort.scoring.sources import open_rows
+    from sparsort.scoring.data.rows import open_rows
 
     source = open_rows(path, id_column=options.get("id_column"), columns=options.get("columns"))
     if prompt is None:
@@ -327,18 +334,18 @@ def _loaded(model: Any) -> Any:
         return None if model.is_named else _loaded(model.name)
     if model is None or isinstance(model, str | Path):
         return None
-    from sparsort.scoring.loading import LoadedModel
+    from sparsort.scoring.loading.load import LoadedModel
 
     if not isinstance(model, LoadedModel):
         raise SparsortError(
             f"model is a {type(model).__name__}; a name, a folder or a LoadedModel is expected. Pass "
-            "sparsort.scoring.loading.load_model(model, tokenizer=...)."
+            "sparsort.scoring.loading.load.load_model(model, tokenizer=...)."
         )
     return model
 
 
 def _provenance(ablation: Ablation, identity: Mapping[str, Any]) -> dict[str, Any]:
-    from sparsort.scoring.base import versions
+    from sparsort.scoring.scorers.base import versions
 
     return {
         **identity,

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.scoring.model_spec import ModelOptions, ModelSpec
-from sparsort.scoring.prompt_spec import DataSpec, PromptSpec
-from sparsort.scoring.prompt_types import Truncation, Turns
+from sparsort.scoring.model.spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
+from sparsort.scoring.prompts.types import Truncation, Turns
 from sparsort.values import has_text, is_missing, number_array
 
 if TYPE_CHECKING:
-    from sparsort.scoring.calibration import Calibration
-    from sparsort.scoring.prompts import Prompt
-    from sparsort.scoring.sources import RowSource
+    from sparsort.scoring.calibration.calibration import Calibration
+    from sparsort.scoring.data.rows import RowSource
+    from sparsort.scoring.prompts.prompt import Prompt
 
 # What an argument needs to be read; see `sparsort.conditions`.
 READ_BY: Table = {
@@ -78,7 +78,7 @@ def calibrate(
     One forward pass gives every site × pooling × metric × outlier rule and, with an answer, the model's own loss on it. Each
     candidate is compared with each reference by Spearman's ρ, plain and with length held fixed, with bootstrap intervals and
     corrected for how many were tried; the verdict rests on candidates chosen on one half of the rows and read on the other
-    (see `sparsort.scoring.verdict` for its exact rule). No labels are needed where the reference is the model's own loss.
+    (see `calibration.verdict` for its exact rule). No labels are needed where the reference is the model's own loss.
 
     Args:
         data: see `Scorer.score`; at least 40 rows that can be scored, a few hundred to see a weak signal.
@@ -114,9 +114,9 @@ def calibrate(
         >>> found = sparsort.calibrate("questions.jsonl", "Question: {question}\\nAnswer:", answer=" {answer}", level="steps")
         >>> print(found.sentence())
     """
-    from sparsort.scoring.candidates import CandidateScorer, check_grid
-    from sparsort.scoring.compare import compare
-    from sparsort.scoring.early_checks import check_model
+    from sparsort.scoring.calibration.compare import compare
+    from sparsort.scoring.model.early_checks import check_model
+    from sparsort.scoring.scorers.candidates import CandidateScorer, check_grid
 
     check_grid(sites, poolings, outliers)
     spec, text = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import sparsort
-from sparsort import cache
 from sparsort.errors import SparsortError
+from sparsort.storage import cache
 
 
 def describe_environment() -> dict[str, Any]:
@@ -22,8 +22,8 @@ def describe_environment() -> dict[str, Any]:
         default_device,
         sparsity_implementation,
     )
-    from sparsort.scoring.base import versions
-    from sparsort.scoring.embedded import LICENCE, demo_folder
+    from sparsort.scoring.loading.demo_model import LICENCE, demo_folder
+    from sparsort.scoring.scorers.base import versions
 
     device = default_device()
     torch_device = torch.device(device.value)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan.combine import Combination
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
     from sparsort.curriculum.loading.plan.settings import CurriculumSettings
-    from sparsort.scoring.scores import Scores
-    from sparsort.scoring.sources import RowSource
+    from sparsort.scoring.data.rows import RowSource
+    from sparsort.scoring.store.scores import Scores
 
 # What the figure calls the plan that is made, where others stand beside it.
 THIS = "this plan"
@@ -94,8 +94,8 @@ def make_plan(
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
     from sparsort.curriculum.loading.plan.planning import plan_curriculum
     from sparsort.curriculum.loading.plan.ranking import group_names
-    from sparsort.scoring.scores import Scores
-    from sparsort.scoring.sources import open_rows
+    from sparsort.scoring.data.rows import open_rows
+    from sparsort.scoring.store.scores import Scores
 
     if draw is not None:
         check_figure(draw)
@@ -157,7 +157,7 @@ class _Rows(Sequence[Mapping[str, Any]]):
         return self._source.count()
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        from sparsort.progress import progress
+        from sparsort.terminal.progress import progress
 
         with progress(self._source.name, len(self)) as advance:
             for row in self._source.rows():

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sparsort.errors import SparsortError
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.ablation.report.shape import Report
-    from sparsort.curriculum.ablation.results import Results
+    from sparsort.curriculum.ablation.report.numbers.shape import Report
+    from sparsort.curriculum.ablation.results.results import Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,11 @@ def make_report(
     title: str | None = None,
 ) -> Written:
     """As `write_report`, with the numbers and every file."""
-    from sparsort.curriculum.ablation.report.style import need_matplotlib
-    from sparsort.curriculum.ablation.report.summary import summarise
+    from sparsort.curriculum.ablation.report.figures.style import need_matplotlib
+    from sparsort.curriculum.ablation.report.numbers.summary import summarise
     from sparsort.curriculum.ablation.report.write import write_report as write
-    from sparsort.curriculum.ablation.results import Results
-    from sparsort.curriculum.ablation.results_file import find_results
+    from sparsort.curriculum.ablation.results.file import find_results
+    from sparsort.curriculum.ablation.results.results import Results
 
     # Before minutes of reading and computing.
     need_matplotlib()

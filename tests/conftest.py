@@ -106,7 +106,7 @@ def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 def demo_model() -> Path:
     """The folder of the embedded model, converted into the user's cache where it is not there yet."""
     from sparsort.errors import SparsortError
-    from sparsort.scoring.embedded import demo_folder
+    from sparsort.scoring.loading.demo_model import demo_folder
 
     try:
         return demo_folder()
@@ -152,7 +152,7 @@ def _save_tiny_model(folder: Path, family: str, overrides: dict[str, Any]) -> No
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sparsort.scoring.embedded import quiet_transformers
+    from sparsort.scoring.loading.demo_model import quiet_transformers
 
     tokenizer = _tiny_tokenizer()
     model_type, options = _FAMILIES[family]

@@ -27,8 +27,8 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from sparsort.recipes import option_conditions
-from sparsort.recipes.cli import app
+from sparsort.recipes.cli import option_conditions
+from sparsort.recipes.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 _OURS = tuple(str(ROOT / name) for name in ("attention", "curriculum", "kernels", "recipes", "scoring", "src"))
@@ -48,20 +48,20 @@ _KEEPS_NOTHING = "only an interrupted score without --out gives this sentence"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
     (
-        "sparsort.scoring.base.Request.need_prompt",
+        "sparsort.scoring.scorers.base.Request.need_prompt",
         "ablate",
     ): "ablate refuses a source without a prompt before it scores",
-    ("sparsort.scoring.conversations.conversation_fields", "ablate"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.conversations.conversation_fields", "choose"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.conversations._items", "ablate"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.conversations._items", "choose"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts.Prompt.given", "ablate"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts.Prompt.given", "choose"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts._WAY_OUT", "choose"): _NO_CONVERSATIONS,
-    ("sparsort.recipes.cli_command._stopped", "env"): _KEEPS_NOTHING,
-    ("sparsort.recipes.cli_command._stopped", "cache"): _KEEPS_NOTHING,
-    ("sparsort.scoring.prompts.Prompt.of", "train"): "train passes no system turn",
+    ("sparsort.scoring.prompts.conversations.conversation_fields", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.conversations.conversation_fields", "choose"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.conversations._items", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.conversations._items", "choose"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.prompt.Prompt.given", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.prompt.Prompt.given", "choose"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.prompt._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.prompt._WAY_OUT", "choose"): _NO_CONVERSATIONS,
+    ("sparsort.recipes.cli.command._stopped", "env"): _KEEPS_NOTHING,
+    ("sparsort.recipes.cli.command._stopped", "cache"): _KEEPS_NOTHING,
+    ("sparsort.scoring.prompts.prompt.Prompt.of", "train"): "train passes no system turn",
 }
 
 
@@ -76,7 +76,7 @@ class Definition:
 
 
 class Tree:
-    """The definitions of the package, by dotted names such as "sparsort.scoring.prompts.Prompt.of"."""
+    """The definitions of the package, by dotted names such as "sparsort.scoring.prompts.prompt.Prompt.of"."""
 
     def __init__(self) -> None:
         self.definitions: dict[str, Definition] = {}
@@ -208,7 +208,7 @@ def _modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def _places(tree: ast.Module, module: str) -> Iterator[str]:
-    """The dotted names of "module:name" in a table, whose modules are beside it or in the package around it."""
+    """The dotted names of "module:name" in a table, whose modules are next to it or in the package that contains it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and _PLACE.fullmatch(node.value):
             for package in (module, module.rpartition(".")[0]):
@@ -299,10 +299,10 @@ def _reach() -> tuple[Tree, dict[str, set[str]]]:
 
 # What runs for every command.
 _EVERY = [
-    "sparsort.recipes.cli._Commands",
-    "sparsort.recipes.cli._root",
-    "sparsort.recipes.cli._version",
-    "sparsort.recipes.cli_command.CheckedCommand",
+    "sparsort.recipes.cli.app._Commands",
+    "sparsort.recipes.cli.app._root",
+    "sparsort.recipes.cli.app._version",
+    "sparsort.recipes.cli.command.CheckedCommand",
 ]
 
 
@@ -411,7 +411,9 @@ def test_no_message_computes_the_name_of_an_option() -> None:
         f"{definition.name}:{line}"
         for definition in tree.definitions.values()
         # Names of CSS variables begin with two hyphens, too, and flags are made from the names of fields.
-        if not definition.name.startswith(("sparsort.curriculum.ablation.report.svg.", "sparsort.recipes.options."))
+        if not definition.name.startswith(
+            ("sparsort.curriculum.ablation.report.figures.svg.", "sparsort.recipes.cli.options.")
+        )
         for text, line in definition.texts
         if _COMPUTED.search(text)
     ] == []
@@ -422,7 +424,9 @@ def test_a_message_names_the_argument_of_python_before_the_option() -> None:
     tree, _ = _reach()
     wrong = []
     for definition in tree.definitions.values():
-        if definition.name.startswith(("sparsort.recipes.cli", "sparsort.recipes.option", "sparsort.terminal")):
+        if definition.name.startswith(
+            ("sparsort.recipes.cli.app", "sparsort.recipes.option", "sparsort.terminal.printing")
+        ):
             continue
         for text, line in definition.texts:
             for option in _OPTION.finditer(text):

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from sparsort.curriculum.demos.distributions import numbers
+from sparsort.curriculum.demos.criteria.distributions import numbers
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.recipes.choose_prior import _file_shares
+from sparsort.recipes.choose.prior import _file_shares
 from sparsort.recipes.plan import make_plan
-from sparsort.scoring.baselines import ColumnScorer
+from sparsort.scoring.scorers.baselines import ColumnScorer
 from sparsort.templates import render
 
 BIG = 10**400
@@ -41,7 +41,7 @@ def _prior(folder: Path) -> Any:
         (lambda _: ColumnScorer("x").score([{"x": 1}, {"x": BIG}]), "column 'x' of row 1 .* expected a number"),
         (
             lambda _: render("{x:.2f}", {"x": BIG}, where="row 0"),
-            r"row 0: the value .* does not take the format '\.2f'",
+            r"row 0: the value .* does not accept the format '\.2f'",
         ),
         (lambda _: plan_curriculum([1, BIG, 3], batch_size=1), "cannot be read as numbers"),
         (lambda _: numbers([[BIG]], ("orders", "labels"), what="shares"), "cannot be read as an array of numbers"),

@@ -37,12 +37,12 @@ def test_the_message_says_what_was_given_why_it_has_no_effect_and_what_to_do() -
     with pytest.raises(SparsortError) as caught:
         refuse_unread(TABLE, VALUES, ["shape", "corner"])
     assert str(caught.value) == (
-        "corner=2 has no effect: square and long read it, and this is shape='round'. Leave it out, or pass shape='square'."
+        "corner=2 has no effect: square and long read it, and this is shape='round'. Omit it, or pass shape='square'."
     )
     with pytest.raises(SparsortError) as caught:
         refuse_unread(TABLE, VALUES, ["ink"], lambda name, value: f"--{name}" if value is None else f"--{name} {value}")
     assert str(caught.value) == (
-        "--ink red has no effect: nothing is drawn without --draw. Leave it out, or pass --draw FILE."
+        "--ink red has no effect: nothing is drawn without --draw. Omit it, or pass --draw FILE."
     )
 
 
@@ -52,8 +52,8 @@ def test_what_was_not_given_and_what_is_read_pass() -> None:
     refuse_unread(TABLE, {**VALUES, "shape": "long"}, ["corner"])
 
 
-def test_every_condition_of_an_option_has_to_hold_and_the_first_that_does_not_is_told() -> None:
-    with pytest.raises(SparsortError, match=r"^corner=2 has no effect: soft=True has no corner\. Leave it out\.$"):
+def test_every_condition_of_an_option_has_to_hold_and_the_first_that_does_not_is_reported() -> None:
+    with pytest.raises(SparsortError, match=r"^corner=2 has no effect: soft=True has no corner\. Omit it\.$"):
         refuse_unread(TABLE, {**VALUES, "shape": "long", "soft": True}, ["corner"])
     stricter = under(When(holds=lambda values: values["draw"] is not None, why="nothing is drawn"), TABLE)
     with pytest.raises(SparsortError, match="nothing is drawn"):

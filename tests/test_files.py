@@ -1,4 +1,4 @@
-"""`sparsort.files`: JSON on disk, and the errors by which libraries report a disk that cannot be written."""
+"""`sparsort.storage.files`: JSON on disk, and the errors by which libraries report a disk that cannot be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.files import disk_errors, write_atomically, write_json
+from sparsort.storage.files import disk_errors, write_atomically, write_json
 
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 _VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -102,7 +102,7 @@ def test_a_pipe_gets_the_bytes_and_stays(tmp_path: Path) -> None:
 
 def test_stdout_keeps_what_was_printed_when_it_is_a_file(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from sparsort.files import write_atomically\n"
+        "from pathlib import Path; from sparsort.storage.files import write_atomically\n"
         "print('before', flush=True)\n"
         "with write_atomically(Path('/dev/stdout')) as temporary: temporary.write_text('written\\n')\n"
         "print('after')"

@@ -1,6 +1,6 @@
 """The floors of the house: what may import what, what is never used, and how the package is put together.
 
-The package's real folders stand at the top level, and one of them shares its name with Hugging Face's distribution
+The package's real folders are at the top level, and one of them shares its name with Hugging Face's distribution
 `kernels`, which transformers imports while loading a model: several tests hold that neither gets in the other's way.
 """
 
@@ -63,7 +63,7 @@ def _where(path: Path, node: ast.AST) -> str:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_imports_only_what_stands_below_it(folder: str) -> None:
+def test_a_folder_imports_only_folders_below_it(folder: str) -> None:
     wrong = []
     for path in _sources(folder):
         for module, node in house.imports(ast.parse(path.read_text(encoding="utf-8"))):

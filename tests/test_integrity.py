@@ -1,4 +1,4 @@
-"""`sparsort.integrity`: JSON that sparsort wrote."""
+"""`sparsort.storage.integrity`: JSON that sparsort wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.integrity import parse_own_json, read_sealed, seal
+from sparsort.storage.integrity import parse_own_json, read_sealed, seal
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])

@@ -1,4 +1,4 @@
-"""`sparsort.interrupts`, in processes of their own: each announces on stdout that it is in its work, and is then sent signals."""
+"""`interrupts`, in processes of their own: each announces on stdout that it is in its work, and is then sent signals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from handshake import Child
 from typer.testing import CliRunner
 
-from sparsort import interrupts
-from sparsort.recipes.cli import app
-from sparsort.recipes.train_loop import History
-from sparsort.scoring.scores import Scores
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.train.loop import History
+from sparsort.scoring.store.scores import Scores
+from sparsort.terminal import interrupts
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 ROWS = [{"id": f"q{n}", "text": f"row {n} " * (n + 1)} for n in range(9)]
@@ -25,7 +25,7 @@ ROWS = [{"id": f"q{n}", "text": f"row {n} " * (n + 1)} for n in range(9)]
 _PRELUDE = """
 import os, signal, sys
 from handshake import hold
-from sparsort import interrupts
+from sparsort.terminal import interrupts
 def announce(text):
     print(text, flush=True)
 """
@@ -49,7 +49,7 @@ def file(tmp_path: Path) -> Path:
 
 # Waits within the second shard's write, before its bytes are on the disk.
 _IN_A_WRITE = """
-from sparsort.scoring import shards
+from sparsort.scoring.store import shards
 plain = shards.write_shard
 def write(path, table, facts):
     plain(path, table, facts)
@@ -102,7 +102,7 @@ COMMANDS = {
 }
 
 _IN_A_COMMAND = """
-from sparsort.recipes import option_conditions
+from sparsort.recipes.cli import option_conditions
 option_conditions.check = lambda context: hold("ready")
 from sparsort.__main__ import main
 main()
@@ -129,7 +129,7 @@ def test_every_command_ends_with_the_code_of_the_signal(command: str) -> None:
 
 
 _IN_THE_PARSER = """
-from sparsort.recipes import cli
+from sparsort.recipes.cli import app as cli
 cli._Commands.make_context = lambda *arguments, **options: hold("ready")
 from sparsort.__main__ import main
 main()
@@ -195,7 +195,7 @@ except interrupts.Interrupted as stop:
 
 def test_an_interrupt_that_a_destructor_swallows_is_raised_again() -> None:
     returned, out, errors = _run("""
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 class Gone:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
@@ -242,7 +242,7 @@ TRAIN = ["--text", "{text}", "--schedule", "shuffle", "--eval-share", "0", "--ba
 
 # Waits inside the third step.
 _IN_A_STEP = """
-from sparsort.recipes.train_loop import TextTrainer
+from sparsort.recipes.train.loop import TextTrainer
 plain = TextTrainer.training_step
 def step(self, *arguments, **options):
     if self.state.global_step == 2:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
-# Stands in for Python: answers the version check, makes a .venv whose python logs what it is asked and may fail.
+# Replaces Python: it answers the version check, makes a .venv whose python logs what it is asked and may fail.
 _PYTHON = """#!/bin/sh
 case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && cp python .venv/bin/python ;;

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
+from sparsort.storage import integrity, manifests
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_what_is_not_listed_may_come_and_go(folder: Path) -> None:
     assert manifests.damage_in(folder) is None
 
 
-def test_another_version_and_a_missing_manifest_are_said(folder: Path) -> None:
+def test_another_version_and_a_missing_manifest_are_reported(folder: Path) -> None:
     path = folder / manifests.FILE
     path.write_text(json.dumps(integrity.seal({"format": manifests.FORMAT, "version": 2})), encoding="utf-8")
     assert "is version 2 of 'sparsort-manifest', and this sparsort reads version 1" in str(manifests.damage_in(folder))
@@ -92,7 +92,7 @@ def test_a_file_system_without_sync_is_put_up_with_and_a_broken_disk_is_not(
 
     monkeypatch.setattr(os, "fsync", fsync)
     if fails:
-        with pytest.raises(SparsortError, match="cannot list what"):
+        with pytest.raises(SparsortError, match="cannot list the files in"):
             manifests.write_manifest(tmp_path)
     else:
         manifests.write_manifest(tmp_path)

@@ -13,26 +13,26 @@ import pytest
 import torch
 
 import sparsort
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.splits import split_rows
-from sparsort.curriculum.ablation.tasks import Task, check_rows, task_from_flags
-from sparsort.curriculum.demos.pool import DemoPool, field_text
-from sparsort.curriculum.demos.rows import id_of, name_of
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.splits import split_rows
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.tasks import Task, check_rows, task_from_flags
+from sparsort.curriculum.demos.pool.pool import DemoPool, field_text
+from sparsort.curriculum.demos.pool.rows import id_of, name_of
 from sparsort.curriculum.demos.select import select_demos
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 from sparsort.recipes.ablate import find_source
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.calibrate import _number
-from sparsort.recipes.choose_order import read_rows
-from sparsort.recipes.order_config import OrderConfig
-from sparsort.recipes.order_demos import order_file
-from sparsort.recipes.score_table import text_of
-from sparsort.recipes.scorer_config import ScorerConfig
-from sparsort.scoring.prompt_spec import PromptSpec
-from sparsort.scoring.prompts import Prompt
-from sparsort.scoring.sources import digest_of, open_rows
+from sparsort.recipes.choose.choose import read_rows
+from sparsort.recipes.cli.score_table import text_of
+from sparsort.recipes.order.config import OrderConfig
+from sparsort.recipes.order.order import order_file
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.scoring.data.rows import digest_of, open_rows
+from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.prompts.spec import PromptSpec
 
 MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), torch.tensor(float("nan"))]
 NESTED: list[tuple[Any, str]] = [
@@ -72,7 +72,7 @@ def _outcome(call: Callable[[], Any], value: Any) -> Any:
 
 
 def _train_text(value: Any) -> Any:
-    from sparsort.recipes.train_text import TrainText
+    from sparsort.recipes.train.text import TrainText
 
     return TrainText(template="{text}").of({"text": value}, None, where="row 1")
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.ablation.tasks import Task
-from sparsort.curriculum.ablation.texts import Texts
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.recipe.texts import Texts
+from sparsort.curriculum.ablation.store.outcomes import Outcomes
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "ordering"
@@ -24,7 +24,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "ordering"
 
 @pytest.fixture(scope="module")
 def outcomes() -> Any:
-    """The script's module. Its folder stands on the path while it is imported, as it does for a script."""
+    """The script's module. Its folder is on the path while it is imported, as it does for a script."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         return importlib.import_module("ordering_study_outcomes")

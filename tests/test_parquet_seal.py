@@ -1,4 +1,4 @@
-"""`sparsort.parquet_seal`: other readers see the same table, and no bit of the file can change unnoticed."""
+"""`sparsort.storage.parquet_seal`: other readers see the same table, and no bit of the file can change unnoticed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.integrity import read_sealed, write_sealed
-from sparsort.parquet_seal import DamagedError, add_seal, read_seal
+from sparsort.storage.integrity import read_sealed, write_sealed
+from sparsort.storage.parquet_seal import DamagedError, add_seal, read_seal
 
 TABLE = pa.table({"id": [f"q{n}" for n in range(20)], "value": [n / 3 for n in range(20)]})
 FACTS = {"index": 3, "digest": "ab", "text": "é\n"}

@@ -19,7 +19,7 @@ def test_any_names_read_back_from_their_spelling_alone_and_in_a_template(names: 
     assert parse_field(field) == tuple(names)
     assert column_of(field) == names[0]
     assert canonical(field) == field
-    assert fields_of(f"before {{{field}}} between {{{field}!r:>5}} {{{{behind}}}}") == [field]
+    assert fields_of(f"before {{{field}}} between {{{field}!r:>5}} {{{{after}}}}") == [field]
 
 
 @pytest.mark.parametrize(

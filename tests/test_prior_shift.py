@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsort.curriculum.demos.distributions import log_softmax
+from sparsort.curriculum.demos.criteria.distributions import log_softmax
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "ordering"
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Any:
-    """The scripts' modules. Their folder stands on the path while they are imported, as it does for a script."""
+    """The scripts' modules. Their folder is on the path while they are imported, as it does for a script."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = ("prior_shift", "prior_shift_estimators", "prior_shift_page")

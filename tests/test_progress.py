@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 
 class _Terminal(io.StringIO):

@@ -26,7 +26,7 @@ ROWS = recall_rows(500, 0)
 
 
 def _read(words: list[str]) -> list[tuple[int, int]]:
-    """(answer, fact): a name by itself is asked for, with its answer behind it, and was stated in a fact before."""
+    """(answer, fact): a single name is a question, followed by its answer, which an earlier fact stated."""
     stated: dict[str, int] = {}
     found = []
     for place, word in enumerate(words):
@@ -88,7 +88,7 @@ def test_cities_are_alike_likely_and_names_are_stated_once() -> None:
 
 
 @pytest.mark.parametrize("level", [4, 5])
-def test_what_lies_near_does_not_tell_the_answer(level: int) -> None:
+def test_what_is_near_does_not_give_the_answer(level: int) -> None:
     """Guessing by order, by what was answered last, or by the commonest city is little better than chance."""
     hits: Counter[str] = Counter()
     total = 0

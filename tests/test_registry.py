@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from sparsort.attention.selectors import SELECTORS, SelectorKind
-from sparsort.curriculum.ablation.selectors import MODEL_SELECTORS, ModelSelectorName
+from sparsort.curriculum.ablation.recipe.selectors import MODEL_SELECTORS, ModelSelectorName
 from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
 from sparsort.curriculum.demos.order import ORDERS, Order
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
@@ -26,8 +26,8 @@ _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/spa
 # Each table with the Literal of its names, and the file that holds it.
 _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
-    "curriculum/ablation/selectors.py": (MODEL_SELECTORS, ModelSelectorName),
-    "curriculum/demos/criteria.py": (CRITERIA, CriterionName),
+    "curriculum/ablation/recipe/selectors.py": (MODEL_SELECTORS, ModelSelectorName),
+    "curriculum/demos/criteria/__init__.py": (CRITERIA, CriterionName),
     "curriculum/demos/order.py": (ORDERS, Order),
     "curriculum/demos/select/__init__.py": (DEMO_SELECTORS, SelectorName),
     "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
@@ -38,35 +38,35 @@ _TABLES: dict[str, tuple[Registry[Any], Any]] = {
 # Where a name of a table means something else: an order of training data, a kind of arm, the place of rows without a score, a
 # curve of a drawing, a field of a file or a log, a chapter of a report.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
-    "column": ("curriculum/loading/loader/verification.py", "scoring/baselines.py"),
-    "compression": ("scoring/shard_files.py",),
-    "constant": ("recipes/train_loop.py",),
+    "column": ("curriculum/loading/loader/verification.py", "scoring/scorers/baselines.py"),
+    "compression": ("scoring/store/shard_files.py",),
+    "constant": ("recipes/train/loop.py",),
     "length": (
         "curriculum/demos/order.py",
         "curriculum/loading/inspect/drawing.py",
         "curriculum/loading/plan/files.py",
-        "recipes/cli_calibrate.py",
+        "recipes/cli/commands/calibrate.py",
     ),
     "oracle": ("curriculum/ablation",),
-    "first": ("curriculum/demos/order.py", "curriculum/loading", "recipes/cli_plan.py"),
+    "first": ("curriculum/demos/order.py", "curriculum/loading", "recipes/cli/commands/plan.py"),
     "hard_to_easy": ("curriculum/loading",),
-    "ids": ("curriculum/ablation/order_notes.py", "curriculum/loading"),
+    "ids": ("curriculum/ablation/store/order_notes.py", "curriculum/loading"),
     "random": (
-        "curriculum/ablation/cells.py",
+        "curriculum/ablation/results/cells.py",
         "curriculum/ablation/report",
-        "curriculum/ablation/results.py",
-        "curriculum/ablation/results_file.py",
+        "curriculum/ablation/results/results.py",
+        "curriculum/ablation/results/file.py",
         "curriculum/loading",
-        "recipes/option_conditions.py",
-        "recipes/train_run.py",
+        "recipes/cli/option_conditions.py",
+        "recipes/train/run.py",
     ),
     "sparsity": (
-        "curriculum/ablation/order_notes.py",
+        "curriculum/ablation/store/order_notes.py",
         "recipes/environment.py",
         "scoring/scorers/sparsity.py",
     ),
     "spread": ("curriculum/ablation/report",),
-    "step": ("recipes/train_loop.py",),
+    "step": ("recipes/train/loop.py",),
     "window": ("curriculum/loading",),
 }
 

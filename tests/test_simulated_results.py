@@ -9,7 +9,7 @@ from simulated_results import ARMS, TASKS, simulate
 from sparsort.errors import SparsortError
 
 
-def test_an_arm_gains_what_it_is_said_to() -> None:
+def test_an_arm_gains_its_stated_effect() -> None:
     effects = {"globale": 0.1, "u_shape": -0.05, "random_scores": 0.0}
     results = simulate(["sst5", "trec"], shots=(4,), sets=150, orders=6, items=600, arms=list(effects), effects=effects)
     for group in results.groups:

@@ -112,7 +112,7 @@ def test_steps_take_turns_in_being_first(bench):
         ({512: 0.5, 1024: 0.25, 2048: 1.0, 4096: 3.0}, 2048.0),
     ],
 )
-def test_the_crossover_lies_where_ratios_rise_through_one(bench, ratios, expected):
+def test_the_crossover_is_where_ratios_rise_through_one(bench, ratios, expected):
     found = bench.report.crossing(ratios)
     assert found == (None if expected is None else pytest.approx(expected))
 
@@ -232,7 +232,7 @@ def test_the_cpu_part_runs(bench, monkeypatch):
     json.dumps(report.to_json())
 
 
-def test_the_dense_form_that_the_gpu_cannot_run_is_left_out(bench, monkeypatch):
+def test_the_dense_form_that_the_gpu_cannot_run_is_skipped(bench, monkeypatch):
     def flash(inputs, form, clock):
         if form == "shared":
             raise RuntimeError("No available kernel.")

@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies" / "sparse"
 
 @pytest.fixture(scope="module")
 def study() -> Any:
-    """The script's module. Its folder stands on the path while it is imported, as it does for a script."""
+    """The script's module. Its folder is on the path while it is imported, as it does for a script."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         return importlib.import_module("sparse_study")

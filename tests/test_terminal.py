@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from sparsort.progress import progress
-from sparsort.terminal import note, one_line, printable, printable_messages, show, show_json
-from sparsort.terminal_tables import Table, natural_key, number, prose, text
+from sparsort.terminal.printing import note, one_line, printable, printable_messages, show, show_json
+from sparsort.terminal.progress import progress
+from sparsort.terminal.tables import Table, natural_key, number, prose, text
 
 Safe = Callable[[str], bool]
 ROOT = Path(__file__).parents[1]
@@ -180,7 +180,7 @@ def test_ids_in_the_order_in_which_people_count() -> None:
 
 FOLDERS = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/sparsort")
 # The last is the protocol of a child process with its parent.
-MAY_PRINT = {"src/sparsort/terminal.py", "src/sparsort/progress.py", "scoring/judges.py"}
+MAY_PRINT = {"src/sparsort/terminal/printing.py", "src/sparsort/terminal/progress.py", "scoring/answers/judges.py"}
 PRINTS = ("print", "echo", "secho", "Console", "stdout.write", "stderr.write", "stdout.writelines", "stderr.writelines")
 
 
@@ -202,4 +202,4 @@ def test_nothing_is_printed_by_another_way() -> None:
     ]
     assert found == []
     # The scan sees what it looks for.
-    assert "sys.stdout.write" in _calls(ROOT / "scoring/judges.py")
+    assert "sys.stdout.write" in _calls(ROOT / "scoring/answers/judges.py")

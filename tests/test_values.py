@@ -133,7 +133,7 @@ def test_paths_through_what_libraries_give() -> None:
     assert text_at(row, "pair[1].a[1]", where="row 0") == "deep"
     for field in ("pair[1].a[0]", "pair[1].b", "pair[1].b.c", "pair[9]", "pair[-3]", "turns[0].name"):
         assert value_at(row, field, where="row 0") is None
-    with pytest.raises(SparsortError, match=r"its key 'role'.*\{turns\[0\]\.role\}"):
+    with pytest.raises(SparsortError, match=r"has no key 'role'.*\{turns\[0\]\.role\}"):
         value_at(row, "turns.role", where="row 0")
 
 

@@ -1,8 +1,8 @@
-"""How a layer chooses the blocks that it attends to: the table of selectors, and a file for each.
+"""The table of selectors, which choose the blocks that a layer attends to. Each selector has its own file.
 
-Contract: `SELECTORS` is the one place that lists them. An entry names the class, which is imported when a layer is built:
-nothing here imports torch, so that a configuration can be read and refused before anything heavy is loaded. To add a
-selector, write a file with a subclass of `base.Selector`, and add an entry here and its name to `SelectorKind`.
+Contract: `SELECTORS` is the only list of selectors. An entry names its class, which is imported when a layer is built. This
+module does not import torch, so a configuration can be read and refused before anything heavy is loaded. To add a selector,
+write a file with a subclass of `base.Selector`, add an entry here, and add its name to `SelectorKind`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SelectorKind = Literal["index_branch", "moba", "seer", "nsa", "lm_trained", "window", "sink_window", "random", "oracle"]
 Teacher = Literal["nothing", "alignment_loss", "lm_loss"]
+# The settings of budgets by softmax shares, which only selectors with block scores read.
 _SHARES = frozenset({"threshold", "top_p"})
 _INDEX = frozenset({"index_dim", "index_norm"})
 
@@ -26,9 +27,9 @@ class SelectorEntry(Entry):
     """One selector.
 
     Attributes:
-        place: "module:class" of its class, in this package.
-        learns_by: what its weights learn by; "nothing" for a selector without weights.
-        shaped_by_blocks: whether the sizes of its weights depend on the block size.
+        place: "module:class", the selector's class relative to this package.
+        learns_by: the loss that trains its weights; "nothing" for a selector without weights.
+        shaped_by_blocks: whether the shapes of its weights depend on the block size.
     """
 
     place: str
@@ -40,7 +41,7 @@ class SelectorEntry(Entry):
         return self.learns_by != "nothing"
 
     def load(self) -> type[Selector]:
-        """The selector's class."""
+        """Import and return the selector's class."""
         cls: type[Selector] = load(self.place, __name__)
         return cls
 
@@ -112,7 +113,7 @@ SELECTORS = Registry(
         ),
         SelectorEntry(
             name="oracle",
-            help="the blocks with most dense attention",
+            help="the blocks with the most dense attention",
             source="upper bound",
             place="fixed:Oracle",
             reads=_SHARES,

@@ -1,9 +1,9 @@
-"""What every selector answers: which blocks a layer attends to, and what it learns by.
+"""The interface of selectors, which choose the blocks that a layer attends to and define the loss that trains the choice.
 
-Contract: a selector makes a `Selection`; one exact attention takes it, whatever made it. It sees a layer through
-`LayerInputs` and keeps no state between calls, so that a pass may be run again (gradient checkpointing) or go on from a
-cache and choose the same blocks. What a token selects depends on that token and those before it in its sequence only, and
-not on where padding lies: queries, keys, values and index keys may hold anything there, NaN too.
+Contract: a selector returns a `Selection`, and the same exact attention uses it for every selector. A selector sees a layer
+through `LayerInputs` and keeps no state between calls, so a pass that is run again (gradient checkpointing) or continues from
+a cache chooses the same blocks. The blocks of a token depend only on that token and the earlier ones of its sequence. They do
+not depend on the position of padding, where queries, keys, values and index keys may hold any value, including NaN.
 
 Legend: B batch, T query columns, S key columns, C hidden width, H query heads, G groups (key/value heads), D head width.
 """
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerInputs:
-    """What a layer has when it comes to choose.
+    """The tensors and settings from which a selector chooses the blocks of a layer.
 
     Attributes:
         module: the attention module, for its projections and its settings.
         hidden: (B, T, C), the layer's input.
         rotary: cosines and sines of the queries' positions, each (B or 1, T, rotary width), or None.
-        query: (B, H, T, D), after norm and rotary embedding, with its gradient.
-        key, value: (B, G, S, D), the same, with what the cache holds.
-        layout: where the sequences lie.
-        scale: of the attention's logits.
-        full: warm-up: every block is to be selected.
-        budget: how many blocks otherwise.
+        query: (B, H, T, D), after norm and rotary embedding, attached to the graph.
+        key, value: (B, G, S, D), the same, including the cached tokens.
+        layout: the position of each sequence in the batch.
+        scale: factor for the attention logits.
+        full: whether every block must be selected (warm-up).
+        budget: number of blocks per query token if not `full`.
     """
 
     module: nn.Module
@@ -57,18 +57,18 @@ class LayerInputs:
         return int(self.key.shape[1])
 
     def every_block(self, block_size: int) -> Selection:
-        """Full causal attention, as a selection."""
+        """Return full causal attention as a selection."""
         return every_block(self.layout, self.groups, block_size, self.query.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """What was chosen.
+    """The blocks that a selector chose.
 
     Attributes:
         selection: the blocks of every query token and group.
-        bias: (B, G, T, K), added to the logits of a slot's keys, for a selector that learns by the LM loss.
-        state: what the selector wants back in `loss` and `mix`; nobody else reads it.
+        bias: (B, G, T, K) for K slots, added to the logits of a slot's keys, for a selector that the LM loss trains.
+        state: data that `choose` passes to `loss` and `mix` of the same selector; no other code reads it.
     """
 
     selection: Selection
@@ -77,10 +77,12 @@ class Choice:
 
 
 class Selector(nn.Module):
-    """Chooses the blocks of one layer. Its weights live in the attention module, at `index_branch`.
+    """Base class of selectors, each of which chooses the blocks of one layer.
+
+    A selector is the submodule `index_branch` of its attention module, so its weights are saved with the model.
 
     Attributes:
-        block_size: W, keys of a block.
+        block_size: W, the number of keys in a block.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -89,31 +91,31 @@ class Selector(nn.Module):
 
     @classmethod
     def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
-        """The selector of one layer. A selector with weights overrides this.
+        """Build the selector of one layer. A selector with weights overrides this.
 
         Args:
-            config: its sizes and its seed.
+            config: the selector's sizes and its seed.
             shape: the sizes of the layer's attention.
 
         Raises:
-            SparsortError: sizes that the selector cannot have in this layer.
+            SparsortError: the selector cannot have the configured sizes in this layer.
         """
         return cls(config.block_size)
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """The operations that choosing adds to attending, for one causal sequence; 0 unless a selector says more.
+        """Return the operations that choosing adds to attending, for one causal sequence; 0 unless overridden.
 
         Args:
             shape: the sizes of the layer's attention.
-            tokens: N.
-            sparse: what the sparse layer does.
-            training: count a training step, and not the forward pass alone.
+            tokens: N, the length of the sequence.
+            sparse: the selector, block size and budget.
+            training: whether to count a training step instead of the forward pass alone.
         """
         return 0.0
 
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """What the selector keeps of each token, beside the layer's keys and values in a cache.
+        """Return the vector of each token that is cached with the layer's keys and values.
 
         Args:
             module: the attention module.
@@ -121,32 +123,38 @@ class Selector(nn.Module):
             rotary: cosines and sines of these tokens' positions, or None.
 
         Returns:
-            (B, T, width), or None where the selector needs nothing beyond keys and values.
+            (B, T, width), or None if the selector needs only keys and values.
         """
         return None
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
-        """The blocks of every query token; every block where `inputs.full`.
+        """Choose the blocks of every query token, or every block if `inputs.full`.
 
         Args:
-            inputs: the layer.
-            index_keys: (B, S, width), of all tokens that the keys stand for.
+            inputs: the layer's tensors and settings.
+            index_keys: (B, S, width), the index keys of the same tokens as `inputs.key`; None if the selector has none.
         """
         raise NotImplementedError
 
     def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, lse: Tensor) -> Tensor | None:
-        """What the selector learns by: a scalar, the mean over tokens and groups, with a gradient to its own weights only.
+        """Return the loss that trains the selector.
 
         Args:
             inputs, index_keys: as in `choose`.
-            choice: what `choose` gave.
+            choice: the result of `choose`.
             lse: (B, H, T), the log-sum-exp of the attention's logits over the selection.
 
         Returns:
-            None where there is nothing to learn, or the LM loss is what teaches it.
+            A scalar, the mean over tokens and groups, with a gradient to the selector's own weights only. None if the selector
+            has no weights or the LM loss trains them.
         """
         return None
 
     def mix(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, output: Tensor) -> Tensor:
-        """The layer's output (B, H, T, D) from the attention's over the selection; here that output itself."""
+        """Return the layer's output (B, H, T, D), given attention over the selection; unchanged unless overridden.
+
+        Args:
+            inputs, index_keys, choice: as in `loss`.
+            output: (B, H, T, D), the attention over the selection.
+        """
         return output

@@ -1,13 +1,16 @@
-"""Selectors that learn nothing: what a trained one must beat, and the best that any could do.
+"""Selectors without weights: baselines that a trained selector must beat, and an upper bound.
 
-- Window: the query's own block and the ones right before it, as many as the budget has slots.
-- SinkWindow: the first block of the sequence, and a window with what is left (attention sinks: Xiao et al., arXiv 2309.17453).
-- RandomBlocks: the own block and others at random, each set alike likely; from a hash of (seed, layer, group, position, block)
-  and no generator, so that a recomputed or cached pass chooses the same, and padding or the batch row does not matter.
-- Oracle: the blocks on which dense attention puts most of its probability, averaged over the group's heads. It costs a dense
-  map (in chunks, never held whole), so it is a yardstick and no way to save work.
+- Window: the query's own block and the blocks right before it, one for each slot of the budget.
+- SinkWindow: the first block of the sequence, and a window in the remaining slots (attention sinks: Xiao et al.,
+  arXiv 2309.17453).
+- RandomBlocks: the own block and a random set of others, all sets equally likely. The choice comes from a hash of (seed, layer,
+  group, position, block) instead of a generator, so a recomputed or cached pass chooses the same blocks, and padding and the
+  batch row have no influence.
+- Oracle: the blocks with the most dense attention probability, averaged over the group's heads. It computes the dense map (in
+  chunks, never as a whole), so it is a reference and saves no work.
 
-The first three have no scores to share out: whatever the budget, they take as many blocks as it allows at most.
+The first three have no scores, so a budget by threshold or top-p has no shares to go by: they always take the maximum number of
+blocks that the budget allows.
 """
 
 from __future__ import annotations
@@ -53,13 +56,14 @@ class SinkWindow(Selector):
             return Choice(selection=inputs.every_block(self.block_size))
         selection = window(inputs, self.block_size, inputs.budget.slots)
         if selection.blocks.shape[-1] > 1:
-            # The window's oldest block makes room; where the window reaches block 0 or less, nothing changes.
+            # Block 0 replaces the window's oldest block. If the window reaches block 0 (or ends in unused slots, −1), the
+            # clamp changes nothing.
             selection.blocks[..., -1].clamp_(max=0)
         return Choice(selection=selection)
 
 
 class RandomBlocks(Selector):
-    """The own block and others at random."""
+    """The own block and random other blocks."""
 
     def __init__(self, config: SparseAttentionConfig, shape: LayerShape) -> None:
         super().__init__(config.block_size)
@@ -77,24 +81,25 @@ class RandomBlocks(Selector):
 
         def scores_of(span: Span) -> Scores:
             def scores(first: int, last: int) -> Tensor:
-                place = positions(span, first, last, device)[:, None]
+                queries = positions(span, first, last, device)[:, None]
                 blocks = torch.arange(blocks_seen(span, last, self.block_size), device=device)
-                # float64 holds the 32 bits, so that ties are as rare as they are in the hash.
-                return hashed(self.seed, self.layer, groups, place, blocks).double()
+                # float64 represents all 32 bits exactly; float32 would round them and create ties.
+                return hashed(self.seed, self.layer, groups, queries, blocks).double()
 
             return scores
 
+        # Hashes are no probabilities, so shares of a softmax over them would mean nothing.
         budget = FixedBudget(blocks=inputs.budget.slots)
         cost = 4 * inputs.groups / self.block_size
         return Choice(selection=select_blocks(inputs, self.block_size, budget, scores_of, cost=cost))
 
 
 class Oracle(Selector):
-    """The blocks that dense attention looks at most."""
+    """The blocks with the most dense attention."""
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """The scores of dense attention."""
+        """Count the scores of dense attention."""
         return 2 * shape.heads * shape.head_dim * visible_pairs(tokens)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
@@ -107,7 +112,7 @@ class Oracle(Selector):
             def scores(first: int, last: int) -> Tensor:
                 probabilities = dense_map(queries[:, :, first:last], keys, span, first, last, inputs.scale)
                 mass = in_blocks(probabilities.mean(1)[..., None], self.block_size, 0.0).sum((-2, -1))
-                # Of a logarithm the softmax that a budget takes its shares from is the mass itself.
+                # A budget takes its shares from a softmax over the scores. The softmax of log(mass) is the mass itself.
                 return mass.log()
 
             return scores
@@ -117,25 +122,26 @@ class Oracle(Selector):
 
 
 def window(inputs: LayerInputs, block_size: int, blocks: int) -> Selection:
-    """The last `blocks` blocks up to each query's own."""
+    """Select the last `blocks` blocks up to and including each query's own, newest first."""
     layout: Layout = inputs.layout
     device = inputs.query.device
     own = torch.div(layout.position(device), block_size, rounding_mode="floor")
     back = torch.arange(min(blocks, layout.blocks(block_size)), dtype=torch.int32, device=device)
-    found = (own[..., None] - back).clamp(min=-1)
-    return Selection(blocks=found[:, None].expand(-1, inputs.groups, -1, -1).contiguous(), block_size=block_size)
+    chosen = (own[..., None] - back).clamp(min=-1)
+    return Selection(blocks=chosen[:, None].expand(-1, inputs.groups, -1, -1).contiguous(), block_size=block_size)
 
 
 def hashed(*numbers: int | Tensor) -> Tensor:
-    """A number in [0, 2³²) from whole numbers, as if drawn at random; tensors broadcast.
+    """Hash whole numbers to a pseudo-random number in [0, 2³²); tensors broadcast.
 
-    Every step multiplies less than 2³² by less than 2³¹, which int64 holds. The two rounds are a 32-bit finaliser whose every
-    input bit flips each output bit with a chance near 1/2.
+    Each number is mixed in by two rounds of a 32-bit finaliser, in which each input bit flips each output bit with a
+    probability near 1/2.
     """
-    found: Tensor | int = 0x9E3779B9
+    state: Tensor | int = 0x9E3779B9
     for number in numbers:
-        found = (found ^ (number & 0xFFFFFFFF)) & 0xFFFFFFFF
+        state = (state ^ (number & 0xFFFFFFFF)) & 0xFFFFFFFF
         for _ in range(2):
-            found = (((found >> 16) ^ found) * 0x45D9F3B) & 0xFFFFFFFF
-        found = (found >> 16) ^ found
-    return torch.as_tensor(found)
+            # The factors are below 2³² and 2³¹, so the product fits into int64.
+            state = (((state >> 16) ^ state) * 0x45D9F3B) & 0xFFFFFFFF
+        state = (state >> 16) ^ state
+    return torch.as_tensor(state)

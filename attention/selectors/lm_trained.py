@@ -1,15 +1,15 @@
-"""A selector that the LM loss itself teaches, on a base that its caller freezes; after SAS (arXiv 2609.13141).
+"""A selector that the LM loss trains, on a base model that the caller freezes; after SAS (arXiv 2609.13141).
 
-Choosing the top blocks has no gradient. Here each chosen block's score joins the logits of the block's keys by a
-straight-through bias s − sg(s): exactly 0 in the forward pass, with the gradient of a logit in the backward pass. The frozen
-model thus computes what it would with the bare selection, and a block whose keys would lower the LM loss if they got more
-weight gets a higher score. The paper's idea is the LM loss as the only teacher of a selector beside a frozen model; this
-estimator is ours and is not claimed to be the paper's.
+Choosing the top blocks has no gradient. Therefore the score s of each chosen block is added to the logits of the block's keys
+as a straight-through bias s − sg(s), where sg stops the gradient. The bias is exactly 0 in the forward pass and passes the
+gradient of the logits to s in the backward pass. The frozen model computes the same output as without the bias, and training
+raises the score of a block if more weight on its keys would lower the LM loss. The paper's idea is to train a selector for a
+frozen model with the LM loss alone. The estimator used here is our own, not the paper's.
 
-Two limits, plainly: a block that is not selected gets no gradient, so nothing but a warm-up over every block (`full`) teaches
-the selector about those it leaves out; and the estimator ignores how the selection itself would change.
+There are two limits. A block that is not selected gets no gradient, so the selector learns about such blocks only in a warm-up
+over every block (`full`). And the estimator ignores how the selection itself would change.
 
-The score is MSA's, from the same weights as the index branch, without its alignment loss.
+The score is MSA's, from the same weights as in the index branch, but without the alignment loss.
 
 Legend: B batch, T query columns, S key columns, G groups, K slots, I index width.
 """
@@ -41,11 +41,11 @@ from sparsort.kernels.blocksparse.selection import Selection
 
 
 class LMTrainedBranch(IndexBranch):
-    """The index branch, taught through the logits' bias."""
+    """The index branch, trained through a bias on the attention logits."""
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Every index query with every index key; the gradient costs nothing more."""
+        """Count every index query with every index key; the cost of the gradient, one key per block, is negligible."""
         return 2 * shape.groups * shape.index_dim * visible_pairs(tokens)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
@@ -65,11 +65,13 @@ class LMTrainedBranch(IndexBranch):
 
 
 def best_keys(index_query: Tensor, index_key: Tensor, selection: Selection, layout: Layout) -> Tensor:
-    """The key that gives each selected block its score, the visible one with the highest product.
+    """Return the key that determines the score of each selected block: the visible key with the highest product.
 
     Args:
         index_query: (B, G, T, I).
         index_key: (B, S, I).
+        selection: the blocks of every query token, K slots each.
+        layout: the position of each sequence in the batch.
 
     Returns:
         (B, G, T, K) int64 columns of the keys; −1 in unused slots.
@@ -80,21 +82,21 @@ def best_keys(index_query: Tensor, index_key: Tensor, selection: Selection, layo
         keys = keys_of(index_key, span)
         for first, last in chunks(span, 2 * index_query.shape[1]):
             seen = blocks_seen(span, last, W)
-            place = slice(span.query_start + first, span.query_start + last)
-            scores = wide(index_query[span.row, :, place]) @ keys[: seen * W].mT
+            chunk = slice(span.query_start + first, span.query_start + last)
+            scores = wide(index_query[span.row, :, chunk]) @ keys[: seen * W].mT
             future = (
                 torch.arange(scores.shape[-1], device=keys.device) > positions(span, first, last, keys.device)[:, None]
             )
             scores = scores.masked_fill(future | ~scores.isfinite(), -torch.inf)
             best = in_blocks(scores[..., None], W, -torch.inf)[..., 0].argmax(-1)
             best = best + W * torch.arange(seen, device=keys.device) + span.key_start
-            blocks = selection.blocks[span.row, :, place].long()
-            columns[span.row, :, place] = best.gather(-1, blocks.clamp(min=0)).masked_fill(blocks < 0, -1)
+            blocks = selection.blocks[span.row, :, chunk].long()
+            columns[span.row, :, chunk] = best.gather(-1, blocks.clamp(min=0)).masked_fill(blocks < 0, -1)
     return columns
 
 
 class _StraightThrough(torch.autograd.Function):
-    """s − sg(s) for s = index_query · index_key[columns] / √I: zeros, with the gradient of s."""
+    """s − sg(s) for s = index_query · index_key[columns] / √I: zeros in the forward pass, the gradient of s in the backward."""
 
     @staticmethod
     def forward(ctx: Any, index_query: Tensor, index_key: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,15 +112,17 @@ class _StraightThrough(torch.autograd.Function):
         keys = wide(index_key)
         d_query, d_key = torch.zeros_like(index_query), torch.zeros_like(keys)
         grad = (wide(grad_bias) / math.sqrt(width)).masked_fill(columns < 0, 0.0)
+        # Gathering a key for every slot of every query at once would take G·T·K·I elements.
         step = max(1, ELEMENTS // max(1, G * K * width))
         for row in range(B):
             for first in range(0, T, step):
-                place = slice(first, first + step)
-                found, weight = columns[row, :, place], grad[row, :, place]
-                # Unused slots read some token's key, with weight 0; padding's queries may be NaN and are left out.
-                used = (found >= 0)[..., None]
-                taken = keys[row][found.clamp(min=0)].masked_fill(~used, 0.0)
-                d_query[row, :, place] = torch.einsum("gtk,gtki->gti", weight, taken).to(d_query.dtype)
-                sent = weight[..., None] * wide(index_query[row, :, place])[:, :, None]
-                d_key[row].index_add_(0, found[found >= 0], sent[found >= 0])
+                chunk = slice(first, first + step)
+                slots, weight = columns[row, :, chunk], grad[row, :, chunk]
+                used = slots >= 0
+                # Unused slots gather key 0, which may be NaN, and 0 · NaN is NaN: so mask the keys as well as the weights.
+                gathered = keys[row][slots.clamp(min=0)].masked_fill(~used[..., None], 0.0)
+                d_query[row, :, chunk] = torch.einsum("gtk,gtki->gti", weight, gathered).to(d_query.dtype)
+                # The queries of padding may be NaN as well. All of their slots are unused, so they are never added.
+                per_slot = weight[..., None] * wide(index_query[row, :, chunk])[:, :, None]
+                d_key[row].index_add_(0, slots[used], per_slot[used])
         return d_query, d_key.to(index_key.dtype), None, None

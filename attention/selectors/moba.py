@@ -1,11 +1,12 @@
-"""MoBA's gate (arXiv 2502.13189): a block is worth what the query makes of its mean key. It has no weights and learns nothing.
+"""MoBA's gate (arXiv 2502.13189): the score of a block is the query's product with the block's mean key. It has no weights.
 
-    score of block n = query_t · mean of the keys in n · scale,   the query's own block taken in any case
+    score of block n = query_t · mean of the keys in n · scale;   the query's own block is always taken
 
-Two things differ from the paper. It selects for each head; ours is one selection for a group, so the score is the mean of the
-group's queries' (the same order of blocks as their sum). And it leaves the own block out of the ranking, of which it counts
-as one of the k; so does ours for a fixed budget, but a budget by shares needs a number for it: the mean of its keys up to the
-query, since the rest lies in the future. Keys are the layer's after rotary embedding, as in the paper's code.
+There are two differences from the paper. The paper selects blocks for each head. Here the heads of a group share one selection,
+and the score is the mean over the group's queries, which ranks blocks like their sum. The paper does not rank the own block,
+although it counts as one of the k blocks. A fixed budget does the same here, but a budget by shares needs a score for the own
+block: it uses the mean of the block's keys up to the query, because later keys are in the future. As in the paper's code, keys
+are taken after the rotary embedding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class MeanKeyGate(Selector):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Every group's query with the mean key of every block."""
+        """Count every group's query with the mean key of every block."""
         return 2 * shape.groups * shape.head_dim * visible_pairs(tokens) / sparse.block_size
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
@@ -48,6 +49,7 @@ class MeanKeyGate(Selector):
         return Choice(selection=select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost))
 
     def _scores(self, inputs: LayerInputs, span: Span) -> Scores:
+        # The product is linear in the query, so averaging the queries first gives the mean of the heads' scores.
         queries = queries_of(inputs, span).mean(1) * inputs.scale
         keys = keys_of(inputs.key, span)
         means, own_means = pool_blocks(keys, self.block_size, "mean"), pool_own(keys, span, self.block_size, "mean")
@@ -55,8 +57,8 @@ class MeanKeyGate(Selector):
         def scores(first: int, last: int) -> Tensor:
             own = own_blocks(span, first, last, self.block_size, queries.device)
             seen = means[:, : blocks_seen(span, last, self.block_size)]
-            found = torch.einsum("gtd,gnd->gtn", queries[:, first:last], seen)
+            block_scores = torch.einsum("gtd,gnd->gtn", queries[:, first:last], seen)
             own_scores = (queries[:, first:last] * own_means[:, first:last]).sum(-1)
-            return with_own(found, own, own_scores)
+            return with_own(block_scores, own, own_scores)
 
         return scores

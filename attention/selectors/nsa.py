@@ -1,27 +1,27 @@
-"""Native Sparse Attention (arXiv 2502.11089): a compressed view of the past that is attended to, and that chooses blocks.
+"""Native Sparse Attention (arXiv 2502.11089): compressed keys and values are attended to, and their attention chooses blocks.
 
     compressed key of block n  = φ_k(keys of n), compressed value = φ_v(values of n), for each group
-    p_cmp of head h            = softmax(query_h · compressed keys · scale) over the blocks that lie whole in the past
-    selection                  = the blocks with most p_cmp, averaged over the group's heads; the query's own is forced
+    p_cmp of head h            = softmax(query_h · compressed keys · scale) over the blocks that are entirely in the past
+    selection                  = the blocks with the highest p_cmp, averaged over the group's heads, and always the query's own
     output                     = g_cmp · compressed attention + g_sel · attention over the selection + g_win · sliding window
     g                          = sigmoid(W·X + b), three numbers for each head
 
-There is no loss beside the LM's, which reaches φ and the gates through the mixture. Nothing is detached: the branches are
-part of the model, and its queries, keys, values and hidden states learn through them.
+The LM loss is the only loss, and it trains φ and the gates through the mixture. Nothing is detached: the branches are part of
+the model, and its queries, keys, values and hidden states get gradients through them.
 
-Where ours differs from the paper:
+This implementation differs from the paper as follows:
 
-- Blocks do not overlap: the paper compresses 32 keys every 16 and adds the scores up to blocks of 64; here the compressed
-  block is the selected one, W keys.
-- φ is open in the paper ("a learnable MLP with intra-block position encoding"). Ours is the block's mean plus the mean of
-  MLP(token + embedding of its place in the block); the MLP's last layer starts at 0, so that φ starts as the mean.
-- The three branches share the layer's keys and values; the paper gives each its own.
-- The first block is not forced, and of the last ones only the query's own.
-- The window ends at a block's edge: the last ⌈blocks/2⌉ blocks, the paper's ratio (a window of 512 beside 16 blocks of 64).
-- The gates start open for the selection and nearly shut for the others (sigmoid of 2 and −2), so that a dense checkpoint
-  starts close to its own function; from scratch it is a start like another.
+- Blocks do not overlap. The paper compresses 32 keys every 16 keys and sums the scores over blocks of 64 keys. Here each
+  compressed block is also a block that can be selected, with W keys.
+- The paper does not specify φ ("a learnable MLP with intra-block position encoding"). Here φ is the block's mean plus the mean
+  of MLP(token + embedding of its position in the block). The MLP's last layer starts at 0, so φ starts as the mean.
+- The three branches share the layer's keys and values; in the paper, each branch has its own.
+- Only the query's own block is always selected, not the first block or the block before the own one.
+- The window covers whole blocks, the last ⌈blocks/2⌉ ones. This is the paper's ratio (a window of 512 keys for 16 blocks of 64).
+- The gates start open for the selection and nearly closed for the other branches (sigmoid of 2 and −2), so a dense checkpoint
+  starts close to its original function. For training from scratch, this is an arbitrary choice.
 
-A decoding step compresses the whole cache anew; nothing of φ is cached.
+Every decoding step compresses the whole cache again; no result of φ is cached.
 
 Legend: B batch, T query columns, H query heads, G groups, D head width, W block size; n queries, m keys, N blocks of a sequence
 that are full.
@@ -56,25 +56,26 @@ _OPEN, _SHUT = 2.0, -2.0
 
 
 class Compression(nn.Module):
-    """φ: full blocks of a sequence's keys or values to one of each."""
+    """φ, which compresses each full block of a sequence's keys or values to one vector."""
 
     def __init__(self, block_size: int, shape: LayerShape, generator: torch.Generator) -> None:
         super().__init__()
         self.block_size = block_size
         self.place = shape.drawn(block_size, shape.width, spread=shape.spread, generator=generator)
         self.up = shape.linear(shape.width, shape.width, generator=generator, bias=True)
+        # With zero weights in the last layer, φ starts as the mean.
         self.down = shape.linear(shape.width, shape.width, generator=generator, spread=0.0)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(G, m, D) to (G, N, D) with N = ⌊m / W⌋."""
+        """Compress (G, m, D) to (G, N, D), where N = ⌊m / W⌋."""
         full = states.shape[1] // self.block_size * self.block_size
         tokens = in_blocks(states[:, :full], self.block_size, 0.0)
-        made = apply_linear(self.down, nn.functional.gelu(apply_linear(self.up, tokens + self.place)))
-        return (tokens + made.to(tokens.dtype)).mean(-2)
+        residual = apply_linear(self.down, nn.functional.gelu(apply_linear(self.up, tokens + self.place)))
+        return (tokens + residual.to(tokens.dtype)).mean(-2)
 
 
 class CompressedBranch(Selector):
-    """NSA's selector and mixture."""
+    """NSA's selector, and its mixture of three branches."""
 
     def __init__(self, config: SparseAttentionConfig, shape: LayerShape) -> None:
         super().__init__(config.block_size)
@@ -92,12 +93,13 @@ class CompressedBranch(Selector):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Attention over the compressed keys, and over the window."""
+        """Count attention over the compressed keys and over the window."""
         by_block = visible_pairs(tokens) / sparse.block_size
         near = pairs_of(tokens, sparse.window * sparse.block_size)
         return attending_flops(shape, by_block, training) + attending_flops(shape, near, training)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+        # Compressed here, with gradients, because `mix` attends to the same keys.
         compressed = [self.key_compression(_of(inputs.key, span)) for span in inputs.layout.spans]
         if inputs.full:
             return Choice(selection=inputs.every_block(self.block_size), state=compressed)
@@ -117,6 +119,7 @@ class CompressedBranch(Selector):
             values = self.value_compression(_of(inputs.value, span))
             attended = self._attend_compressed(inputs.query[span.row, :, columns], keys, values, span, inputs.scale)
             compressed[span.row, :, columns] = attended.to(output.dtype)
+        # The window is a selection too, so the same kernel computes its attention.
         near = window(inputs, self.block_size, self.window)
         slid, _ = attend(inputs.query, inputs.key, inputs.value, near, inputs.layout, scale=inputs.scale)
         gates = apply_linear(self.gates, inputs.hidden).sigmoid().to(output.dtype)
@@ -133,19 +136,20 @@ class CompressedBranch(Selector):
             whole = self._whole(compressed.shape[1], span, first, last, queries.device)
             logits = torch.einsum("grtd,gnd->grtn", queries[:, :, first:last], compressed)
             share = logits.masked_fill(~whole, -torch.inf).softmax(-1).mean(1)
-            # Of a logarithm the softmax that a budget takes its shares from is the share itself. A query before the end of
-            # the first block has no whole block, NaN shares, and its own block alone to choose.
-            found = share.new_full((*share.shape[:2], blocks_seen(span, last, self.block_size)), -torch.inf)
-            held = min(share.shape[-1], found.shape[-1])
-            found[..., :held] = share[..., :held].log()
-            return found
+            # A budget takes its shares from a softmax over the scores. The softmax of log(share) is the share itself. A query
+            # in the first block sees no complete block, so its shares are NaN, but it can only choose its own block anyway.
+            block_scores = share.new_full((*share.shape[:2], blocks_seen(span, last, self.block_size)), -torch.inf)
+            full_blocks = min(share.shape[-1], block_scores.shape[-1])
+            block_scores[..., :full_blocks] = share[..., :full_blocks].log()
+            return block_scores
 
         return scores
 
     def _attend_compressed(self, query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
-        """(H, n, D) from query (H, n, D) and compressed keys and values (G, N, D); 0 where no block lies whole in the past."""
+        """Attend from query (H, n, D) to compressed keys and values (G, N, D): (H, n, D), 0 if no block is entirely past."""
         whole = self._whole(keys.shape[1], span, 0, span.queries, query.device)
-        # One key more, with a value of 0, that is seen only where there is no other: no row of a softmax is empty.
+        # Append a key with value 0, visible only to queries that see no other key. No softmax row is then empty, which would
+        # give NaN.
         seen = torch.cat([whole, ~whole.any(-1, keepdim=True)], dim=-1)
         heads = query.shape[0] // keys.shape[0]
         keys, values = (
@@ -157,11 +161,11 @@ class CompressedBranch(Selector):
         )[0]
 
     def _whole(self, blocks: int, span: Span, first: int, last: int, device: torch.device) -> Tensor:
-        """(t, blocks): the blocks whose last key a query sees."""
+        """Return (t, blocks) bool, True for the blocks whose last key the query sees."""
         ends = (torch.arange(blocks, device=device) + 1) * self.block_size - 1
         return ends <= positions(span, first, last, device)[:, None]
 
 
 def _of(states: Tensor, span: Span) -> Tensor:
-    """(G, m, D) of one sequence from (B, G, S, D)."""
+    """Return the part (G, m, D) of (B, G, S, D) that belongs to one sequence."""
     return states[span.row, :, span.key_start : span.key_start + span.keys]

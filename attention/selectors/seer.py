@@ -1,20 +1,22 @@
-"""SeerAttention's gate (arXiv 2410.13276; a gate for each query token: SeerAttention-R, 2506.08889): the retrofit of a model
-that was trained dense. The caller freezes the model; the gate learns from the model's own dense map.
+"""SeerAttention's gate (arXiv 2410.13276), which makes a model sparse that was trained dense.
+
+The gate is computed for each query token, as in SeerAttention-R (arXiv 2506.08889). The caller freezes the model, and the gate
+learns from the model's own dense attention map.
 
     gate key of block n    = W_k [max; min; mean of the block's keys]      for each group
-    gate query of token t  = W_q [the group's queries, side by side]       for each group
-    score                  = turned gate query · turned gate key / √I
+    gate query of token t  = W_q [the group's queries, concatenated]       for each group
+    score                  = rotated gate query · rotated gate key / √I
     truth                  = softmax(q·k·scale) over every visible key, max over each block, mean over the group's heads, Σ = 1
     loss                   = mean over tokens and groups of KL(truth ‖ softmax of scores over the visible blocks)
 
-Queries and keys are those before the rotary embedding, which would blur a pool over positions; the gates get a rotary
-embedding of their own. Where ours differs from the papers, or they leave it open:
+Queries and keys are taken before the rotary embedding, because pooling over positions would average out the rotation. The gates
+get their own rotary embedding. This implementation differs from the papers, or fills in what they do not specify, as follows:
 
-- The gate's rotary embedding counts in blocks (base 10000, key block n against the query's own block), and not in tokens.
-- A query's own block is pooled up to the query itself, in gate and truth: the rest of it is the future.
-- Queries and keys are taken after the layer's own norm where it has one, and heads of a group are averaged in the truth.
-- The loss always reads the dense map, in chunks of queries whose probabilities are dropped again, whatever is selected. Its
-  gradient, softmax(scores) − truth, is made in the forward pass, so that no chunk is kept for the backward pass.
+- The gate's rotary embedding counts positions in blocks instead of tokens (base 10000, key block n and the query's own block).
+- A query's own block is pooled up to the query itself, in the gate and in the truth, because later keys are in the future.
+- Queries and keys are taken after the layer's own norm, if it has one, and the truth averages the heads of a group.
+- The loss always computes the dense map, whatever is selected, in chunks of queries that are discarded after use. Its gradient,
+  softmax(scores) − truth, is computed in the forward pass, so no chunk has to be stored for the backward pass.
 
 Legend: B batch, T query columns, G groups, R heads of a group, D head width, I gate width; n queries, m keys, N blocks of a
 sequence.
@@ -61,7 +63,13 @@ _BASE = 10_000.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Gates:
-    """Of one sequence: `queries` (G, n, I), `keys` (G, N, I), and `own` (G, n, I), the key of each query's block so far."""
+    """The gates of one sequence.
+
+    Attributes:
+        queries: (G, n, I), the gate queries.
+        keys: (G, N, I), the gate keys of the blocks.
+        own: (G, n, I), the gate key of each query's own block up to the query.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -69,7 +77,7 @@ class _Gates:
 
 
 class PooledGate(Selector):
-    """SeerAttention's selector; its weights are `query_weight` (G, I, R·D) and `key_weight` (G, I, 3·D)."""
+    """SeerAttention's selector. Its weights are `query_weight` (G, I, R·D) and `key_weight` (G, I, 3·D)."""
 
     def __init__(self, config: SparseAttentionConfig, shape: LayerShape) -> None:
         super().__init__(config.block_size)
@@ -77,7 +85,8 @@ class PooledGate(Selector):
         self.width = config.index_dim or shape.width
         generator = shape.generator(config.seed)
         joined, pooled = shape.heads // shape.groups * shape.width, len(_POOLS) * shape.width
-        # Gates as large as what goes in: a distilled gate starts from a frozen model, whose spread says nothing here.
+        # Initialise the gates to preserve the scale of their inputs. The model's own initial spread is irrelevant for a gate
+        # that is distilled from a trained, frozen model.
         self.query_weight = shape.drawn(shape.groups, self.width, joined, spread=joined**-0.5, generator=generator)
         self.key_weight = shape.drawn(shape.groups, self.width, pooled, spread=pooled**-0.5, generator=generator)
 
@@ -88,14 +97,14 @@ class PooledGate(Selector):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Every gate query with the gate key of every block; in training also the dense scores, and three products of gates."""
+        """Count every gate query with every block's gate key; in training also the dense scores and three products of gates."""
         index, pairs = 2 * shape.groups * shape.index_dim, visible_pairs(tokens)
         by_block = pairs / sparse.block_size
         loss = 2 * shape.heads * shape.head_dim * pairs + 3 * index * by_block if training else 0
         return index * by_block + loss
 
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, G·D): the layer's keys before the rotary embedding."""
+        """Return the layer's keys before the rotary embedding: (B, T, G·D)."""
         return _before_rotary(module, "k", hidden, self.head_width).flatten(2)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
@@ -127,22 +136,23 @@ class PooledGate(Selector):
         return total / tokens_and_groups(inputs.layout, self.groups)
 
     def _gates(self, queries: Tensor, index_keys: Tensor, span: Span) -> _Gates:
-        """From queries (B, T, H, D) and index keys (B, S, G·D), both without gradient."""
-        found = wide(queries[span.row, span.query_start : span.query_start + span.queries])
-        joined = found.reshape(span.queries, self.groups, -1).transpose(0, 1)
+        """Compute the gates of one sequence from queries (B, T, H, D) and index keys (B, S, G·D), both without gradient."""
+        of_span = wide(queries[span.row, span.query_start : span.query_start + span.queries])
+        joined = of_span.reshape(span.queries, self.groups, -1).transpose(0, 1)
         keys = keys_of(index_keys, span).reshape(span.keys, self.groups, -1).transpose(0, 1)
+        # Weights are applied after pooling: max and min do not commute with a linear map.
         pooled = torch.cat([pool_blocks(keys, self.block_size, how) for how in _POOLS], dim=-1)
         pooled_own = torch.cat([pool_own(keys, span, self.block_size, how) for how in _POOLS], dim=-1)
         query_weight, key_weight = (weight.to(joined.dtype).mT for weight in (self.query_weight, self.key_weight))
         own = own_blocks(span, 0, span.queries, self.block_size, keys.device)
         return _Gates(
-            queries=_turn(joined @ query_weight, own),
-            keys=_turn(pooled @ key_weight, torch.arange(pooled.shape[1], device=keys.device)),
-            own=_turn(pooled_own @ key_weight, own),
+            queries=_apply_rotary(joined @ query_weight, own),
+            keys=_apply_rotary(pooled @ key_weight, torch.arange(pooled.shape[1], device=keys.device)),
+            own=_apply_rotary(pooled_own @ key_weight, own),
         )
 
     def _scores(self, gates: _Gates, span: Span, first: int, last: int) -> Tensor:
-        """(G, t, N'), of which those of blocks after a query's own mean nothing."""
+        """Return the scores (G, t, N'). Entries for blocks after a query's own have no meaning."""
         scale = 1 / math.sqrt(self.width)
         queries = gates.queries[:, first:last] * scale
         scores = queries @ gates.keys[:, : blocks_seen(span, last, self.block_size)].mT
@@ -150,14 +160,14 @@ class PooledGate(Selector):
         return with_own(scores, own, (queries * gates.own[:, first:last]).sum(-1))
 
     def _truth(self, inputs: LayerInputs, queries: Tensor, keys: Tensor, span: Span, first: int, last: int) -> Tensor:
-        """(G, t, N'), which sum to 1 over the blocks."""
+        """Return the target distribution over blocks: (G, t, N'), with sum 1 over N'."""
         probabilities = dense_map(queries[:, :, first:last], keys, span, first, last, inputs.scale)
         highest = in_blocks(probabilities[..., None], self.block_size, 0.0).amax((-2, -1)).mean(1)
         return highest / highest.sum(-1, keepdim=True)
 
 
 class _Distilled(torch.autograd.Function):
-    """The sum of KL(truth ‖ gate) over one sequence's tokens and groups, and its gradient for the gates."""
+    """The sum of KL(truth ‖ gate) over one sequence's tokens and groups, with its gradient for the gates."""
 
     @staticmethod
     def forward(
@@ -181,9 +191,10 @@ class _Distilled(torch.autograd.Function):
             scores = selector._scores(gates, span, first, last)
             blocks = torch.arange(scores.shape[-1], device=keys.device)
             log_student = scores.masked_fill(blocks > own[:, None], -torch.inf).log_softmax(-1)
-            # Blocks that a query does not see have a truth of 0 and add nothing.
+            # The truth is 0 for blocks that a query does not see, where the student's log is −∞: mask it, since 0 · ∞ is NaN.
             total += (torch.xlogy(truth, truth) - truth * log_student.masked_fill(truth == 0, 0.0)).sum()
             if gradients:
+                # The own block's score comes from `gates.own` instead of `gates.keys`, so its gradient goes there.
                 d_scores = (log_student.exp() - truth) * scale
                 d_own_scores = d_scores.gather(-1, own.expand(scores.shape[:-1])[..., None])
                 d_others = d_scores.masked_fill(blocks == own[:, None], 0.0)
@@ -198,28 +209,28 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(found * grad for found in ctx.saved_tensors), None, None, None, None
+        return *(gradient * grad for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def _before_rotary(module: nn.Module, which: str, hidden: Tensor, width: int) -> Tensor:
-    """Queries ("q") or keys ("k") of a layer before its rotary embedding, (B, T, heads, D), without gradient."""
+    """Return a layer's queries ("q") or keys ("k") before the rotary embedding: (B, T, heads, D), without gradient."""
     projection, norm = getattr(module, f"{which}_proj"), getattr(module, f"{which}_norm", None)
     with torch.no_grad():
         states: Tensor = projection(hidden)
-        found = states.reshape(*states.shape[:2], states.shape[-1] // width, width)
+        by_head = states.reshape(*states.shape[:2], states.shape[-1] // width, width)
         if norm is None:
-            return found
+            return by_head
         if norm.weight.shape[-1] == width:
-            return norm(found)  # type: ignore[no-any-return]
-        # A norm over all heads at once (OLMo 2).
-        return norm(states).reshape(found.shape)  # type: ignore[no-any-return]
+            return norm(by_head)  # type: ignore[no-any-return]
+        # OLMo 2 has one norm over all heads together.
+        return norm(states).reshape(by_head.shape)  # type: ignore[no-any-return]
 
 
-def _turn(gates: Tensor, places: Tensor) -> Tensor:
-    """The rotary embedding of gates (…, x, I) that stand at blocks `places` (x,)."""
+def _apply_rotary(gates: Tensor, blocks: Tensor) -> Tensor:
+    """Apply the rotary embedding to gates (…, x, I) at block numbers `blocks` (x,)."""
     half = gates.shape[-1] // 2
-    waves = _BASE ** (-torch.arange(half, dtype=gates.dtype, device=gates.device) / half)
-    angles = places[:, None] * waves
+    frequencies = _BASE ** (-torch.arange(half, dtype=gates.dtype, device=gates.device) / half)
+    angles = blocks[:, None] * frequencies
     first, second = gates[..., :half], gates[..., half:]
     cosines, sines = angles.cos(), angles.sin()
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)

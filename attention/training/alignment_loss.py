@@ -1,12 +1,13 @@
-"""An alignment loss whose gradient arrives, however the backward pass is run.
+"""Attach each layer's alignment loss to the layer's output, so that its gradient arrives however the backward pass is run.
 
-A loss kept on a module is lost under reentrant checkpointing, whose first forward pass has no graph. Here it leaves its layer
-with the attention's output, through an identity: forward y = output; backward ∂/∂output = ∂/∂y, and ∂/∂loss = λ · share · g,
-with g the gradient that the total loss gets, read as it passes by at the start of the backward pass.
+A loss that is stored on a module is lost under reentrant checkpointing, because its first forward pass records no graph. Here
+the loss leaves its layer with the attention's output, through an identity function with two inputs. Forward: y = output.
+Backward: ∂/∂output = ∂/∂y and ∂/∂loss = λ · share · g, where g is the gradient of the total loss. A second function, which adds
+the alignment losses to the total, records g at the start of the backward pass.
 
-Contract: for total = LM + λ · share · Σ_layers loss, multiplied by whatever (accumulation, loss scaling, DDP), the gradients
-are those of autograd on that total: without checkpointing, with it of both kinds, and with several forward passes before one
-backward pass. A backward pass of something else, after that of the total, adds nothing. Nothing kept here holds a graph.
+Contract: the gradients are those of autograd on total = LM + λ · share · Σ_layers loss, times any factor (accumulation, loss
+scaling, DDP). This holds without checkpointing, with both kinds of checkpointing, and with several forward passes before one
+backward pass. A later backward pass from another loss adds nothing. No graph is kept alive by the objects stored here.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from sparsort.errors import SparsortError
 
 
 class Carrier:
-    """The alignment losses of one forward pass, and what they count in the total.
+    """The alignment losses of one forward pass, and their weight in the total.
 
     Attributes:
         weight: λ.
-        values: the loss of each layer by its number, without graph.
-        share: of the optimiser step's labels that are this pass's; 1 where the LM loss is a mean over its own labels.
+        values: layer number → the layer's loss, detached.
+        share: the fraction of the optimiser step's labels that are in this pass; 1 if the LM loss is a mean over the pass's own
+            labels.
     """
 
     def __init__(self, weight: float) -> None:
@@ -38,21 +40,22 @@ class Carrier:
         self._added = False
 
     def carry(self, output: Tensor, loss: Tensor, layer: int) -> Tensor:
-        """`output`, with `loss` (a scalar) on its back. A pass that is run again overwrites its own values."""
+        """Return `output` unchanged, with `loss` (a scalar) attached to its graph."""
+        # A pass that checkpointing runs again overwrites its own values.
         self.values[layer] = loss.detach()
         carried: Tensor = _Carry.apply(output, loss, self)  # type: ignore[no-untyped-call]
         return carried
 
     def add_to(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """The total: `loss` (a scalar) and the weighted sum of the alignment losses. Its gradient is what they go by.
+        """Return the total of `loss` (a scalar) and the weighted alignment losses, whose gradients scale with the total's.
 
         Raises:
-            SparsortError: they have been added to a loss of this pass before.
+            SparsortError: the alignment losses of this pass have been added before.
         """
         if self._added:
             raise SparsortError(
-                "the alignment losses of the last forward pass have been added to its loss already; outputs.loss of a model that "
-                "is given labels has them. Add terms of your own to that loss, or call the model without labels and "
+                "the alignment losses of the last forward pass have been added to its loss already; if a model is called with "
+                "labels, outputs.loss includes them. Add your own terms to that loss, or call the model without labels and call "
                 "add_alignment once."
             )
         self.share = share
@@ -64,12 +67,12 @@ class Carrier:
         return total
 
     def factor(self) -> Tensor | float:
-        """λ · share · g, what the gradient of each layer's loss is multiplied with."""
+        """Return λ · share · g, the factor for the gradient of each layer's loss."""
         if self._gradient is None:
             warnings.warn(
-                "The backward pass did not go through the model's own loss, so the alignment losses count as if the total were "
-                "theirs alone: no loss scaling and no accumulation reaches them. Give the model its labels, or pass the loss "
-                "that you compute yourself through model.sparse_attention.add_alignment(loss).",
+                "The backward pass did not go through the model's own loss, so the alignment losses were used with a gradient of "
+                "1: loss scaling and accumulation do not apply to them. Call the model with labels, or pass the loss that you "
+                "compute through model.sparse_attention.add_alignment(loss).",
                 UserWarning,
                 stacklevel=2,
             )
@@ -77,17 +80,21 @@ class Carrier:
         return self.weight * self.share * self._gradient
 
     def begin_backward(self, gradient: Tensor) -> None:
-        """Remember the total's gradient until this backward pass, with those nested in it, has come to its end."""
+        """Keep the total's gradient until this backward pass, including those nested in it, has ended."""
 
         def end() -> None:
+            # A later backward pass from another loss must add nothing.
             self._gradient = torch.zeros_like(gradient)
 
         self._gradient = gradient
-        # What DDP ends its backward pass by; it runs once the outermost pass is through.
+        # DDP uses the same callback to finish its backward pass. It runs after the outermost backward pass, which matters under
+        # reentrant checkpointing: each checkpoint runs a nested one.
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
 class _Carry(torch.autograd.Function):
+    """The identity on `output` that also sends a gradient to `loss`."""
+
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, carrier: Carrier) -> Tensor:
         ctx.carrier, ctx.like = carrier, (loss.device, loss.dtype)
@@ -101,6 +108,8 @@ class _Carry(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
+    """The sum of the LM loss and the alignment losses, which records its gradient for `_Carry`."""
+
     @staticmethod
     def forward(ctx: Any, loss: Tensor, alignment: Tensor, carrier: Carrier) -> Tensor:
         ctx.carrier = carrier
@@ -110,4 +119,5 @@ class _Total(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
         ctx.carrier.begin_backward(grad_total.detach())
+        # None for `alignment`: its value is detached, and each layer gets its gradient through `_Carry`.
         return grad_total, None, None

@@ -1,18 +1,18 @@
-"""Trainer's side of sparse attention: the schedule of warm-up and budget, and what the layers do, in the logs.
+"""A Trainer callback for sparse attention, which applies the schedule of warm-up and budget and logs what the layers do.
 
-Contract: optimiser step s runs with the mode and the budget of `SparseSchedule` at s, also in a run that resumes; between
-steps, where Trainer evaluates and saves, the model is as it was configured: sparse, with its own budget. Measuring changes
-no loss. Logs that carry a loss gain, of the first micro-batch of the last step in this process:
+Contract: optimiser step s runs with the mode and the budget of `SparseSchedule` at s, also in a resumed run. Between steps, when
+Trainer evaluates and saves, the model is as it was configured: sparse, with its own budget. Measuring does not change the loss.
+Logs with a training loss get these values, measured in this process on the first micro-batch of the last step:
 
-- `sparse/lm_loss`: the language-model loss alone (the logged loss has λ·Σ KL in it);
-- `sparse/kl`, and of each layer `sparse/kl/<layer>`: the selector's loss, where it has one;
-- `sparse/mass`, `sparse/recall`, `sparse/blocks`, `sparse/most_blocks`, `sparse/dead`: of `SelectionReport`, means over the
-  sparse layers, and of most_blocks the most;
-- `sparse/gflops`, `sparse/gflops_dense`: of the sparse layers' attention, with choosing and as it would be if they were dense,
-  forward, by the formulas of `flops.py`.
+- `sparse/lm_loss`: the language-model loss alone (the logged loss includes λ·Σ KL);
+- `sparse/kl`, and `sparse/kl/<layer>` for each layer: the selector's loss, if it has one;
+- `sparse/mass`, `sparse/recall`, `sparse/blocks`, `sparse/most_blocks`, `sparse/dead`: the fields of `SelectionReport`, as means
+  over the sparse layers; for most_blocks, the maximum;
+- `sparse/gflops`, `sparse/gflops_dense`: the forward cost of the sparse layers' attention, including choosing, and the cost if
+  these layers were dense, by the formulas in `flops.py`.
 
-The last two groups are not there in the warm-up, where nothing is chosen. Callbacks are called in turn, so trackers
-(`report_to`) see these values only if this one comes before them: `callback.join(trainer)` instead of `callbacks=[callback]`.
+The last two groups are absent during the warm-up, when nothing is chosen. Trainer calls its callbacks in order, so trackers
+(`report_to`) see these values only if this callback comes first: use `callback.join(trainer)` instead of `callbacks=[callback]`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _MEANS = {"mass": "mass", "recall": "recall", "blocks": "mean_blocks", "dead": "
 
 
 class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]
-    """Drives `model.sparse_attention` by a schedule, and logs what it does.
+    """Sets the mode and budget of `model.sparse_attention` by a schedule, and logs what the sparse layers do.
 
     Args:
-        schedule: warm-up and budget by optimiser step.
-        sample: queries of each sequence that are compared with dense attention, in steps that are logged.
+        schedule: warm-up and budget by optimiser step; None: the configured budget at every step.
+        sample: number of queries per sequence that are compared with dense attention in logged steps.
 
     Raises:
-        SparsortError: something else than a schedule, or fewer queries than 1.
+        SparsortError: `schedule` is not a `SparseSchedule`, or `sample` is below 1.
     """
 
     def __init__(self, schedule: SparseSchedule | None = None, *, sample: int = 32) -> None:
@@ -56,23 +56,24 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]
         self._measured: dict[str, float] = {}
 
     def join(self, trainer: Any) -> None:
-        """Become the first callback of a Trainer, so that its trackers get what is logged here."""
+        """Become the first callback of a Trainer, so that its trackers receive the values logged here."""
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Refuse a model without sparse attention, and a schedule that its budget cannot follow.
+        """Refuse a model without sparse attention, or a schedule that does not fit its budget.
 
         Raises:
-            SparsortError: nothing is attached, or `start` is nothing that the budget can be.
+            SparsortError: the model has no sparse attention, or `start` is not a valid value for its budget.
         """
-        # A step that was interrupted did not come to its end.
+        # If an earlier run was interrupted within a step, its observer is still attached.
         if self._observer is not None:
             self._observer.close()
         self._observer, self._measured = None, {}
+        # Compute the first budget once, so that a schedule that does not fit is refused before training starts.
         self.schedule.budget(0, sparse_attention_of(model).config.budget())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Set mode and budget, and watch the layers where this step is logged."""
+        """Set the mode and the budget, and observe the layers if this step is logged."""
         sparse = sparse_attention_of(model)
         sparse.mode = "full" if self.schedule.full(state.global_step) else "sparse"
         sparse.budget = self.schedule.budget(state.global_step, sparse.config.budget())
@@ -80,31 +81,33 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]
             self._observer = Observer(sparse, sample=self.sample)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the measures of the first micro-batch."""
+        """Collect the measures of the first micro-batch."""
+        # Later micro-batches of the step have no observer.
         if self._observer is not None:
             self._measured = self._observer.close()
             self._observer = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Leave the model as it is configured."""
+        """Restore the configured mode and budget."""
         self.on_substep_end(args, state, control)
         sparse = sparse_attention_of(model)
         sparse.mode, sparse.budget = "sparse", sparse.config.budget()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the measures to a log with a training loss, and to the history."""
+        """Add the measures to a log that has a training loss, and to the log history."""
         if logs and "loss" in logs:
+            # Trainer has already copied the logs into the history when it calls this.
             logs.update(self._measured)
             state.log_history[-1].update(self._measured)
             self._measured = {}
 
 
 class Observer:
-    """Watches the sparse layers of one forward pass, the first one after it was made.
+    """Observes the sparse layers during the first forward pass after its construction.
 
     Args:
-        sparse: the model's.
-        sample: queries of each sequence to compare with dense attention.
+        sparse: the state of the model's sparse attention.
+        sample: number of queries per sequence to compare with dense attention.
     """
 
     def __init__(self, sparse: SparseAttention, *, sample: int) -> None:
@@ -115,29 +118,29 @@ class Observer:
             sparse.observers.append(self._see)
 
     def close(self) -> dict[str, float]:
-        """Watch no longer, and say what was seen; figures that are not there (NaN) are left out."""
+        """Stop observing and return the measures by name. Measures that are NaN are omitted."""
         sparse = self._sparse
         if self._see in sparse.observers:
             sparse.observers.remove(self._see)
-        found = {}
+        measures = {}
         if sparse.lm_loss is not None:
-            # Trainer has the model divide by the labels of the whole step.
-            found["sparse/lm_loss"] = float(sparse.lm_loss)
+            # The state has the mean over the pass's own labels; the model's loss is divided by the labels of the whole step.
+            measures["sparse/lm_loss"] = float(sparse.lm_loss)
         if values := {layer: float(value) for layer, value in sorted(sparse.alignment.items())}:
-            found["sparse/kl"] = sum(values.values()) / len(values)
-            found |= {f"sparse/kl/{layer}": value for layer, value in values.items()}
+            measures["sparse/kl"] = sum(values.values()) / len(values)
+            measures |= {f"sparse/kl/{layer}": value for layer, value in values.items()}
         if self._reports:
             for name, field in _MEANS.items():
                 all_layers = [getattr(report, field) for report in self._reports.values()]
                 if known := [value for value in all_layers if not math.isnan(value)]:
-                    found[f"sparse/{name}"] = sum(known) / len(known)
-            found["sparse/most_blocks"] = max(report.most_blocks for report in self._reports.values())
+                    measures[f"sparse/{name}"] = sum(known) / len(known)
+            measures["sparse/most_blocks"] = max(report.most_blocks for report in self._reports.values())
             spent, dense = (sum(each) / 1e9 for each in zip(*self._flops.values(), strict=True))
-            found |= {"sparse/gflops": spent, "sparse/gflops_dense": dense}
-        return found
+            measures |= {"sparse/gflops": spent, "sparse/gflops_dense": dense}
+        return measures
 
     def _see(self, layer: int, inputs: LayerInputs, choice: Choice) -> None:
-        # Checkpointing runs a layer again.
+        # Checkpointing runs a layer twice; the first run is enough.
         if layer not in self._reports:
             self._reports[layer] = report_selection(
                 inputs.query, inputs.key, choice.selection, inputs.layout, scale=inputs.scale, sample=self._sample
@@ -146,32 +149,33 @@ class Observer:
 
 
 def sparse_attention_of(model: Any) -> SparseAttention:
-    """The state that `attach_index_branch` left on a model, also inside wrappers (DDP, PEFT, torch.compile).
+    """Return the state that `attach_index_branch` stored on a model, also from inside wrappers (DDP, PEFT, torch.compile).
 
     Raises:
-        SparsortError: nothing is attached.
+        SparsortError: the model has no sparse attention.
     """
-    found = model
-    while found is not None:
-        state = getattr(found, "sparse_attention", None)
+    module = model
+    while module is not None:
+        state = getattr(module, "sparse_attention", None)
         if isinstance(state, SparseAttention):
             return state
-        inner = (getattr(found, name, None) for name in ("module", "base_model", "model", "_orig_mod"))
-        found = next((candidate for candidate in inner if candidate is not None and candidate is not found), None)
+        inner = (getattr(module, name, None) for name in ("module", "base_model", "model", "_orig_mod"))
+        # `base_model` of an unwrapped model may be the model itself, which would loop forever.
+        module = next((candidate for candidate in inner if candidate is not None and candidate is not module), None)
     raise SparsortError(
         f"{type(model).__name__} has no sparse attention. Attach one first: sparsort.attach_index_branch(model)."
     )
 
 
 def _is_logged(args: Any, state: Any) -> bool:
-    """Whether the loss of the step that begins may be logged: with logging by epochs, that of any step."""
+    """Whether the loss of the step that begins may be logged. If logging is by epochs, it may be any step's."""
     step, every = state.global_step + 1, max(1, int(state.logging_steps or 1))
     by_steps = args.logging_strategy == IntervalStrategy.STEPS
     return not by_steps or step % every == 0 or (step == 1 and bool(args.logging_first_step))
 
 
 def _flops(sparse: SparseAttention, inputs: LayerInputs, choice: Choice) -> tuple[float, float]:
-    """Of one layer, sparse and dense."""
+    """Return the forward operations of one layer: sparse, and as if it were dense."""
     selector: Any = inputs.module.index_branch
     shape = AttentionShape(
         heads=inputs.query.shape[1],

@@ -43,7 +43,7 @@ from common import Report, add_output_options
 from scipy.stats import beta
 
 from sparsort.errors import SparsortError
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 OUTCOMES = ("refused", "recomputed", "left out", "identical", "different", "traceback")
 _HEAD = 64

@@ -24,22 +24,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.store import OutcomeStore
+from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.store.outcomes import Outcomes
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.online.observations import Observations
 from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
 from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
-from sparsort.parquet_seal import read_seal
-from sparsort.scoring import embedded, engine
-from sparsort.scoring.calibration import Calibration
-from sparsort.scoring.compare import compare
-from sparsort.scoring.score_tables import score_table
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import Row, open_rows
+from sparsort.scoring.calibration.calibration import Calibration
+from sparsort.scoring.calibration.compare import compare
+from sparsort.scoring.data.rows import Row, open_rows
+from sparsort.scoring.loading import demo_model as embedded
+from sparsort.scoring.scorers import run_shards as engine
+from sparsort.scoring.store.score_tables import score_table
+from sparsort.scoring.store.scores import Scores
+from sparsort.storage.parquet_seal import read_seal
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
@@ -311,7 +312,7 @@ def _read_online(folder: Path) -> Values:
 @contextlib.contextmanager
 def _training() -> Iterator[None]:
     """Trainer seeds the global generators on purpose: put them back. And it draws bars."""
-    from sparsort.scoring.embedded import quiet_transformers
+    from sparsort.scoring.loading.demo_model import quiet_transformers
 
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -375,7 +376,7 @@ _TRAIN: Mapping[str, Any] = {
 
 
 def _train(folder: Path) -> Values:
-    from sparsort.recipes.train import train
+    from sparsort.recipes.train.train import train
 
     rows = [{"text": f"{n} and {n} are {2 * n}", "id": f"r{n:03d}"} for n in range(8)]
     with _training():

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import torch
 from bit_flips_kinds import KINDS, Kind, Values
 
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.tasks import load_task
-from sparsort.recipes.train_recipe import read_recipe
-from sparsort.scoring.baselines import ColumnScorer
-from sparsort.scoring.loading import load_model
-from sparsort.scoring.prompts import Prompt
-from sparsort.scoring.sources import open_rows
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.tasks import load_task
+from sparsort.recipes.train.recipe import read_recipe
+from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.scorers.baselines import ColumnScorer
 
 ROWS = [
     {

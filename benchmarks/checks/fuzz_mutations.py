@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from sparsort.integrity import SEAL, is_sealed, seal
+from sparsort.storage.integrity import SEAL, is_sealed, seal
 
 Files = dict[str, bytes]
 Mutation = Sequence[Any]

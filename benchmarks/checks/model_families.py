@@ -44,11 +44,11 @@ from model_families_configs import tiny_config, tiny_tokenizer
 
 from sparsort import EntropyScorer, LossScorer, SparsityScorer
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically, write_json
-from sparsort.scoring.answers import AnswerReader
-from sparsort.scoring.generation import generate
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.answers.generation import generate
+from sparsort.scoring.answers.reader import AnswerReader
+from sparsort.scoring.loading.load import load_model
 from sparsort.scoring.scorers.sparsity import ModelScorer
+from sparsort.storage.files import write_atomically, write_json
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "model-families.md"
 ROWS = [

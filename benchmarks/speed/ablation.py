@@ -44,20 +44,20 @@ from common import Comparison, Report, add_output_options, wall_seconds
 from numpy.typing import NDArray
 from scoring import matrix_peak
 
-from sparsort.curriculum.ablation import cost
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation, Unit
-from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.run import Run
-from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.ablation.tasks import Task
-from sparsort.curriculum.ablation.texts import Texts
-from sparsort.curriculum.ablation.unit_names import group_name
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, Unit
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.recipe.texts import Texts
+from sparsort.curriculum.ablation.run import cost
+from sparsort.curriculum.ablation.run.model import Engine
+from sparsort.curriculum.ablation.run.run import Run
+from sparsort.curriculum.ablation.store.keys import group_name
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import default_device
-from sparsort.scoring.answers import AnswerReader
-from sparsort.scoring.generation import generate
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.answers.generation import generate
+from sparsort.scoring.answers.reader import AnswerReader
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "benchmarks" / "studies" / "ordering_study.toml"

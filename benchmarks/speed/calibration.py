@@ -28,9 +28,9 @@ from common import Report, add_output_options, compare, wall_seconds
 
 import sparsort
 from sparsort.kernels.backend import default_device
-from sparsort.scoring.candidates import CandidateScorer
-from sparsort.scoring.compare import compare as compare_candidates
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.calibration.compare import compare as compare_candidates
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.scorers.candidates import CandidateScorer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Report, add_output_options
 
-from sparsort.integrity import read_sealed, write_sealed
-from sparsort.scoring.shard_files import read_shard
-from sparsort.scoring.shards import MANIFEST
+from sparsort.scoring.store.shard_files import read_shard
+from sparsort.scoring.store.shards import MANIFEST
+from sparsort.storage.integrity import read_sealed, write_sealed
 
 SHARDS, ROWS = 10_000, 2
 FLOOR = 5.0  # seconds, of a resume and of a plan

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Report, add_output_options
 
-from sparsort.files import cache_folder
 from sparsort.kernels.backend import default_device
-from sparsort.scoring.embedded import demo_folder
+from sparsort.scoring.loading.demo_model import demo_folder
+from sparsort.storage.files import cache_folder
 
 ROWS = Path(__file__).parents[2] / "examples" / "graded.jsonl"
 QUERIES = ("Tom has 12 pens and gives 5 away. How many are left?", "The meeting is on a Monday. Which day follows it?")

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 
 import sparsort
 from sparsort.kernels.backend import METRIC_NAMES, default_device
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 _MILLION = 1_000_000
@@ -201,7 +201,7 @@ from pathlib import Path
 import psutil
 from transformers import AutoConfig, AutoModelForCausalLM
 import sparsort
-from sparsort.scoring.embedded import load_tokenizer
+from sparsort.scoring.loading.demo_model import load_tokenizer
 tokenizer = load_tokenizer("demo")
 config = AutoConfig.for_model(
     "llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

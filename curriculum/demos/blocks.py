@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsort.curriculum.demos.budget import Messages
-from sparsort.curriculum.demos.leaks import Leak
-from sparsort.curriculum.demos.pool import input_fields, leaking_rows, only_field
-from sparsort.curriculum.demos.rows import Row, name_of
+from sparsort.curriculum.demos.pool.leaks import Leak
+from sparsort.curriculum.demos.pool.pool import input_fields, leaking_rows, only_field
+from sparsort.curriculum.demos.pool.rows import Row, name_of
 from sparsort.errors import SparsortError
-from sparsort.scoring.conversations import Turn, conversation_fields, question_text, split_answer, turns_of
+from sparsort.scoring.prompts.conversations import Turn, conversation_fields, question_text, split_answer, turns_of
 from sparsort.templates import render
 from sparsort.values import is_missing, kind_of, missing_name, put, row_of
 

@@ -21,7 +21,7 @@ def load(tokenizer: Any) -> Any:
     """The tokenizer that a name or folder stands for; anything else is returned as it is."""
     if not isinstance(tokenizer, str):
         return tokenizer
-    from sparsort.scoring.embedded import load_tokenizer
+    from sparsort.scoring.loading.demo_model import load_tokenizer
 
     return load_tokenizer(tokenizer)
 
@@ -64,7 +64,7 @@ def chat_text(tokenizer: Any, messages: Messages) -> str:
     Raises:
         SparsortError: no chat template, or it refuses these turns (some know no system turn).
     """
-    from sparsort.scoring.chat_templates import apply_chat_template, need_chat_template
+    from sparsort.scoring.prompts.chat_templates import apply_chat_template, need_chat_template
 
     need_chat_template(
         tokenizer,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos import similarity
-from sparsort.curriculum.demos.pool import DemoPool, InputTexts, Query
-from sparsort.curriculum.demos.rows import text_of
+from sparsort.curriculum.demos.pool import similarity
+from sparsort.curriculum.demos.pool.pool import DemoPool, InputTexts, Query
+from sparsort.curriculum.demos.pool.rows import text_of
 from sparsort.values import text_if_any
 
 Positions = Sequence[int]

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.conditions import Table, Values, When, refuse_unread_arguments
-from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
-from sparsort.curriculum.demos.duplicates import duplicates
-from sparsort.curriculum.demos.rows import Row, TextOf, id_of, listed, text_of
+from sparsort.curriculum.demos.pool.difficulty import DifficultyTable, ScoresLike, resolve
+from sparsort.curriculum.demos.pool.duplicates import duplicates
+from sparsort.curriculum.demos.pool.rows import Row, TextOf, id_of, listed, text_of
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.registry import Entry, Registry
 

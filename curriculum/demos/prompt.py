@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 from sparsort.conditions import Table, excludes, needs, refuse_unread_arguments
 from sparsort.curriculum.demos.blocks import Blocks, conversation_blocks, template_blocks
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
-from sparsort.curriculum.demos.duplicates import duplicates
-from sparsort.curriculum.demos.leaks import Leak
-from sparsort.curriculum.demos.rows import Row, id_of, listed, name_of
+from sparsort.curriculum.demos.pool.duplicates import duplicates
+from sparsort.curriculum.demos.pool.leaks import Leak
+from sparsort.curriculum.demos.pool.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.scoring.prompts import Prompt
+from sparsort.scoring.prompts.prompt import Prompt
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
@@ -127,7 +127,7 @@ def assemble(
         query: the row to be answered, or its bare text where the prompt has one field.
         prompt: format string of a row's question, such as "Question: {question}\\nAnswer:".
         answer: format string of its answer, such as " {answer}"; it follows the prompt directly.
-        messages: instead of both, the column that holds whole conversations (see `sparsort.scoring.conversations`): each is shown
+        messages: instead of both, the column that holds whole conversations (see `prompts.conversations`): each is shown
             as chat turns up to its last assistant turn. A query is bare text, which is a user's turn, or a row of the same
             column. The conversations' system turns must agree.
         system: an instruction, as it stands: the first block of the text, or the system turn.

@@ -1,7 +1,7 @@
-"""What the operations of block-sparse attention take: the checks that every implementation relies on.
+"""The checks of the arguments of block-sparse attention, which every implementation relies on.
 
-Contract: shapes, dtypes and devices are read, never values: reading those would stall a GPU. That the selected blocks are
-ones that their queries can see is for `Selection.check`, which does read them.
+Contract: the checks read shapes, dtypes and devices but no values, because reading values would stall a GPU. Whether queries can
+see their selected blocks is therefore not checked here.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups = key/value heads, D head width, I index width,
 K slots.
@@ -18,23 +18,23 @@ from sparsort.kernels.sparsity.checks import FLOAT_DTYPES
 
 
 def check_layout(layout: Layout) -> None:
-    """A `Layout`.
+    """Check that the argument is a `Layout`.
 
     Raises:
-        SparsortError: it is something else.
+        SparsortError: it is not.
     """
     if not isinstance(layout, Layout):
         raise SparsortError(
-            f"layout must be a Layout, got {type(layout).__name__}; make one by Layout.plain(batch, queries), from_padding, "
-            "packed or from_lengths."
+            f"layout must be a Layout, got {type(layout).__name__}; make one by Layout.plain(batch, queries), or by "
+            "Layout.from_padding, packed or from_lengths."
         )
 
 
 def check_heads(query: Tensor, key: Tensor, layout: Layout, value: Tensor | None = None) -> None:
-    """`query` (B, H, T, D), `key` and `value` (B, G, S, D), of one dtype on one device, and G divides H.
+    """Check `query` (B, H, T, D), `key` and `value` (B, G, S, D): one dtype, one device, and H a multiple of G.
 
     Raises:
-        SparsortError: they are not.
+        SparsortError: they do not fit each other or the layout.
     """
     check_layout(layout)
     check_tensor("query", query, (layout.batch, None, layout.queries, None))
@@ -45,8 +45,8 @@ def check_heads(query: Tensor, key: Tensor, layout: Layout, value: Tensor | None
         check_tensor("value", value, tuple(key.shape), like=("query", query))
     if groups == 0 or heads == 0 or heads % groups:
         raise SparsortError(
-            f"{heads} query heads cannot be divided into {groups} groups, one for each key/value head; expected the heads to be "
-            "a multiple of the groups."
+            f"{heads} query heads cannot be divided into {groups} groups, one for each key/value head; expected the number of "
+            "heads to be a multiple of the number of groups. Check the head axes (axis 1) of query and key."
         )
     _check_width("query", width)
 
@@ -54,10 +54,10 @@ def check_heads(query: Tensor, key: Tensor, layout: Layout, value: Tensor | None
 def check_index(
     index_query: Tensor, index_key: Tensor, layout: Layout, groups: int | None = None, query: Tensor | None = None
 ) -> None:
-    """`index_query` (B, G, T, I) and `index_key` (B, S, I), of one dtype on one device (those of `query`, if given).
+    """Check `index_query` (B, G, T, I) and `index_key` (B, S, I): one dtype and one device, those of `query` if given.
 
     Raises:
-        SparsortError: they are not.
+        SparsortError: they do not fit each other or the layout.
     """
     check_layout(layout)
     like = None if query is None else ("query", query)
@@ -65,29 +65,30 @@ def check_index(
     width = index_query.shape[3]
     check_tensor("index_key", index_key, (layout.batch, layout.keys, width), like=("index_query", index_query))
     if index_query.shape[1] == 0:
-        raise SparsortError("index_query has no groups; expected one for each key/value head.")
+        raise SparsortError("index_query has no groups; expected one group (axis 1) for each key/value head.")
     _check_width("index_query", width)
 
 
 def check_selection(selection: Selection, query: Tensor, key: Tensor, layout: Layout) -> None:
-    """The selection is of the layout's rows and queries, the key's groups, and on the query's device.
+    """Check that the selection has the layout's rows and queries and the key's groups, and is on the query's device.
 
     Raises:
-        SparsortError: it is not.
+        SparsortError: it does not fit.
     """
     if not isinstance(selection, Selection):
         raise SparsortError(
-            f"selection must be a Selection, got {type(selection).__name__}; index_select makes one, and "
-            "Selection(blocks=…, block_size=…) holds blocks that were chosen otherwise."
+            f"selection must be a Selection, got {type(selection).__name__}; use the result of index_select, or wrap your own "
+            "blocks as Selection(blocks=…, block_size=…)."
         )
-    found, expected = tuple(selection.blocks.shape[:3]), (layout.batch, key.shape[1], layout.queries)
-    if found != expected:
+    sizes, expected = tuple(selection.blocks.shape[:3]), (layout.batch, key.shape[1], layout.queries)
+    if sizes != expected:
         raise SparsortError(
-            f"the selection is of (rows, groups, queries) = {found}; expected {expected}, from the layout and the key."
+            f"the selection has (rows, groups, queries) = {sizes}; expected {expected}, from the layout and the key. Select "
+            "again with this layout."
         )
     if selection.blocks.device != query.device:
         raise SparsortError(
-            f"the selection is on {selection.blocks.device} and the query on {query.device}; bring them to one device."
+            f"the selection is on {selection.blocks.device} and the query on {query.device}; move them to one device."
         )
 
 
@@ -99,24 +100,28 @@ def check_tensor(
     like: tuple[str, Tensor] | None = None,
     any_float: bool = False,
 ) -> None:
-    """A floating-point tensor of this shape (None: any size), on the device and of the dtype of another.
+    """Check that an argument is a floating-point tensor of the given shape, with the device and dtype of another tensor.
 
     Args:
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
         tensor: the argument.
-        shape: what it must be.
-        like: name and value of the tensor that it goes with.
-        any_float: its dtype may be another than that tensor's.
+        shape: the expected shape; None stands for any size.
+        like: name and value of the tensor whose device and dtype it must have.
+        any_float: whether its dtype may differ from that tensor's.
 
     Raises:
-        SparsortError: it is not.
+        SparsortError: the argument does not fit.
     """
     if not isinstance(tensor, Tensor):
-        raise SparsortError(f"{name} must be a torch tensor, got {type(tensor).__name__}.")
+        raise SparsortError(
+            f"{name} must be a torch tensor, got {type(tensor).__name__}. Convert it with torch.as_tensor."
+        )
     if tensor.dtype not in FLOAT_DTYPES:
-        raise SparsortError(f"{name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64.")
+        raise SparsortError(
+            f"{name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64. Convert it with .float()."
+        )
     fits = len(tensor.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+        size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
@@ -128,7 +133,7 @@ def check_tensor(
     other_name, other = like
     if tensor.device != other.device:
         raise SparsortError(
-            f"{name} is on {tensor.device} and {other_name} on {other.device}; bring them to one device."
+            f"{name} is on {tensor.device} and {other_name} on {other.device}; move them to one device."
         )
     if tensor.dtype != other.dtype and not any_float:
         raise SparsortError(
@@ -138,4 +143,4 @@ def check_tensor(
 
 def _check_width(name: str, width: int) -> None:
     if width == 0:
-        raise SparsortError(f"{name} is of width 0; expected 1 or more, as nothing could be compared.")
+        raise SparsortError(f"{name} has width 0; expected a last axis of size 1 or more.")

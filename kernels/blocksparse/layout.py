@@ -1,9 +1,9 @@
-"""Where the sequences of a batch lie among its queries and keys.
+"""The positions of a batch's sequences among its queries and keys.
 
-Contract: tensors stay as they are handed over, (batch, heads, tokens, width), and a `Layout` names the sequences in them.
-Padding on the left, on the right or none, several sequences packed in a row, and a cache longer than what is filled are one
-table. The queries of a sequence are its last keys: query i of n, with m keys, stands at position m − n + i and sees the keys
-at positions up to its own. Blocks are counted from a sequence's first key, so that padding cannot move them.
+Contract: tensors keep their shape (batch, heads, tokens, width), and a `Layout` lists the sequences in them. The same table
+describes padding on the left, padding on the right, no padding, several sequences packed into a row, and a cache that is longer
+than its filled part. The queries of a sequence are its last keys: query i of n, with m keys, has position m − n + i and sees the
+keys at positions up to its own. Blocks are counted from a sequence's first key, so padding does not change them.
 
 Legend: B batch, T query columns, S key columns, n sequences.
 """
@@ -24,7 +24,7 @@ from sparsort.errors import SparsortError
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One sequence: its batch row, and where its queries and its keys start and how many they are."""
+    """One sequence: its batch row, and the first column and the number of its queries and of its keys."""
 
     row: int
     query_start: int
@@ -38,11 +38,11 @@ class Layout:
     """The sequences of a batch.
 
     Attributes:
-        spans: in the order of rows and columns; a row may hold none (all of it padding) or several (packed).
-        batch, queries, keys: sizes of the tensors: B, T, S.
+        spans: the sequences, ordered by row and column; a row may have no sequence (only padding) or several (packed).
+        batch, queries, keys: B, T and S, the sizes of the tensors.
 
     Raises:
-        SparsortError: a span leaves the tensors, has more queries than keys, or overlaps another.
+        SparsortError: a span exceeds the tensors, has more queries than keys, or overlaps another span.
     """
 
     spans: tuple[Span, ...]
@@ -58,35 +58,35 @@ class Layout:
             inside = 0 <= span.row < self.batch and span.query_start >= query_end and span.key_start >= key_end
             if not inside or span.queries < 1 or span.keys < span.queries:
                 raise SparsortError(
-                    f"{span} does not fit: a sequence needs 1 ≤ queries ≤ keys, a row below {self.batch}, and starts after the "
-                    f"one before it ended (query column {query_end}, key column {key_end})."
+                    f"{span} does not fit: a sequence needs 1 ≤ queries ≤ keys, a row below {self.batch}, and a start at or "
+                    f"after the column where the previous one ended (query column {query_end}, key column {key_end})."
                 )
             ends[span.row] = (span.query_start + span.queries, span.key_start + span.keys)
         for row, (query_end, key_end) in ends.items():
             if query_end > self.queries or key_end > self.keys:
                 raise SparsortError(
-                    f"the sequences of row {row} end at query column {query_end} and key column {key_end}, and the tensors have "
-                    f"{self.queries} and {self.keys}."
+                    f"the sequences of row {row} end at query column {query_end} and key column {key_end}, but the tensors have "
+                    f"{self.queries} and {self.keys} columns. Shorten the sequences, or enlarge queries and keys."
                 )
 
     @classmethod
     def plain(cls, batch: int, queries: int, keys: int | None = None) -> Layout:
-        """One sequence a row, without padding; with more keys than queries the queries are the last."""
+        """Build the layout of one sequence per row without padding. If there are more keys than queries, queries come last."""
         keys = queries if keys is None else keys
         spans = (Span(row=row, query_start=0, queries=queries, key_start=0, keys=keys) for row in range(batch))
         return cls(spans=tuple(spans) if queries else (), batch=batch, queries=queries, keys=keys)
 
     @classmethod
     def from_padding(cls, mask: Tensor, queries: int, keys: int | None = None) -> Layout:
-        """One sequence a row from a padding mask.
+        """Build the layout of one sequence per row from a padding mask.
 
         Args:
-            mask: (B, M), nonzero where a key is. M may be below `keys`: columns after it are not filled yet (a static cache).
-            queries: T; they are the keys at the mask's last T columns.
-            keys: S; M unless given.
+            mask: (B, M), nonzero at keys. M may be less than `keys`; later columns are not filled yet (static cache).
+            queries: T, the number of query columns, which are the mask's last T columns.
+            keys: S, the number of key columns; None: M.
 
         Raises:
-            SparsortError: a row with padding between its tokens, or a mask of another size.
+            SparsortError: a row has padding between its tokens, or the mask has the wrong shape.
         """
         mask = mask.detach().bool()
         seen = mask.shape[1] if mask.ndim == 2 else -1
@@ -95,12 +95,13 @@ class Layout:
             raise SparsortError(
                 f"the padding mask has shape {tuple(mask.shape)}; expected (batch, columns) with {queries} ≤ columns ≤ {keys}."
             )
+        # argmax fails on rows without columns.
         if seen == 0:
             return cls(spans=(), batch=mask.shape[0], queries=queries, keys=keys)
-        found = mask.cpu()
-        filled = found.sum(dim=1).tolist()
-        first = found.int().argmax(dim=1).tolist()
-        last = (seen - found.flip(1).int().argmax(dim=1)).tolist()
+        mask = mask.cpu()
+        filled = mask.sum(dim=1).tolist()
+        first = mask.int().argmax(dim=1).tolist()
+        last = (seen - mask.flip(1).int().argmax(dim=1)).tolist()
         spans = []
         for row, (count, start, end) in enumerate(zip(filled, first, last, strict=True)):
             if count == 0:
@@ -108,36 +109,38 @@ class Layout:
             if end - start != count:
                 raise SparsortError(
                     f"row {row} of the padding mask has {count} tokens between columns {start} and {end - 1}: padding between "
-                    "tokens. Pad on the left or on the right, or pack sequences by position_ids."
+                    "tokens. Pad on the left or on the right, or pack sequences with position_ids."
                 )
             column = max(start, seen - queries)
+            # With right padding and a cache, the new columns of a row may be padding only.
             if end > column:
-                place = {"query_start": column - (seen - queries), "queries": end - column}
-                spans.append(Span(row=row, key_start=start, keys=count, **place))
+                queries_of_row = {"query_start": column - (seen - queries), "queries": end - column}
+                spans.append(Span(row=row, key_start=start, keys=count, **queries_of_row))
         return cls(spans=tuple(spans), batch=len(filled), queries=queries, keys=keys)
 
     @classmethod
     def packed(cls, position_ids: Tensor, batch: int | None = None) -> Layout:
-        """Sequences packed in rows: one starts wherever a position is not one more than the position before it.
+        """Build the layout of packed sequences: one starts wherever a position is not its predecessor plus one.
 
-        Several sequences of one token at the end of a row are padding: so packing writes it (positions 0, 0, …), and nothing
-        could be learnt of a token without a next one.
+        Two or more sequences of one token each at the end of a row count as padding. Packing writes padding in this way
+        (positions 0, 0, …), and a token without a successor has no label to learn from.
 
         Args:
             position_ids: (B or 1, T) whole numbers.
-            batch: B, where one row of positions stands for all.
+            batch: B, if one row of positions applies to all rows.
 
         Raises:
-            SparsortError: positions of another shape.
+            SparsortError: the positions have the wrong shape.
         """
-        found = position_ids.detach().cpu()
-        if found.ndim != 2 or (batch is not None and found.shape[0] not in (1, batch)):
+        positions = position_ids.detach().cpu()
+        if positions.ndim != 2 or (batch is not None and positions.shape[0] not in (1, batch)):
             raise SparsortError(
-                f"position_ids have shape {tuple(found.shape)}; expected ({'batch' if batch is None else batch}, tokens)."
+                f"position_ids have shape {tuple(positions.shape)}; expected ({'batch' if batch is None else batch}, tokens). "
+                "Pass one row of positions for each row of tokens."
             )
-        columns = found.shape[1]
-        starts = torch.ones_like(found, dtype=torch.bool)
-        starts[:, 1:] = found[:, 1:] != found[:, :-1] + 1
+        columns = positions.shape[1]
+        starts = torch.ones_like(positions, dtype=torch.bool)
+        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         lengths = []
         for row in starts:
             edges = [*row.nonzero().flatten().tolist(), columns]
@@ -150,14 +153,18 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Sequence[int]], columns: int | None = None) -> Layout:
-        """Sequences of these lengths, row by row, each right after the one before it; T is `columns`, or the longest row.
+        """Build the layout of adjacent sequences with the given lengths, which start at column 0 of each row.
+
+        Args:
+            lengths: for each row, the lengths of its sequences in tokens.
+            columns: T, the number of columns; None: that of the longest row.
 
         Raises:
-            SparsortError: lengths that are not a list of whole numbers for each row.
+            SparsortError: `lengths` is not a list of whole numbers for each row.
         """
         if not isinstance(lengths, Sequence) or not all(_is_lengths(sizes) for sizes in lengths):
             raise SparsortError(
-                f"lengths are {lengths!r}; expected for each row the lengths of its sequences, such as [[3, 4], [7]]."
+                f"lengths is {lengths!r}; expected, for each row, the lengths of its sequences, such as [[3, 4], [7]]."
             )
         spans = []
         for row, sizes in enumerate(lengths):
@@ -171,46 +178,46 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Query tokens that are not padding."""
+        """The number of query tokens that are not padding."""
         return sum(span.queries for span in self.spans)
 
     @property
     def longest(self) -> int:
-        """Keys of the longest sequence."""
+        """The number of keys of the longest sequence."""
         return max((span.keys for span in self.spans), default=0)
 
     def blocks(self, block_size: int) -> int:
-        """Blocks of the longest sequence, the last of them perhaps not full."""
+        """Return the number of blocks of the longest sequence, including an incomplete last block."""
         return -(-self.longest // block_size)
 
     def table(self, device: torch.device | str) -> Tensor:
-        """(n, 5) int32: row, query_start, queries, key_start, keys of each sequence."""
+        """Return row, query_start, queries, key_start and keys of each sequence: (n, 5) int32."""
         rows = [[span.row, span.query_start, span.queries, span.key_start, span.keys] for span in self.spans]
-        return self._kept("table", device, lambda: torch.tensor(rows, dtype=torch.int32).reshape(-1, 5))
+        return self._cached("table", device, lambda: torch.tensor(rows, dtype=torch.int32).reshape(-1, 5))
 
     def span_of_query(self, device: torch.device | str) -> Tensor:
-        """(B, T) int32: the number of the sequence that a query belongs to, −1 for padding."""
-        return self._kept("span", device, lambda: self._by_query(lambda n, span: torch.tensor(n)))
+        """Return the number of each query's sequence: (B, T) int32, −1 for padding."""
+        return self._cached("span", device, lambda: self._by_query(lambda n, span: torch.tensor(n)))
 
     def position(self, device: torch.device | str) -> Tensor:
-        """(B, T) int32: the position of each query among its sequence's keys, −1 for padding."""
-        return self._kept(
+        """Return the position of each query among its sequence's keys: (B, T) int32, −1 for padding."""
+        return self._cached(
             "position",
             device,
             lambda: self._by_query(lambda n, span: torch.arange(span.keys - span.queries, span.keys)),
         )
 
     def _by_query(self, values: Callable[[int, Span], Tensor]) -> Tensor:
-        found = torch.full((self.batch, self.queries), -1, dtype=torch.int32)
+        by_query = torch.full((self.batch, self.queries), -1, dtype=torch.int32)
         for n, span in enumerate(self.spans):
-            found[span.row, span.query_start : span.query_start + span.queries] = values(n, span).int()
-        return found
+            by_query[span.row, span.query_start : span.query_start + span.queries] = values(n, span).int()
+        return by_query
 
-    def _kept(self, name: str, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
-        """Made once for a device: every layer of a pass asks."""
+    def _cached(self, name: str, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor that is built once per device, because every layer of a forward pass needs it."""
         key = (name, str(device))
         if key not in self._tables:
-            # What is kept serves training too, which takes no tensor that was made in inference mode.
+            # Autograd refuses tensors that were created in inference mode, and a cached one may be used in training later.
             with torch.inference_mode(False):
                 self._tables[key] = make().to(device)
         return self._tables[key]

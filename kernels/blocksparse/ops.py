@@ -1,9 +1,10 @@
-"""Select, attend, align: block-sparse attention that trains (MSA, arXiv 2606.13392), with gradients and checked arguments.
+"""The operations of trainable block-sparse attention (select, attend, align), with gradients and checked arguments.
 
-Contract: the operations answer alike whichever implementation runs; `backend.blocksparse_implementation` chooses it by the
-tensors' device. Which sequences lie where is the `Layout`'s, which blocks a query sees is the `Selection`'s, and padding may
-hold anything: it reaches no output and no gradient. Under autocast floating tensors are cast as for
-`scaled_dot_product_attention`; what runs inside keeps its own precision. `torch.compile` compiles around the operations.
+Contract: the operations (MSA, arXiv 2606.13392) give the same results with every implementation, which
+`backend.blocksparse_implementation` chooses by the tensors' device. The `Layout` has the positions of the sequences, and the
+`Selection` the blocks that each query sees. Padding may hold any values: they reach no output and no gradient. Under autocast,
+floating-point tensors are cast as for `scaled_dot_product_attention`, and the computation itself runs without autocast.
+`torch.compile` compiles around the operations.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups = key/value heads, D head width, I index width,
 K slots.
@@ -32,7 +33,7 @@ from sparsort.kernels.eager import in_eager
 
 
 class Functions(NamedTuple):
-    """One implementation of the operations, without gradients of its own."""
+    """The functions of one implementation, which autograd does not differentiate."""
 
     index_select: Callable[..., Selection]
     attend_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -50,23 +51,24 @@ def index_select(
     block_size: int,
     scale: float | None = None,
 ) -> Selection:
-    """The blocks of every query by its index scores: max-pooled over a block's visible keys, the local block forced.
+    """Select the blocks of every query by its index scores, max-pooled over each block's visible keys.
 
-    A score of a real token that is no finite number counts as the lowest here. `align` makes no such allowance.
+    The local block is always taken. A score that is not finite counts as the lowest score, also for a real token; `align` makes
+    no such exception.
 
     Args:
         index_query: (B, G, T, I).
         index_key: (B, S, I).
         layout: the sequences.
-        budget: how many blocks.
-        block_size: keys of a block.
-        scale: of the scores; 1/√I unless given. It matters to budgets by threshold and by mass only.
+        budget: number of blocks per query token.
+        block_size: number of keys in a block.
+        scale: factor for the scores; None: 1/√I. It only matters for budgets by threshold and by top-p.
 
     Returns:
-        Selection with K = min(budget's slots, blocks of the longest sequence). No gradient.
+        Selection with K = min(budget's slots, blocks of the longest sequence), without a gradient.
 
     Raises:
-        SparsortError: tensors that do not fit each other or the layout, or a block size, budget or scale that is none.
+        SparsortError: the tensors do not fit each other or the layout, or the block size, budget or scale is invalid.
     """
     index_query, index_key = _autocast(index_query, index_key)
     check_index(index_query, index_key, layout)
@@ -89,22 +91,22 @@ def attend(
     scale: float | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact softmax attention of every query over the visible keys of its blocks.
+    """Compute exact softmax attention of every query over the visible keys of its blocks.
 
     Args:
         query: (B, H, T, D).
-        key, value: (B, G, S, D); G divides H, and heads g·H/G up to (g + 1)·H/G − 1 are group g.
+        key, value: (B, G, S, D); H is a multiple of G, and group g has the heads g·H/G to (g + 1)·H/G − 1.
         selection: blocks (B, G, T, K).
         layout: the sequences.
-        scale: of the logits; 1/√D unless given.
-        bias: (B, G, T, K), added to the logits of the keys of a slot, with a gradient; −∞ hides the slot.
+        scale: factor for the logits; None: 1/√D.
+        bias: (B, G, T, K), added to the logits of a slot's keys; differentiable; −∞ hides the slot.
 
     Returns:
-        Output (B, H, T, D) in the query's dtype, and log-sum-exp (B, H, T), float32 (float64 for float64), which carries no
-        gradient. A query that sees nothing has 0 and −∞.
+        Output (B, H, T, D) in the query's dtype, and log-sum-exp (B, H, T) in float32 (float64 for float64) without a gradient.
+        For a query that sees nothing, they are 0 and −∞.
 
     Raises:
-        SparsortError: tensors that do not fit each other, the selection or the layout.
+        SparsortError: the tensors do not fit each other, the selection or the layout.
     """
     query, key, value = _autocast(query, key, value)
     check_heads(query, key, layout, value)
@@ -129,11 +131,11 @@ def align(
     index_scale: float | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """The alignment loss: mean over tokens and groups of KL(P ‖ student) over the visible keys of the selection.
+    """Compute the alignment loss: the mean over tokens and groups of KL(P ‖ student) over the visible keys of the selection.
 
-    P is the mean over a group's heads of their attention probabilities, and the student the softmax of the index scores. The
-    gradient reaches `index_query` and `index_key` only; it is made in the forward pass, ∂/∂S = student − P. An index score of
-    a real token that is no finite number is an error of the model, and gives a loss and gradients that are none either.
+    P is the mean over a group's heads of their attention probabilities, and the student is the softmax of the index scores S.
+    The gradient reaches only `index_query` and `index_key`. It is computed in the forward pass, as ∂/∂S = student − P. If an
+    index score of a real token is not finite, which is an error of the model, the loss and gradients are not finite either.
 
     Args:
         query: (B, H, T, D).
@@ -142,15 +144,16 @@ def align(
         index_key: (B, S, I).
         selection: blocks (B, G, T, K).
         layout: the sequences.
-        scale: of the attention's logits; 1/√D unless given.
-        index_scale: of the index scores; 1/√I unless given.
-        lse: (B, H, T), of `attend` over the same selection, without bias and with the same scale; saves computing it again.
+        scale: factor for the attention logits; None: 1/√D.
+        index_scale: factor for the index scores; None: 1/√I.
+        lse: (B, H, T), the log-sum-exp from `attend` over the same selection, with the same scale and without a bias; None: it
+            is computed here.
 
     Returns:
-        A scalar, float32 (float64 for float64); 0 where there is no token.
+        A scalar in float32 (float64 for float64); 0 if there is no token.
 
     Raises:
-        SparsortError: tensors that do not fit each other, the selection or the layout.
+        SparsortError: the tensors do not fit each other, the selection or the layout.
     """
     query, key, index_query, index_key = _autocast(query, key, index_query, index_key)
     check_heads(query, key, layout)
@@ -191,7 +194,7 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with _full_precision(query):
             output, lse = run.attend_forward(query, key, value, selection, layout, scale=scale, bias=bias)
-        # Through save_for_backward, so that checkpointing can drop them all.
+        # Save everything through save_for_backward, so that checkpointing can release it.
         ctx.save_for_backward(query, key, value, bias, output, lse, selection.blocks)
         ctx.block_size, ctx.layout, ctx.scale, ctx.run = selection.block_size, layout, scale, run
         ctx.mark_non_differentiable(lse)
@@ -224,6 +227,7 @@ class _Align(torch.autograd.Function):
         gradients: bool,
         run: Functions,
     ) -> Tensor:
+        # The gradients for rows.sum() are computed here, where the probabilities are at hand; backward only scales them.
         with _full_precision(query):
             rows, d_index_query, d_index_key = run.align_forward(
                 query, key, index_query, index_key, selection, layout, **scales, lse=lse, gradients=gradients
@@ -243,10 +247,10 @@ class _Align(torch.autograd.Function):
 
 
 def _functions(tensor: Tensor) -> Functions:
-    """The implementation for the device and dtype of `tensor`.
+    """Return the implementation for the device and dtype of `tensor`.
 
     Raises:
-        SparsortError: Triton is asked for by name and cannot run here.
+        SparsortError: Triton is requested by name but cannot run here.
     """
     choice = blocksparse_implementation(tensor.device)
     if choice.value == "torch":
@@ -255,8 +259,8 @@ def _functions(tensor: Tensor) -> Functions:
         return _triton_functions()
     if choice.reason == "SPARSORT_BLOCKSPARSE=triton":
         raise SparsortError(
-            "SPARSORT_BLOCKSPARSE=triton cannot be met: float64 tensors want float64 arithmetic, and the kernels' is float32. "
-            "Unset it, or set it to torch."
+            "SPARSORT_BLOCKSPARSE=triton cannot be met: float64 tensors need float64 arithmetic, and the kernels compute in "
+            "float32. Unset it, or set it to torch."
         )
     return _torch_functions()
 
@@ -272,7 +276,7 @@ def _torch_functions() -> Functions:
 
 @functools.cache
 def _triton_functions() -> Functions:
-    # Imported on use: Triton is not installed everywhere.
+    # Imported on use, because Triton is not installed everywhere.
     from sparsort.kernels.blocksparse.triton.align import align_forward_triton
     from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton
     from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton
@@ -282,6 +286,7 @@ def _triton_functions() -> Functions:
 
 
 def _scale(given: object, tensor: Tensor) -> float:
+    """Return the scale that was given, or 1/√width."""
     if given is None:
         return 1 / math.sqrt(tensor.shape[-1])
     if isinstance(given, bool) or not isinstance(given, numbers.Real) or not math.isfinite(given):
@@ -290,19 +295,19 @@ def _scale(given: object, tensor: Tensor) -> float:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast, if it is on for their device, hands them to `scaled_dot_product_attention`."""
+    """Cast the tensors as autocast does for `scaled_dot_product_attention`, if it is enabled for their device."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrowed = (torch.float16, torch.bfloat16, torch.float32)
-    # What is no tensor is refused later, by name.
+    # Arguments that are not tensors pass through, and the checks refuse them by name.
     return tuple(
         tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in narrowed else tensor for tensor in tensors
     )
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: an implementation's float32 products are meant to be float32."""
+    """Disable autocast, which would compute an implementation's float32 products in half precision."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

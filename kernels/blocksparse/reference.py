@@ -1,18 +1,18 @@
-"""Trainable block-sparse attention as its equations read, on the dense map: the oracle of every faster implementation.
+"""Trainable block-sparse attention, written as its equations on the dense map: the oracle for the faster implementations.
 
 MiniMax Sparse Attention (MSA, arXiv 2606.13392), for one query token t of group g, with T_t the visible keys of its chosen
 blocks:
 
-- index scores       S_ts = index_query_t · index_key_s · index_scale, over the keys s that t may see          `index_scores`
+- index scores       S_ts = index_query_t · index_key_s · index_scale, over the keys s that t can see          `index_scores`
 - block max-pool     M_tn = max of S_ts over the visible keys of block n                                       `block_scores`
-- selection          the budget's blocks by M_t, the local block forced                                        `index_select_ref`
+- selection          the budget's blocks by M_t, always including the local block                              `index_select_ref`
 - attention          o_h = Σ_s softmax_s(query_h · key_s · scale + bias) · value_s over T_t                      `attend_ref`
 - teacher            P_ts = mean over the heads h of the group of softmax_s(query_h · key_s · scale), detached `teacher`
 - alignment          KL(P_t ‖ softmax_s(S_t)) over T_t; its mean over tokens and groups is the loss            `align_ref`
 
-Contract: plain torch whose gradients are autograd's, computed in float64 for float64 tensors and else in float32. The memory
-is that of the dense map, (B, G, T, S): for tests and small sizes. Padding may hold anything, NaN included. With
-`selection.every_block` as the selection this is the warm-up: attention and alignment over the full causal support.
+Contract: plain torch with autograd's gradients, computed in float64 for float64 tensors and otherwise in float32. It needs the
+memory of the dense map (B, G, T, S), so it is meant for tests and small sizes. Padding may hold any values, including NaN. With
+the selection `selection.every_block`, this is the warm-up: attention and alignment over the full causal support.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups = key/value heads, R = H/G heads of a group,
 D head width, I index width, K slots, N blocks.
@@ -29,7 +29,7 @@ from sparsort.kernels.blocksparse.selection import Selection
 
 
 def key_places(layout: Layout, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """The sequence that each key belongs to and its position there: (B, S) int64 each, −1 for padding."""
+    """Return the number of each key's sequence and the key's position in it: (B, S) int64 each, −1 for padding."""
     sequence = torch.full((layout.batch, layout.keys), -1, dtype=torch.int64)
     position = torch.full((layout.batch, layout.keys), -1, dtype=torch.int64)
     for n, span in enumerate(layout.spans):
@@ -40,7 +40,7 @@ def key_places(layout: Layout, device: torch.device | str) -> tuple[Tensor, Tens
 
 
 def visible(layout: Layout, device: torch.device | str) -> Tensor:
-    """Which keys a query may see at all: those of its own sequence up to its own position. (B, T, S) bool."""
+    """Return the keys that each query can see, those of its own sequence up to its own position: (B, T, S) bool."""
     key_sequence, key_position = key_places(layout, device)
     sequence, position = layout.span_of_query(device).long(), layout.position(device).long()
     same = (sequence[:, :, None] == key_sequence[:, None]) & (sequence >= 0)[:, :, None]
@@ -48,16 +48,16 @@ def visible(layout: Layout, device: torch.device | str) -> Tensor:
 
 
 def support(selection: Selection, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The keys that each query attends to, and the slot that each of them comes from.
+    """Return the keys that each query attends to, and the slot that each of them belongs to.
 
     Returns:
-        T_t as (B, G, T, S) bool, and (B, G, T, S) int64, the slot of the key's block in the query's row; 0 where the first
-        is False.
+        T_t as (B, G, T, S) bool, and the slot of each key's block in the query's row as (B, G, T, S) int64, 0 for keys outside
+        T_t.
     """
     blocks = selection.blocks.long()
     B, G, T, K = blocks.shape
     N = max(layout.blocks(selection.block_size), 1)
-    # Unused slots write to column N, which no key reads.
+    # Unused slots write to the extra column N, which no key reads.
     slot_of_block = blocks.new_full((B, G, T, N + 1), -1)
     slot_of_block.scatter_(
         -1, blocks.masked_fill(blocks < 0, N), torch.arange(K, device=blocks.device).expand_as(blocks)
@@ -70,21 +70,26 @@ def support(selection: Selection, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def index_scores(index_query: Tensor, index_key: Tensor, layout: Layout, *, scale: float) -> Tensor:
-    """S: (B, G, T, S), −∞ where the query may not see the key."""
+    """Compute the index scores: (B, G, T, S), −∞ where the query cannot see the key."""
     index_query, index_key = _without_padding(index_query, index_key, layout)
     scores = torch.einsum("bgti,bsi->bgts", index_query, index_key) * scale
     return scores.masked_fill(~visible(layout, scores.device)[:, None], -torch.inf)
 
 
 def block_scores(scores: Tensor, layout: Layout, *, block_size: int) -> Tensor:
-    """M: (B, G, T, N), −∞ for blocks without a visible key. A score that is no finite number counts as lowest.
+    """Compute the block scores M: (B, G, T, N), −∞ for blocks without a visible key.
+
+    A score that is not finite counts as the lowest one.
 
     Args:
-        scores: (B, G, T, S), −∞ where the query may not see the key.
+        scores: (B, G, T, S), −∞ where the query cannot see the key.
+        layout: the sequences.
+        block_size: number of keys in a block.
     """
     B, G, T, _ = scores.shape
     _, key_position = key_places(layout, scores.device)
-    # A row of packed sequences has a block 0 for each; only those of the query's own sequence are above −∞.
+    # Each of the packed sequences in a row has a block 0, and all of them are pooled together. That is harmless, because only
+    # the keys of the query's own sequence have scores above −∞.
     block_of_key = torch.div(key_position.clamp(min=0), block_size, rounding_mode="floor")
     scores = scores.masked_fill(~scores.isfinite(), -torch.inf)
     pooled = scores.new_full((B, G, T, layout.blocks(block_size)), -torch.inf)
@@ -96,7 +101,7 @@ def block_scores(scores: Tensor, layout: Layout, *, block_size: int) -> Tensor:
 def index_select_ref(
     index_query: Tensor, index_key: Tensor, layout: Layout, budget: Budget, *, block_size: int, scale: float
 ) -> Selection:
-    """The selection by the index branch; no gradient. `index_query` (B, G, T, I), `index_key` (B, S, I)."""
+    """Select blocks by index scores, without a gradient. `index_query` is (B, G, T, I), `index_key` (B, S, I)."""
     with torch.no_grad():
         scores = index_scores(index_query, index_key, layout, scale=scale)
         own = torch.div(layout.position(scores.device), block_size, rounding_mode="floor")
@@ -114,14 +119,14 @@ def attend_ref(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention over the selection.
+    """Compute exact attention over the selection.
 
     Args:
         query: (B, H, T, D).
         key, value: (B, G, S, D).
-        selection, layout: which keys a query attends to.
-        scale: of the logits.
-        bias: (B, G, T, K), added to the logits of the keys of a slot; −∞ hides the slot.
+        selection, layout: the keys that each query attends to.
+        scale: factor for the logits.
+        bias: (B, G, T, K), added to the logits of a slot's keys; −∞ hides the slot.
 
     Returns:
         Output (B, H, T, D) in the query's dtype and log-sum-exp (B, H, T) without gradient; 0 and −∞ for a query that sees
@@ -135,7 +140,7 @@ def attend_ref(
 
 
 def teacher(query: Tensor, key: Tensor, selection: Selection, layout: Layout, *, scale: float) -> Tensor:
-    """P: (B, G, T, S), the mean over a group's heads of their probabilities (not of their logits); no gradient."""
+    """Compute P, the mean over a group's heads of their probabilities (not of their logits): (B, G, T, S), no gradient."""
     with torch.no_grad():
         return _softmax(*_logits(query, key, selection, layout, scale=scale)).mean(2)
 
@@ -151,7 +156,7 @@ def align_ref(
     scale: float,
     index_scale: float,
 ) -> Tensor:
-    """KL(P ‖ student) of each token and group, by autograd differentiable in `index_query` and `index_key` only.
+    """Compute KL(P ‖ student) of each token and group, differentiable in `index_query` and `index_key` only.
 
     Args:
         query: (B, H, T, D).
@@ -159,8 +164,8 @@ def align_ref(
         index_query: (B, G, T, I).
         index_key: (B, S, I).
         selection, layout: the support of both distributions.
-        scale: of the attention's logits.
-        index_scale: of the index scores.
+        scale: factor for the attention logits.
+        index_scale: factor for the index scores.
 
     Returns:
         (B, G, T); 0 for padding and for queries that see nothing.
@@ -168,7 +173,8 @@ def align_ref(
     P = teacher(query, key, selection, layout, scale=scale)
     attended, _ = support(selection, layout)
     scores = index_scores(index_query, index_key, layout, scale=index_scale)
-    # Outside the support any finite number will do; for a row without one all of them, so that its gradient is 0.
+    # Keys outside the support get −∞. A row with an empty support would be NaN throughout, so it gets zeros instead; P is 0
+    # there, so the loss and its gradient are 0.
     empty = ~attended.any(-1, keepdim=True)
     log_student = scores.masked_fill(~attended, -torch.inf).masked_fill(empty, 0.0).log_softmax(-1)
     return (torch.xlogy(P, P) - P * log_student.masked_fill(~attended, 0.0)).sum(-1)
@@ -177,7 +183,7 @@ def align_ref(
 def _logits(
     query: Tensor, key: Tensor, selection: Selection, layout: Layout, *, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (B, G, R, T, S), finite but where a bias is not, and the support (B, G, 1, T, S) without what a bias hides."""
+    """Return the logits (B, G, R, T, S), and the support (B, G, 1, T, S) without the keys that a bias hides."""
     B, H, T, D = query.shape
     G = key.shape[1]
     padding = layout.span_of_query(query.device) < 0
@@ -186,7 +192,7 @@ def _logits(
     attended, slot = support(selection, layout)
     if bias is not None:
         bias = _wide(bias).masked_fill(selection.blocks < 0, 0.0).masked_fill(padding[:, None, :, None], 0.0)
-        # No slot at all leaves nothing to gather from.
+        # With K = 0 there is nothing to gather from.
         if bias.shape[-1]:
             of_key = bias.gather(-1, slot)
             logits = logits + of_key[:, :, None]
@@ -195,19 +201,20 @@ def _logits(
 
 
 def _softmax(logits: Tensor, attended: Tensor) -> Tensor:
-    """Over the keys attended to; 0 elsewhere, and 0 throughout for a query that attends to none."""
+    """Compute the softmax over the attended keys; 0 for all other keys, and for queries that attend to none."""
     empty = ~attended.any(-1, keepdim=True)
     return logits.masked_fill(~attended, -torch.inf).masked_fill(empty, 0.0).softmax(-1).masked_fill(~attended, 0.0)
 
 
 def _without_padding(index_query: Tensor, index_key: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return both tensors in float32 or wider, with 0 for padding."""
     padding = layout.span_of_query(index_query.device) < 0
     index_query = _wide(index_query).masked_fill(padding[:, None, :, None], 0.0)
     return index_query, _clean_keys(index_key[:, None], layout)[:, 0]
 
 
 def _clean_keys(keys: Tensor, layout: Layout) -> Tensor:
-    """`keys` (B, G, S, D) with 0 for padding: 0 · NaN would reach the real tokens."""
+    """Return `keys` (B, G, S, D) with 0 for padding, since 0 · NaN would make the real tokens NaN."""
     sequence, _ = key_places(layout, keys.device)
     return _wide(keys).masked_fill((sequence < 0)[:, None, :, None], 0.0)
 

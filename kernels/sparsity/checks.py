@@ -1,18 +1,16 @@
-"""What every implementation of the sparsity metrics takes and gives back.
+"""The arguments and results of every implementation of the sparsity metrics, and the checks of the arguments.
 
-Shape suffixes: N rows that are measured, B batch, T tokens, H width, M metrics in the order of `metrics.METRICS`,
-S sites.
+Shape suffixes: N measured rows, B batch, T tokens, H width, M metrics in the order of `metrics.METRICS`, S sites.
 
 Contract of a measurement, shared by `torch_rows.py` and `triton_rows.py`:
 
-- a row is one token's state; token number b·T + t names row (b, t) of a (B, T, H) tensor;
-- `dim_scale` (H,) multiplies each coordinate before anything is measured, and a zero in it leaves the dimension out of
-  the row and out of its width d (so NaN in such a dimension does no harm); with a final norm it may be (2, H), one
-  scale a site;
-- with a `FinalNorm`, site 0 is the state as it stands and site 1 the state after that norm, computed without rounding
-  to the model's dtype;
-- a row whose coordinates are all zero (or that has no dimension left), and a row that holds NaN or infinity, has NaN
-  for every metric and a code of `metrics.ROW_REASONS`.
+- A row is one token's state. Token number b·T + t names row (b, t) of a (B, T, H) tensor.
+- `dim_scale` (H,) multiplies each coordinate before anything is measured. A zero excludes the dimension from the row and from
+  its width d, so NaN in such a dimension has no effect. With a final norm it may be (2, H), one scale per site.
+- With a `FinalNorm`, site 0 is the state itself, and site 1 is the state after that norm, computed without rounding to the
+  model's dtype.
+- If all coordinates of a row are zero, no dimension is left, or a coordinate is NaN or infinite, every metric of the row is NaN,
+  and its reason is the code in `metrics.ROW_REASONS`.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from sparsort.kernels.sparsity.metrics import check_l0_threshold
 
 GiniMethod = Literal["exact", "binned", "none"]
 
-# The widest row that one program of `triton_rows.py` holds.
+# The widest row that one program of `triton_rows.py` can hold in registers.
 MAX_TRITON_WIDTH = 32768
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,7 +40,7 @@ class FinalNorm:
     Attributes:
         weight: (H,), the norm's weight.
         eps: added to the mean square.
-        offset: 0 for most models, 1 where the weight is stored as a difference from one (Gemma).
+        offset: 0 for most models, 1 if the weight is stored as a difference from one (Gemma).
     """
 
     weight: Tensor
@@ -54,10 +52,10 @@ class RowMetrics(NamedTuple):
     """The metrics of N rows; with a final norm every tensor has a leading axis of 2 (before, after).
 
     Attributes:
-        values_NM: (N, M) in the order of `METRICS`; float64 for float64 states, else float32. `l1` alone may be
-            infinite: a row of finite numbers can sum to more than float32 holds.
-        reason_N: int8 codes of `ROW_REASONS`; where it is not 0 the row's values are NaN.
-        gini_bound_N: with gini="binned", what |gini − exact Gini| cannot exceed beyond rounding; else None.
+        values_NM: (N, M) in the order of `METRICS`; float64 for float64 states, else float32. Only `l1` may be infinite, because
+            the sum of finite numbers can exceed the range of float32.
+        reason_N: (N,) int8 codes of `ROW_REASONS`; if not 0, the row's values are NaN.
+        gini_bound_N: (N,) upper bounds of |gini − exact Gini|, up to rounding, with gini="binned"; else None.
     """
 
     values_NM: Tensor
@@ -97,12 +95,13 @@ def check_arguments(
     l0_threshold: float,
     gini: str,
 ) -> None:
-    """Check everything beside the states against them.
+    """Check all other arguments against the states.
 
-    An index on a GPU is not read, since that would stall the device; `triton_rows.py` gives NaN for a token that is not there.
+    The values of an index on a GPU are not checked, since reading them would stall the device. For a token number that does not
+    exist, `triton_rows.py` returns NaN.
 
     Raises:
-        SparsortError: a shape, a dtype or a value that does not fit, named with what was expected.
+        SparsortError: a shape, a dtype or a value does not fit.
     """
     H = states.shape[-1]
     tokens = states.shape[:-1].numel()
@@ -115,7 +114,7 @@ def check_arguments(
         if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < tokens:
             raise SparsortError(
                 f"index holds token numbers from {int(index.min())} to {int(index.max())}, but states of shape "
-                f"{tuple(states.shape)} have tokens 0 to {tokens - 1}."
+                f"{tuple(states.shape)} have tokens 0 to {tokens - 1}. Pass token numbers b*T + t."
             )
     if dim_scale is not None:
         shapes: list[tuple[int, ...]] = [(H,)] if norm is None else [(H,), (2, H)]
@@ -124,8 +123,8 @@ def check_arguments(
         _check_vector("the final norm's weight", norm.weight, states, [(H,)])
         if not (norm.eps >= 0 and math.isfinite(norm.eps) and math.isfinite(norm.offset)):
             raise SparsortError(
-                "a final norm needs a finite eps of at least 0 and a finite offset, "
-                f"got eps={norm.eps}, offset={norm.offset}."
+                f"the final norm has eps={norm.eps} and offset={norm.offset}; expected a finite eps of at least 0 and a finite "
+                "offset. Pass those of the model's norm."
             )
     check_l0_threshold(l0_threshold)
     if gini not in get_args(GiniMethod):
@@ -133,18 +132,19 @@ def check_arguments(
 
 
 def as_batches(states: Tensor) -> Tensor:
-    """`states` of any number of axes as (B, T, H): a view, but for more than three axes that no stride joins."""
+    """Reshape `states` of any number of axes to (B, T, H), as a view unless the leading axes cannot be merged without a copy."""
     if states.ndim <= 2:
         return states.reshape(1, -1, states.shape[-1])
     return states.flatten(0, -3)
 
 
 def _check_vector(what: str, vector: Tensor, states: Tensor, shapes: list[tuple[int, ...]]) -> None:
+    """Check the shape, dtype and device of a vector that the states are multiplied with."""
     if tuple(vector.shape) not in shapes or vector.dtype not in FLOAT_DTYPES:
         wanted = " or ".join(str(shape) for shape in shapes)
         raise SparsortError(
             f"{what} must be floating point of shape {wanted} for states of width {states.shape[-1]}, "
-            f"got {vector.dtype} of shape {tuple(vector.shape)}."
+            f"got {vector.dtype} of shape {tuple(vector.shape)}. Convert it, or pass one value per coordinate."
         )
     if vector.device != states.device:
         raise SparsortError(

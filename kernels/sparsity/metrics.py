@@ -1,8 +1,8 @@
-"""The sparsity metrics of a hidden state: the one table of them.
+"""The table of the sparsity metrics of a hidden state.
 
-Contract: `METRICS` is the one place that lists the metrics; its order is the order of the columns of every table of metrics.
-Nothing here imports torch. To add a metric, add an entry here and its name to `MetricName`, and compute it in
-`torch_rows.py` under that name. `triton_rows.py` hands the metrics that its kernel does not write to the reference.
+Contract: `METRICS` is the only list of the metrics, and its order is the order of the columns in every table of metrics. This
+module does not import torch. To add a metric, add an entry here, add its name to `MetricName`, and compute it in `torch_rows.py`
+under that name. `triton_rows.py` calls the reference for metrics that its kernel does not write.
 
 Legend: a = |h|, e = h², d the width of the state.
 """
@@ -46,7 +46,7 @@ class MetricEntry(Entry):
 
     @property
     def sign(self) -> int:
-        """What the value is multiplied by, so that it rises with sparsity."""
+        """The factor that makes the value increase with sparsity: 1 or −1."""
         return 1 if self.higher_is_sparser else -1
 
 
@@ -74,7 +74,7 @@ METRICS = Registry(
         _top(10, "magnitude", "a"),
         MetricEntry(
             name="l0_relative",
-            help="share of the coordinates that stand out from the others",
+            help="share of the coordinates far above the mean magnitude",
             source=_SET,
             formula="share of a > mean(a) + std(a), unbiased",
             higher_is_sparser=False,
@@ -127,15 +127,15 @@ METRICS = Registry(
 )
 METRIC_NAMES: tuple[str, ...] = tuple(METRICS)
 
-# Why a row has no metrics, by code: code 0 is a row that has them.
+# The reasons why a row has no metrics, by code. Code 0 means that the row has metrics.
 ROW_REASONS: tuple[str, ...] = ("", "zero", "not_finite")
 
 
 def check_l0_threshold(l0_threshold: float) -> None:
-    """Refuse a threshold of `l0_absolute` that is not a finite number of at least 0.
+    """Check the threshold of `l0_absolute`.
 
     Raises:
-        SparsortError: it is not.
+        SparsortError: the threshold is not a finite number of at least 0.
     """
     if not 0 <= l0_threshold < float("inf"):
         raise SparsortError(

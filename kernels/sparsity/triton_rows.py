@@ -1,14 +1,16 @@
-"""The sparsity metrics of rows in Triton: every metric of a row from one read of it.
+"""The sparsity metrics of rows in Triton, which computes every metric of a row from a single read.
 
-Contract: `checks.py`; the oracle is `torch_rows.py`. One program holds one row of up to 32768 coordinates in registers
-and computes in float32 whatever the input's dtype, which keeps every metric within 1e-5 of float64. Rows are found by
-token number and strides, so a (B, T, H) tensor is never copied, and offsets are 64-bit. Each row is first multiplied by
-the power of two that brings its largest coordinate into [1, 2), so neither 1e30 nor 1e-30 leaves the range; only `l1`,
-in the states' units, can. Results do not depend on the other rows and are bitwise the same from run to run: no atomics.
+Contract: see `checks.py`; the oracle is `torch_rows.py`. One program holds one row of up to 32768 coordinates in registers and
+computes in float32 whatever the input dtype, which keeps every metric within 1e-5 of float64. Rows are addressed by token number
+and strides with 64-bit offsets, so a (B, T, H) tensor is never copied. Each row is first multiplied by the power of two that
+brings its largest coordinate into [1, 2), so rows of magnitude 1e30 or 1e-30 stay in range. Only `l1`, which is in the states'
+own units, can overflow. The results of a row do not depend on other rows and are bitwise reproducible, since there are no
+atomics.
 
-The trade-off: a row is read once but worked on by some 90 instructions a coordinate (half for `triton_topk.py`), so
-for 16-bit states arithmetic, not memory, is the limit. Gini costs most: a bitonic sort when exact (some 330 more), a
-histogram when binned (some 70 more). These are counted in the machine code for sm_90, not yet timed on a GPU.
+Trade-off: a row is read once, but about 90 instructions per coordinate are executed (half of them in `triton_topk.py`).
+Arithmetic is therefore the bottleneck for 16-bit states, not memory. Gini is the most expensive metric: the exact version needs
+a bitonic sort (about 330 more instructions), the binned version a histogram (about 70 more). These numbers were counted in the
+machine code for sm_90 and have not been timed on a GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -37,11 +39,12 @@ from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
 from sparsort.kernels.sparsity.triton_gini import gini_binned, gini_exact
 from sparsort.kernels.sparsity.triton_topk import count_above, fast_log2, top_sums
 
-# Low mantissa bits that are zero in every value of the dtype once it is float32: what the top-k search may skip.
+# The number of low mantissa bits that are zero in every value of the dtype after conversion to float32. The top-k search skips
+# them.
 _ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 _N_METRICS = tl.constexpr(len(METRIC_NAMES))
-# The columns that the kernel writes.
+# The columns that the kernel writes. A kernel can only read global variables that are constexpr.
 _TOP1_ENERGY = tl.constexpr(METRIC_NAMES.index("top1_energy"))
 _TOP5_ENERGY = tl.constexpr(METRIC_NAMES.index("top5_energy"))
 _TOP10_ENERGY = tl.constexpr(METRIC_NAMES.index("top10_energy"))
@@ -59,7 +62,7 @@ _WRITTEN = (
     *(_TOP1_ENERGY, _TOP5_ENERGY, _TOP10_ENERGY, _TOP1_MAGNITUDE, _TOP5_MAGNITUDE, _TOP10_MAGNITUDE),
     *(_L0_RELATIVE, _L0_ABSOLUTE, _HOYER, _GINI, _EFFECTIVE_RANK_MAGNITUDE, _EFFECTIVE_RANK_ENERGY, _L1),
 )
-# The columns that it does not write: the reference computes them.
+# The columns that the kernel does not write, which the reference computes.
 _OTHERS = sorted(set(range(len(METRIC_NAMES))) - {column.value for column in _WRITTEN})
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _SIGNLESS = tl.constexpr(0x7FFFFFFF)
@@ -72,7 +75,8 @@ def _magnitude_bits(x):
 
 @triton.jit
 def _scale_of(bits):
-    """The power of two that brings the float of these bits into [1, 2), or near it at the range's ends; its inverse."""
+    """Return the power of two that brings the float with these bits into [1, 2), and its inverse."""
+    # The clamp keeps both powers of two normal. At the ends of the range, the scaled float is only near [1, 2).
     exponent = tl.minimum(tl.maximum(bits >> 23, 2), 252)
     return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
 
@@ -102,13 +106,15 @@ def _measure(
     SHIFT: tl.constexpr,
     GINI: tl.constexpr,
 ):
-    """Every metric of one row at one site, written out.
+    """Compute and store every metric of one row at one site.
 
     Args:
-        c: [BLOCK] float32 coordinates, zero where not `live`; the state is c·unit.
-        d: how many are live, an int32 scalar.
-        sound: false where the row is already known to be no row of finite numbers.
-        SHIFT: low bits that are zero in every coordinate.
+        c: [BLOCK] float32 coordinates, zero if not `live`; the state is c·unit.
+        live: [BLOCK] bool, whether the coordinate is part of the row.
+        d: the number of live coordinates, an int32 scalar.
+        unit: a positive float32 scalar.
+        sound: whether the row exists and is not already known to have a coordinate that is not finite.
+        SHIFT: the number of low bits that are zero in every coordinate.
         GINI: 0 none, 1 exact, 2 binned.
     """
     bits = _magnitude_bits(c)
@@ -122,23 +128,24 @@ def _measure(
     e = a * a
     total = tl.sum(a, 0)
     energy = tl.sum(e, 0)
-    # 0·log 0 = 0: the smallest normal number keeps the logarithm finite.
+    # Define 0·log 0 = 0: the smallest normal number keeps the logarithm finite.
     log_a = fast_log2(tl.maximum(a, 1.1754943508222875e-38))
     rank_magnitude = _effective_rank(total, tl.sum(a * log_a, 0), width)
     rank_energy = _effective_rank(energy, 2.0 * tl.sum(e * log_a, 0), width)
 
     mean = total / width
+    # Σ (a − mean)² = Σ a² − Σ a · mean, which needs no second pass over the row.
     square = energy - total * mean
     varies = d > 1
     if square * 64.0 < energy:
-        # The difference of nearly equal sums has lost digits. And the rounded mean of a constant row may fall below its
-        # one value, yet nothing is above the mean.
+        # The difference of nearly equal sums has lost digits, so sum the squared deviations instead. Also detect constant rows
+        # here: no value is above the mean, but the rounded mean may be slightly below that value.
         deviation = tl.where(live, a - mean, 0.0)
         square = tl.sum(deviation * deviation, 0)
         varies = tl.min(tl.where(live, bits, _SIGNLESS), 0) < top
     std = tl.sqrt(square / tl.maximum(width - 1.0, 1.0))
     l0_relative = tl.where(varies, count_above(a, mean + std), 0).to(tl.float32) / width
-    # Without a norm the unit is 1 and both sides carry the same power of two: the comparison is exact.
+    # Without a norm, the unit is 1 and both sides are scaled by the same power of two, so the comparison is exact.
     l0_absolute = count_above(a, l0_threshold / unit * scale).to(tl.float32) / width
 
     root = tl.sqrt(width)
@@ -172,9 +179,9 @@ def _measure(
     tl.store(reason_ptr, tl.where(finite, tl.where(top > 0, 0, 1), 2).to(tl.int8))
 
 
-# What changes from batch to batch is no reason to compile again, 15 to 25 seconds with the exact Gini. The strides stay
-# specialised, since wide loads rest on their being multiples of 16: they are multiples of the model's width, so that they
-# settle it once wherever that width is such a multiple, and there are two variants where it is not.
+# Arguments that change from batch to batch are not specialised, because a compilation takes 15 to 25 seconds with the exact
+# Gini. Strides stay specialised, since wide loads require that they are multiples of 16. They are multiples of the model's
+# width: if that is a multiple of 16, there is one variant of the kernel, otherwise there are two.
 @triton.jit(do_not_specialize=["N", "tokens", "T"], do_not_specialize_on_alignment=["index_ptr"])
 def _rows_kernel(
     states_ptr,
@@ -205,7 +212,8 @@ def _rows_kernel(
     token = row
     if HAS_INDEX:
         token = tl.load(index_ptr + row).to(tl.int64)
-    # An index on the GPU is not checked on the host: a token that is not there is read as token 0 and refused below.
+    # An index on the GPU is not checked on the host. A token that does not exist is read as token 0, and `sound` makes its
+    # metrics NaN.
     sound = (token >= 0) & (token < tokens)
     token = tl.where(sound, token, 0)
     b = token // T
@@ -213,7 +221,7 @@ def _rows_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < H
     x_ptr = states_ptr + b * stride_b + t * stride_t + column.to(tl.int64) * stride_h
-    # Upcast at once: no arithmetic in 16 bits, here or in the interpreter.
+    # Upcast immediately, so that nothing is computed in 16 bits, neither on the GPU nor in the interpreter.
     x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
 
     live = inside
@@ -243,7 +251,8 @@ def _rows_kernel(
         scale, unscale = _scale_of(top)
         scaled = x * scale
         mean_square = tl.sum(scaled * scaled, 0) / H
-        # 1 / sqrt(mean(x²) + eps) over `scale`, so arranged that no factor leaves the range of float32.
+        # Compute 1 / sqrt(mean(x²) + eps) / scale in two ways, each of which keeps its factors in the range of float32: one
+        # for rows of ordinary or large magnitude, and one for tiny rows, in which eps dominates. The boundary is 2⁴⁰.
         large = 1.0 / tl.sqrt(mean_square + (eps * scale) * scale)
         small = unscale / tl.sqrt(mean_square * unscale * unscale + eps)
         unit = tl.where((scale > 1099511627776.0) & (eps > 0.0), small, large)
@@ -279,21 +288,22 @@ def sparsity_rows_triton(
     l0_threshold: float = 1.0,
     gini: GiniMethod = "exact",
 ) -> RowMetrics:
-    """Every metric of the chosen rows, without a gradient.
+    """Compute every metric of the chosen rows, without a gradient.
 
     Args:
         states: (..., H) of float16, bfloat16 or float32, H at most 32768, any strides.
         index: (N,) token numbers into the flattened leading axes; None: every row.
         dim_scale: (H,), or (2, H) with `norm`; see `checks.py`.
-        norm: measure the states after this norm too.
+        norm: the model's final RMS norm; if given, the states are also measured after it.
         l0_threshold: τ of the absolute L0, in the states' own units.
-        gini: "exact", "binned" (the bound comes beside it) or "none" (NaN).
+        gini: "exact", "binned" (with an error bound) or "none" (NaN).
 
     Returns:
-        RowMetrics in float32: values (N, M), reasons (N,); with `norm` (2, N, M) and (2, N).
+        RowMetrics in float32: values (N, M) and reasons (N,); with `norm`, (2, N, M) and (2, N).
 
     Raises:
-        SparsortError: see `checks.check_arguments`; or float64 states, or rows too wide, for which the reference is.
+        SparsortError: an argument does not fit (see `checks.check_arguments`), or the states are float64 or too wide for the
+            kernel.
     """
     check_states(states)
     check_arguments(states, index, dim_scale, norm, l0_threshold, gini)
@@ -307,7 +317,9 @@ def sparsity_rows_triton(
     tokens = states.shape[:-1].numel()
     N = tokens if index is None else index.numel()
     if N and not tokens:
-        raise SparsortError(f"index names {N} tokens, but states of shape {tuple(states.shape)} have none.")
+        raise SparsortError(
+            f"index names {N} tokens, but states of shape {tuple(states.shape)} have no tokens. Pass an empty index."
+        )
     sites = 1 if norm is None else 2
     values_SNM = states.new_empty((sites, N, len(METRIC_NAMES)), dtype=torch.float32)
     reason_SN = states.new_empty((sites, N), dtype=torch.int8)
@@ -315,7 +327,7 @@ def sparsity_rows_triton(
     if N:
         block = max(128, triton.next_power_of_2(H))
         scaled = dim_scale is not None
-        # Triton launches on the current device, whichever the tensors are on.
+        # Triton launches on the current device, even if the tensors are on another one.
         with torch.cuda.device_of(states):
             _rows_kernel[(N,)](
                 states_BTH,
@@ -342,10 +354,10 @@ def sparsity_rows_triton(
                 num_warps=_warps(block),
             )
         if _OTHERS:
-            # A token that is not there has been refused by the kernel; the reference reads token 0 in its place.
-            there_N = index if index is None else torch.where((index >= 0) & (index < tokens), index, 0)
+            # The kernel has marked tokens that do not exist. The reference would fail on them, so it reads token 0 instead.
+            valid_N = index if index is None else torch.where((index >= 0) & (index < tokens), index, 0)
             other = sparsity_rows_ref(
-                states.detach(), there_N, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini
+                states.detach(), valid_N, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini
             )
             other_SNM = other.values_NM.reshape(values_SNM.shape)[..., _OTHERS]
             values_SNM[..., _OTHERS] = other_SNM.masked_fill((reason_SN != 0)[..., None], torch.nan)
@@ -356,12 +368,12 @@ def sparsity_rows_triton(
 
 
 def _warps(block: int) -> int:
-    """Warps to a row: 32 coordinates a thread, which fit its registers, and a row of up to 1024 within one warp."""
+    """Return the warps per row: 32 coordinates per thread, which fit its registers, so one warp for up to 1024 coordinates."""
     return max(1, min(32, block // 1024))
 
 
 def _float32_not_above(value: float) -> float:
-    """The largest float32 that is not above `value`: a float32 exceeds the one if and only if it exceeds the other."""
+    """Return the largest float32 that is not above `value`, which compares with every float32 as `value` does."""
     limit = torch.finfo(torch.float32).max
     if value > limit:
         return limit

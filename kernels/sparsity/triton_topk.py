@@ -1,14 +1,15 @@
-"""Where the k largest of a row end, found without a sort.
+"""The sums of the k largest coordinates of a row, found by a search for a threshold instead of a sort.
 
-Non-negative floats order as their bits do. With n(t) the number of coordinates whose bits are at least t, the search
-keeps lo and hi with n(lo) ≥ k > n(hi) and closes in until n(lo) = k, when the k largest are just those from lo up, or
-until hi = lo + 1, when lo is the k-th largest and ties fill the rest: the sum is that of the coordinates from hi up and
-(k − n(hi)) times the value of lo. Either way the result is exact, whatever thresholds were tried.
+Non-negative floats order as their bits do. Let n(t) be the number of coordinates whose bits are at least t. The search maintains
+lo and hi with n(lo) ≥ k > n(hi) and narrows the interval. It ends when n(lo) = k, in which case the k largest are those with
+bits of at least lo, or when hi = lo + 1, in which case lo is the k-th largest and the remaining ones are ties: the sum is then
+that of the coordinates with bits of at least hi, plus (k − n(hi)) times the value of lo. Both results are exact, whatever
+thresholds were tried.
 
-A threshold is tried where the logarithm of the count, taken as linear between lo and hi, reaches k; every fourth time,
-once that has had its chance, the interval of bits is halved instead, which bounds the steps. The counts of three k run
-in the same pass. Simulated at d = 4096, steps until all three end: Gaussian 7 (fp32) or 5 (bf16), with massive
-activations 9 or 7, Cauchy 18 or 14; bisection alone takes 31 or 15.
+The next threshold is where the logarithm of the count, interpolated linearly between lo and hi, reaches log k. After the first
+few steps, every fourth step bisects the interval of bits instead, which bounds the number of steps. The searches for the three
+values of k share one loop. In a simulation with d = 4096, the number of steps until all three end was 7 (fp32) or 5 (bf16) for
+Gaussian rows, 9 or 7 with massive activations, and 18 or 14 for Cauchy rows; bisection alone takes 31 or 15.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -18,13 +19,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# The interpreter knows no libdevice.
+# Triton's interpreter does not support libdevice.
 _FAST_LOG = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def fast_log2(x):
-    """log2 by the special function unit (within 2⁻²² relative), one instruction where tl.log2 is 17."""
+    """Compute log2 by the special function unit (relative error up to 2⁻²²) in one instruction; tl.log2 takes 17."""
     if _FAST_LOG:  # noqa: SIM108, Triton folds the statement, not the expression
         y = libdevice.fast_log2f(x)
     else:
@@ -34,19 +35,20 @@ def fast_log2(x):
 
 @triton.jit
 def _count(bits, least):
-    """How many of the bits, none negative, are at least `least`: the sign bits of what is left without them."""
+    """Count the bits, as non-negative integers, that are at least `least`."""
+    # The sign bit of least − 1 − bits is 1 exactly if bits ≥ least.
     return tl.sum((least - 1 - bits).to(tl.uint32, bitcast=True) >> 31, 0).to(tl.int32)
 
 
 @triton.jit
 def count_above(a, limit):
-    """How many of the float32 magnitudes are above `limit`, which is not negative."""
+    """Count the float32 magnitudes that are above `limit`, which must not be negative."""
     return _count(a.to(tl.int32, bitcast=True), limit.to(tl.int32, bitcast=True) + 1)
 
 
 @triton.jit
 def _threshold(lo, hi, n_lo, n_hi, k, first, step, SHIFT: tl.constexpr):
-    """The next key to try, strictly between lo and hi (or lo itself, which changes nothing, once they are adjacent)."""
+    """Return the next threshold, strictly between lo and hi; if they are adjacent, lo itself, which changes nothing."""
     low = (lo << SHIFT).to(tl.float32, bitcast=True)
     high = (hi << SHIFT).to(tl.float32, bitcast=True)
     log_lo = fast_log2(n_lo.to(tl.float32))
@@ -60,6 +62,7 @@ def _threshold(lo, hi, n_lo, n_hi, k, first, step, SHIFT: tl.constexpr):
 
 @triton.jit
 def _narrow(lo, hi, n_lo, n_hi, k, key, n):
+    """Replace lo or hi by the threshold `key`, at or above which there are n coordinates."""
     enough = n >= k
     return (
         tl.where(enough, key, lo),
@@ -71,7 +74,7 @@ def _narrow(lo, hi, n_lo, n_hi, k, key, n):
 
 @triton.jit
 def _sums_above(a, bits, lo, hi, n_lo, n_hi, k, SHIFT: tl.constexpr):
-    """Sums of the k largest of `a` and of their squares, from a search that has ended."""
+    """Sum the k largest of `a`, and their squares, after the search has ended."""
     cut = tl.where(n_lo == k, lo, hi)
     tied = tl.where(n_lo == k, 0, k - n_hi).to(tl.float32)
     value = (lo << SHIFT).to(tl.float32, bitcast=True)
@@ -81,13 +84,13 @@ def _sums_above(a, bits, lo, hi, n_lo, n_hi, k, SHIFT: tl.constexpr):
 
 @triton.jit
 def top_sums(a, d, mean, SHIFT: tl.constexpr):
-    """Sums of the largest 1 %, 5 % and 10 % of a row and of their squares, magnitude then energy for each share.
+    """Sum the largest 1 %, 5 % and 10 % of a row, and their squares; magnitude and energy for each share.
 
     Args:
         a: [BLOCK] float32 magnitudes, zero beyond the row.
         d: the row's width, an int32 scalar.
-        mean: the mean of `a` over the row, where the search starts from.
-        SHIFT: how many low bits of every coordinate are zero (16 for values that came from bfloat16).
+        mean: the mean of `a` over the row, which gives the first thresholds.
+        SHIFT: the number of low bits that are zero in every coordinate (16 for values from bfloat16).
     """
     bits = a.to(tl.int32, bitcast=True)
     k1 = tl.maximum(d // 100, 1)
@@ -105,7 +108,7 @@ def top_sums(a, d, mean, SHIFT: tl.constexpr):
     over1 = d * 0
     over5 = d * 0
     over10 = d * 0
-    # Where a Gaussian row's shares end, in means of its magnitude.
+    # Start at the quantiles of |x| for a Gaussian row, as multiples of its mean.
     first1 = (mean * 3.23).to(tl.int32, bitcast=True) >> SHIFT
     first5 = (mean * 2.46).to(tl.int32, bitcast=True) >> SHIFT
     first10 = (mean * 2.06).to(tl.int32, bitcast=True) >> SHIFT

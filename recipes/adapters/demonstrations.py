@@ -18,17 +18,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.conditions import refuse_unread_fields
 from sparsort.curriculum.demos.demonstrator import Demonstrator
-from sparsort.curriculum.demos.difficulty import DifficultyTable, ScoresLike, resolve
-from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.known import Column, Known
 from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_entry, order_indices
-from sparsort.curriculum.demos.pool import DemoPool, Query
-from sparsort.curriculum.demos.rows import Row, TextOf, listed, name_of
+from sparsort.curriculum.demos.pool.difficulty import DifficultyTable, ScoresLike, resolve
+from sparsort.curriculum.demos.pool.duplicates import duplicates
+from sparsort.curriculum.demos.pool.pool import DemoPool, Query
+from sparsort.curriculum.demos.pool.rows import Row, TextOf, listed, name_of
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SelectorEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.registry import Registry
-from sparsort.scoring.scores import Scores
+from sparsort.scoring.store.scores import Scores
 
 _LOG = logging.getLogger("sparsort")
 

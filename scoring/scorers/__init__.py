@@ -2,7 +2,7 @@
 
 Contract: `SCORERS` is the one place that lists them. An entry names the class, which is imported when a scorer is built:
 nothing here imports torch, so that a command line can be read and refused before anything heavy is loaded. To add a scorer,
-write a class with the interface of `scoring.base.Scorer`, and add an entry here and its name to `ScorerName`.
+write a class with the interface of `scoring.scorers.base.Scorer`, and add an entry here and its name to `ScorerName`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparsort.registry import Entry, Registry, load
 
 if TYPE_CHECKING:
-    from sparsort.scoring.base import Scorer
+    from sparsort.scoring.scorers.base import Scorer
 
 ScorerName = Literal["sparsity", "answer_loss", "prompt_loss", "entropy", "length", "compression", "random", "column"]
 
@@ -32,7 +32,7 @@ class ScorerEntry(Entry):
     `reads` names the settings of the scorer and of the text that it reads.
 
     Attributes:
-        place: "module:class" of its class, in `sparsort.scoring`.
+        place: "module:class" of its class, in this package.
         runs_model: whether scoring runs a forward pass.
         arguments: what the class is constructed with besides its settings, where several scorers share it.
     """
@@ -43,7 +43,7 @@ class ScorerEntry(Entry):
 
     def build(self, settings: Mapping[str, Any]) -> Scorer:
         """The scorer with these settings."""
-        scorer: Scorer = load(self.place, "sparsort.scoring")(**settings, **self.arguments)
+        scorer: Scorer = load(self.place, "sparsort.scoring.scorers")(**settings, **self.arguments)
         return scorer
 
 
@@ -54,7 +54,7 @@ SCORERS = Registry(
             name="sparsity",
             help="how sparse the model's hidden state is: the sparser, the harder",
             source="arXiv 2603.03415",
-            place="scorers.sparsity:SparsityScorer",
+            place="sparsity:SparsityScorer",
             needs=_TEXT,
             reads=_MODEL | {"answer", "calibration", "site", "pooling", "metric", "outliers", "l0_threshold"},
             runs_model=True,

@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 
 from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, check_l0_threshold
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.base import Advance, Request, Scorer, versions
-from sparsort.scoring.batching import Plan
-from sparsort.scoring.collecting import (
+from sparsort.scoring.data.rows import SAMPLE_ROWS, Row, RowSource
+from sparsort.scoring.model.backbone import Backbone
+from sparsort.scoring.model.batching import Plan
+from sparsort.scoring.model.early_checks import check_max_length, check_model
+from sparsort.scoring.model.sites import check_site
+from sparsort.scoring.model.spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompts.prompt import Encoded, Encoder, identify_tokenizer
+from sparsort.scoring.scorers.base import Advance, Request, Scorer, versions
+from sparsort.scoring.scorers.collect import (
     Measurement,
     SquareSum,
     StateCollector,
@@ -27,10 +32,7 @@ from sparsort.scoring.collecting import (
     span_of,
     whole_texts,
 )
-from sparsort.scoring.early_checks import check_max_length, check_model
-from sparsort.scoring.engine import Job
-from sparsort.scoring.model_spec import ModelOptions, ModelSpec
-from sparsort.scoring.pooling import (
+from sparsort.scoring.scorers.pooling import (
     OutlierFit,
     check_answer,
     check_outlier_rule,
@@ -38,12 +40,10 @@ from sparsort.scoring.pooling import (
     fit_outliers,
     restore_outliers,
 )
-from sparsort.scoring.prompts import Encoded, Encoder, identify_tokenizer
-from sparsort.scoring.row_cache import context_of, key_of, key_of_all
-from sparsort.scoring.score_tables import score_table
-from sparsort.scoring.sites import check_site
-from sparsort.scoring.sources import SAMPLE_ROWS, Row, RowSource
-from sparsort.scoring.spans import states_at
+from sparsort.scoring.scorers.run_shards import Job
+from sparsort.scoring.scorers.spans import states_at
+from sparsort.scoring.store.row_cache import context_of, key_of, key_of_all
+from sparsort.scoring.store.score_tables import score_table
 
 
 class ModelScorer(Scorer):
@@ -215,8 +215,8 @@ class SparsityScorer(ModelScorer):
 
     Args:
         model: see `ModelScorer`, with its other arguments.
-        site: "pre_norm", "post_norm", "mlp", "mlp:N" or "layer:N" (see `sparsort.scoring.sites`).
-        pooling: "last", "mean_metric", "mean_state" or "answer" (see `sparsort.scoring.pooling`).
+        site: "pre_norm", "post_norm", "mlp", "mlp:N" or "layer:N" (see `sparsort.scoring.model.sites`).
+        pooling: "last", "mean_metric", "mean_state" or "answer" (see `sparsort.scoring.scorers.pooling`).
         metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.metrics.METRICS`.
         outliers: "none", "drop:n" (leave out the n widest dimensions) or "rms" (standardise each), fitted on a sample.
         l0_threshold: threshold of `l0_absolute`, in the units of the state.

@@ -1,6 +1,6 @@
 """sparsort: rank examples by how sparsely a language model represents them, and order data by that rank.
 
-The public names load on first use, so that `import sparsort` and `sparsort --help` import neither torch nor transformers.
+The public names are imported on first use, so `import sparsort` and `sparsort --help` import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparsort.attention.attach import attach_index_branch as attach_index_branch
     from sparsort.attention.config import SparseAttentionConfig as SparseAttentionConfig
     from sparsort.attention.loading import load_sparse as load_sparse
-    from sparsort.curriculum.ablation.results import Results as Results
+    from sparsort.curriculum.ablation.results.results import Results as Results
     from sparsort.curriculum.demos.order import order_demos as order_demos
     from sparsort.curriculum.demos.prompt import assemble as assemble
     from sparsort.curriculum.demos.prompt import build_prompt as build_prompt
@@ -28,31 +28,32 @@ if TYPE_CHECKING:
     from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
     from sparsort.recipes.ablate import ablate as ablate
     from sparsort.recipes.calibrate import calibrate as calibrate
-    from sparsort.recipes.choose_order import choose_order as choose_order
+    from sparsort.recipes.choose.choose import choose_order as choose_order
     from sparsort.recipes.report import write_report as write_report
-    from sparsort.scoring.baselines import ColumnScorer as ColumnScorer
-    from sparsort.scoring.baselines import CompressionScorer as CompressionScorer
-    from sparsort.scoring.baselines import LengthScorer as LengthScorer
-    from sparsort.scoring.baselines import RandomScorer as RandomScorer
-    from sparsort.scoring.calibrated import CalibratedScorer as CalibratedScorer
-    from sparsort.scoring.calibration import Calibration as Calibration
-    from sparsort.scoring.losses import EntropyScorer as EntropyScorer
-    from sparsort.scoring.losses import LossScorer as LossScorer
-    from sparsort.scoring.row_cache import RowCache as RowCache
+    from sparsort.scoring.calibration.calibrated import CalibratedScorer as CalibratedScorer
+    from sparsort.scoring.calibration.calibration import Calibration as Calibration
+    from sparsort.scoring.scorers.baselines import ColumnScorer as ColumnScorer
+    from sparsort.scoring.scorers.baselines import CompressionScorer as CompressionScorer
+    from sparsort.scoring.scorers.baselines import LengthScorer as LengthScorer
+    from sparsort.scoring.scorers.baselines import RandomScorer as RandomScorer
+    from sparsort.scoring.scorers.losses import EntropyScorer as EntropyScorer
+    from sparsort.scoring.scorers.losses import LossScorer as LossScorer
     from sparsort.scoring.scorers.sparsity import SparsityScorer as SparsityScorer
-    from sparsort.scoring.scores import Scores as Scores
+    from sparsort.scoring.store.row_cache import RowCache as RowCache
+    from sparsort.scoring.store.scores import Scores as Scores
 
 __version__ = "0.1.0"
 
+# Public name → the module that defines it.
 _HOME = {
-    "ColumnScorer": "scoring.baselines",
-    "CompressionScorer": "scoring.baselines",
-    "EntropyScorer": "scoring.losses",
-    "LengthScorer": "scoring.baselines",
-    "LossScorer": "scoring.losses",
-    "RandomScorer": "scoring.baselines",
-    "RowCache": "scoring.row_cache",
-    "Scores": "scoring.scores",
+    "ColumnScorer": "scoring.scorers.baselines",
+    "CompressionScorer": "scoring.scorers.baselines",
+    "EntropyScorer": "scoring.scorers.losses",
+    "LengthScorer": "scoring.scorers.baselines",
+    "LossScorer": "scoring.scorers.losses",
+    "RandomScorer": "scoring.scorers.baselines",
+    "RowCache": "scoring.store.row_cache",
+    "Scores": "scoring.store.scores",
     "SparsityScorer": "scoring.scorers.sparsity",
     "CurriculumLoader": "curriculum.loading.loader.loader",
     "CurriculumPlan": "curriculum.loading.plan.plan",
@@ -61,10 +62,10 @@ _HOME = {
     "Pacing": "curriculum.loading.plan.pacing",
     "plan_curriculum": "curriculum.loading.plan.planning",
     "ablate": "recipes.ablate",
-    "choose_order": "recipes.choose_order",
-    "Calibration": "scoring.calibration",
-    "CalibratedScorer": "scoring.calibrated",
-    "Results": "curriculum.ablation.results",
+    "choose_order": "recipes.choose.choose",
+    "Calibration": "scoring.calibration.calibration",
+    "CalibratedScorer": "scoring.calibration.calibrated",
+    "Results": "curriculum.ablation.results.results",
     "calibrate": "recipes.calibrate",
     "write_report": "recipes.report",
     "assemble": "curriculum.demos.prompt",
@@ -84,6 +85,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sparsort' has no attribute {name!r}")
     value = getattr(import_module(f"sparsort.{_HOME[name]}"), name)
+    # Cached, so that the next access does not come back to this function.
     globals()[name] = value
     return value
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from sparsort.interrupts import exit_code, handle_signals, received
-from sparsort.terminal import OutputError, closed, discard, note, unwritable
+from sparsort.terminal.interrupts import exit_code, handle_signals, received
+from sparsort.terminal.printing import OutputError, closed, discard, note, unwritable
 
 
 def main() -> None:
-    """Run the command line; an interrupt while it is still being loaded, or a stdout that fails, is no traceback either."""
-    # Checked first: the first file that is opened would get the number of a closed stdout, and what is printed to it.
+    """Run the command line; an interrupt during its import, or a failing stdout, does not print a traceback either."""
+    # This check must come first: the first file that is opened would get the descriptor of a closed stdout, and with it
+    # everything that is printed.
     if sys.stdout is None:
         _fail(closed())
     handle_signals()
     code: object = 0
     try:
-        from sparsort.recipes.cli import app
+        from sparsort.recipes.cli.app import app
 
         app()
     except KeyboardInterrupt as stop:
@@ -29,7 +30,7 @@ def main() -> None:
             note("sparsort: interrupted. Run the same command again.")
             code = exit_code(interrupt)
     except OutputError as error:
-        # Printed before a command runs: help and the version.
+        # Help and the version are printed before a command runs, so no command reports this error.
         _fail(str(error))
     if (failure := _flushed()) is not None:
         discard(sys.stdout)
@@ -49,13 +50,13 @@ def _not_reported(stop: SystemExit) -> KeyboardInterrupt | None:
 
 
 def _flushed() -> OSError | None:
-    """Write out what stdout holds back, and return the error if that fails."""
+    """Flush stdout, and return the error if that fails."""
     try:
         sys.stdout.flush()
     except OSError as error:
         return error
     except ValueError:
-        # It is closed already.
+        # The stream is already closed, so nothing is left to flush.
         return None
     return None
 

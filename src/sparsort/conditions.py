@@ -1,9 +1,9 @@
-"""When an option has an effect, and the error for one that was given where it has none.
+"""The conditions under which an option has an effect, and the error for an option that has none.
 
 Contract: a table maps every option of a call to its conditions. All of them must hold for the option to be read; `ALWAYS`, the
-empty tuple, is an option that is read whatever else is chosen. Only options that the caller gave are checked: the command line
-knows which those are, and in Python they are the ones that differ from their defaults. A condition holds for a value
-that is not a valid choice, so that the code that reads it can report the misspelt name.
+empty tuple, is for an option that is read whatever else is chosen. Only options that the caller passed are checked: the
+command line knows which those are, and in Python they are the ones that differ from their defaults. A condition holds for a
+value that is not a valid choice, so that the code that reads the value can report the misspelt name.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class When:
     """One condition of an option.
 
     Attributes:
-        holds: whether the option is read, by the values of all options of the call.
-        why: a clause that says why it is not, where `holds` is false; `{name}` stands for another option as the user would
-            write it, with its value.
-        instead: options, with the values under which the condition holds, to be suggested.
+        holds: maps the values of all options of the call to whether the option is read.
+        why: a clause that explains why the option is not read when `holds` is false; `{name}` is replaced by another option
+            and its value, as the user would write them.
+        instead: option values to suggest, under which the condition holds.
     """
 
     holds: Callable[[Values], bool]
@@ -48,17 +48,17 @@ def always(*names: str) -> dict[str, Conditions]:
 
 
 def under(condition: When, table: Table) -> dict[str, Conditions]:
-    """A table with one more condition, put before the others."""
+    """The table with `condition` placed before the other conditions of every option."""
     return {name: (condition, *own) for name, own in table.items()}
 
 
 def among(name: str, read_by: Collection[Any], *, of: Collection[Any]) -> When:
-    """The option is read by some choices of `name`.
+    """The condition of an option that only some choices of `name` read.
 
     Args:
-        name: the option that is chosen.
-        read_by: the choices that read it; the first is suggested.
-        of: all choices.
+        name: the option with the choices.
+        read_by: the choices that read the option; the first is suggested.
+        of: all choices of `name`.
     """
     ignored_by = frozenset(of) - frozenset(read_by)
     listed = " and ".join(map(str, read_by)) if len(read_by) <= 2 else ", ".join(map(str, read_by))
@@ -70,12 +70,12 @@ def among(name: str, read_by: Collection[Any], *, of: Collection[Any]) -> When:
 
 
 def needs(name: str, why: str, **example: Any) -> When:
-    """The option is read where `name` is given too; `example` is a value of it."""
+    """The condition of an option that is read only if `name` is given too; `example` is a value to suggest for `name`."""
     return When(holds=lambda values: _is_given(values[name]), why=why, instead=example)
 
 
 def excludes(name: str, why: str) -> When:
-    """The option is read where `name` is not given."""
+    """The condition of an option that is read only if `name` is not given."""
     return When(holds=lambda values: not _is_given(values[name]), why=why)
 
 
@@ -85,16 +85,16 @@ def in_python(name: str, value: Any) -> str:
 
 
 def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Shown = in_python) -> None:
-    """Refuse the first of the options given that has no effect.
+    """Refuse the first given option that has no effect.
 
     Args:
         table: the conditions of every option of this call.
         values: every option's value, the defaults included.
-        given: the options that the caller gave.
-        shown: writes an option and its value as the caller would.
+        given: the options that the caller passed.
+        shown: formats an option and its value as the caller would write them.
 
     Raises:
-        SparsortError: an option has no effect; the message says why, and what to do.
+        SparsortError: an option has no effect; the message says why, and what to do instead.
     """
     for name in given:
         unmet = next((condition for condition in table[name] if not condition.holds(values)), None)
@@ -103,7 +103,7 @@ def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Sho
         why = unmet.why.format_map(_Shown(values, shown))
         step = " ".join(shown(other, value) for other, value in unmet.instead.items())
         raise SparsortError(
-            f"{shown(name, values[name])} has no effect: {why}. Leave it out{f', or pass {step}' if step else ''}."
+            f"{shown(name, values[name])} has no effect: {why}. Omit it{f', or pass {step}' if step else ''}."
         )
 
 
@@ -117,7 +117,7 @@ def refuse_unread_fields(config: Any, table: Table) -> None:
 
     Args:
         config: the dataclass.
-        table: the conditions of its fields; fields that are not in it are not checked.
+        table: the conditions of its fields; a field that is not in the table is not checked.
 
     Raises:
         SparsortError: see `refuse_unread`.
@@ -130,8 +130,8 @@ def refuse_unread_arguments(function: Callable[..., Any], table: Table, values: 
     """Refuse an argument that differs from its default and has no effect.
 
     Args:
-        function: whose signature has the defaults.
-        table: the conditions of its arguments; arguments that are not in it are not checked.
+        function: the function whose signature has the defaults.
+        table: the conditions of its arguments; an argument that is not in the table is not checked.
         values: the arguments, such as `locals()` at the beginning of the function.
 
     Raises:
@@ -143,6 +143,8 @@ def refuse_unread_arguments(function: Callable[..., Any], table: Table, values: 
 
 
 class _Shown(dict[str, str]):
+    """Option name → the option with its value as the caller would write it; only the names that a message uses are formatted."""
+
     def __init__(self, values: Values, shown: Shown) -> None:
         super().__init__()
         self._values, self._as = values, shown
@@ -152,9 +154,11 @@ class _Shown(dict[str, str]):
 
 
 def _is_given(value: Any) -> bool:
+    # False and 0, such as `num_workers=0`, switch an option off; an empty text or list does not.
     return value is not None and not (isinstance(value, (bool, int)) and value == 0)
 
 
 def _same(value: Any, default: Any) -> bool:
-    # Arrays and tables compare by element, and no default is one.
+    # Arrays and tables compare element by element, which gives no single truth value. No default is an array or a table, so a
+    # comparison of types comes first.
     return value is default or (type(value) is type(default) and bool(value == default))

@@ -1,7 +1,7 @@
 """The one error that sparsort raises on purpose.
 
 Contract: a message says what was given, what was expected, and the next step; the command line prints it without a
-traceback and exits with `exit_code`. Anything else that escapes is a bug of ours.
+traceback and exits with `exit_code`. Any other exception that escapes is a bug in sparsort.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 
 class SparsortError(Exception):
-    """A mistake that the caller can mend. `exit_code` is what the command line returns for it (2: bad input)."""
+    """A mistake that the caller can fix. `exit_code` is the exit status of the command line (2: bad input)."""
 
     exit_code = 2
 
@@ -19,13 +19,13 @@ class SparsortError(Exception):
 def unknown_choice(
     kind: str, given: object, choices: Iterable[str], *, aliases: Mapping[str, str] | None = None
 ) -> SparsortError:
-    """The error for a name outside a closed set, with a valid name suggested: the one that it is an alias of, or the nearest.
+    """The error for a name outside a closed set. It suggests a valid name: the one that the name is an alias of, or the nearest.
 
     Args:
         kind: what the name stands for, as the user knows it ("metric", "site", "order").
-        given: what was passed.
+        given: the name that was passed.
         choices: the valid names.
-        aliases: other names of some choices, such as those of the literature, in lower case with underscores.
+        aliases: other name → choice, such as names from the literature; the other names are in lower case with underscores.
     """
     names = list(choices)
     meant = (aliases or {}).get(str(given).strip().lower().replace("-", "_").replace(" ", "_"))
@@ -38,10 +38,10 @@ def unknown_choice(
 
 
 def did_you_mean(given: object, names: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """A sentence that suggests the name nearest to what was given, after a space; empty where not one is near.
+    """A space and a sentence that suggests the nearest valid name; empty if no name is near.
 
     Args:
-        given: what was passed.
+        given: the name that was passed.
         names: the valid names; upper and lower case count as equal.
         cutoff: how near a name must be, from 0 to 1 (`difflib.get_close_matches`).
     """
@@ -51,5 +51,5 @@ def did_you_mean(given: object, names: Iterable[str], *, cutoff: float = 0.6) ->
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its class: another library's reason, for a message of ours."""
+    """The first line of an error's text, or the name of its class: quotes another library's reason in a message of sparsort."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

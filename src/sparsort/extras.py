@@ -1,4 +1,4 @@
-"""Optional dependencies: imported where they are used, with the install line when they are missing."""
+"""Optional dependencies: imported where they are used; if one is missing, the error gives the command that installs it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from sparsort.errors import SparsortError
 
 
 def need(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, or say which extra of sparsort brings it.
+    """Import `module`, or raise an error that names the extra of sparsort that installs it.
 
     Args:
         module: the import name.
         extra: the extra of this package that installs it.
-        purpose: what the caller wanted it for, completing "… is needed for".
+        purpose: completes the sentence "… is needed for".
 
     Raises:
-        SparsortError: it is not installed.
+        SparsortError: the module is not installed.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # The module is installed, but one of its own imports is missing: that is not ours to explain.
         if error.name != module.partition(".")[0]:
             raise
         raise SparsortError(

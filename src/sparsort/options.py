@@ -1,8 +1,8 @@
-"""Options of the command line, each declared once: as a field of the frozen dataclass that the code reads.
+"""Command-line options, each declared once, as a field of the frozen dataclass that the code reads.
 
-Contract: `option` makes the field, and its `Option` says how a command shows it. `sparsort.recipes.options` makes the
-parameters of the commands from the fields, and the dataclass from the values of a call. A field without an `Option` is for
-Python alone, and a field whose default is itself such a dataclass brings the options of that dataclass.
+Contract: `option` creates the field, and its `Option` describes how a command presents it. `recipes.cli.options` makes the
+parameters of the commands from the fields, and the dataclass from the values of a call. A field without an `Option` can
+be set only in Python. A field whose default is itself such a dataclass adds the options of that dataclass.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _KEY = "option"
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """How a command shows a field.
+    """How a command presents a field.
 
     Attributes:
-        help: what it does, for `--help`.
-        panel: the group of options in which the help lists it; None for the unnamed first one.
+        help: the description for `--help`.
+        panel: the group in which the help lists the option; None for the first group, which has no name.
         parameter: the name of the option; None for the name of the field.
-        flag: None for the parameter's name with hyphens ("--max-length").
+        flag: the flag; None for the parameter's name with hyphens ("--max-length").
         short: a second flag, such as "-m".
         retired: earlier flags, accepted with a warning for one release.
-        kind: the type of its value on the command line; None for that of the field.
-        read: what makes the field's value from the text of the command line; None to keep the value.
+        kind: the type of the value on the command line; None for the type of the field.
+        read: a function that converts the value from the command line into that of the field; None to keep the value.
     """
 
     help: str
@@ -54,7 +54,7 @@ def option(
     kind: Any = None,
     read: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A field of a dataclass with an option of the command line; for the arguments see `Option`."""
+    """Create a dataclass field with a command-line option; for the arguments see `Option`."""
     shown = Option(
         help=help, panel=panel, parameter=parameter, flag=flag, short=short, retired=retired, kind=kind, read=read
     )
@@ -62,13 +62,13 @@ def option(
 
 
 def same_option(kind: type, name: str, *, default: Any = dataclasses.MISSING, help: str | None = None) -> Any:
-    """A field with the option of another dataclass's field: one declaration for a setting that two of them hold.
+    """Create a field with the option of a field in another dataclass, so that a setting of both is declared once.
 
     Args:
         kind: the other dataclass.
-        name: its field.
-        default: None of its own, or the one that differs here.
-        help: what differs about it here.
+        name: the field in that dataclass.
+        default: another default; by default that of the other field.
+        help: another help text; None for that of the other field.
     """
     field = next(one for one in dataclasses.fields(kind) if one.name == name)
     shown = dataclasses.replace(field.metadata[_KEY], **({"help": help} if help is not None else {}))
@@ -78,12 +78,12 @@ def same_option(kind: type, name: str, *, default: Any = dataclasses.MISSING, he
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option | None:
-    """The option of a field, or None for a field that has none."""
+    """The option of a field; None if the field has no option."""
     return field.metadata.get(_KEY)
 
 
 def parameter_of(field: dataclasses.Field[Any]) -> str:
-    """The name under which a field's value is known to conditions and messages."""
+    """The name of a field in conditions and messages."""
     shown = option_of(field)
     return shown.parameter if shown is not None and shown.parameter is not None else field.name
 
@@ -94,18 +94,18 @@ def has_options(kind: Any) -> bool:
 
 
 def parameters_of(kind: type) -> tuple[str, ...]:
-    """The names of all options of a dataclass, those of the dataclasses in it included, in their order."""
-    found: list[str] = []
+    """The names of all options of a dataclass in order, including those of nested dataclasses."""
+    names: list[str] = []
     for field in dataclasses.fields(kind):
         if has_options(type(field.default)):
-            found += parameters_of(type(field.default))
+            names += parameters_of(type(field.default))
         elif option_of(field) is not None:
-            found.append(parameter_of(field))
-    return tuple(found)
+            names.append(parameter_of(field))
+    return tuple(names)
 
 
 def values_of(config: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Each setting of a dataclass with its value and its default, those of the dataclasses in it included."""
+    """Yield the name, value and default of each setting of a dataclass, including those of nested dataclasses."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         default = None if field.default is dataclasses.MISSING else field.default
@@ -116,10 +116,10 @@ def values_of(config: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def shares(flag: str) -> Callable[[Sequence[str] | None], dict[str, float] | None]:
-    """A reader of NAME=NUMBER, each name once, for an option that may be given several times."""
+    """A function that reads NAME=NUMBER, with each name once, for an option that may be given several times."""
 
     def read(texts: Sequence[str] | None) -> dict[str, float] | None:
-        found: dict[str, float] = {}
+        share_of: dict[str, float] = {}
         for text in texts or ():
             name, equals, value = text.rpartition("=")
             try:
@@ -128,34 +128,35 @@ def shares(flag: str) -> Callable[[Sequence[str] | None], dict[str, float] | Non
                 equals = ""
             if not equals or not name:
                 raise SparsortError(f"{flag} {text!r} is not NAME=NUMBER, as in {flag} {name or text or 'web'}=0.7.")
-            if name in found:
+            if name in share_of:
                 raise SparsortError(f"{flag} gives {name!r} twice. Give it once.")
-            found[name] = number
-        return found or None
+            share_of[name] = number
+        return share_of or None
 
     return read
 
 
 def unescape(text: str | None) -> str | None:
-    r"""Read \n, \t and \\ as a shell user means them."""
+    r"""Replace the escapes \n, \t and \\, which a shell passes literally, by their characters."""
     if text is None:
         return None
+    # Splitting at double backslashes first keeps the n in \\n from being read as a newline.
     parts = text.split("\\\\")
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
 
 
 def escape(text: str | None) -> str | None:
-    r"""A text as a shell user writes it, with \n, \t and \\; `unescape` reads it back."""
+    r"""The inverse of `unescape`: write newlines, tabs and backslashes as \n, \t and \\."""
     return None if text is None else text.replace("\\", "\\\\").replace("\n", r"\n").replace("\t", r"\t")
 
 
 def parts(text: str) -> tuple[str, ...]:
-    """The names of a comma-separated list, without empty ones."""
+    """The items of a comma-separated list, without empty ones."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def whole_numbers(flag: str) -> Callable[[str], tuple[int, ...]]:
-    """A reader of whole numbers that are separated by commas."""
+    """A function that reads whole numbers separated by commas."""
 
     def read(text: str) -> tuple[int, ...]:
         try:
@@ -167,5 +168,5 @@ def whole_numbers(flag: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def names_in(text: str | None) -> tuple[str, ...] | None:
-    """The names of a comma-separated list, without spaces around them; None for None."""
+    """The names in a comma-separated list, without surrounding spaces; None if the text is None."""
     return None if text is None else tuple(name.strip() for name in text.split(","))

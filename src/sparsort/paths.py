@@ -1,13 +1,13 @@
-"""How a field is written: a column, and a path into its value.
+"""The notation for fields: a column, and a path into its value.
 
     question                  the column "question"
     meta.lang                 the key "lang" of the dictionary in the column "meta"
     messages[0].content       the first item of a list; [-1] is the last one
-    [a.b]   meta[first.name]  a name that itself has dots, brackets, braces, a colon or an exclamation mark
+    [a.b]   meta[first.name]  a name that contains dots, brackets, braces, a colon or an exclamation mark
 
-Contract: a dot outside brackets always begins a key and never belongs to a column's name, so a field has one reading whatever
-columns the data has. Inside brackets every character stands for itself; a closing bracket is doubled. A field that can be
-written without brackets has one canonical spelling, that of `spell`.
+Contract: a dot outside brackets always begins a key and never belongs to a column's name, so a field has one meaning, whatever
+columns the data has. Inside brackets every character is literal, and a closing bracket is doubled. A field may have several
+spellings; `spell` returns the canonical one.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from sparsort.errors import SparsortError
 _IN_BRACKETS = r"\[((?:[^\]]|\]\])*)\]"
 _COLUMN = re.compile(rf"{_IN_BRACKETS}|([^.\[\]{{}}]+)")
 _STEP = re.compile(rf"{_IN_BRACKETS}|\.([^.\[\]{{}}]+)")
-# In a template a colon begins the format and an exclamation mark the conversion.
+# A colon and an exclamation mark need brackets too: in a template they begin the format and the conversion.
 _PLAIN = re.compile(r"[^.\[\]{}:!]+")
 _INDEX = re.compile(r"-?[0-9]+")
 
 
 @functools.lru_cache(maxsize=1024)
 def parse_field(field: str) -> tuple[str, ...]:
-    """The column and the steps into its value, as text.
+    """Parse a field into its column and the steps into its value, as text.
 
     Raises:
-        SparsortError: the field cannot be read.
+        SparsortError: the field is not in the notation above.
     """
     parts: list[str] = []
     at = 0
     while at < len(field) or not parts:
-        found = (_STEP if parts else _COLUMN).match(field, at)
-        if found is None:
+        match = (_STEP if parts else _COLUMN).match(field, at)
+        if match is None:
             raise SparsortError(
                 f"the field {field!r} cannot be read from {field[at:]!r} on. Write a column and a path into its value, such as "
-                "question, meta.lang or messages[0].content; a column whose name has dots or brackets goes into brackets, "
+                "question, meta.lang or messages[0].content; put a column whose name has dots or brackets into brackets, "
                 "such as [a.b], with ] doubled."
             )
-        in_brackets, plain = found.groups()
+        # Exactly one of the two groups matched.
+        in_brackets, plain = match.groups()
         parts.append(plain if in_brackets is None else in_brackets.replace("]]", "]"))
-        at = found.end()
+        at = match.end()
     return tuple(parts)
 
 
@@ -56,7 +57,7 @@ def spell(parts: Iterable[str | int]) -> str:
 
 
 def canonical(field: str) -> str:
-    """The canonical spelling of a field: equal for two spellings of one field.
+    """The canonical spelling of a field, which is the same for all spellings of one field.
 
     Raises:
         SparsortError: the field cannot be read.
@@ -65,17 +66,17 @@ def canonical(field: str) -> str:
 
 
 def column_of(field: str) -> str:
-    """The column that a field looks into."""
+    """The column of a field."""
     return parse_field(field)[0]
 
 
 def is_index(step: str) -> bool:
-    """Whether a step can count the items of a list."""
+    """Whether a step can be an index into a list."""
     return _INDEX.fullmatch(step) is not None
 
 
 def _spell_column(name: str) -> str:
-    # `{0}` is Python's positional argument, which no row has.
+    # A column named "0" needs brackets, because `{0}` is a positional argument in Python's templates.
     return name if _PLAIN.fullmatch(name) and not name.isdigit() else _bracketed(name)
 
 

@@ -1,8 +1,8 @@
-"""Named entries: one table for each idea, read by every other place that needs a name, its needs, or its help.
+"""Named entries: one table per concept, which all other code asks for names, requirements and help texts.
 
-Contract: a table is a mapping from name to entry, in the order in which help texts and documents list it. What an entry
-needs, reads or costs is written in the entry, and no other source compares against its name (`tests/test_registry.py`).
-Nothing here imports NumPy or torch, so that a command line can list the entries before anything heavy is loaded.
+Contract: a table is a mapping from name to entry, in the order in which help texts and documents list the entries. An entry
+states what it needs, reads and costs, and no other source file compares against its name (`tests/test_registry.py`). Nothing
+here imports NumPy or torch, so a command line can list the entries before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sparsort.errors import unknown_choice
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every table says about each of its entries.
+    """The attributes that the entries of every table have.
 
     Attributes:
         name: the name that users write.
         help: one line, without the name and without a full stop.
-        source: the paper or author that it comes from.
-        needs: the inputs without which it cannot work ("query", "embeddings", "scores", …).
-        reads: the settings that it reads, besides those that every entry of its table reads.
-        aliases: what other papers and programs call it, in lower case with underscores; an error suggests its name.
+        source: the paper or author that the entry comes from.
+        needs: the inputs that the entry requires ("query", "embeddings", "scores", …).
+        reads: the settings that the entry reads, in addition to those that every entry of its table reads.
+        aliases: names that other papers and programs use, in lower case with underscores; an error suggests the valid name.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Registry(Mapping[str, E], Generic[E]):
     """A table of entries by name, in the order given.
 
     Args:
-        kind: what an entry is, as the user knows it ("pacing", "selector"); errors say it.
+        kind: the word for an entry in error messages ("pacing", "selector").
         entries: the entries.
 
     Raises:
@@ -71,7 +71,7 @@ class Registry(Mapping[str, E], Generic[E]):
         """Return the entry named `name`.
 
         Raises:
-            SparsortError: there is none; the nearest name is suggested, and all are listed.
+            SparsortError: there is no such entry; the message suggests the nearest name and lists all names.
         """
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
@@ -83,7 +83,7 @@ class Registry(Mapping[str, E], Generic[E]):
         return tuple(name for name, entry in self._entries.items() if where(entry))
 
     def listed(self, where: Callable[[E], bool] = lambda entry: True) -> str:
-        """The names for which `where` holds, as a help text lists them: "a, b or c"."""
+        """The names for which `where` holds, as one phrase for a help text: "a, b or c"."""
         *others, last = self.names(where)
         return f"{', '.join(others)} or {last}" if others else last
 
@@ -97,11 +97,11 @@ class Registry(Mapping[str, E], Generic[E]):
 
 
 def load(place: str, package: str) -> Any:
-    """The object at "module:name", imported when it is first needed.
+    """Import the object at "module:name"; tables refer to functions this way so that they load on first use.
 
     Args:
-        place: the module, relative to `package`, and the name in it.
-        package: the package that holds the module.
+        place: the module, relative to `package`, and the name in that module.
+        package: the package that contains the module.
     """
     module, _, name = place.partition(":")
     return getattr(import_module(f"{package}.{module}"), name)

@@ -1,13 +1,13 @@
 """Prompt templates: format strings over a row's fields, such as "Question: {question}\\nAnswer:".
 
-Contract: a template is data from the user and a field's value is data from the world, so neither may run code. A field is a
-column and a path of keys and indices into its value, as `sparsort.paths` reads it: `{question}`, `{meta.lang}`,
+Contract: a template comes from the user and a field's value comes from a data set, so neither may run code. A field is a
+column and a path of keys and indices into its value, as `sparsort.paths` parses it: `{question}`, `{meta.lang}`,
 `{messages[0].content}`, `{[a.b]}`; attributes of objects are never looked up. A conversion and a format may follow, as in
-`{name!r}` and `{score:.2f}`. A value is inserted once and never read as a template, whatever braces it holds. Literal braces
-are doubled: `{{`, `}}`.
+`{name!r}` and `{score:.2f}`. A value is inserted once and never parsed as a template, whatever braces it contains. Literal
+braces are doubled: `{{`, `}}`.
 
-Text, numbers, booleans, dates and times are written as Python's `format` writes them. A list or a dictionary is refused, except
-with `!r` or `!a`: those ask for Python's notation of the value, and get it.
+Text, numbers, booleans, dates and times are formatted by Python's `format`. A list or a dictionary is refused, except with
+`!r` or `!a`, which request Python's notation of the value.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from sparsort.errors import SparsortError
 from sparsort.paths import canonical, column_of, spell
 from sparsort.values import has_text, is_missing, missing_field, not_text, scalar, value_at
 
-# Up to the end of a field: text in brackets may hold anything.
+# A field with its braces: name, conversion, format. The text inside brackets may contain any character.
 _FIELD = re.compile(r"\{((?:\[(?:[^\]]|\]\])*\]|[^\[\]{}:!])*)(?:!([^:{}]*))?(?::([^{}]*))?\}")
 _BRACE = re.compile(r"\{\{|\}\}|[{}]")
 _FORMATTER = string.Formatter()
 
 
 class Piece(NamedTuple):
-    """Literal text, and the field after it: its canonical spelling, or None where the template ends without one."""
+    """Literal text and the field after it, in its canonical spelling; the field is None at the end of the template."""
 
     literal: str
     field: str | None
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 def fields_of(template: str) -> list[str]:
-    """The fields of a template in their canonical spelling, each once, in the order of their first use.
+    """The distinct fields of a template in their canonical spelling, in the order of their first use.
 
     Raises:
         SparsortError: the template cannot be read.
@@ -48,7 +48,7 @@ def fields_of(template: str) -> list[str]:
 
 
 def columns_of(template: str) -> list[str]:
-    """The columns that the fields of a template look into, each once, in the order of their first use.
+    """The distinct columns of the fields of a template, in the order of their first use.
 
     Raises:
         SparsortError: the template cannot be read.
@@ -61,12 +61,12 @@ def render(template: str, fields: Mapping[str, Any], *, where: str) -> str:
 
     Args:
         template: the format string.
-        fields: column to value.
-        where: what the row is called in an error, such as "row 'q7' (line 8 of data.jsonl)".
+        fields: column → value.
+        where: the name of the row in an error message, such as "row 'q7' (line 8 of data.jsonl)".
 
     Raises:
-        SparsortError: the template cannot be read; a field is missing or null, has no text of its own, or does not take its
-            format.
+        SparsortError: the template cannot be read; or a field is missing or null, has no text of its own, or does not accept
+            its format.
     """
     parts: list[str] = []
     for piece, value in _values(template, fields, where, ""):
@@ -88,29 +88,30 @@ def check_values(template: str, fields: Mapping[str, Any], *, where: str, way_ou
 
     Args:
         template: the format string.
-        fields: column to value.
+        fields: column → value.
         where: as in `render`.
-        way_out: a sentence for the error about a value without a text of its own.
+        way_out: a sentence that the error message about a value without a text of its own ends with.
 
     Raises:
-        SparsortError: as `render`, but a missing value is no error here.
+        SparsortError: as for `render`, except that a missing value is not an error here.
     """
-    found = _values(template, fields, where, way_out)
-    return {piece.field for piece, value in found if piece.field is not None and is_missing(value)}
+    values = _values(template, fields, where, way_out)
+    return {piece.field for piece, value in values if piece.field is not None and is_missing(value)}
 
 
 @functools.lru_cache(maxsize=256)
 def pieces(template: str) -> tuple[Piece, ...]:
-    """A template as literal texts, each with the field after it.
+    """Split a template into literal texts, each with the field after it.
 
     Raises:
         SparsortError: the template cannot be read.
     """
-    found: list[Piece] = []
+    result: list[Piece] = []
     literal, at = "", 0
     while brace := _BRACE.search(template, at):
         literal += template[at : brace.start()]
         at = brace.end()
+        # Doubled braces are literal.
         if len(brace[0]) == 2:
             literal += brace[0][0]
             continue
@@ -120,21 +121,21 @@ def pieces(template: str) -> tuple[Piece, ...]:
                 f"the template {template!r} cannot be read from {template[brace.start() :]!r} on. Write a field as {{question}}, "
                 "a part of it as {meta.lang} or {messages[0].content}, and literal braces as {{ and }}; braces do not nest."
             )
-        found.append(_piece(template, literal, *field.groups()))
+        result.append(_piece(template, literal, *field.groups()))
         literal, at = "", field.end()
     literal += template[at:]
-    return (*found, Piece(literal, None, "", None)) if literal else tuple(found)
+    return (*result, Piece(literal, None, "", None)) if literal else tuple(result)
 
 
 def _piece(template: str, literal: str, field: str, conversion: str | None, spec: str | None) -> Piece:
     if not field or field.isdigit():
         name = spell([field])
         raise SparsortError(
-            f"the template {template!r} holds {{{field}}}, which names no field. Write {{question}} for the field 'question', "
+            f"the template {template!r} contains {{{field}}}, which names no field. Write {{question}} for the field 'question', "
             f"{{{name}}} for a column that is called {field!r}, or {{{{{field}}}}} for literal braces."
         )
     if conversion not in (None, "r", "s", "a"):
-        raise SparsortError(f"the template {template!r} asks for the conversion !{conversion}; choose !r, !s or !a.")
+        raise SparsortError(f"the template {template!r} has the unknown conversion !{conversion}; choose !r, !s or !a.")
     try:
         return Piece(literal, canonical(field), spec or "", conversion)
     except SparsortError as error:
@@ -142,7 +143,7 @@ def _piece(template: str, literal: str, field: str, conversion: str | None, spec
 
 
 def _values(template: str, fields: Mapping[str, Any], where: str, way_out: str) -> Iterator[tuple[Piece, Any]]:
-    """Each piece with the value of its field; a value that the piece cannot show is refused."""
+    """Yield each piece with the value of its field; refuse a value that the piece cannot render."""
     for piece in pieces(template):
         if piece.field is not None and column_of(piece.field) not in fields:
             raise missing_field(piece.field, fields, where, in_template=True)
@@ -157,7 +158,7 @@ def _can_show(piece: Piece, value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether a value is made of dictionaries, lists and values with a text, so that its notation is the same everywhere."""
+    """Whether a value consists of dictionaries, lists and values with a text, whose Python notation is the same everywhere."""
     if isinstance(value, Mapping):
         return all(_is_data(key) and _is_data(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -169,8 +170,8 @@ def _formatted(template: str, piece: Piece, value: Any, where: str) -> str:
     try:
         return format(_FORMATTER.convert_field(scalar(value), piece.conversion), piece.spec)
     except (OverflowError, TypeError, ValueError) as error:
-        shown = textwrap.shorten(repr(value), 60, placeholder=" …")
+        excerpt = textwrap.shorten(repr(value), 60, placeholder=" …")
         raise SparsortError(
-            f"{where}: the value {shown} of the field {piece.field!r} does not take the format {piece.spec!r} ({error}). "
+            f"{where}: the value {excerpt} of the field {piece.field!r} does not accept the format {piece.spec!r} ({error}). "
             f"Change the template {template!r} or the value."
         ) from error

@@ -346,7 +346,7 @@ def test_settings_that_are_wrong(dense: Make) -> None:
     model = dense()
     for changes, message in [
         ({"block": 4}, "unknown setting of sparse attention 'block'"),
-        ({"layers": [3]}, "names layer 3, and this model has 3"),
+        ({"layers": [3]}, "names layer 3, but this model has 3 layers"),
         ({"layers": []}, "names no layer"),
         ({"selector": "msa"}, "unknown selector"),
     ]:

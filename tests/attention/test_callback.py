@@ -302,7 +302,7 @@ def test_a_schedule_or_a_model_that_does_not_fit_is_refused_before_the_first_ste
     sparse: Callable[..., Any], dense: Callable[..., Any], trainer: Callable[..., InOrder]
 ) -> None:
     schedule = SparseSchedule(start=0.5, anneal_steps=2)
-    with pytest.raises(SparsortError, match="no number of blocks"):
+    with pytest.raises(SparsortError, match="not a number of blocks"):
         trainer(sparse(), SparseAttentionCallback(schedule)).train()
     with pytest.raises(SparsortError, match=r"LlamaForCausalLM has no sparse attention.*attach_index_branch"):
         trainer(dense(), SparseAttentionCallback()).train()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from selections import check_blocks
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.models.gemma3 import modeling_gemma3
@@ -185,7 +186,7 @@ def test_the_selection_is_one_that_its_queries_may_have(layer: Layer, name: str,
     selector = _selector(layer, name)
     inputs, index_keys = layer.inputs(selector, hidden, places, layout, BUDGETS[budget])
     selection = selector.choose(inputs, index_keys).selection
-    selection.check(layout)
+    check_blocks(selection, layout)
     own = torch.div(layout.position("cpu"), BLOCK, rounding_mode="floor")[:, None]
     most = torch.minimum(own + 1, torch.tensor(BUDGETS[budget].slots))
     assert selection.blocks.shape == (3, 2, layout.queries, BUDGETS[budget].slots)
@@ -363,7 +364,7 @@ def test_every_selector_joins_every_family_in_its_dtype(name: str, family: str) 
     assert all(weight.dtype == torch.bfloat16 for weight in selector.parameters())
     inputs, index_keys = layer.inputs(selector, hidden.bfloat16(), places, layout, BUDGETS["fixed"])
     choice, output, loss = _run(selector, inputs, index_keys)
-    choice.selection.check(layout)
+    check_blocks(choice.selection, layout)
     assert output.dtype == torch.bfloat16
     assert output.isfinite().all()
     assert loss is None or loss.isfinite()
@@ -399,7 +400,7 @@ def test_batches_of_nothing(layer: Layer, name: str, lengths: list[int]) -> None
     selector = _selector(layer, name)
     inputs, index_keys = layer.inputs(selector, hidden, torch.arange(5)[None], layout, BUDGETS["fixed"])
     choice, output, loss = _run(selector, *_with_garbage(inputs, index_keys))
-    choice.selection.check(layout)
+    check_blocks(choice.selection, layout)
     assert output.isfinite().all()
     assert loss is None or loss.isfinite()
 

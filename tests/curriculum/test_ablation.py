@@ -15,14 +15,14 @@ import torch
 from forks import ForkServer
 
 import sparsort
-from sparsort.curriculum.ablation.cells import Arm, Group
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.tasks import Task
-from sparsort.curriculum.ablation.texts import Texts
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.recipe.texts import Texts
+from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.run.model import Engine
 from sparsort.errors import SparsortError
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 WORDS = ["moon", "tree", "river", "stone", "cloud", "lamp", "paper", "glass", "wheel", "garden", "window", "bread"]
 PLACES = ["Rome", "Oslo", "Quito", "Cairo", "Lima", "Perth", "Delhi", "Turin"]
@@ -157,7 +157,7 @@ def test_choosers_take_the_order_that_their_rule_names(folder: Path, loaded: Loa
     np.testing.assert_array_equal(group.arm("oracle_best").accuracy, accuracy.max(axis=0))
     np.testing.assert_array_equal(group.arm("oracle_worst").accuracy, accuracy.min(axis=0))
     # LocalE by hand: dev rows are those of the pool's split, asked under each random order.
-    from sparsort.curriculum.ablation.data import TaskData
+    from sparsort.curriculum.ablation.recipe.task_data import TaskData
 
     data = TaskData(a_task(), a_recipe(folder))
     s = 1
@@ -195,11 +195,11 @@ def test_run_again_reads_nothing_and_more_orders_read_only_what_is_new(
     folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = a_recipe(folder, orderers=("sparse_to_dense",), random_orders=2)
-    monkeypatch.setattr("sparsort.curriculum.ablation.engine.device_name", lambda _device: "one processor")
+    monkeypatch.setattr("sparsort.curriculum.ablation.run.model.device_name", lambda _device: "one processor")
     first = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)
     assert first.tokens_read > 0
     assert first.results.provenance["machine"].startswith("one processor (")
-    monkeypatch.setattr("sparsort.curriculum.ablation.engine.device_name", lambda _device: "another")
+    monkeypatch.setattr("sparsort.curriculum.ablation.run.model.device_name", lambda _device: "another")
     again = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)
     assert again.tokens_read == 0
     # A machine that was asked for nothing is no source of the numbers.
@@ -380,7 +380,7 @@ def test_generation_is_judged_by_what_is_written(folder: Path, loaded: LoadedMod
     assert group.labels == []
     assert {arm.name for arm in group.arms} >= {"length_ascending", "density", "best_on_dev", "oracle_best"}
     assert not any(arm.correct.any() for arm in group.random)
-    from sparsort.curriculum.ablation.store import OutcomeStore
+    from sparsort.curriculum.ablation.store.store import OutcomeStore
 
     store = OutcomeStore.existing(tmp_path / "store")
     (name,) = [name for name in store.groups() if "seed0" in name]
@@ -438,7 +438,7 @@ import sys, json
 from pathlib import Path
 import sparsort
 from handshake import die_in
-from sparsort.curriculum.ablation.store import OutcomeStore
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 recipe, last, moment = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[3]), int(sys.argv[4])
 plain, written = OutcomeStore.write, 0
 def write(self, group, outcomes):

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import sparsort
-from sparsort.curriculum.ablation.cells import Group
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.run import Run
-from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.results.cells import Group
+from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.run.run import Run
 from sparsort.errors import SparsortError
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 WORDS = ["moon", "tree", "river", "stone", "cloud", "lamp", "paper", "glass", "wheel", "garden", "window", "bread"]
 
@@ -142,7 +142,7 @@ def test_probes_of_another_number_of_orders_choose_nothing(
         return {"texts": texts, "tokens": 9.0, "sampling_tokens": 7}
 
     # A model of random weights writes nothing that reads as a query.
-    monkeypatch.setattr("sparsort.curriculum.ablation.run.probes", sampled)
+    monkeypatch.setattr("sparsort.curriculum.ablation.run.run.probes", sampled)
     changes: dict[str, Any] = {"sets": 1, "orderers": ("given",), "sampled_probes": True, "choosers": ("globale",)}
     few, more = (a_recipe(folder, random_orders=number, **changes) for number in (3, 5))
     first = sparsort.ablate(few, out=tmp_path, model=loaded, report=False)

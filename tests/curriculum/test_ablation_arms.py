@@ -13,21 +13,21 @@ import pytest
 import torch
 
 import sparsort
-from sparsort.curriculum.ablation import probing, run
-from sparsort.curriculum.ablation.cells import Group
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation, units
-from sparsort.curriculum.ablation.engine import Engine
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.selectors import SELECTORS
-from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.ablation.tasks import Task
-from sparsort.curriculum.ablation.unit_names import neighbour_group
-from sparsort.curriculum.demos.per_query import organisations
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, units
+from sparsort.curriculum.ablation.recipe.selectors import SELECTORS
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.results.cells import Group
+from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.run import probing, run
+from sparsort.curriculum.ablation.run.model import Engine
+from sparsort.curriculum.ablation.store.keys import neighbour_group
+from sparsort.curriculum.ablation.store.store import OutcomeStore
+from sparsort.curriculum.demos.criteria.mdl_and_cone import organisations
 from sparsort.errors import SparsortError
-from sparsort.scoring.answers import FEATURES
-from sparsort.scoring.generation import Generated
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.answers.generation import Generated
+from sparsort.scoring.answers.reader import FEATURES
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 WORDS = ["moon", "tree", "river", "stone", "cloud", "lamp", "paper", "glass", "wheel", "garden", "window", "bread"]
 LABELS = {"0": "good", "1": "rather bad", "2": "odd"}

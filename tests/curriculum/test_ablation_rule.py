@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import sparsort
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.ablation.tasks import Task
-from sparsort.curriculum.ablation.texts import Texts
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.recipe.texts import Texts
+from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 # The tokenizer joins the label "s" with the last token of a text that ends in "apple".
 ENDS = ["apple", "moon", "lamp"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sparsort.curriculum.ablation.answer_checks import check_answers
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.splits import Splits
-from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.splits import Splits
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.ablation.run.answer_checks import check_answers
 from sparsort.errors import SparsortError
 
 

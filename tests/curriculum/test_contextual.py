@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos.contextual import calibrated, content_free_prior
+from sparsort.curriculum.demos.criteria.contextual import calibrated, content_free_prior
 from sparsort.errors import SparsortError
 
 Floats = NDArray[np.float64]

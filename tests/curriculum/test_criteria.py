@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos import density as states
-from sparsort.curriculum.demos import label_criteria as labels
-from sparsort.curriculum.demos import per_query
-from sparsort.curriculum.demos.choosing import choose, mean_ranks, rank_average
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
+from sparsort.curriculum.demos.criteria import density as states
+from sparsort.curriculum.demos.criteria import label_criteria as labels
+from sparsort.curriculum.demos.criteria import mdl_and_cone as per_query
+from sparsort.curriculum.demos.criteria.ranking import choose, mean_ranks, rank_average
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS
 

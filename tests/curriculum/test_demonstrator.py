@@ -11,7 +11,7 @@ from sparsort import assemble, order_demos, select_demos
 from sparsort.curriculum.demos.demonstrator import Demonstrator, PromptForm
 from sparsort.curriculum.demos.known import Column, Known
 from sparsort.curriculum.demos.order import ORDERS
-from sparsort.curriculum.demos.pool import DemoPool
+from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.select import SELECTORS
 from sparsort.errors import SparsortError
 

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toml_text import dump
 
-from sparsort.curriculum.ablation.cost import Lengths, estimate, measure, shared_nodes
-from sparsort.curriculum.ablation.design import (
+from sparsort.curriculum.ablation.recipe.ablation import (
     ORDERERS,
     Ablation,
     Unit,
@@ -28,10 +27,11 @@ from sparsort.curriculum.ablation.design import (
     probes_of,
     units,
 )
-from sparsort.curriculum.ablation.design_options import DEFAULT_ORDERERS
-from sparsort.curriculum.ablation.selectors import SELECTORS
-from sparsort.curriculum.ablation.splits import split_rows
-from sparsort.curriculum.ablation.tasks import Task, load_task
+from sparsort.curriculum.ablation.recipe.options import DEFAULT_ORDERERS
+from sparsort.curriculum.ablation.recipe.selectors import SELECTORS
+from sparsort.curriculum.ablation.recipe.splits import split_rows
+from sparsort.curriculum.ablation.recipe.tasks import Task, load_task
+from sparsort.curriculum.ablation.run.cost import Lengths, estimate, measure, shared_nodes
 from sparsort.curriculum.demos.criteria import CRITERIA
 from sparsort.curriculum.demos.order import order_indices
 from sparsort.errors import SparsortError

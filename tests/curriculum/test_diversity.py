@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sparsort.curriculum.demos.pool.similarity import unit_rows
 from sparsort.curriculum.demos.select import diverse
-from sparsort.curriculum.demos.similarity import unit_rows
 from sparsort.errors import SparsortError
 
 

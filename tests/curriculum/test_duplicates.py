@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.order import order_demos
+from sparsort.curriculum.demos.pool.duplicates import duplicates
 from sparsort.curriculum.demos.prompt import assemble, build_prompt
 from sparsort.curriculum.demos.select import select_demos
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
+from sparsort.recipes.cli.app import app
 
 ROWS = [
     {"id": "a", "question": "Who painted it?", "answer": "Ana"},
@@ -92,7 +92,7 @@ def test_choose_and_the_adapters_report_them(
     make_tiny_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
-    from sparsort.recipes.choose_order import choose_order
+    from sparsort.recipes.choose.choose import choose_order
 
     with caplog.at_level(logging.WARNING, "sparsort"):
         DemoChooser(ROWS, DemoOptions(order="given"))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.demos.fingerprints import fingerprints, tokens
-from sparsort.curriculum.demos.leaks import find_leaks
-from sparsort.curriculum.demos.minhash import signatures
-from sparsort.curriculum.demos.pool import leaking_rows
+from sparsort.curriculum.demos.pool.fingerprints import fingerprints, tokens
+from sparsort.curriculum.demos.pool.leaks import find_leaks
+from sparsort.curriculum.demos.pool.minhash import signatures
+from sparsort.curriculum.demos.pool.pool import leaking_rows
 from sparsort.errors import SparsortError
 
 WORDS = st.lists(st.sampled_from(["alpha", "beta", "gamma", "delta", "rho", "tau", "mu", "nu"]), max_size=40).map(

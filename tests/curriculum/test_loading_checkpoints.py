@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-from sparsort import manifests
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.trainer.checkpoints import damage_of, newest_intact, seal_checkpoint
 from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer, checkpoints
 from sparsort.errors import SparsortError
+from sparsort.storage import manifests
 
 Damages = Callable[[Path], Iterator[str]]
 N, BATCH = 24, 4
@@ -145,7 +145,7 @@ def test_without_an_intact_checkpoint_every_reason_is_given(run: Path) -> None:
         _trainer(run).train(resume_from_checkpoint=True)
 
 
-def test_a_file_that_was_added_is_no_damage_and_one_changed_on_purpose_is_listed_anew(run: Path) -> None:
+def test_a_file_that_was_added_is_no_damage_and_one_changed_on_purpose_is_listed_again(run: Path) -> None:
     checkpoint = run / "checkpoint-3"
     (checkpoint / "README.md").write_text("The best one.", encoding="utf-8")
     assert damage_of(checkpoint) is None
@@ -201,8 +201,8 @@ def test_a_bit_in_a_record_that_torch_saved_is_found_without_digests(run: Path) 
     ("change", "problem"),
     [
         ({"global_step": 2}, "of step 2"),
-        ({"globul_step": 3}, "other things than Trainer writes"),
-        ([], "other things than Trainer writes"),
+        ({"globul_step": 3}, "is not what Trainer writes"),
+        ([], "is not what Trainer writes"),
     ],
 )
 def test_a_state_that_trainer_did_not_write_is_found_without_digests(change: Any, problem: str, run: Path) -> None:

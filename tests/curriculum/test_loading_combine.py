@@ -158,7 +158,7 @@ def test_intersection_lets_in_what_is_easy_by_every_metric_and_the_share_means_t
 
 
 @given(tables(), st.sampled_from(COMBINATIONS), st.randoms(use_true_random=False))
-def test_a_row_has_its_value_wherever_it_stands(scores: dict[str, list[float]], how: Any, random: Any) -> None:
+def test_a_row_has_its_value_at_any_position(scores: dict[str, list[float]], how: Any, random: Any) -> None:
     places = list(range(len(scores["s0"])))
     random.shuffle(places)
     moved = {name: [values[place] for place in places] for name, values in scores.items()}
@@ -195,14 +195,14 @@ def test_scores_that_are_all_equal_leave_every_row_in_the_middle(how: Any) -> No
         ({"scores": {}}, "no scores"),
         ({"how": "rank_avg"}, "Did you mean 'rank_average'"),
         ({"scores": {"a": [1, 2], "b": [1]}}, "different numbers of rows (a: 2, b: 1)"),
-        ({"scores": {"a": [1, math.nan], "b": [math.nan, 1]}}, "none of the 2 rows has all the scores"),
+        ({"scores": {"a": [1, math.nan], "b": [math.nan, 1]}}, "not one of the 2 rows has all the scores"),
         ({"scores": {"a": [math.nan] * 3, "b": [1, 2, 3]}}, "(rows with a number: a: 0, b: 3)"),
-        ({"scores": {"a": []}}, "none of the 0 rows"),
+        ({"scores": {"a": []}}, "not one of the 0 rows"),
         ({"scores": {"a": [[1.0]]}}, "score 'a' has shape (1, 1)"),
         ({"scores": {"a": 1.0}}, "score 'a' has shape ()"),
-        ({"scores": {"a": ["easy"]}}, "numbers are needed"),
-        ({"scores": {"a": [1.0, None]}}, "numbers are needed"),
-        ({"weights": {"a": 1}}, "the weights miss b"),
+        ({"scores": {"a": ["easy"]}}, "expected numbers"),
+        ({"scores": {"a": [1.0, None]}}, "expected numbers"),
+        ({"weights": {"a": 1}}, "the weights lack b"),
         ({"weights": {"a": 1, "b": 1, "bb": 1}}, "unknown score in the weights 'bb'. Did you mean 'b'"),
         ({"weights": {"a": 0, "b": 1}}, "the weight of a is 0"),
         ({"weights": {"a": 1, "b": -1}}, "the weight of b is -1"),

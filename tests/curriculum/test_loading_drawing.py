@@ -1,4 +1,4 @@
-"""What a plan is said to do, and its figure, against the batches gone over one by one."""
+"""The summary of a plan and its figure, against the batches gone over one by one."""
 
 from __future__ import annotations
 
@@ -152,13 +152,13 @@ def test_a_pool_in_which_everything_is_drawn_leaves_nothing_out() -> None:
     assert [sampled.never, sampled.exact, sampled.most] == [0, False, None]
 
 
-def test_a_revised_plan_is_told_from_where_it_begins() -> None:
+def test_a_revised_plan_is_described_from_its_first_batch_on() -> None:
     plan = plan_curriculum(np.arange(90.0), batch_size=6, mode="pool", pacing="linear", steps=30, stages=3)
     revised = plan.revised(np.arange(90.0)[::-1], epoch=1, start=10)
     found = summarise(revised, epoch=1)
     assert [part.batches for part in found.parts] == [(10, 19), (20, 29)]
     assert draw_plans(revised, epoch=1).axes[0].get_xlim() == (9.5, 29.5)
-    with pytest.raises(SparsortError, match="does not reach back"):
+    with pytest.raises(SparsortError, match="does not include batch"):
         summarise(revised, epoch=0)
 
 
@@ -167,8 +167,8 @@ def test_infinities_are_ends_and_no_part_of_the_mean() -> None:
     (part,) = summarise(plan).parts
     assert part.difficulty is not None
     assert [part.difficulty.lowest, part.difficulty.mean, part.difficulty.highest] == [-np.inf, 2.0, np.inf]
-    told = summarise(plan).to_json()["parts"][0]["difficulty"]
-    assert [told["lowest"], told["highest"]] == ["-inf", "inf"]
+    spread = summarise(plan).to_json()["parts"][0]["difficulty"]
+    assert [spread["lowest"], spread["highest"]] == ["-inf", "inf"]
     draw_plans(plan)
 
 
@@ -219,9 +219,9 @@ def test_plans_side_by_side_share_their_scales(tmp_path: Path) -> None:
 def test_more_groups_than_colours_share_the_last() -> None:
     groups = [f"source $_{n % 12}^" for n in range(240)]
     figure = draw_plans(plan_curriculum(np.arange(240.0), groups=groups, batch_size=24))
-    said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert said[-2:] == ["5 more", "in the data"]
-    assert len(said) == 9
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries[-2:] == ["5 more", "in the data"]
+    assert len(entries) == 9
 
 
 def test_a_large_plan_is_drawn_from_few_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ class Augmented:
         return {"row": row, "noise": noise}
 
 
-def test_columns_drawn_at_random_are_left_out_and_the_generators_put_back() -> None:
+def test_columns_drawn_at_random_are_skipped_and_the_generators_restored() -> None:
     before = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
     first = fingerprint_of(Augmented())
     assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == before

@@ -12,7 +12,7 @@ from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer
 from sparsort.errors import SparsortError
-from sparsort.scoring.baselines import LengthScorer
+from sparsort.scoring.scorers.baselines import LengthScorer
 
 DIFFICULTY = np.random.default_rng(0).random(12)
 
@@ -47,8 +47,8 @@ def test_set_epoch_begins_an_epoch_that_was_consumed_again() -> None:
 
 
 def test_a_trainer_says_what_it_takes() -> None:
-    with pytest.raises(SparsortError, match=r"curriculum= is a plan of plan_curriculum.*not list"):
+    with pytest.raises(SparsortError, match=r"curriculum= must be a plan of plan_curriculum.*not list"):
         CurriculumTrainer(curriculum=[1, 2])  # type: ignore[arg-type]
     plan = plan_curriculum(DIFFICULTY, batch_size=4)
-    with pytest.raises(SparsortError, match=r"online= is an OnlineDifficulty.*not True"):
+    with pytest.raises(SparsortError, match=r"online= must be an OnlineDifficulty.*not True"):
         CurriculumTrainer(curriculum=plan, online=True)  # type: ignore[arg-type]

@@ -155,7 +155,7 @@ def test_two_epochs_are_what_the_plan_says(
         )
 
     if plan.smallest_batch < world_size * micro_batches:
-        with pytest.raises(SparsortError, match="would get nothing"):
+        with pytest.raises(SparsortError, match="would be empty"):
             load(0)
         return
     loaders = [load(rank) for rank in range(world_size)]
@@ -468,11 +468,11 @@ def test_an_error_of_the_dataset_comes_through_with_its_rows_named(batched: bool
     options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
     with pytest.raises(ValueError, match="cannot decode the image") as caught:
         read(CurriculumLoader(plan, Broken(batched), verify=False, **options))
-    told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    message = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
     number = next(k for k, batch in enumerate(planned(plan)) if 7 in batch)
     named = ", ".join(map(str, planned(plan)[number]))
-    assert f"Rows asked for, in order: {named} (epoch 0, global batch {number})" in told
-    assert ("The dataset raised this for row 7." in told) == (not batched)
+    assert f"Requested rows, in order: {named} (epoch 0, global batch {number})" in message
+    assert ("The dataset raised this for row 7." in message) == (not batched)
 
 
 def test_an_iterator_from_before_a_move_is_out_of_date() -> None:

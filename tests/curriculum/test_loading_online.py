@@ -27,7 +27,7 @@ ROWS = np.array([40, 7, 19, 3])
 def model(make_tiny_model: Callable[..., Path]) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM
 
-    from sparsort.scoring.embedded import quiet_transformers
+    from sparsort.scoring.loading.demo_model import quiet_transformers
 
     with quiet_transformers():
         yield AutoModelForCausalLM.from_pretrained(make_tiny_model("llama")).train()
@@ -92,7 +92,7 @@ def test_higher_is_harder_whatever_the_metric(metric: str) -> None:
     flat, spiked = torch.full((16,), 0.5) + torch.arange(16) / 100, torch.zeros(16)
     spiked[3] = 3.0
     if metric == "l0_relative":
-        # It counts what stands out of the spread, and of a single spike that is one.
+        # This metric counts the outliers of the spread, and a single spike has one.
         flat = torch.cat([torch.zeros(12), torch.ones(4)])
     toy = Toy(torch.stack([flat, spiked]))
     found, _ = measured(toy, {"input_ids": torch.tensor([[0], [1]])}, [0, 1], metric=metric)
@@ -157,11 +157,11 @@ def test_a_packed_micro_batch_that_does_not_fit_its_rows_gives_nothing(model: An
         online.begin()
         model(**batch)
         online.collect([4, 5], 1)
-        with pytest.raises(SparsortError, match="no packed micro-batch held as many examples"):
+        with pytest.raises(SparsortError, match="no packed micro-batch contained as many examples"):
             online.drain()
 
 
-def test_states_without_a_value_are_left_out() -> None:
+def test_states_without_a_value_are_skipped() -> None:
     table = torch.rand((5, 8), generator=torch.Generator().manual_seed(0))
     table[1], table[2, 3] = 0.0, torch.nan
     found, _ = measured(Toy(table), {"input_ids": torch.tensor([[0], [1], [2], [3]])})
@@ -265,7 +265,7 @@ def test_wrapped_models_are_unwrapped(model: Any, wrap: str) -> None:
 def test_nothing_is_read_back_from_the_device_before_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from sparsort.curriculum.loading.online.measure import measure as module
+    from sparsort.curriculum.loading.online import measure as module
 
     class NoReadBack(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -318,7 +318,7 @@ def test_what_cannot_be_measured_says_why(model: Any) -> None:
     with pytest.raises(SparsortError, match="not attached"):
         OnlineDifficulty().begin()
     online = OnlineDifficulty().attach(model)
-    with pytest.raises(SparsortError, match="attached already"):
+    with pytest.raises(SparsortError, match="already attached"):
         online.attach(model)
     with pytest.raises(SparsortError, match="without begin"):
         online.collect(ROWS, 0)

@@ -93,7 +93,7 @@ def weights_of(toy: Toy) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("plan_name", "epochs"), [("pool", 1), ("one_pass", 3)])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_resume_after_any_step_goes_on_as_if_nothing_had_happened(
+def test_a_resume_after_any_step_continues_as_if_nothing_had_happened(
     plan_name: str, epochs: int, micro_batches: int, tmp_path: Path
 ) -> None:
     toy, loader = setting(plan_name, micro_batches=micro_batches)
@@ -277,8 +277,8 @@ def _load(online: OnlineCurriculum, folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 6, "schedule": "shuffle"}, "does not look at difficulty"),
-        ({"batch_size": 6, "direction": "random"}, "does not look at difficulty"),
+        ({"batch_size": 6, "schedule": "shuffle"}, "does not use the difficulty"),
+        ({"batch_size": 6, "direction": "random"}, "does not use the difficulty"),
         ({"token_budget": 20}, "cut for the order"),
         ({"batch_size": 2, "packing": "next_fit", "pack_length": 8}, "cut for the order"),
     ],
@@ -288,7 +288,7 @@ def test_a_plan_that_cannot_be_revised_is_refused_at_once(settings: dict[str, An
     toy, loader = setting("pool")
     with pytest.raises(SparsortError, match=message):
         OnlineCurriculum(toy, CurriculumLoader(plan, loader.dataset, collate_fn=list, verify=False))
-    with pytest.raises(SparsortError, match="running difficulty is of 5 rows"):
+    with pytest.raises(SparsortError, match="running difficulty has 5 rows"):
         OnlineCurriculum(toy, loader, running=RunningDifficulty(5))
 
 
@@ -334,7 +334,9 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_get_the_same_revised_plans_and_one_goes_on_with_them(tmp_path: Path, forks: ForkServer) -> None:
+def test_two_processes_get_the_same_revised_plans_and_one_continues_with_them(
+    tmp_path: Path, forks: ForkServer
+) -> None:
     codes = forks.run_ranks(tmp_path / "ranks", _RANK, Path(__file__).parent, tmp_path)
     assert codes == [0, 0], (tmp_path / "ranks-0.err").read_text(encoding="utf-8")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
@@ -343,7 +345,7 @@ def test_two_processes_get_the_same_revised_plans_and_one_goes_on_with_them(tmp_
     assert len(set(fingerprints)) == 4
     assert len(orders) == STEPS
 
-    # One process goes on from the checkpoint of two: the stage under way comes in the same global batches.
+    # One process resumes from the checkpoint of two, and the current stage has the same global batches.
     toy, loader = setting("pool")
     with OnlineCurriculum(toy, loader) as online:
         online.load(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Pacing against the papers' formulas written out once more, and its promises as properties."""
+"""Pacing against the papers' formulas written out again, and its contract as properties."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_competence_allows_what_platanios_allows(count: int, total: int, c0: flo
 
 def test_where_published_code_differs() -> None:
     total, b = 100, 0.2
-    # Wu et al.'s code, in shares, goes on growing past a·T.
+    # Wu et al.'s code, in shares, continues to grow past a·T.
     wu = {
         "linear": lambda t: (1 - b) / (0.5 * total) * t + b,
         "quadratic": lambda t: (1 - b) / (0.5 * total) ** 2 * t**2 + b,
@@ -223,9 +223,7 @@ def test_a_setting_that_the_formula_does_not_have_is_refused(kind: Any, setting:
     if shares[0] != shares[1]:
         assert str(Pacing.parse(f"{kind}:{setting}")).startswith(kind)
         return
-    with pytest.raises(
-        SparsortError, match=rf"^{name}=.* has no effect: .*kind='{kind}'\. Leave it out, or pass kind="
-    ):
+    with pytest.raises(SparsortError, match=rf"^{name}=.* has no effect: .*kind='{kind}'\. Omit it, or pass kind="):
         Pacing.parse(f"{kind}:{setting}")
     if value not in ("2", "5"):  # the defaults, which count as not given
         with pytest.raises(SparsortError, match="has no effect"):
@@ -271,8 +269,8 @@ def test_bad_text_is_refused(text: str, message: str) -> None:
         ({"start": -0.1}, "start = -0.1"),
         ({"start": math.nan}, "start = nan"),
         ({"start": math.inf}, "start = inf"),
-        ({"start": "0.2"}, "start = '0.2'; a number"),
-        ({"start": True}, "start = True; a number"),
+        ({"start": "0.2"}, "start = '0.2'; expected a number"),
+        ({"start": True}, "start = True; expected a number"),
         ({"until": 0.0}, "share of training after which all are available"),
         ({"until": 1.01}, "until = 1.01"),
         ({"until": math.nan}, "until = nan"),

@@ -129,7 +129,7 @@ def test_each_document_is_in_one_packed_sequence_in_the_plans_order(
         assert sorted(held) == list(range(len(LENGTHS)))
 
 
-def test_the_rows_of_a_packed_batch_are_told_in_order() -> None:
+def test_the_rows_of_a_packed_batch_are_reported_in_order() -> None:
     plan, data = planned(), documents()
     loader = CurriculumLoader(plan, data, rank=1, world_size=2, verify=False)
     for number, batch in enumerate(loader):
@@ -182,7 +182,7 @@ def test_a_row_with_more_tokens_than_the_plan_counted_is_an_error(options: dict[
 def _model(folder: Path, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from sparsort.scoring.embedded import quiet_transformers
+    from sparsort.scoring.loading.demo_model import quiet_transformers
 
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()

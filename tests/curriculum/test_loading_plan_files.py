@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsort import SparsortError, integrity
+from sparsort import SparsortError
 from sparsort.curriculum.loading.plan.pacing import Pacing
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
+from sparsort.storage import integrity
 
 REVERSED = Path(__file__).parents[1] / "data" / "plan_reversed"
 N = 60
@@ -167,5 +168,5 @@ def test_a_process_maps_the_plan_that_it_was_given_and_no_other(tmp_path):
     assert batches_of(copy.copy(plan)) == batches_of(plan_of("paced"))  # by way of its pickled state
     shutil.rmtree(tmp_path / "plan")
     plan_of("packed").save(tmp_path / "plan")
-    with pytest.raises(SparsortError, match="holds another plan than when it was opened"):
+    with pytest.raises(SparsortError, match="contains another plan than when it was opened"):
         copy.copy(plan)

@@ -8,7 +8,7 @@ import sparsort
 from sparsort import SparsortError
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
-from sparsort.scoring.sources import digest_of
+from sparsort.scoring.data.rows import digest_of
 
 ROWS = [
     {"id": f"r{number:02d}", "text": "word " * (1 + number % 7), "lang": "de" if number % 5 == 0 else "en"}
@@ -97,7 +97,7 @@ def test_max_length_is_noted():
 
 
 @pytest.mark.parametrize(("unscored", "place"), [("last", -1), ("first", 0)])
-def test_rows_without_a_score_stand_where_they_are_put(unscored, place):
+def test_rows_without_a_score_are_where_they_are_put(unscored, place):
     difficulty = np.array([3.0, np.nan, -np.inf, np.inf, 1.0])
     plan = plan_curriculum(difficulty, batch_size=2, unscored=unscored)
     rows = rows_of(plan)
@@ -116,7 +116,7 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
     [
         ([], {"batch_size": 1}, "there are no rows"),
         ([np.nan, np.nan], {"batch_size": 1}, "every difficulty is NaN"),
-        ([2.0, 2.0, 2.0], {"batch_size": 1}, "same difficulty, 2.0: there is no easy and no hard"),
+        ([2.0, 2.0, 2.0], {"batch_size": 1}, "same difficulty, 2.0, so the rows cannot be ordered"),
         ([1.0, 2.0], {"batch_size": 3}, "batch_size=3 is above the 2 rows"),
         ([1.0, 2.0], {}, "exactly one, such as batch_size=32"),
         ([1.0, 2.0], {"batch_size": 1, "token_budget": 5}, "exactly one"),
@@ -150,11 +150,15 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
         ([1.0, 2.0], {"token_budget": 8, "packing": "next_fit", "pack_length": 4}, "give batch_size, not token_budget"),
         ([1.0, 2.0], {"token_budget": 8, "max_length": 9}, "max_length=9 is above the 8 tokens"),
         ([1.0, 2.0], {"token_budget": 8, "lengths": [4, 9]}, r"row 1 \(9 tokens\)\. Cut them with max_length=8"),
-        ([1.0, 2.0], {"token_budget": 8, "lengths": [4]}, r"one number of tokens a row, \(2,\), not of shape \(1,\)"),
+        (
+            [1.0, 2.0],
+            {"token_budget": 8, "lengths": [4]},
+            r"one number of tokens per row, \(2,\), not an array of shape \(1,\)",
+        ),
         ([1.0, 2.0], {"batch_size": 1, "groups": "lang"}, "names a field of the data: pass data too"),
         ([1.0, 2.0], {"batch_size": 1, "groups": ["a"]}, "1 groups for 2 rows"),
         ([1.0, 2.0], {"batch_size": 1, "ids": ["a"]}, "1 ids for 2 rows"),
-        ([1.0, 2.0], {"batch_size": 1, "ids": ["a", "a"]}, "'a': an id names one row"),
+        ([1.0, 2.0], {"batch_size": 1, "ids": ["a", "a"]}, "'a': an id identifies one row"),
         (
             [1.0, 2.0],
             {"batch_size": 1, "combination": "rank"},
@@ -163,11 +167,11 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
         ([1.0, 2.0], {"batch_size": 1, "schedule": "as_given", "later_epochs": "shuffle"}, "no easy and hard end"),
         ([1.0, 2.0], {"batch_size": 1, "pacing": 0.2, "stages": 1}, "pacing must be a Pacing or its text"),
         ([1.0, 2.0], {"batch_size": 1, "warm_up": "0.3"}, "between 0 and 1, not '0.3'"),
-        ([1.0, 2.0], {"batch_size": 1, "weights": {"difficulty": 2}}, "weights weigh several scores"),
+        ([1.0, 2.0], {"batch_size": 1, "weights": {"difficulty": 2}}, "only one score was given"),
         ([1.0, 2.0], {"batch_size": 1, "combination": "lexicographic"}, "combination='lexicographic' has no effect"),
         ([1.0, 2.0], {"batch_size": 1, "combination": "lexicografic"}, "Did you mean 'lexicographic'"),
         ([1.0, 2.0], {"batch_size": 1, "id_column": "uid"}, "id_column='uid' has no effect: numbers have no ids"),
-        ([[1.0], [2.0]], {"batch_size": 1}, r"one number a row, \(N,\), not float64 of shape \(2, 1\)"),
+        ([[1.0], [2.0]], {"batch_size": 1}, r"one number per row, \(N,\), not float64 of shape \(2, 1\)"),
     ],
 )
 def test_what_makes_no_plan_is_refused(difficulty, given_, message):
@@ -181,10 +185,10 @@ POOL = {"mode": "pool", "steps": 5, "pacing": "linear", "batch_size": 4}
 @pytest.mark.parametrize(
     ("quotas", "message"),
     [
-        ({"a": 0.5, "c": 0.5}, "no examples.* 'c'"),
+        ({"a": 0.5, "c": 0.5}, "unknown group in quotas 'c'"),
         ([0.5, 0.5], "shares above 0 that sum to 1"),
         ({"a": "0.5", "b": 0.5}, "shares above 0 that sum to 1"),
-        ({"a": 1.0}, r"say nothing of the group\(s\) b"),
+        ({"a": 1.0}, r"have no share for the group\(s\) b"),
         ({"a": 0.5, "b": 0.4}, "sum to 1"),
         ({"a": 0.2, "b": 0.8}, "the quota 0.8 of group 'b' is up to 4 examples of a batch of 4, and the group has 2"),
     ],

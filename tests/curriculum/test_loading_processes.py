@@ -339,7 +339,7 @@ def test_packed_sequences_stay_whole_and_in_order_over_ranks_and_a_resume(server
     ],
     ids=["one_pass", "pool"],
 )
-def test_an_online_curriculum_is_planned_anew_and_resumes_exactly(
+def test_an_online_curriculum_is_planned_again_and_resumes_exactly(
     server: Server, tmp_path: Path, world: int, settings: dict[str, Any], at: list[int]
 ) -> None:
     plan = _plan(tmp_path / "plan", 61, **settings)
@@ -359,7 +359,7 @@ def test_an_online_curriculum_is_planned_anew_and_resumes_exactly(
         assert resumed == [[line for line in lines if line["step"] >= step] for lines in straight], step
     server.start(tmp_path / "off", "trainer", resume=checkpoint, **{**job, "online": False})
     assert server.finish() == [1] * world
-    assert "Resume with online=" in (tmp_path / "off" / "output-0.txt").read_text()
+    assert "Resume with the same online=" in (tmp_path / "off" / "output-0.txt").read_text()
 
 
 def _is_killed(server: Server, log: Path, kind: str, **job: Any) -> bool:

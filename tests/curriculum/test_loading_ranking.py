@@ -59,7 +59,7 @@ def test_an_id_names_one_row():
 
 @pytest.mark.parametrize("given_", [np.zeros((3, 2)), np.array(["a", "b"])])
 def test_what_is_no_column_of_numbers_is_refused(given_):
-    with pytest.raises(SparsortError, match="one number a row"):
+    with pytest.raises(SparsortError, match="one number per row"):
         rank_rows(given_)
 
 

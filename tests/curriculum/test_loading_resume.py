@@ -242,7 +242,7 @@ def test_after_the_last_batch_the_next_epoch_follows_whether_the_loop_ended_or_n
 
 
 class Many:
-    """Any number of rows of many columns with long names, none of which is stored."""
+    """Any number of rows with many columns that have long names; nothing is stored."""
 
     def __len__(self) -> int:
         return self.n
@@ -274,8 +274,8 @@ def _state(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "no state of a CurriculumLoader"),
-        (None, "no state of a CurriculumLoader: None"),
+        ({}, "not a state of a CurriculumLoader"),
+        (None, "not a state of a CurriculumLoader: None"),
         ({"_iterator": 1, "samples": 7}, "keys _iterator, samples"),
         (_state(version=2), "version 2; this sparsort reads 1. Resume with the sparsort that wrote it"),
         (_state(version="1"), "damaged: its format version is .1., not a whole number"),
@@ -302,7 +302,7 @@ def test_a_state_of_something_else_is_refused(state: Any, message: str) -> None:
         ({"seed": 1}, "differ in seed 0 → 1"),
         ({"stages": 2, "direction": "random"}, "differ in direction 'easy_to_hard' → 'random', stages 3 → 2"),
         ({"later_epochs": "shuffle"}, "a setting such as pacing"),
-        ({"batch_size": None, "token_budget": 40}, "plan has another measure"),
+        ({"batch_size": None, "token_budget": 40}, "plan has a token budget"),
     ],
 )
 def test_a_state_of_another_plan_is_refused_with_what_differs(other: dict[str, Any], message: str) -> None:
@@ -313,7 +313,7 @@ def test_a_state_of_another_plan_is_refused_with_what_differs(other: dict[str, A
 def test_a_state_of_other_scores_or_other_data_is_refused() -> None:
     plan = make_plan("stages")
     scores = plan_curriculum(np.arange(47), lengths=plan.lengths, batch_size=8, stages=3)
-    with pytest.raises(SparsortError, match="settings are the same, so the scores"):
+    with pytest.raises(SparsortError, match="settings are the same, so the plans were made from different scores"):
         load(scores).load_state_dict(_state())
     changed = [{"input_ids": [row["input_ids"][0] + 1]} for row in tokens()]
     with pytest.raises(SparsortError, match=r"other values in input_ids\. Resume with that data"):

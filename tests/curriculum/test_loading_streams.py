@@ -28,7 +28,7 @@ N = 31
 
 
 class Lines:
-    """A plain iterable, begun anew each time, that knows how far it was read."""
+    """A plain iterable, that starts again each time, that knows how far it was read."""
 
     def __init__(self, n: int = N) -> None:
         self.n, self.furthest = n, 0
@@ -142,7 +142,7 @@ def test_a_stream_is_packed_and_cut_by_tokens_as_the_same_rows_are() -> None:
 def test_a_stream_of_another_length_than_the_plans_is_an_error(workers: int) -> None:
     with pytest.raises(SparsortError, match="ended after 29 rows, and the plan was made for 31"):
         list(load(as_given(), Lines(29), num_workers=workers))
-    with pytest.raises(SparsortError, match="goes on after the 31 rows"):
+    with pytest.raises(SparsortError, match="continues after the 31 rows"):
         list(load(as_given(), Lines(32), num_workers=workers))
     loader = load(as_given(), Lines(5), num_workers=workers)
     loader.load_state_dict({**loader.state_dict(), "batch": 4})
@@ -167,7 +167,7 @@ def test_a_stream_under_a_plan_that_puts_it_in_another_order_is_refused() -> Non
 def test_what_can_be_read_only_once_or_not_at_all_is_refused() -> None:
     with pytest.raises(SparsortError, match="can be read only once"):
         load(as_given(), iter(Lines()))
-    with pytest.raises(SparsortError, match="a int is no dataset"):
+    with pytest.raises(SparsortError, match="a int is not a dataset"):
         load(as_given(), 7)
 
 
@@ -185,7 +185,7 @@ def test_an_error_of_the_stream_names_the_rows() -> None:
 
     with pytest.raises(ValueError, match="cannot parse") as caught:
         list(load(as_given(), Broken()))
-    assert "Rows asked for, in order: 5, 6, 7, 8, 9 (epoch 0, global batch 1)." in caught.value.__notes__
+    assert "Requested rows, in order: 5, 6, 7, 8, 9 (epoch 0, global batch 1)." in caught.value.__notes__
 
 
 def test_lists_and_datasets_are_no_streams() -> None:
@@ -215,7 +215,7 @@ def test_the_features_of_a_datasets_stream_are_kept(tmp_path: Path) -> None:
     assert materialize(stream, tmp_path / "rows").features == features
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_what_cannot_be_written_leaves_no_files(tmp_path: Path) -> None:
     class Fails(Lines):
         def __iter__(self) -> Iterator[dict[str, Any]]:
             yield from super().__iter__()
@@ -229,7 +229,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
         materialize([], tmp_path / "rows")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "rows").mkdir()
-    with pytest.raises(SparsortError, match=r"exists\. Open what is in it with"):
+    with pytest.raises(SparsortError, match=r"already exists\. Open it with"):
         materialize(Lines(), tmp_path / "rows")
     (tmp_path / "file").write_text("")
     with pytest.raises(SparsortError, match="cannot write"):

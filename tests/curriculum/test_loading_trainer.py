@@ -153,7 +153,7 @@ def test_the_model_sees_the_plans_batches_and_each_row_once_an_epoch(whole: tupl
 
 @pytest.mark.parametrize("step", [1, 5, N_BATCHES - 1, N_BATCHES, N_BATCHES + 1, 2 * N_BATCHES - 1])
 @pytest.mark.parametrize("restore", [False, True])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(
     whole: tuple[Path, Mine], tmp_path: Path, step: int, restore: bool
 ) -> None:
     folder, straight = whole
@@ -283,7 +283,7 @@ def test_a_mixin_works_on_another_trainer_and_on_a_plain_list(tmp_path: Path) ->
     trainer.train()
     assert _global(trainer.seen) == [plan.batch(number).tolist() for number in range(3)]
     assert trainer.losses == 6
-    trainer.train()  # a second run begins anew
+    trainer.train()  # a second run starts again
     assert _global(trainer.seen)[3:] == _global(trainer.seen)[:3]
 
 
@@ -315,18 +315,18 @@ def test_a_checkpoint_taken_before_the_step_is_finished_repeats_that_step(tmp_pa
         (
             {},
             {"max_steps": 15},
-            "the last 7 batches of the curriculum are trained on 1 times, and the beginning once more",
+            "the last 7 batches of the curriculum are trained on 1 times, and the beginning 2 times",
         ),
         ({}, {"num_train_epochs": 1}, None),
         ({"later_epochs": "shuffle"}, {"max_steps": 15}, None),
         (
             {"mode": "pool", "steps": 4, "pacing": Pacing(kind="linear", start=0.2), "stages": None},
             {},
-            "after 4 the pacing begins anew with the easiest. For one course of it set max_steps=4, or plan with steps=8",
+            "after 4 the pacing starts again with the easiest. To go through it once, set max_steps=4, or plan with steps=8",
         ),
     ],
 )
-def test_a_curriculum_that_is_not_gone_through_whole_is_said(
+def test_a_curriculum_that_is_not_completed_is_reported(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     settings: dict[str, Any],
@@ -340,9 +340,9 @@ def test_a_curriculum_that_is_not_gone_through_whole_is_said(
     trainer = _trainer(tmp_path, _plan(**settings), save_strategy="no", **options)
     trainer.add_callback(Enough())
     trainer.train()
-    said = [record.getMessage() for record in caplog.records if record.name == "sparsort"]
-    assert len(said) == (message is not None)
-    assert message is None or message in said[0]
+    messages = [record.getMessage() for record in caplog.records if record.name == "sparsort"]
+    assert len(messages) == (message is not None)
+    assert message is None or message in messages[0]
 
 
 # Difficulty that is measured while training
@@ -413,7 +413,7 @@ def test_a_position_that_does_not_belong_to_the_step_is_refused(whole: tuple[Pat
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_same_global_batch_in_other_pieces_goes_on_in_the_same_order(
+def test_the_same_global_batch_in_other_pieces_continues_in_the_same_order(
     whole: tuple[Path, Mine], tmp_path: Path, accumulation: int
 ) -> None:
     plan, per_device = _plan(batch_size=6), 6 // accumulation
@@ -433,7 +433,7 @@ def test_the_same_global_batch_in_other_pieces_goes_on_in_the_same_order(
     [
         (
             (12, 4, 2, 2),
-            "make a global batch of 16; the plan's is 12. Use per_device_train_batch_size=3 with gradient_acc",
+            "give a global batch of 16; the plan has 12. Use per_device_train_batch_size=3 with gradient_acc",
         ),
         (
             (48, 8, 2, 4),
@@ -454,7 +454,7 @@ def test_arguments_of_another_global_batch_are_refused_with_those_that_fit(
 
 
 def test_the_trainer_refuses_what_it_cannot_do_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SparsortError, match=r"make a global batch of 8; the plan's is 4"):
+    with pytest.raises(SparsortError, match=r"give a global batch of 8; the plan has 4"):
         _trainer(tmp_path, per_device_train_batch_size=4).train()
     asked = {"auto_find_batch_size": True, "train_sampling_strategy": "group_by_length", "dataloader_drop_last": True}
     for name, value in {**asked, "accelerator_config": {"dispatch_batches": True}}.items():
@@ -472,5 +472,5 @@ def test_the_trainer_refuses_what_it_cannot_do_exactly(tmp_path: Path, monkeypat
         trainer.get_train_dataloader()
     with pytest.raises(SparsortError, match="train_dataset"):
         Mine(_model(), _arguments(tmp_path), curriculum=_plan()).train()
-    with pytest.raises(SparsortError, match="holds no curriculum plan"):
+    with pytest.raises(SparsortError, match="contains no curriculum plan"):
         Mine(_model(), _arguments(tmp_path), curriculum=tmp_path / "none", train_dataset=_rows())

@@ -164,9 +164,9 @@ def test_arguments_that_batch_for_generation_or_reorder_rows_are_refused() -> No
     for name in ("num_generations", "generation_batch_size", "steps_per_generation"):
         with pytest.raises(SparsortError, match=rf"^Moving {REFUSED} \(Args sets {name}\)"):
             refuse_own_batches(mixed, CurriculumMixin, Args(**{name: 4}))
-    with pytest.raises(SparsortError, match=r"packing=True has Moving .*plan_curriculum\(…, packing='next_fit'"):
+    with pytest.raises(SparsortError, match=r"packing=True makes Moving .*plan_curriculum\(…, packing='next_fit'"):
         refuse_own_batches(mixed, CurriculumMixin, Args(packing=True))
-    with pytest.raises(SparsortError, match=r"shuffle_dataset=True has Moving .* leave it out: the plan orders"):
+    with pytest.raises(SparsortError, match=r"shuffle_dataset=True makes Moving .* omit it: the plan orders"):
         refuse_own_batches(mixed, CurriculumMixin, Args(shuffle_dataset=True))
 
 
@@ -247,7 +247,7 @@ def test_sft_trains_in_the_plans_order_and_refuses_other_rows(tmp_path: Path) ->
         cls("no/such-model", _arguments(config, tmp_path, **options), train_dataset=data.shuffle(seed=0), **given)
     for name in ("packing", "shuffle_dataset"):
         arguments = _arguments(config, tmp_path, **options, **{name: True})
-        with pytest.raises(SparsortError, match=f"{name}=True has SFTTrainer put the rows"):
+        with pytest.raises(SparsortError, match=f"{name}=True makes SFTTrainer put the rows"):
             cls("no/such-model", arguments, train_dataset=data, **given)
 
 

@@ -17,7 +17,7 @@ from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin, CurriculumTrainer
 from sparsort.errors import SparsortError
-from sparsort.scoring.scores import Scores
+from sparsort.scoring.store.scores import Scores
 
 OTHER_ROWS = "not the rows that the plan was made for, or they are in another order"
 INCOMPARABLE = "cannot tell whether these are the rows"

@@ -20,9 +20,9 @@ from sparsort.curriculum.loading.loader.verification import note_rows, verify_ev
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
-from sparsort.integrity import seal
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import digest_of
+from sparsort.scoring.data.rows import digest_of
+from sparsort.scoring.store.scores import Scores
+from sparsort.storage.integrity import seal
 
 N = 300  # more than the rows of a sample
 ROWS = [{"id": f"r{place}", "text": f"{place} " + "word " * (1 + place * 7 % 13)} for place in range(N)]
@@ -300,7 +300,9 @@ def test_a_data_frame_is_refused_by_name(plan: CurriculumPlan) -> None:
             lambda frame=frame: verify_rows(plan, frame),
             lambda frame=frame: plan_curriculum(np.arange(float(N)), data=frame, batch_size=8),
         ):
-            with pytest.raises(SparsortError, match=r"DataFrame has no rows .*from_pandas\(frame\)"):
+            with pytest.raises(
+                SparsortError, match=r"rows of a DataFrame cannot be read by position.*from_pandas\(frame\)"
+            ):
                 call()
 
 
@@ -385,7 +387,7 @@ def test_a_folder_is_not_taken_over_by_the_same_batches_of_other_rows(tmp_path: 
     rows = [{"id": str(place), "text": f"row {place}"} for place in range(20)]
     plan_curriculum(difficulty, data=rows, batch_size=4, out=tmp_path / "plan")
     for other in ({"data": rows[::-1]}, {"data": only(rows[::-1], "id", "text"), "fingerprint": "new"}):
-        with pytest.raises(SparsortError, match="already holds another plan"):
+        with pytest.raises(SparsortError, match="already contains another plan"):
             plan_curriculum(difficulty, batch_size=4, out=tmp_path / "plan", **other)
     again = plan_curriculum(difficulty, batch_size=4, fingerprint="new", out=tmp_path / "plan")
     assert (again.notes["fingerprint"], again.notes["ids"]["column"]) == ("new", "id")
@@ -393,10 +395,10 @@ def test_a_folder_is_not_taken_over_by_the_same_batches_of_other_rows(tmp_path: 
 
 def test_scores_of_rows_in_another_order_are_not_combined_by_position() -> None:
     first, same, other = scored(ROWS), scored(ROWS), scored(ROWS[::-1])
-    with pytest.raises(SparsortError, match=r"the scores a and b are of other rows.* such as row 0"):
+    with pytest.raises(SparsortError, match=r"the scores a and b belong to different rows.* such as row 0"):
         plan_curriculum({"a": first, "b": other}, batch_size=8)
     bare = [scored(only(rows, "text")) for rows in (ROWS, ROWS[::-1])]
-    with pytest.raises(SparsortError, match=r"the scores a and b are of other rows"):
+    with pytest.raises(SparsortError, match=r"the scores a and b belong to different rows"):
         plan_curriculum({"a": bare[0], "b": bare[1]}, batch_size=8)
     plan = plan_curriculum({"a": first, "b": same}, batch_size=8)
     with pytest.raises(SparsortError, match=OTHER_ROWS):

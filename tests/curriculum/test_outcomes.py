@@ -1,4 +1,4 @@
-"""`curriculum.ablation.outcomes`: columns that fit together, and nothing that is not a number."""
+"""`curriculum.ablation.store.outcomes`: columns that fit together, and nothing that is not a number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsort.curriculum.ablation.outcomes import Outcomes, Shape, from_tables, shape_of, to_table
+from sparsort.curriculum.ablation.store.outcomes import Outcomes, Shape, from_tables, shape_of, to_table
 from sparsort.errors import SparsortError
 
 

@@ -181,7 +181,7 @@ def test_chat_without_a_template() -> None:
 
 def test_real_tokenizer_and_its_chat_template(make_tiny_model: Callable[..., Path]) -> None:
     folder = str(make_tiny_model())
-    from sparsort.scoring.embedded import load_tokenizer
+    from sparsort.scoring.loading.demo_model import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     for chat in (False, True):

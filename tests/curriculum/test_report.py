@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from simulated_results import simulate
 
-from sparsort.curriculum.ablation import statistics
-from sparsort.curriculum.ablation.cells import Arm, Group
-from sparsort.curriculum.ablation.report import compare, rows
-from sparsort.curriculum.ablation.report.head import duration, facts
-from sparsort.curriculum.ablation.report.shape import Report
-from sparsort.curriculum.ablation.report.summary import summarise
-from sparsort.curriculum.ablation.results import Results
+from sparsort.curriculum.ablation.report.numbers import compare, rows
+from sparsort.curriculum.ablation.report.numbers.shape import Report
+from sparsort.curriculum.ablation.report.numbers.summary import summarise
+from sparsort.curriculum.ablation.report.page.head import duration, facts
+from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.statistics import differences as statistics
 
 ARMS = ["sparse_to_dense", "similarity_ascending", "pdo", "density", "oracle_best"]
 

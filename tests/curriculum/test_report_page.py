@@ -17,15 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_results import simulate
 
-from sparsort.curriculum.ablation.cells import Arm
-from sparsort.curriculum.ablation.report import forest, panels, pareto, sheets, svg, tables
-from sparsort.curriculum.ablation.report.html import render
-from sparsort.curriculum.ablation.report.markdown import escaped, fenced, markdown
-from sparsort.curriculum.ablation.report.shape import Difference, Report
-from sparsort.curriculum.ablation.report.style import PALETTE, plain, styled
-from sparsort.curriculum.ablation.report.summary import summarise
+from sparsort.curriculum.ablation.report.figures import forest, panels, pareto, sheets, svg
+from sparsort.curriculum.ablation.report.figures.style import PALETTE, plain, styled
+from sparsort.curriculum.ablation.report.numbers.shape import Difference, Report
+from sparsort.curriculum.ablation.report.numbers.summary import summarise
+from sparsort.curriculum.ablation.report.page import tables
+from sparsort.curriculum.ablation.report.page.html import render
+from sparsort.curriculum.ablation.report.page.markdown import escaped, fenced, markdown
 from sparsort.curriculum.ablation.report.write import write_report
-from sparsort.curriculum.ablation.results import Results
+from sparsort.curriculum.ablation.results.cells import Arm
+from sparsort.curriculum.ablation.results.results import Results
 from sparsort.errors import SparsortError
 
 EVIL = '</script><script>window.bad=1</script><img src=x onerror="window.bad=2">&\'`|*_$x$'

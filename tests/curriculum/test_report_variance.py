@@ -19,14 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.cells import Arm, ArmKind, Group, SetInfo
-from sparsort.curriculum.ablation.report import forest, panels, rows, sheets, tables
-from sparsort.curriculum.ablation.report.markdown import markdown
-from sparsort.curriculum.ablation.report.shape import Difference, Report
-from sparsort.curriculum.ablation.report.style import Tips, blank, styled
-from sparsort.curriculum.ablation.report.summary import summarise
+from sparsort.curriculum.ablation.report.figures import forest, panels, sheets
+from sparsort.curriculum.ablation.report.figures.style import Tips, blank, styled
+from sparsort.curriculum.ablation.report.numbers import rows
+from sparsort.curriculum.ablation.report.numbers.shape import Difference, Report
+from sparsort.curriculum.ablation.report.numbers.summary import summarise
+from sparsort.curriculum.ablation.report.page import tables
+from sparsort.curriculum.ablation.report.page.markdown import markdown
 from sparsort.curriculum.ablation.report.write import write_report
-from sparsort.curriculum.ablation.results import Results
+from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
+from sparsort.curriculum.ablation.results.results import Results
 
 ARMS: dict[str, ArmKind] = {"given": "named", "pdo": "chosen", "oracle_best": "oracle"}
 K = 2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from sparsort.curriculum.ablation import resampling
+from sparsort.curriculum.ablation.statistics import resampling
 from sparsort.errors import SparsortError
 
 Floats = NDArray[np.float64]

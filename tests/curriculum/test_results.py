@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.ablation.cells import Arm, Group, SetInfo
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.results_file import ARRAYS, RESULTS
+from sparsort.curriculum.ablation.results.cells import Arm, Group, SetInfo
+from sparsort.curriculum.ablation.results.file import ARRAYS, RESULTS
+from sparsort.curriculum.ablation.results.results import Results
 from sparsort.errors import SparsortError
 
 

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import integrate, stats
 
-from sparsort.curriculum.ablation import resampling
-from sparsort.curriculum.ablation.sample_size import items_needed, needed, power_of_sets, sets_needed
+from sparsort.curriculum.ablation.statistics import resampling
+from sparsort.curriculum.ablation.statistics.sample_size import items_needed, needed, power_of_sets, sets_needed
 from sparsort.errors import SparsortError
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsort.curriculum.demos import similarity
-from sparsort.curriculum.demos.pool import DemoPool
+from sparsort.curriculum.demos.pool import similarity
+from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.pool.similarity import WordIndex, sentence_embeddings
 from sparsort.curriculum.demos.select import SELECTORS, diverse, select_demos
-from sparsort.curriculum.demos.similarity import WordIndex, sentence_embeddings
 from sparsort.errors import SparsortError
 
 TEXTS = [

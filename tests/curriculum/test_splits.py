@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from work import count_calls
 
-from sparsort.curriculum.ablation.selectors import SELECTORS
-from sparsort.curriculum.ablation.splits import draw_sets, read_rows, split_rows
-from sparsort.curriculum.ablation.tasks import Task
-from sparsort.curriculum.demos.leaks import find_leaks
+from sparsort.curriculum.ablation.recipe.selectors import SELECTORS
+from sparsort.curriculum.ablation.recipe.splits import draw_sets, read_rows, split_rows
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.demos.pool.leaks import find_leaks
 from sparsort.errors import SparsortError
 
 TASK = Task(name="moods", prompt="Review: {text}\nMood:", answer=" {label}", labels={"0": "bad", "1": "good"})

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from sparsort.curriculum.ablation import resampling, statistics
-from sparsort.curriculum.ablation.estimates import estimate
+from sparsort.curriculum.ablation.statistics import differences as statistics
+from sparsort.curriculum.ablation.statistics import resampling
+from sparsort.curriculum.ablation.statistics.estimates import estimate
 from sparsort.errors import SparsortError
 
 Bools = NDArray[np.bool_]

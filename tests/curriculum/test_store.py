@@ -1,4 +1,4 @@
-"""`curriculum.ablation.store`: what is written comes back, and a store of another model is refused."""
+"""`curriculum.ablation.store.store`: what is written comes back, and a store of another model is refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from work import count_calls
 
-from sparsort.curriculum.ablation import store_folder
-from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.store import OutcomeStore
+from sparsort.curriculum.ablation.store import folder as store_folder
+from sparsort.curriculum.ablation.store.outcomes import Outcomes
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
 
 IDENTITY: dict[str, Any] = {"weights": "ab12", "tokenizer": "cd34", "dtype": "float32", "engine": 1}

@@ -1,4 +1,4 @@
-"""`curriculum.ablation.store`: what was acknowledged stays, whatever is killed, damaged or run at once."""
+"""`curriculum.ablation.store.store`: what was acknowledged stays, whatever is killed, damaged or run at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from handshake import Child
 
-from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.store import OutcomeStore
+from sparsort.curriculum.ablation.store.outcomes import Outcomes
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
 
 IDENTITY: dict[str, Any] = {"weights": "ab12", "tokenizer": "cd34", "dtype": "float32", "engine": 1}
@@ -74,7 +74,7 @@ def python(script: str, *arguments: object, cwd: Path) -> Child:
         "from pathlib import Path\n"
         "from handshake import die_in, hold\n"
         "from sparsort.errors import SparsortError\n"
-        "from sparsort.curriculum.ablation.store import OutcomeStore, Outcomes\n"
+        "from sparsort.curriculum.ablation.store.store import OutcomeStore, Outcomes\n"
         f"FEATURES = {FEATURES!r}\n"
         f"IDENTITY = {IDENTITY!r}\n"
     )
@@ -445,7 +445,7 @@ def test_without_locks_every_claim_succeeds_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with make(tmp_path).claim("g") as ours:
         assert ours
-    assert "knows no locks" in caplog.text
+    assert "does not support locks" in caplog.text
 
 
 def test_a_claim_clears_what_was_left_half_written_long_ago(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toml_text import dump
 
-from sparsort.curriculum.ablation import tables
-from sparsort.curriculum.ablation.tasks import (
+from sparsort.curriculum.ablation.recipe import tables
+from sparsort.curriculum.ablation.recipe.tasks import (
     Task,
     check_rows,
     load_task,

@@ -50,7 +50,7 @@ def test_missing_field_names_the_row_the_fields_and_the_nearest() -> None:
 def test_null_and_unformattable_values_are_refused() -> None:
     with pytest.raises(SparsortError, match="null in the field 'a'"):
         render("{a}", {"a": None}, where="row 1")
-    with pytest.raises(SparsortError, match="does not take the format"):
+    with pytest.raises(SparsortError, match="does not accept the format"):
         render("{a:d}", {"a": "text"}, where="row 1")
 
 

@@ -121,7 +121,7 @@ def test_a_sort_that_shared_memory_cannot_hold_falls_back(width, shared, gini, f
     monkeypatch.setenv("SPARSORT_SPARSITY", "triton")
     if falls_back:
         with pytest.raises(
-            SparsortError, match=f"width {width} takes 131072 bytes of shared memory, the GPU has 101376"
+            SparsortError, match=f"width {width} takes 131072 bytes of shared memory, but the GPU has 101376"
         ):
             backend._runner(states, gini)
 
@@ -150,7 +150,7 @@ def test_overrides(monkeypatch):
     with pytest.raises(SparsortError, match=r"torch sees 2 CUDA devices.*machine: cpu, cuda, cuda:1"):
         backend.default_device()
     monkeypatch.setenv("SPARSORT_DEVICE", "gpu")
-    with pytest.raises(SparsortError, match="is no device"):
+    with pytest.raises(SparsortError, match="is not a device"):
         backend.default_device()
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from selections import check_blocks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,7 +124,7 @@ def make(
         used = (order <= own[:, None, :, None]) & (torch.rand(order.shape, generator=generator) < 0.6)
         used &= torch.rand(B, groups, T, 1, generator=generator) < 0.9
         selection = Selection(blocks=torch.where(used, order, -1).int(), block_size=size)
-    selection.check(layout)
+    check_blocks(selection, layout)
     padding = (layout.span_of_query("cpu") < 0)[:, None, :, None]
     unkeyed = (key_places(layout, "cpu")[0] < 0)[:, None, :, None]
     # Heads after tokens in memory, as the projections of a layer leave them.
@@ -232,7 +233,7 @@ def test_the_selection_is_the_reference(
             for way in ("blocks", "short"):
                 force(elements, way)
                 found = index_select(*inputs, layout, budget, block_size=shape[-1], scale=0.5)
-                found.check(layout)
+                check_blocks(found, layout)
                 torch.testing.assert_close(found.blocks, expected.blocks, rtol=0, atol=0)
 
 

@@ -47,7 +47,7 @@ WRONG = [
     (
         "query",
         torch.zeros(2, 4, 6, 8, device="meta"),
-        "(key|index_query) is on cpu and query on meta; bring them to one device",
+        "(key|index_query) is on cpu and query on meta; move them to one device",
     ),
     ("key", torch.zeros(2, 2, 6, 7), r"key has shape \(2, 2, 6, 7\); expected \(2, any, 6, 8\)"),
     ("key", torch.zeros(2, 2, 7, 8), r"key has shape \(2, 2, 7, 8\)"),
@@ -140,9 +140,9 @@ def test_a_scale_that_is_no_finite_number_is_refused(scale):
 
 def test_tensors_without_a_width_or_a_group_are_refused():
     query, key, value, index_query, index_key, selection, _ = inputs_but().values()
-    with pytest.raises(SparsortError, match="query is of width 0"):
+    with pytest.raises(SparsortError, match="query has width 0"):
         attend(query[..., :0], key[..., :0], value[..., :0], selection, LAYOUT)
-    with pytest.raises(SparsortError, match="index_query is of width 0"):
+    with pytest.raises(SparsortError, match="index_query has width 0"):
         index_select(index_query[..., :0], index_key[..., :0], LAYOUT, FixedBudget(blocks=1), block_size=4)
     with pytest.raises(SparsortError, match="index_query has no groups"):
         index_select(index_query[:, :0], index_key, LAYOUT, FixedBudget(blocks=1), block_size=4)
@@ -166,7 +166,7 @@ def test_triton_forced_where_it_cannot_run_is_refused(monkeypatch):
     with pytest.raises(SparsortError, match=message):
         index_select(index_query, index_key, LAYOUT, FixedBudget(blocks=1), block_size=4)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(SparsortError, match="float64 tensors want float64 arithmetic"):
+    with pytest.raises(SparsortError, match="float64 tensors need float64 arithmetic"):
         attend(query.double(), key.double(), value.double(), selection, LAYOUT)
     monkeypatch.setenv("SPARSORT_BLOCKSPARSE", "tritn")
     with pytest.raises(SparsortError, match=r"unknown value of SPARSORT_BLOCKSPARSE 'tritn'\. Did you mean 'triton'"):

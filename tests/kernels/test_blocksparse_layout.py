@@ -137,8 +137,8 @@ def span(row=0, query_start=0, queries=2, key_start=0, keys=2):
         ([span(query_start=-1)], "query column 0"),
         ([span(), span(query_start=1, key_start=2)], "ended .query column 2, key column 2"),
         ([span(), span(query_start=2, key_start=1)], "ended .query column 2, key column 2"),
-        ([span(query_start=3)], "end at query column 5 and key column 2, and the tensors have 4 and 6"),
-        ([span(key_start=3, keys=4)], "end at query column 2 and key column 7, and the tensors have 4 and 6"),
+        ([span(query_start=3)], "end at query column 5 and key column 2, but the tensors have 4 and 6"),
+        ([span(key_start=3, keys=4)], "end at query column 2 and key column 7, but the tensors have 4 and 6"),
     ],
 )
 def test_sequences_that_do_not_fit_are_refused(spans, message):
@@ -175,6 +175,6 @@ def test_what_is_kept_from_inference_mode_serves_training():
 @pytest.mark.parametrize("lengths", [[3, 4], 3, ["ab"], [[1.5]], [[3, -1]], None])
 def test_lengths_that_are_none_are_refused(lengths):
     with pytest.raises(
-        SparsortError, match=r"expected for each row the lengths of its sequences, such as \[\[3, 4\], \[7\]\]"
+        SparsortError, match=r"expected, for each row, the lengths of its sequences, such as \[\[3, 4\], \[7\]\]"
     ):
         Layout.from_lengths(lengths)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from selections import check_blocks
 from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -110,7 +111,7 @@ def test_selection_is_the_references(name, budget, size, tensors):
     layout = LAYOUTS[name]
     *_, index_query, index_key = tensors(layout)
     found = index_select(index_query, index_key, layout, budget, block_size=size)
-    found.check(layout)
+    check_blocks(found, layout)
     expected = reference.index_select_ref(index_query, index_key, layout, budget, block_size=size, scale=0.5)
     assert found.block_size == size
     assert found.blocks.tolist() == expected.blocks.tolist()

@@ -100,7 +100,7 @@ def test_counts_are_of_used_slots_wherever_they_stand():
     [
         ([[0, -1], [1, 0]], r"block 1 of \(row, group, query\) \(0, 0, 1\) is not a block that its query can see"),
         ([[0, -1], [-2, 0]], r"block -2 of \(row, group, query\) \(0, 0, 1\)"),
-        ([[0, -1], [0, 0]], r"block 0 of \(row, group, query\) \(0, 0, 1\) stands twice"),
+        ([[0, -1], [0, 0]], r"block 0 of \(row, group, query\) \(0, 0, 1\) is twice"),
     ],
 )
 def test_blocks_that_no_query_may_hold_are_found(blocks, message):

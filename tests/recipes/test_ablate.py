@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsort.curriculum.ablation.tasks import Task
+from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.errors import SparsortError
 from sparsort.recipes.ablate import find_source
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from command_line import run
 
-from sparsort import cache as user_cache
-from sparsort.recipes.order_config import OrderConfig
-from sparsort.recipes.order_demos import order_file
-from sparsort.recipes.scorer_config import ScorerConfig
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.model_spec import ModelSpec
+from sparsort.recipes.order.config import OrderConfig
+from sparsort.recipes.order.order import order_file
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.scoring.model.backbone import Backbone
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.storage import cache as user_cache
 
 ROWS = [{"id": f"q{n}", "question": f"How many apples are left of {n}?", "answer": str(n)} for n in range(12)]
 QUERY = "How many pears are left of 7?"
@@ -113,7 +113,7 @@ def test_python_writes_nothing_unless_asked(file: Path, model: str, cache: Path)
 def test_a_model_with_code_of_its_own_is_read_every_time_and_a_note_says_why(
     file: Path, model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsort.scoring.row_cache.obstacle", lambda backbone: "it runs code of its own")
+    monkeypatch.setattr("sparsort.scoring.store.row_cache.obstacle", lambda backbone: "it runs code of its own")
     found = _order(file, "--model", model)
     assert found["cache"] is None
     assert "nothing was kept in the cache: it runs code of its own." in found["notes"]
@@ -146,7 +146,7 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else_is_touched(file: Path,
 def test_models_beyond_the_limit_go_the_least_recently_used_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from sparsort.scoring import conversions
+    from sparsort.scoring.loading import conversions
 
     monkeypatch.setenv("SPARSORT_CACHE_MODELS_GB", "0.000003")
     for number, name in enumerate(["a", "b", "c"]):
@@ -163,7 +163,7 @@ def test_models_beyond_the_limit_go_the_least_recently_used_first(cache: Path, m
 
 
 def test_env_shows_what_the_cache_holds(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr("sparsort.scoring.embedded.demo_folder", lambda: cache)
+    monkeypatch.setattr("sparsort.scoring.loading.demo_model.demo_folder", lambda: cache)
     found = json.loads(run("env", "--json").stdout)
     assert found["cache"] == str(cache)
     assert found["cache_holds"]["rows"] == {"entries": 0, "bytes": 0, "limit": 10**9}

@@ -16,16 +16,16 @@ import sparsort
 from sparsort.errors import SparsortError
 from sparsort.recipes import calibrate as calibrate_module
 from sparsort.recipes.calibrate import calibrate
-from sparsort.recipes.order_config import OrderConfig
-from sparsort.recipes.order_demos import order_file
-from sparsort.recipes.score import score_file
-from sparsort.recipes.scorer_config import ScorerConfig
-from sparsort.scoring import backbone as backbone_module
-from sparsort.scoring.calibrated import CalibratedScorer
-from sparsort.scoring.calibration import Calibration
-from sparsort.scoring.model_spec import ModelSpec
-from sparsort.scoring.prompt_spec import PromptSpec
-from sparsort.scoring.scores import Scores
+from sparsort.recipes.order.config import OrderConfig
+from sparsort.recipes.order.order import order_file
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.recipes.score.score import score_file
+from sparsort.scoring.calibration.calibrated import CalibratedScorer
+from sparsort.scoring.calibration.calibration import Calibration
+from sparsort.scoring.model import backbone as backbone_module
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.scoring.store.scores import Scores
 
 PROMPT = "Question: {question}\nAnswer:"
 WORDS = [

@@ -14,12 +14,12 @@ import torch
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort.curriculum.ablation import probing
+from sparsort.curriculum.ablation.run import probing
 from sparsort.errors import SparsortError
-from sparsort.recipes.choose_order import read_rows
-from sparsort.recipes.cli import app
-from sparsort.scoring.loading import LoadedModel, load_model
-from sparsort.scoring.prompt_spec import DataSpec
+from sparsort.recipes.choose.choose import read_rows
+from sparsort.recipes.cli.app import app
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.prompts.spec import DataSpec
 
 DEMOS = [
     {"id": "a", "text": "the screen is bright", "label": "1"},

@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort.curriculum.demos.label_shift import fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.label_shift import fit_bias, shares_by_em
 from sparsort.errors import SparsortError
-from sparsort.recipes.choose_order import ChosenOrder
-from sparsort.recipes.choose_prior import LABELLED_ROWS, reads_prior, with_prior
-from sparsort.recipes.cli import app
-from sparsort.scoring.answers import AnswerReader
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.recipes.choose.choose import ChosenOrder
+from sparsort.recipes.choose.prior import LABELLED_ROWS, reads_prior, with_prior
+from sparsort.recipes.cli.app import app
+from sparsort.scoring.answers.reader import AnswerReader
+from sparsort.scoring.loading.load import LoadedModel, load_model
 
 WORDS = ("film", "train", "phone", "meal", "book", "song", "city", "shoe", "lamp", "road")
 PROMPT = "Review: {text}\nLabel:"

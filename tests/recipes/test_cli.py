@@ -13,7 +13,7 @@ import pytest
 from command_line import run
 from handshake import Child
 
-from sparsort.scoring.scores import Scores
+from sparsort.scoring.store.scores import Scores
 
 ROWS = [{"id": f"q{n}", "question": f"How many apples are left of {n}?", "answer": str(n)} for n in range(12)]
 PROMPT = r"Question: {question}\nAnswer:"
@@ -165,7 +165,7 @@ def test_env_names_the_model_and_the_reasons(demo_model: Path) -> None:
 # the machine is.
 _WAITING = """
 from handshake import hold
-from sparsort.scoring import baselines
+from sparsort.scoring.scorers import baselines
 plain, scored = baselines.CompressionScorer.value, []
 def value(self, row, text):
     if len(scored) == 4:

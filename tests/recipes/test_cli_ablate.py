@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsort.recipes.cli import app
+from sparsort.recipes.cli.app import app
 
 RUNNER = CliRunner()
 SMALL = ["-k", "2", "--sets", "2", "--random-orders", "2", "--dev-rows", "4", "--device", "cpu", "--dtype", "float32"]

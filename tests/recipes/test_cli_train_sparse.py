@@ -16,9 +16,9 @@ from forks import ForkServer
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort.recipes import cli_train
-from sparsort.recipes.cli import app
-from sparsort.recipes.train_recipe import RECIPES
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.cli.commands import train as cli_train
+from sparsort.recipes.train.recipe import RECIPES
 
 ROOT = Path(__file__).parents[2]
 TEXT = "{question} {answer}"
@@ -73,7 +73,7 @@ def _run(out: Path) -> dict[str, Any]:
 # `sparsort` that dies as soon as its first checkpoint is sealed; argv: its arguments.
 _KILLED = """
 from handshake import die
-from sparsort import manifests
+from sparsort.storage import manifests
 from sparsort.__main__ import main
 plain = manifests.write_manifest
 def write_manifest(folder, **options):
@@ -185,7 +185,7 @@ def test_the_defaults_of_the_command_are_those_of_the_configuration() -> None:
     import inspect
     from dataclasses import fields
 
-    from sparsort.recipes.train_config import TrainConfig
+    from sparsort.recipes.train.config import TrainConfig
 
     signature = inspect.signature(cli_train.train).parameters
     for field in fields(TrainConfig):

@@ -14,22 +14,22 @@ import typer.main
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort.curriculum.ablation.design import Ablation
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
 from sparsort.curriculum.demos.order import default_order, order_demos
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import unescape
 from sparsort.recipes.calibrate import calibrate
-from sparsort.recipes.choose_order import choose_order, read_rows
-from sparsort.recipes.cli import app
-from sparsort.recipes.order_config import OrderConfig
+from sparsort.recipes.choose.choose import choose_order, read_rows
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.plan import make_plan
 from sparsort.recipes.report import make_report
-from sparsort.recipes.score import score_file
-from sparsort.recipes.scorer_config import ScorerConfig
-from sparsort.recipes.train_config import TrainConfig
-from sparsort.scoring.model_spec import ModelSpec
-from sparsort.scoring.prompt_spec import PromptSpec
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.recipes.score.score import score_file
+from sparsort.recipes.train.config import TrainConfig
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.spec import PromptSpec
 
 GROUP: Any = typer.main.get_command(app)
 ROWS = [
@@ -150,7 +150,7 @@ def test_python_takes_the_same_order() -> None:
 def test_the_help_of_dtype_lists_what_the_check_accepts() -> None:
     import torch
 
-    from sparsort.scoring.loading import check_dtype
+    from sparsort.scoring.loading.load import check_dtype
 
     for name in ("score", "order", "calibrate", "choose", "ablate"):
         option = next(each for each in GROUP.commands[name].params if each.name == "dtype")

@@ -14,9 +14,9 @@ from command_line import run
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.recipes.train import train
-from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.scores import Scores
+from sparsort.recipes.train.train import train
+from sparsort.scoring.loading.demo_model import load_tokenizer
+from sparsort.scoring.store.scores import Scores
 
 # As the file that was reported: a system turn in some rows, several turns in one.
 ROWS: list[dict[str, Any]] = [

@@ -14,12 +14,12 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort.curriculum.ablation.results import Results
-from sparsort.curriculum.ablation.selectors import check_selector
+from sparsort.curriculum.ablation.recipe.selectors import check_selector
+from sparsort.curriculum.ablation.results.results import Results
 from sparsort.curriculum.demos.select import SELECTORS
 from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.recipes.cli import app
+from sparsort.recipes.cli.app import app
 
 WORDS = [
     "river",

@@ -13,9 +13,9 @@ import typer.main
 from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.recipes.cli_command import CheckedCommand
-from sparsort.recipes.option_conditions import COMMANDS, check
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.cli.command import CheckedCommand
+from sparsort.recipes.cli.option_conditions import COMMANDS, check
 
 # What every command needs, whatever else is given. No file of these is there: options are checked before any is read.
 BASE = {
@@ -378,7 +378,7 @@ def test_every_command_has_a_table() -> None:
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_option_has_its_conditions_or_is_always_read(command: str) -> None:
     assert set(COMMANDS[command].table) == _parameters(command), (
-        f"give the options of `sparsort {command}` their conditions in recipes/option_conditions.py"
+        f"give the options of `sparsort {command}` their conditions in recipes/cli/option_conditions.py"
     )
 
 
@@ -404,7 +404,7 @@ def test_an_option_without_an_effect_is_refused_with_a_way_out(command: str, opt
     assert why in told
     assert not _told(command, rest).startswith(option)
     # What the message suggests takes this reason away; another may be left.
-    if suggestion := re.search(r"Leave it out, or pass (.*)\.$", told):
+    if suggestion := re.search(r"Omit it, or pass (.*)\.$", told):
         assert why not in _told(command, f"{rest} {option} {suggestion[1]}")
 
 

@@ -20,17 +20,17 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
-from sparsort.curriculum.ablation.design import Ablation, AblationOptions
-from sparsort.curriculum.ablation.tasks import Task, TaskOptions
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, AblationOptions
+from sparsort.curriculum.ablation.recipe.tasks import Task, TaskOptions
 from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import escape, option, parameters_of, same_option, shares, unescape
-from sparsort.recipes.cli import app
-from sparsort.recipes.options import NOT_IN_FEW_SHOT, Fields, generated, replace_retired, retired_flags
-from sparsort.recipes.train_config import TrainConfig, TrainOptions
-from sparsort.scoring.model_spec import ModelOptions, ModelSpec
-from sparsort.scoring.prompt_spec import DataSpec, PromptOptions, PromptSpec
-from sparsort.scoring.scores import Scores
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.cli.options import NOT_IN_FEW_SHOT, Fields, generated, replace_retired, retired_flags
+from sparsort.recipes.train.config import TrainConfig, TrainOptions
+from sparsort.scoring.model.spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
+from sparsort.scoring.store.scores import Scores
 
 GROUP: Any = typer.main.get_command(app)
 LOADS_MODEL = ("score", "order", "choose", "calibrate", "ablate")
@@ -358,7 +358,7 @@ def test_the_system_turn_is_read(
 
 def test_starting_needs_neither_torch_nor_numpy() -> None:
     script = (
-        "import sys, typer.main\nfrom sparsort.recipes.cli import app\ntyper.main.get_command(app)\n"
+        "import sys, typer.main\nfrom sparsort.recipes.cli.app import app\ntyper.main.get_command(app)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'scipy'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -17,12 +17,12 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.recipes.cli_plan import named_paths
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.cli.commands.plan import named_paths
 from sparsort.recipes.plan import make_plan
-from sparsort.scoring.score_tables import score_table, scores_schema
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.store.score_tables import score_table, scores_schema
+from sparsort.scoring.store.scores import Scores
 
 N = 60
 ROWS: list[dict[str, Any]] = [
@@ -174,7 +174,7 @@ def test_several_scores_are_combined_by_name(scores: Path, data: Path, tmp_path:
     rows = CurriculumPlan.open(out).batch(0).tolist()
     assert [HARD[row] for row in rows] == sorted(HARD)
     assert "Did you mean" in _mistake(scores, other, "--batch-size", 4, "--combination", "rank_avg")
-    assert "weights miss other" in _mistake(scores, other, "--batch-size", 4, "--weight", "scores=1")
+    assert "weights lack other" in _mistake(scores, other, "--batch-size", 4, "--weight", "scores=1")
     assert "weigh several" in _mistake(scores, "--batch-size", 4, "--weight", "scores=1")
     assert "two scores are called 'scores'" in _mistake(scores, scores, "--batch-size", 4)
 
@@ -274,8 +274,8 @@ def test_fields_and_quotas_that_the_data_does_not_have(scores: Path, data: Path)
     assert "Did you mean 'source'" in _mistake(*asked, "--groups", "sorce")
     assert "'empty'" in _mistake(*asked, "--groups", "empty")
     pool = [*asked, "--mode", "pool", "--pacing", "linear", "--steps", 9, "--groups", "source"]
-    assert "no examples: 'books'" in _mistake(*pool, "--quota", "web=0.5", "--quota", "books=0.5")
-    assert "say nothing of the group(s) code" in _mistake(*pool, "--quota", "web=1")
+    assert "unknown group in quotas 'books'" in _mistake(*pool, "--quota", "web=0.5", "--quota", "books=0.5")
+    assert "no share for the group(s) code" in _mistake(*pool, "--quota", "web=1")
 
 
 def test_scores_that_do_not_fit(tmp_path: Path, scores: Path, data: Path) -> None:
@@ -342,7 +342,7 @@ def test_no_matplotlib_is_found_out_before_any_work(
 
 
 def test_the_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsort.recipes.cli_plan import EXAMPLE
+    from sparsort.recipes.cli.commands.plan import EXAMPLE
 
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)

@@ -11,9 +11,9 @@ import typer
 from simulated_results import simulate
 from typer.testing import CliRunner
 
-from sparsort.curriculum.ablation.results import Results
+from sparsort.curriculum.ablation.results.results import Results
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli_report import report
+from sparsort.recipes.cli.commands.report import report
 from sparsort.recipes.report import make_report, write_report
 
 app = typer.Typer()

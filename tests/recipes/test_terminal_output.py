@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sparsort.recipes.cli import app
-from sparsort.recipes.score_table import ends
-from sparsort.terminal import printable
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.cli.score_table import ends
+from sparsort.terminal.printing import printable
 
 Run = Callable[..., Any]
 EVIL = "[bold]\x1b]0;pwned\x07\x9b31m\u202e\u2066[/bold]"

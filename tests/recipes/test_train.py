@@ -22,16 +22,16 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sparsort import manifests
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.recipes.train import train
-from sparsort.recipes.train_folder import held
-from sparsort.recipes.train_model import make_model, make_tokenizer
-from sparsort.recipes.train_text import TextCollator
-from sparsort.scoring.scores import Scores
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.train.folder import held
+from sparsort.recipes.train.model import make_model, make_tokenizer
+from sparsort.recipes.train.text import TextCollator
+from sparsort.recipes.train.train import train
+from sparsort.scoring.store.scores import Scores
+from sparsort.storage import manifests
 
 ROOT = Path(__file__).parents[2]
 TEXT = "{question} {answer}"
@@ -154,7 +154,7 @@ def test_a_division_of_the_work_changes_rounding_only(data: Path, whole: Path, t
 _KILLED = """
 import sys
 from handshake import die_in
-from sparsort import manifests
+from sparsort.storage import manifests
 from sparsort.__main__ import main
 plain, last = manifests.write_manifest, sys.argv.pop(1)
 def write_manifest(folder, **options):

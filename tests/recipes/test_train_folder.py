@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsort import integrity, manifests
 from sparsort.errors import SparsortError
-from sparsort.recipes import train_folder
-from sparsort.recipes.cli import app
-from sparsort.recipes.train import TrainResult, train
-from sparsort.scoring.embedded import load_tokenizer
+from sparsort.recipes.cli.app import app
+from sparsort.recipes.train import folder as train_folder
+from sparsort.recipes.train.train import TrainResult, train
+from sparsort.scoring.loading.demo_model import load_tokenizer
+from sparsort.storage import integrity, manifests
 
 Damages = Callable[[Path], Iterator[str]]
 REVERSED = Path(__file__).parents[1] / "data" / "plan_reversed"
@@ -173,7 +173,7 @@ def test_a_result_of_the_version_before_is_held_to_what_it_says(run: Path) -> No
 
 
 def test_damaged_tokens_are_made_again(run: Path, damages: Damages, caplog: pytest.LogCaptureFixture) -> None:
-    from sparsort.recipes.train_text import is_intact
+    from sparsort.recipes.train.text import is_intact
 
     (path,) = (run / "tokens").glob("*.arrow")
     record = path.with_suffix(".json")

@@ -22,12 +22,12 @@ import sparsort
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget
-from sparsort.recipes import train_loop
-from sparsort.recipes.train import train
-from sparsort.recipes.train_config import TrainConfig
-from sparsort.recipes.train_model import make_model, make_tokenizer
-from sparsort.recipes.train_recipe import RECIPES, Recipe, read_recipe
-from sparsort.recipes.train_sparse import SparseTraining, summary
+from sparsort.recipes.train import loop as train_loop
+from sparsort.recipes.train.config import TrainConfig
+from sparsort.recipes.train.model import make_model, make_tokenizer
+from sparsort.recipes.train.recipe import RECIPES, Recipe, read_recipe
+from sparsort.recipes.train.sparse import SparseTraining, summary
+from sparsort.recipes.train.train import train
 
 ROOT = Path(__file__).parents[2]
 TEXT = "{question} {answer}"
@@ -481,7 +481,8 @@ def test_the_summary_leaves_out_what_was_not_measured() -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(data: dict[str, Any], whole: Path, tmp_path: Path, forks: ForkServer) -> None:
-    code = f"from sparsort.recipes.train import train\ntrain(**{data!r}, out={str(tmp_path / 'run')!r}, recipe={RECIPE!r})\n"
+    call = f"train(**{data!r}, out={str(tmp_path / 'run')!r}, recipe={RECIPE!r})"
+    code = f"from sparsort.recipes.train.train import train\n{call}\n"
     codes = forks.run_ranks(tmp_path / "ranks", code)
     assert codes == [0, 0], (tmp_path / "ranks-0.err").read_text(encoding="utf-8")
     assert _losses(tmp_path / "run") == pytest.approx(_losses(whole), rel=1e-2)

@@ -12,9 +12,10 @@ import torch
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_metrics
-from sparsort.scoring import branches, prefixes
-from sparsort.scoring.answers import FEATURES, AnswerReader
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.answers import prefix as prefixes
+from sparsort.scoring.answers import token_tree as branches
+from sparsort.scoring.answers.reader import FEATURES, AnswerReader
+from sparsort.scoring.loading.load import load_model
 
 DEMOS = [
     "Question: Where is Rome ?\nType: location\n\n",

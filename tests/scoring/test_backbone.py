@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import backbone as backbone_module
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.loading import LoadedModel, load_model
-from sparsort.scoring.sites import blocks_of
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.model import backbone as backbone_module
+from sparsort.scoring.model.backbone import Backbone
+from sparsort.scoring.model.sites import blocks_of
 
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt"]
 

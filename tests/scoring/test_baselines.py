@@ -23,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
 def test_length_in_characters_and_tokens(make_tiny_model: Callable[..., Path]) -> None:
     assert sparsort.LengthScorer("characters").score(ROWS, "{text}!").difficulty.tolist()[::2] == [28, 6]
     folder = str(make_tiny_model("llama"))
-    from sparsort.scoring.embedded import load_tokenizer
+    from sparsort.scoring.loading.demo_model import load_tokenizer
 
     counted = sparsort.LengthScorer("tokens", model=folder).score(ROWS, "{text}!")
     assert counted.difficulty[2] == len(load_tokenizer(folder)("Paris!")["input_ids"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.scoring.batching import Limits, plan
+from sparsort.scoring.model.batching import Limits, plan
 
 
 def _brute_force_tokens(ids: list[list[int]], depth: int) -> int:

@@ -12,14 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.calibration import Calibration, Definition
-from sparsort.scoring.candidates import Candidate
-from sparsort.scoring.compare import compare
-from sparsort.scoring.prompts import Prompt
-from sparsort.scoring.score_tables import score_table
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import Row
-from sparsort.scoring.verdict import judge
+from sparsort.scoring.calibration.calibration import Calibration, Definition
+from sparsort.scoring.calibration.compare import compare
+from sparsort.scoring.calibration.verdict import judge
+from sparsort.scoring.data.rows import Row
+from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.scorers.candidates import Candidate
+from sparsort.scoring.store.score_tables import score_table
+from sparsort.scoring.store.scores import Scores
 
 Array = NDArray[np.float64]
 QUICK: dict[str, Any] = {"n_boot": 100, "n_perm": 39}

@@ -14,10 +14,10 @@ import torch
 import sparsort
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS
-from sparsort.scoring import backbone as backbone_module
-from sparsort.scoring import candidate_job
-from sparsort.scoring.candidates import POOLINGS, SITES, Candidate, CandidateScorer
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.model import backbone as backbone_module
+from sparsort.scoring.scorers import candidate_job
+from sparsort.scoring.scorers.candidates import POOLINGS, SITES, Candidate, CandidateScorer
 
 PROMPT = "Question: {question}\nAnswer:"
 ANSWER = " {answer}"

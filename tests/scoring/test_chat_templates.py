@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 import sparsort
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.engine import Engine
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.run.model import Engine
 from sparsort.curriculum.demos.prompt import build_prompt
 from sparsort.errors import SparsortError
-from sparsort.recipes.train_text import TrainText
-from sparsort.scoring import metered_templates
-from sparsort.scoring.calibrated import CalibratedScorer
-from sparsort.scoring.calibration import Calibration
-from sparsort.scoring.candidates import CandidateScorer
-from sparsort.scoring.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
-from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.loading import load_model
-from sparsort.scoring.prompts import Prompt, hash_tokenizer, identify_tokenizer
+from sparsort.recipes.train.text import TrainText
+from sparsort.scoring.calibration.calibrated import CalibratedScorer
+from sparsort.scoring.calibration.calibration import Calibration
+from sparsort.scoring.loading.demo_model import load_tokenizer
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.prompts import metered_templates
+from sparsort.scoring.prompts.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
+from sparsort.scoring.prompts.prompt import Prompt, hash_tokenizer, identify_tokenizer
+from sparsort.scoring.scorers.candidates import CandidateScorer
 
 TURNS = [("system", "Be kind."), ("user", "My  bike é broke.\n"), ("assistant", "Walk </think> on\u00a0foot!")]
 ROWS = [{"id": str(n), "text": f"word {n}"} for n in range(3)]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from sparsort.kernels.backend import sparsity_metrics
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
-from sparsort.scoring.backbone import Piece
-from sparsort.scoring.batching import Limits, Plan, plan
-from sparsort.scoring.collecting import Measurement, Reading, SquareSum, StateCollector, finished_rows
-from sparsort.scoring.pooling import OutlierFit
+from sparsort.scoring.model.backbone import Piece
+from sparsort.scoring.model.batching import Limits, Plan, plan
+from sparsort.scoring.scorers.collect import Measurement, Reading, SquareSum, StateCollector, finished_rows
+from sparsort.scoring.scorers.pooling import OutlierFit
 
 WIDTHS = {"pre_norm": 24, "mlp": 40}
 GRID = [

@@ -1,4 +1,4 @@
-"""`scoring.columnar`: unusual types, damaged files and row groups larger than what may be held at a time."""
+"""`scoring.data.columnar`: unusual types, damaged files and row groups larger than what may be held at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.prompts import Prompt
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.prompts.prompt import Prompt
 
 DAY = datetime.date(2024, 2, 29)
 UNUSUAL = {

@@ -13,9 +13,9 @@ import pytest
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.scoring.conversations import split_answer, turns_of
-from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.prompts import LAST_ASSISTANT, Prompt
+from sparsort.scoring.loading.demo_model import load_tokenizer
+from sparsort.scoring.prompts.conversations import split_answer, turns_of
+from sparsort.scoring.prompts.prompt import LAST_ASSISTANT, Prompt
 
 TURNS = [
     {"role": "system", "content": "Be kind."},

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.correlation import spearman
+from sparsort.scoring.calibration.correlation import spearman
 
 
 def test_rho_is_scipys_with_ties() -> None:

@@ -1,4 +1,4 @@
-"""`scoring.delimited`: a delimiter is detected only if it is certain, and columns can be named for a file without a header."""
+"""`delimited`: a delimiter is detected only if it is certain, and columns can be named for a file without a header."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsort.curriculum.ablation.splits import read_rows
+from sparsort.curriculum.ablation.recipe.splits import read_rows
 from sparsort.errors import SparsortError
 from sparsort.recipes.ablate import find_source
-from sparsort.recipes.cli import app
-from sparsort.scoring.baselines import CompressionScorer
-from sparsort.scoring.sources import open_rows
+from sparsort.recipes.cli.app import app
+from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.scorers.baselines import CompressionScorer
 
 
 def write(path: Path, text: str) -> Path:

@@ -15,13 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.scoring import loading
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.candidates import CandidateScorer
-from sparsort.scoring.early_checks import check_model, outline_of
-from sparsort.scoring.loading import load_model
-from sparsort.scoring.pooling import fit_outliers
+from sparsort.recipes.cli.app import app
+from sparsort.scoring.loading import load as loading
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.model.backbone import Backbone
+from sparsort.scoring.model.early_checks import check_model, outline_of
+from sparsort.scoring.scorers.candidates import CandidateScorer
+from sparsort.scoring.scorers.pooling import fit_outliers
 from sparsort.scoring.scorers.sparsity import SparsityScorer
 
 
@@ -255,8 +255,8 @@ def test_the_commands_find_mistakes_without_weights(
 def test_an_ablation_finds_a_mistake_without_weights(
     make_tiny_model: Callable[..., Path], without_weights: Callable[[Path], Path]
 ) -> None:
-    from sparsort.curriculum.ablation.design import Ablation
-    from sparsort.curriculum.ablation.engine import Engine
+    from sparsort.curriculum.ablation.recipe.ablation import Ablation
+    from sparsort.curriculum.ablation.run.model import Engine
 
     ablation = Ablation(tasks=("trec",), model=str(without_weights(make_tiny_model("llama"))), site="layer:999")
     with pytest.raises(SparsortError, match="the model has 3 blocks"):

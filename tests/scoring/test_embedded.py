@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import embedded
-from sparsort.scoring.embedded import DEMO, demo_folder, load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.loading import demo_model as embedded
+from sparsort.scoring.loading.demo_model import DEMO, demo_folder, load_tokenizer, quiet_transformers, resolve_model
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_transformers_is_put_back_as_it_was() -> None:
 
 def test_resolving_a_name_imports_no_torch(make_tiny_model: Callable[..., Path]) -> None:
     script = (
-        f"import sys\nfrom sparsort.scoring.embedded import resolve_model\nresolve_model({str(make_tiny_model())!r})\n"
+        f"import sys\nfrom sparsort.scoring.loading.demo_model import resolve_model\nresolve_model({str(make_tiny_model())!r})\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.embedding import embed_rows
-from sparsort.scoring.loading import LoadedModel, load_model
-from sparsort.scoring.prompts import Prompt
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.model.backbone import Backbone
+from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.scorers.sentence_vectors import embed_rows
 
 ROWS = [{"q": "What is 2 + 3?"}, {"q": "A train leaves at 9:40 and arrives at 11:05."}, {"q": "Rome"}]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

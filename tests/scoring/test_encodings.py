@@ -1,4 +1,4 @@
-"""`scoring.encodings`: UTF-16 and UTF-32 give the rows of the same text in UTF-8; other encodings are refused with advice."""
+"""`encodings`: UTF-16 and UTF-32 give the rows of the same text in UTF-8; other encodings are refused with advice."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import readers
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.data import readers
+from sparsort.scoring.data.rows import open_rows
 
 DATA = Path(__file__).parents[1] / "data"
 ROWS = [{"id": f"q{n}", "text": f"{n} „ü“ 😀\u2028\x85"} for n in range(11)]

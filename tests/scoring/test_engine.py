@@ -1,4 +1,4 @@
-"""`scoring.engine`: streamed, durable, resumable; killed at any moment, nothing is lost, doubled or done twice."""
+"""`scoring.scorers.run_shards`: streamed, durable, resumable; killed at any moment, nothing is lost, doubled or done twice."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 from handshake import Child
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import shards
-from sparsort.scoring.engine import Coverage, run, run_part
-from sparsort.scoring.readers import SequenceReader
-from sparsort.scoring.score_tables import score_table
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.shard_files import read_shard
-from sparsort.scoring.sources import Row, RowSource, open_rows
+from sparsort.scoring.data.readers import SequenceReader
+from sparsort.scoring.data.rows import Row, RowSource, open_rows
+from sparsort.scoring.scorers.run_shards import Coverage, run, run_part
+from sparsort.scoring.store import shards
+from sparsort.scoring.store.score_tables import score_table
+from sparsort.scoring.store.scores import Scores
+from sparsort.scoring.store.shard_files import read_shard
 
 SHARD = 25
 ROWS = [{"id": f"q{i}", "text": "x" * (i % 13)} for i in range(390)]
@@ -224,9 +224,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from handshake import die_in
-from sparsort.scoring.engine import run_part
-from sparsort.scoring.score_tables import score_table
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.scorers.run_shards import run_part
+from sparsort.scoring.store.score_tables import score_table
+from sparsort.scoring.data.rows import open_rows
 
 folder, out, (k, n, last, moment) = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])
 calls = 0
@@ -301,9 +301,9 @@ _MEASURED = """
 import json, sys
 from pathlib import Path
 import numpy as np, psutil
-from sparsort.scoring.engine import run
-from sparsort.scoring.score_tables import score_table
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.scorers.run_shards import run
+from sparsort.scoring.store.score_tables import score_table
+from sparsort.scoring.data.rows import open_rows
 
 class Scorer:
     provenance = {"scorer": "length", "metric": "length", "orientation": {"length": 1}}

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import fused, prefixes
-from sparsort.scoring.answers import AnswerReader
-from sparsort.scoring.generation import generate
-from sparsort.scoring.heads import Head
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.answers import prefix as prefixes
+from sparsort.scoring.answers.generation import generate
+from sparsort.scoring.answers.reader import AnswerReader
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.model import fused
+from sparsort.scoring.model.head import Head
 
 # Inductor imports what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

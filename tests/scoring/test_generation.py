@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import generation
-from sparsort.scoring.answers import AnswerReader
-from sparsort.scoring.generation import Generated, generate, sample_probes
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.answers import generation
+from sparsort.scoring.answers.generation import Generated, generate, sample_probes
+from sparsort.scoring.answers.reader import AnswerReader
+from sparsort.scoring.loading.load import load_model
 
 DEMOS = [
     "Question: Where is Rome ?\nType: location\n\n",

@@ -18,11 +18,13 @@ import torch
 from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.scoring import conversions, embedded, gguf_files, loading
-from sparsort.scoring.embedded import load_tokenizer, quiet_transformers, resolve_model
-from sparsort.scoring.loading import load_model
-from sparsort.scoring.prompts import hash_tokenizer
+from sparsort.recipes.cli.app import app
+from sparsort.scoring.loading import conversions, gguf_files
+from sparsort.scoring.loading import demo_model as embedded
+from sparsort.scoring.loading import load as loading
+from sparsort.scoring.loading.demo_model import load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.prompts.prompt import hash_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -353,7 +355,7 @@ def test_a_tokenizer_that_is_not_the_same_once_saved_is_not_kept(
     small_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hashes = iter("ab")
-    monkeypatch.setattr("sparsort.scoring.prompts.hash_tokenizer", lambda tokenizer: next(hashes))
+    monkeypatch.setattr("sparsort.scoring.prompts.prompt.hash_tokenizer", lambda tokenizer: next(hashes))
     assert len(load_tokenizer(str(small_gguf)))
     assert "differs once saved" in caplog.text
     assert not list(cache.iterdir())

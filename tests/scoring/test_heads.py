@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.heads import Head
-from sparsort.scoring.loading import LoadedModel, load_model
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.model.head import Head
 
 
 @pytest.fixture

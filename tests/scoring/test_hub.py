@@ -1,4 +1,4 @@
-"""`scoring.hub`: without a network a hub id is refused at once, or read from the cache; no request is made twice."""
+"""`scoring.loading.hub`: without a network a hub id is refused at once, or read from the cache; no request is made twice."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub import constants
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import embedded, hub
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.loading import demo_model as embedded
+from sparsort.scoring.loading import hub
+from sparsort.scoring.loading.load import load_model
 
 
 class Session:

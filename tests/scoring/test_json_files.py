@@ -1,4 +1,4 @@
-"""`scoring.json_files`: arrays, lines and columns give the same rows, and one object is refused with the way to its rows."""
+"""`scoring.data.json_files`: arrays, lines and columns give the same rows, and one object is refused with the way to its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.data.rows import open_rows
 
 DATA = Path(__file__).parents[1] / "data"
 ROWS = [{"text": "a b c", "label": 1}, {"text": "d e", "label": 0}]

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import judges
-from sparsort.scoring.judges import JUDGES, Verdict, judge_exact, judge_math, judge_number, judge_of
+from sparsort.scoring.answers import judges
+from sparsort.scoring.answers.judges import JUDGES, Verdict, judge_exact, judge_math, judge_number, judge_of
 
 # Exact
 
@@ -248,7 +248,7 @@ def test_a_process_that_ends_over_a_question_is_an_error(monkeypatch: pytest.Mon
 def test_an_expression_without_end_is_wrong_after_some_seconds(
     where: str, math: Callable[[str, str], Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsort.scoring.judges._SECONDS", 1)
+    monkeypatch.setattr("sparsort.scoring.answers.judges._SECONDS", 1)
     endless = r"\boxed{9^{9^{9^{9}}}}"
     verdict = math(endless, "5") if where == "main thread" else _in_a_thread(lambda: math(endless, "5"))
     assert verdict == Verdict(correct=False, extracted="9^{9^{9^{9}}}")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsort.scoring.kv_caches import CacheUse, probe_cache
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.model.kv_caches import CacheUse, probe_cache
 
 IDS = torch.arange(8)[None]
 

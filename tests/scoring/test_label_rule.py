@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from sparsort import LossScorer
 from sparsort.errors import SparsortError
-from sparsort.scoring.answers import FEATURES, AnswerReader
-from sparsort.scoring.branches import TreeEncoder, moves_boundary
-from sparsort.scoring.generation import generate
-from sparsort.scoring.loading import LoadedModel, load_model
-from sparsort.scoring.prompts import Encoder
+from sparsort.scoring.answers.generation import generate
+from sparsort.scoring.answers.reader import FEATURES, AnswerReader
+from sparsort.scoring.answers.token_tree import TreeEncoder, moves_boundary
+from sparsort.scoring.loading.load import LoadedModel, load_model
+from sparsort.scoring.prompts.prompt import Encoder
 
 LINES = [
     "Question: What is 2 + 3?\nAnswer: 5\n\nQuestion: How many apples? Answer:\n12 apples",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.loading.load import load_model
 
 
 @pytest.fixture

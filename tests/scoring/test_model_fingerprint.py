@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.loading import load_model
-from sparsort.scoring.row_cache import obstacle
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.model.backbone import Backbone
 from sparsort.scoring.scorers.sparsity import SparsityScorer
+from sparsort.scoring.store.row_cache import obstacle
 
 ROWS = [{"q": f"How many apples are {number} apples?"} for number in range(12)]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.embedded import load_tokenizer
-from sparsort.scoring.prompts import Encoded, Encoder, Prompt, leading_specials
+from sparsort.scoring.loading.demo_model import load_tokenizer
+from sparsort.scoring.prompts.prompt import Encoded, Encoder, Prompt, leading_specials
 
 PLAIN = Prompt.of("Question: {question}\nAnswer:", answer=" {answer}")
 ROW = {"question": "How many apples are left?", "answer": "5 apples"}

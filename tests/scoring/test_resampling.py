@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from sparsort.scoring.correlation import spearman
-from sparsort.scoring.resampling import DEGREE, Design, Ranks, curve, holm, orders, quantiles, step_down, without
+from sparsort.scoring.calibration.correlation import spearman
+from sparsort.scoring.calibration.resampling import (
+    DEGREE,
+    Design,
+    Ranks,
+    curve,
+    holm,
+    orders,
+    quantiles,
+    step_down,
+    without,
+)
 
 Array = NDArray[np.float64]
 

@@ -18,17 +18,17 @@ import torch
 from handshake import Child
 
 import sparsort
-from sparsort import cache as user_cache
 from sparsort.errors import SparsortError
-from sparsort.scoring import row_cache
-from sparsort.scoring.backbone import Backbone
-from sparsort.scoring.candidates import CandidateScorer
-from sparsort.scoring.embedding import embed_rows
-from sparsort.scoring.loading import load_model
-from sparsort.scoring.losses import EntropyScorer, LossScorer
-from sparsort.scoring.prompts import Encoded, Prompt
-from sparsort.scoring.row_cache import RowCache, context_of, key_of
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.model.backbone import Backbone
+from sparsort.scoring.prompts.prompt import Encoded, Prompt
+from sparsort.scoring.scorers.candidates import CandidateScorer
+from sparsort.scoring.scorers.losses import EntropyScorer, LossScorer
+from sparsort.scoring.scorers.sentence_vectors import embed_rows
 from sparsort.scoring.scorers.sparsity import SparsityScorer
+from sparsort.scoring.store import row_cache
+from sparsort.scoring.store.row_cache import RowCache, context_of, key_of
+from sparsort.storage import cache as user_cache
 
 ROWS = [{"q": f"How many apples are {number} apples?", "a": str(number)} for number in range(12)]
 NEW = [{"q": "Is Paris the capital of Italy?", "a": "No"}]
@@ -209,7 +209,7 @@ def test_devices_and_engines_have_contexts_of_their_own(
     seen = [usual]
     monkeypatch.setattr("sparsort.kernels.backend.device_name", lambda device: "Another CPU")
     seen.append(context_of(backbone, site="x"))
-    monkeypatch.setattr("sparsort.scoring.base.versions", lambda: {"torch": "99"})
+    monkeypatch.setattr("sparsort.scoring.scorers.base.versions", lambda: {"torch": "99"})
     seen.append(context_of(backbone, site="x"))
     monkeypatch.setattr(backbone.config, "_attn_implementation", "another")
     seen.append(context_of(backbone, site="x"))
@@ -359,8 +359,8 @@ def test_the_cache_is_bounded_and_the_least_recently_used_go_first(
 _PROCESS = """
 import sys
 import numpy as np
-from sparsort.scoring import row_cache
-from sparsort.scoring.row_cache import RowCache
+from sparsort.scoring.store import row_cache
+from sparsort.scoring.store.row_cache import RowCache
 row_cache._MOST_FILES = 3
 start, n = int(sys.argv[1]), 40
 def read(numbers):

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.scoring import engine
-from sparsort.scoring.base import Request
-from sparsort.scoring.candidates import CandidateScorer
-from sparsort.scoring.pooling import fit_outliers
-from sparsort.scoring.prompts import Prompt
+from sparsort.scoring.data.rows import SAMPLE_ROWS, digest_of, open_rows, sample_by_digest
+from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.scorers import run_shards as engine
 from sparsort.scoring.scorers import sparsity
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import SAMPLE_ROWS, digest_of, open_rows, sample_by_digest
+from sparsort.scoring.scorers.base import Request
+from sparsort.scoring.scorers.candidates import CandidateScorer
+from sparsort.scoring.scorers.pooling import fit_outliers
+from sparsort.scoring.store.scores import Scores
 
 PROMPT = "Question: {question}\nAnswer:"
 COUNT = SAMPLE_ROWS + 84
@@ -119,10 +119,10 @@ def test_every_candidate_is_fitted_on_the_same_sample(
 def test_the_ablations_rule_does_not_depend_on_the_order_of_the_pool(
     make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
 ) -> None:
-    from sparsort.curriculum.ablation.design import Ablation
-    from sparsort.curriculum.ablation.engine import Engine
-    from sparsort.curriculum.ablation.order_notes import order_note, orders_of
-    from sparsort.curriculum.ablation.tasks import Task
+    from sparsort.curriculum.ablation.recipe.ablation import Ablation
+    from sparsort.curriculum.ablation.recipe.tasks import Task
+    from sparsort.curriculum.ablation.run.model import Engine
+    from sparsort.curriculum.ablation.store.order_notes import order_note, orders_of
 
     task = Task(name="t", prompt=PROMPT, answer=" {label}", labels={"a": "a", "b": "b"})
     ablation = Ablation(
@@ -132,8 +132,8 @@ def test_the_ablations_rule_does_not_depend_on_the_order_of_the_pool(
     one, other = (asked.sparsity(task, rows[:5], pool) for pool in (rows, _shuffled(rows, 3)))
     np.testing.assert_allclose(one, other, rtol=1e-6)
     # A note of a version that fitted on the first rows is not taken for one of this rule.
-    from sparsort.curriculum.ablation.data import Showing
-    from sparsort.curriculum.ablation.design import Unit
+    from sparsort.curriculum.ablation.recipe.ablation import Unit
+    from sparsort.curriculum.ablation.recipe.task_data import Showing
 
     shown = [{**row, "label": "a"} for row in rows[:2]]
     named = {"sparse_to_dense": np.array([[1, 0]]), "given": np.array([[0, 1]])}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.scorer_config import READ_BY, ScorerConfig
-from sparsort.scoring.model_spec import ModelSpec
+from sparsort.recipes.score.config import READ_BY, ScorerConfig
+from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 from sparsort.scoring.scorers.sparsity import ModelScorer
 

@@ -12,8 +12,8 @@ import torch
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.scoring import backbone as backbone_module
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.loading.load import load_model
+from sparsort.scoring.model import backbone as backbone_module
 
 PROMPT = "Question: {question}\nAnswer:"
 ANSWER = " {answer}"

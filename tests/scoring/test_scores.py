@@ -1,4 +1,4 @@
-"""`scoring.scores`: the table survives every form to the last bit, and finds the difficulty of the right row."""
+"""`scoring.store.scores`: the table survives every form to the last bit, and finds the difficulty of the right row."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.score_tables import STATUSES, score_table, scores_schema
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.sources import open_rows
+from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.store.score_tables import STATUSES, score_table, scores_schema
+from sparsort.scoring.store.scores import Scores
 
 PROVENANCE = {
     "scorer": "sparsity",

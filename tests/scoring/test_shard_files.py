@@ -1,4 +1,4 @@
-"""`scoring.shard_files`: small shards are read from their copy, others and older ones from their pages, with the same result."""
+"""`shard_files`: small shards are read from their copy, others and older ones from their pages, with the same result."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsort.errors import SparsortError
-from sparsort.parquet_seal import add_seal, read_copy, read_seal
-from sparsort.scoring import shard_files, shards
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.shard_files import column_names, read_shard, write_shard
-from sparsort.scoring.shards import ShardStore
+from sparsort.scoring.store import shard_files, shards
+from sparsort.scoring.store.scores import Scores
+from sparsort.scoring.store.shard_files import column_names, read_shard, write_shard
+from sparsort.scoring.store.shards import ShardStore
+from sparsort.storage.parquet_seal import add_seal, read_copy, read_seal
 
 FACTS = {"index": 3, "rows": 2, "digest": "ab", "settings": "cd"}
 PROVENANCE = {"scorer": "length", "metric": "length"}
@@ -110,7 +110,7 @@ def test_a_score_without_a_model_imports_neither_torch_nor_scipy(tmp_path: Path)
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two two"}\n')
     code = """
 import sys
-from sparsort.recipes.cli import app
+from sparsort.recipes.cli.app import app
 score = ["score", sys.argv[1], "--scorer", "compression", "-p", "{text}", "--out", sys.argv[2]]
 for command in (score, score, ["plan", sys.argv[2], "--batch-size", "1"]):
     app(command, standalone_mode=False)

@@ -1,4 +1,4 @@
-"""`scoring.shards`: a shard is whole or absent, and a folder of other settings or other data is refused by name."""
+"""`scoring.store.shards`: a shard is whole or absent, and a folder of other settings or other data is refused by name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.scoring import shards
-from sparsort.scoring.shards import ShardStore
-from sparsort.scoring.sources import rows_digest
+from sparsort.scoring.data.rows import rows_digest
+from sparsort.scoring.store import shards
+from sparsort.scoring.store.shards import ShardStore
 
 PROVENANCE: dict[str, Any] = {
     "scorer": "sparsity",
@@ -232,7 +232,7 @@ import os, sys
 from pathlib import Path
 from handshake import hold
 from sparsort.errors import SparsortError
-from sparsort.scoring.shards import ShardStore
+from sparsort.scoring.store.shards import ShardStore
 
 folder, own, has_links = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsort.scoring.tails import Tails
+from sparsort.scoring.answers.growing_kv import Tails
 
 HEADS, WIDTH, LAYERS = 2, 3, 2
 

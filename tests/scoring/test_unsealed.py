@@ -1,4 +1,4 @@
-"""`scoring.unsealed`: scores from before there were digests are read if intact, and refused or scored again if not.
+"""`scoring.store.unsealed`: scores from before there were digests are read if intact, and refused or scored again if not.
 
 `tests/data/scores_version_1` is a folder as sparsort 0.1 wrote it: 50 rows, thirteen metrics, one shard. One flipped bit of its
 footer (byte 10255) makes Parquet readers give 34 rows without an error.
@@ -18,12 +18,12 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli import app
-from sparsort.scoring.engine import run
-from sparsort.scoring.scores import Scores
-from sparsort.scoring.shards import ShardStore
-from sparsort.scoring.sources import RowSource, open_rows
-from sparsort.scoring.unsealed import find_other_difficulty, find_problem
+from sparsort.recipes.cli.app import app
+from sparsort.scoring.data.rows import RowSource, open_rows
+from sparsort.scoring.scorers.run_shards import run
+from sparsort.scoring.store.scores import Scores
+from sparsort.scoring.store.shards import ShardStore
+from sparsort.scoring.store.unsealed import find_other_difficulty, find_problem
 
 OLD = Path(__file__).parents[1] / "data" / "scores_version_1"
 BYTE, BIT = 10255, 5

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.resampling import Design
-from sparsort.scoring.verdict import Judgement, check_reference, halve, hold_out, judge, levels
+from sparsort.scoring.calibration.resampling import Design
+from sparsort.scoring.calibration.verdict import Judgement, check_reference, halve, hold_out, judge, levels
 
 Array = NDArray[np.float64]
 QUICK: dict[str, Any] = {"n_boot": 120, "n_perm": 79, "level": 0.95}

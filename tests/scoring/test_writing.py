@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.writing import Sampling, Writer, draw
+from sparsort.scoring.answers.decoding import Sampling, Writer, draw
 
 PROMPT = "Question: é ?\nAnswer:"
 # One token a byte: the tokenizer's first ids are its special tokens, then the bytes.

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from sparsort.recipes.cli import app
+from sparsort.recipes.cli.app import app
 
 
 def run(*arguments: Any, code: int = 0) -> Any:

@@ -19,7 +19,8 @@ from handshake import Child
 _SERVER = """
 import json, os, sys, traceback
 import accelerate, datasets, torch, transformers
-import sparsort.curriculum.loading.trainer.trainer, sparsort.recipes.cli, sparsort.recipes.train, sparsort.scoring.loading
+import sparsort.curriculum.loading.trainer.trainer, sparsort.recipes.cli.app
+import sparsort.recipes.train.train, sparsort.scoring.loading.load
 
 def run(job):
     code = 1

@@ -30,7 +30,8 @@ WORDS = {
 RIGHT = [
     ("*", r"\bst(ands?|ood) (in )?for\b", "the idiom for 'represents' or 'replaces'"),
     ("*", r"\b(cannot|can|could|be) be told (from|apart)\b", "the idiom for 'is distinguishable'"),
-    ("scoring/calibration.py", r"^left out$", "the field left_out of files that users have"),
+    ("tests/test_house.py", r"behind|lies", "the test of this list"),
+    ("scoring/calibration/calibration.py", r"^left out$", "the field left_out of files that users have"),
 ]
 
 _WORDS = {word: re.compile(rf"\b(?:{word})\b".replace(" ", r"[\s#]+"), re.IGNORECASE) for word in WORDS}

@@ -26,7 +26,7 @@ def check_blocks(selection: Selection, layout: Layout) -> None:
     wrong = (blocks < -1) | (blocks > own[:, None, :, None])
     ordered = blocks.sort(dim=-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    for found, what in ((wrong, "is not a block that its query can see"), (twice, "stands twice in its row")):
+    for found, what in ((wrong, "is not a block that its query can see"), (twice, "is twice in its row")):
         if found.any():
             place = tuple(found.nonzero()[0].tolist())
             source = ordered[..., 1:] if found is twice else blocks

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, ndtr
 
-from sparsort.curriculum.ablation.cells import Arm, ArmKind, Group, SetInfo
-from sparsort.curriculum.ablation.results import Results
+from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
+from sparsort.curriculum.ablation.results.results import Results
 from sparsort.errors import SparsortError, unknown_choice
 
 

@@ -52,7 +52,7 @@ from loader_sessions import (
     TrainerSession,
 )
 
-from sparsort.files import write_json
+from sparsort.storage.files import write_json
 
 SIZES = (103, 10_000)
 RANKS = {1: 2, 4: 2}  # and the number that a run is resumed on

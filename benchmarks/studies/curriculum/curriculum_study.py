@@ -49,14 +49,14 @@ from sparsort.curriculum.loading.online.running_difficulty import RunningDifficu
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.files import write_json
-from sparsort.integrity import read_sealed, write_sealed
-from sparsort.progress import progress
-from sparsort.scoring.base import Scorer
-from sparsort.scoring.baselines import ColumnScorer, CompressionScorer, LengthScorer
-from sparsort.scoring.losses import LossScorer
+from sparsort.scoring.scorers.base import Scorer
+from sparsort.scoring.scorers.baselines import ColumnScorer, CompressionScorer, LengthScorer
+from sparsort.scoring.scorers.losses import LossScorer
 from sparsort.scoring.scorers.sparsity import SparsityScorer
-from sparsort.scoring.scores import Scores
+from sparsort.scoring.store.scores import Scores
+from sparsort.storage.files import write_json
+from sparsort.storage.integrity import read_sealed, write_sealed
+from sparsort.terminal.progress import progress
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "benchmarks" / "studies" / "curriculum_study.toml"

@@ -23,10 +23,10 @@ from common import RESULTS, interval, machine
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from sparsort.curriculum.ablation.report.style import blank, colour, styled
-from sparsort.curriculum.ablation.resampling import student_t
-from sparsort.curriculum.ablation.statistics import holm
-from sparsort.files import write_atomically
+from sparsort.curriculum.ablation.report.figures.style import blank, colour, styled
+from sparsort.curriculum.ablation.statistics.differences import holm
+from sparsort.curriculum.ablation.statistics.resampling import student_t
+from sparsort.storage.files import write_atomically
 
 PAGES = Path(__file__).parents[3] / "docs" / "results"
 BASELINES = {"plain": "plain shuffle", "random": "random order with the same pacing"}

@@ -48,10 +48,10 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
-from sparsort.curriculum.ablation.resampling import student_t
+from sparsort.curriculum.ablation.statistics.resampling import student_t
 from sparsort.curriculum.loading.plan.pacing import Pacing
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 Direction = Literal["easy_to_hard", "random", "hard_to_easy"]
 ORDERS: tuple[Direction, ...] = ("easy_to_hard", "random", "hard_to_easy")

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsort.curriculum.ablation.report.style import blank, colour, styled
-from sparsort.files import write_atomically
+from sparsort.curriculum.ablation.report.figures.style import blank, colour, styled
+from sparsort.storage.files import write_atomically
 
 ROOT = Path(__file__).parents[3]
 STUDY = ROOT / "benchmarks" / "results" / "ordering-study.json"

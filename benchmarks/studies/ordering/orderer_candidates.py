@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation, Unit
-from sparsort.curriculum.ablation.store import Outcomes, OutcomeStore
-from sparsort.curriculum.ablation.texts import Texts
-from sparsort.curriculum.ablation.unit_names import bare_group, group_name
-from sparsort.curriculum.demos import label_criteria as labels
-from sparsort.curriculum.demos.choosing import mean_ranks
-from sparsort.curriculum.demos.distributions import entropy, log_mean, log_softmax
-from sparsort.scoring.embedded import load_tokenizer
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, Unit
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.texts import Texts
+from sparsort.curriculum.ablation.store.keys import bare_group, group_name
+from sparsort.curriculum.ablation.store.store import Outcomes, OutcomeStore
+from sparsort.curriculum.demos.criteria import label_criteria as labels
+from sparsort.curriculum.demos.criteria.distributions import entropy, log_mean, log_softmax
+from sparsort.curriculum.demos.criteria.ranking import mean_ranks
+from sparsort.scoring.loading.demo_model import load_tokenizer
 
 TASKS = ("trec", "mr", "sst5", "rte", "cb")
 SHOTS = (4, 8)
@@ -200,8 +200,8 @@ class Loader:
 
     def _ask(self, data: TaskData, texts: Texts, asks: dict[tuple[str, ...], dict[str, None]]) -> Outcomes:
         if self._reader is None:
-            from sparsort.scoring.answers import AnswerReader
-            from sparsort.scoring.loading import load_model
+            from sparsort.scoring.answers.reader import AnswerReader
+            from sparsort.scoring.loading.load import load_model
 
             self._reader = AnswerReader(load_model(self.ablation.model))
         parts = []

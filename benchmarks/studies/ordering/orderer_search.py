@@ -44,8 +44,8 @@ from orderer_candidates import (
 )
 from scipy.stats import rankdata
 
-from sparsort.curriculum.demos.choosing import choose
-from sparsort.files import write_json
+from sparsort.curriculum.demos.criteria.ranking import choose
+from sparsort.storage.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "results"
 TUNING_CELLS = {("mr", 4), ("mr", 8), ("sst5", 4), ("sst5", 8), ("trec", 4)}

@@ -25,12 +25,12 @@ from typing import Any
 from ordering_study_outcomes import pack, unpack
 from prior_shift_page import section
 
-from sparsort.curriculum.ablation.design import Ablation, units
-from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.files import write_atomically
-from sparsort.locks import locked
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, units
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.recipes.ablate import ablate
 from sparsort.recipes.report import make_report
+from sparsort.storage.files import write_atomically
+from sparsort.storage.locks import locked
 
 ROOT = Path(__file__).parents[3]
 KEPT = ROOT / "benchmarks" / "results" / "ordering-study-outcomes.parquet"

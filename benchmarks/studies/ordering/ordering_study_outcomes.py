@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsort.curriculum.ablation.data import TaskData
-from sparsort.curriculum.ablation.design import Ablation
-from sparsort.curriculum.ablation.outcomes import Outcomes
-from sparsort.curriculum.ablation.store import OutcomeStore
-from sparsort.curriculum.ablation.texts import Texts
+from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
+from sparsort.curriculum.ablation.recipe.texts import Texts
+from sparsort.curriculum.ablation.store.outcomes import Outcomes
+from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
-from sparsort.files import write_atomically
-from sparsort.parquet_seal import add_seal, read_seal
+from sparsort.storage.files import write_atomically
+from sparsort.storage.parquet_seal import add_seal, read_seal
 
 NOTES = ("orders", "tokens", "probes", "spent")
 _KEY = b"sparsort.study"

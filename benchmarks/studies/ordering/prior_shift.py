@@ -45,12 +45,12 @@ from orderer_candidates import TASKS, Case, Floats, Loader
 from ordering_study_outcomes import unpack
 from prior_shift_estimators import shares_by_bbse
 
-from sparsort.curriculum.ablation.estimates import estimate_sets
-from sparsort.curriculum.demos import label_criteria
-from sparsort.curriculum.demos.choosing import choose
-from sparsort.curriculum.demos.distributions import log_softmax
-from sparsort.curriculum.demos.label_shift import evenly_by_label, fit_bias, shares_by_em
-from sparsort.files import write_json
+from sparsort.curriculum.ablation.statistics.estimates import estimate_sets
+from sparsort.curriculum.demos.criteria import label_criteria
+from sparsort.curriculum.demos.criteria.distributions import log_softmax
+from sparsort.curriculum.demos.criteria.label_shift import evenly_by_label, fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.ranking import choose
+from sparsort.storage.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "results"
 KEPT = RESULTS / "ordering-study-outcomes.parquet"

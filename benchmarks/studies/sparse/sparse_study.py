@@ -44,10 +44,10 @@ from sparsort.attention.selectors import SELECTORS
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.files import write_atomically, write_json
-from sparsort.integrity import check_file, read_sealed, record_of, write_sealed
-from sparsort.progress import progress
 from sparsort.scoring.scorers.sparsity import SparsityScorer
+from sparsort.storage.files import write_atomically, write_json
+from sparsort.storage.integrity import check_file, read_sealed, record_of, write_sealed
+from sparsort.terminal.progress import progress
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "benchmarks" / "studies" / "sparse_study.toml"

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from sparsort.attention.flops import AttentionShape, SparseShape, dense_flops, saving, sparse_flops
-from sparsort.curriculum.ablation.report.style import blank, colour, styled
-from sparsort.curriculum.ablation.resampling import student_t
-from sparsort.files import write_atomically
+from sparsort.curriculum.ablation.report.figures.style import blank, colour, styled
+from sparsort.curriculum.ablation.statistics.resampling import student_t
+from sparsort.storage.files import write_atomically
 
 NAME = "sparse-attention-study"
 PAGES = Path(__file__).parents[3] / "docs" / "results"

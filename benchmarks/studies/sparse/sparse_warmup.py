@@ -36,12 +36,12 @@ from sparsort.attention.diagnostics import report_selection
 from sparsort.attention.selectors import SelectorKind
 from sparsort.attention.selectors.base import Choice, LayerInputs
 from sparsort.attention.selectors.build import make_selector
-from sparsort.curriculum.ablation.resampling import student_t
-from sparsort.files import write_json
+from sparsort.curriculum.ablation.statistics.resampling import student_t
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.kernels.blocksparse.ops import attend
-from sparsort.progress import progress
-from sparsort.scoring.loading import load_model
+from sparsort.scoring.loading.load import load_model
+from sparsort.storage.files import write_json
+from sparsort.terminal.progress import progress
 
 RIVALS: tuple[SelectorKind, ...] = ("oracle", "moba", "sink_window", "window", "random")
 BLOCK = 16

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sparsort.curriculum.ablation.report import panels, sheets, svg
-from sparsort.curriculum.ablation.report.html import render
-from sparsort.curriculum.ablation.report.markdown import markdown
-from sparsort.curriculum.ablation.report.shape import Report
-from sparsort.curriculum.ablation.report.style import need_matplotlib, styled
-from sparsort.files import write_atomically
-from sparsort.progress import progress
+from sparsort.curriculum.ablation.report.figures import panels, sheets, svg
+from sparsort.curriculum.ablation.report.figures.style import need_matplotlib, styled
+from sparsort.curriculum.ablation.report.numbers.shape import Report
+from sparsort.curriculum.ablation.report.page.html import render
+from sparsort.curriculum.ablation.report.page.markdown import markdown
+from sparsort.storage.files import write_atomically
+from sparsort.terminal.progress import progress
 
 
 def write_report(report: Report, folder: Path, *, figures: Path | None = None) -> list[Path]:

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from sparsort.conditions import Table, among, refuse_unread_arguments
-from sparsort.curriculum.demos.difficulty import ScoresLike, resolve
 from sparsort.curriculum.demos.known import Column, Known
-from sparsort.curriculum.demos.pool import DemoPool, Query
-from sparsort.curriculum.demos.rows import Row, TextOf
+from sparsort.curriculum.demos.pool.difficulty import ScoresLike, resolve
+from sparsort.curriculum.demos.pool.pool import DemoPool, Query
+from sparsort.curriculum.demos.pool.rows import Row, TextOf
 from sparsort.curriculum.demos.select.by_difficulty import select_difficulty_matched, select_spread
 from sparsort.curriculum.demos.select.candidates import Candidates, SelectorEntry, SelectSettings
 from sparsort.curriculum.demos.select.diverse import select_kdpp, select_mmr, select_vote_k

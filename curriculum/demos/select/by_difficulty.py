@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.demos.pool.similarity import Floats, nearest
 from sparsort.curriculum.demos.select.candidates import Candidates, Places
-from sparsort.curriculum.demos.similarity import Floats, nearest
 from sparsort.errors import SparsortError
 
 

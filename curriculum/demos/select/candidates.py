@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos import similarity
 from sparsort.curriculum.demos.known import Known
+from sparsort.curriculum.demos.pool import similarity
 from sparsort.registry import Entry
 
 Places = NDArray[np.int64]

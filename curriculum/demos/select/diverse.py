@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.demos.pool.similarity import Floats
 from sparsort.curriculum.demos.select.candidates import Candidates, Places
-from sparsort.curriculum.demos.similarity import Floats
 from sparsort.errors import SparsortError
 
 _BLOCK_ROWS = 1024

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos.rows import listed
+from sparsort.curriculum.demos.pool.rows import listed
 from sparsort.curriculum.demos.select.candidates import Candidates, Places
 from sparsort.errors import SparsortError, did_you_mean
 from sparsort.values import as_text, is_missing

@@ -5,7 +5,7 @@ Contract: the nearest first, ties by position.
 
 from __future__ import annotations
 
-from sparsort.curriculum.demos import similarity
+from sparsort.curriculum.demos.pool import similarity
 from sparsort.curriculum.demos.select.candidates import Candidates, Places
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos import similarity
-from sparsort.curriculum.demos.duplicates import duplicates
 from sparsort.curriculum.demos.known import Known
-from sparsort.curriculum.demos.leaks import Leak
+from sparsort.curriculum.demos.pool import similarity
+from sparsort.curriculum.demos.pool.duplicates import duplicates
+from sparsort.curriculum.demos.pool.leaks import Leak
 from sparsort.curriculum.demos.select.candidates import Candidates, SelectorEntry, SelectSettings
 from sparsort.errors import SparsortError
 

@@ -1,9 +1,9 @@
-"""How often an epoch of a plan shows each example, and which it never shows.
+"""How often an epoch of a plan shows each example, and the share of examples that it never shows.
 
-Contract: NumPy only; counted over every batch, or, from a sample of them, an expected value that is called one. One pass
-shows each example once, by construction; a pool draws with replacement across batches and leaves some out.
+Contract: NumPy only. The numbers are counted over every batch, or estimated from a sample of batches and labelled as expected
+values. One pass shows each example exactly once; a pool draws with replacement across batches, so it can miss examples.
 
-Legend: N rows, S batches looked at.
+Legend: N rows, S sampled batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Coverage:
 
     Attributes:
         never: share of the examples that the epoch does not show.
-        mean: times that an example is shown, on average.
-        most: times that the most frequent one is shown; None where it was not counted.
-        exact: counted, batch by batch; else `never` is its expected value.
+        mean: average number of times that an example is shown.
+        most: number of times that the most frequent example is shown; None if it was not counted.
+        exact: whether every batch was counted; if not, `never` is an expected value.
     """
 
     never: float
@@ -39,7 +39,10 @@ def coverage_of(plan: CurriculumPlan, epoch: int, first: int = 0, sample: int | 
     """How often an epoch shows each example, from batch `first` on.
 
     Args:
-        sample: batches of a pool to look at, evenly spaced; None to count them all.
+        plan: the plan.
+        epoch: number of the epoch, from 0.
+        first: the first batch that is counted.
+        sample: number of evenly spaced batches of a pool to sample; None to count all.
     """
     n, count = plan.n_rows, plan.n_batches - first
     if plan.settings.mode == "one_pass":
@@ -60,29 +63,31 @@ def coverage_of(plan: CurriculumPlan, epoch: int, first: int = 0, sample: int | 
 def _expected_never(
     plan: CurriculumPlan, numbers: Sequence[int], drawn: Sequence[NDArray[np.int64]], count: int
 ) -> float:
-    """The expected share of rows that no batch draws, each batch looked at standing for count / S.
+    """The expected share of rows that no batch draws; each sampled batch represents count / S batches.
 
-    A batch that draws c of the first h rows of the order leaves one of them out with probability 1 − c/h; what is
-    available only grows, so the rows between two values of h have the same batches ahead of them.
+    A batch that draws c of the first h rows of the order misses one of them with probability 1 − c/h. Availability only grows,
+    so all rows between two successive values of h are available to the same batches.
     """
     n = plan.n_rows
-    held_S = np.array([round(plan.share(number) * n) for number in numbers])
+    available_S = np.array([round(plan.share(number) * n) for number in numbers])
     codes = plan.groups if plan.settings.quotas is not None else None
     sizes = [n] if codes is None else np.bincount(codes).tolist()
-    left = 0.0
+    never_shown = 0.0
     for group, size in enumerate(sizes):
         drawn_S = np.array([len(rows) if codes is None else np.count_nonzero(codes[rows] == group) for rows in drawn])
-        own_S = np.maximum(-(-held_S * size // n), drawn_S)
+        # A batch with quotas draws its full quota even where the pacing offers less.
+        own_S = np.maximum(-(-available_S * size // n), drawn_S)
         with np.errstate(divide="ignore"):
-            out_S = np.log1p(-drawn_S / np.maximum(own_S, 1)) * count / len(numbers)
-        survival_S = np.exp(np.cumsum(out_S[::-1])[::-1])
+            log_missed_S = np.log1p(-drawn_S / np.maximum(own_S, 1)) * count / len(numbers)
+        # The probability that no batch from here on draws a row that is newly available.
+        survival_S = np.exp(np.cumsum(log_missed_S[::-1])[::-1])
         own_S = np.maximum.accumulate(own_S)
-        left += float(np.diff(own_S, prepend=0) @ survival_S) + size - int(own_S[-1])
-    return left / n
+        never_shown += float(np.diff(own_S, prepend=0) @ survival_S) + size - int(own_S[-1])
+    return never_shown / n
 
 
 def spaced(first: int, last: int, most: int | None) -> range | list[int]:
-    """At most `most` of the whole numbers from `first` to before `last`, evenly spaced."""
+    """At most `most` evenly spaced integers from `first` up to, but excluding, `last`; all of them if `most` is None."""
     count = last - first
     if most is None or most >= count:
         return range(first, last)

@@ -1,8 +1,8 @@
 """The figure of a plan: difficulty, available share, length and groups of its batches over training, plans side by side.
 
-Contract: drawn from the batches that the plan gives, at most `BATCHES` of them, so that a plan of 100 million rows is
-drawn in seconds; nothing is smoothed but that neighbouring batches share a point. Columns are plans, rows are quantities
-on one scale, so that curricula compare by eye. Needs matplotlib, the extra `plots`.
+Contract: the figure uses at most `BATCHES` batches of the plan, so a plan of 100 million rows is drawn in seconds. Neighbouring
+batches share a point; there is no other smoothing. Each column is a plan and each row a quantity with one scale for all plans, so
+that curricula are easy to compare. This needs matplotlib, from the extra `plots`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sparsort.curriculum.ablation.report.style import LABEL_COLOURS, blank, colour, plain, styled
+from sparsort.curriculum.ablation.report.figures.style import LABEL_COLOURS, blank, colour, plain, styled
 from sparsort.curriculum.loading.inspect.summary import Part, Shown, Spread, describe, first_batch, look
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.extras import need
-from sparsort.files import write_atomically
+from sparsort.storage.files import write_atomically
 
 BATCHES = 400
 FORMATS = ("png", "pdf", "svg")
@@ -44,21 +44,21 @@ def draw_plans(
     """Draw a plan, or several by name side by side.
 
     Args:
-        plans: a plan, or name → plan; over the same rows where lengths or groups are given.
-        file: where to write the figure; its suffix is one of `FORMATS`.
-        epoch: from 0.
-        lengths: (N,) tokens to show, by default each plan's own; without, that row is left out.
-        groups: (N,) group of each row to show, by default each plan's own.
+        plans: a plan, or name → plan. The plans must have the same rows if lengths or groups are given.
+        file: the file to write the figure to; its suffix must be one of `FORMATS`.
+        epoch: number of the epoch, from 0.
+        lengths: (N,) tokens of each row, by default those of each plan; plans without lengths have no such panel.
+        groups: (N,) group of each row, by default those of each plan.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        SparsortError: no plan, matplotlib is missing, an unknown suffix, lengths or groups that do not fit the rows.
+        SparsortError: there is no plan, matplotlib is missing, the suffix is unknown, or lengths or groups do not fit the rows.
     """
     named = {"": plans} if isinstance(plans, CurriculumPlan) else dict(plans)
     if not named:
-        raise SparsortError("there is no plan to draw. Pass a plan, or a name and a plan each.")
+        raise SparsortError("there is no plan to draw. Pass a plan, or a mapping from names to plans.")
     if file is not None:
         check_figure(file)
     need("matplotlib", "plots", "the figure of a plan")
@@ -75,7 +75,7 @@ def draw_plans(
 
 
 def check_figure(file: str | Path) -> None:
-    """Find out before any work that the figure could not be drawn.
+    """Check, before any work, that the figure can be drawn.
 
     Raises:
         SparsortError: the suffix is unknown, or matplotlib is missing.
@@ -86,7 +86,7 @@ def check_figure(file: str | Path) -> None:
 
 
 def _points(plan: CurriculumPlan, shown: Shown, epoch: int) -> list[Part]:
-    """The parts that are drawn as a point each: enough examples in one to be read, and none across the edge of a stage."""
+    """The parts of the epoch, each drawn as one point. A part has enough examples to be readable and stays inside a stage."""
     first = first_batch(plan, epoch)
     count = plan.n_batches - first
     size = max(1, len(plan.batch(first, epoch)))
@@ -196,7 +196,7 @@ def _frame(axes: Any, plan: CurriculumPlan, listed: Sequence[Part], *, last: boo
 
 
 def _band(axes: Any, listed: Sequence[Part], row: str, limits: tuple[float, float]) -> None:
-    """Mean, and the band between the 10 and 90 % quantiles; grey where nothing has a score."""
+    """Draw the mean and the band between the 10 and 90 % quantiles; grey marks the share without a score."""
     from matplotlib.ticker import MaxNLocator
 
     spreads = [part.difficulty if row == "difficulty" else part.length for part in listed]
@@ -237,7 +237,7 @@ def _share(axes: Any, listed: Sequence[Part]) -> None:
 
 
 def _groups(axes: Any, listed: Sequence[Part], shown: Shown, names: Sequence[str]) -> None:
-    """Shares of the groups, stacked; dashes where they would be at the shares of the data."""
+    """Draw the shares of the groups, stacked; dashed lines mark their shares of the data."""
     from matplotlib.ticker import PercentFormatter
 
     axes.set_ylim(0, 1)
@@ -246,14 +246,14 @@ def _groups(axes: Any, listed: Sequence[Part], shown: Shown, names: Sequence[str
     if shown.groups is None or listed[0].groups is None:
         return
     shares = np.array([part.groups for part in listed])
-    held = np.bincount(shown.groups, minlength=len(shown.names)) / len(shown.groups)
+    in_data = np.bincount(shown.groups, minlength=len(shown.names)) / len(shown.groups)
     below, level = np.zeros(2 * len(listed)), 0.0
     for names_of_band, _, shade in _legend(names):
         own = [place for place, name in enumerate(shown.names) if name in names_of_band]
         x, share = _stepped(listed, shares[:, own].sum(axis=1))
         axes.fill_between(x, below, below + share, color=colour(shade), alpha=0.75, linewidth=0)
         below = below + share
-        level += float(held[own].sum())
+        level += float(in_data[own].sum())
         if 0.001 < level < 0.999:
             axes.axhline(level, color=colour("ink"), linewidth=0.7, linestyle=(0, (3, 2)))
 
@@ -271,7 +271,7 @@ def _key(figure: Any, names: Sequence[str], columns: int, height: float) -> None
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=colour(shade), alpha=0.75, label=said) for _, said, shade in _legend(names)]
+    handles: list[Any] = [Patch(color=colour(shade), alpha=0.75, label=label) for _, label, shade in _legend(names)]
     handles.append(Line2D([], [], color=colour("ink"), linewidth=0.7, linestyle=(0, (3, 2)), label="in the data"))
     figure.legend(
         handles=handles,
@@ -288,22 +288,22 @@ def _key(figure: Any, names: Sequence[str], columns: int, height: float) -> None
 
 
 def _across(columns: int) -> int:
-    """Entries of the key that stand side by side."""
+    """The number of legend entries in a row."""
     return 4 if columns == 1 else 5
 
 
 def _stepped(listed: Sequence[Part], left: ArrayLike, right: ArrayLike | None = None) -> tuple[Any, Any]:
-    """A value a part as a line over its batches: (2P,) x and y, each part from its first batch to its last."""
+    """One value per part as a step line: (2P,) x and y, each part from its first to its last batch."""
     x = np.array([(part.batches[0] - 0.5, part.batches[1] + 0.5) for part in listed]).ravel()
     y = np.stack([np.asarray(left, dtype=float), np.asarray(left if right is None else right, dtype=float)], axis=1)
     return x, y.ravel()
 
 
 def _limits(spreads: Iterable[Spread | None]) -> tuple[float, float]:
-    found = np.array([(one.low, one.mean, one.high) for one in spreads if one is not None])
-    found = found[np.isfinite(found)]
-    if not found.size:
+    values = np.array([(one.low, one.mean, one.high) for one in spreads if one is not None])
+    values = values[np.isfinite(values)]
+    if not values.size:
         return 0.0, 1.0
-    low, high = float(found.min()), float(found.max())
+    low, high = float(values.min()), float(values.max())
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     return low - room, high + room

@@ -1,10 +1,10 @@
-"""What a plan does, stage by stage: shares, difficulty, length and groups of what its batches show.
+"""A summary of a plan, stage by stage: shares, difficulty, length and groups of the examples in its batches.
 
-Contract: NumPy only; pure functions of a plan. Every number is taken from `plan.batch`, so it tells what training will
-see. Up to `ALL_BATCHES` batches and `ALL_EXAMPLES` examples all are gone over and the numbers are exact; above, evenly
-spaced batches stand for the others, and the result says how many were looked at.
+Contract: NumPy only; pure functions of a plan. Every number comes from `plan.batch`, so it describes exactly what training will
+see. Up to `ALL_BATCHES` batches and `ALL_EXAMPLES` examples, all batches are read and the numbers are exact. Above that, evenly
+spaced batches are sampled, and the result contains their number.
 
-Legend: N rows, K batches of an epoch, P parts, S batches looked at, G groups.
+Legend: N rows, K batches of an epoch, P parts, S sampled batches, G groups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.ranking import group_names
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
-from sparsort.progress import progress
+from sparsort.terminal.progress import progress
 
 ALL_BATCHES = 10_000
 ALL_EXAMPLES = 5_000_000
@@ -33,7 +33,7 @@ _MOST_PARTS, _PARTS = 20, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of some numbers: the mean of the finite ones, the ends, and the 10, 50 and 90 % quantiles."""
+    """Statistics of some numbers: mean of the finite ones, minimum, maximum, and the 10, 50 and 90 % quantiles."""
 
     mean: float
     lowest: float
@@ -48,15 +48,15 @@ class Part:
     """Consecutive batches taken together, such as those of a stage.
 
     Attributes:
-        stages: first and last stage, from 0.
-        batches: first and last batch, from 0.
-        looked_at: batches that the numbers below are from.
-        examples: of all its batches; estimated where not all were looked at and the plan does not tell.
-        share: of the examples that is available at the first and at the last batch.
-        difficulty: of the examples that have a score; None where none has.
+        stages: number of the first and of the last stage, from 0.
+        batches: number of the first and of the last batch, from 0.
+        looked_at: number of batches that the statistics below come from.
+        examples: number of examples in all batches; an estimate if batches were sampled and the plan does not determine it.
+        share: share of the examples that is available at the first and at the last batch.
+        difficulty: statistics over the examples with a score; None if no example has one.
         unscored: share of the examples without a score.
-        length: tokens; None where lengths are not known.
-        padding: share of a batch's tokens (longest × count, or the packed sequences) that holds no example.
+        length: statistics of the tokens per example; None if lengths are unknown.
+        padding: share of padding among a batch's tokens (longest × count, or the packed sequences).
         groups: share of each group, in the order of the group names; None without groups.
     """
 
@@ -74,19 +74,22 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """An epoch of a plan in numbers; `to_json` for a script.
+    """Statistics of an epoch of a plan; `to_json` returns them for scripts.
 
     Attributes:
-        what: the curriculum in a line.
-        scores: name → scorer of what the difficulty is made of.
-        rows: of the data; `batches` of an epoch; `smallest_batch` in items.
-        unscored: rows without a score.
-        cut: rows longer than max_length; None where lengths play no part in the plan.
-        unused_scores: scores that no row of the data has.
-        below_batch: batches of a pool for which the pacing allows less than they need.
-        group_names: with their shares of the data in `group_shares`; empty without groups.
+        what: the curriculum in one line.
+        scores: name → scorer, for each score that the difficulty was computed from.
+        rows: number of rows of the data.
+        batches: number of batches in an epoch.
+        smallest_batch: number of items in the smallest batch.
+        unscored: number of rows without a score.
+        cut: number of rows longer than max_length; None if the plan has no lengths.
+        unused_scores: number of scores that belong to no row of the data.
+        below_batch: number of batches of a pool for which the pacing allows fewer rows than a batch needs.
+        group_names: names of the groups; empty without groups.
+        group_shares: share of each group in the data, in the order of the names.
         coverage: how often the epoch shows an example.
-        parts: stage by stage; stages are put together where they are many, and an epoch of one stage is cut in ten.
+        parts: statistics stage by stage. Many stages are merged into fewer parts; an epoch of one stage is cut into ten parts.
     """
 
     what: str
@@ -108,17 +111,17 @@ class PlanSummary:
 
     @property
     def exact(self) -> bool:
-        """Whether every batch was looked at."""
+        """Whether every batch was read."""
         return all(part.looked_at == part.batches[1] - part.batches[0] + 1 for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; an infinity is a text."""
+        """The summary as JSON values, with infinities and NaN as text."""
         return {**_plain(asdict(self)), "exact": self.exact}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is known of the rows beyond their difficulty: (N,) tokens, and (N,) codes of the named groups."""
+    """Lengths and groups of the rows for display: (N,) tokens, and (N,) indices into the names of the groups."""
 
     lengths: NDArray[Any] | None
     groups: NDArray[Any] | None
@@ -126,15 +129,15 @@ class Shown:
 
     @classmethod
     def of(cls, plan: CurriculumPlan, lengths: ArrayLike | None = None, groups: Sequence[Any] | None = None) -> Shown:
-        """The plan's own lengths and groups, or others that are only to be shown: (N,) tokens, (N,) group of each row.
+        """The lengths and groups of the plan, or others that are used for display only: (N,) tokens, (N,) group of each row.
 
         Raises:
-            SparsortError: not one of them a row.
+            SparsortError: there is not exactly one per row.
         """
         for name, given in (("lengths", lengths), ("groups", groups)):
             if given is not None and len(np.asarray(given)) != plan.n_rows:
                 raise SparsortError(
-                    f"{len(np.asarray(given))} {name} to show for the {plan.n_rows} rows of the plan. Pass one a row."
+                    f"{len(np.asarray(given))} {name} to show for the {plan.n_rows} rows of the plan. Pass one per row."
                 )
         tokens = plan.lengths if lengths is None else np.asarray(lengths)
         if lengths is not None and plan.settings.max_length is not None:
@@ -153,17 +156,17 @@ def summarise(
     groups: Sequence[Any] | None = None,
     all_batches: int = ALL_BATCHES,
 ) -> PlanSummary:
-    """An epoch of a plan in numbers.
+    """Summarise an epoch of a plan.
 
     Args:
-        plan: of whichever mode.
-        epoch: from 0.
-        lengths: (N,) tokens to show, by default the plan's own.
-        groups: (N,) group of each row to show, by default the plan's own.
-        all_batches: batches up to which all are looked at.
+        plan: a plan of either mode.
+        epoch: number of the epoch, from 0.
+        lengths: (N,) tokens of each row, by default those of the plan.
+        groups: (N,) group of each row, by default those of the plan.
+        all_batches: the most batches that are all read; above, batches are sampled.
 
     Raises:
-        SparsortError: lengths or groups that do not fit the rows, or an epoch that a revised plan does not reach.
+        SparsortError: lengths or groups do not fit the rows, or the epoch is before the first one of a revised plan.
     """
     shown = Shown.of(plan, lengths, groups)
     edges = _part_edges(plan, epoch)
@@ -172,10 +175,10 @@ def summarise(
     everything = count <= all_batches and count * size <= ALL_EXAMPLES
     sample = min(all_batches, max(_PARTS, min(_SAMPLE, ALL_EXAMPLES // size)))
     parts = look(plan, edges, shown, epoch=epoch, most=None if everything else max(1, sample // (len(edges) - 1)))
-    held = np.bincount(shown.groups, minlength=len(shown.names)) / plan.n_rows if shown.groups is not None else None
+    in_data = np.bincount(shown.groups, minlength=len(shown.names)) / plan.n_rows if shown.groups is not None else None
     return PlanSummary(
         what=describe(plan.settings),
-        scores={name: str(made.get("scorer", "unknown")) for name, made in plan.notes.get("scores", {}).items()},
+        scores={name: str(origin.get("scorer", "unknown")) for name, origin in plan.notes.get("scores", {}).items()},
         epoch=epoch,
         rows=plan.n_rows,
         batches=plan.n_batches,
@@ -187,7 +190,7 @@ def summarise(
         unused_scores=int(plan.notes.get("unused_scores", 0)),
         below_batch=plan.notes.get("below_batch", 0),
         group_names=shown.names,
-        group_shares=[] if held is None else held.tolist(),
+        group_shares=[] if in_data is None else in_data.tolist(),
         coverage=coverage_of(plan, epoch, edges[0], None if everything else sample),
         parts=parts,
     )
@@ -196,14 +199,14 @@ def summarise(
 def look(
     plan: CurriculumPlan, edges: Sequence[int], shown: Shown, *, epoch: int = 0, most: int | None = None
 ) -> list[Part]:
-    """Parts of an epoch in numbers.
+    """Compute the statistics of the parts of an epoch.
 
     Args:
         plan: the plan.
-        edges: (P + 1,) number of each part's first batch, rising strictly; the last is where the last part ends.
+        edges: (P + 1,) strictly increasing numbers of each part's first batch, followed by the end of the last part.
         shown: lengths and groups of the rows.
-        epoch: from 0.
-        most: batches of a part to look at, evenly spaced; None for all.
+        epoch: number of the epoch, from 0.
+        most: the most batches to sample from a part, evenly spaced; None for all.
     """
     with progress("batches", sum(len(spaced(*pair, most)) for pair in itertools.pairwise(edges))) as advance:
         parts = []
@@ -215,36 +218,36 @@ def look(
 
 
 def first_batch(plan: CurriculumPlan, epoch: int) -> int:
-    """The first batch of an epoch that the plan has: 0, but where it was revised in the middle of this epoch."""
+    """The first batch of an epoch that the plan contains: 0, unless the plan was revised in the middle of this epoch."""
     revised = plan.revision or {}
     return revised.get("start", 0) if revised.get("epoch") == epoch else 0
 
 
 def describe(settings: CurriculumSettings) -> str:
-    """A configuration in one line."""
+    """Describe the settings of a curriculum in one line."""
     pool = settings.mode == "pool"
-    said = ["pool" if pool else settings.schedule.replace("_", " ")]
+    parts = ["pool" if pool else settings.schedule.replace("_", " ")]
     if settings.schedule in ("folded", "interleaved"):
-        said[0] += f" {settings.folds}"
+        parts[0] += f" {settings.folds}"
     if settings.schedule not in ("shuffle", "as_given"):
-        said.append("random order" if settings.direction == "random" else settings.direction.replace("_", " "))
+        parts.append("random order" if settings.direction == "random" else settings.direction.replace("_", " "))
     if settings.pacing is not None:
-        said.append(str(settings.pacing))
+        parts.append(str(settings.pacing))
     if settings.stages is not None:
-        said.append(f"{settings.stages} stages")
+        parts.append(f"{settings.stages} stages")
     if settings.warm_up is not None:
-        said.append(f"warm-up {100 * settings.warm_up:g} %")
+        parts.append(f"warm-up {100 * settings.warm_up:g} %")
     if settings.group_by_length:
-        said.append("by length")
+        parts.append("by length")
     if settings.packing != "none":
-        said.append(f"packed {settings.packing.replace('_', ' ')} in {settings.pack_length}")
+        parts.append(f"packed {settings.packing.replace('_', ' ')} in {settings.pack_length}")
     if settings.later_epochs == "shuffle":
-        said.append("later epochs shuffled")
-    return ", ".join(said)
+        parts.append("later epochs shuffled")
+    return ", ".join(parts)
 
 
 def _part_edges(plan: CurriculumPlan, epoch: int) -> list[int]:
-    """The stages, put together where they are many; equal parts where there is one."""
+    """The edges of the parts: stages, which are merged if there are many, or equal parts if there is only one stage."""
     stages, count = plan.n_stages, plan.n_batches
     if stages == 1:
         edges = [p * count // _PARTS for p in range(_PARTS + 1)]
@@ -264,6 +267,7 @@ def _part(plan: CurriculumPlan, first: int, last: int, numbers: Sequence[int], s
     examples = len(rows)
     if len(numbers) < last - first:
         examples = round(len(rows) * (last - first) / len(numbers))
+        # In one pass, the number of examples in whole stages is known exactly.
         whole = [plan.stage_edges[stages[0]], plan.stage_edges[stages[1] + 1]] == [first, last]
         if plan.settings.mode == "one_pass" and whole:
             examples = plan.stage_places[stages[1] + 1] - plan.stage_places[stages[0]]
@@ -292,6 +296,7 @@ def _spread(values: NDArray[np.float64]) -> Spread | None:
         return None
     ranked = np.sort(values)
     finite = ranked[np.isfinite(ranked)]
+    # Quantiles are order statistics without interpolation, so infinite values cause no NaN.
     low, median, high = (float(ranked[math.ceil(q * len(ranked)) - 1]) for q in (0.1, 0.5, 0.9))
     mean = float(finite.mean()) if finite.size else median
     return Spread(mean=mean, lowest=float(ranked[0]), low=low, median=median, high=high, highest=float(ranked[-1]))
@@ -309,6 +314,7 @@ def _padding(
     if capacity is not None:
         room = sum(len(plan.bins(number, epoch)) for number in numbers) * capacity
     else:
+        # Without packing, every example is padded to the longest one of its batch.
         room = sum(int(lengths[rows].max()) * len(rows) for rows in batches)
     return 1 - used / max(1, room)
 

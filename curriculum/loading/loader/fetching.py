@@ -1,9 +1,9 @@
-"""What a worker does: from the number of a micro-batch to the examples that it holds.
+"""The work of a data worker: from the number of a micro-batch to its examples.
 
-Contract: everything follows from a key (epoch, number of the global batch, number of the micro-batch in it) and the
-plan, so it does not matter which worker is asked, nor when. In a worker process the generators of torch, NumPy and
-`random` are seeded from the key before each micro-batch, so that random masking and augmentation come out alike for any
-number of workers and after any resume; in the main process they are the caller's and are left alone.
+Contract: the result depends only on the plan and on a key (epoch, number of the global batch, number of the micro-batch in it).
+It does not matter which worker computes it, or when. In a worker process the generators of torch, NumPy and `random` are seeded
+from the key before each micro-batch. Random masking and augmentation are therefore the same for any number of workers and after
+any resume. In the main process these generators belong to the caller and are not touched.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 Key = tuple[int, int, int]
 Items = TypeVar("Items", bound=Sequence[Any] | np.ndarray[Any, Any])
 
-_NAMED = 16  # rows that an error names
+_NAMED = 16  # the most rows that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Which part of every global batch is this rank's, and in how many pieces it takes it.
+    """The part of every global batch that this rank loads, and the number of micro-batches in it.
 
     Attributes:
-        rank, world_size: rank r of R takes places r, r + R, r + 2R, … of a global batch, as OLMo-core does.
-        micro_batches: pieces that the rank's part is cut in, which differ by at most one.
+        rank, world_size: rank r of R takes places r, r + R, r + 2R, … of a global batch, as in OLMo-core.
+        micro_batches: number of micro-batches that the rank's part is divided into; their sizes differ by at most one.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class Part:
 
 
 class Fetcher(torch.utils.data.Dataset[Any]):
-    """A map-style dataset of micro-batches: `__getitems__([key])` gives the examples of one."""
+    """A map-style dataset of micro-batches: `__getitems__([key])` returns the examples of one micro-batch."""
 
     def __init__(self, plan: CurriculumPlan, dataset: Any, part: Part) -> None:
         self.plan, self.dataset, self.part = plan, dataset, part
@@ -81,19 +81,26 @@ class Fetcher(torch.utils.data.Dataset[Any]):
     def _examples(self, rows: list[int]) -> list[Any]:
         if getters := getattr(self.dataset, "__getitems__", None):
             return list(getters(rows))
-        dataset, left = self.dataset, iter(rows)
+        dataset, remaining = self.dataset, iter(rows)
         try:
-            return [dataset[row] for row in left]
+            return [dataset[row] for row in remaining]
         except Exception as error:
-            error.add_note(f"The dataset raised this for row {rows[-1 - length_hint(left)]}.")
+            # The number of rows that were not read yet tells which row failed.
+            error.add_note(f"The dataset raised this for row {rows[-1 - length_hint(remaining)]}.")
             raise
 
 
 def prepared(plan: CurriculumPlan, examples: list[Any], rows: list[int], bins: list[Any] | None) -> list[Any]:
-    """Examples cut at the plan's `max_length`, and put together where they share a packed sequence.
+    """Cut examples at the plan's `max_length`, and join those that share a packed sequence.
+
+    Args:
+        plan: the plan.
+        examples: the examples of a micro-batch.
+        rows: the row of each example.
+        bins: the rows of each packed sequence, in the order of `rows`; None without packing.
 
     Raises:
-        SparsortError: a row has more tokens than the plan counted, where it cuts batches by tokens.
+        SparsortError: the plan cuts batches by tokens, and a row has more tokens than the plan counted.
     """
     if plan.settings.max_length is not None:
         examples = [cut(example, plan.settings.max_length) for example in examples]
@@ -101,31 +108,32 @@ def prepared(plan: CurriculumPlan, examples: list[Any], rows: list[int], bins: l
         _check_lengths(plan.lengths[rows].tolist(), examples, rows)
     if bins is None:
         return examples
-    ends = np.cumsum([len(held) for held in bins]).tolist()
-    return [pack(examples[end - len(held) : end]) for held, end in zip(bins, ends, strict=True)]
+    # `bins` and `examples` have the same order, so each bin is a slice of the examples.
+    ends = np.cumsum([len(members) for members in bins]).tolist()
+    return [pack(examples[end - len(members) : end]) for members, end in zip(bins, ends, strict=True)]
 
 
 def _check_lengths(planned: list[int], examples: list[Any], rows: list[int]) -> None:
     for length, example, row in zip(planned, examples, rows, strict=True):
         if isinstance(example, Mapping) and len(example.get("input_ids", ())) > length:
             raise SparsortError(
-                f"row {row} has {len(example['input_ids'])} tokens and the plan counted {length}, so a batch would be "
-                "over its budget. Plan with the lengths that this tokenizer gives, or with max_length to cut."
+                f"row {row} has {len(example['input_ids'])} tokens and the plan counted {length}, so a batch would "
+                "exceed its budget. Plan with the lengths that this tokenizer gives, or cut rows with max_length."
             )
 
 
 def seed_worker(plan: CurriculumPlan, part: Part, key: Key) -> None:
-    """Seed the global generators of a worker process for one micro-batch; nothing in the main process."""
+    """Seed the global generators of a worker process for one micro-batch; do nothing in the main process."""
     if torch.utils.data.get_worker_info() is None:
         return
     seed = key_of("worker", plan.settings.seed, *key, part.rank)
-    # Not torch.manual_seed: it also queues a call for every device, which grows without end in a worker.
+    # Why not `torch.manual_seed`: it also queues a call for every device, and in a worker that queue grows without limit.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def note(error: Exception, epoch: int, number: int, rows: list[int]) -> None:
-    """Add to an error of the dataset which rows were asked for."""
+    """Add the requested rows to an error of the dataset."""
     named = ", ".join(map(str, rows[:_NAMED])) + (" …" if len(rows) > _NAMED else "")
-    error.add_note(f"Rows asked for, in order: {named} (epoch {epoch}, global batch {number}).")
+    error.add_note(f"Requested rows, in order: {named} (epoch {epoch}, global batch {number}).")

@@ -1,14 +1,14 @@
-"""Is this the data that the state was written for? (Whether it is the data of the plan: `verification`.)
+"""Fingerprints that show whether a dataset is the one that a state was saved for. (`verification` compares it with the plan.)
 
-Contract: a fingerprint is the number of rows and a digest of each column over at most 16 rows at fixed places (the
-first, the last, and evenly between); it costs 32 reads at any N and a change in other rows is not seen. It is about
-values, not containers: lists, tuples, NumPy arrays and torch tensors of the same numbers are equal, so that a dataset
-may change its output format, and floats are compared as float32. All missing values (None, NaN, …; see `sparsort.values`)
-are equal, since a data library may turn one into the other. Objects other than numbers, strings, bytes, lists and mappings
-count by the name of their type only.
+Contract: a fingerprint consists of the number of rows and a digest of each column over at most 16 rows at fixed positions (the
+first, the last, and evenly spaced between them). It costs 32 reads for any N, and does not detect a change in other rows. It
+depends on values, not on containers: lists, tuples, NumPy arrays and torch tensors of the same numbers are equal, so a dataset
+may change its output format. Floats are compared as float32. All missing values (None, NaN, …; see `sparsort.values`) are equal,
+since a data library may turn one into the other. For objects other than numbers, strings, bytes, lists and mappings only the
+name of the type counts.
 
-Each row is read twice. A column that differs between the readings is drawn at random (augmentation), says nothing of
-the data's identity and is left out. The global generators of torch, NumPy and `random` are put back afterwards.
+Each row is read twice. A column that differs between the two readings is random (augmentation), does not identify the data, and
+is skipped. The global generators of torch, NumPy and `random` are restored afterwards.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sparsort.values import is_missing
 Fingerprint = str | dict[str, Any]
 
 MOST_ROWS = 16
-MOST_COLUMNS = 12  # of a state, which is to stay below 1 KiB
+MOST_COLUMNS = 12  # keeps a state below 1 KiB
 _LONGEST_NAME = 24
 _DIGEST_BYTES = 5
-# Key of the digests that sparsort 0.1.0 wrote of columns with NaN, which it took for a value. States of it are compared with
-# these; they are not written into states.
+# Key of the digests that sparsort 0.1.0 computed for columns with NaN, which it treated as a value. They are compared with the
+# states that it wrote, and are not written into new states.
 _WITH_NAN = "with_nan"
 
 
@@ -43,37 +43,37 @@ def fingerprint_of(dataset: Any, columns: Sequence[str] | None = None) -> dict[s
     """The fingerprint of a map-style dataset, as JSON values of at most 600 bytes.
 
     Args:
-        dataset: with `len` and `[row]`. Examples that are mappings are digested column by column, others whole.
-        columns: which columns; None for all. The first 12 by name are kept.
+        dataset: any object with `len` and `[row]`. Mappings get one digest per column, other examples a single one.
+        columns: the columns to digest; None for all. The first 12 by name are kept.
 
     Raises:
-        SparsortError: a column is not there.
+        SparsortError: a column does not exist.
     """
     places = places_of(len(dataset))
     return {"rows": len(dataset), **_columns(lambda: [dataset[place] for place in places], columns)}
 
 
 def places_of(n: int) -> list[int]:
-    """The rows that stand for n: the first, the last, and evenly between, at most 16."""
+    """The rows of the sample out of n: the first, the last, and evenly spaced ones between them, at most 16."""
     return sorted({i * (n - 1) // (MOST_ROWS - 1) for i in range(MOST_ROWS)}) if n else []
 
 
 def fingerprint_of_stream(stream: Iterable[Any], n_rows: int) -> dict[str, Any]:
-    """The same for data that is read from front to back: `n_rows`, and the first 16 rows only."""
+    """The fingerprint of a stream: `n_rows` and digests over its first 16 rows."""
     return {"rows": n_rows, **_columns(lambda: list(islice(stream, MOST_ROWS)), None)}
 
 
 def as_saved(fingerprint: Fingerprint) -> Fingerprint:
-    """What a state keeps of a fingerprint."""
+    """The part of a fingerprint that is written into a state."""
     if isinstance(fingerprint, str):
         return fingerprint
     return {name: value for name, value in fingerprint.items() if name != _WITH_NAN}
 
 
 def difference(saved: Any, current: Fingerprint) -> str | None:
-    """How the data that a fingerprint was `saved` for differs from the current data; None where it does not.
+    """A description of how the data of a saved fingerprint differs from the current data; None if it does not.
 
-    Columns that both have are compared, and there must be one, unless one of the two has none at all.
+    Columns that both fingerprints have are compared. There must be such a column, unless one of the two has no columns.
     """
     if isinstance(saved, str) or isinstance(current, str):
         return None if saved == current else f"it was saved as {_named(saved)} and this is {_named(current)}"
@@ -91,6 +91,8 @@ def difference(saved: Any, current: Fingerprint) -> str | None:
 def _columns(read: Callable[[], list[Any]], columns: Sequence[str] | None) -> dict[str, dict[str, str]]:
     with random_state_put_back():
         examples = read()
+        # The second reading shows which columns are random. `earlier` is the digest that sparsort 0.1.0 would have
+        # computed.
         first, second = _digests(examples, columns), _digests(read(), columns)
         earlier = _digests(examples, columns, nan_is_a_value=True)
     stable = dict(sorted((name, digest) for name, digest in first.items() if second.get(name) == digest)[:MOST_COLUMNS])
@@ -109,7 +111,7 @@ def _digests(examples: list[Any], columns: Sequence[str] | None, *, nan_is_a_val
     if columns is not None:
         if missing := [name for name in columns if examples and name not in names]:
             raise SparsortError(
-                f"there is no column {missing[0]!r} to take a fingerprint of; the data has {', '.join(map(str, names))}."
+                f"there is no column {missing[0]!r} for the fingerprint; the data has {', '.join(map(str, names))}."
             )
         names = list(columns)
     return {_short(str(name)): _digest([example.get(name) for example in examples], nan_is_a_value) for name in names}
@@ -122,19 +124,21 @@ def _short(name: str) -> str:
 def _digest(value: Any, nan_is_a_value: bool = False) -> str:
     hashed = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for part in _canonical(value, nan_is_a_value):
+        # The length before each part distinguishes ("ab", "c") from ("a", "bc").
         hashed.update(struct.pack("<q", len(part)) + part)
     return hashed.hexdigest()
 
 
 def _canonical(value: Any, nan_is_a_value: bool) -> Iterator[bytes]:
-    """The value as a sequence of bytes, each kind with its own first letter."""
-    if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, without importing torch for it
+    """The value as a sequence of byte strings; the first letter of each tells the kind of the value."""
+    if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, recognised without importing torch
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).numpy()
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if value is None or (not nan_is_a_value and is_missing(value)):
         yield b"0"
+    # bool is tested before int, since True and False are integers too.
     elif isinstance(value, bool):
         yield b"b1" if value else b"b0"
     elif isinstance(value, int):
@@ -160,7 +164,7 @@ def _canonical(value: Any, nan_is_a_value: bool) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def random_state_put_back() -> Iterator[None]:
-    """Read a dataset without moving the global generators of torch, NumPy and `random`."""
+    """Restore the state of the global generators of torch, NumPy and `random` at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")
     tensor = torch.get_rng_state() if torch else None

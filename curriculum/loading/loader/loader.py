@@ -1,11 +1,12 @@
-"""CurriculumLoader: a plan and a dataset → the collated batches of one rank, exactly.
+"""CurriculumLoader: yields the collated batches of one rank, exactly as a plan orders them.
 
-Contract: the order is the plan's, whatever the number of ranks, workers and micro-batches, and however often training
-was stopped. The position is a number of global batches that were handed out whole, never of what was prefetched; going
-on from any position costs the same as from the first. No generator of the main process is touched, no collective is
-called, and nothing is shared between ranks but the plan.
+Contract: the order is that of the plan, whatever the number of ranks, workers and micro-batches, and however often training
+was interrupted. The position counts the global batches that were yielded completely, not those that were prefetched. Resuming
+from any position costs the same as starting from the first. The loader uses no generator of the main process, calls no
+collective, and ranks share nothing but the plan.
 
-It holds a torch DataLoader but is none, so that accelerate and Trainer use it as it is instead of dividing it again.
+It contains a torch DataLoader but is not a subclass of it, so accelerate and Trainer use it unchanged instead of sharding it
+again.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
 
-_WORKERS = (needs("num_workers", "the batches are loaded without workers", num_workers=2),)
-# What an argument needs to be read; see `sparsort.conditions`.
+_WORKERS = (needs("num_workers", "batches are loaded without workers", num_workers=2),)
+# The conditions under which an argument is read; see `sparsort.conditions`.
 READ_BY: Table = dict.fromkeys(
     ("prefetch_factor", "persistent_workers", "worker_init_fn", "multiprocessing_context", "timeout"), _WORKERS
 )
@@ -42,39 +43,40 @@ Hook = Callable[["CurriculumLoader", int], CurriculumPlan | None]
 class CurriculumLoader:
     """Loads the batches of a plan, from the current position on.
 
-    `for batch in loader` gives what is left of the current epoch; the next `for` is the next epoch. `len(loader)` counts
-    the micro-batches of a whole epoch on this rank.
+    `for batch in loader` yields the rest of the current epoch; the next `for` yields the next epoch. `len(loader)` is the number
+    of micro-batches of a whole epoch on this rank.
 
     Args:
-        plan: of `plan_curriculum`, or the folder that it was saved in.
-        dataset: the rows that the plan was made for: anything with `len` and `[row]` (`__getitems__` is used where
-            there is one, as `datasets.Dataset` has), or a stream in the plan's own order (see `streams`).
-        collate_fn: list of examples → batch; torch's default, or `PackedCollator` where the plan packs.
-        rank, world_size: this process among those that share a global batch; None: as torch.distributed says, or one
-            process alone. Rank r of R takes places r, r + R, … of each global batch.
-        micro_batches: pieces of the rank's share of a global batch, handed out one by one (gradient accumulation).
-        num_workers, prefetch_factor, pin_memory, persistent_workers, worker_init_fn, multiprocessing_context, timeout: as
-            of torch's DataLoader. Persistent workers live through all epochs, unless `on_stage` is set.
-        fingerprint: your own name for the data. Where the plan was made with a name too, the names are compared instead of
-            rows, and no row is read in the main process; states then carry the name instead of a digest of some rows.
-        verify: compare the dataset with what the plan knows of its rows: ids, or contents (`verification`). False takes any
-            dataset with as many rows.
+        plan: a plan from `plan_curriculum`, or the folder that it was saved in.
+        dataset: the rows that the plan was made for: any object with `len` and `[row]` (`__getitems__` is used if it exists,
+            as in `datasets.Dataset`), or a stream in the order of the plan (see `streams`).
+        collate_fn: list of examples → batch; by default that of torch, or `PackedCollator` if the plan packs.
+        rank, world_size: this process and the number of processes that share a global batch. None takes them from
+            torch.distributed, or assumes a single process. Rank r of R takes places r, r + R, … of each global batch.
+        micro_batches: number of micro-batches that this rank's part of a global batch is divided into (gradient
+            accumulation).
+        num_workers, prefetch_factor, pin_memory, persistent_workers, worker_init_fn, multiprocessing_context, timeout: as in
+            torch's DataLoader. Persistent workers live through all epochs, unless `on_stage` is set.
+        fingerprint: your own name for the data. If the plan has a name too, the names are compared instead of the rows, and
+            no row is read in the main process. States then contain the name instead of a digest of some rows.
+        verify: compare the dataset with the ids or contents that the plan noted of its rows (`verification`). False accepts
+            any dataset with the same number of rows.
 
     Attributes:
         epoch: the epoch of the current position.
-        batch: global batches of this epoch that were handed out whole. Where that is all of them, the next `for` begins
+        batch: number of global batches of this epoch that were yielded completely. After the last one, the next `for` begins
             the next epoch.
-        on_stage: called before the first batch of every stage but the very first of training, when that batch is asked
-            for, with the loader and the stage's number (0 at the beginning of a later epoch). A plan that it returns
-            takes over from that batch on. While it is set nothing is prefetched over a stage's edge. After a resume at
-            an edge it is called for that edge again.
+        on_stage: a function that is called with the loader and the number of the stage before the first batch of every stage
+            is loaded, except for the very first stage of training (the number is 0 at the beginning of a later epoch). If it
+            returns a plan, that plan applies from this batch on. While it is set, nothing is prefetched beyond the edge of a
+            stage. After a resume at an edge it is called for that edge again.
 
     Raises:
-        SparsortError: the dataset has not the plan's rows in their order, or nothing that could be compared with them; or
-            the smallest batch does not give every rank and micro-batch something.
+        SparsortError: the dataset does not have the plan's rows in their order, or has nothing that could be compared with
+            them; or the smallest batch is too small to give every rank and micro-batch an example.
     """
 
-    # Trainer looks for these on whatever it trains from.
+    # Trainer reads these attributes of every data loader.
     batch_sampler = None
     sampler = None
 
@@ -101,8 +103,8 @@ class CurriculumLoader:
             plan = CurriculumPlan.open(plan)
         if not isinstance(plan, CurriculumPlan):
             raise SparsortError(
-                f"a loader follows a plan, not {type(plan).__name__}: pass what plan_curriculum returned, or the folder that it "
-                "was saved in."
+                f"a loader follows a plan, not {type(plan).__name__}: pass the plan that plan_curriculum returned, or the folder "
+                "that it was saved in."
             )
         if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
@@ -118,7 +120,7 @@ class CurriculumLoader:
         check_name(fingerprint)
         self._fingerprint: Fingerprint | None = fingerprint
         self._name, self._verify = fingerprint, verify
-        self._verified: str | None = None  # the plan whose rows the dataset was compared with
+        self._verified: str | None = None  # fingerprint of the plan whose rows the dataset was compared with
         self._plan = self._checked(plan)
         if collate_fn is None:
             packs = plan.settings.packing != "none"
@@ -135,10 +137,10 @@ class CurriculumLoader:
             "timeout": timeout,
         }
         self._epoch = self._batch = 0
-        self._run = 0  # which iterator may move the position: the one made last, until the position is set
+        self._run = 0  # number of the iterator that may move the position: the latest, until the position is set
         self._latest: tuple[CurriculumPlan, Key] | None = None
         self._keys = _Keys(self._part.micro_batches)
-        self._kept: torch.utils.data.DataLoader[Any] | None = None
+        self._persistent_loader: torch.utils.data.DataLoader[Any] | None = None
 
     @property
     def plan(self) -> CurriculumPlan:
@@ -155,14 +157,14 @@ class CurriculumLoader:
 
     @property
     def latest(self) -> tuple[int, int] | None:
-        """Epoch and number of the global batch that was handed out last, whole or in part; None before the first."""
+        """Epoch and number of the latest global batch, yielded completely or in part; None before the first."""
         return None if self._latest is None else self._latest[1][:2]
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """The rows of the micro-batch that was handed out last, in order, on this rank; none before the first.
+        """The rows of the latest micro-batch on this rank, in order; empty before the first.
 
-        Where the plan packs, those of all its packed sequences, one after the other.
+        If the plan packs, these are the rows of all its packed sequences, one after the other.
         """
         if self._latest is None:
             return np.empty(0, dtype=np.int64)
@@ -173,13 +175,13 @@ class CurriculumLoader:
 
     @property
     def stage(self) -> int:
-        """The stage of the global batch that was handed out last; before the first, of the one to come."""
+        """The stage of the latest global batch; before the first batch, the stage of the next one."""
         plan, (_epoch, number, _micro) = self._latest or self._coming()
         return plan.stage(number)
 
     @property
     def share(self) -> float:
-        """The share of the data that was available to that batch."""
+        """The share of the data that was available to that batch; see `CurriculumPlan.share`."""
         plan, (epoch, number, _micro) = self._latest or self._coming()
         return plan.share(number, epoch)
 
@@ -193,10 +195,10 @@ class CurriculumLoader:
         return self._walk(self._run)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to the beginning of an epoch. Within the current one the position stays: it may just have been loaded.
+        """Move to the beginning of an epoch. For the current epoch the position stays, since it may just have been loaded.
 
         Raises:
-            SparsortError: no whole number of at least 0.
+            SparsortError: the epoch is not a whole number of at least 0.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise SparsortError(f"epochs are whole numbers from 0, not {epoch!r}.")
@@ -204,33 +206,33 @@ class CurriculumLoader:
             self._move(epoch, 0)
 
     def replace_plan(self, plan: CurriculumPlan) -> None:
-        """Follow another plan over the same rows, such as a revision that a checkpoint was written under.
+        """Follow another plan over the same rows, such as the revised plan of a checkpoint.
 
         Raises:
             SparsortError: as on construction.
         """
         self._plan = self._checked(plan)
-        self._kept = None
+        self._persistent_loader = None
         self._move(self._epoch, self._batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position as JSON values of less than 1 KiB, whatever the size of the data.
 
-        It names the first global batch that was not handed out whole: between micro-batches, the one they belong to.
+        It refers to the first global batch that was not yielded completely; between micro-batches, that is the current one.
         """
         return make_state(self._plan, self._data(), epoch=self._epoch, batch=self._batch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a state was taken. Iterators from before end with an error when used again.
+        """Resume from a state. Earlier iterators raise an error when they are used again.
 
         Raises:
-            SparsortError: the state is of another version, plan or data, or names no batch of the plan.
+            SparsortError: the state belongs to another version, plan or data, or to a batch that the plan does not have.
         """
         epoch, batch = position_of(state_dict, self._plan, self._data())
         self._move(epoch, batch)
 
     def _walk(self, run: int) -> Iterator[Any]:
-        """What is left of the epoch, one DataLoader at a time: all of it, or stage by stage where a hook may step in."""
+        """The rest of the epoch, from one DataLoader, or from one DataLoader per stage if a hook is set."""
         self._check_current(run)
         epoch = self._epoch
         while (start := self._batch) < self._plan.n_batches:
@@ -238,30 +240,33 @@ class CurriculumLoader:
             if self.on_stage is not None:
                 self._call_hook(start)
                 self._check_current(run)
+                # The hook may have replaced the plan, so its edges are read only now.
                 stop = next(edge for edge in (*self._plan.stage_edges, stop) if edge > start)
             plan = self._plan
             batches = self._load(epoch, start, stop)
             for key in self._keys.all(epoch, start, stop):
-                # No name holds the batch here: its memory is free for the next as soon as the caller lets go of it.
+                # No local variable refers to the batch here, so its memory is freed as soon as the caller drops it.
                 yield self._hand_out(plan, key, batches)
                 self._check_current(run)
-            # Run to its end, where a stream finds out that it is too long, and where workers stop.
+            # Exhaust the iterator: at its end a stream checks that it is not too long, and workers stop.
             next(batches, None)
         self._epoch, self._batch = epoch + 1, 0
 
     def _hand_out(self, plan: CurriculumPlan, key: Key, batches: Iterator[Any]) -> Any:
         batch = next(batches)
         self._latest = (plan, key)
+        # A global batch counts as yielded only after its last micro-batch.
         self._batch = key[1] + (key[2] == self._part.micro_batches - 1)
         return batch
 
     def _load(self, epoch: int, start: int, stop: int) -> Iterator[Any]:
+        # A persistent DataLoader reads this span again for every epoch, so it must be set before iterating.
         self._keys.span = (epoch, start, stop)
         keep = self._persistent and self.on_stage is None and not self._is_stream
-        if keep and self._kept is not None:
-            return iter(self._kept)
+        if keep and self._persistent_loader is not None:
+            return iter(self._persistent_loader)
         options = {**self._options, "persistent_workers": keep, "generator": torch.Generator()}
-        # Without one of its own, a DataLoader draws the seed of its workers from the global generator.
+        # Without a generator of its own, a DataLoader draws the seed of its workers from the global one.
         options["generator"].manual_seed(key_of("loader", self._plan.settings.seed, epoch, start))
         loader: torch.utils.data.DataLoader[Any]
         if self._is_stream:
@@ -270,18 +275,19 @@ class CurriculumLoader:
         else:
             fetcher = Fetcher(self._plan, self.dataset, self._part)
             loader = torch.utils.data.DataLoader(fetcher, batch_sampler=self._keys, **options)
-        self._kept = loader if keep else None
+        self._persistent_loader = loader if keep else None
         return iter(loader)
 
     def _call_hook(self, number: int) -> None:
-        begins = number in self._plan.stage_edges and (self._epoch, number) != (0, 0)
-        if self.on_stage is None or not begins:
+        is_first_batch = number in self._plan.stage_edges and (self._epoch, number) != (0, 0)
+        if self.on_stage is None or not is_first_batch:
             return
         revised = self.on_stage(self, self._plan.stage(number))
         if revised is not None:
             self._plan = self._checked(revised)
 
     def _coming(self) -> tuple[CurriculumPlan, Key]:
+        # At the end of an epoch, the next batch is the first one of the following epoch.
         at_end = self._batch >= self._plan.n_batches
         return self._plan, (self._epoch + at_end, 0 if at_end else self._batch, 0)
 
@@ -293,7 +299,7 @@ class CurriculumLoader:
         if run != self._run:
             raise SparsortError(
                 "this iterator is out of date: the loader was moved (load_state_dict, set_epoch, replace_plan) or "
-                "iterated over anew since. Take a new one with iter(loader)."
+                "iterated over again since. Take a new one with iter(loader)."
             )
 
     def _data(self) -> Fingerprint:
@@ -316,9 +322,9 @@ class CurriculumLoader:
             raise SparsortError(
                 f"the smallest global batch of the plan has {plan.smallest_batch} examples or packed sequences, and "
                 f"{self._part.world_size} ranks × {self._part.micro_batches} micro-batches need at least {needed}, or some "
-                f"would get nothing. Plan with larger batches, or use at most {max(1, plan.smallest_batch)} in all."
+                f"would be empty. Plan with larger batches, or use at most {max(1, plan.smallest_batch)} in all."
             )
-        # A revision is over the rows of the plan that it revises.
+        # A revised plan has the same rows as the plan that it revises, so they need no second comparison.
         base = str(plan.notes.get("revises", plan.fingerprint))
         if self._verify and base != self._verified:
             verify_rows(plan, self.dataset, fingerprint=self._name)
@@ -346,13 +352,13 @@ class _Keys:
 def _part(rank: int | None, world_size: int | None, micro_batches: int) -> Part:
     if rank is None or world_size is None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        here, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-        rank, world_size = here if rank is None else rank, ranks if world_size is None else world_size
+        own_rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        rank, world_size = own_rank if rank is None else rank, ranks if world_size is None else world_size
     if world_size < 1 or not 0 <= rank < world_size:
         raise SparsortError(
-            f"rank={rank} of world_size={world_size}: ranks are counted from 0 to world_size − 1. Leave both out for one "
+            f"rank={rank} of world_size={world_size}: ranks are counted from 0 to world_size − 1. Omit both for one "
             "process, or pass None to take them from torch.distributed."
         )
     if micro_batches < 1:
-        raise SparsortError(f"micro_batches={micro_batches}: a global batch has at least 1. Leave it out for 1.")
+        raise SparsortError(f"micro_batches={micro_batches}: a global batch has at least 1. Omit it for 1.")
     return Part(rank=rank, world_size=world_size, micro_batches=micro_batches)

@@ -1,13 +1,13 @@
-"""Rows of a bin → one packed sequence; bins → a padded batch; and the cut at a maximum length.
+"""Join the rows of a bin into one packed sequence, collate packed sequences into a padded batch, and cut long examples.
 
-Contract: a packed sequence is its documents end to end. `position_ids` begin at 0 with each document and the label of
-each document's first token is -100, since that token would be predicted from another document. There is no
-`attention_mask`: transformers reads the documents' borders off `position_ids`, and only in its absence (and without a
-cache, so the batch says `use_cache=False`); attention then stays inside each document under eager, sdpa and flash
-attention alike. Padding tokens all have position 0, which makes each one a document of its own, and label -100.
+Contract: a packed sequence is the concatenation of its documents. `position_ids` start at 0 in each document, and the label of
+each document's first token is -100, since that token would be predicted from another document. There is no `attention_mask`:
+transformers infers the document boundaries from `position_ids` only if the mask is absent and there is no cache (so the batch
+has `use_cache=False`). Attention then stays inside each document under eager, sdpa and flash attention alike. Every padding token
+has position 0, which makes it a document of its own, and label -100.
 
-Only token fields can be put end to end: a packed sequence has `input_ids`, `labels` and `position_ids`, and other
-columns of the examples are not in it.
+Only token fields can be concatenated: a packed sequence has `input_ids`, `labels` and `position_ids`, but no other columns of
+the examples.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from sparsort.errors import SparsortError
 
 SEQUENCE_FIELDS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
-IGNORED = -100  # the label that the losses of torch and transformers leave out
+IGNORED = -100  # the label that the losses of torch and transformers ignore
 
 
 def cut(example: Any, max_length: int) -> Any:
-    """The example with its token fields cut to the first `max_length` tokens.
+    """Cut the token fields of an example to the first `max_length` tokens.
 
-    Those are `SEQUENCE_FIELDS`, and other lists and arrays that are as long as `input_ids`. An example that is no mapping is
-    left as it is: what a token is in it, only its collator knows.
+    Token fields are `SEQUENCE_FIELDS`, and other lists and arrays that are as long as `input_ids`. An example that is not a
+    mapping is returned unchanged, because only its collator knows what its tokens are.
     """
     if not isinstance(example, Mapping):
         return example
@@ -44,10 +44,10 @@ def cut(example: Any, max_length: int) -> Any:
 
 
 def pack(examples: Sequence[Any]) -> dict[str, list[int]]:
-    """Documents end to end.
+    """Concatenate documents into one packed sequence.
 
     Args:
-        examples: mappings with `input_ids` (n,), and `labels` (n,) where they differ from `input_ids`.
+        examples: mappings with `input_ids` (n,), and `labels` (n,) if they differ from `input_ids`.
 
     Returns:
         `input_ids`, `labels` and `position_ids`, each as long as all documents together.
@@ -66,10 +66,10 @@ def pack(examples: Sequence[Any]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedCollator:
-    """Packed sequences → tensors (B, L) int64 of the batch's longest, padded on the right.
+    """Collates packed sequences into int64 tensors (B, L), padded on the right to the longest sequence of the batch.
 
     Attributes:
-        pad_token_id: what stands in the padding; nothing attends to it and it has no label.
+        pad_token_id: token id of the padding. No token attends to it, and it has no label.
     """
 
     pad_token_id: int = 0
@@ -90,7 +90,7 @@ def _tokens(example: Any) -> tuple[list[int], list[int]]:
     if not isinstance(example, Mapping) or "input_ids" not in example:
         has = f"columns {', '.join(map(str, example))}" if isinstance(example, Mapping) else type(example).__name__
         raise SparsortError(
-            f"packing puts token ids end to end, and an example has no input_ids (it has {has}). Tokenise the data "
+            f"packing concatenates token ids, and an example has no input_ids (it has {has}). Tokenise the data "
             "first, or plan without packing."
         )
     ids = _plain(example["input_ids"])

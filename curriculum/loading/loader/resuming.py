@@ -1,9 +1,9 @@
-"""The state of a loader: what is written, and whether a state may be resumed from.
+"""The state of a loader: its contents, and the check that a loader can resume from it.
 
-Contract: a state is JSON values of less than 1 KiB at any number of rows: a position, which is the number of global
-batches consumed, and fingerprints of the plan and the data. It is taken up only by the same plan over the same data;
-ranks, workers, prefetching and micro-batches are free to differ, because the order of global batches does not depend on
-them. A state of anything else is refused with what differs and what to do.
+Contract: a state consists of JSON values of less than 1 KiB for any number of rows: a position, which is the number of global
+batches consumed, and fingerprints of the plan and of the data. A loader resumes only with the same plan over the same data.
+Ranks, workers, prefetching and micro-batches may differ, because the order of global batches does not depend on them. For any
+other state the error names the difference and the next step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparsort.curriculum.loading.loader import fingerprints
 from sparsort.errors import SparsortError
-from sparsort.integrity import check_version
+from sparsort.storage.integrity import check_version
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 FORMAT = "sparsort-loader"
 VERSION = 1
 
-# Spelled out in a state, so that a refusal can name them; the others are there as one digest.
+# These settings are written out in a state, so that an error can name them; one digest covers all others.
 _SPELLED = ("batch_size", "token_budget", "seed", "mode", "schedule", "direction", "stages", "steps")
-_OR_ANEW = "or begin anew without this state"
+_OR_RESTART = "or start again without this state"
 
 
 def make_state(plan: CurriculumPlan, data: fingerprints.Fingerprint, *, epoch: int, batch: int) -> dict[str, Any]:
-    """The state after `batch` global batches of `epoch`."""
+    """The state of a loader after `batch` global batches of `epoch`."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -42,29 +42,33 @@ def make_state(plan: CurriculumPlan, data: fingerprints.Fingerprint, *, epoch: i
 
 
 def position_of(state: Any, plan: CurriculumPlan, data: fingerprints.Fingerprint) -> tuple[int, int]:
-    """The epoch and the batch to go on with; an epoch that was consumed whole gives the beginning of the next.
+    """The epoch and the batch to resume with; after a complete epoch, the beginning of the next one.
 
     Raises:
-        SparsortError: the state is of something else, of another version, plan or data, or names no batch of the plan.
+        SparsortError: the state is not one of a loader, belongs to another version, plan or data, or to a batch that the plan
+            does not have.
     """
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise SparsortError(
-            f"this is no state of a CurriculumLoader: {_shown(state)}. Pass what its state_dict() returned."
+            f"this is not a state of a CurriculumLoader: {_shown(state)}. Pass the value that its state_dict() returned."
         )
-    writer, earlier = f"Resume with the sparsort that wrote it, {_OR_ANEW}.", f"Resume from an earlier one, {_OR_ANEW}."
+    writer, earlier = (
+        f"Resume with the sparsort that wrote it, {_OR_RESTART}.",
+        f"Resume from an earlier one, {_OR_RESTART}.",
+    )
     check_version(state.get("version"), (VERSION,), "the state", damaged=earlier, other=writer)
     if state.get("plan") != plan.fingerprint:
         raise SparsortError(_another_plan(state, plan))
     if differs := fingerprints.difference(state.get("data"), data):
         raise SparsortError(
-            f"the data is not the one that the state was written for: {differs}. Resume with that data, {_OR_ANEW}. "
-            "If it is the same and only looks different, give both runs the same CurriculumLoader(fingerprint='a name')."
+            f"the data is not the data that the state was written for: {differs}. Resume with that data, {_OR_RESTART}. "
+            "If the data is the same and only looks different, give both runs the same CurriculumLoader(fingerprint='a name')."
         )
     epoch, batch = state.get("epoch"), state.get("batch")
     if not _counts(epoch) or not _counts(batch) or batch > plan.n_batches:
         raise SparsortError(
-            f"the state stands at epoch {epoch!r}, batch {batch!r}, and the plan has {plan.n_batches} batches an epoch. It "
-            f"was damaged: resume from an earlier one, {_OR_ANEW}."
+            f"the state is at epoch {epoch!r}, batch {batch!r}, and the plan has {plan.n_batches} batches per epoch. The "
+            f"state is damaged: resume from an earlier one, {_OR_RESTART}."
         )
     return (epoch + 1, 0) if batch == plan.n_batches else (epoch, batch)
 
@@ -75,9 +79,9 @@ def _another_plan(state: Mapping[str, Any], plan: CurriculumPlan) -> str:
     size = saved.get("batch_size")
     if size is not None and size != now["batch_size"]:
         return (
-            f"the state was written with a global batch of {size} and this plan has {now['batch_size'] or 'another measure'}, "
-            f"which makes another order. Keep per-device batch × accumulation × processes = {size} and plan with "
-            f"batch_size={size}, {_OR_ANEW}."
+            f"the state was written with a global batch of {size} and this plan has {now['batch_size'] or 'a token budget'}, "
+            f"which gives another order. Keep per-device batch × accumulation × processes = {size} and plan with "
+            f"batch_size={size}, {_OR_RESTART}."
         )
     differing = [f"{name} {saved[name]!r} → {now[name]!r}" for name in _SPELLED if saved.get(name) != now[name]]
     if differing:
@@ -87,10 +91,10 @@ def _another_plan(state: Mapping[str, Any], plan: CurriculumPlan) -> str:
     elif plan.revision is not None or saved.get("revision") is not None:
         what = f"plan was revised (revision {saved.get('revision') or 'none'} → {now['revision'] or 'none'})"
     else:
-        what = "settings are the same, so the scores, groups or lengths that it was made from differ"
+        what = "settings are the same, so the plans were made from different scores, groups or lengths"
     return (
-        f"the state was written under another plan ({state.get('plan')}, and this is {plan.fingerprint}): the {what}. "
-        f"Load that plan with CurriculumPlan.open, {_OR_ANEW}."
+        f"the state was written with another plan ({state.get('plan')}, and this is {plan.fingerprint}): the {what}. "
+        f"Load that plan with CurriculumPlan.open, {_OR_RESTART}."
     )
 
 

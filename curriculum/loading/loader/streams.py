@@ -1,15 +1,14 @@
 """Data that can only be read from front to back.
 
-An exact order needs any row at any time, which a stream does not give. So there are two ways, and no shuffle buffer,
-whose order could not be resumed:
+An exact order needs random access to rows, which a stream does not have. There are two solutions, and no shuffle buffer, whose
+order could not be resumed:
 
 - `materialize` writes the stream once to a folder of memory-mapped Arrow, a `datasets.Dataset` that any plan can order;
-- a stream whose rows already are in the wanted order is loaded as it comes, under a plan with schedule="as_given".
+- a stream whose rows already are in the right order is loaded as it is, with a plan that has schedule="as_given".
 
-Contract of the second: the batches are those that a map-style dataset of the same rows would give. Each worker reads
-the whole stream and keeps what is its own, micro-batches w, w + W, …; a resume skips what was consumed, by the stream's
-own `skip` where it has one (`datasets.IterableDataset`), by reading over it elsewhere. A stream that is not as long as
-the plan is an error.
+Contract of the second: the batches equal those of a map-style dataset with the same rows. Each worker reads the whole stream
+and keeps its own micro-batches w, w + W, …. A resume skips the rows that were consumed, with the stream's own `skip` if it
+has one (`datasets.IterableDataset`), otherwise by reading them. A stream whose length differs from the plan is an error.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ import torch.utils.data
 
 from sparsort.curriculum.loading.loader.fetching import Part, note, prepared, seed_worker
 from sparsort.errors import SparsortError
-from sparsort.files import disk_error
-from sparsort.progress import progress
+from sparsort.storage.files import disk_error
+from sparsort.terminal.progress import progress
 
 if TYPE_CHECKING:
     import datasets
@@ -50,33 +49,34 @@ def check_stream(plan: CurriculumPlan, stream: Any, num_workers: int) -> None:
     """Refuse a stream that cannot be loaded in the plan's order.
 
     Raises:
-        SparsortError: the plan orders rows anew, the stream cannot be begun again, or it divides itself among workers.
+        SparsortError: the plan changes the order of the rows, the stream can be read only once, or the stream shards itself
+            among workers.
     """
     name = type(stream).__name__
     if not hasattr(stream, "__iter__"):
         raise SparsortError(
-            f"a {name} is no dataset: it has neither len() and [row] nor can it be iterated over. Pass a "
+            f"a {name} is not a dataset: it has neither len() and [row], nor can it be iterated over. Pass a "
             "datasets.Dataset, a PyTorch Dataset or a sequence."
         )
     if plan.settings.schedule != "as_given" or plan.settings.mode != "one_pass":
         raise SparsortError(
             f"this plan puts rows in a new order, and a {name} can only be read from front to back. Write it once to a "
-            f"folder, {_TO_A_FOLDER}, or plan with schedule='as_given' if its rows are in the wanted order."
+            f"folder, {_TO_A_FOLDER}, or plan with schedule='as_given' if its rows are already in the right order."
         )
     if hasattr(stream, "__next__"):
         raise SparsortError(
-            f"a {name} can be read only once, so no second epoch and no resume could begin it anew. Pass an object "
-            f"whose __iter__ starts from the first row each time, or {_TO_A_FOLDER}."
+            f"a {name} can be read only once, so a second epoch or a resume cannot start it again. Pass an object "
+            f"whose __iter__ starts from the first row each time, or write it once, {_TO_A_FOLDER}."
         )
     if num_workers > 1 and _divides_itself(stream):
         raise SparsortError(
             f"num_workers={num_workers}: a {name} gives each worker its own share of the rows, in an order that depends "
-            f"on their number. Use num_workers=1 (or 0), or {_TO_A_FOLDER}."
+            f"on their number. Use num_workers=1 (or 0), or write it once, {_TO_A_FOLDER}."
         )
 
 
 class StreamFetcher(torch.utils.data.IterableDataset[Any]):
-    """The micro-batches of one epoch from global batch `start` on, as lists of examples, read off a stream."""
+    """Reads the micro-batches of global batches `start` … `stop` − 1 of an epoch from a stream, as lists of examples."""
 
     def __init__(self, plan: CurriculumPlan, stream: Any, part: Part, *, epoch: int, start: int, stop: int) -> None:
         self.plan, self.stream, self.part = plan, stream, part
@@ -93,19 +93,22 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
                 examples = _from_row(self.stream, place)
             if rows != list(range(place, place + len(rows))):
                 raise SparsortError(
-                    f"global batch {number} of epoch {self.epoch} does not follow the one before in the stream: this plan "
-                    f"changes the order. Plan with later_epochs='repeat' and without best-fit packing, or {_TO_A_FOLDER}."
+                    f"global batch {number} of epoch {self.epoch} does not follow the previous one in the stream: this plan "
+                    "changes the order. Plan with later_epochs='repeat' and without best-fit packing, or write the stream "
+                    f"once, {_TO_A_FOLDER}."
                 )
             batch = self._read(examples, number, rows)
             place += len(rows)
             for micro in range(self.part.micro_batches):
+                # Every worker reads all rows and yields only its own micro-batches; DataLoader collects them in turn.
                 if unit % turns == turn:
                     yield self._micro(batch, number, micro, first=rows[0])
                 unit += 1
+        # `self` serves as the default, since it cannot be an example.
         if examples is not None and next(examples, self) is not self:
             raise SparsortError(
-                f"the stream goes on after the {self.plan.n_rows} rows that the plan was made for. Plan anew for all of "
-                "its rows, or cut it (stream.take)."
+                f"the stream continues after the {self.plan.n_rows} rows that the plan was made for. Plan again for all "
+                "of its rows, or cut it (stream.take)."
             )
 
     def _read(self, examples: Iterator[Any], number: int, rows: list[int]) -> list[Any]:
@@ -118,7 +121,7 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
         if len(batch) < len(rows):
             raise SparsortError(
                 f"the stream ended after {rows[0] + len(batch)} rows, and the plan was made for {self.plan.n_rows}. Plan "
-                "anew for the rows that there are."
+                "again for the rows that the stream has."
             )
         return batch
 
@@ -137,10 +140,13 @@ def materialize(stream: Iterable[Mapping[str, Any]], folder: str | Path) -> data
 
     Args:
         stream: rows as mappings from column to value; a `datasets.IterableDataset` keeps its features.
-        folder: where to; it appears only when all rows are written.
+        folder: the new folder, which appears only after all rows are written.
+
+    Returns:
+        The dataset.
 
     Raises:
-        SparsortError: the folder exists, the stream is empty or its rows are no mappings, or the disk refuses.
+        SparsortError: the folder exists, the stream is empty, a row is not a mapping, or the disk cannot be written.
     """
     import datasets
     from datasets.arrow_writer import ArrowWriter
@@ -148,8 +154,9 @@ def materialize(stream: Iterable[Mapping[str, Any]], folder: str | Path) -> data
     folder = Path(folder).expanduser()
     if folder.exists():
         raise SparsortError(
-            f"{folder} exists. Open what is in it with datasets.load_from_disk({str(folder)!r}), or choose another folder."
+            f"{folder} already exists. Open it with datasets.load_from_disk({str(folder)!r}), or choose another folder."
         )
+    # The rows are written to a hidden folder, and one rename makes all of them visible.
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -168,7 +175,7 @@ def materialize(stream: Iterable[Mapping[str, Any]], folder: str | Path) -> data
                 n_rows += 1
                 advance(1)
             if n_rows == 0:
-                raise SparsortError("the stream has no rows. Check what it reads from.")
+                raise SparsortError("the stream has no rows. Check its source.")
             writer.finalize()
         _describe(temporary, datasets.Dataset.from_file(str(temporary / _ARROW)))
         temporary.rename(folder)
@@ -180,7 +187,7 @@ def materialize(stream: Iterable[Mapping[str, Any]], folder: str | Path) -> data
 
 
 def _describe(folder: Path, written: datasets.Dataset) -> None:
-    """The two files beside the rows that make a folder one of `datasets.Dataset.save_to_disk`, without a second copy."""
+    """Write the two files that `datasets.load_from_disk` needs next to the rows, so that the rows are not copied."""
     state = {
         "_data_files": [{"filename": _ARROW}],
         "_fingerprint": written._fingerprint,
@@ -200,11 +207,11 @@ def _from_row(stream: Any, row: int) -> Iterator[Any]:
     if skip := getattr(stream, "skip", None):
         return iter(skip(row))
     rest: Iterator[Any] = iter(stream)
-    # Reads over the rows; a stream that is too short shows when the batch is read.
+    # This reads and drops the first rows. A stream that is too short is detected when the batch is read.
     next(islice(rest, row - 1, row), None)
     return rest
 
 
 def _divides_itself(stream: Any) -> bool:
-    # datasets.IterableDataset does so by the worker it finds itself in, and PyTorch tells its users to.
+    # datasets.IterableDataset shards itself by the current worker, and PyTorch tells authors of IterableDatasets to do so.
     return isinstance(stream, torch.utils.data.IterableDataset) or type(stream).__module__.startswith("datasets.")

@@ -1,13 +1,13 @@
-"""Are these the rows that a plan was made for? What a plan notes of its rows, and how a dataset is compared with it.
+"""Verify that a dataset has the rows that a plan was made for: the notes of a plan about its rows, and the comparison.
 
-Contract: the first of these that both sides have decides: the user's own name for the data (`fingerprint=`), the ids, the
-content that was scored. Where they have nothing in common, the dataset is refused: comparing nothing is not agreement.
+Contract: the first criterion that both sides have decides: the user's own name for the data (`fingerprint=`), the ids, or the
+content that was scored. If they have none in common, the dataset is refused, because without a comparison nothing is verified.
 
-How much is compared. Ids of a `datasets.Dataset`, a list or a tuple: all of them, so that two exchanged rows are found. Ids of
-any other dataset, and content: a sample of at most 144 rows, which are the first 16, the last, and one from each of 128 equal
-parts. A whole shuffle, a reversal or a shift is always found in it. Where a share q of the rows, drawn at random, has moved,
-the sample misses it with a probability of (1 − q)^128: 1 in 700 for q = 5 %, 1 in 4 for q = 1 %. Two exchanged rows are found by
-luck only. Of a stream, the first 16 rows are compared.
+Extent of the comparison: all ids of a `datasets.Dataset`, a list or a tuple, which detects even two swapped rows. For the ids of
+any other dataset, and for content, a sample of at most 144 rows: the first 16, the last, and one from each of 128 equal
+parts. The sample always detects a full shuffle, a reversal or a shift. If a random share q of the rows has moved, the sample
+misses that with a probability of (1 − q)^128: 1 in 700 for q = 5 %, 1 in 4 for q = 1 %. It detects two swapped rows only by
+chance. For a stream, the first 16 rows are compared.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import TYPE_CHECKING, Any
 from sparsort.curriculum.loading.loader.fingerprints import random_state_put_back
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
-from sparsort.scoring.sources import digest_of
+from sparsort.scoring.data.rows import digest_of
 from sparsort.values import is_missing
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
-    from sparsort.scoring.scores import Scores
+    from sparsort.scoring.store.scores import Scores
 
-# Keys of a plan's notes.
+# Keys in the notes of a plan.
 NAME, IDS, CONTENT = "fingerprint", "ids", "content"
 
 _FIRST = 16  # rows of a stream that are compared
-_PARTS = 128  # of the data, from each of which one row is compared
-_LONGEST_ID = 64  # characters; of a longer id, a digest is noted
-_CHUNK = 10_000  # rows of an id column that are read at once
+_PARTS = 128  # equal parts of the data, from each of which one row is compared
+_LONGEST_ID = 64  # characters; a longer id is shortened by a digest
+_CHUNK = 10_000  # rows of an id column that are read at a time
 _OTHER_ROWS = "these are not the rows that the plan was made for, or they are in another order"
 
 
@@ -47,18 +47,18 @@ def note_rows(
     id_column: str | None = None,
     fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """What a plan notes of its rows, as JSON values of at most some 20 KiB: their ids, their content, and their name.
+    """The notes of a plan about its rows: their ids, content and name, as JSON values of about 20 KiB at most.
 
     Args:
-        scores: that the plan is made from, or None for plain numbers.
-        data: the rows of the plan, or None where they are those of the scores.
-        ids: one id a row, or None to take them from the data or the scores.
+        scores: the scores that the plan is made from, or None for plain numbers.
+        data: the rows of the plan, or None if they are the rows of the scores.
+        ids: one id per row, or None to take them from the data or the scores.
         id_column: the field of the data, and of the dataset that is trained on, with the ids; None for that of the scores,
             else "id".
         fingerprint: the user's own name for the data.
 
     Raises:
-        SparsortError: a name that is no text.
+        SparsortError: the name is not a text.
     """
     check_name(fingerprint)
     notes: dict[str, Any] = {} if fingerprint is None else {NAME: fingerprint}
@@ -70,8 +70,9 @@ def note_rows(
     elif rows is not None:
         names = [id_text(value) for value in _ids_of(rows, column)]
     else:
-        # Ids that the scorer counted, "0", "1", …, are places and identify no row.
+        # Without an id column, the scorer numbers the rows "0", "1", …; such numbers do not identify a row.
         names = list(scores.ids) if scores is not None and scored_column is not None else []
+    # Ids are noted only if every row has one and all are distinct.
     known = [name for name in names if name is not None]
     if known and len(set(known)) == len(names):
         notes[IDS] = _note_ids(known, column)
@@ -88,25 +89,25 @@ def ids_from(data: Any, id_column: str) -> list[str]:
     """The id of each row of the data.
 
     Raises:
-        SparsortError: a row has none.
+        SparsortError: a row has no id.
     """
     names = [id_text(value) for value in _ids_of(unformatted(data), id_column)]
     if None in names:
         raise SparsortError(
             f"row {names.index(None)} of the data has no {id_column!r}, and id_column={id_column!r} names the field with the id "
-            "of every row. Name a field that all rows have, or leave id_column out."
+            "of every row. Name a field that all rows have, or omit id_column."
         )
     return [name for name in names if name is not None]
 
 
 def verify_rows(plan: CurriculumPlan, dataset: Any, *, fingerprint: str | None = None) -> None:
-    """Refuse a dataset that is not the plan's, as far as this module's contract says, or that cannot be compared with it.
+    """Refuse a dataset whose rows differ from the plan's, within the limits above, or that cannot be compared with the plan.
 
     Args:
-        plan: whose notes say what its rows were.
-        dataset: as the user gave it, before any column is removed: map-style, or a stream.
-        fingerprint: the user's own name for the data. Where the plan has one too, the names alone are compared, and no row
-            is read.
+        plan: the plan, whose notes describe its rows.
+        dataset: the dataset as the user passed it, before any column is removed: map-style, or a stream.
+        fingerprint: the user's own name for the data. If the plan has a name too, only the names are compared, and no row is
+            read.
 
     Raises:
         SparsortError: other rows, rows in another order, another name, or nothing that could be compared.
@@ -118,17 +119,17 @@ def verify_rows(plan: CurriculumPlan, dataset: Any, *, fingerprint: str | None =
 
 
 def rows_agree(plan: CurriculumPlan, dataset: Any, *, content: bool = True) -> bool:
-    """Whether rows were compared and are the plan's; False where there is nothing that could be compared.
+    """Compare the rows with the plan; return True if they agree, and False if there is nothing that could be compared.
 
     Args:
-        plan: whose notes say what its rows were.
+        plan: the plan, whose notes describe its rows.
         dataset: map-style, or a stream.
-        content: whether contents are compared too, where there are no ids.
+        content: whether to compare contents if there are no ids.
 
     Raises:
         SparsortError: other rows, or rows in another order.
     """
-    # It imports torch, which a plan does without.
+    # Imported here because it imports torch, which a plan does not need.
     from sparsort.curriculum.loading.loader.streams import check_stream, is_stream
 
     with random_state_put_back():
@@ -146,10 +147,10 @@ def rows_agree(plan: CurriculumPlan, dataset: Any, *, content: bool = True) -> b
 
 
 def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: str | None = None) -> None:
-    """As `verify_rows`, for rows that are read once from front to back: all ids and all contents are compared.
+    """As `verify_rows`, but read all rows from front to back and compare every id and every content.
 
     Raises:
-        SparsortError: as `verify_rows`. The message names the options of `sparsort train`.
+        SparsortError: as for `verify_rows`. The message names the options of `sparsort train`.
     """
     if _same_name(plan, fingerprint):
         return
@@ -169,6 +170,7 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
             found_ids.add(str(name))
         if content:
             digest = _content(row, fields)
+            # A sampled row can be named in the error, which the digest over all rows cannot do.
             if fields is not None and content["sample"].get(str(place), digest) != digest:
                 raise _other_content(fields, place)
             found_content.add(digest)
@@ -183,10 +185,10 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
 
 
 def _same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
-    """Whether plan and dataset have the same name; False where one of them has none.
+    """Whether plan and dataset have the same name; False if one of them has no name.
 
     Raises:
-        SparsortError: two names that differ, or a name that is no text.
+        SparsortError: the names differ, or a name is not a text.
     """
     check_name(fingerprint)
     noted = plan.notes.get(NAME)
@@ -201,7 +203,7 @@ def _same_name(plan: CurriculumPlan, fingerprint: str | None) -> bool:
 
 
 def check_name(fingerprint: Any) -> None:
-    """Refuse a name of the data that is no text.
+    """Refuse a name of the data that is not a text.
 
     Raises:
         SparsortError: it is neither None nor a text of at least one character.
@@ -213,12 +215,12 @@ def check_name(fingerprint: Any) -> None:
 
 
 def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool = False) -> SparsortError:
-    """The error where plan and dataset have nothing in common that could be compared, with the three ways out.
+    """The error for a plan and a dataset that have nothing in common to compare, with the three possible next steps.
 
     Args:
-        plan: of which the notes are described.
-        fingerprint: that the dataset was given.
-        command: whether the options of `sparsort train` are named too.
+        plan: the plan, whose notes the message describes.
+        fingerprint: the name of the dataset.
+        command: whether the message names the options of `sparsort train` too.
     """
     ids, content, name = (plan.notes.get(key) for key in (IDS, CONTENT, NAME))
     known = [f"ids in the column {ids['column']!r}"] if ids else []
@@ -252,15 +254,15 @@ def incomparable(plan: CurriculumPlan, fingerprint: str | None, *, command: bool
 
 
 def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
-    """The error where a dataset has another number of rows than the plan."""
+    """The error for a dataset that has another number of rows than the plan."""
     return SparsortError(
         f"the dataset has {n_rows} rows and the plan was made for {plan.n_rows}. Load the data that was planned (one split, "
-        "unfiltered), or plan it again."
+        "unfiltered), or plan again for this dataset."
     )
 
 
 def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the notes of two plans are of different rows, as far as both say something of them."""
+    """Whether the notes of two plans describe different rows, as far as both describe them."""
     names = [notes[NAME] for notes in (noted, other) if notes.get(NAME) is not None]
     ids = [notes[IDS] for notes in (noted, other) if notes.get(IDS)]
     content = [notes[CONTENT] for notes in (noted, other) if notes.get(CONTENT)]
@@ -276,46 +278,46 @@ def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> 
 
 
 def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
-    """The content of rows in their order: what of it `fields` name, None for all. A plan notes it of the rows it is for."""
-    found = _Digest()
+    """The digest of the content of rows in their order, over `fields`, or over all fields if None. Plans note this digest."""
+    digest = _Digest()
     for row in rows:
-        found.add(_content(row, fields))
-    return found.hex()
+        digest.add(_content(row, fields))
+    return digest.hex()
 
 
 def refuse_frame(dataset: Any) -> None:
-    """Refuse a data frame, whose `[position]` is a column.
+    """Refuse a data frame, whose `[position]` would select a column.
 
     Raises:
-        SparsortError: it is one, of pandas or polars.
+        SparsortError: the dataset is a data frame of pandas or polars.
     """
     if type(dataset).__name__ == "DataFrame":
         raise SparsortError(
-            "a DataFrame has no rows that can be read by their position. Pass datasets.Dataset.from_pandas(frame), or "
+            "the rows of a DataFrame cannot be read by position as dataset[row]. Pass datasets.Dataset.from_pandas(frame), or "
             "frame.to_dict('records')."
         )
 
 
 def unformatted(dataset: Any) -> Any:
-    """A `datasets.Dataset` without its format, which may hide columns or transform rows; anything else as it is.
+    """A `datasets.Dataset` without its format, which may hide columns or transform rows; any other dataset unchanged.
 
     Raises:
-        SparsortError: it is a data frame.
+        SparsortError: the dataset is a data frame.
     """
     refuse_frame(dataset)
-    datasets = sys.modules.get("datasets")  # whoever passes a dataset has imported its library
+    datasets = sys.modules.get("datasets")  # if the dataset is one of this library, the library is imported
     return dataset.with_format(None) if datasets is not None and isinstance(dataset, datasets.Dataset) else dataset
 
 
 def id_text(value: Any) -> str | None:
-    """An id as scores hold it; None where there is none."""
-    if (plain := getattr(value, "tolist", None)) is not None:  # NumPy's numbers, and torch's
+    """An id in the form that `Scores` uses; None if there is no id."""
+    if (plain := getattr(value, "tolist", None)) is not None:  # numbers of NumPy and torch
         value = plain()
     return None if is_missing(value) else str(value)
 
 
 class _Digest:
-    """BLAKE2b over texts, each closed by a line break: 128 bits as 32 hexadecimal digits."""
+    """BLAKE2b over texts, each followed by a newline: 128 bits as 32 hexadecimal digits."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -328,23 +330,23 @@ class _Digest:
 
 
 def _note_ids(names: Sequence[str], column: str) -> dict[str, Any]:
-    found = _Digest()
+    digest = _Digest()
     for name in names:
-        found.add(name)
+        digest.add(name)
     sample = {str(place): _short(names[place]) for place in _places(len(names))}
-    return {"column": column, "digest": found.hex(), "sample": sample}
+    return {"column": column, "digest": digest.hex(), "sample": sample}
 
 
 def _note_content(digests: Sequence[str], fields: Sequence[str] | None) -> dict[str, Any]:
-    found = _Digest()
+    whole = _Digest()
     for digest in digests:
-        found.add(digest)
+        whole.add(digest)
     sample = {str(place): digests[place] for place in _places(len(digests), digests)}
-    return {"fields": None if fields is None else list(fields), "digest": found.hex(), "sample": sample}
+    return {"fields": None if fields is None else list(fields), "digest": whole.hex(), "sample": sample}
 
 
 def _places(n: int, digests: Sequence[str] | None = None) -> list[int]:
-    """The rows that are compared. Of each part, a row whose content is rarest, since only rare content identifies a position."""
+    """The rows of the sample. From each part it takes a row with the rarest content, since only that identifies a position."""
     if not n:
         return []
     counts = Counter(digests)
@@ -367,12 +369,12 @@ def _ids_agree(noted: Mapping[str, Any] | None, rows: Any, *, whole: bool) -> bo
         for place in places:
             _check_id(noted, place, id_text(_fields(rows[place]).get(column)))
         return bool(places)
-    found = _Digest()
+    digest = _Digest()
     for place, value in enumerate(every):
         name = id_text(value)
         _check_id(noted, place, name)
-        found.add(str(name))
-    if found.hex() != noted["digest"]:
+        digest.add(str(name))
+    if digest.hex() != noted["digest"]:
         raise _other_ids(noted)
     return True
 
@@ -391,14 +393,14 @@ def _content_agrees(noted: Mapping[str, Any] | None, rows: Any, n_rows: int) -> 
         if fields is not None and any(field not in row for field in fields):
             return False
         if _content(row, fields) != noted["sample"][str(place)]:
-            if fields is None:  # of a whole row: it may only have gained or lost a column
+            if fields is None:  # the content of whole rows also changes if the dataset gains or loses a column
                 return False
             raise _other_content(fields, place)
     return bool(places)
 
 
 def _says_something(noted: Mapping[str, Any], n_rows: int) -> bool:
-    """Rows that are all alike, such as objects without a readable content, would agree in any order."""
+    """Whether the noted contents differ. Equal contents, such as objects without readable content, would agree in any order."""
     return bool(noted) and (n_rows == 1 or len(set(noted["sample"].values())) > 1)
 
 
@@ -425,7 +427,7 @@ def _other_ids(noted: Mapping[str, Any]) -> SparsortError:
 
 def _other_content(fields: Sequence[str], place: int) -> SparsortError:
     what = " and ".join(field or "content" for field in fields)
-    return SparsortError(f"{_OTHER_ROWS}: row {place} has another {what} than when it was planned. {_again()}")
+    return SparsortError(f"{_OTHER_ROWS}: row {place} has another {what} than the plan's row {place}. {_again()}")
 
 
 def _again() -> str:
@@ -442,7 +444,7 @@ def _short(name: str) -> str:
 
 
 def _fields(row: Any) -> Mapping[str, Any]:
-    """A row as a mapping; one that is none, such as a number or a tuple, is the field without a name."""
+    """A row as a mapping; a row of another type, such as a number or a tuple, becomes the field with the empty name."""
     return row if isinstance(row, Mapping) else {"": row}
 
 
@@ -462,7 +464,7 @@ def _columns(rows: Any) -> list[str]:
 
 
 def _column(rows: Any, column: str) -> Iterator[Any] | None:
-    """One column of every row, where that reads nothing else; else None."""
+    """One column of every row; None if reading it would read the other columns too."""
     if isinstance(rows, list | tuple):
         return (_fields(row).get(column) for row in rows)
     datasets = sys.modules.get("datasets")
@@ -473,16 +475,16 @@ def _column(rows: Any, column: str) -> Iterator[Any] | None:
 
 
 def _only(rows: Any, fields: Sequence[str]) -> Any:
-    """A `datasets.Dataset` with these columns alone, so that no image is decoded for an id; anything else as it is."""
+    """A `datasets.Dataset` with only these columns, so that no image is decoded for an id; any other dataset unchanged."""
     names = getattr(rows, "column_names", None)
     wanted = [name for name in names or () if name in fields]
     return rows.select_columns(wanted) if wanted and hasattr(rows, "select_columns") else rows
 
 
 def _common_fields(rows: Any, id_column: str) -> list[str]:
-    """The fields that every row has, in the order of their names, without the id where there are others.
+    """The fields that every row has, sorted by name; the id is excluded unless it is the only one.
 
-    Of a `datasets.Dataset`, without images, sounds and other columns that would have to be decoded.
+    Columns of a `datasets.Dataset` that need decoding, such as images and audio, are excluded.
     """
     if names := getattr(rows, "column_names", None):
         features = getattr(rows, "features", None) or {}

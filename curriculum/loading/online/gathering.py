@@ -1,7 +1,7 @@
-"""Observations of every rank on every rank, over torch.distributed.
+"""Gather the observations of all ranks on every rank, over torch.distributed.
 
-Contract: every rank of the group calls `gather` at the same place, such as a stage's edge, and gets the same arrays, bit by
-bit, in an order that does not depend on the number of ranks. Nothing is pickled.
+Contract: every rank of the group calls `gather` at the same point, such as the edge of a stage, and gets bitwise the same arrays,
+in an order that does not depend on the number of ranks. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from sparsort.curriculum.loading.online.observations import Observations
 
 
 def gather(observations: Observations, group: Any = None) -> Observations:
-    """The observations of every rank of `group`, ordered, on every rank; without torch.distributed, of this one.
+    """The ordered observations of all ranks of `group`, on every rank; without torch.distributed, those of this process.
 
-    All ranks call it. One collective carries the observations, after one of 8 bytes that tells how many each rank has.
+    All ranks must call it. A first collective of 8 bytes exchanges the number of observations, a second one the observations.
+
+    Args:
+        observations: the observations of this rank.
+        group: process group of torch.distributed; None for all ranks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return observations.ordered()
@@ -28,7 +32,7 @@ def gather(observations: Observations, group: Any = None) -> Observations:
     sizes = torch.cat(_all_gather(torch.tensor([len(observations)], device=device), world, group)).tolist()
     if not any(sizes):
         return observations
-    # One tensor of integers: the values' bits travel as they are.
+    # The values are sent as the bits of int64, so that one tensor carries all three columns without rounding.
     mine = torch.zeros((3, max(sizes)), dtype=torch.int64)
     columns = (observations.rows, observations.steps, observations.values.view(np.int64))
     mine[:, : len(observations)] = torch.from_numpy(np.stack(columns))
@@ -47,7 +51,7 @@ def _all_gather(mine: Tensor, world: int, group: Any) -> list[Tensor]:
 
 
 def _device_of(group: Any) -> torch.device:
-    """Where tensors must lie for the group's collectives."""
+    """The device on which the collectives of the group need their tensors."""
     if "gloo" in str(dist.get_backend_config(group)) or "mpi" in str(dist.get_backend_config(group)):
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator() or "cpu")

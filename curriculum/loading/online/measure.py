@@ -1,14 +1,14 @@
-"""How sparse the model finds each example while it trains on it: read off the training step's own forward pass.
+"""Measure how sparsely the model represents each example during training, in the forward pass of the training step.
 
-Contract: `OnlineDifficulty` takes the input of the output embeddings, the hidden states after the final norm, which the step
-computes anyway; it adds no pass, no gradient, no random draw and no waiting for the device, and leaves model, loss and
-gradients bitwise as they are. Between `begin` and `collect` the first pass in training mode counts; evaluation, generation
-and recomputed activations do not. A sparser state is a harder example (arXiv 2603.03415), so values are turned round for
-metrics that are higher for denser states.
+Contract: `OnlineDifficulty` reads the input of the output embeddings, which are the hidden states after the final norm that the
+step computes anyway. It adds no forward pass, gradient, random draw or device synchronisation, and leaves model, loss and
+gradients bitwise unchanged. The first pass in training mode between `begin` and `collect` counts; evaluation, generation and
+recomputed activations do not. A sparser state means a harder example (arXiv 2603.03415), so the sign is flipped for metrics that
+are higher for denser states.
 
-The trade-off: the last token of a sequence is one row a sequence for the kernel; a mean over tokens is steadier and costs
-`per_sequence` rows. What is not read this way: losses that are fused with the head (Liger, cut cross-entropy) take the
-head's weight and never call it, which is an error here that says so.
+Trade-off: for the last token the kernel reads one row per sequence; a mean over tokens is less noisy and costs up to
+`per_sequence` rows. Losses that are fused with the head (Liger, cut cross-entropy) use the head's weight without calling the
+head, so they cannot be measured, and an error says so.
 
 Shapes: B sequences, T tokens, H width, N examples of a micro-batch, K tokens read of each.
 """
@@ -35,21 +35,21 @@ from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS
 Tokens = Literal["last", "mean"]
 
 _MASKS = ("attention_mask", "labels", "position_ids")
-# Micro-batches whose values are joined on the device: a tensor of its own for each would hold 512 bytes on a GPU.
+# After this many micro-batches their values are concatenated: on a GPU every separate tensor occupies at least 512 bytes.
 _JOINED = 256
 
 
-# What an argument needs to be read; see `sparsort.conditions`.
+# The conditions under which an argument is read; see `sparsort.conditions`.
 READ_BY: Table = {"per_sequence": (among("tokens", ("mean",), of=get_args(Tokens)),)}
 
 
 class OnlineDifficulty:
-    """Measures the micro-batches of a training loop.
+    """Measures the difficulty of the examples in each micro-batch of a training loop.
 
     Args:
         metric: one of `sparsort.kernels.sparsity.metrics.METRICS`.
-        tokens: "last", the state of each example's last token; "mean", the mean of the metric over its tokens.
-        per_sequence: of "mean": most tokens of an example that are read, spread evenly over it.
+        tokens: "last", the metric at each example's last token; "mean", its mean over the tokens of the example.
+        per_sequence: for "mean", the most tokens per example that are read, evenly spaced.
 
     Raises:
         SparsortError: an unknown metric or choice of tokens.
@@ -61,7 +61,7 @@ class OnlineDifficulty:
         ...         loss = model(**batch).loss
         ...         online.collect(loader.rows, step)
         ...         loss.backward()
-        ...     found = gather(online.drain())
+        ...     observations = gather(online.drain())
     """
 
     def __init__(self, *, metric: str = "hoyer", tokens: Tokens = "last", per_sequence: int = 16) -> None:
@@ -69,9 +69,10 @@ class OnlineDifficulty:
         if tokens not in get_args(Tokens):
             raise unknown_choice("choice of tokens", tokens, get_args(Tokens))
         if per_sequence < 1:
-            raise SparsortError(f"per_sequence is {per_sequence}; at least one token must be read.")
+            raise SparsortError(f"per_sequence is {per_sequence}; expected at least 1.")
         refuse_unread_arguments(OnlineDifficulty, READ_BY, {"tokens": tokens, "per_sequence": per_sequence})
         self.metric, self.tokens, self.per_sequence = metric, tokens, per_sequence
+        # The kernel computes all metrics at once, one per column.
         self._column = METRIC_NAMES.index(metric)
         self._sign = float(METRICS[metric].sign)
         self._model: Any = None
@@ -86,18 +87,18 @@ class OnlineDifficulty:
         self._paired: Tensor | None = None
 
     def attach(self, model: nn.Module) -> Self:
-        """Hook onto a causal language model, also one wrapped by DDP, FSDP or PEFT; before torch.compile.
+        """Attach hooks to a causal language model, which may be wrapped by DDP, FSDP or PEFT. Call this before torch.compile.
 
         Raises:
-            SparsortError: a model without output embeddings, or attached already.
+            SparsortError: the model has no output embeddings, or this object is already attached.
         """
         if self._handles:
-            raise SparsortError("this OnlineDifficulty is attached already. Close it first, or make another one.")
+            raise SparsortError("this OnlineDifficulty is already attached. Close it first, or create another one.")
         inner: Any = unwrap(model)
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         if not isinstance(head, nn.Module):
             raise SparsortError(
-                f"{type(inner).__name__} has no output embeddings (get_output_embeddings), whose input is what is measured. "
+                f"{type(inner).__name__} has no output embeddings (get_output_embeddings), whose input is measured. "
                 "Pass a causal language model of transformers, or give your model that method."
             )
         self._model = inner
@@ -109,7 +110,7 @@ class OnlineDifficulty:
         return self
 
     def close(self) -> None:
-        """Take the hooks off. What was measured can still be drained."""
+        """Remove the hooks. Values that were measured can still be drained."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -122,7 +123,11 @@ class OnlineDifficulty:
         self.close()
 
     def begin(self) -> None:
-        """A micro-batch's forward pass comes next."""
+        """Start a measurement: the next forward pass is that of a micro-batch.
+
+        Raises:
+            SparsortError: this object is not attached to a model.
+        """
         if not self._handles:
             raise SparsortError("this OnlineDifficulty is not attached to a model. Call attach(model) first.")
         self._forget()
@@ -137,17 +142,17 @@ class OnlineDifficulty:
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> None:
-        """Measure the pass since `begin`, best before its backward pass: until then the states cost no memory.
+        """Measure the forward pass since `begin`. Call this before the backward pass: until then the states need no extra memory.
 
-        Masks default to what the model was called with; `example_spans` says how they are read.
+        The masks default to the arguments of the model's forward pass; `example_spans` explains how they are used.
 
         Args:
             rows: (N,) rows of the micro-batch's examples, in the order of the sequences.
             step: number of the optimiser step, counted over all epochs.
-            attention_mask, labels, position_ids: (B, T).
+            attention_mask, labels, position_ids: (B, T), as the model takes them.
 
         Raises:
-            SparsortError: no pass in training mode reached the head, or states that do not fit rows or masks.
+            SparsortError: no pass in training mode reached the head, or the states do not fit the rows or the masks.
         """
         if self._states is None:
             raise SparsortError(self._why_nothing())
@@ -157,6 +162,7 @@ class OnlineDifficulty:
         self._forget()
         rows_N = np.array(rows, dtype=np.int64).reshape(-1)
         states_BTH = states_BTH[None] if states_BTH.ndim == 2 else states_BTH
+        # Autocast is off because it would compute the sums of the metric in half precision.
         with torch.no_grad(), torch.autocast(states_BTH.device.type, enabled=False):
             spans = example_spans(masks, states_BTH, len(rows_N))
             self._values.append(self._measure(states_BTH, spans))
@@ -168,26 +174,26 @@ class OnlineDifficulty:
             self._values = [torch.cat(self._values)]
 
     def drain(self) -> Observations:
-        """What was measured since the last call, brought to the host; examples without a finite value are left out.
+        """The observations since the last call, copied to the host; examples without a finite value are skipped.
 
         Raises:
-            SparsortError: not one packed micro-batch held as many examples as rows were given.
+            SparsortError: no packed micro-batch contained as many examples as rows were given.
         """
         paired, self._paired = self._paired, None
         if paired is not None and not bool(paired):
             raise SparsortError(
-                "no packed micro-batch held as many examples as rows were given. Pass the rows of every bin, one bin after the "
-                "other, and position_ids that begin anew with each example."
+                "no packed micro-batch contained as many examples as rows were given. Pass the rows of every bin, one bin "
+                "after the other, and position_ids that start at 0 in each example."
             )
         values = torch.cat(self._values).cpu().double().numpy() if self._values else np.empty(0)
         finite = np.isfinite(values)
-        found = Observations(
+        observations = Observations(
             rows=np.concatenate([np.empty(0, np.int64), *self._rows])[finite],
             steps=np.concatenate([np.empty(0, np.int64), *self._steps])[finite],
             values=values[finite],
         )
         self._rows, self._steps, self._values = [], [], []
-        return found
+        return observations
 
     def _on_model(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._waits():
@@ -196,6 +202,7 @@ class OnlineDifficulty:
 
     def _on_head(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and self._waits():
+            # `detach` shares the memory of the states, so keeping them until `collect` costs nothing.
             self._states = args[0].detach()
 
     def _waits(self) -> bool:
@@ -205,7 +212,7 @@ class OnlineDifficulty:
         self._open, self._states, self._masks = False, None, {}
 
     def _measure(self, states_BTH: Tensor, spans: Spans) -> Tensor:
-        """(N,) the metric of each example, higher is harder; NaN where there is none."""
+        """(N,) the metric of each example, higher is harder; NaN for an example without tokens."""
         first_N, last_N, there_N, _ = spans
         if self.tokens == "last":
             index_NK, used_NK = last_N[:, None], there_N[:, None]
@@ -213,10 +220,11 @@ class OnlineDifficulty:
             place_K = torch.arange(min(self.per_sequence, states_BTH.shape[1]), device=first_N.device)
             K = len(place_K)
             length_N1 = (last_N - first_N + 1)[:, None]
+            # The midpoints of K equal pieces of the example, or all tokens of a shorter one.
             spread_NK = torch.where(length_N1 > K, (2 * place_K + 1) * length_N1 // (2 * K), place_K)
             index_NK = first_N[:, None] + torch.minimum(spread_NK, length_N1 - 1)
             used_NK = (place_K < length_N1) & there_N[:, None]
-        # Gini is the costly one: it sorts the row.
+        # Gini sorts the row, which is expensive, so it is computed only if the metric needs it.
         gini: GiniMethod = "exact" if self.metric in METRICS.reading("gini") else "none"
         values = sparsity_rows(states_BTH, index_NK.flatten(), gini=gini).values_NM[:, self._column]
         value_NK = values.reshape(index_NK.shape)
@@ -230,13 +238,13 @@ class OnlineDifficulty:
             return "the model is in evaluation mode, and only training is measured. Call model.train() first."
         return (
             f"the forward pass of {type(self._model).__name__} did not call its output embeddings. A loss that is fused with "
-            "the head (Liger's fused_linear_cross_entropy, cut cross-entropy) reads its weight instead: switch that off, or "
+            "the head (Liger's fused_linear_cross_entropy, cut cross-entropy) uses its weight instead: switch it off, or "
             "train without the online difficulty."
         )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The language model inside of DDP, FSDP, torch.compile or PEFT."""
+    """The language model inside the wrappers of DDP, FSDP, torch.compile or PEFT."""
     while True:
         inner: Any = getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):

@@ -1,6 +1,6 @@
-"""What training showed of its examples: values of rows at steps, before anything is made of them (NumPy only).
+"""Observations of training: the raw values of rows at steps (NumPy only).
 
-Contract: `ordered` gives one order whoever delivered what first, so that ranks need not agree on anything else.
+Contract: the result of `ordered` does not depend on the order in which ranks delivered the observations.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sparsort.errors import SparsortError
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """What was measured: n values, each of a row at a step.
+    """n measured values, each of a row at a step.
 
     Attributes:
         rows: (n,) row numbers of the data.
         steps: (n,) number of the optimiser step, counted over all epochs.
-        values: (n,) finite, higher is harder, in the metric's own units.
+        values: (n,) finite values in the units of the metric; higher is harder.
 
     Raises:
-        SparsortError: arrays of unequal length, or a value that is not finite.
+        SparsortError: the arrays differ in length, or a value is not finite.
     """
 
     rows: NDArray[np.int64]
@@ -35,18 +35,18 @@ class Observations:
     def __post_init__(self) -> None:
         if not (self.rows.shape == self.steps.shape == self.values.shape == (len(self.rows),)):
             raise SparsortError(
-                f"observations need rows, steps and values of one length, got shapes {self.rows.shape}, "
+                f"observations need rows, steps and values of equal length, got shapes {self.rows.shape}, "
                 f"{self.steps.shape} and {self.values.shape}."
             )
         if not np.isfinite(self.values).all():
-            raise SparsortError("an observation is NaN or infinite; leave out what could not be measured.")
+            raise SparsortError("an observation is NaN or infinite; skip values that could not be measured.")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @classmethod
     def join(cls, parts: Iterable[Observations]) -> Observations:
-        """All of the parts, one behind the other; none make an empty one."""
+        """Concatenate the parts; without parts the result is empty."""
         parts = list(parts)
         return cls(
             rows=np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)]),
@@ -55,11 +55,11 @@ class Observations:
         )
 
     def ordered(self) -> Observations:
-        """The same by step, then row, then value: the order does not depend on who delivered what first."""
+        """The observations sorted by step, then row, then value, which does not depend on the order of delivery."""
         return self._at(np.lexsort((self.values, self.rows, self.steps)))
 
     def split(self, step: int) -> tuple[Observations, Observations]:
-        """Those of steps before `step`, and the rest."""
+        """The observations of steps before `step`, and the rest."""
         before = self.steps < step
         return self._at(before), self._at(~before)
 

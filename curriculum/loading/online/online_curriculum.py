@@ -1,12 +1,13 @@
-"""A curriculum that learns from training how hard its examples are: observe, fold, re-plan at a stage's edge, go on.
+"""A curriculum that learns the difficulty of its examples during training and revises its plan at the edges of stages.
 
-Contract: an order once planned never changes under way. At a stage's edge every rank gathers the observations of the stage
-(the one collective), folds them, and gets the same revised plan: in pool mode from that batch on, in one pass from the next
-epoch on. `save` between two steps and `load` in a new process, also with another number of ranks, go on bitwise as if training
-had not stopped, because a checkpoint only cuts the folding between steps, which changes nothing (`running_difficulty`).
+Contract: within a stage the planned order never changes. At the edge of a stage every rank gathers the observations of the stage
+(the only communication), folds them into the running difficulty, and gets the same revised plan. In pool mode it applies from
+that batch on, in one pass from the next epoch on. After `save` between two steps and `load` in a new process, even with another
+number of ranks, training continues bitwise as without the interruption: a checkpoint only splits the folding between steps,
+which does not change the result (`running_difficulty`).
 
-That holds for the order as far as training itself repeats bitwise: observations are the model's own, and another number of
-ranks rounds its sums otherwise. An order that was planned is saved, so only later revisions can differ, by rows that tie.
+For the order this holds as far as training itself is bitwise reproducible: the observations come from the model, and another
+number of ranks rounds its sums differently. A planned order is saved, so only later revisions can differ, by rows that tie.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparsort import integrity
 from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.online.gathering import gather
 from sparsort.curriculum.loading.online.measure import OnlineDifficulty, unwrap
@@ -28,6 +28,7 @@ from sparsort.curriculum.loading.online.observations import Observations
 from sparsort.curriculum.loading.online.running_difficulty import RunningDifficulty
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.errors import SparsortError
+from sparsort.storage import integrity
 
 _FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
 _WITHOUT_DIGEST = 1  # still read
@@ -35,20 +36,20 @@ _FIELDS = {"format", "version", "base", "measure", "loader", "running", "plan"}
 
 
 class OnlineCurriculum:
-    """Measures what the model trains on and re-plans the loader.
+    """Measures the examples that a model trains on, and revises the plan of the loader.
 
     Args:
-        model: a causal language model, also wrapped; see `OnlineDifficulty.attach`.
-        loader: whose batches it trains on. Its `on_stage` is taken.
-        online: what is measured; by default the Hoyer sparsity of each example's last token.
-        running: how it is averaged; by default with the plan's difficulty as the prior, and a half-life of one epoch.
-        automatic: measure every training pass by itself, taking the examples for those that the loader handed out last. A
+        model: a causal language model, which may be wrapped; see `OnlineDifficulty.attach`.
+        loader: the loader of the batches that the model trains on. Its `on_stage` is set.
+        online: the measurement; by default the Hoyer sparsity of each example's last token.
+        running: the running average; by default with the plan's difficulty as the prior and a half-life of one epoch.
+        automatic: measure every training pass, assuming that its examples are those of the loader's latest micro-batch. A
             loop that fetches several micro-batches before it trains on them passes False, and calls `online.begin()` and
             `online.collect(rows, step)` itself, with `step` = epoch · n_batches + number of the global batch.
-        group: of torch.distributed; None: all ranks.
+        group: process group of torch.distributed; None for all ranks.
 
     Raises:
-        SparsortError: a plan whose batches cannot be revised, or a running difficulty of other rows.
+        SparsortError: the plan cannot be revised, or the running difficulty belongs to other rows.
 
     Example:
         >>> online = OnlineCurriculum(model, loader)
@@ -83,9 +84,9 @@ class OnlineCurriculum:
         self.online = (online or OnlineDifficulty()).attach(model)
         if automatic:
             inner = unwrap(model)
-            # torch.compile must not trace the loader's arithmetic. Any: torch does not type it.
+            # torch.compile must not trace the loader's arithmetic. The type is Any because torch does not annotate `disable`.
             untraced: Any = torch.compiler.disable
-            # Prepended: the hook of `online` waits for `begin`.
+            # `prepend` makes this hook run before the one of `online`, which needs `begin` first.
             self._handles = [
                 inner.register_forward_pre_hook(untraced(self._before), prepend=True),
                 inner.register_forward_hook(untraced(self._after)),
@@ -93,7 +94,7 @@ class OnlineCurriculum:
         loader.on_stage = self.on_stage
 
     def close(self) -> None:
-        """Let go of model and loader. The plan stays as it was last revised."""
+        """Detach from model and loader. The loader keeps the latest revision of the plan."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -107,29 +108,35 @@ class OnlineCurriculum:
         self.close()
 
     def on_stage(self, loader: CurriculumLoader, stage: int) -> CurriculumPlan | None:
-        """What the loader calls at a stage's edge, on every rank: the plan from here on, or None for the one it has."""
+        """Revise the plan at the edge of a stage; the loader calls this on every rank.
+
+        Returns:
+            The plan from here on, or None to keep the current one.
+        """
         plan = loader.plan
         step = loader.epoch * plan.n_batches + loader.batch
         at = {"epoch": loader.epoch, "start": loader.batch}
         if plan.revision is not None and {name: plan.revision[name] for name in at} == at:
-            # A resume from a checkpoint that was taken after this revision and before its first step.
+            # Training resumed from a checkpoint between this revision and its first step, so the plan is already revised.
             return None
         self._fold(step)
+        # In one pass the order of the current epoch is fixed, so a revision waits for the next epoch.
         if plan.settings.mode == "one_pass" and loader.batch > 0:
             return None
         return plan.revised(self.running.difficulty(step), **at)
 
     def save(self, folder: Path | str) -> None:
-        """Write everything that a resume needs, the loader's state and a revised plan included. Every rank calls it.
+        """Write everything that a resume needs, including the loader's state and a revised plan. Every rank must call it.
 
-        Call it between two steps. `online.json` is written last and names the other files, so a kill leaves the checkpoint
-        that was there before. Every file carries digests of what it holds.
+        Call it between two steps. `online.json` is written last and names the other files, so a kill leaves the previous
+        checkpoint in place. Every file contains digests of its content.
         """
         folder, loader = Path(folder), self.loader
         position = loader.state_dict()
         plan = loader.plan
         step = position["epoch"] * plan.n_batches + position["batch"]
         self._fold(step)
+        # Every rank takes part in the collective of `_fold`, but only the first one writes.
         if dist.is_available() and dist.is_initialized() and dist.get_rank(self._group) != 0:
             return
         running_name = f"running-{step:012d}.safetensors"
@@ -148,35 +155,35 @@ class OnlineCurriculum:
         _tidy(folder, {running_name, plan_name})
 
     def load(self, folder: Path | str) -> None:
-        """Resume from what `save` wrote: the loader, its plan, and what is known of each example.
+        """Restore what `save` wrote: the loader's position, its plan, and the running difficulty.
 
         Raises:
-            SparsortError: nothing was saved there, by another version, for another plan, or measured otherwise; or a file has
-                changed since.
+            SparsortError: the folder contains no checkpoint, or one from another version, for another plan or with another
+                measurement; or a file has changed since it was written.
         """
         folder = Path(folder)
         about = _read(folder)
         with integrity.as_written(folder / _FILE, next_step="Resume from another checkpoint."):
             if about["base"] != self._base:
                 raise SparsortError(
-                    f"{folder} was saved for the plan {about['base']}, and the loader's is {self._base}. Load with the plan and "
+                    f"{folder} was saved for the plan {about['base']}, and the loader has {self._base}. Load with the plan and "
                     "the scores that training began with."
                 )
             if about["measure"] != self._measure():
                 raise SparsortError(
-                    f"{folder} holds {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
+                    f"{folder} contains {about['measure']}, and this run measures {self._measure()}: they cannot be averaged. "
                     "Measure as before, or start again."
                 )
             self.running = RunningDifficulty.load(folder / about["running"], fingerprint=self._base)
             if about["plan"] is not None:
-                # Not mapped from the checkpoint, which may be rotated away while it is followed.
+                # The plan is copied into memory, because the checkpoint may be deleted while training follows the plan.
                 self.loader.replace_plan(CurriculumPlan.open(folder / about["plan"]).in_memory())
             self.loader.load_state_dict(about["loader"])
         self.online.drain()
         self._pending, self._measured = Observations.join([]), None
 
     def _fold(self, step: int) -> None:
-        """Fold what every rank measured before `step`, and keep the rest for the next time."""
+        """Fold the observations of all ranks before `step`, and keep the later ones for the next call."""
         done, self._pending = Observations.join([self._pending, self.online.drain()]).split(step)
         self.running.fold(gather(done, self._group))
 
@@ -193,7 +200,7 @@ class OnlineCurriculum:
         if not (module.training and torch.is_grad_enabled()) or loader.latest is None:
             return
         rows, (epoch, number) = loader.rows, loader.latest
-        # A second pass over the same micro-batch (two losses, a penalty) is not a second observation.
+        # A second pass over the same micro-batch (for a second loss or a penalty) is not a second observation.
         now = (epoch, number, np.ascontiguousarray(rows).tobytes())
         if now != self._measured:
             self._measured = now
@@ -201,7 +208,7 @@ class OnlineCurriculum:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """What `online.json` says, checked."""
+    """The contents of `online.json`, after a check of its format and digest."""
     path = folder / _FILE
     try:
         about = integrity.parse_own_json(path.read_text(encoding="utf-8"))
@@ -225,15 +232,15 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def check_revisable(plan: CurriculumPlan) -> None:
-    """Refuse a plan that could not be revised, before training rather than at its first edge.
+    """Refuse a plan that cannot be revised, so that the error comes before training and not at the edge of a stage.
 
     Raises:
-        SparsortError: no easy and hard end, or batches that were cut by length for the order they have.
+        SparsortError: the plan does not use the difficulty, or its batches were cut by length for its order.
     """
     settings = plan.settings
     if settings.schedule in ("shuffle", "as_given") or settings.direction == "random":
         raise SparsortError(
-            f"schedule={settings.schedule!r} with direction={settings.direction!r} does not look at difficulty, so there is "
+            f"schedule={settings.schedule!r} with direction={settings.direction!r} does not use the difficulty, so there is "
             "nothing to learn online. Use schedule='sorted', or mode='pool'."
         )
     if settings.mode == "one_pass" and (settings.token_budget is not None or settings.packing != "none"):
@@ -246,8 +253,8 @@ def check_revisable(plan: CurriculumPlan) -> None:
 def _check_running(running: RunningDifficulty, plan: CurriculumPlan) -> None:
     if len(running) != plan.n_rows or running.fingerprint not in ("", _base(plan)):
         raise SparsortError(
-            f"the running difficulty is of {len(running)} rows of the plan {running.fingerprint!r}, the loader's plan of "
-            f"{plan.n_rows} rows is {_base(plan)!r}. Make it with RunningDifficulty(plan.n_rows, prior=plan.difficulty)."
+            f"the running difficulty has {len(running)} rows of the plan {running.fingerprint!r}, and the loader's plan of "
+            f"{plan.n_rows} rows is {_base(plan)!r}. Create it with RunningDifficulty(plan.n_rows, prior=plan.difficulty)."
         )
     running.fingerprint = _base(plan)
 
@@ -258,7 +265,7 @@ def _base(plan: CurriculumPlan) -> str:
 
 
 def _tidy(folder: Path, named: set[str | None]) -> None:
-    """Remove what earlier checkpoints left in this folder."""
+    """Remove the files of earlier checkpoints from the folder."""
     for path in (*folder.glob("running-*.safetensors"), *folder.glob("plan-*")):
         if path.name not in named:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,7 +1,7 @@
-"""From difficulties to the arrays of a plan: the order, the rows at any place of an epoch, and where batches are cut.
+"""From difficulties to the arrays of a plan: the order, the rows at any place of an epoch, and the edges of batches.
 
 Contract: pure functions of settings and arrays. `places` are positions in the sequence of one epoch, in [0, N);
-`stage_places` (S + 1,) are those where stages begin, N at the end.
+`stage_places` (S + 1,) are the places where stages begin, followed by N.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ Spans = list[tuple[int, int]]
 def base_order(
     difficulty: ArrayLike, settings: CurriculumSettings, ids: Rows | None, groups: NDArray[Any] | None
 ) -> Arrays:
-    """The rows from the beginning of the curriculum to its end, `order` (N,), and `group_edges` (G + 1,) with quotas.
-
-    Nothing for schedules that do not look at difficulty.
+    """The order of the rows before stages and pacing.
 
     Args:
-        difficulty: (N,) by row.
-        ids: rows in the order of their ids, None where that is the order of the rows.
-        groups: (N,) group of each row, from 0, or None.
+        difficulty: (N,) difficulty of each row.
+        settings: the settings of the plan.
+        ids: (N,) rows in the order of their ids; None if the rows are already in that order.
+        groups: (N,) group of each row, counted from 0, or None.
+
+    Returns:
+        `order` (N,), the rows from the beginning of the curriculum to its end; with quotas, sorted by group, and `group_edges`
+        (G + 1,). Empty for schedules that do not use the difficulty.
     """
     n = len(np.asanyarray(difficulty))
     if settings.schedule in ("as_given", "shuffle"):
@@ -44,38 +47,51 @@ def base_order(
         order = rank_rows(difficulty, ids=ids, unscored=settings.unscored)
     n_groups = 0 if groups is None else int(groups.max()) + 1
     if groups is not None:
+        # Without this, a group whose rows are all hard would not appear before the end of the curriculum.
         order = spread_groups(order, groups, n_groups)
     if settings.direction == "hard_to_easy":
+        # The copy makes the order contiguous in memory, like that of every other direction.
         order = order[::-1].copy()
     if settings.quotas is None or groups is None:
         return {"order": order}
+    # The sort is stable, so each group keeps its rows in the order of their difficulty.
     grouped = order[np.argsort(groups[order], kind="stable")]
     edges = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=n_groups))])
     return {"order": grouped, "group_edges": edges.astype(np.int64)}
 
 
 def available(settings: CurriculumSettings, n: int, stage_places: Places, longest: int | None) -> Places | None:
-    """How many of the first rows of the order may be shown: by each batch of a pool, (K,), by each stage of one pass, (S,).
+    """The number of rows, from the beginning of the order, that are available.
 
-    A plan keeps these whole numbers, so that drawing a batch looks one up. A pool never offers less than fills a batch:
-    `batch_size` rows, or as many of the `longest` as the token budget holds.
+    A plan stores these integers, so that drawing a batch only looks one up. A pool always offers enough rows for a batch:
+    `batch_size` rows, or as many rows of length `longest` as fit in the token budget.
+
+    Args:
+        settings: the settings of the plan.
+        n: N, number of rows.
+        stage_places: (S + 1,) places where stages begin, followed by N.
+        longest: tokens of the longest row; None without lengths.
+
+    Returns:
+        (K,) for the batches of a pool, or (S,) for the stages of one pass; None without pacing.
     """
     if settings.pacing is None:
         return None
     if settings.mode == "one_pass":
         return sequences.available(settings.pacing.share(stage_places[:-1], n), stage_places)
     steps = settings.steps or 0
-    held = np.ceil(settings.pacing.share(np.arange(steps), steps) * n - 1e-9)
-    return np.clip(held, fewest(settings, n, longest), n).astype(np.int64)
+    # Without the 1e-9, rounding could turn a share of exactly k rows into k + 1.
+    wanted = np.ceil(settings.pacing.share(np.arange(steps), steps) * n - 1e-9)
+    return np.clip(wanted, fewest(settings, n, longest), n).astype(np.int64)
 
 
 def fewest(settings: CurriculumSettings, n: int, longest: int | None) -> int:
-    """Rows of the smallest batch that a pool draws."""
+    """The number of rows in the smallest batch that a pool draws."""
     return min(n, settings.batch_size or (settings.token_budget or 0) // max(1, longest or 1))
 
 
 def warm_place(settings: CurriculumSettings, n: int) -> int:
-    """The first place that a warm-up leaves to chance."""
+    """The first place after a warm-up, from which on the rows are shuffled."""
     return n if settings.warm_up is None else round(settings.warm_up * n)
 
 
@@ -89,16 +105,23 @@ def rows_at(
     limits: Places | None,
     epoch: int,
 ) -> Rows:
-    """The rows at some places of an epoch, before those of like length are put together.
+    """The rows at some places of an epoch, before rows of similar length are grouped.
 
     Args:
-        order: `base_order`'s; None for schedules without.
-        limits: `available`'s; None without pacing.
+        settings: the settings of the plan.
+        places: positions in the sequence of the epoch.
+        order: the order from `base_order`; None for schedules that do not use the difficulty.
+        ids: (N,) rows in the order of their ids; None if the rows are already in that order.
+        stage_places: (S + 1,) places where stages begin, followed by N.
+        limits: the limits from `available`; None without pacing.
+        epoch: number of the epoch, from 0.
     """
     n, seed = int(stage_places[-1]), settings.seed
     if settings.schedule == "as_given":
         return places
     if settings.schedule == "shuffle" or order is None or (epoch > 0 and settings.later_epochs == "shuffle"):
+        # The shuffle permutes ranks of ids and not row numbers, so it does not depend on the order of the rows in the
+        # data.
         ranks = permute(places, n, key_of(seed, epoch, "shuffle"))
         return ranks if ids is None else ids[ranks]
     if settings.warm_up is not None:
@@ -116,18 +139,28 @@ def rows_at(
 def cut(
     settings: CurriculumSettings, sequence: Rows, lengths: NDArray[Any], stage_places: Places
 ) -> tuple[Arrays, list[int], Spans]:
-    """Batches by tokens, or of packed sequences; none crosses the edge of a stage or the end of a warm-up.
+    """Cut the sequence of an epoch into batches by tokens, or into batches of packed sequences.
+
+    No batch crosses the edge of a stage or the end of a warm-up.
+
+    Args:
+        settings: the settings of the plan.
+        sequence: (N,) rows in the order of the epoch.
+        lengths: (N,) tokens of each row of the data.
+        stage_places: (S + 1,) places where stages begin, followed by N.
 
     Returns:
-        `sequence` (N,), the rows in the order of their batches; `batch_edges` (K + 1,) over items; `item_edges` (M + 1,)
-        over places, when packed. The number of each stage's first batch, K at the end. And the spans of batches, from
-        and to, that may change places from epoch to epoch.
+        Three things. The arrays: `sequence` (N,), the rows in the order of their batches; `batch_edges` (K + 1,), in items;
+        and, with packing, `item_edges` (M + 1,), in places. The number of each stage's first batch, followed by K. And the
+        spans (first, last) of batches that may change places from epoch to epoch.
     """
     warm = warm_place(settings, len(sequence))
     rows, item_edges, batch_edges, pieces = [], [0], [0], {0: 0}
+    # Each part between two of these places is cut on its own, so no batch can cross an edge.
     for first, last in itertools.pairwise(sorted({*stage_places.tolist(), warm})):
         part = sequence[first:last]
         if settings.group_by_length:
+            # The batches of the token budget are not known yet. Group by batches of the typical size instead.
             size = max(1, (settings.token_budget or 0) // max(1, int(np.median(lengths[part]))))
             key = key_of(settings.seed, "lengths", first)
             part = sequences.like_lengths(part, lengths, batches.by_count(len(part), size), key)
@@ -140,10 +173,12 @@ def cut(
                 part = part[places]
             else:
                 bins = batches.next_fit(lengths[part], capacity)
+            # The edges of a part begin with 0, which is the end of the previous part, so the first one is dropped.
             item_edges.extend((first + bins[1:]).tolist())
             edges = batches.by_count(len(bins) - 1, settings.batch_size or 1)
         rows.append(part)
         batch_edges.extend((batch_edges[-1] + edges[1:]).tolist())
+        # Number of batches before this place.
         pieces[last] = len(batch_edges) - 1
     arrays = {"sequence": np.concatenate(rows), "batch_edges": np.array(batch_edges, dtype=np.int64)}
     if settings.packing != "none":
@@ -153,7 +188,7 @@ def cut(
 
 
 def _spans(settings: CurriculumSettings, pieces: dict[int, int], warm: int) -> Spans:
-    """Stages until the warm-up ends, then what is left; all of it where later epochs are plain shuffles."""
+    """One span per stage until the warm-up ends, then one for the rest; a single span if later epochs are plain shuffles."""
     last = max(pieces.values())
     if settings.schedule == "shuffle" or settings.later_epochs == "shuffle":
         return [(0, last)]

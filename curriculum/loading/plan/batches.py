@@ -1,7 +1,7 @@
-"""Where batches and packed sequences begin and end.
+"""The edges of batches and of packed sequences.
 
-Contract: edges (K + 1,) int64 rise strictly from 0 to the number of things; thing i of batch k has
-edges[k] ≤ i < edges[k + 1]. No batch is above its token budget, and none is empty.
+Contract: edges (K + 1,) int64 increase strictly from 0 to the number of items; item i is in batch k if
+edges[k] ≤ i < edges[k + 1]. No batch exceeds its token budget, and no batch is empty.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from sparsort.errors import SparsortError
 
 Edges = NDArray[np.int64]
 
-WINDOW = 1024  # examples that best-fit packing may take out of order
+WINDOW = 1024  # best-fit packing may reorder examples within windows of this size
 _SHOWN = 3
 
 
 def by_count(n: int, size: int) -> Edges:
-    """ceil(n / size) batches that differ by at most one."""
+    """Edges of ceil(n / size) batches whose sizes differ by at most one, (K + 1,)."""
     k = -(-n // size)
     return np.arange(k + 1, dtype=np.int64) * n // max(k, 1)
 
 
 def by_tokens(lengths: NDArray[Any], budget: int) -> Edges:
-    """Consecutive examples as long as (longest × count) stays within `budget`.
+    """Edges of batches of consecutive examples, each as large as (longest × count) ≤ `budget` allows.
 
     Args:
-        lengths: (n,) tokens of the examples in their sequence, each ≤ budget.
+        lengths: (n,) tokens of each example in the order of the sequence, each ≤ budget.
+        budget: tokens of a batch, including its padding.
     """
     edges, begin, n = [0], 0, len(lengths)
     while begin < n:
@@ -39,45 +40,52 @@ def by_tokens(lengths: NDArray[Any], budget: int) -> Edges:
 
 
 def prefix_within(lengths: NDArray[Any], budget: int) -> int:
-    """How many of the first examples fit in `budget` padded tokens; at least one where each is ≤ budget."""
-    look = max(1, budget // max(1, int(lengths[0])))  # the first is no longer than the longest
+    """The number of leading examples that fit in `budget` padded tokens; at least one if each length is ≤ budget."""
+    look = max(1, budget // max(1, int(lengths[0])))  # an upper bound: the longest is at least as long as the first
     longest = np.maximum.accumulate(lengths[:look].astype(np.int64))
+    # The padded size never decreases with another example, so a binary search finds the last prefix that fits.
     return int(np.searchsorted(longest * np.arange(1, len(longest) + 1), budget, side="right"))
 
 
 def next_fit(lengths: NDArray[Any], capacity: int) -> Edges:
-    """Bins of consecutive examples whose lengths sum to at most `capacity`, each ≤ capacity; order kept."""
+    """Edges of bins of consecutive examples whose lengths, each ≤ capacity, sum to at most `capacity`; the order is kept."""
     total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     edges = [0]
     while edges[-1] < len(lengths):
+        # The bin ends before the first example whose cumulative length exceeds the capacity.
         edges.append(int(np.searchsorted(total, total[edges[-1]] + capacity, side="right")) - 1)
     return np.array(edges, dtype=np.int64)
 
 
 def best_fit(lengths: NDArray[Any], capacity: int) -> tuple[NDArray[np.int64], Edges]:
-    """Best-fit decreasing (Johnson 1974) within windows of `WINDOW` examples; bins in the order of their first example.
+    """Best-fit decreasing (Johnson 1974) within windows of `WINDOW` examples; bins are in the order of their first example.
+
+    Args:
+        lengths: (n,) tokens of each example, each ≤ capacity.
+        capacity: tokens of a bin.
 
     Returns:
-        places (n,), the examples bin by bin, each bin in the order given; and the bins' edges.
+        The examples bin by bin, (n,) positions in `lengths`, in ascending order within each bin; and the edges of the bins.
     """
     places: list[int] = []
     edges = [0]
     for begin in range(0, len(lengths), WINDOW):
-        part = np.asarray(lengths[begin : begin + WINDOW], dtype=np.int64)
+        lengths_in_window = np.asarray(lengths[begin : begin + WINDOW], dtype=np.int64)
         bins: list[list[int]] = []
         room: list[int] = []
-        for index in np.argsort(-part, kind="stable"):
-            length = int(part[index])
+        for index in np.argsort(-lengths_in_window, kind="stable"):
+            length = int(lengths_in_window[index])
             fitting = [(left, number) for number, left in enumerate(room) if left >= length]
             if fitting:
+                # The bin with the least room that is still enough; the lower number breaks ties.
                 _, number = min(fitting)
                 bins[number].append(int(index))
                 room[number] -= length
             else:
                 bins.append([int(index)])
                 room.append(capacity - length)
-        for held in sorted((sorted(held) for held in bins), key=lambda held: held[0]):
-            places.extend(begin + index for index in held)
+        for members in sorted((sorted(members) for members in bins), key=lambda members: members[0]):
+            places.extend(begin + index for index in members)
             edges.append(len(places))
     return np.array(places, dtype=np.int64), np.array(edges, dtype=np.int64)
 
@@ -85,7 +93,16 @@ def best_fit(lengths: NDArray[Any], capacity: int) -> tuple[NDArray[np.int64], E
 def cut_lengths(
     lengths: NDArray[Any], max_length: int | None, limit: int | None, what: str
 ) -> tuple[NDArray[np.int32], int]:
-    """Lengths with `max_length` applied, and how many examples it cuts.
+    """Apply `max_length` to the lengths.
+
+    Args:
+        lengths: tokens of each example.
+        max_length: tokens at which an example is cut; None for no cut.
+        limit: the most tokens of an example after the cut; None for no limit.
+        what: the thing that has the limit, for the error message ("a batch").
+
+    Returns:
+        The lengths after the cut, and the number of examples that are cut.
 
     Raises:
         SparsortError: a length is below 1, or above `limit` after the cut.
@@ -95,15 +112,16 @@ def cut_lengths(
         raise SparsortError(
             f"lengths are whole numbers of tokens of at least 1; got {values.dtype}"
             + (f" with a smallest of {values.min()}" if values.size and values.dtype.kind in "iuf" else "")
-            + ". Leave empty examples out of the data, or count their end-of-text token."
+            + ". Remove empty examples from the data, or count their end-of-text token."
         )
     cut = 0 if max_length is None else int(np.count_nonzero(values > max_length))
-    kept = values if max_length is None else np.minimum(values, max_length)
-    if limit is not None and kept.size and int(kept.max()) > limit:
-        long = np.flatnonzero(kept > limit)
-        named = ", ".join(f"row {row} ({kept[row]} tokens)" for row in long[:_SHOWN])
+    shortened = values if max_length is None else np.minimum(values, max_length)
+    if limit is not None and shortened.size and int(shortened.max()) > limit:
+        long = np.flatnonzero(shortened > limit)
+        named = ", ".join(f"row {row} ({shortened[row]} tokens)" for row in long[:_SHOWN])
         raise SparsortError(
             f"{long.size} examples are longer than {what} of {limit} tokens: {named}"
-            f"{' …' if long.size > _SHOWN else ''}. Cut them with max_length={limit}, raise it, or leave them out yourself."
+            f"{' …' if long.size > _SHOWN else ''}. Cut them with max_length={limit}, raise the limit, or "
+            "remove them from the data."
         )
-    return kept.astype(np.int32), cut
+    return shortened.astype(np.int32), cut

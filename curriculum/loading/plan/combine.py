@@ -1,14 +1,14 @@
-"""Several scores into one difficulty: what "hard" means when there is more than one measure of it.
+"""Combine several scores into one difficulty.
 
-Contract: NumPy only. Scores enter through their ranks alone, so any two that order the rows alike are worth the same,
-whatever their units; each rises with difficulty (negate one that does not). Equal rows stay exactly equal, because ranks
-are added as whole numbers, and what breaks their ties is left to the ranking. The result does not depend on the order of
-the rows, nor, under rank_average with whole weights and under intersection, on the order of the scores.
+Contract: NumPy only. Only the ranks of a score matter, so two scores that order the rows alike have the same effect, whatever
+their units. Every score increases with difficulty (negate one that does not). Equal rows stay exactly equal, because ranks are
+added as integers; the ranking breaks their ties. The result does not depend on the order of the rows. Under rank_average
+with integer weights, and under intersection, it does not depend on the order of the scores either.
 
-A row that lacks any of the scores (NaN) has none, and the others are ranked as if it were not there. Infinities are
-numbers here: the ends of the ranking. Memory: about 6 float64 arrays of N at the peak.
+A row that lacks any of the scores (NaN) gets no difficulty, and the other rows are ranked as if it did not exist. Infinities
+are valid values, at the ends of the ranking. Memory: about 6 float64 arrays of N at the peak.
 
-Legend: N rows, M of them complete.
+Legend: N rows, M of them complete (with every score).
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ def combine(
     weights: Mapping[str, float] | None = None,
     levels: int | None = 10,
 ) -> NDArray[np.float64]:
-    """One difficulty out of several scores, each (N,) and rising with difficulty.
+    """Combine several scores, each (N,) and increasing with difficulty, into one difficulty.
 
-    The ways:
+    Combinations:
         rank_average: the weighted mean of the percentiles; a row is as hard as its scores are on average.
-        lexicographic: by the first score; its ties by the second, and so on. Every score but the last is cut into
-            `levels` levels of equal counts first, as a score that is continuous has no ties. Equal values share a level,
-            so ties can make levels uneven.
-        intersection: by the largest of the percentiles; an example is easy when every score says so. This is the order
-            in which DeepSpeed's data pipeline lets examples in, which takes those that are easy enough by each metric.
-            There fewer than the share c are in when each metric stands at its percentile c; here the result is ranked
-            again, so that the share c of a pacing is the share c of the data.
+        lexicographic: sort by the first score, break ties by the second, and so on. A continuous score has no ties, so every
+            score but the last is first divided into `levels` levels of equal counts. Equal values share a level, so ties can
+            make levels uneven.
+        intersection: the largest of the percentiles; an example is easy if every score says so. This is the order in which
+            DeepSpeed's data pipeline admits examples, which takes those that are easy enough by each metric. There, fewer
+            than a share c of the examples are admitted when each metric is at its percentile c. Here the result is ranked
+            again, so that a pacing of c means a share c of the data.
 
     Args:
-        scores: name → (N,) numbers; NaN where a row has none. The order of names matters to "lexicographic" only.
-        how: one of the ways above.
-        weights: name → weight above 0, for rank_average; by default all alike.
-        levels: for lexicographic; None takes values as they are.
+        scores: name → (N,) numbers; NaN where a row has no score. The order of names matters to "lexicographic" only.
+        how: one of the combinations above.
+        weights: name → weight above 0, for rank_average; by default all weights are equal.
+        levels: number of levels, for lexicographic; None uses the exact values.
 
     Returns:
-        (N,) float64 in (0, 1): mid-rank percentiles, under rank_average a mean of such. NaN where any score is NaN.
+        (N,) float64 in (0, 1): mid-rank percentiles, or under rank_average a mean of percentiles. NaN where any score is NaN.
 
     Raises:
-        SparsortError: an unknown way, no scores, different lengths, no row that has all of them, weights that miss or
-            invent a name or are not above 0, weights for another way, levels below 1.
+        SparsortError: an unknown combination, no scores, different lengths, no row with all scores, weights that lack a score,
+            name an unknown one or are not above 0, weights for another combination, or levels below 1.
     """
     if how not in COMBINATIONS:
         raise unknown_choice("way to combine scores", how, COMBINATIONS)
     if not scores:
         raise SparsortError("there are no scores to combine. Give at least one, as {name: numbers}.")
     if weights is not None and how != "rank_average":
-        raise SparsortError(f"weights were given to {how!r}, which has none. Leave them out, or use 'rank_average'.")
+        raise SparsortError(f"weights were given to {how!r}, which has no weights. Omit them, or use 'rank_average'.")
     _check_levels(levels)
     columns = {name: _column(f"score {name!r}", values) for name, values in scores.items()}
     complete_N = _complete(columns)
@@ -75,6 +75,7 @@ def combine(
         total_M = np.zeros(n_complete)
         for values_M, weight in zip(chosen, weight_of, strict=True):
             total_M += weight * _doubled_ranks([values_M])
+        # `math.fsum` is exact, so the sum does not depend on the order of the weights.
         combined_M = total_M / (2 * n_complete * math.fsum(weight_of))
     elif how == "intersection":
         largest_M = np.zeros(n_complete)
@@ -90,24 +91,27 @@ def combine(
 
 
 def _doubled_ranks(keys: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    """2·rank − 1 of each row by the first key, then the second, …: (M,) whole numbers from 1 to 2M−1, ties averaged."""
+    """2·rank − 1 of each row by the first key, then the second, …: (M,) integers from 1 to 2M−1, with ties averaged."""
+    # `np.lexsort` expects the primary key last.
     order_M = np.argsort(keys[0]) if len(keys) == 1 else np.lexsort(tuple(reversed(keys)))
     count = len(order_M)
+    # True at the first row of each run of rows that are equal in every key.
     begins_M = np.zeros(count, dtype=np.bool_)
     begins_M[0] = True
     for key_M in keys:
         sorted_M = key_M[order_M]
         begins_M[1:] |= sorted_M[1:] != sorted_M[:-1]
+        # Free the array before the next key is sorted, which lowers the peak of memory.
         del sorted_M
     edges = np.append(np.flatnonzero(begins_M), count)
-    # A run of equal rows at places s … e−1 has the mean rank (s + 1 + e) / 2.
+    # A run of equal rows at places s … e−1 has the mean rank (s + 1 + e) / 2. Doubled, minus 1, it is s + e.
     ranks_M = np.empty(count)
     ranks_M[order_M] = np.repeat(edges[:-1] + edges[1:], np.diff(edges))
     return ranks_M
 
 
 def _levels(values_M: NDArray[Any], levels: int) -> NDArray[np.int64]:
-    """⌊percentile · levels⌋, in whole numbers."""
+    """⌊percentile · levels⌋, computed in integers."""
     ranks_M = _doubled_ranks([values_M]).astype(np.int64)
     return ranks_M * levels // (2 * len(values_M))
 
@@ -115,9 +119,11 @@ def _levels(values_M: NDArray[Any], levels: int) -> NDArray[np.int64]:
 def _column(what: str, values: ArrayLike) -> NDArray[Any]:
     values_N = np.asarray(values)
     if values_N.ndim != 1:
-        raise SparsortError(f"{what} has shape {values_N.shape}; one number a row is needed, shape (N,).")
+        raise SparsortError(f"{what} has shape {values_N.shape}; expected one number per row, shape (N,).")
     if values_N.size and values_N.dtype.kind not in "fiub":
-        raise SparsortError(f"{what} has values of type {values_N.dtype}; numbers are needed, NaN where there is none.")
+        raise SparsortError(
+            f"{what} has values of type {values_N.dtype}; expected numbers, with NaN where there is no score."
+        )
     return values_N
 
 
@@ -133,8 +139,8 @@ def _complete(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
     if not complete_N.any():
         given = ", ".join(f"{name}: {np.count_nonzero(~np.isnan(values_N))}" for name, values_N in columns.items())
         raise SparsortError(
-            f"none of the {len(complete_N)} rows has all the scores (rows with a number: {given}). "
-            "Score the rows, or leave out the score that is missing."
+            f"not one of the {len(complete_N)} rows has all the scores (rows with a number: {given}). "
+            "Score the rows, or omit the score that is missing."
         )
     return complete_N
 
@@ -146,12 +152,12 @@ def _weights(columns: Mapping[str, Any], weights: Mapping[str, float] | None) ->
         if name not in columns:
             raise unknown_choice("score in the weights", name, columns)
     if missing := [name for name in columns if name not in weights]:
-        raise SparsortError(f"the weights miss {', '.join(missing)}. Give each score a weight, or none at all.")
+        raise SparsortError(f"the weights lack {', '.join(missing)}. Give every score a weight, or pass no weights.")
     given: Mapping[str, object] = weights
     for name, weight in given.items():
         if not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
             raise SparsortError(
-                f"the weight of {name} is {weight!r}; a number above 0 is needed. To drop a score, omit it."
+                f"the weight of {name} is {weight!r}; expected a number above 0. To drop a score, omit it."
             )
     return [float(weights[name]) for name in columns]
 
@@ -160,7 +166,7 @@ def _check_levels(levels: object) -> None:
     if levels is None:
         return
     if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or levels < 1:
-        raise SparsortError(f"levels = {levels!r}; a whole number of at least 1 is needed, or None for exact values.")
+        raise SparsortError(f"levels = {levels!r}; expected a whole number of at least 1, or None for exact values.")
 
 
 def _chosen(values_N: NDArray[Any], complete_N: NDArray[np.bool_]) -> NDArray[Any]:
@@ -168,7 +174,7 @@ def _chosen(values_N: NDArray[Any], complete_N: NDArray[np.bool_]) -> NDArray[An
 
 
 def _spread_out(values_M: NDArray[np.float64], complete_N: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Back to all rows, NaN where a row is not complete."""
+    """Expand from the complete rows to all rows, with NaN for the others."""
     if len(values_M) == len(complete_N):
         return values_M
     values_N = np.full(len(complete_N), np.nan)

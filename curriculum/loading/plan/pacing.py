@@ -1,13 +1,13 @@
 """Pacing: the share of the examples, easiest first, that is available at a step of training.
 
-Contract: NumPy only. A share is a pure function of (pacing, step, total): it lies in [b, 1], never falls, is b at step 0
-and exactly 1 from step a·T on, where a is read as the decimal that was written (a = 0.1 of 30 steps is step 3, which
-0.1 * 30 in binary is not). It is the same number alone and in an array, and on every processor: what IEEE arithmetic
-does not round correctly (exp, ln, powers) goes through `decimal`, because NumPy's own differ between processors and
-versions in the last bit, and a resume elsewhere must draw the same examples. That costs 10 to 30 µs a step for
+Contract: NumPy only. A share is a pure function of (pacing, step, total). It is in [b, 1], never decreases, is b at step 0, and
+is exactly 1 from step a·T on, where a is the decimal that was written (a = 0.1 of 30 steps is step 3, although 0.1 * 30 in
+binary is not 3). It is the same number for a single step and in an array, and on every processor. Functions that IEEE
+arithmetic does not round correctly (exp, ln, powers) use `decimal`, because NumPy's versions differ in the last bit between
+processors and releases, and a resume on another machine must draw the same examples. That costs 10 to 30 µs per step for
 exponential, logarithmic, geometric, and roots with p other than 1 and 2; the others take well under 1 µs.
 
-Legend: t step, T total, a `until`, b `start`, p `power`, K `buckets`, x = t/(aT); S is the number of steps asked for.
+Legend: t step, T total, a `until`, b `start`, p `power`, K `buckets`, x = t/(aT), S steps passed to `share` (any shape).
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ Shares = NDArray[np.float64]
 
 
 class ShareOf(Protocol):
-    """The share of a pacing before the clamp, at steps (S,) int64, where everything is available from step `length` = a·T on."""
+    """Computes the share of a pacing before the clamp, at steps (S,) int64; `length` is a·T, the step of full availability."""
 
     def __call__(self, pacing: Pacing, step_S: Steps, length: Fraction, /) -> Shares: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class PacingEntry(Entry):
-    """One kind of pacing. `reads` names the settings of `Pacing` that its formula has; one that it lacks is refused.
+    """One kind of pacing. `reads` names the settings of `Pacing` in its formula; other settings are refused.
 
     Attributes:
-        formula: the share before the clamp to [b, 1].
-        clamp: where the clamp matters.
-        share: computes the formula.
-        begins_at_start: whether the share at step 0 is set to exactly b, which the formula meets but for the last bit.
+        formula: the share before the clamp to [b, 1], as text.
+        clamp: a note on where the clamp matters.
+        share: the function that computes the formula.
+        begins_at_start: whether the share at step 0 is set to exactly b, which the formula gives up to rounding.
     """
 
     formula: str
@@ -67,7 +67,7 @@ class PacingEntry(Entry):
     begins_at_start: bool = True
 
 
-# Far more digits than a float64 has, so that rounding to one keeps a growing function growing.
+# Far more digits than a float64 has, so that an increasing function is still increasing after rounding to float64.
 _DIGITS = Context(prec=24)
 _E10 = float(_DIGITS.exp(Decimal(10)))
 _E_10 = float(_DIGITS.exp(Decimal(-10)))
@@ -77,17 +77,17 @@ _E_10 = float(_DIGITS.exp(Decimal(-10)))
 class Pacing:
     """How the share of available examples grows over training. `PACINGS` lists the formulas and their sources.
 
-    Two warnings for who compares: Wu et al.'s published code does not clamp, so its shares pass 1 after a·T; CurML's
-    "root-p" is `competence` with the exponent 1/2 whatever p is, right for p = 2 only.
+    Two warnings for comparisons with other implementations: the published code of Wu et al. does not clamp, so its shares exceed
+    1 after a·T. The "root-p" of CurML is `competence` with the exponent 1/2 for every p, which is correct for p = 2 only.
 
     Attributes:
         kind: the formula.
-        start: b, the share that is available at step 0, in (0, 1]. Not read by "constant".
-        until: a, the share of training at which everything is available, in (0, 1]. Not read by "constant".
+        start: b, the share that is available at step 0, in (0, 1]. "constant" does not read it.
+        until: a, the share of training after which everything is available, in (0, 1]. "constant" does not read it.
         power: p of "root" and "competence", above 0.
-        buckets: K of "baby_steps", which has K phases of equal length: the easiest b of the examples alone, then one
-            more of the K−1 equal buckets of the rest in each phase, everything in the last.
-        stored: the settings come from a file that was written before, where one that is not read is kept as it is.
+        buckets: K of "baby_steps", which has K phases of equal length. The first phase has the easiest share b of the
+            examples, and each later phase adds one of K−1 equal buckets of the rest.
+        stored: whether the settings come from a file; a setting that has no effect is then accepted.
 
     Raises:
         SparsortError: an unknown kind, a number outside its range, or a setting that the kind does not read.
@@ -106,10 +106,10 @@ class Pacing:
         _set(self, "until", _share("until", self.until, "the share of training after which all are available", 0.5))
         power = _number("power", self.power)
         if not 0 < power < math.inf:
-            raise SparsortError(f"a pacing has power = {power!r}; p is a number above 0, such as 2.")
+            raise SparsortError(f"a pacing has power = {power!r}; expected a number above 0, such as 2.")
         _set(self, "power", power)
         if isinstance(self.buckets, bool) or not isinstance(self.buckets, int | np.integer) or self.buckets < 1:
-            raise SparsortError(f"a pacing has buckets = {self.buckets!r}; a whole number of at least 1 is needed.")
+            raise SparsortError(f"a pacing has buckets = {self.buckets!r}; expected a whole number of at least 1.")
         _set(self, "buckets", int(self.buckets))
         if not stored:
             refuse_unread_fields(self, READ_BY)
@@ -118,35 +118,36 @@ class Pacing:
         """The share of the examples that is available at each step.
 
         Args:
-            step: steps that were done before, 0 ≤ step < total; of any shape S, in any order.
-            total: T, the steps of the whole training.
+            step: (S,) number of steps that are already done, 0 ≤ step < total; of any shape, in any order.
+            total: T, the number of steps of the whole training.
 
         Returns:
-            S, float64 in [b, 1]; for a single step an array without dimensions.
+            (S,) float64 in [b, 1]; for a single step, an array without dimensions.
 
         Raises:
-            SparsortError: `total` is not a whole number above 0, or a step is none or outside of 0 … total−1.
+            SparsortError: `total` is not a whole number above 0, or a step is not a whole number in 0 … total−1.
         """
         step_S = _steps(step, total)
+        # The text of a float is the decimal that the user wrote, and a Fraction keeps it exact.
         length = Fraction(repr(self.until)) * int(total)
         entry = PACINGS[self.kind]
         share_S = np.clip(entry.share(self, step_S, length), self.start, 1.0)
         if entry.begins_at_start:
-            # The formulas meet both ends but for the last bit.
+            # The formulas give both ends up to rounding; the contract promises them exactly.
             share_S = np.where(step_S == 0, self.start, share_S)
+        # From step a·T on everything is available, whatever the formula rounds to.
         return np.where(step_S >= math.ceil(length), 1.0, share_S)
 
     @classmethod
     def parse(cls, text: str, *, stored: bool = False) -> Pacing:
-        """A pacing from a line: "linear", or "root:start=0.2,until=0.5,power=3".
+        """Parse a pacing from its text: "linear", or "root:start=0.2,until=0.5,power=3".
 
         Args:
-            text: the line.
+            text: the text.
             stored: see `Pacing`.
 
         Raises:
-            SparsortError: an unknown kind or setting (with the nearest one), one that the kind does not read, or a value out of
-                range.
+            SparsortError: an unknown kind or setting, a setting that the kind does not read, or a value out of range.
         """
         kind, _, rest = str(text).partition(":")
         values: dict[str, Any] = {"kind": kind.strip()}
@@ -167,14 +168,14 @@ class Pacing:
             except ValueError as error:
                 what = "whole number" if name == "buckets" else "number"
                 raise SparsortError(f"the pacing {text!r} has {name} = {value!r}, which is not a {what}.") from error
-        made = cls(**values, stored=stored)
+        pacing = cls(**values, stored=stored)
         if not stored:
-            # One that was given with the value of its default has no effect either.
-            refuse_unread(READ_BY, made.to_json(), [name for name in values if name != "kind"])
-        return made
+            # The constructor cannot see a setting that was written with its default value; the text shows it.
+            refuse_unread(READ_BY, pacing.to_json(), [name for name in values if name != "kind"])
+        return pacing
 
     def __str__(self) -> str:
-        """What `parse` reads back: the kind, and the settings that are not the default."""
+        """The text that `parse` reads: the kind, and the settings that differ from their defaults."""
         given = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
@@ -188,10 +189,14 @@ class Pacing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, stored: bool = False) -> Pacing:
-        """What `to_json` gave; fields that are not there have their defaults. `stored`: see `Pacing`.
+        """Read the values that `to_json` returned; missing fields get their defaults.
+
+        Args:
+            values: field → value.
+            stored: see `Pacing`.
 
         Raises:
-            SparsortError: not a table of fields, an unknown field, or a value out of range.
+            SparsortError: the values are not a mapping, or have an unknown field or a value out of range.
         """
         if not isinstance(values, Mapping):
             raise SparsortError(
@@ -208,7 +213,7 @@ _SETTINGS = tuple(field.name for field in dataclasses.fields(Pacing) if field.na
 
 
 def _each(function: Callable[[Decimal], Decimal], values_S: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A function of `decimal` at every element, rounded to float64."""
+    """Apply a function of `decimal` to every element and round the results to float64."""
     return np.fromiter(
         (float(function(_DIGITS.create_decimal_from_float(value))) for value in values_S.flat),
         np.float64,
@@ -221,7 +226,7 @@ def _root(values_S: NDArray[np.float64], p: float) -> NDArray[np.float64]:
         return values_S
     if p == 2:
         return np.sqrt(values_S)
-    # ln 0 is −∞ here and e^−∞ is 0, as it should be.
+    # In `decimal`, ln 0 is −∞ and e^−∞ is 0, so the root of 0 is 0.
     return _each(lambda value: _DIGITS.exp(_DIGITS.divide(_DIGITS.ln(value), Decimal(p))), values_S)
 
 
@@ -236,9 +241,10 @@ def _start_only(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
 def _baby_steps(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
     if pacing.buckets == 1:
         return np.ones(step_S.shape)
-    # Whole numbers, so that a phase begins at its very step.
+    # The comparison is between integers, so that rounding cannot move the first step of a phase.
     begins = [math.ceil(length * phase / pacing.buckets) for phase in range(1, pacing.buckets)]
     phase_S = np.searchsorted(np.asarray(begins, dtype=np.int64), step_S, side="right")
+    # The first phase has the share b and the last one the share 1, with K − 1 equal increments.
     return np.asarray(pacing.start + (1 - pacing.start) * (phase_S / (pacing.buckets - 1)), dtype=np.float64)
 
 
@@ -246,7 +252,7 @@ def _over_time(share_of_x: Callable[[Pacing, Shares], Shares]) -> ShareOf:
     """A pacing whose share is a function of x = t/(aT)."""
 
     def share(pacing: Pacing, step_S: Steps, length: Fraction) -> Shares:
-        # A step past the end would overflow where aT is tiny.
+        # Without the inner minimum, the quotient could overflow for a tiny aT; x is 1 past the end anyway.
         x_S = np.minimum(np.minimum(step_S, math.floor(length)) / float(length), 1.0)
         return share_of_x(pacing, np.atleast_1d(x_S)).reshape(step_S.shape)
 
@@ -254,7 +260,7 @@ def _over_time(share_of_x: Callable[[Pacing, Shares], Shares]) -> ShareOf:
 
 
 def _from_start(grown_of_x: Callable[[Pacing, Shares], Shares]) -> ShareOf:
-    """A pacing of the form b + (1−b)·g(x), by its g."""
+    """A pacing of the form b + (1−b)·g(x), given g."""
     return _over_time(lambda pacing, x_S: pacing.start + (1 - pacing.start) * grown_of_x(pacing, x_S))
 
 
@@ -371,7 +377,7 @@ PACINGS = Registry(
     ),
 )
 
-# The kinds that read a setting.
+# Each setting with the kinds that read it.
 READ_BY: Table = {
     name: (among("kind", PACINGS.reading(name), of=PACINGS),) for name in ("start", "until", "power", "buckets")
 }
@@ -379,27 +385,25 @@ READ_BY: Table = {
 
 def _steps(step: Any, total: Any) -> NDArray[np.int64]:
     if isinstance(total, bool) or not isinstance(total, int | np.integer) or total < 1:
-        raise SparsortError(f"a pacing over total = {total!r} steps; a whole number of at least 1 is needed.")
+        raise SparsortError(f"a pacing over total = {total!r} steps; expected a whole number of at least 1.")
     steps = np.asarray(step)
     if steps.size == 0:
         return steps.astype(np.int64)
     if steps.dtype.kind not in "iu":
-        raise SparsortError(
-            f"a pacing was asked for steps of type {steps.dtype}; steps are whole numbers from 0 to {total - 1}."
-        )
+        raise SparsortError(f"a pacing got steps of type {steps.dtype}; steps are whole numbers from 0 to {total - 1}.")
     lowest, highest = int(steps.min()), int(steps.max())
     if lowest < 0 or highest >= total:
         wrong = lowest if lowest < 0 else highest
         raise SparsortError(
-            f"a pacing was asked for step {wrong} of total = {total}; steps count from 0 to {total - 1}. "
-            "Give the steps of the whole training as total."
+            f"a pacing got step {wrong} of total = {total}; steps count from 0 to {total - 1}. "
+            "Pass the number of steps of the whole training as total."
         )
     return steps.astype(np.int64)
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise SparsortError(f"a pacing has {name} = {value!r}; a number is needed.")
+        raise SparsortError(f"a pacing has {name} = {value!r}; expected a number.")
     return float(value)
 
 
@@ -415,5 +419,5 @@ def _share(name: str, value: object, meaning: str, example: float) -> float:
 
 
 def _set(pacing: Pacing, name: str, value: float) -> None:
-    """Plain Python numbers, so that NumPy's do not end in the text and the JSON of a pacing."""
+    """Set a field of the frozen dataclass to a plain Python number; a NumPy number would appear in its text and JSON."""
     object.__setattr__(pacing, name, value)

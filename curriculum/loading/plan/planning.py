@@ -1,8 +1,8 @@
-"""plan_curriculum: scores, of some rows or of a data set, into a plan.
+"""plan_curriculum: make a plan from the scores of some rows or of a data set.
 
-Contract: difficulty, length and group are brought into the order of the rows first; whatever does not fit is refused
-with its name; everything that is decided for the user (rows without a score, rows that are cut, scores that no row
-uses) is counted in the plan's notes.
+Contract: difficulty, length and group are brought into the order of the rows first. Input that does not fit is refused, and the
+error names it. Everything that is decided for the user (rows without a score, rows that are cut, scores that no row uses) is
+counted in the notes of the plan.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sparsort.curriculum.loading.plan.ranking import by_id, group_names, row_typ
 from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
-from sparsort.scoring.scores import Scores
+from sparsort.scoring.store.scores import Scores
 from sparsort.values import as_text, is_missing, number_array
 
 Given = Scores | str | Path | ArrayLike
-# What an argument of `plan_curriculum` needs to be read; see `sparsort.conditions`.
+# The conditions under which `plan_curriculum` reads an argument; see `sparsort.conditions`.
 READ_BY: Table = {
     "combination": (
         When(
@@ -67,30 +67,31 @@ def plan_curriculum(
     """Plan every batch of a training run.
 
     Args:
-        scores: `Scores`, a path that `Scores.load` reads, or one difficulty a row, (N,); or several by name, combined.
-        data: the rows to train on, as a `datasets.Dataset` or a sequence of mappings: scores are matched to them by id or
-            content. Without, row i of the data is row i of the scores. The plan notes their ids and contents, so that a
-            loader or trainer can tell whether it is given the same rows (`verification`).
-        ids: one id a row; ties in difficulty break by them. Taken from scores that have an id column.
+        scores: `Scores`, a path that `Scores.load` reads, or one difficulty per row, (N,); or a mapping from names to several
+            of these, which are combined.
+        data: the rows to train on, as a `datasets.Dataset` or a sequence of mappings. Scores are matched to them by id or
+            content. Without `data`, row i of the training data is row i of the scores. The plan notes the ids and contents of
+            the rows, so a loader or trainer can check that it gets the same rows (`verification`).
+        ids: one id per row, which breaks ties in difficulty. By default the ids of scores that have an id column.
         id_column: the field of the data, and of the dataset that is trained on, with the id of each row; by default that of
             the scores, else "id". With `data` and without `ids`, the ids are taken from it.
-        groups: the group of each row, or the name of the field of `data` that tells it. A curriculum then takes each
-            group's easiest together, so that none is starved.
-        lengths: tokens of each row; scores that count tokens bring their own.
-        fingerprint: your own name for the data. A loader or trainer that is given the same name takes its dataset for these
+        groups: the group of each row, or the name of the field of `data` that contains it. The curriculum then mixes the
+            groups in proportion, so that every prefix of the order contains the easiest rows of each group.
+        lengths: tokens of each row; by default the counts of scores that count tokens.
+        fingerprint: your own name for the data. A loader or trainer that gets the same name accepts its dataset as these
             rows without comparing them.
-        combination: of several scores: "rank_average", "lexicographic" or "intersection" (`combine`).
-        weights: of the scores in "rank_average".
-        out: folder to save the plan in; it is then mapped from there.
-        settings: of `CurriculumSettings`; a pacing may be given as text, such as "root:start=0.2,until=0.5".
+        combination: how several scores are combined: "rank_average", "lexicographic" or "intersection" (`combine`).
+        weights: weight of each score in "rank_average".
+        out: folder to save the plan in; the returned plan is mapped from there.
+        settings: fields of `CurriculumSettings`; a pacing may be given as text, such as "root:start=0.2,until=0.5".
 
     Raises:
-        SparsortError: scores, rows, groups and lengths that do not fit together, no rows, or settings without meaning.
+        SparsortError: scores, rows, groups and lengths do not fit together, there are no rows, or the settings conflict.
     """
     if isinstance(groups, str) and data is None:
-        raise SparsortError(f"groups={groups!r} names a field of the data: pass data too, or one group a row.")
+        raise SparsortError(f"groups={groups!r} names a field of the data: pass data too, or one group per row.")
     check_name(fingerprint)
-    asked = CurriculumSettings.from_json(settings)
+    checked = CurriculumSettings.from_json(settings)
     read = _read(scores)
     given = {"scores": read, "data": data, "ids": ids, "combination": combination, "id_column": id_column}
     refuse_unread_arguments(plan_curriculum, READ_BY, given)
@@ -100,67 +101,76 @@ def plan_curriculum(
         ids = ids_from(data, id_column)
     if n == 0:
         raise SparsortError("there are no rows to plan for. Give at least one scored row.")
-    _check_size(asked, n)
+    _check_size(checked, n)
     notes["unscored"] = int(np.count_nonzero(np.isnan(difficulty)))
-    if notes["unscored"] and asked.unscored == "error":
+    if notes["unscored"] and checked.unscored == "error":
         raise SparsortError(
             f"{notes['unscored']} of {n} rows have no score (NaN), such as row {int(np.flatnonzero(np.isnan(difficulty))[0])}. "
-            "Say where they stand with unscored='last' or 'first', or leave them out of the data."
+            "Place them with unscored='last' or 'first', or remove them from the data."
         )
-    if asked.schedule not in ("shuffle", "as_given") and asked.direction != "random":
+    if checked.schedule not in ("shuffle", "as_given") and checked.direction != "random":
         _check_spread(difficulty)
-    # A copy where the caller could change it; a memory map that is read-only stays one.
-    shown = np.asarray(difficulty, dtype=np.float32)
+    # The plan copies an array that the caller could change; a read-only memory map is used as it is.
+    stored = np.asarray(difficulty, dtype=np.float32)
     arrays: dict[str, NDArray[Any]] = {
-        "difficulty": shown.copy() if shown is difficulty and shown.flags.writeable else shown
+        "difficulty": stored.copy() if stored is difficulty and stored.flags.writeable else stored
     }
     if (order := _ids(read, data, ids, n)) is not None:
         arrays["ids"] = order
-    if groups is not None or asked.quotas is not None:
-        arrays["groups"], notes["groups"] = _groups(groups, data, n, asked)
-    if (found := _lengths(read, data, lengths, n, needed=asked.needs_lengths)) is not None:
-        limit = asked.pack_length or asked.token_budget
-        what = "a packed sequence" if asked.pack_length else "a batch"
-        arrays["lengths"], notes["cut"] = batches.cut_lengths(found, asked.max_length, limit, what)
+    if groups is not None or checked.quotas is not None:
+        arrays["groups"], notes["groups"] = _groups(groups, data, n, checked)
+    if (tokens := _lengths(read, data, lengths, n, needed=checked.needs_lengths)) is not None:
+        limit = checked.pack_length or checked.token_budget
+        what = "a packed sequence" if checked.pack_length else "a batch"
+        arrays["lengths"], notes["cut"] = batches.cut_lengths(tokens, checked.max_length, limit, what)
     notes |= note_rows(_scores_in(read), data, ids=ids, id_column=id_column, fingerprint=fingerprint)
-    plan = _assemble(asked, arrays, difficulty, notes, n)
+    plan = _assemble(checked, arrays, difficulty, notes, n)
     return plan if out is None else plan.save(out)
 
 
 def _assemble(
-    asked: CurriculumSettings, arrays: dict[str, NDArray[Any]], difficulty: NDArray[Any], notes: dict[str, Any], n: int
+    settings: CurriculumSettings,
+    arrays: dict[str, NDArray[Any]],
+    difficulty: NDArray[Any],
+    notes: dict[str, Any],
+    n: int,
 ) -> CurriculumPlan:
+    """The plan of checked settings; `arrays` has difficulty, ids, groups and lengths, and gains the order and the edges."""
     ids, lengths = arrays.get("ids"), arrays.get("lengths")
     longest = None if lengths is None else int(lengths.max())
-    arrays |= base_order(difficulty, asked, ids, arrays.get("groups"))
-    stages = asked.n_stages
+    arrays |= base_order(difficulty, settings, ids, arrays.get("groups"))
+    stages = settings.n_stages
     spans: Spans = []
-    by_count = asked.mode == "one_pass" and asked.token_budget is None and asked.packing == "none"
-    if asked.mode == "pool":
-        edges = [s * (asked.steps or 0) // stages for s in range(stages + 1)]
-        places, smallest = [0, n], fewest(asked, n, longest)
-        if asked.pacing is not None:
-            wanted = asked.pacing.share(np.arange(edges[-1]), max(1, edges[-1])) * n
+    by_count = settings.mode == "one_pass" and settings.token_budget is None and settings.packing == "none"
+    if settings.mode == "pool":
+        edges = [s * (settings.steps or 0) // stages for s in range(stages + 1)]
+        places, smallest = [0, n], fewest(settings, n, longest)
+        if settings.pacing is not None:
+            # At these steps the pacing alone would offer fewer rows than a batch needs; `available` raises the
+            # number.
+            wanted = settings.pacing.share(np.arange(edges[-1]), max(1, edges[-1])) * n
             notes["below_batch"] = int(np.count_nonzero(np.ceil(wanted - 1e-9) < smallest))
     elif by_count:
-        k = -(-n // (asked.batch_size or 1))
+        k = -(-n // (settings.batch_size or 1))
         edges = [s * k // stages for s in range(stages + 1)]
         places, smallest = [edge * n // k for edge in edges], n // k
     else:
+        # The number of batches and their sizes are known only after the cut below.
         places, smallest = [s * n // stages for s in range(stages + 1)], 0
     at = np.array(places, dtype=np.int64)
-    limits = available(asked, n, at, longest)
-    if lengths is not None and asked.mode == "one_pass" and not by_count:
+    limits = available(settings, n, at, longest)
+    if lengths is not None and settings.mode == "one_pass" and not by_count:
         order = arrays.pop("order", None)
         every = np.arange(n, dtype=np.int64)
-        sequence = rows_at(asked, every, order=order, ids=ids, stage_places=at, limits=limits, epoch=0)
-        made, edges, spans = cut(asked, sequence.astype(row_type(n)), lengths, at)
-        arrays |= made
-        smallest = int(np.diff(made["batch_edges"]).min())
+        # The sequence of the first epoch is cut once. Later epochs show the same batches in another order.
+        sequence = rows_at(settings, every, order=order, ids=ids, stage_places=at, limits=limits, epoch=0)
+        cut_arrays, edges, spans = cut(settings, sequence.astype(row_type(n)), lengths, at)
+        arrays |= cut_arrays
+        smallest = int(np.diff(cut_arrays["batch_edges"]).min())
     if limits is not None:
         arrays["available"] = limits
     return CurriculumPlan(
-        asked,
+        settings,
         arrays,
         n_rows=n,
         stage_edges=edges,
@@ -174,14 +184,15 @@ def _assemble(
 def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any]]:
     named = dict(scores) if isinstance(scores, Mapping) else {"difficulty": scores}
     if not named:
-        raise SparsortError("no scores were given. Pass a score folder, Scores, or one difficulty a row.")
-    found: dict[str, Scores | NDArray[Any]] = {}
+        raise SparsortError("no scores were given. Pass a score folder, Scores, or one difficulty per row.")
+    scores_by_name: dict[str, Scores | NDArray[Any]] = {}
     for name, given in named.items():
         if isinstance(given, (str, Path)):
             path = str(given)
             try:
                 given = Scores.load(path)
             except SparsortError as error:
+                # Every error must name the path, since several scores may have been given.
                 raise error if path in str(error) else SparsortError(f"{path}: {error}") from error
         if not isinstance(given, Scores):
             try:
@@ -190,16 +201,16 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
                     given = number_array(given)
             except (OverflowError, TypeError, ValueError, RuntimeError) as error:
                 raise SparsortError(
-                    f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number a "
-                    "row; of a tensor, tensor.detach().float().numpy()."
+                    f"{name} cannot be read as numbers ({error}). Pass Scores, the path of a score folder, or one number "
+                    "per row; for a tensor, tensor.detach().float().numpy()."
                 ) from error
             if given.ndim != 1 or given.dtype.kind not in "fiu":
                 raise SparsortError(
-                    f"{name} must be one number a row, (N,), not {given.dtype} of shape {given.shape}. "
+                    f"{name} must be one number per row, (N,), not {given.dtype} of shape {given.shape}. "
                     "Pass Scores, the path of a score folder, or an array of difficulties."
                 )
-        found[name] = given
-    return found
+        scores_by_name[name] = given
+    return scores_by_name
 
 
 def _difficulty(
@@ -208,7 +219,7 @@ def _difficulty(
     combination: Combination,
     weights: Mapping[str, float] | None,
 ) -> tuple[NDArray[Any], dict[str, Any]]:
-    """One difficulty a row, and the notes on where it comes from."""
+    """One difficulty per row, and the notes on its origin."""
     columns: dict[str, NDArray[Any]] = {}
     notes: dict[str, Any] = {"scores": {}, "unused_scores": 0}
     for name, given in read.items():
@@ -224,10 +235,10 @@ def _difficulty(
     if data is not None:
         sizes["data"] = len(data)
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise SparsortError(
-            f"the numbers of rows differ: {told}. Pass one difficulty for each row, or Scores together with the data, "
-            "which are matched by id."
+            f"the numbers of rows differ: {counts}. Pass one difficulty per row, or Scores together with the data, to "
+            "match them by id."
         )
     if data is None:
         _check_same_rows(read)
@@ -236,7 +247,7 @@ def _difficulty(
     if len(columns) == 1:
         if weights is not None:
             raise SparsortError(
-                "weights weigh several scores against each other, and one was given. Leave weights out."
+                "weights have no effect, since only one score was given. Omit weights, or pass several scores."
             )
         return next(iter(columns.values())), notes
     return combine(columns, combination, weights=weights), notes
@@ -247,10 +258,11 @@ def _scores_in(read: Mapping[str, Scores | NDArray[Any]]) -> Scores | None:
 
 
 def _check_same_rows(read: Mapping[str, Scores | NDArray[Any]]) -> None:
-    """Refuse scores that would be combined by position although they are of other rows, or of rows in another order."""
+    """Refuse scores that belong to different rows, or to rows in another order, since they would be combined by position."""
     named = [(name, given) for name, given in read.items() if isinstance(given, Scores)]
     for name, other in named[1:]:
         first_name, first = named[0]
+        # Scores can be compared by id, or by a digest over the same content; otherwise their order is trusted.
         about = [scores.provenance for scores in (first, other)]
         if all(each.get("id_column") is not None for each in about):
             column = "id"
@@ -260,8 +272,8 @@ def _check_same_rows(read: Mapping[str, Scores | NDArray[Any]]) -> None:
             continue
         if (differing := np.flatnonzero(first.column(column) != other.column(column))).size:
             raise SparsortError(
-                f"the scores {first_name} and {name} are of other rows, or of rows in another order, such as row "
-                f"{int(differing[0])}. Pass data, to which both are matched by id or content (--data FILE of sparsort plan)."
+                f"the scores {first_name} and {name} belong to different rows, or to rows in another order, such as "
+                f"row {int(differing[0])}. Pass data, so that both are matched by id or content (--data FILE of sparsort plan)."
             )
 
 
@@ -277,48 +289,54 @@ def _ids(
         if not isinstance(first, Scores) or column is None:
             return None
         named = first.ids if data is None else [row.get(column) for row in data]
-        if any(map(is_missing, named)):  # rows that were found by their content have their place alone
+        if any(
+            map(is_missing, named)
+        ):  # a row without an id was matched by its content, and only its position identifies it
             return None
         ids = [as_text(name, field=spell([column]), where=f"row {place}") for place, name in enumerate(named)]
     if len(ids) != n:
-        raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id a row, or none.")
+        raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id per row, or no ids.")
+    # An order that equals that of the rows is not stored.
     order = by_id(ids)
     return None if np.array_equal(order, np.arange(n)) else order
 
 
 def _groups(
-    groups: str | Sequence[Any] | None, data: Sequence[Mapping[str, Any]] | None, n: int, asked: CurriculumSettings
+    groups: str | Sequence[Any] | None, data: Sequence[Mapping[str, Any]] | None, n: int, settings: CurriculumSettings
 ) -> tuple[NDArray[np.int32], list[str]]:
     if groups is None:
         raise SparsortError(
-            "quotas need the group of each row: pass groups, one a row or the name of a field of the data."
+            "quotas need the group of each row: pass groups, either one per row or the name of a field of the data."
         )
     if isinstance(groups, str):
-        return _coded([row.get(groups) for row in data or []], groups, n, asked)
-    return _coded(groups, "groups", n, asked)
+        return _coded([row.get(groups) for row in data or []], groups, n, settings)
+    return _coded(groups, "groups", n, settings)
 
 
-def _coded(groups: Sequence[Any], field: str, n: int, asked: CurriculumSettings) -> tuple[NDArray[np.int32], list[str]]:
-    """(n,) the number of each row's group, and the groups' names."""
+def _coded(
+    groups: Sequence[Any], field: str, n: int, settings: CurriculumSettings
+) -> tuple[NDArray[np.int32], list[str]]:
+    """The number of each row's group, (n,), and the names of the groups."""
     if len(groups) != n:
-        raise SparsortError(f"{len(groups)} groups for {n} rows: pass one group a row.")
+        raise SparsortError(f"{len(groups)} groups for {n} rows: pass one group per row.")
+    # `np.unique` sorts the names, so the numbers do not depend on the order of the rows.
     names, codes = np.unique(np.array(group_names(groups, field)), return_inverse=True)
-    found = [str(name) for name in names]
-    for name, share in (asked.quotas or {}).items():
-        if name not in found:
-            raise unknown_choice("group in quotas, it has no examples:", name, found)
-        held = int(np.count_nonzero(codes == found.index(name)))
-        if (want := int(np.ceil(share * (asked.batch_size or 0) - 1e-9)) + 1) > held + 1:
+    known = [str(name) for name in names]
+    for name, share in (settings.quotas or {}).items():
+        if name not in known:
+            raise unknown_choice("group in quotas", name, known)
+        size = int(np.count_nonzero(codes == known.index(name)))
+        if (most := int(np.ceil(share * (settings.batch_size or 0) - 1e-9))) > size:
             raise SparsortError(
-                f"the quota {share:g} of group {name!r} is up to {want - 1} examples of a batch of {asked.batch_size}, and the "
-                f"group has {held}. Lower the quota or the batch size."
+                f"the quota {share:g} of group {name!r} is up to {most} examples of a batch of {settings.batch_size}, and the "
+                f"group has {size}. Lower the quota or the batch size."
             )
-    if asked.quotas is not None and (left := set(found) - set(asked.quotas)):
+    if settings.quotas is not None and (missing := set(known) - set(settings.quotas)):
         raise SparsortError(
-            f"quotas say nothing of the group(s) {', '.join(sorted(left)[:_SHOWN])}, which would never be seen. "
-            "Give every group a share, or leave its rows out of the data."
+            f"quotas have no share for the group(s) {', '.join(sorted(missing)[:_SHOWN])}, which would never be shown. "
+            "Give every group a share, or remove its rows from the data."
         )
-    return codes.astype(np.int32), found
+    return codes.astype(np.int32), known
 
 
 def _lengths(
@@ -330,52 +348,56 @@ def _lengths(
     needed: bool,
 ) -> NDArray[Any] | None:
     if lengths is not None:
-        found = np.asarray(lengths)
-        if found.shape != (n,):
-            raise SparsortError(f"lengths must be one number of tokens a row, ({n},), not of shape {found.shape}.")
-        return found
+        given_lengths = np.asarray(lengths)
+        if given_lengths.shape != (n,):
+            raise SparsortError(
+                f"lengths must be one number of tokens per row, ({n},), not an array of shape {given_lengths.shape}."
+            )
+        return given_lengths
     if not needed:
         return None
     for given in read.values():
         if isinstance(given, Scores) and (counted := counted_tokens(given, data)) is not None:
             return counted
     raise SparsortError(
-        "batches by tokens, packing and grouping by length need the length of each row, and the scores do not tell it for "
-        "these rows. Pass lengths, one number of tokens a row (--lengths FIELD of sparsort plan)."
+        "batches by tokens, packing and grouping by length need the length of each row, and the scores do not have it for "
+        "these rows. Pass lengths, one number of tokens per row (--lengths FIELD of sparsort plan)."
     )
 
 
 def counted_tokens(scores: Scores, data: Sequence[Mapping[str, Any]] | None = None) -> NDArray[np.int64] | None:
-    """Tokens of each row as the scorer counted them, (N,); None where it did not count every row's."""
+    """Tokens of each row as the scorer counted them, (N,); None if it did not count them for every row."""
     import pyarrow as pa
 
     tokens = scores.column("n_tokens")
     if not tokens.size or tokens.min() < 1:
         return None
     if data is not None:
-        # Scores find a row's difficulty by its id or content; here its tokens stand in that place.
+        # `Scores` can look up a row's difficulty by id or content. To look up its tokens, put them into that column.
         place = scores.table.schema.get_field_index("difficulty")
         table = scores.table.set_column(place, "difficulty", pa.array(tokens, pa.float64()))
         tokens = Scores(table, scores.provenance).difficulty_of(data)
     return tokens.astype(np.int64)
 
 
-def _check_size(asked: CurriculumSettings, n: int) -> None:
-    if asked.batch_size is not None and asked.packing == "none" and asked.batch_size > n:
+def _check_size(settings: CurriculumSettings, n: int) -> None:
+    if settings.batch_size is not None and settings.packing == "none" and settings.batch_size > n:
         raise SparsortError(
-            f"batch_size={asked.batch_size} is above the {n} rows of the data. Choose batch_size ≤ {n}, or use more data."
+            f"batch_size={settings.batch_size} is above the {n} rows of the data. Choose batch_size ≤ {n}, or use more data."
         )
     k = (
-        asked.steps
-        if asked.mode == "pool"
-        else -(-n // asked.batch_size)
-        if asked.batch_size and asked.packing == "none"
+        settings.steps
+        if settings.mode == "pool"
+        else -(-n // settings.batch_size)
+        if settings.batch_size and settings.packing == "none"
         else n
     )
-    if asked.n_stages > (k or 0) and not (asked.mode == "pool" and asked.stages is None):
-        raise SparsortError(f"{asked.n_stages} stages do not fit in an epoch of {k} batches. Choose stages ≤ {k}.")
-    if asked.schedule in ("folded", "interleaved") and asked.folds > n:
-        raise SparsortError(f"{asked.folds} folds need at least as many rows, and there are {n}. Choose folds ≤ {n}.")
+    if settings.n_stages > (k or 0) and not (settings.mode == "pool" and settings.stages is None):
+        raise SparsortError(f"{settings.n_stages} stages do not fit in an epoch of {k} batches. Choose stages ≤ {k}.")
+    if settings.schedule in ("folded", "interleaved") and settings.folds > n:
+        raise SparsortError(
+            f"{settings.folds} folds need at least as many rows, and there are {n}. Choose folds ≤ {n}."
+        )
 
 
 def _check_spread(difficulty: NDArray[Any]) -> None:
@@ -384,6 +406,6 @@ def _check_spread(difficulty: NDArray[Any]) -> None:
         raise SparsortError("no row has a score: every difficulty is NaN. Score the rows first (sparsort score).")
     if len(difficulty) > 1 and bool(np.all(scored == scored[0])):
         raise SparsortError(
-            f"every scored row has the same difficulty, {scored[0]}: there is no easy and no hard. Use another score, or "
+            f"every scored row has the same difficulty, {scored[0]}, so the rows cannot be ordered. Use another score, or "
             "schedule='shuffle' for a plain shuffle."
         )

@@ -1,8 +1,8 @@
-"""The sequence of one pass, place by place: which rank of the order stands at which place of an epoch.
+"""The sequence of one pass: the rank in the order for each place of an epoch.
 
-Contract: every function maps places in [0, n) to different ranks in [0, n), as a pure function of its arguments, for any
-part of the places in time and memory of that part, so that nothing of the size of the data is made for an epoch and no
-place costs more than another. `edges` (S + 1,) are places, from 0 to n: stage s holds places edges[s] … edges[s + 1] − 1.
+Contract: every function maps distinct places in [0, n) to distinct ranks in [0, n) and is a pure function of its arguments. Time
+and memory are proportional to the number of places passed, so an epoch never needs an array of the size of the data. `edges`
+(S + 1,) are places, from 0 to n: stage s has the places edges[s] … edges[s + 1] − 1.
 """
 
 from __future__ import annotations
@@ -21,22 +21,30 @@ KeyOf = Callable[[int], int]
 
 
 def available(shares: NDArray[np.float64], edges: Places) -> Places:
-    """How many of the easiest each stage draws from, (S,): ceil(share · n), and never fewer than must be shown by its end.
+    """The number of easiest ranks that each stage draws from, (S,): ceil(share · n), or all ranks shown by its end if more.
 
     Args:
-        shares: (S,) pacing at each stage's first place.
+        shares: (S,) share of the pacing at the first place of each stage.
+        edges: (S + 1,) places where stages begin, followed by n.
     """
     n = int(edges[-1])
     return np.maximum(np.minimum(n, np.ceil(shares * n - 1e-9)), edges[1:]).astype(np.int64)
 
 
 def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -> Places:
-    """Stage s draws without replacement from what is unseen among the first limits[s] ranks, all alike likely.
+    """Stage s draws uniformly, without replacement, from the unseen ranks among the first limits[s].
 
     With limits = edges[1:] that is a shuffle inside each stage: baby steps without repetition (Bengio et al. 2009).
 
-    Method: the pool of a stage is what the one before left, in the order of its permutation, then what is new. So a drawn
-    thing is new, or stands at a known place behind what the stage before showed of its own pool, and is followed back.
+    Method: the pool of a stage is the ranks that the previous stage left over, in the order of its permutation, followed by the
+    new ranks. A drawn rank is therefore either new, or it is at a known position of the previous stage's permutation, after the
+    ranks that stage showed. In the second case the position is followed back, stage by stage, until the rank is new.
+
+    Args:
+        places: places in [0, n).
+        edges: (S + 1,) places where stages begin, followed by n.
+        limits: (S,) number of easiest ranks that each stage draws from.
+        key_of_stage: maps a stage to the key of its permutation.
     """
     sizes = np.diff(edges)
     arrived = np.maximum.accumulate(limits)
@@ -46,7 +54,8 @@ def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -
     first, last = int(places[0]), int(places[-1])
     lowest, highest = (int(s) - 1 for s in np.searchsorted(edges, (first, last), side="right"))
     if np.array_equal(pool[lowest : highest + 1], sizes[lowest : highest + 1]) and bool((np.diff(places) == 1).all()):
-        # A run of places in stages that leave nothing behind, as most are: no need to ask of each place where it belongs.
+        # The common case is a run of consecutive places in stages that show their whole pool. Each stage is then a plain
+        # permutation, and no place needs a search for its stage.
         cuts = np.clip(edges[lowest : highest + 2], first, last + 1)
         parts = [
             permute(np.arange(begin - edges[s], end - edges[s]), int(sizes[s]), key_of_stage(s)) + edges[s]
@@ -57,16 +66,19 @@ def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -
     stage = np.searchsorted(edges, places, side="right") - 1
     position = places - edges[stage]
     ranks = np.empty_like(places)
+    # Stages are processed from the last to the first, because a leftover refers to the previous stage.
     for s in range(highest, -1, -1):
         here = np.flatnonzero(stage == s)
         if not here.size:
             continue
         drawn = permute(position[here], int(pool[s]), key_of_stage(s))
+        # The first `left` positions of the pool are the leftovers of stage s − 1; the new ranks follow.
         left, before = (int(pool[s - 1] - sizes[s - 1]), int(arrived[s - 1])) if s else (0, 0)
         if not left:
             drawn += before
             ranks[here] = drawn
             continue
+        # Positions below `left` are leftovers, which the next iteration follows back to stage s − 1.
         is_new = drawn >= left
         ranks[here[is_new]] = drawn[is_new] - left + before
         older = here[~is_new]
@@ -76,29 +88,30 @@ def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -
 
 
 def folded(places: Places, n: int, folds: int) -> Places:
-    """Ranks k, k + folds, k + 2·folds, … for each k < folds, one after the other: as many short curricula."""
+    """Ranks k, k + folds, k + 2·folds, … for each k < folds in turn: `folds` short curricula, one after the other."""
     starts = np.concatenate([[0], np.cumsum((n - np.arange(folds) + folds - 1) // folds)])
+    # starts[k] is the place of the first rank of fold k.
     fold = np.searchsorted(starts, places, side="right") - 1
-    found: Places = fold + folds * (places - starts[fold])
-    return found
+    ranks: Places = fold + folds * (places - starts[fold])
+    return ranks
 
 
 def interleaved(places: Places, n: int, folds: int) -> Places:
-    """One rank of each of `folds` equal levels in turn, each level from its own beginning."""
+    """One rank from each of `folds` equal levels in turn, each level easiest first."""
     starts = np.arange(folds + 1) * n // folds
     turns = n // folds
     turn, level = np.divmod(places, folds)
-    # Levels differ by at most one: the longer ones have one more turn.
+    # Level sizes differ by at most one: the longer levels have one turn more.
     longer = np.flatnonzero(np.diff(starts) > turns)
     last = places >= turns * folds
     level[last] = longer[places[last] - turns * folds]
     turn[last] = turns
-    found: Places = starts[level] + turn
-    return found
+    ranks: Places = starts[level] + turn
+    return ranks
 
 
 def warmed_up(places: Places, n: int, until: int, key: int) -> Places:
-    """Places before `until` as they are, the rest shuffled (arXiv 2506.11300, a curriculum as a warm-up)."""
+    """Keep the places before `until` and shuffle the rest (arXiv 2506.11300, a curriculum as a warm-up)."""
     moved = places.copy()
     late = places >= until
     moved[late] = until + permute(places[late] - until, n - until, key)
@@ -106,12 +119,14 @@ def warmed_up(places: Places, n: int, until: int, key: int) -> Places:
 
 
 def like_lengths(sequence: Rows, lengths: NDArray[Any], batch_edges: Places, key: int, *, window: int = 50) -> Rows:
-    """The rows of one stage, put together by length: sorted within windows of that many batches, batches then shuffled.
+    """Group the rows of one stage by length: sort them within windows of batches, then shuffle the batches.
 
     Args:
         sequence: (n,) rows of the stage, shuffled.
         lengths: (N,) tokens of each row of the data.
-        batch_edges: (K + 1,) places of the stage's batches, from 0 to n.
+        batch_edges: (K + 1,) edges of the stage's batches, from 0 to n.
+        key: key of the permutation of the batches.
+        window: number of batches in a window.
     """
     n_batches = len(batch_edges) - 1
     ordered = np.empty_like(sequence)
@@ -119,7 +134,8 @@ def like_lengths(sequence: Rows, lengths: NDArray[Any], batch_edges: Places, key
         first, last = batch_edges[begin], batch_edges[min(n_batches, begin + window)]
         part = sequence[first:last]
         ordered[first:last] = part[np.argsort(lengths[part], kind="stable")]
-    # Batches differ in size, so they are laid down anew: the places of the k-th batch of the new order, in turn.
+    # Batches differ in size, so swapping two of them would move all rows in between. Instead, write the sorted rows to the
+    # places of the batches in their permuted order.
     turn = permutation(n_batches, key)
     places = np.concatenate([np.arange(batch_edges[k], batch_edges[k + 1]) for k in turn])
     mixed = np.empty_like(ordered)

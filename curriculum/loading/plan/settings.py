@@ -1,7 +1,7 @@
-"""What a curriculum is: one frozen, checked configuration.
+"""The settings of a curriculum: one frozen, validated configuration.
 
-Contract: every setting that decides the sequence of batches is here, and nothing else is; two plans over the same
-scores with equal settings are the same plan. Combinations that have no meaning are refused on construction.
+Contract: the settings are exactly those that determine the sequence of batches, so two plans over the same scores with equal
+settings are the same plan. Combinations without a meaning are refused on construction.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _ONE_PASS = When(holds=lambda v: v["mode"] != "pool", why="pool mode draws every batch by itself")
 _POOL = When(
     holds=lambda v: v["mode"] != "one_pass",
-    why="one pass shows each example once, as often as the data has it",
+    why="one pass shows each example once",
     instead={"mode": "pool"},
 )
 _SORTED = When(
@@ -54,7 +54,7 @@ RANKED = When(
     why="{schedule} has no easy and hard end",
     instead={"schedule": "sorted"},
 )
-# What every setting needs to be read; see `sparsort.conditions`. Seeds and limits may be given where nothing is drawn or cut.
+# The conditions under which each setting is read; see `sparsort.conditions`. Seeds and limits may always be given.
 READ_BY: Table = {
     "batch_size": ALWAYS,
     "token_budget": ALWAYS,
@@ -117,34 +117,35 @@ class CurriculumSettings:
     """How examples are ordered, cut into batches and repeated.
 
     Attributes:
-        batch_size: examples (or packed sequences) of a global batch: per device × accumulation × devices. Batches of
-            an epoch differ by at most one.
-        token_budget: instead of `batch_size`: tokens of a global batch, its padding included (longest × count).
-        mode: "one_pass", each example once an epoch; "pool", each batch drawn from the share that `pacing` allows.
-        schedule: one pass only. "sorted"; "folded", sorted[k::folds] one after the other for k < folds;
-            "interleaved", one example of each of `folds` levels in turn; "shuffle", the plain control; "as_given", the
-            order of the rows.
-        direction: "easy_to_hard"; "hard_to_easy", the same order reversed; "random", a random order under the same
-            pacing, stages and sizes.
-        pacing: share of the examples that is available as training goes on. Needed in pool mode.
-        stages: pieces of an epoch. One pass: the sorted order is shuffled within each. Pool: where an online
-            difficulty may re-plan, 10 unless given.
-        folds: of "folded" and "interleaved".
-        warm_up: one pass only: after this share of an epoch, what is unseen comes shuffled.
-        later_epochs: one pass only: the second epoch and on repeat the curriculum, or are plain shuffles.
-        steps: pool only: batches of an epoch.
-        quotas: pool only: share of each group in every batch; they sum to 1. Without, groups keep their share of the data.
-        group_by_length: examples of like length share a batch, within their stage.
-        max_length: tokens at which an example is cut.
-        packing: "next_fit" puts consecutive examples together as long as they fit in `pack_length` and keeps their
-            order; "best_fit" fills better, out of order within a window of 1024, its bins in the order of their first.
+        batch_size: examples (or packed sequences) of a global batch: per device × accumulation × devices. The sizes of the
+            batches of an epoch differ by at most one.
+        token_budget: tokens of a global batch, including its padding (longest × count); replaces `batch_size`.
+        mode: "one_pass" shows each example once per epoch; "pool" draws each batch from the share that `pacing` allows.
+        schedule: one pass only. "sorted"; "folded", sorted[k::folds] for each k < folds in turn; "interleaved", one example
+            from each of `folds` levels in turn; "shuffle", a plain shuffle as the control; "as_given", the order of the rows.
+        direction: "easy_to_hard"; "hard_to_easy", the same order reversed; "random", a random order with the same pacing,
+            stages and sizes.
+        pacing: the share of the examples that is available at each step of training. Required in pool mode.
+        stages: number of parts of an epoch. In one pass, the sorted order is shuffled within each stage. In a pool, an online
+            difficulty can re-plan at the edge of each stage; the default is 10.
+        folds: number of folds of "folded", or of levels of "interleaved".
+        warm_up: one pass only: share of an epoch after which the unseen examples come in random order.
+        later_epochs: one pass only: epochs after the first one "repeat" the curriculum, or "shuffle" the data.
+        steps: pool only: number of batches in an epoch.
+        quotas: pool only: share of each group in every batch; the shares sum to 1. By default groups keep their share of the
+            data.
+        group_by_length: whether examples of similar length share a batch, within their stage.
+        max_length: number of tokens at which an example is cut.
+        packing: "next_fit" packs consecutive examples together while they fit in `pack_length`, which keeps their order;
+            "best_fit" wastes less, but reorders examples within windows of 1024; bins are in the order of their first example.
         pack_length: tokens of a packed sequence.
-        unscored: where rows without a score stand in "easy_to_hard".
-        seed: of every draw.
-        stored: the settings come from a plan that was saved, where one that is not read is kept as it is.
+        unscored: position of rows without a score in "easy_to_hard"; "error" refuses them.
+        seed: seed for every random draw.
+        stored: whether the settings come from a saved plan; a setting that has no effect is then accepted.
 
     Raises:
-        SparsortError: an unknown choice, a number out of range, settings that need others, or one that is not read (`READ_BY`).
+        SparsortError: an unknown choice, a number out of range, a missing setting that another one needs, or a setting that
+            has no effect (`READ_BY`).
     """
 
     batch_size: int | None = option(
@@ -152,13 +153,13 @@ class CurriculumSettings:
     )
     token_budget: int | None = option(
         None,
-        "Tokens of a global batch, padding included, instead of --batch-size.",
+        "Tokens of a global batch, including padding, instead of --batch-size.",
         panel=BATCH_PANEL,
         flag="--batch-tokens",
         retired=("--token-budget",),
     )
     mode: Mode = option(
-        "one_pass", "one_pass: each example once an epoch; pool: drawn from the available share.", panel=ORDER_PANEL
+        "one_pass", "one_pass: each example once per epoch; pool: drawn from the available share.", panel=ORDER_PANEL
     )
     schedule: Schedule = option("sorted", "sorted, folded, interleaved, shuffle or as_given.", panel=ORDER_PANEL)
     direction: Direction = option("easy_to_hard", "easy_to_hard, hard_to_easy or random.", panel=ORDER_PANEL)
@@ -168,20 +169,20 @@ class CurriculumSettings:
         panel=ORDER_PANEL,
         kind=str | None,
     )
-    stages: int | None = option(None, "Pieces of an epoch, shuffled within.", panel=ORDER_PANEL)
+    stages: int | None = option(None, "Parts of an epoch; the rows of each are shuffled.", panel=ORDER_PANEL)
     folds: int = option(4, "Folds of folded, or levels of interleaved.", panel=ORDER_PANEL)
-    warm_up: float | None = option(None, "After this share of an epoch the rest comes shuffled.", panel=ORDER_PANEL)
+    warm_up: float | None = option(None, "Share of an epoch after which the rest is shuffled.", panel=ORDER_PANEL)
     later_epochs: Later = option("repeat", "repeat the curriculum, or shuffle.", panel=ORDER_PANEL)
-    steps: int | None = option(None, "Batches of an epoch.", panel=POOL_PANEL)
+    steps: int | None = option(None, "Number of batches in an epoch.", panel=POOL_PANEL)
     quotas: Mapping[str, float] | None = option(
         None,
-        "GROUP=0.7: its share of every batch; once for each group.",
+        "GROUP=0.7: the share of a group in every batch; once per group.",
         panel=POOL_PANEL,
         parameter="quota",
         kind=list[str] | None,
         read=shares("--quota"),
     )
-    group_by_length: bool = option(False, "Like lengths share a batch, within a stage.", panel=BATCH_PANEL)
+    group_by_length: bool = option(False, "Similar lengths share a batch, within a stage.", panel=BATCH_PANEL)
     max_length: int | None = option(
         None,
         "Tokens at which a row is cut.",
@@ -200,7 +201,8 @@ class CurriculumSettings:
 
         for field in fields(self):
             value = getattr(self, field.name)
-            if getattr(value, "ndim", None) == 0:  # a number of NumPy's
+            # Convert NumPy scalars to Python numbers, which can be written as JSON and compare equal after reading.
+            if getattr(value, "ndim", None) == 0:
                 object.__setattr__(self, field.name, value.item())
         if isinstance(self.quotas, Mapping):
             plain = {
@@ -212,7 +214,7 @@ class CurriculumSettings:
                 raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
         if (self.batch_size is None) == (self.token_budget is None):
             raise SparsortError(
-                f"a batch is measured by examples or by tokens: got batch_size={self.batch_size} (--batch-size) and "
+                f"a batch is measured either in examples or in tokens: got batch_size={self.batch_size} (--batch-size) and "
                 f"token_budget={self.token_budget} (--batch-tokens). Give exactly one, such as batch_size=32."
             )
         for name in ("batch_size", "token_budget", "stages", "folds", "steps", "max_length", "pack_length"):
@@ -225,6 +227,7 @@ class CurriculumSettings:
             raise SparsortError(
                 f"pacing must be a Pacing or its text, such as 'linear:start=0.2,until=0.8', not {self.pacing!r}."
             )
+        # A plan from an older version may contain a setting that this version does not read.
         if not stored:
             refuse_unread_fields(self, READ_BY)
         self._check_mode()
@@ -240,12 +243,20 @@ class CurriculumSettings:
         return self.stages or (10 if self.mode == "pool" else 1)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` reads them back."""
+        """The settings as JSON values, which `from_json` reads."""
         return {**asdict(self), "pacing": None if self.pacing is None else str(self.pacing)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, stored: bool = False) -> CurriculumSettings:
-        """Settings by name; a pacing may be given as text, such as "root:start=0.2". `stored`: see the class."""
+        """Settings from a mapping of names to values; a pacing may be text, such as "root:start=0.2".
+
+        Args:
+            value: setting → value.
+            stored: see the class.
+
+        Raises:
+            SparsortError: an unknown setting, or as on construction.
+        """
         from sparsort.curriculum.loading.plan.pacing import Pacing
 
         names = [field.name for field in fields(cls)]
@@ -261,13 +272,14 @@ class CurriculumSettings:
         if self.mode == "pool":
             if self.pacing is None or self.steps is None:
                 raise SparsortError(
-                    "pool mode needs a pacing, the share to draw from, such as pacing='linear:start=0.1' "
-                    "(--pacing linear:start=0.1), and steps, batches to draw, such as steps=1000 (--steps 1000 of sparsort plan)."
+                    "pool mode needs a pacing, which is the share to draw from, such as pacing='linear:start=0.1' "
+                    "(--pacing linear:start=0.1), and steps, the number of batches, such as steps=1000 (--steps 1000 of "
+                    "sparsort plan)."
                 )
             return
         if self.pacing is not None and self.stages is None:
             raise SparsortError(
-                "one pass with a pacing needs stages, the number of times the pacing is looked at in an epoch, "
+                "one pass with a pacing needs stages, the number of times the pacing is evaluated in an epoch, "
                 "such as stages=100."
             )
         if self.group_by_length and self.stages is None:
@@ -275,7 +287,7 @@ class CurriculumSettings:
                 "group_by_length reorders within a stage, and there are no stages. Give stages, such as stages=10."
             )
         if self.warm_up is not None and not (isinstance(self.warm_up, float | int) and 0 < self.warm_up < 1):
-            raise SparsortError(f"warm_up is the share of an epoch, between 0 and 1, not {self.warm_up!r}.")
+            raise SparsortError(f"warm_up must be a share of an epoch, between 0 and 1, not {self.warm_up!r}.")
 
     def _check_lengths(self) -> None:
         if (self.packing != "none") != (self.pack_length is not None):
@@ -299,7 +311,7 @@ class CurriculumSettings:
         numbers = all(isinstance(share, float | int) and 0 < share <= 1 for share in shares)
         if not shares or not numbers or abs(sum(shares) - 1) > 1e-6:
             raise SparsortError(
-                f"quotas are shares above 0 that sum to 1, such as web=0.7, code=0.3; got {self.quotas!r}."
+                f"quotas must be shares above 0 that sum to 1, such as web=0.7, code=0.3; got {self.quotas!r}."
             )
         if self.batch_size is None:
-            raise SparsortError("quotas count examples of a batch: give batch_size, not token_budget.")
+            raise SparsortError("quotas are counted in examples per batch: give batch_size, not token_budget.")

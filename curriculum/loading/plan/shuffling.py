@@ -1,12 +1,12 @@
-"""A seeded permutation of n things, any part of which can be had without the rest.
+"""A seeded permutation of n items, any part of which can be computed without the rest.
 
-Contract: `permute(places, n, key)` maps each place in [0, n) to a different one, depends on nothing but (n, key), and
-is the same in every version of NumPy and on every machine, which NumPy does not promise of its generators' methods; a
-resume must. No memory of size n is needed beyond 1024 things.
+Contract: `permute(places, n, key)` is a permutation of [0, n) that depends on (n, key) only. It is the same in every version of
+NumPy and on every machine, which a resume requires and which NumPy does not promise for the methods of its generators. For
+more than 1024 items it needs no memory of size n.
 
 Method: a generalised Feistel network over a grid of a × b ≥ n cells with cycle walking (Black & Rogaway 2002, "Ciphers
 with arbitrary finite domains", method 3), whose round function is the finaliser of SplitMix64 (Steele, Lea & Flood
-2014). A small n is shuffled by sorting hashed keys instead: a network is a poor shuffle of a handful of things.
+2014). A small n is shuffled by sorting hashed keys instead, because a network shuffles only a few items poorly.
 """
 
 from __future__ import annotations
@@ -27,47 +27,49 @@ _SHIFT = np.uint64(32)
 
 
 def key_of(*parts: int | str) -> int:
-    """A 64-bit key from whatever decides a draw: the seed, the epoch, what is drawn, its number."""
+    """A 64-bit key from everything that identifies a draw, such as the seed, the epoch, its purpose and its number."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def uniform(key: int) -> float:
-    """One number in [0, 1) from a key."""
+    """A number in [0, 1) from a key."""
     return (key >> 11) / (1 << 53)
 
 
 def permute(places: ArrayLike, n: int, key: int) -> Places:
-    """Where the permutation of [0, n) under `key` sends each of `places`, the same shape, int64."""
+    """Apply the permutation of [0, n) with this key to `places`; the result has the same shape, int64."""
     shape = np.shape(places)
     given = np.asarray(places, dtype=np.uint64).reshape(-1)
     if n <= SORTED_UP_TO:
         hashed = _mix(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
         return np.argsort(hashed, kind="stable")[given.astype(np.int64)].reshape(shape)
+    # A nearly square grid with at least n cells, of which few are beyond n.
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
     keys = _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(key))
-    # In pieces whose temporaries stay in a core's cache, which is two to three times as fast.
-    found = np.empty(given.shape, dtype=np.uint64)
+    # Chunks keep the temporaries in a core's cache, which is two to three times as fast.
+    result = np.empty(given.shape, dtype=np.uint64)
     for begin in range(0, given.size, CHUNK):
-        found[begin : begin + CHUNK] = _network(given[begin : begin + CHUNK], rows, columns, keys)
-    # Cells beyond n walk on along their cycle until it comes back in; fewer than one in √n do.
-    while (outside := np.flatnonzero(found >= n)).size:
-        found[outside] = _network(found[outside], rows, columns, keys)
-    return found.astype(np.int64).reshape(shape)
+        result[begin : begin + CHUNK] = _network(given[begin : begin + CHUNK], rows, columns, keys)
+    # Cycle walking: a cell beyond n is permuted again until it is in range. Fewer than one cell in √n needs it.
+    while (outside := np.flatnonzero(result >= n)).size:
+        result[outside] = _network(result[outside], rows, columns, keys)
+    return result.astype(np.int64).reshape(shape)
 
 
 def permutation(n: int, key: int, *, dtype: Any = np.int64) -> NDArray[Any]:
     """The whole permutation, (n,)."""
-    made = np.empty(n, dtype=dtype)
+    result = np.empty(n, dtype=dtype)
     for begin in range(0, n, CHUNK):
         end = min(n, begin + CHUNK)
-        made[begin:end] = permute(np.arange(begin, end, dtype=np.uint64), n, key)
-    return made
+        result[begin:end] = permute(np.arange(begin, end, dtype=np.uint64), n, key)
+    return result
 
 
 def _network(cells: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     left, right = np.divmod(cells, np.uint64(columns))
+    # Each round changes one half by a hash of the other, which is invertible whatever the hash is.
     for number, round_key in enumerate(keys):
         if number % 2:
             _add(right, _mix(left ^ round_key), columns)
@@ -79,13 +81,13 @@ def _network(cells: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[n
 
 
 def _add(half: NDArray[np.uint64], hashed: NDArray[np.uint64], size: int) -> None:
-    """half = (half + hashed) modulo `size` < 2³², the hash brought into range by a multiplication instead of a division."""
+    """half = (half + hashed) modulo `size` < 2³², in place; a multiplication instead of a division maps the hash into range."""
     modulus = np.uint64(size)
     hashed >>= _SHIFT
     hashed *= modulus
     hashed >>= _SHIFT
     half += hashed
-    # Below the modulus a subtraction wraps round to a huge number, so the smaller of the two is the remainder.
+    # If half is below the modulus, the subtraction wraps around to a huge number, so the smaller of the two is the remainder.
     np.subtract(half, modulus, out=hashed)
     np.minimum(half, hashed, out=half)
 

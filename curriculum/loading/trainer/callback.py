@@ -1,11 +1,11 @@
-"""What the Trainer's checkpoint says of the curriculum: where the loader stood, and the way back to it.
+"""The state of the curriculum in Trainer's checkpoints: save the loader's position, and restore it on resume.
 
-Contract: a checkpoint written at global step s holds the loader's state after the s-th optimiser step, whatever was
-prefetched by then. Training that resumes from it is refused unless the loader accepts that state and stands at step s;
-it is never let go on from a guess. Nothing here draws a random number.
+Contract: a checkpoint written at global step s contains the loader's state after the s-th optimiser step, whatever was prefetched
+by then. Training resumes from it only if the loader accepts that state and is at step s; the position is never guessed. Nothing
+here draws a random number.
 
-Trainer's own resume walks over the data up to the checkpoint, which takes hours (transformers #11284, #21934); a loader
-whose every batch is a function of its number needs no walking. `CurriculumMixin` turns the walking off.
+Trainer's own resume iterates over the data up to the checkpoint, which takes hours (transformers #11284, #21934). A loader whose
+every batch is a function of its number does not need that, so `CurriculumMixin` turns it off.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _LOG = logging.getLogger("sparsort")
 
 
 class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Positions the loader when training begins, keeps its state, and measures what was trained on.
+    """Positions the loader when training begins, keeps its state, and collects statistics of the training batches.
 
-    `CurriculumMixin` adds one. Its state travels in the checkpoint's `trainer_state.json`; it is read from there also
-    when `restore_callback_states_from_checkpoint` is off, as it is by default.
+    `CurriculumMixin` adds one. Its state is stored in the checkpoint's `trainer_state.json`, and is read from there even if
+    `restore_callback_states_from_checkpoint` is off, which is the default.
 
     Attributes:
         position: the loader's state.
-        processes: that train together.
-        manifest: whether a checkpoint with this state is finished by a manifest (`checkpoints`).
+        processes: number of processes that train together.
+        manifest: whether a checkpoint with this state is completed by a manifest (`checkpoints`).
     """
 
     manifest = True
@@ -47,15 +47,15 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._sum, self._count = 0.0, 0
 
     def state(self) -> dict[str, Any]:
-        """What transformers keeps in a checkpoint, and makes the callback anew from."""
+        """The state that transformers writes into a checkpoint and restores the callback from."""
         attributes = {"position": self.position, "processes": self.processes, "manifest": self.manifest}
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the loader to where the checkpoint left it, and say where training will not end with the curriculum.
+        """Move the loader to the position of the checkpoint, and warn if training will end inside the curriculum.
 
         Raises:
-            SparsortError: the checkpoint holds no curriculum, another one, or one that stands at another step.
+            SparsortError: the checkpoint has no curriculum, another one, or one that is at another step.
         """
         loader: CurriculumLoader = kwargs["train_dataloader"]
         if not isinstance(loader, CurriculumLoader):
@@ -72,7 +72,7 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             _LOG.warning("%s", note)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the global batch that this step trains on: Trainer has taken all its micro-batches by now."""
+        """Record the global batch of this step; Trainer has fetched all its micro-batches by now."""
         loader = self._loader
         if loader is None or loader.latest is None:
             return
@@ -81,24 +81,25 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._stage, self._share = plan.stage(number), plan.share(number, epoch)
         difficulty = np.asarray(plan.difficulty[plan.batch(number, epoch)], dtype=np.float64)
         scored = difficulty[np.isfinite(difficulty)]
+        # The sums restart whenever `measures` reports them.
         self._sum += float(scored.sum())
         self._count += len(scored)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the loader's state as of this step, so that a checkpoint between two steps names the step it holds."""
+        """Save the loader's state at this step, so that a checkpoint between two steps belongs to the step that it contains."""
         if self._loader is not None:
             self.position = self._loader.state_dict()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put `state.epoch` right: Trainer counts a resumed epoch from its beginning."""
+        """Correct `state.epoch`, since Trainer counts a resumed epoch from its beginning."""
         if self._loader is not None:
             epoch, number = self._trained
             state.epoch = epoch + (number + 1) / self._loader.plan.n_batches
 
     def measures(self) -> dict[str, float]:
-        """The stage and share of the step trained last, and the mean difficulty since these were last asked for.
+        """The stage and share of the latest step, and the mean difficulty since the previous call.
 
-        Rows without a finite score do not count; where no row has one, there is no difficulty.
+        Rows without a finite score do not count; if no row has one, there is no difficulty.
         """
         if math.isnan(self._share):
             return {}
@@ -111,37 +112,38 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
 def _resume(loader: CurriculumLoader, state: Any, name: str) -> None:
     stored = state.stateful_callbacks.get(name)
+    # transformers stores a list if several callbacks share a class name.
     stored = stored[-1] if isinstance(stored, list) else stored
     position = stored.get("attributes", {}).get("position") if stored else None
     if position is None:
         raise SparsortError(
-            f"the checkpoint at step {state.global_step} was written by a trainer without a curriculum: it does not say "
-            "which examples were seen. Resume it with the trainer that wrote it, or start a curriculum from its "
+            f"the checkpoint at step {state.global_step} was written by a trainer without a curriculum, so it does not "
+            "say which examples were seen. Resume it with the trainer that wrote it, or start a curriculum from its "
             "weights: load the model with from_pretrained(checkpoint) and call train() without resume_from_checkpoint."
         )
     loader.load_state_dict(position)
     n_batches = loader.plan.n_batches
-    if (stands := loader.epoch * n_batches + loader.batch) != state.global_step:
+    if (step := loader.epoch * n_batches + loader.batch) != state.global_step:
         raise SparsortError(
-            f"the checkpoint is of step {state.global_step}, but its curriculum stands at epoch {loader.epoch}, batch "
-            f"{loader.batch} of {n_batches}, which is step {stands}. An epoch that a callback cut short "
-            "(should_epoch_stop), or another program that moved the loader, does this. Start from an earlier checkpoint."
+            f"the checkpoint is of step {state.global_step}, but its curriculum is at epoch {loader.epoch}, batch "
+            f"{loader.batch} of {n_batches}, which is step {step}. The cause may be a callback that cut an epoch short "
+            "(should_epoch_stop), or other code that moved the loader. Start from an earlier checkpoint."
         )
 
 
 def _cut_short(plan: CurriculumPlan, steps: int) -> str | None:
-    """What becomes of the curriculum when training does not end with an epoch of it."""
+    """A warning if training does not end at the end of an epoch of the curriculum; None if it does."""
     settings, n_batches = plan.settings, plan.n_batches
-    whole, left = divmod(steps, n_batches)
+    whole, remainder = divmod(steps, n_batches)
     if settings.mode == "pool" and steps > n_batches:
         return (
-            f"the plan paces over {n_batches} steps and training takes {steps}: after {n_batches} the pacing begins anew "
-            f"with the easiest. For one course of it set max_steps={n_batches}, or plan with steps={steps}."
+            f"the plan paces over {n_batches} steps and training takes {steps}: after {n_batches} the pacing starts again "
+            f"with the easiest. To go through it once, set max_steps={n_batches}, or plan with steps={steps}."
         )
-    if not left or settings.schedule in ("shuffle", "as_given") or (whole and settings.later_epochs == "shuffle"):
+    if not remainder or settings.schedule in ("shuffle", "as_given") or (whole and settings.later_epochs == "shuffle"):
         return None
-    what = "are not trained on" if whole == 0 else f"are trained on {whole} times, and the beginning once more"
+    what = "are not trained on" if whole == 0 else f"are trained on {whole} times, and the beginning {whole + 1} times"
     return (
-        f"training ends at step {steps}, inside an epoch of {n_batches}: the last {n_batches - left} batches of the "
+        f"training ends at step {steps}, inside an epoch of {n_batches}: the last {n_batches - remainder} batches of the "
         f"curriculum {what}. Set max_steps to a multiple of {n_batches} to go through it whole."
     )

@@ -1,14 +1,14 @@
-"""Checkpoints that transformers' Trainer writes: which one is intact, which one to resume from, which ones to delete.
+"""Checkpoints of transformers' Trainer: check them, choose the one to resume from, and delete old ones.
 
-Contract: a checkpoint of ours is finished by a manifest of all its files (`sparsort.manifests`), written when every process
-has written its part and before older checkpoints are deleted. So at any time, whatever is killed, the newest checkpoint that
-was finished is still there. A checkpoint is checked before anything of it is used, and one that is damaged or was not finished
-is passed over for the newest one that is intact. Files that are added to a checkpoint later are no damage.
+Contract: a checkpoint of sparsort is completed by a manifest of all its files (`storage.manifests`), which is written after
+every process has written its part and before older checkpoints are deleted. Whatever is killed, and whenever, the newest complete
+checkpoint is therefore still there. A checkpoint is checked before any part of it is used; damaged and incomplete checkpoints are
+skipped in favour of the newest intact one. Files that are added to a checkpoint later are not damage.
 
 Checkpoints of sparsort 0.1.0, and of trainers without a curriculum, have no manifest. They are checked as far as their content
-allows: the files that belong together, JSON that parses, the headers of safetensors, and the CRC of every record that
-torch.save writes. Other damage (a bit in a weight) is not found there. `trainer_state.json` of a newer checkpoint says that it
-has a manifest, so losing the manifest does not turn it into a checkpoint of 0.1.0.
+allows: missing files, JSON that does not parse, headers of safetensors, and the CRC of every record of torch.save. Other damage
+(a flipped bit in a weight) is not detected there. `trainer_state.json` of a newer checkpoint records that it has a manifest, so a
+lost manifest does not turn it into a checkpoint of 0.1.0.
 """
 
 from __future__ import annotations
@@ -19,88 +19,89 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsort import manifests
 from sparsort.errors import SparsortError
-from sparsort.integrity import parse_json
+from sparsort.storage import manifests
+from sparsort.storage.integrity import parse_json
 
 _LOG = logging.getLogger("sparsort")
 _STATE = "trainer_state.json"
-# Trainer's JIT checkpoints have it while they are written.
+# A file that Trainer's JIT checkpoints contain while they are being written.
 _PASSING = ("checkpoint-is-incomplete.txt",)
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 
-# Codes that the first process broadcasts instead of a step.
+# Codes that the first process broadcasts instead of a step: its checkpoint is damaged, or there is none.
 _DAMAGED, _NONE = -1, -2
 
 
 class NoCheckpointError(SparsortError):
-    """A folder has no checkpoint that training could resume from."""
+    """A folder has no checkpoint that training can resume from."""
 
 
 def seal_checkpoint(checkpoint: Path | str) -> None:
-    """Write the manifest of a checkpoint: when every process has written its part, or when you changed a file on purpose.
+    """Write the manifest of a checkpoint, after every process has written its part, or after you changed a file on purpose.
 
     Raises:
-        SparsortError: a file cannot be read, or the disk refuses.
+        SparsortError: a file cannot be read, or the manifest cannot be written.
     """
     manifests.write_manifest(Path(checkpoint), skip=_PASSING)
 
 
 def open_for_writing(checkpoint: Path) -> None:
-    """Mark a checkpoint that is about to be written over as unfinished: Trainer writes `trainer_state.json` after the rest."""
+    """Mark a checkpoint that will be overwritten as incomplete; Trainer writes `trainer_state.json` after all other files."""
     (checkpoint / _STATE).unlink(missing_ok=True)
 
 
 def choose(
-    asked: str | Path | bool | None, args: Any, *, may_be_missing: bool = False
+    requested: str | Path | bool | None, args: Any, *, may_be_missing: bool = False
 ) -> tuple[Path | None, list[Path]]:
-    """The checkpoint that all processes resume from; the first one checks it for all.
+    """Choose the checkpoint that all processes resume from; the first process checks it for all.
 
     Args:
-        asked: True for the newest intact one in `args.output_dir`, or a checkpoint.
+        requested: True for the newest intact checkpoint in `args.output_dir`, or a checkpoint; None or False for none.
         args: transformers' TrainingArguments.
-        may_be_missing: whether the caller goes without a checkpoint that is not there.
+        may_be_missing: whether the caller accepts that the checkpoint does not exist.
 
     Returns:
-        The checkpoint, None where nothing was asked for; and, in the first process, newer ones that are damaged.
+        The checkpoint, or None if none was requested; and, in the first process, the newer checkpoints that are damaged.
 
     Raises:
-        SparsortError: it is damaged, or there is none; every process raises it.
+        SparsortError: the checkpoint is damaged or does not exist; every process raises this.
     """
-    if not asked:
+    if not requested:
         return None, []
     folder = Path(args.output_dir)
-    passed_over: list[Path] = []
+    skipped: list[Path] = []
     problem: SparsortError | None = None
-    found = folder if asked is True else Path(asked)
+    checkpoint = folder if requested is True else Path(requested)
     code = 0
     if args.process_index == 0:
         try:
-            if asked is True:
-                found, passed_over = newest_intact(folder)
-                code = _step(found)
-            elif found.is_dir() or not may_be_missing:
-                check_checkpoint(found)
+            if requested is True:
+                checkpoint, skipped = newest_intact(folder)
+                code = _step(checkpoint)
+            elif checkpoint.is_dir() or not may_be_missing:
+                check_checkpoint(checkpoint)
         except SparsortError as error:
             problem, code = error, _NONE if isinstance(error, NoCheckpointError) else _DAMAGED
+    # All processes take part in the broadcast before any of them raises an error; otherwise the others would wait forever.
     code = _from_the_first(code, args.device)
     if problem is not None:
         raise problem
     if code < 0:
         kind = NoCheckpointError if code == _NONE else SparsortError
-        raise kind(f"the first process found no intact checkpoint in {found}; its message says why.")
-    if asked is True:
-        found = folder / f"checkpoint-{code}"
+        raise kind(f"the first process found no intact checkpoint in {checkpoint}; its message says why.")
+    if requested is True:
+        checkpoint = folder / f"checkpoint-{code}"
     if args.save_on_each_node and args.local_process_index == 0 != args.process_index:
-        check_checkpoint(found)  # this node's own copy
-    return found, passed_over
+        check_checkpoint(checkpoint)  # this node's own copy
+    return checkpoint, skipped
 
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Refuse a checkpoint that is not intact.
 
     Raises:
-        SparsortError: with what is wrong.
+        SparsortError: the checkpoint is damaged or does not exist; the message describes the damage.
     """
     if not checkpoint.is_dir():
         raise SparsortError(
@@ -116,10 +117,10 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def newest_intact(folder: Path) -> tuple[Path, list[Path]]:
-    """The newest intact checkpoint of a folder, and the newer ones that are not, which are reported as warnings.
+    """The newest intact checkpoint of a folder, and the newer ones that are damaged, which are reported as warnings.
 
     Raises:
-        NoCheckpointError: there is none.
+        NoCheckpointError: the folder has no intact checkpoint.
     """
     problems: dict[Path, str] = {}
     for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
@@ -139,7 +140,7 @@ def newest_intact(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is intact as far as can be known."""
+    """A description of the damage of a checkpoint; None if no damage can be detected."""
     if (checkpoint / manifests.FILE).exists():
         return manifests.damage_in(checkpoint)
     try:
@@ -158,28 +159,28 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def rotate(folder: Path, limit: int | None, *, keep: Collection[Path], first: Collection[Path]) -> None:
-    """Delete the oldest checkpoints of a folder that are beyond a limit, as Trainer does, but after the newest was finished.
+    """Delete the oldest checkpoints of a folder beyond a limit, as Trainer does, but only after the newest one is complete.
 
     Args:
-        folder: of the checkpoints.
-        limit: how many may stay; None or 0: all.
-        keep: those that stay in any case: the newest, which is intact, and the best.
-        first: those that are known to be damaged and go before any other.
+        folder: the folder of the checkpoints.
+        limit: the most checkpoints to keep; None or 0 for all.
+        keep: checkpoints that are always kept: the newest, which is intact, and the best.
+        first: checkpoints that are known to be damaged and are deleted before any other.
     """
-    found = _checkpoints(folder)
+    checkpoints = _checkpoints(folder)
     if not limit or limit < 0:
         return
-    kept = {path.resolve() for path in keep}
+    protected = {path.resolve() for path in keep}
     damaged = {path.resolve() for path in first}
-    going = [path for path in found if path.resolve() not in kept]
-    # By time, as Trainer: a run that resumed from an earlier step comes after what it found.
-    going.sort(key=lambda path: (path.resolve() not in damaged, path.stat().st_mtime_ns, _step(path)))
-    for path in going[: max(0, len(found) - max(limit, len(kept)))]:
+    candidates = [path for path in checkpoints if path.resolve() not in protected]
+    # Sort by time, as Trainer does: a run that resumed from an earlier step writes newer checkpoints with smaller steps.
+    candidates.sort(key=lambda path: (path.resolve() not in damaged, path.stat().st_mtime_ns, _step(path)))
+    for path in candidates[: max(0, len(checkpoints) - max(limit, len(protected)))]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _from_the_first(number: int, device: Any) -> int:
-    """The number that the first process has, in every process."""
+    """Broadcast the number of the first process to every process."""
     import torch
     from torch import distributed
 
@@ -191,8 +192,8 @@ def _from_the_first(number: int, device: Any) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = folder.glob("checkpoint-*")
-    return [path for path in found if path.name.removeprefix("checkpoint-").isdecimal() and path.is_dir()]
+    paths = folder.glob("checkpoint-*")
+    return [path for path in paths if path.name.removeprefix("checkpoint-").isdecimal() and path.is_dir()]
 
 
 def _step(checkpoint: Path) -> int:
@@ -200,7 +201,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _own_state(state: Any) -> dict[str, Any]:
-    """What the callback of the curriculum wrote; empty in a checkpoint of another trainer, or of several curricula."""
+    """The state of the curriculum's callback; empty for a checkpoint of another trainer, or of several curricula."""
     try:
         return dict(state["stateful_callbacks"]["CurriculumCallback"]["attributes"])
     except (KeyError, TypeError, ValueError):
@@ -208,13 +209,13 @@ def _own_state(state: Any) -> dict[str, Any]:
 
 
 def _contradictions(checkpoint: Path, state: Any, own: dict[str, Any]) -> Iterator[str]:
-    """What cannot be in a whole checkpoint without a manifest."""
+    """Signs of damage in a checkpoint without a manifest."""
     from transformers import TrainerState
 
     try:
         step = TrainerState(**state).global_step
     except (TypeError, ValueError) as error:
-        yield f"{_STATE} holds other things than Trainer writes ({error})"
+        yield f"{_STATE} is not what Trainer writes ({error})"
         return
     if checkpoint in _checkpoints(checkpoint.parent) and step != _step(checkpoint):
         yield f"{_STATE} is of step {step!r}"
@@ -229,6 +230,7 @@ def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in names)
 
+    # DeepSpeed writes weights and optimizer into a folder of its own.
     deepspeed = has("global_step")
     if not has(*_WEIGHTS) and not deepspeed and not any(checkpoint.glob("*/adapter_model.*")):
         yield "its weights are missing"
@@ -236,19 +238,20 @@ def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
         try:
             shards = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (KeyError, TypeError, AttributeError, ValueError):
-            yield f"{index.name} is no index of weights"
+            yield f"{index.name} is not an index of weights"
             continue
         for shard in sorted(shards - set(names)):
             yield f"{shard} is missing"
     has_optimizer = has("optimizer") or any(name.endswith("-optimizer.pt") for name in names) or deepspeed
     if not (has_optimizer or has("scheduler", "rng_state")):
-        return  # save_only_model
+        return  # the checkpoint was written with save_only_model
     if not has_optimizer:
         yield "optimizer.pt is missing"
     if not has("scheduler.pt") and not deepspeed:
         yield "scheduler.pt is missing"
     processes = own.get("processes")
     ranks = range(processes) if isinstance(processes, int) else range(0)
+    # A single process writes rng_state.pth, several ones write one file per rank.
     wanted = [f"rng_state_{rank}.pth" for rank in ranks] if len(ranks) > 1 else ["rng_state.pth"] * len(ranks)
     for name in wanted:
         if name not in names:

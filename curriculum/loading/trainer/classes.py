@@ -1,12 +1,12 @@
-"""Which trainers a curriculum can be mixed into: those that leave the choice of batches to transformers' Trainer.
+"""The check that a curriculum can be mixed into a trainer: the trainer must leave batches to transformers' Trainer.
 
-Contract: a trainer that chooses its own batches is refused by its name when it is constructed, before a model is loaded. It would
-either bypass the plan, or be bypassed by it: TRL's GRPOTrainer repeats each prompt for a group of completions and generates for
-several steps at once, and without its own sampler its groups are torn apart, advantages are normalised across different
-prompts, and a part of each batch is never generated for.
+Contract: a trainer that chooses its own batches is refused on construction, before a model is loaded, and the error names its
+class. Either it would bypass the plan, or the plan would bypass it: TRL's GRPOTrainer repeats each prompt for a group of
+completions and generates for several steps at once. Without its own sampler its groups are split, advantages are normalised
+across different prompts, and a part of each batch gets no completions.
 
-Not refused are trainers that generate within a step for the prompts of that step alone (TRL's OnlineDPOTrainer, GKDTrainer):
-they take the batches that they are given.
+Trainers that generate within a step, for the prompts of that step only, are accepted (TRL's OnlineDPOTrainer, GKDTrainer): they
+use the batches that they get.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SAMPLER, _LOADER, _INPUTS = "_get_train_sampler", "get_train_dataloader", "_pre
 _GENERATION = ("num_generations", "generation_batch_size", "steps_per_generation")
 _REORDERING = {
     "packing": "pack with the plan instead: plan_curriculum(…, packing='next_fit', pack_length=…)",
-    "shuffle_dataset": "leave it out: the plan orders the rows",
+    "shuffle_dataset": "omit it: the plan orders the rows",
 }
 
 
@@ -37,7 +37,7 @@ def refuse_mixin_after_trainer(trainer: type, mixin: type) -> None:
     if first := next((cls for cls in before if issubclass(cls, Trainer) and not issubclass(cls, mixin)), None):
         raise SparsortError(
             f"class {trainer.__name__} has {first.__name__} before {mixin.__name__} among its bases, so the curriculum would "
-            f"never be read. Put the mixin first: class {trainer.__name__}({mixin.__name__}, {first.__name__})."
+            f"have no effect. Put the mixin first: class {trainer.__name__}({mixin.__name__}, {first.__name__})."
         )
 
 
@@ -46,12 +46,12 @@ def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
 
     Args:
         trainer: the class that is constructed, a subclass of `mixin`.
-        mixin: the class that gives a trainer its curriculum.
-        args: the trainer's arguments, where they are known.
+        mixin: the class that adds a curriculum to a trainer.
+        args: the trainer's arguments, if they are known.
 
     Raises:
-        SparsortError: a class of the MRO defines its own sampler or train dataloader, or generates batches, or the arguments
-            ask for packing or shuffling by the trainer.
+        SparsortError: a class in the MRO defines its own sampler or train dataloader or generates batches, or the arguments
+            make the trainer pack or shuffle the rows.
     """
     for cls in trainer.__mro__:
         ours = cls in Trainer.__mro__ or cls.__module__.startswith("sparsort.")
@@ -62,17 +62,17 @@ def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
     for name, instead in _REORDERING.items():
         if getattr(args, name, False) is True:
             raise SparsortError(
-                f"{name}=True has {_nearest_class(trainer, mixin).__name__} put the rows together in an order of its own, in "
-                f"which they are not the plan's; {instead}."
+                f"{name}=True makes {_nearest_class(trainer, mixin).__name__} put the rows into an order of its own, which is "
+                f"not that of the plan; {instead}."
             )
 
 
 def _own_batches(cls: type, mixin: type) -> str | None:
-    """What a class does to choose its own batches, in words."""
+    """A description of how a class chooses its own batches; None if it does not."""
     own = vars(cls)
     if _SAMPLER in own:
         return f"it defines {_SAMPLER}"
-    if issubclass(cls, mixin):  # a trainer made from the mixin may take its loader and add to it
+    if issubclass(cls, mixin):  # a subclass of the mixin may override the loader and build on it
         return None
     if _LOADER in own:
         return f"it defines {_LOADER}"
@@ -82,20 +82,21 @@ def _own_batches(cls: type, mixin: type) -> str | None:
 
 
 def _generates(method: Callable[..., Any]) -> bool:
+    # A heuristic: the method uses a name with "generat", such as `self._generate` or `self.generation_config`.
     code = getattr(inspect.unwrap(method), "__code__", None)
     return code is not None and any("generat" in name for name in (*code.co_names, *code.co_varnames))
 
 
 def _nearest_class(trainer: type, mixin: type) -> type:
-    """The class that the mixin was put before; the trainer itself where there is none."""
+    """The next trainer class after the mixin in the MRO; the trainer itself if there is none."""
     after = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
     return next((cls for cls in after if cls is not Trainer and issubclass(cls, Trainer)), trainer)
 
 
 def _refusal(cls: type, how: str, args: Any) -> SparsortError:
-    kept = " and shuffle_dataset=False" if hasattr(args, "shuffle_dataset") else ""
+    option = " and shuffle_dataset=False" if hasattr(args, "shuffle_dataset") else ""
     return SparsortError(
         f"{cls.__name__} chooses its own training batches ({how}), which a curriculum would replace: use it without "
-        f"CurriculumMixin, on rows that are in order already (train_dataset.select(plan.order){kept}), or mix the curriculum "
+        f"CurriculumMixin, on rows that are already in order (train_dataset.select(plan.order){option}), or mix the curriculum "
         "into a trainer that leaves batches to transformers' Trainer, such as TRL's SFTTrainer or DPOTrainer."
     )

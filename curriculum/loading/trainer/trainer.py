@@ -1,16 +1,16 @@
 """A curriculum inside transformers' Trainer: the plan's batches, on any number of processes, resumed exactly.
 
-Contract: optimiser step s trains on global batch s of the plan, whatever the number of processes, data workers and
-accumulation steps that make it up; `resume_from_checkpoint` goes on with the next one, at once. Trainer's own ordering
-options (`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, accelerate's `even_batches`) have no effect: the
-loader is sharded already and never passes through `accelerator.prepare`, whose wrap-around would show the easiest
-examples again after the hardest.
+Contract: optimiser step s trains on global batch s of the plan, whatever the number of processes, data workers and accumulation
+steps. `resume_from_checkpoint` continues with the next batch, without delay. Trainer's own ordering options
+(`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, accelerate's `even_batches`) have no effect: the loader is
+already sharded and does not pass through `accelerator.prepare`, whose wrap-around would show the easiest examples again after the
+hardest.
 
-Checkpoints are finished by a manifest and checked against it before they are used (`checkpoints`).
+Checkpoints are completed by a manifest and checked against it before they are used (`checkpoints`).
 
-Two of the caller's arguments are changed, for a while: `ignore_data_skip` is on while `train` runs (Trainer would otherwise
-walk over the data up to the checkpoint), and `save_total_limit` is None while a checkpoint is written (Trainer would
-otherwise delete older ones before every process has written its part).
+Two of the caller's arguments are changed temporarily: `ignore_data_skip` is on while `train` runs (otherwise Trainer would
+iterate over the data up to the checkpoint), and `save_total_limit` is None while a checkpoint is written (otherwise Trainer
+would delete older ones before every process has written its part).
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from sparsort.curriculum.loading.trainer import checkpoints
 from sparsort.curriculum.loading.trainer.callback import CurriculumCallback
 from sparsort.curriculum.loading.trainer.classes import refuse_mixin_after_trainer, refuse_own_batches
 from sparsort.errors import SparsortError
-from sparsort.files import disk_errors
+from sparsort.storage.files import disk_errors
 
 if TYPE_CHECKING:
     from sparsort.curriculum.loading.online.measure import OnlineDifficulty
     from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
 
-_ONLINE = "curriculum"  # folder of a checkpoint
+_ONLINE = "curriculum"  # folder in a checkpoint
 
 
 class CurriculumMixin(Trainer):  # type: ignore[misc]
     """Trains in the order of a plan. Put it before any subclass of Trainer: `class Mine(CurriculumMixin, SFTTrainer)`.
 
-    Logs that carry a loss gain, for every target of `report_to`: `curriculum/stage` and `curriculum/share` (of the
-    examples that are available) at the last step, and `curriculum/difficulty`, the mean over all examples trained on
-    since the last such log, on all processes.
+    Logs with a training loss also contain, for every target of `report_to`, `curriculum/stage` and `curriculum/share` (the share
+    of the examples that is available) of the latest step, and `curriculum/difficulty`, the mean over all examples that all
+    processes trained on since the previous such log.
 
     Args:
         curriculum: the plan of the training data's rows, or the folder that `plan.save` wrote.
-        fingerprint: your own name for the training data, as of `CurriculumLoader`.
-        verify: compare `train_dataset`, as it is given and before any column is removed, with what the plan knows of its
-            rows. False takes any dataset with as many rows.
-        online: measure the difficulty of the examples while training on them, and plan anew from it at the edges of stages
-            (`OnlineCurriculum`). The checkpoints then hold a folder `curriculum` with what was learnt.
-        args, kwargs: of the Trainer beside it.
+        fingerprint: your own name for the training data, as in `CurriculumLoader`.
+        verify: compare `train_dataset`, as it is passed and before any column is removed, with what the plan noted of its
+            rows. False accepts any dataset with the same number of rows.
+        online: measure the difficulty of the examples while training on them, and revise the plan at the edges of stages
+            (`OnlineCurriculum`). Checkpoints then contain a folder `curriculum` with the state of the online difficulty.
+        args, kwargs: arguments of the Trainer that it is mixed into.
 
     Raises:
-        SparsortError: a trainer that chooses its own batches (`classes`), or a `train_dataset` without the plan's
-            rows in their order, or without anything that could be compared with them (`verification`).
+        SparsortError: the trainer chooses its own batches (`classes`), or `train_dataset` does not have the plan's rows in
+            their order, or has nothing that could be compared with them (`verification`).
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -78,11 +78,11 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
     ) -> None:
         if not isinstance(curriculum, (CurriculumPlan, str, Path)):
             raise SparsortError(
-                f"curriculum= is a plan of plan_curriculum, or the folder that it was saved in, not {type(curriculum).__name__}."
+                f"curriculum= must be a plan of plan_curriculum, or its folder, not {type(curriculum).__name__}."
             )
         if online is not None and not hasattr(online, "attach"):
             raise SparsortError(
-                f"online= is an OnlineDifficulty, such as OnlineDifficulty(metric='hoyer'), not {online!r}."
+                f"online= must be an OnlineDifficulty, such as OnlineDifficulty(metric='hoyer'), not {online!r}."
             )
         self.online = online
         self._learning: OnlineCurriculum | None = None
@@ -95,27 +95,28 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         )
         check_name(fingerprint)
         self._fingerprint, self._verify = fingerprint, verify
-        # All of this before the model is loaded, and before the other base class removes columns from the data.
-        passed = _passed(super().__init__, args, kwargs)
-        refuse_own_batches(type(self), CurriculumMixin, passed.get("args"))
-        given = passed.get("train_dataset")
+        # All checks come before the model is loaded, and before the other base class removes columns from the data.
+        arguments = _passed(super().__init__, args, kwargs)
+        refuse_own_batches(type(self), CurriculumMixin, arguments.get("args"))
+        given = arguments.get("train_dataset")
         if given is not None and verify:
             verify_rows(self.curriculum, given, fingerprint=fingerprint)
         super().__init__(*args, **kwargs)
         self._verified = self._verify_prepared(given)
-        # The first to be called, so that the others see the epoch that it puts right.
+        # This callback runs first, so that the others see the epoch that it corrects.
         self.callback_handler.callbacks.insert(0, CurriculumCallback())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, as Trainer does. With `resume_from_checkpoint=True`, checkpoints that are damaged, or that a kill left half
-        written, are passed over with a warning.
+        """Train, as Trainer does. With `resume_from_checkpoint=True`, damaged and incomplete checkpoints are skipped with a
+        warning.
 
         Raises:
-            SparsortError: the checkpoint is damaged, is not of this plan over this data, or was written without a curriculum.
+            SparsortError: the checkpoint is damaged, belongs to another plan or other data, or was written without a curriculum.
         """
         self._resumed_from, self._passed_over = checkpoints.choose(resume_from_checkpoint, self.args)
         if self._resumed_from is not None:
             resume_from_checkpoint = str(self._resumed_from)
+        # The loader positions itself, so Trainer must not skip batches as well.
         skip = self.args.ignore_data_skip
         self.args.ignore_data_skip = True
         try:
@@ -126,20 +127,20 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             self._stop_learning()
 
     def get_train_dataloader(self) -> CurriculumLoader:
-        """This process's share of the plan's batches, with the columns, the collator and the workers that Trainer would use.
+        """The loader of this process's part of the plan's batches, with the columns, collator and workers that Trainer would use.
 
-        Where the plan packs and no `data_collator` is given, it is `PackedCollator`.
+        If the plan packs and no `data_collator` is given, the collator is `PackedCollator`.
 
         Raises:
-            SparsortError: the arguments do not make up the plan's global batch, or ask for a parallelism under which
-                several processes share a batch.
+            SparsortError: the arguments do not give the plan's global batch, or use a parallelism under which several
+                processes share a batch.
         """
         args = self.args
         if self.train_dataset is None:
             raise SparsortError("training needs train_dataset=, the data that the plan was made for.")
         self._check_parallelism()
         if self._verify and self.train_dataset is not self._verified:
-            # Given after construction.
+            # The dataset was set after construction.
             verify_rows(self.curriculum, self.train_dataset, fingerprint=self._fingerprint)
             self._verified = self.train_dataset
         if self.curriculum.settings.batch_size is not None:
@@ -163,13 +164,13 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             fingerprint=self._fingerprint,
-            verify=False,  # the whole dataset was, with the columns that are removed here
+            verify=False,  # the dataset was verified above, with the columns that are removed here
         )
         self._learn(loader)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of one step; none when training is over, where Trainer would take one step more on resuming."""
+        """The micro-batches of one step; none after the last step, since Trainer would otherwise take one more on a resume."""
         self._micro = 0
         if self.state.global_step >= self.state.max_steps:
             return [], None
@@ -177,29 +178,29 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         return samples
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, as Trainer or the class beside computes it; with `online`, the micro-batch is measured on the way."""
+        """The loss of the trainer that this is mixed into; with `online`, its forward pass also measures the micro-batch."""
         learning = self._learning
         if learning is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         learning.online.begin()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         plan, (epoch, number) = learning.loader.plan, learning.loader.latest or (0, 0)
-        # Trainer has taken all micro-batches of the step by now, so the loader cannot tell which of them this is.
+        # Trainer has already fetched all micro-batches of the step, so the loader cannot tell which one this is.
         rows = self._part().of(plan.batch(number, epoch), self._micro)
         learning.online.collect(rows, epoch * plan.n_batches + number)
         self._micro += 1
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Report `logs`, with what the curriculum did where they carry a training loss."""
+        """Report `logs`; logs with a training loss also get the measures of the curriculum."""
         if "loss" in logs:
-            callback = next(held for held in self.callback_handler.callbacks if isinstance(held, CurriculumCallback))
+            callback = next(each for each in self.callback_handler.callbacks if isinstance(each, CurriculumCallback))
             logs = {**logs, **callback.measures()}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # All processes are here; a callback's state is asked for in the first one only. Trainer's own state is written
-        # after this, so a checkpoint that has it has all.
+        # All processes call this, but only the first one writes the state of callbacks. Trainer writes its own state last, so a
+        # checkpoint that contains it is complete.
         args, runs = self.args, Path(self._get_output_dir(trial=trial))
         folder = runs / f"checkpoint-{self.state.global_step}"
         self._sealed = None
@@ -213,7 +214,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
             self._seal(folder)
         except SparsortError:
-            # A full disk should not be filled by a checkpoint that cannot be used. Earlier ones are still there.
+            # An incomplete checkpoint is useless and may fill the disk, so it is removed. Earlier checkpoints still exist.
             if args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -225,7 +226,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             checkpoints.rotate(runs, limit, keep=keep, first=self._passed_over)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The upload runs in a thread of its own, which must find the manifest written.
+        # The upload runs in a separate thread, so the manifest must be written before it starts.
         self._seal(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -234,7 +235,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         super()._load_best_model()
 
     def _seal(self, folder: Path) -> None:
-        """Finish a checkpoint, once, after every process has written its part of it."""
+        """Complete a checkpoint with its manifest, once, after every process has written its part."""
         if self._sealed == folder:
             return
         self.accelerator.wait_for_everyone()
@@ -243,12 +244,12 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self._sealed = folder
 
     def _verify_prepared(self, given: Any) -> Any:
-        """The dataset that counts as compared after construction: the given one, as the other base class prepared it."""
+        """The dataset that counts as verified after construction: the given one, as the other base class prepared it."""
         prepared = self.train_dataset
         if given is None:
             return None
         if prepared is not given and self._verify and self._fingerprint is None:
-            # Ids alone: templates may have changed the contents, and a class may have dropped the columns.
+            # Compare ids only: templates may have changed the contents, and the other class may have dropped columns.
             rows_agree(self.curriculum, prepared, content=False)
         return prepared
 
@@ -258,13 +259,13 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         if self.online is None:
             if saved is not None and saved.exists():
                 raise SparsortError(
-                    f"{saved.parent} was written while the difficulty was measured online. Resume with online=, as before."
+                    f"{saved.parent} was written while the difficulty was measured online. Resume with the same online=."
                 )
             return
         if self.args.enable_jit_checkpoint:
             raise SparsortError(
-                "enable_jit_checkpoint=True saves in the middle of a step, when the online difficulty has seen half of it. "
-                "Leave it out, and save often (save_steps)."
+                "enable_jit_checkpoint=True saves in the middle of a step, when the online difficulty has seen only a part of "
+                "it. Omit it, and save often (save_steps)."
             )
         from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
 
@@ -292,38 +293,38 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
     def _check_parallelism(self) -> None:
         shared = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
-        if asked := [f"{kind} parallelism over {size}" for kind, size in shared.items() if size > 1]:
+        if active := [f"{kind} parallelism over {size}" for kind, size in shared.items() if size > 1]:
             raise SparsortError(
-                f"{' and '.join(asked)} processes: several processes would share a batch, and the curriculum gives "
+                f"{' and '.join(active)} processes: several processes would share a batch, and the curriculum gives "
                 "each process its own. Use data parallelism (DDP, FSDP or ZeRO), or your own loop with "
                 "CurriculumLoader(rank=…, world_size=…) counted over the data-parallel groups."
             )
         if self.args.n_gpu > 1:
             raise SparsortError(
-                f"{self.args.n_gpu} GPUs in one process would be used through DataParallel, which cuts batches by itself. "
-                f"Start one process for each GPU (torchrun --nproc-per-node {self.args.n_gpu} …), or show it only one "
+                f"{self.args.n_gpu} GPUs in one process would be used through DataParallel, which splits batches by itself. "
+                f"Start one process for each GPU (torchrun --nproc-per-node {self.args.n_gpu} …), or make only one visible "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.args.accelerator_config, name):
                 raise SparsortError(
-                    f"accelerator_config's {name}=True has accelerate divide batches among processes; here each process "
-                    "loads its own part of the global batch. Leave it out."
+                    f"accelerator_config's {name}=True makes accelerate divide batches among processes; here each process "
+                    "loads its own part of the global batch. Omit it."
                 )
         if self.args.train_sampling_strategy not in ("random", "sequential"):
             raise SparsortError(
-                f"train_sampling_strategy={self.args.train_sampling_strategy!r} would order the data, and the plan does. Leave "
-                "it out; to put like lengths together, plan with group_by_length=True."
+                f"train_sampling_strategy={self.args.train_sampling_strategy!r} would order the data, but the plan already does. "
+                "Omit it; to group similar lengths, plan with group_by_length=True."
             )
         if self.args.dataloader_drop_last:
             raise SparsortError(
-                "dataloader_drop_last=True would leave examples out; the plan's batches differ by at most one, so there is no "
-                "last one to drop. Leave it out."
+                "dataloader_drop_last=True would drop examples; the sizes of the plan's batches differ by at most one, so there "
+                "is no incomplete batch to drop. Omit it."
             )
         if self.args.auto_find_batch_size:
             raise SparsortError(
-                "auto_find_batch_size=True changes the batch while training, and the plan's batches are fixed. Leave it "
-                "out; where memory is short, halve per_device_train_batch_size and double gradient_accumulation_steps."
+                "auto_find_batch_size=True changes the batch size during training, and the plan's batches are fixed. Omit it; "
+                "if memory is short, halve per_device_train_batch_size and double gradient_accumulation_steps."
             )
 
 
@@ -332,39 +333,43 @@ class CurriculumTrainer(CurriculumMixin):
 
 
 def _passed(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as far as the signature names them."""
+    """The arguments of a call by name, as far as the signature names them."""
     try:
         bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    except TypeError:  # for the call itself to report
+    except TypeError:  # the call itself will report the mistake
         return kwargs
     return {**bound, **kwargs}
 
 
 def check_global_batch(batch_size: int, per_device: int, accumulation: int, processes: int) -> None:
-    """Refuse arguments that make up another global batch than the plan's, with those that would.
+    """Refuse arguments that give another global batch size than the plan's; the error suggests arguments that fit.
 
     Args:
-        batch_size: examples (or packed sequences) of the plan's global batch. A plan by tokens has none: there, the
-            plan alone decides what a step holds and `per_device_train_batch_size` is not looked at.
+        batch_size: number of examples (or packed sequences) in the plan's global batch. A plan with a token budget has none:
+            it alone determines the batch of a step, and `per_device_train_batch_size` is not used.
+        per_device: `per_device_train_batch_size`.
+        accumulation: `gradient_accumulation_steps`.
+        processes: number of processes.
 
     Raises:
         SparsortError: per_device × accumulation × processes is not `batch_size`.
     """
-    asked = per_device * accumulation * processes
-    if asked == batch_size:
+    requested = per_device * accumulation * processes
+    if requested == batch_size:
         return
     message = (
         f"per_device_train_batch_size={per_device} × gradient_accumulation_steps={accumulation} × {processes} "
-        f"process{'es' if processes > 1 else ''} make a global batch of {asked}; the plan's is {batch_size}. "
+        f"process{'es' if processes > 1 else ''} give a global batch of {requested}; the plan has {batch_size}. "
     )
-    each, left = divmod(batch_size, processes)
-    if left:
+    each, remainder = divmod(batch_size, processes)
+    if remainder:
         raise SparsortError(
-            f"{message}{batch_size} does not divide among {processes} processes: make the plan with batch_size={asked}, "
+            f"{message}{batch_size} does not divide among {processes} processes: make the plan with batch_size={requested}, "
             "or use another number of processes."
         )
+    # The largest per-device batch that divides the share of a process and is not above the requested one.
     fits = max(size for size in range(1, min(per_device, each) + 1) if each % size == 0)
     raise SparsortError(
         f"{message}Use per_device_train_batch_size={fits} with gradient_accumulation_steps={each // fits}, or make the "
-        f"plan with batch_size={asked}."
+        f"plan with batch_size={requested}."
     )

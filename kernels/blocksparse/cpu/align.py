@@ -1,8 +1,9 @@
-"""The alignment loss of index scores against the attention that they choose for, with its gradients, on the CPU.
+"""The alignment loss between attention and index scores, with its gradients, on the CPU.
 
-Contract: see `align_forward`. For each (row, group, token), over the support T of visible keys of its selected blocks
-(MSA, arXiv 2606.13392): teacher P = mean over the group's heads of each head's softmax over T, student = softmax over T of the
-index scores S; KL(P ‖ student) = Σ P (log P − log student) and ∂KL/∂S = student − P, as both sum to 1 and P is detached.
+Contract: see `align_forward`. For each (row, group, token), T is the set of visible keys of the selected blocks (MSA,
+arXiv 2606.13392). The teacher P is the mean over the group's heads of each head's softmax over T, and the student is the softmax
+of the index scores S over T. Then KL(P ‖ student) = Σ P (log P − log student), and ∂KL/∂S = student − P, because both sum to 1
+and P is detached.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups, R = H/G, D width, I index width, E entries.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsort.kernels.blocksparse.cpu import dense_map as short
+from sparsort.kernels.blocksparse.cpu import dense_map
 from sparsort.kernels.blocksparse.cpu.tiles import (
     LN2,
     LOG2E,
@@ -44,19 +45,24 @@ def align_forward(
     lse: Tensor | None = None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """KL(P ‖ student) of every token and group.
+    """Compute KL(P ‖ student) of every token and group.
 
     Args:
-        query: (B, H, T, D); key: (B, G, S, D); index_query: (B, G, T, I); index_key: (B, S, I); any strides.
-        lse: (B, H, T) of `attend_forward` without a bias; made here unless given.
-        gradients: whether those of rows.sum() are wanted.
+        query: (B, H, T, D), any strides, here and below.
+        key: (B, G, S, D).
+        index_query: (B, G, T, I).
+        index_key: (B, S, I).
+        selection, layout: the support of both distributions.
+        scale, index_scale: factors for the attention logits and for the index scores.
+        lse: (B, H, T), the log-sum-exp from `attend_forward` without a bias; None: it is computed here.
+        gradients: whether to compute the gradients of rows.sum().
 
     Returns:
         Rows (B, G, T), 0 for padding and for tokens that see nothing, and the gradients of index_query and index_key in their
         dtypes, or None.
     """
-    if short.attends_short(selection, layout, query.shape[1]):
-        return short.align_forward(
+    if dense_map.attends_short(selection, layout, query.shape[1]):
+        return dense_map.align_forward(
             query,
             key,
             index_query,
@@ -82,10 +88,10 @@ def align_forward(
         for group in range(groups):
             keys = keys_of_span(key[span.row, group], span, size, dtype)
             for chunk in chunks(selection, span, group, heads):
-                place = (span.row, slice(group * heads, (group + 1) * heads), chunk.columns)
+                of_heads = (span.row, slice(group * heads, (group + 1) * heads), chunk.columns)
                 of_group = (span.row, group, chunk.columns)
-                queries = rows_of_heads(query[place], dtype).mul_(scale * LOG2E)
-                teacher = _teacher(queries, keys, None if lse is None else lse[place].T.to(dtype), chunk, scratch)
+                queries = rows_of_heads(query[of_heads], dtype).mul_(scale * LOG2E)
+                teacher = _teacher(queries, keys, None if lse is None else lse[of_heads].T.to(dtype), chunk, scratch)
                 index_queries = index_query[of_group].to(dtype) * (index_scale * LOG2E)
                 student = _log_student(index_queries, index_keys, chunk, scratch)
                 rows[of_group] = _divergence(teacher, student, chunk)
@@ -95,13 +101,13 @@ def align_forward(
                 d_queries = _spread(d_scores, index_queries, index_keys, d_keys, chunk, scratch)
                 d_index_query[of_group] = d_queries.mul_(index_scale).to(index_query.dtype)
         if d_index_key is not None:
-            # The index queries that made it were scaled to base 2.
+            # d_keys was summed from index queries that contain the factor log2 e, which ln 2 removes.
             d_index_key[span.row, within] = d_keys[: span.keys].mul_(LN2).to(index_key.dtype)
     return rows, d_index_query, d_index_key
 
 
 def _teacher(queries: Tensor, keys: Tensor, lse: Tensor | None, chunk: Chunk, scratch: Scratch) -> Tensor:
-    """P of each entry's keys, (E, W): the mean of the heads' softmax. Queries (T, R·D) are scaled; lse is (T, R)."""
+    """Return the teacher P of each entry's keys, (E, W), from scaled queries (T, R·D) and lse (T, R)."""
     logits = chunk_logits(queries, keys, chunk, -torch.inf, scratch)
     if lse is None:
         _, total = peak_and_sum(logits, chunk.query, chunk.queries)
@@ -112,7 +118,8 @@ def _teacher(queries: Tensor, keys: Tensor, lse: Tensor | None, chunk: Chunk, sc
 
 
 def _log_student(queries: Tensor, keys: Tensor, chunk: Chunk, scratch: Scratch) -> Tensor:
-    """log2 of the softmax of the index scores, (E, W); finite where nothing is seen, as its product with P's 0 must be 0."""
+    """Return log2 of the softmax of the index scores, (E, W)."""
+    # Hidden keys get a large negative but finite score, because their product with P = 0 must be 0, not NaN.
     scores = chunk_logits(queries, keys, chunk, torch.finfo(queries.dtype).min / 4, scratch, name="scores")
     weights = scratch("weights", *scores.shape).copy_(scores)
     peak, total = peak_and_sum(weights, chunk.query, chunk.queries)
@@ -120,14 +127,15 @@ def _log_student(queries: Tensor, keys: Tensor, chunk: Chunk, scratch: Scratch) 
 
 
 def _divergence(teacher: Tensor, student: Tensor, chunk: Chunk) -> Tensor:
-    """Σ P (log P − log student) of each query, (T,)."""
+    """Return Σ P (log P − log student) of each query, (T,), from P and log2 of the student."""
+    # The clamp makes log P finite where P is 0, so that 0 · log 0 = 0.
     smallest = torch.finfo(teacher.dtype).tiny
     terms = teacher.clamp_min(smallest).log2_().sub_(student).mul_(teacher)
     return terms.new_zeros(chunk.queries).index_add_(0, chunk.query, terms.sum(dim=1)).mul_(LN2)
 
 
 def _spread(d_scores: Tensor, queries: Tensor, keys: Tensor, d_keys: Tensor, chunk: Chunk, scratch: Scratch) -> Tensor:
-    """Adds d_scoresᵀ · queries to d_keys; returns d_scores · keys of each query, (T, I)."""
+    """Add d_scoresᵀ · queries to d_keys, and return d_scores · keys of each query, (T, I)."""
     d_queries = torch.zeros_like(queries)
     gathered = scratch("gathered", chunk.longest, queries.shape[1])
     for tile in chunk.tiles:

@@ -1,13 +1,13 @@
-"""Exact attention on a selection, on the CPU: forward and backward at the cost of what was selected.
+"""Exact attention over a selection on the CPU, forward and backward, at a cost proportional to the selection.
 
-Contract: see `attend_forward` and `attend_backward`; autograd and argument checks are in `ops.py`, the equations in
-`reference.py`. Work goes key block by key block inside chunks of queries (`tiles.py`): the queries that chose a block are
-gathered and multiplied with it, so every product is dense and nothing outside the selection is touched. A few queries against
-many keys (decoding) gather their keys instead, and short sequences take the dense map (`dense_map.py`), where that is cheaper and
-fits. Logits, sums and gradients are float32 (float64 for float64).
+Contract: see `attend_forward` and `attend_backward`; autograd and argument checks are in `ops.py`, and the equations in
+`reference.py`. The work is done key block by key block within chunks of queries (`tiles.py`). The queries that chose a block are
+gathered and multiplied with it, so every product is dense and nothing outside the selection is read. There are two exceptions:
+a few queries against many keys (decoding) gather their keys instead, and short sequences use the dense map (`dense_map.py`)
+if that is cheaper and fits. Logits, sums and gradients are float32 (float64 for float64).
 
-Source: MSA (arXiv 2606.13392), keys-outer over the reverse index; the backward pass recomputes P from the log-sum-exp as in
-FlashAttention-2 (arXiv 2307.08691, algorithm 2).
+Source: MSA (arXiv 2606.13392) for the outer loop over keys by the reverse of the selection; FlashAttention-2 (arXiv 2307.08691,
+algorithm 2) for the backward pass, which recomputes P from the log-sum-exp.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups, R = H/G, D width, K slots, E entries.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsort.kernels.blocksparse.cpu import dense_map as short
+from sparsort.kernels.blocksparse.cpu import dense_map
 from sparsort.kernels.blocksparse.cpu.tiles import (
     LN2,
     LOG2E,
@@ -34,7 +34,7 @@ from sparsort.kernels.blocksparse.cpu.tiles import (
 from sparsort.kernels.blocksparse.layout import Layout, Span
 from sparsort.kernels.blocksparse.selection import Selection
 
-# Elements of the keys that a few queries gather at a time.
+# The number of elements of gathered keys, for a few queries against many keys: 16 MiB in float32.
 _GATHER_ELEMENTS = 1 << 22
 
 
@@ -49,23 +49,26 @@ def attend_forward(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias) v over the visible keys of the selected blocks.
+    """Compute softmax(scale · q kᵀ + bias) v over the visible keys of the selected blocks.
 
     Args:
         query: (B, H, T, D), any strides; float64, float32, bfloat16 or float16.
         key, value: (B, G, S, D) of the same dtype.
-        selection: of (B, G, T, K) blocks.
+        selection: the blocks (B, G, T, K).
+        layout: the sequences.
+        scale: factor for the logits.
         bias: (B, G, T, K), added to the logits of a slot's keys.
 
     Returns:
-        Output (B, H, T, D) in the query's dtype and log-sum-exp (B, H, T); 0 and −∞ where a query sees nothing.
+        Output (B, H, T, D) in the query's dtype and log-sum-exp (B, H, T); 0 and −∞ for a query that sees nothing.
     """
     batch, heads, columns, width = query.shape
-    if short.attends_short(selection, layout, heads):
-        return short.attend_forward(query, key, value, selection, layout, scale=scale, bias=bias)
+    if dense_map.attends_short(selection, layout, heads):
+        return dense_map.attend_forward(query, key, value, selection, layout, scale=scale, bias=bias)
     groups = key.shape[1]
     dtype = working_dtype(query.dtype)
-    # Tokens before heads: what a chunk makes lies together, and the layer's next step wants it so.
+    # Store tokens before heads in memory. Then the output of a chunk is contiguous, and so is the (B, T, H·D) view that the
+    # layer's output projection needs.
     output = query.new_zeros(batch, columns, heads, width).transpose(1, 2)
     lse = query.new_full((batch, columns, heads), -torch.inf, dtype=dtype).transpose(1, 2)
     few = [span for span in layout.spans if _is_few(span, selection)]
@@ -80,12 +83,12 @@ def attend_forward(
             keys = keys_of_span(key[span.row, group], span, selection.block_size, dtype)
             values = keys_of_span(value[span.row, group], span, selection.block_size, dtype)
             for chunk in chunks(selection, span, group, group_heads, merge=bias is None):
-                place = (span.row, slice(group * group_heads, (group + 1) * group_heads), chunk.columns)
-                queries = rows_of_heads(query[place], dtype).mul_(scale * LOG2E)
+                of_heads = (span.row, slice(group * group_heads, (group + 1) * group_heads), chunk.columns)
+                queries = rows_of_heads(query[of_heads], dtype).mul_(scale * LOG2E)
                 entry_bias = _of_entries(bias, span, group, chunk, dtype)
-                made, chunk_lse = _chunk_forward(queries, keys, values, entry_bias, chunk, group_heads, scratch)
-                output[place] = made.view(-1, group_heads, width).transpose(0, 1)
-                lse[place] = chunk_lse.T
+                chunk_output, chunk_lse = _chunk_forward(queries, keys, values, entry_bias, chunk, group_heads, scratch)
+                output[of_heads] = chunk_output.view(-1, group_heads, width).transpose(0, 1)
+                lse[of_heads] = chunk_lse.T
     return output, lse
 
 
@@ -103,24 +106,25 @@ def attend_backward(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `attend_forward`'s output.
+    """Compute the gradients of `attend_forward`.
 
     Args:
-        grad_output: (B, H, T, D).
-        output, lse: what `attend_forward` returned; the other arguments are what it was given.
+        grad_output: (B, H, T, D), the gradient of the output.
+        query, key, value, selection, layout, scale, bias: the arguments of `attend_forward`.
+        output, lse: the results of `attend_forward`.
 
     Returns:
-        Gradients of query, key, value and, where there is one, of bias, each in its dtype; 0 for padding.
+        The gradients of query, key, value and bias (None without a bias), each in its dtype; 0 for padding.
     """
     batch, heads, columns, width = query.shape
-    if short.attends_short(selection, layout, heads):
-        given = (grad_output, query, key, value, output, lse)
-        return short.attend_backward(*given, selection, layout, scale=scale, bias=bias)
+    if dense_map.attends_short(selection, layout, heads):
+        tensors = (grad_output, query, key, value, output, lse)
+        return dense_map.attend_backward(*tensors, selection, layout, scale=scale, bias=bias)
     groups, group_heads = key.shape[1], heads // key.shape[1]
     dtype = working_dtype(query.dtype)
     size = selection.block_size
     d_query = query.new_zeros(batch, columns, heads, width).transpose(1, 2)
-    d_key, d_value = (given.new_zeros(given.shape) for given in (key, value))
+    d_key, d_value = (tensor.new_zeros(tensor.shape) for tensor in (key, value))
     d_bias = None if bias is None else bias.new_zeros(bias.shape)
     scratch = Scratch(query.device, dtype)
     for span in layout.spans:
@@ -130,14 +134,14 @@ def attend_backward(
             values = keys_of_span(value[span.row, group], span, size, dtype)
             d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
             for chunk in chunks(selection, span, group, group_heads, merge=bias is None):
-                place = (span.row, slice(group * group_heads, (group + 1) * group_heads), chunk.columns)
-                queries, grads = (rows_of_heads(given[place], dtype) for given in (query, grad_output))
-                delta = (grads * rows_of_heads(output[place], dtype)).view(-1, group_heads, width).sum(dim=-1)
+                of_heads = (span.row, slice(group * group_heads, (group + 1) * group_heads), chunk.columns)
+                queries, grads = (rows_of_heads(tensor[of_heads], dtype) for tensor in (query, grad_output))
+                delta = (grads * rows_of_heads(output[of_heads], dtype)).view(-1, group_heads, width).sum(dim=-1)
                 entry_bias = _of_entries(bias, span, group, chunk, dtype)
                 d_queries, d_entries = _chunk_backward(
                     queries.mul_(scale * LOG2E),
                     grads,
-                    lse[place].masked_fill(lse[place] == -torch.inf, 0).T * LOG2E,
+                    lse[of_heads].masked_fill(lse[of_heads] == -torch.inf, 0).T * LOG2E,
                     delta,
                     (keys, values),
                     (d_keys, d_values),
@@ -145,10 +149,10 @@ def attend_backward(
                     chunk,
                     scratch,
                 )
-                d_query[place] = d_queries.mul_(scale).view(-1, group_heads, width).transpose(0, 1)
+                d_query[of_heads] = d_queries.mul_(scale).view(-1, group_heads, width).transpose(0, 1)
                 if d_bias is not None:
                     d_bias[span.row, group, chunk.columns][chunk.query, chunk.slot] = d_entries.to(d_bias.dtype)
-            # The queries that made it were scaled to base 2.
+            # d_keys was summed from queries that contain the factor log2 e, which ln 2 removes.
             d_key[span.row, group, within] = d_keys[: span.keys].mul_(LN2).to(key.dtype)
             d_value[span.row, group, within] = d_values[: span.keys].to(value.dtype)
     return d_query, d_key, d_value, d_bias
@@ -163,7 +167,7 @@ def _chunk_forward(
     heads: int,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, R·D) and log-sum-exp (T, R) of scaled queries (T, R·D); bias (E,)."""
+    """Return the output (T, R·D) and the log-sum-exp (T, R) of scaled queries (T, R·D), with a bias (E,) or None."""
     width = keys.shape[1]
     logits = chunk_logits(queries, keys, chunk, -torch.inf, scratch)
     gathered = scratch("gathered", chunk.longest, heads * width)
@@ -175,7 +179,8 @@ def _chunk_forward(
         block = values[tile.key : tile.key + chunk.width]
         weights = logits[tile.start : tile.end].view(-1, chunk.width)
         add_product(output, tile, weights, block, gathered)
-    # The highest logit adds 1 to the sum, so only queries that see nothing have less.
+    # The highest logit contributes 1 to the sum, so only queries that see nothing have a smaller sum, and the clamp makes their
+    # output 0.
     output.view(-1, heads, width).div_(total.clamp_min(1)[..., None])
     return output, (peak + total.log2()).mul_(LN2)
 
@@ -191,15 +196,16 @@ def _chunk_backward(
     chunk: Chunk,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """Adds to d_keys and d_values; returns the gradients of the logits: by query times keys (T, R·D), and by entry (E,).
+    """Add to d_keys and d_values, and return the unscaled query gradients (T, R·D) and the gradients by entry (E,).
 
-    delta is Σ grads · output (T, R): with P = 2^(logits − lse) and dP = grads · valuesᵀ, dlogits = P · (dP − delta).
+    With P = 2^(logits − lse), dP = grads · valuesᵀ and delta = Σ grads · output (T, R), dlogits = P · (dP − delta).
     """
     (keys, values), (d_keys, d_values) = keys_values, d_keys_values
     heads, width = delta.shape[1], keys.shape[1]
     gathered = scratch("gathered", chunk.longest, heads * width)
     gathered_grads = scratch("gathered_grads", chunk.longest, heads * width)
     entry_lse, entry_delta = lse[chunk.query][..., None], delta[chunk.query][..., None]
+    # Subtracting the bias from the log-sum-exp has the same effect on P as adding it to the logits.
     if bias is not None:
         entry_lse -= bias[:, None, None]
     d_queries = torch.zeros_like(queries)
@@ -225,12 +231,12 @@ def _chunk_backward(
 
 
 def _of_entries(bias: Tensor | None, span: Span, group: int, chunk: Chunk, dtype: torch.dtype) -> Tensor | None:
-    """(E,) to base 2."""
+    """Return the bias of each entry, (E,), for logits to base 2."""
     return None if bias is None else bias[span.row, group, chunk.columns][chunk.query, chunk.slot].to(dtype) * LOG2E
 
 
 def _is_few(span: Span, selection: Selection) -> bool:
-    """Whether gathering every query's keys reads less than going through all of the sequence's."""
+    """Whether gathering each query's own keys reads fewer keys than going through the whole sequence."""
     reads = span.queries * selection.blocks.shape[3] * selection.block_size
     return reads > 0 and (span.queries == 1 or reads <= span.keys)
 
@@ -246,7 +252,7 @@ def _gathered(
     output: Tensor,
     lse: Tensor,
 ) -> None:
-    """Writes output and log-sum-exp of the spans' queries, each of which gathers its own keys."""
+    """Write the output and log-sum-exp of the spans' queries, each of which gathers its own keys."""
     dtype = working_dtype(query.dtype)
     group_heads, size, slots = query.shape[1] // key.shape[1], selection.block_size, selection.blocks.shape[3]
     step = max(_GATHER_ELEMENTS // max(slots * size * query.shape[3], 1), 1)
@@ -260,20 +266,21 @@ def _gathered(
             position = torch.arange(first, first + count, device=query.device)
             for group in range(key.shape[1]):
                 blocks = selection.blocks[span.row, group, columns].long()
-                place = (blocks[..., None] * size + inside).flatten(1)
-                seen = (place <= position[:, None]) & (blocks >= 0).repeat_interleave(size, dim=1)
-                # What is not seen is not read: the first key that is seen stands in for it.
-                lowest = torch.where(seen, place, position[:, None]).amin(dim=1, keepdim=True)
-                place = torch.where(seen, place, lowest).flatten()
+                key_index = (blocks[..., None] * size + inside).flatten(1)
+                seen = (key_index <= position[:, None]) & (blocks >= 0).repeat_interleave(size, dim=1)
+                # Do not read keys that are not seen, which may be NaN: gather the query's first visible key instead.
+                lowest = torch.where(seen, key_index, position[:, None]).amin(dim=1, keepdim=True)
+                key_index = torch.where(seen, key_index, lowest).flatten()
                 heads = slice(group * group_heads, (group + 1) * group_heads)
                 rows = query[span.row, heads, columns].transpose(0, 1).to(dtype)
-                taken = key[span.row, group, within].index_select(0, place).to(dtype).view(count, -1, key.shape[3])
-                logits = (rows @ taken.transpose(1, 2)).mul_(scale)
+                keys = key[span.row, group, within].index_select(0, key_index).to(dtype).view(count, -1, key.shape[3])
+                logits = (rows @ keys.transpose(1, 2)).mul_(scale)
                 if bias is not None:
                     logits += bias[span.row, group, columns].to(dtype).repeat_interleave(size, dim=1)[:, None]
                 logits.masked_fill_(~seen[:, None], -torch.inf)
                 total = logits.logsumexp(dim=-1)
                 weights = (logits - total.masked_fill(total == -torch.inf, 0)[..., None]).exp_()
-                taken = value[span.row, group, within].index_select(0, place).to(dtype).view(count, -1, key.shape[3])
-                output[span.row, heads, columns] = (weights @ taken).transpose(0, 1).to(output.dtype)
+                values = value[span.row, group, within].index_select(0, key_index).to(dtype)
+                values = values.view(count, -1, key.shape[3])
+                output[span.row, heads, columns] = (weights @ values).transpose(0, 1).to(output.dtype)
                 lse[span.row, heads, columns] = total.T

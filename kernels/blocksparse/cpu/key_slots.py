@@ -1,11 +1,12 @@
-"""A layout by places: the keys of every sequence laid out from a whole block on, and what a selection hides among them.
+"""A grid of key slots, in which every sequence starts at a block boundary, and the mask that a selection puts on it.
 
-Contract: for the dense map of short sequences (`dense_map.py`), which is made of all rows at once: a block is W places in a row,
-wherever padding or packing put its keys. Padding may hold anything: what is taken by `keys` and `rows` has 0 for
-it, and gradients are given back as 0.
+Contract: the grid is for the dense map of short sequences (`dense_map.py`), which is computed for all rows at once. Every block
+has W adjacent key slots, whatever the positions of its keys in the tensors. Padding may hold any values: the results of `keys`
+and `rows` have 0 for it, and its gradients are 0.
 
-Legend: B batch, T query columns, S key columns, G groups, R heads of a group, K slots, W block size, N blocks of the row with
-most, P = N · W places, t query columns at a time, s places that they see, X heads or groups, C any width.
+Legend: B batch, T query columns, S key columns, G groups, R heads of a group, K slots of a selection, W block size, N blocks of
+the row that has the most, P = N · W key slots, t query columns at a time, s key slots that they see, X heads or groups, C any
+width.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from sparsort.kernels.blocksparse.cpu.tiles import LOG2E
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 
-# Query columns at a time, in whole blocks. Fewer skip more of what is in the future, in smaller products.
+# The number of query columns at a time, in whole blocks. Fewer columns skip more future keys but make the products smaller.
 COLUMNS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Piece:
-    """Some query columns: which, how many blocks they see, and the first place that not all of them see."""
+    """A run of query columns, the number of blocks that they see, and the first key slot that not all of them see."""
 
     columns: slice
     blocks: int
@@ -35,17 +36,17 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Grid:
-    """A layout by places.
+    """The key slots of a layout.
 
     Attributes:
         layout: the layout.
         size: W.
         blocks: N.
-        limit: (B or 1, T) int64: the place of each query's own key, −1 for padding.
-        first_block: (B, T) int64: where the blocks of each query's sequence start; None where each is the only one of its row.
-        source: (B, P) int64: the key column of each place, S where there is none. None, as is `padding`, where every row is one
-            sequence of all columns.
-        padding: (B, T) bool.
+        limit: (B or 1, T) int64, the key slot of each query's own key, −1 for padding.
+        first_block: (B, T) int64, the first block of each query's sequence in its row; None if every sequence starts at block 0.
+        source: (B, P) int64, the key column of each key slot, S for empty slots. `source` and `padding` are None if every row
+            is one sequence that fills all columns.
+        padding: (B, T) bool, True for padding.
     """
 
     layout: Layout
@@ -81,7 +82,7 @@ class Grid:
             )
         number = layout.span_of_query(device)
         padding = number < 0
-        # Padding has the number −1, which reads the 0 at the end.
+        # Padding has sequence number −1, which reads the extra 0 at the end.
         first_block = torch.tensor([*first, 0], device=device)[number.long()]
         limit = (first_block * size + layout.position(device)).masked_fill_(padding, -1)
         return cls(
@@ -95,7 +96,7 @@ class Grid:
         )
 
     def pieces(self) -> Iterator[Piece]:
-        """Runs of query columns, without those that are padding throughout."""
+        """Yield runs of query columns, except those that are padding in every row."""
         step = max(COLUMNS // self.size, 1) * self.size
         highest = self.limit.amax(dim=0).tolist()
         lowest = self.limit.where(self.limit >= 0, self.blocks * self.size).amin(dim=0).tolist()
@@ -106,44 +107,45 @@ class Grid:
                 yield Piece(columns=columns, blocks=-(-seen // self.size), tail=min(lowest[columns]) + 1)
 
     def keys(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B · X, P, C) of (B, X, S, C) `values`, 0 where a place has no key."""
+        """Copy `values` (B, X, S, C) to key slots: (B · X, P, C), 0 in empty slots."""
         batch, heads, columns, width = values.shape
         if self.source is None:
-            made = values.new_empty(batch, heads, self.blocks * self.size, width, dtype=dtype)
-            made[:, :, :columns] = values
-            made[:, :, columns:] = 0
+            by_slot = values.new_empty(batch, heads, self.blocks * self.size, width, dtype=dtype)
+            by_slot[:, :, :columns] = values
+            by_slot[:, :, columns:] = 0
         else:
             index = self.source.clamp(max=columns - 1)[:, None, :, None].expand(-1, heads, -1, width)
-            made = values.gather(2, index).to(dtype)
-            made = made.masked_fill_((self.source == columns)[:, None, :, None], 0)
-        return made.flatten(0, 1)
+            by_slot = values.gather(2, index).to(dtype)
+            by_slot = by_slot.masked_fill_((self.source == columns)[:, None, :, None], 0)
+        return by_slot.flatten(0, 1)
 
     def key_gradient(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The reverse of `keys`: (B, X, S, C) as `like`, 0 for padding."""
+        """Copy a gradient from key slots back to columns: (B, X, S, C) in the dtype of `like`, 0 for padding."""
         batch, heads, columns, width = like.shape
         gradient = gradient.view(batch, heads, -1, width).to(like.dtype)
         if self.source is None:
             return gradient[:, :, :columns].contiguous()
-        made = like.new_zeros(batch, heads, columns + 1, width)
-        made.scatter_(2, self.source[:, None, :, None].expand_as(gradient), gradient)
-        return made[:, :, :columns].contiguous()
+        # Empty slots scatter to the extra column S, which is dropped.
+        by_column = like.new_zeros(batch, heads, columns + 1, width)
+        by_column.scatter_(2, self.source[:, None, :, None].expand_as(gradient), gradient)
+        return by_column[:, :, :columns].contiguous()
 
     def rows(self, values: Tensor, piece: Piece, groups: int, dtype: torch.dtype) -> Tensor:
-        """A copy of (B, X, T, C) `values` at the piece's columns, (B · groups, X / groups · t, C), 0 for padding."""
-        taken = values[:, :, piece.columns]
-        made = torch.empty(taken.shape, dtype=dtype, device=values.device).copy_(taken)
+        """Copy `values` (B, X, T, C) at the piece's columns: (B · groups, X / groups · t, C), 0 for padding."""
+        source = values[:, :, piece.columns]
+        rows = torch.empty(source.shape, dtype=dtype, device=values.device).copy_(source)
         if self.padding is not None:
-            made.masked_fill_(self.padding[:, None, piece.columns, None], 0)
-        return made.view(values.shape[0] * groups, -1, values.shape[3])
+            rows.masked_fill_(self.padding[:, None, piece.columns, None], 0)
+        return rows.view(values.shape[0] * groups, -1, values.shape[3])
 
     def future(self, piece: Piece, hidden: float, dtype: torch.dtype) -> Tensor:
-        """(B or 1, t, s − tail): `hidden` at the places from `tail` on that a query does not see, and else 0."""
-        places = torch.arange(piece.tail, piece.blocks * self.size, device=self.limit.device)
-        made = torch.zeros((), dtype=dtype, device=places.device)
-        return torch.where(places > self.limit[:, piece.columns, None], hidden, made)
+        """Return (B or 1, t, s − tail), `hidden` for key slots from `tail` on that a query does not see, otherwise 0."""
+        slots = torch.arange(piece.tail, piece.blocks * self.size, device=self.limit.device)
+        zero = torch.zeros((), dtype=dtype, device=slots.device)
+        return torch.where(slots > self.limit[:, piece.columns, None], hidden, zero)
 
     def places_of(self, blocks: Tensor) -> tuple[Tensor, bool]:
-        """The blocks (B, G, T, K) counted in their row, N in unused slots; and whether every query has all that it sees."""
+        """Number the blocks (B, G, T, K) by their row, N in unused slots; also return whether all queries have all blocks."""
         limit = self.limit[:, None, :, None]
         own = torch.div(limit, self.size, rounding_mode="floor")
         first = 0 if self.first_block is None else self.first_block[:, None, :, None]
@@ -153,10 +155,10 @@ class Grid:
 
 
 class Hiding:
-    """What a selection hides on the dense map, as a number to be added to the logits.
+    """The mask of a selection on the dense map, as numbers that are added to the logits.
 
     Attributes:
-        places: see `Grid.places_of`.
+        places: (B, G, T, K), the selected blocks; see `Grid.places_of`.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class Hiding:
             self._by_block = by_block.scatter_(-1, self.places, added)
 
     def add_to(self, logits: Tensor, piece: Piece) -> None:
-        """`logits` are (B, G, R, t, s)."""
+        """Add the mask, and the bias if there is one, to the piece's logits (B, G, R, t, s), in place."""
         future = self._grid.future(piece, self._hidden, logits.dtype)[:, None]
         if self._by_block is None:
             logits[..., piece.tail :] += future[:, :, None]
@@ -185,7 +187,7 @@ class Hiding:
 
 
 def first_blocks(layout: Layout, size: int) -> tuple[list[int], int]:
-    """The number in its row of each sequence's first block, and N."""
+    """Return the number of each sequence's first block in its row, and N."""
     used = [0] * layout.batch
     first = []
     for span in layout.spans:

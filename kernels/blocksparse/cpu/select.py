@@ -1,7 +1,7 @@
-"""Index scores to a selection, on the CPU, without ever holding the map of all scores.
+"""The selection by index scores on the CPU, without a map of all scores in memory.
 
-Contract: see `index_select`. A token's score for a block is the highest of its scores for the block's visible keys
-(MSA, arXiv 2606.13392); who is chosen follows `budgets.choose`, ties and all.
+Contract: see `index_select`. A token's score for a block is the highest of its scores for the block's visible keys (MSA,
+arXiv 2606.13392). `budgets.choose` then chooses the blocks and breaks ties.
 
 Legend: B batch, G groups, T query columns, S key columns, I index width, K slots, N blocks, W block size.
 """
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sparsort.kernels.blocksparse.budgets import Budget, choose
-from sparsort.kernels.blocksparse.cpu import dense_map as short
+from sparsort.kernels.blocksparse.cpu import dense_map
 from sparsort.kernels.blocksparse.cpu.tiles import fitting_queries, working_dtype
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 
-# Scores held at a time: 8 MiB in float32.
+# The number of scores in memory at a time: 8 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 21
+# Up to this number of columns, the maximum of a block is computed by halving; see `_pool`.
 _FEW_COLUMNS = 16
 
 
@@ -26,21 +27,25 @@ _FEW_COLUMNS = 16
 def index_select(
     index_query: Tensor, index_key: Tensor, layout: Layout, budget: Budget, *, block_size: int, scale: float
 ) -> Selection:
-    """The blocks of every token by its index scores.
+    """Select the blocks of every token by its index scores.
 
-    Memory beside the result: the index keys of a sequence and 2²¹ scores, or the scores of one query where those are more.
+    In addition to the result, this needs memory for the index keys of a sequence and for 2²¹ scores, or for the scores of one
+    query if these are more.
 
     Args:
         index_query: (B, G, T, I), any strides.
-        index_key: (B, S, I): one index head of keys for all groups.
-        scale: of the scores; a threshold or a top-p budget reads their softmax.
+        index_key: (B, S, I), one head of index keys for all groups.
+        layout: the sequences.
+        budget: number of blocks per query token.
+        block_size: W.
+        scale: factor for the scores, which matters to budgets by threshold and by top-p.
 
     Returns:
-        Blocks (B, G, T, K) with K = min(budget's slots, blocks of the longest sequence).
+        Selection with blocks (B, G, T, K), K = min(budget's slots, blocks of the longest sequence).
     """
     batch, groups, columns, _ = index_query.shape
-    if short.scores_short(layout, groups, block_size):
-        return short.index_select(index_query, index_key, layout, budget, block_size=block_size, scale=scale)
+    if dense_map.scores_short(layout, groups, block_size):
+        return dense_map.index_select(index_query, index_key, layout, budget, block_size=block_size, scale=scale)
     slots = min(budget.slots, layout.blocks(block_size))
     blocks = torch.full((batch, groups, columns, slots), -1, dtype=torch.int32, device=index_query.device)
     dtype = working_dtype(index_query.dtype)
@@ -50,39 +55,43 @@ def index_select(
         while start < span.queries:
             first = span.keys - span.queries + start
             count = min(fitting_queries(first, _CHUNK_ELEMENTS // groups, block_size), span.queries - start)
-            where = slice(span.query_start + start, span.query_start + start + count)
-            queries = index_query[span.row, :, where].to(dtype) * scale
+            chunk = slice(span.query_start + start, span.query_start + start + count)
+            queries = index_query[span.row, :, chunk].to(dtype) * scale
             scores = _block_scores(queries, keys[: first + count], first, block_size)
             own = torch.arange(first, first + count, device=keys.device) // block_size
-            found = choose(scores, own, budget)
-            blocks[span.row, :, where, : found.shape[-1]] = found
+            chosen = choose(scores, own, budget)
+            blocks[span.row, :, chunk, : chosen.shape[-1]] = chosen
             start += count
     return Selection(blocks=blocks, block_size=block_size)
 
 
 def _block_scores(queries: Tensor, keys: Tensor, first: int, size: int) -> Tensor:
-    """(G, t, N) of scaled (G, t, I) queries, whose positions start at `first`, and the keys up to the last one's."""
+    """Return the block scores (G, t, N) of scaled queries (G, t, I), the first of them at position `first`.
+
+    `keys` are those up to the last query's own.
+    """
     groups, count, width = queries.shape
-    # Keys before queries: then the maximum of a block runs over whole rows.
+    # With keys before queries, the maximum over a block's keys is a maximum of whole rows.
     scores = torch.mm(keys, queries.reshape(-1, width).T).view(-1, groups, count)
     hidden = torch.arange(first, keys.shape[0], device=keys.device)[:, None] > torch.arange(
         first, first + count, device=keys.device
     )
     scores[first:].masked_fill_(hidden[:, None], -torch.inf)
     best = _pool(scores, size)
-    # Rare, and looked for where there is least to look through: a token's score that is no finite number counts as lowest.
+    # A score that is not finite counts as lowest. This is rare, so it is searched for in the maxima, of which there are fewest.
     if not bool((best < torch.inf).all()):
         best = _pool(scores.masked_fill_(~scores.isfinite(), -torch.inf), size)
     return best.permute(1, 2, 0)
 
 
 def _pool(scores: Tensor, size: int) -> Tensor:
-    """The highest of each block of rows; the last block may be smaller."""
+    """Return the maximum over each block of `size` rows; the last block may be smaller."""
     keys, groups, count = scores.shape
     whole = keys // size
     best = scores.new_empty(-(-keys // size), groups, count)
     rows = scores[: whole * size].view(whole, size, groups, count)
-    # torch takes a few columns one number at a time, up to ten times as slowly as the maximum of two halves (decoding).
+    # With few columns (decoding), torch.amax processes one number at a time and is up to ten times as slow as the elementwise
+    # maximum of two halves. Therefore halve the blocks first.
     while 1 < groups * count <= _FEW_COLUMNS and rows.shape[1] % 2 == 0:
         rows = torch.maximum(*rows.tensor_split(2, dim=1))
     torch.amax(rows, dim=1, out=best[:whole])

@@ -1,14 +1,15 @@
-"""The alignment loss of index scores against the attention they choose for, with its gradients, in Triton.
+"""The alignment loss between attention and index scores, with its gradients, in Triton.
 
-Contract: as `cpu.align.align_forward`, in float32 whatever the tensors' dtype; the oracle is `reference.align_ref`. With P the
-mean of a group's heads' probabilities over the selection (MSA, arXiv 2606.13392): KL(P ‖ student) = Σ P (log P − log student),
-and the gradient of a score is student − P.
+Contract: the interface is that of `cpu.align.align_forward`, the computation is in float32 whatever the tensors' dtype, and the
+oracle is `reference.align_ref`. With P as the mean of the group's heads' probabilities over the selection (MSA,
+arXiv 2606.13392), KL(P ‖ student) = Σ P (log P − log student), and the gradient of a score is student − P.
 
-Keys are the outer loop: a program holds keys of one block and gathers the queries that chose it, from the reverse of the
-selection, so that the products fill their tiles whatever the group's size and however differently neighbours choose. What a
-query sums over its blocks is written per slot and added afterwards in the order of slots, and a block's sum over its queries
-is one program's: no atomics, and two runs are bitwise the same. Queries are worked off in chunks, which bounds what lies in
-between to some 256 MiB; a chunk's queries are split where there are too few blocks to keep the GPU busy.
+Keys are the outer loop. A program holds keys of one block and gathers the queries that chose it, from the reverse of the
+selection. The products therefore fill their tiles, whatever the size of the group and however different the choices of adjacent
+queries. Sums over the blocks of a query are written per slot and added afterwards in the order of slots, and a block's sum over
+its queries is computed by one program. There are no atomics, so results are bitwise reproducible. Queries are processed in
+chunks, which limits the intermediate results to about 256 MiB. If there are too few blocks to keep the GPU busy, the queries of
+a chunk are split among programs.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups, R = H/G, D head width, I index width, K slots,
 W block size, C queries of a chunk.
@@ -28,20 +29,21 @@ from sparsort.kernels.blocksparse.triton.align_kernels import align_kernel, lse_
 from sparsort.kernels.blocksparse.triton.launch import LOG2_E, check_triton, matmul_precision, processors, shared_memory
 from sparsort.kernels.blocksparse.triton.segments import key_blocks
 
-# Bytes of what a chunk writes per slot.
+# The maximum size in bytes of the results that a chunk writes per slot.
 _CHUNK_BYTES = 256 << 20
 _MOST_SPLITS = 8
 
 
 class Work(NamedTuple):
-    """The queries of every block, cut at the edges of sub-ranges of query columns; `splits` of them make a chunk.
+    """The queries of every block, divided by sub-ranges of query columns. A chunk has `splits` sub-ranges.
 
     Attributes:
-        query, slot, table: of `Reverse`, and `key_blocks`.
-        bounds: (B · G · N, sub-ranges + 1) int64: where in `query` the queries of a block and sub-range start.
-        range: query columns of a sub-range.
-        splits: sub-ranges of a chunk.
-        blocks: N, of the row with most.
+        query, slot: those of `Reverse`.
+        table: the result of `key_blocks`.
+        bounds: (B · G · N, sub-ranges + 1) int64, the first entry in `query` of each block and sub-range.
+        range: the number of query columns in a sub-range.
+        splits: the number of sub-ranges in a chunk.
+        blocks: N, the number of blocks in the row that has the most.
     """
 
     query: Tensor
@@ -53,13 +55,13 @@ class Work(NamedTuple):
     blocks: int
 
     def order(self, chunk: int) -> Tensor:
-        """The chunk's (block, split) by how many queries they have, most first: the longest must not start last."""
+        """Return the chunk's (block, split) pairs by descending number of queries, so that the longest do not start last."""
         bounds = self.bounds[:, chunk * self.splits : (chunk + 1) * self.splits + 1]
         return bounds.diff().flatten().argsort(descending=True)
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, its warps and stages."""
+    """The numbers of queries and keys in a tile, and of warps and pipeline stages."""
 
     rows: int
     keys: int
@@ -80,22 +82,24 @@ def align_forward_triton(
     lse: Tensor | None = None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """KL(P ‖ student) of every token and group.
+    """Compute KL(P ‖ student) of every token and group.
 
     Args:
-        query: (B, H, T, D); key: (B, G, S, D); index_query: (B, G, T, I); index_key: (B, S, I); float16, bfloat16 or float32,
-            D and I at most 256, any strides.
+        query: (B, H, T, D), float16, bfloat16 or float32; any strides, here and below. D and I are at most 256.
+        key: (B, G, S, D).
+        index_query: (B, G, T, I).
+        index_key: (B, S, I).
         selection, layout: the support of both distributions.
-        scale, index_scale: of the attention's logits and of the index scores.
-        lse: (B, H, T) of `attend_forward_triton` without a bias; made here unless given.
-        gradients: whether those of rows.sum() are wanted.
+        scale, index_scale: factors for the attention logits and for the index scores.
+        lse: (B, H, T), the log-sum-exp from `attend_forward_triton` without a bias; None: it is computed here.
+        gradients: whether to compute the gradients of rows.sum().
 
     Returns:
-        Rows (B, G, T) float32, 0 for padding and for tokens that see nothing, and the gradients: of index_query in its dtype,
-        of index_key in float32, in which sums over many tokens stay in range; or None.
+        Rows (B, G, T) float32, 0 for padding and for tokens that see nothing, and the gradients, or None: that of index_query
+        in its dtype, that of index_key in float32, in which sums over many tokens stay in range.
 
     Raises:
-        SparsortError: a dtype or a width that the kernels do not take.
+        SparsortError: the kernels do not support a dtype or a width.
     """
     check_triton(query)
     check_triton(index_query)
@@ -129,7 +133,7 @@ def align_forward_triton(
 
 
 class _Run(NamedTuple):
-    """One chunk: C query columns from `start` on."""
+    """The launches of one chunk, which has C query columns from `start` on."""
 
     work: Work
     plan: Tiles
@@ -141,12 +145,12 @@ class _Run(NamedTuple):
     slots: int
 
     def lse(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """(B, H, C) float32: log-sum-exp over the selection of query (B, H, T, D) with key (B, G, S, D)."""
+        """Return the log-sum-exp (B, H, C) float32 over the selection of query (B, H, T, D) with key (B, G, S, D)."""
         B, H, _, D = query.shape
         R = H // key.shape[1]
-        found = torch.full((B, H, self.C, self.slots), -torch.inf, device=query.device)
+        by_slot = torch.full((B, H, self.C, self.slots), -torch.inf, device=query.device)
         lse_kernel[self._grid()](
-            *(query, key, found),
+            *(query, key, by_slot),
             *self._places(query),
             *query.stride(),
             *key.stride(),
@@ -156,7 +160,7 @@ class _Run(NamedTuple):
             PADDED=max(16, triton.next_power_of_2(D)),
             **self._tile(query),
         )
-        return found.logsumexp(-1)
+        return by_slot.logsumexp(-1)
 
     def align(
         self,
@@ -171,7 +175,7 @@ class _Run(NamedTuple):
         index_scale: float,
         gradients: bool,
     ) -> tuple[Tensor, Tensor]:
-        """KL of each slot (B, G, C, slots), and of each slot the gradient of its query (B, G, C, slots, I); adds to `d_key`."""
+        """Return each slot's part of KL (B, G, C, slots) and of the query gradient (B, G, C, slots, I); add to `d_key`."""
         B, G, _, width = index_query.shape
         D = query.shape[3]
         kl = torch.zeros((B, G, self.C, self.slots), device=query.device)
@@ -207,7 +211,7 @@ class _Run(NamedTuple):
         return work.order(self.chunk), work.bounds, work.table, work.query, work.slot, position
 
     def _sizes(self, heads: int) -> tuple[int, ...]:
-        """As the kernels' arguments from `bounds_t` to HEADS."""
+        """Return the kernels' arguments from `bounds_t` to HEADS, in order."""
         work, (batch, groups) = self.work, self.selection.blocks.shape[:2]
         first = self.chunk * work.splits
         return work.bounds.shape[1], first, work.splits, batch, groups, work.blocks, self.layout.queries, *(
@@ -226,7 +230,7 @@ class _Run(NamedTuple):
 
 
 def _work(selection: Selection, layout: Layout, floats: int) -> Work:
-    """The reverse of a selection, cut so that a chunk's queries write `floats` float32 each and no more than is allowed."""
+    """Reverse a selection and divide it into chunks, each query of which writes `floats` float32, up to `_CHUNK_BYTES`."""
     batch, groups, queries, slots = selection.blocks.shape
     device = selection.blocks.device
     chosen = reverse(selection, layout)
@@ -243,16 +247,16 @@ def _work(selection: Selection, layout: Layout, floats: int) -> Work:
 
 
 def _tiles(query: Tensor, index_query: Tensor, block_size: int, shared: int) -> Tiles:
-    """The largest tile whose operands fit the shared memory of a program, by what the compiled kernels were seen to take."""
+    """Return the largest tile whose operands fit a program's shared memory, as measured on the compiled kernels."""
     width, index_width = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, index_query))
     element = query.element_size()
     rows, keys, stages = (64, 128, 2) if element == 2 else (32, 32, 2)
     keys = max(16, min(keys, triton.next_power_of_2(block_size)))
 
     def needed() -> int:
-        held = keys * (width + index_width) + rows * (index_width + stages * width + keys)
-        # A float32 product is made of three, whose operands take their own.
-        return int(held * (2 if element == 2 else 7))
+        elements = keys * (width + index_width) + rows * (index_width + stages * width + keys)
+        # A float32 product is computed as three TF32 products, each of which needs its own operands.
+        return int(elements * (2 if element == 2 else 7))
 
     while needed() > shared or keys * index_width > 128 * 128:
         if keys > 32:
@@ -263,6 +267,6 @@ def _tiles(query: Tensor, index_query: Tensor, block_size: int, shared: int) -> 
             rows //= 2
         else:
             break
-    # Above this ptxas spills the registers of four warps.
+    # Above this size, ptxas spills the registers of four warps.
     wide = rows * keys >= 64 * 64 or keys * max(width, index_width) >= 32 * 128
     return Tiles(rows, keys, 8 if wide else 4, stages)

@@ -1,6 +1,6 @@
-"""The kernels of `align.py`: a program holds keys of one block and goes through the queries that chose it.
+"""The kernels of `align.py`. A program holds keys of one block and goes through the queries that chose it.
 
-Legend: H query heads, G groups, C queries of a chunk; `slots` counts the parts of a block as slots of their own.
+Legend: H query heads, G groups, C queries of a chunk. `slots` counts each part of a block as a separate slot.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -15,14 +15,15 @@ from sparsort.kernels.blocksparse.triton.select_kernel import load_rows
 _LOG2_E = tl.constexpr(LOG2_E)
 # A position that no query reaches.
 _NEVER = tl.constexpr(2**31 - 1)
-# Gradients of scores are below 1 and mostly far below: in float16 this keeps them off the subnormal numbers.
+# Gradients of scores are below 1, and mostly far below. This factor keeps them above the subnormal numbers of float16.
 _GAIN = tl.constexpr(1024.0)
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
 def _block_of(order_ptr, bounds_ptr, table_ptr, bounds_t, first, splits, groups, blocks):
-    """A program's split and block: row, group, first key column, keys and first position; and its entries' start and number."""
+    """Return a program's split, its block (row, group, first key column, number of keys, position of the first key), and the
+    start and number of its entries."""
     work = tl.load(order_ptr + tl.program_id(0))
     number = work // splits
     split = work - number * splits
@@ -42,7 +43,7 @@ def _block_of(order_ptr, bounds_ptr, table_ptr, bounds_t, first, splits, groups,
 def lse_kernel(
     query_ptr,
     key_ptr,
-    found_ptr,
+    lse_ptr,
     order_ptr,
     bounds_ptr,
     table_ptr,
@@ -76,18 +77,18 @@ def lse_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of every head and (query, slot) the log-sum-exp over the keys that the program holds."""
+    """Write the log-sum-exp over the program's keys, for every head and (query, slot)."""
     split, row, group, first_key, keys, first_position, entries, total = _block_of(  # noqa: RUF059, `_` would be a variable
         order_ptr, bounds_ptr, table_ptr, bounds_t, first, splits, groups, blocks
     )
     if total == 0:
         return
     offset = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    held = offset < keys
+    in_block = offset < keys
     column = tl.arange(0, PADDED)
-    at = tl.where(held, first_position + offset, _NEVER)
+    at = tl.where(in_block, first_position + offset, _NEVER)
     key_ptr += row * key_b + group * key_g
-    k = load_rows(key_ptr + (first_key + offset).to(tl.int64)[:, None] * key_s, held, column, key_d, WIDTH, True)
+    k = load_rows(key_ptr + (first_key + offset).to(tl.int64)[:, None] * key_s, in_block, column, key_d, WIDTH, True)
     query_ptr += row * query_b + group * HEADS * query_h
     for begin in range(0, total, ROWS):
         entry = begin + tl.arange(0, ROWS)
@@ -104,10 +105,10 @@ def lse_kernel(
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             logits = tl.where(seen, logits, -float("inf"))
             top = tl.max(logits, 1)
-            # Keys that lie beyond the query: −∞ − −∞ would be NaN.
+            # If the query does not see any of these keys, the peak is −∞, and −∞ − (−∞) would be NaN.
             top = tl.where(top == -float("inf"), 0.0, top)
-            found = top + tl.log2(tl.sum(tl.exp2(logits - top[:, None]), 1))
-            tl.store(found_ptr + place, found / _LOG2_E, mask=real)
+            lse = top + tl.log2(tl.sum(tl.exp2(logits - top[:, None]), 1))
+            tl.store(lse_ptr + place, lse / _LOG2_E, mask=real)
             head_ptr += query_h
             place += C * slots
 
@@ -192,16 +193,16 @@ def align_kernel(
     if total == 0:
         return
     offset = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    held = offset < keys
+    in_block = offset < keys
     column = tl.arange(0, PADDED)
     index_column = tl.arange(0, INDEX_PADDED)
-    at = tl.where(held, first_position + offset, _NEVER)
+    at = tl.where(in_block, first_position + offset, _NEVER)
     at_key = (first_key + offset).to(tl.int64)
     key_ptr += row * key_b + group * key_g
-    k = load_rows(key_ptr + at_key[:, None] * key_s, held, column, key_d, WIDTH, True)
+    k = load_rows(key_ptr + at_key[:, None] * key_s, in_block, column, key_d, WIDTH, True)
     index_key_ptr += row * index_key_b
     index_k = load_rows(
-        index_key_ptr + at_key[:, None] * index_key_s, held, index_column, index_key_i, INDEX_WIDTH, True
+        index_key_ptr + at_key[:, None] * index_key_s, in_block, index_column, index_key_i, INDEX_WIDTH, True
     )
     query_ptr += row * query_b + group * HEADS * query_h
     index_query_ptr += row * index_query_b + group * index_query_g
@@ -234,9 +235,9 @@ def align_kernel(
         index_q = load_rows(index_q_ptrs, real, index_column, index_query_i, INDEX_WIDTH, True)
         student_lse = tl.load(student_ptr + in_chunk, mask=real, other=0.0) * _LOG2_E
         student = tl.dot(index_k, tl.trans(index_q), input_precision=PRECISION) * index_scale2 - student_lse[None, :]
-        # 0 · log 0 = 0.
+        # Define 0 · log 0 = 0; the clamp keeps the logarithm finite.
         terms = tl.where(teacher > 0.0, teacher * (tl.log2(tl.maximum(teacher, _TINY)) - student), 0.0)
-        # What a group of a chunk has fits 32 bits.
+        # Indices within one group of a chunk fit into 32 bits.
         place = (in_chunk * slots + slot * tl.num_programs(1) + tl.program_id(1)).to(tl.int32)
         tl.store(kl_ptr + place, tl.sum(terms, 0) / _LOG2_E, mask=real)
         if GRADIENTS:
@@ -249,6 +250,7 @@ def align_kernel(
     if GRADIENTS:
         place = ((split * batch + row) * groups + group) * S + at_key
         pointers = d_key_ptr + place[:, None] * INDEX_WIDTH + index_column[None, :]
-        written = held[:, None] & (index_column[None, :] < INDEX_WIDTH)
-        # Chunks follow one another, and no other program of this one holds these keys.
+        written = in_block[:, None] & (index_column[None, :] < INDEX_WIDTH)
+        # Adding without atomics is safe: chunks run one after another, and no other program of this chunk writes to these keys
+        # of this split.
         tl.store(pointers, tl.load(pointers, mask=written, other=0.0) + d_key * (index_scale / _GAIN), mask=written)

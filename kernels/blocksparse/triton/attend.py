@@ -1,13 +1,13 @@
 """Exact attention over a selection in Triton, the forward pass.
 
-Contract: `ops.attend`'s, without gradients; the oracle is `reference.attend_ref`. A program holds one tile of (query, head)
-rows of a group and goes through the union of the blocks that its queries chose (`unions.py`), hiding from each row what it did
-not choose or cannot see; the softmax is an online one in powers of two with float32 sums. Nothing is copied: tensors are read
-by their strides, with 64-bit offsets. Only keys that some query of the tile can see are read, so padding may hold anything.
-There are no atomics: two runs are bitwise the same.
+Contract: that of `ops.attend`, without gradients; the oracle is `reference.attend_ref`. A program holds one tile of (query, head)
+rows of a group and goes through the union of the blocks that its queries chose (`unions.py`). It hides from each row the keys
+that the row did not choose or cannot see. The softmax is computed online, in powers of two with float32 sums. Nothing is copied:
+tensors are read by their strides, with 64-bit offsets. Only keys that some query of the tile can see are read, so padding may
+hold any values. There are no atomics, so results are bitwise reproducible.
 
-The trade-off: neighbours in a tile that choose different blocks each pay for the other's. A tile reads and multiplies no more
-than dense attention would, and for R heads to a group one read of a block serves them all.
+Trade-off: if queries of a tile choose different blocks, each of them pays for the others' blocks too. A tile never reads and
+multiplies more than dense attention would, and the R heads of a group share one read of a block.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups, R = H/G, D head width, K slots, W block size.
 """
@@ -41,20 +41,21 @@ def attend_forward_triton(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention over the selection, without a gradient.
+    """Compute exact attention over the selection, without a gradient.
 
     Args:
         query: (B, H, T, D) float16, bfloat16 or float32, D at most 256; any strides, here and below.
         key, value: (B, G, S, D) of the same dtype.
-        selection, layout: which keys a query attends to.
-        scale: of the logits.
+        selection, layout: the keys that each query attends to.
+        scale: factor for the logits.
         bias: (B, G, T, K), added to the logits of a slot's keys.
 
     Returns:
-        Output (B, H, T, D), strided as the query is, and log-sum-exp (B, H, T) float32; 0 and −∞ for queries that see nothing.
+        Output (B, H, T, D) with the strides of the query, and log-sum-exp (B, H, T) float32; 0 and −∞ for queries that see
+        nothing.
 
     Raises:
-        SparsortError: a dtype or a width that the kernel does not take.
+        SparsortError: the kernel does not support the dtype or the width.
     """
     check_triton(query)
     B, H, T, D = query.shape
@@ -103,21 +104,21 @@ def attend_forward_triton(
 
 @triton.jit
 def load_2d(ptr, rows, columns, stride_row, stride_column, seen, WIDTH: tl.constexpr):
-    """[rows, columns] of a strided matrix, 0 where a row is not `seen` or a column is beyond the width."""
+    """Load [rows, columns] of a strided matrix, 0 for rows that are not `seen` and columns beyond the width."""
     pointers = ptr + rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
     mask = seen[:, None]
     if columns.shape[0] != WIDTH:
         mask = mask & (columns[None, :] < WIDTH)
-    found = tl.load(pointers, mask=mask, other=0.0)
+    values = tl.load(pointers, mask=mask, other=0.0)
     if _INTERPRETED:
-        # NumPy has no bfloat16 and sums float16 in float16.
-        found = found.to(tl.float32)
-    return found
+        # The interpreter computes with NumPy, which has no bfloat16 and sums float16 in float16.
+        values = values.to(tl.float32)
+    return values
 
 
 @triton.jit
 def store_2d(ptr, rows, columns, stride_row, stride_column, values, real, WIDTH: tl.constexpr):
-    """Write [rows, columns] in the matrix's own dtype, but for rows that are not `real` and columns beyond the width."""
+    """Store [rows, columns] in the matrix's own dtype, except for rows that are not `real` and columns beyond the width."""
     pointers = ptr + rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
     mask = real[:, None]
     if columns.shape[0] != WIDTH:
@@ -127,7 +128,7 @@ def store_2d(ptr, rows, columns, stride_row, stride_column, values, real, WIDTH:
 
 @triton.jit
 def key_positions(block, number, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """Positions in its sequence of the keys of part `number` of a block; one that no query reaches beyond the block."""
+    """Return the positions of the keys in part `number` of a block; beyond the block, a position that no query reaches."""
     offset = number * KEYS + tl.arange(0, KEYS)
     position = block * BLOCK_SIZE + offset
     if BLOCK_SIZE % KEYS != 0:
@@ -137,13 +138,13 @@ def key_positions(block, number, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def chosen_bias(bias_ptr, slot_ptr, entry, query, member, stride_t, stride_k, QUERIES: tl.constexpr):
-    """Slots and pointers of a union's entry for each row, and its bias in powers of two; 0 for rows that did not choose it."""
+    """Return each row's slot for a union's entry, and its bias to base 2; both are 0 for rows that did not choose it."""
     slot = tl.load(slot_ptr + entry.to(tl.int64) * QUERIES + query, mask=member, other=0)
     pointers = bias_ptr + query.to(tl.int64) * stride_t + slot.to(tl.int64) * stride_k
     return slot, tl.load(pointers, mask=member, other=0.0).to(tl.float32) * _LOG2_E
 
 
-# What hangs on a batch's length is no reason to compile again, where no wide load rests on it.
+# Arguments that depend on the length of a batch are not specialised, to avoid compiling again, unless wide loads require it.
 @triton.jit(do_not_specialize=["longest", "union_groups", "lse_b", "lse_h", "bias_b", "bias_g", "bias_t", "bias_k"])
 def _forward_kernel(
     query_ptr,
@@ -226,7 +227,7 @@ def _forward_kernel(
         limit = tl.where(member, position, -1)
         logits = tl.where(at[None, :] <= limit[:, None], logits, -float("inf"))
         above = tl.maximum(top, tl.max(logits, 1))
-        # A row that has seen nothing yet: −∞ − −∞ would be NaN.
+        # If a row has not seen any key yet, its peak is −∞, and −∞ − (−∞) would be NaN.
         finite = tl.where(above == -float("inf"), 0.0, above)
         weight = tl.exp2(logits - finite[:, None])
         fade = tl.exp2(top - finite)

@@ -1,11 +1,13 @@
 """Exact attention over a selection in Triton, the backward pass.
 
-Contract: the gradients of `attend.attend_forward_triton`, from its output and log-sum-exp. Two kernels and no atomics:
+Contract: it computes the gradients of `attend.attend_forward_triton` from its output and log-sum-exp, by two kernels and without
+atomics:
 
-- queries and bias: as the forward pass, a tile of (query, head) rows over the union of its blocks (`unions.py`). It writes
-  δ = Σ_d dO·O of each row too, which the other kernel reads.
-- keys and values: a program holds keys of one block and gathers the rows of the queries that chose it, from the reverse of the
-  selection (MSA, arXiv 2606.13392); blocks with many queries are cut and their partial sums added in order (`segments.py`).
+- Queries and bias: like the forward pass, a program processes a tile of (query, head) rows over the union of its blocks
+  (`unions.py`). It also writes δ = Σ_d dO·O of each row, which the other kernel reads.
+- Keys and values: a program holds keys of one block and gathers the rows of the queries that chose it, from the reverse of the
+  selection (MSA, arXiv 2606.13392). Blocks with many queries are divided, and their partial sums are added in order
+  (`segments.py`).
 
 With P = exp(scale · q·k + bias − lse): dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − δ), dQ = scale · dS K, dK = scale · dSᵀ Q, and dbias is
 dS summed over a slot's keys and the group's heads (FlashAttention-2, arXiv 2307.08691, algorithm 2).
@@ -44,18 +46,19 @@ def attend_backward_triton(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the attention's inputs.
+    """Compute the gradients of the attention's inputs.
 
     Args:
-        grad_output: (B, H, T, D), of the output; any strides, here and below. In padding it may hold anything.
-        query, key, value, selection, layout, scale, bias: as in the forward pass.
-        output, lse: what it returned.
+        grad_output: (B, H, T, D), the gradient of the output; any strides, here and below. Padding may hold any values.
+        query, key, value, selection, layout, scale, bias: the arguments of the forward pass.
+        output, lse: the results of the forward pass.
 
     Returns:
-        Gradients of query, key, value and bias (None without one), in their dtypes; 0 for padding and for what nobody sees.
+        The gradients of query, key, value and bias (None without a bias), in their dtypes; 0 for padding and for keys that no
+        query sees.
 
     Raises:
-        SparsortError: a dtype or a width that the kernels do not take.
+        SparsortError: the kernels do not support the dtype or the width.
     """
     check_triton(query)
     B, H, T, D = query.shape
@@ -228,7 +231,7 @@ def _query_kernel(
         v = load_2d(value_ptr, at, column, value_s, value_d, at <= last, WIDTH)
         d_logits = weight * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if HAS_BIAS:
-            # Written again with each part of a block: the last one holds them all.
+            # The sum over a block is stored again after each of its parts; after the last part it is complete.
             d_slot = tl.where(part == 0, 0.0, d_slot) + tl.sum(d_logits, 1)
             tl.store(d_bias_ptr + d_bias_row + slot.to(tl.int64), d_slot, mask=member)
         d_query = tl.dot(d_logits.to(k.dtype), k, d_query, input_precision=PRECISION)

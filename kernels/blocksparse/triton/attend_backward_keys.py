@@ -1,8 +1,9 @@
-"""The gradients of keys and values of exact attention over a selection, in Triton: key block by key block.
+"""The gradients of keys and values of exact attention over a selection, in Triton, key block by key block.
 
 Contract: a program holds keys of one block and gathers the rows of the queries that chose it, from the reverse of the selection
-(MSA, arXiv 2606.13392), in chunks of (query, head) rows so that no group's size leaves idle rows. Blocks with many queries are
-cut and their partial sums added in order (`segments.py`). Equations and the other half: `attend_backward.py`.
+(MSA, arXiv 2606.13392). It processes them in chunks of (query, head) rows, which leaves no row idle for any size of a group.
+Blocks with many queries are divided, and their partial sums are added in order (`segments.py`). `attend_backward.py` has the
+equations and the gradients of the queries.
 
 Legend: B batch, T query columns, H query heads, G groups, R = H/G, D head width, W block size.
 """
@@ -37,12 +38,12 @@ def key_gradients(
     scale: float,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value (B, G, S, D), 0 for keys that nobody chose.
+    """Return the gradients of key and value, (B, G, S, D) each, 0 for keys that no query chose.
 
     Args:
         grad_output, query, key, value, selection, layout, scale, bias: as in `attend_backward_triton`.
-        lse: (B, H, T) float32, of the forward pass.
-        delta: (B, H, T) float32, contiguous: Σ_d dO·O of each row.
+        lse: (B, H, T) float32, the log-sum-exp of the forward pass.
+        delta: (B, H, T) float32, contiguous, Σ_d dO·O of each row.
     """
     d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
     H, D = query.shape[1], query.shape[3]
@@ -175,12 +176,12 @@ def _key_kernel(
     chooser_ptr += start
     slot_ptr += start
     offset = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    held = offset < keys
+    in_block = offset < keys
     column = tl.arange(0, PADDED)
     at_key = first_key + offset
-    k = load_2d(key_ptr + row * key_b + group * key_g, at_key, column, key_s, key_d, held, WIDTH)
-    v = load_2d(value_ptr + row * value_b + group * value_g, at_key, column, value_s, value_d, held, WIDTH)
-    at = tl.where(held, first_position + offset, 2**31 - 1)
+    k = load_2d(key_ptr + row * key_b + group * key_g, at_key, column, key_s, key_d, in_block, WIDTH)
+    v = load_2d(value_ptr + row * value_b + group * value_g, at_key, column, value_s, value_d, in_block, WIDTH)
+    at = tl.where(in_block, first_position + offset, 2**31 - 1)
     query_ptr += row * query_b + group * HEADS * query_h
     grad_ptr += row * grad_b + group * HEADS * grad_h
     lse_ptr += row * lse_b + group * HEADS * lse_h
@@ -214,20 +215,21 @@ def _key_kernel(
         d_key = tl.dot(d_logits.to(q.dtype), q, d_key, input_precision=PRECISION)
 
     d_key *= scale
+    # A block with a single segment is written directly; the others write partial sums for `_partials_kernel`.
     if partial < 0:
         d_key_ptr += row * d_key_b + group * d_key_g
-        store_2d(d_key_ptr, at_key, column, d_key_s, d_key_d, d_key, held, WIDTH)
+        store_2d(d_key_ptr, at_key, column, d_key_s, d_key_d, d_key, in_block, WIDTH)
         d_value_ptr += row * d_value_b + group * d_value_g
-        store_2d(d_value_ptr, at_key, column, d_value_s, d_value_d, d_value, held, WIDTH)
+        store_2d(d_value_ptr, at_key, column, d_value_s, d_value_d, d_value, in_block, WIDTH)
     else:
         partial_ptr += partial * (2 * BLOCK_SIZE * WIDTH)
-        store_2d(partial_ptr, offset, column, WIDTH, 1, d_key, held, WIDTH)
-        store_2d(partial_ptr + BLOCK_SIZE * WIDTH, offset, column, WIDTH, 1, d_value, held, WIDTH)
+        store_2d(partial_ptr, offset, column, WIDTH, 1, d_key, in_block, WIDTH)
+        store_2d(partial_ptr + BLOCK_SIZE * WIDTH, offset, column, WIDTH, 1, d_value, in_block, WIDTH)
 
 
 @triton.jit
 def _key_block(number, table_ptr, groups, blocks):
-    """Batch row, group, first key column, keys and position of the block of this number in `Reverse.start`."""
+    """Return batch row, group, first key column, number of keys and first position of block `number` in `Reverse.start`."""
     row_and_group = number // blocks
     row = row_and_group // groups
     table_ptr += (row * blocks + number - row_and_group * blocks) * 3
@@ -263,14 +265,14 @@ def _partials_kernel(
         row, group, first_key, keys, _ = _key_block(number, table_ptr, groups, blocks)
         offset = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
         column = tl.arange(0, PADDED)
-        held = offset < keys
+        in_block = offset < keys
         d_key = tl.zeros([KEYS, PADDED], dtype=tl.float32)
         d_value = tl.zeros([KEYS, PADDED], dtype=tl.float32)
         for number_of_partial in range(0, count):
             at = partial_ptr + (first + number_of_partial) * (2 * BLOCK_SIZE * WIDTH)
-            d_key += load_2d(at, offset, column, WIDTH, 1, held, WIDTH)
-            d_value += load_2d(at + BLOCK_SIZE * WIDTH, offset, column, WIDTH, 1, held, WIDTH)
+            d_key += load_2d(at, offset, column, WIDTH, 1, in_block, WIDTH)
+            d_value += load_2d(at + BLOCK_SIZE * WIDTH, offset, column, WIDTH, 1, in_block, WIDTH)
         at_key = first_key + offset
-        store_2d(d_key_ptr + row * d_key_b + group * d_key_g, at_key, column, d_key_s, d_key_d, d_key, held, WIDTH)
+        store_2d(d_key_ptr + row * d_key_b + group * d_key_g, at_key, column, d_key_s, d_key_d, d_key, in_block, WIDTH)
         d_value_ptr += row * d_value_b + group * d_value_g
-        store_2d(d_value_ptr, at_key, column, d_value_s, d_value_d, d_value, held, WIDTH)
+        store_2d(d_value_ptr, at_key, column, d_value_s, d_value_d, d_value, in_block, WIDTH)

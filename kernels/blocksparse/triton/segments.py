@@ -1,10 +1,11 @@
-"""Key blocks cut into pieces of work for the gradients of keys and values: segments of the queries that chose each block.
+"""The division of key blocks into work for the gradients of keys and values: segments of the queries that chose each block.
 
-Contract: a block that few queries chose is one segment, and its program writes the gradient itself. One that many chose (the
-first block of a text may be everyone's) would hold up the rest, so it is cut, each segment writes a float32 partial sum, and
-the partials are added in order: the work is balanced and no atomic makes two runs differ. Blocks that nobody chose have none.
+Contract: a block that few queries chose is one segment, and its program writes the gradient directly. A block that many queries
+chose (often the first block of a text) would delay the rest. It is divided into several segments, each of which writes a float32
+partial sum, and the partial sums are added in order. The work is thus balanced without atomics, so results are reproducible.
+Blocks that no query chose have no segment.
 
-Legend: B batch, G groups, N blocks of the row with most, W block size.
+Legend: B batch, G groups, N blocks of the row that has the most, W block size.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from torch import Tensor
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Reverse
 
-# A row's share of a program below which cutting further would not pay: programs to a multiprocessor, and rows to a program.
+# The intended number of programs per multiprocessor, and the number of rows per program below which dividing does not pay.
 _PROGRAMS_OF_PROCESSOR = 8
 _LEAST_ROWS = 2048
 
 
 class Segments(NamedTuple):
-    """Pieces of work.
+    """The segments of all blocks.
 
     Attributes:
-        segments: (n, 4) int64: number of the (row, group, block) as in `Reverse.start`, first and end of its entries in
-            `Reverse.query`, and the partial sum to write, −1 for the gradient itself.
-        partials: how many partial sums there are.
-        cut: (B · G · N, 2) int64: of each block its first partial sum and how many it has.
+        segments: (n, 4) int64: the number of the (row, group, block) as in `Reverse.start`, the first entry in `Reverse.query`
+            and the end of its entries, and the partial sum to write, −1 to write the gradient directly.
+        partials: the number of partial sums.
+        cut: (B · G · N, 2) int64, the first partial sum of each block and the number of its partial sums.
     """
 
     segments: Tensor
@@ -39,12 +40,13 @@ class Segments(NamedTuple):
 
 
 def longest_segment(entries: int, heads: int, processors: int) -> int:
-    """Queries of the longest segment: an eighth of a multiprocessor's share, but enough to be worth a program."""
+    """Return the maximum number of queries in a segment: an eighth of a multiprocessor's share, but at least `_LEAST_ROWS`
+    rows."""
     return max(-(-_LEAST_ROWS // heads), -(-entries // (_PROGRAMS_OF_PROCESSOR * processors)))
 
 
 def segments(reverse: Reverse, longest: int) -> Segments:
-    """Cut the queries of each block into segments of at most `longest`. It reads two numbers from the device."""
+    """Divide the queries of each block into segments of at most `longest` queries. This reads two numbers from the device."""
     first, queries = reverse.start[:-1], reverse.start.diff()
     count = (queries + longest - 1) // longest
     partials = count.where(count > 1, 0)
@@ -66,13 +68,13 @@ def segments(reverse: Reverse, longest: int) -> Segments:
 def key_blocks(
     layout: Layout, first_block: tuple[int, ...], most: int, block_size: int, device: torch.device
 ) -> Tensor:
-    """(B · N, 3) int32, by the blocks' numbers in their rows: first key column, keys, position of the first key.
+    """Return first key column, number of keys and position of the first key of each block in its row: (B · N, 3) int32.
 
     Args:
         layout: the sequences.
         first_block, most: `Reverse.first_block` and `Reverse.blocks` of a selection over the layout.
         block_size: W.
-        device: where the table goes.
+        device: the device of the table.
     """
     row, _, _, key_start, keys = layout.table("cpu").long().unbind(1)
     count = (keys + block_size - 1) // block_size

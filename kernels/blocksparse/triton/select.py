@@ -1,14 +1,14 @@
-"""Index scores, block max-pool and top-k in one Triton kernel: of queries and keys, only the chosen blocks are written.
+"""Index scores, block max-pool and top-k in one Triton kernel, which writes only the chosen blocks.
 
-Contract: `index_select_triton` answers as `reference.index_select_ref` does, in float32 whatever the tensors' dtype: a score
-that is no finite number counts as lowest, ties go to the lower block, the local block is forced. Neither the (T, S) scores
-nor the (T, N) block scores exist in memory. No atomics: results are bitwise the same from run to run.
+Contract: `index_select_triton` gives the same result as `reference.index_select_ref`, computed in float32 whatever the tensors'
+dtype. A score that is not finite counts as lowest, ties go to the lower block, and the local block is always taken. Neither the
+(T, S) scores nor the (T, N) block scores are written to memory. There are no atomics, so results are bitwise reproducible.
 
-A program holds rows of one sequence, a row being a (token, group): the index keys are shared by all groups, so that a tile of
-neighbouring tokens with all their groups reads each key once. It goes through the key blocks up to its last token's own and
-keeps of each row the K best in registers, as 64-bit numbers that order as (score, lower block) do: a new one takes the place
-of the worst if it is larger. Where rows are too few to fill the GPU (decoding), the keys are split among programs and their
-candidates merged.
+A program holds rows of one sequence, where a row is a (token, group) pair. All groups share the index keys, so a tile of adjacent
+tokens with all of their groups reads each key once. The program goes through the key blocks up to its last token's own block. It
+keeps the K best blocks of each row in registers, as 64-bit numbers that order as (score, lower block) do, and a new block
+replaces the worst one if it is better. If there are too few rows to fill the GPU (decoding), the keys are split among programs
+and their candidates are merged.
 
 Legend: B batch, G groups, T query columns, S key columns, I index width, W block size, N blocks, K slots.
 """
@@ -32,13 +32,13 @@ MAX_SLOTS = 128
 
 
 class Chosen(NamedTuple):
-    """The K highest blocks of every token, with what a budget by share of the softmax wants to know.
+    """The K highest blocks of every token, and the softmax statistics that budgets by shares need.
 
     Attributes:
-        blocks: (B, G, T, K) int32, the local block first, then by score, −1 after the last that is visible and in padding.
-        scores: (B, G, T, K) float32, theirs; −∞ in unused slots.
-        highest: (B, G, T) float32, the maximum of all visible blocks' scores.
-        total: (B, G, T) float32, the sum of exp(score − highest) over all visible blocks: their log-sum-exp is
+        blocks: (B, G, T, K) int32, the local block first, then by descending score; −1 in unused slots and in padding.
+        scores: (B, G, T, K) float32, the scores of these blocks; −∞ in unused slots.
+        highest: (B, G, T) float32, the maximum score of all visible blocks.
+        total: (B, G, T) float32, the sum of exp(score − highest) over all visible blocks, so that their log-sum-exp is
             highest + log total.
     """
 
@@ -51,21 +51,21 @@ class Chosen(NamedTuple):
 def index_select_triton(
     index_query: Tensor, index_key: Tensor, layout: Layout, budget: Budget, *, block_size: int, scale: float
 ) -> Selection:
-    """The selection by the index branch; no gradient (MSA, arXiv 2606.13392: max-pool over a block's visible keys, top-k).
+    """Select blocks by index scores (MSA, arXiv 2606.13392), without a gradient.
 
     Args:
         index_query: (B, G, T, I) of float16, bfloat16 or float32, any strides; I at most 256.
         index_key: (B, S, I), of the same dtype.
         layout: the sequences.
-        budget: how many blocks; at most 128 slots.
-        block_size: keys of a block.
-        scale: of the scores.
+        budget: number of blocks per query token, at most 128.
+        block_size: W.
+        scale: factor for the scores.
 
     Returns:
         Selection with K = min(budget's slots, blocks of the longest sequence).
 
     Raises:
-        SparsortError: too wide, too many slots, or another dtype.
+        SparsortError: the kernel does not support the width, the number of slots or the dtype.
     """
     if isinstance(budget, FixedBudget):
         blocks = _highest(index_query, index_key, layout, budget.slots, block_size, scale, scored=False)
@@ -86,7 +86,12 @@ def _highest(
     scored: bool,
     splits: int | None = None,
 ) -> Chosen:
-    """The `slots` highest blocks; without `scored`, the rest of `Chosen` holds nothing. `splits`: as the GPU wants."""
+    """Return the `slots` highest blocks of every token.
+
+    Args:
+        scored: whether to fill `Chosen` with scores and softmax statistics too.
+        splits: the number of programs that share the keys of a tile; None: chosen to fill the GPU.
+    """
     B, G, T, width = index_query.shape
     K = min(slots, layout.blocks(block_size))
     if index_query.dtype not in (torch.float16, torch.bfloat16, torch.float32) or width > MAX_WIDTH or K > MAX_SLOTS:
@@ -96,7 +101,7 @@ def _highest(
         )
     index_query, index_key = index_query.detach(), index_key.detach()
     if scale < 0:
-        # The kernel scales after the maximum.
+        # The kernel scales after the maximum, which is only valid for a scale that is not negative.
         index_query, scale = -index_query, -scale
     longest = max((span.queries for span in layout.spans), default=0)
     rows, keys, i_tile, stages = _tiles(longest * G, width, block_size, K, index_query.dtype)
@@ -149,10 +154,11 @@ def _highest(
 
 
 def _merge(blocks: Tensor, scores: Tensor, softmax: Tensor, layout: Layout, block_size: int) -> Chosen:
-    """The highest of all splits' highest, in the order of `Chosen`."""
+    """Merge the candidates of all splits into the K highest, in the order of `Chosen`."""
     K = blocks.shape[-1]
     blocks, scores = (part.movedim(0, -2).flatten(-2) for part in (blocks, scores))
-    # Two stable sorts: ties go to the lower block; what is no block has −∞ and comes last.
+    # Sort by block and then, with a stable sort, by score, so that ties go to the lower block. Unused slots have a score of −∞
+    # and come last.
     blocks, order = blocks.sort(dim=-1, stable=True)
     scores = scores.gather(-1, order)
     own = torch.div(layout.position(blocks.device), block_size, rounding_mode="floor")[:, None, :, None]
@@ -164,14 +170,14 @@ def _merge(blocks: Tensor, scores: Tensor, softmax: Tensor, layout: Layout, bloc
 
 
 def _tiles(rows: int, width: int, block_size: int, slots: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows and keys of a tile, index widths of one product, and the stages of the loads.
+    """Return the rows and keys of a tile, the index width of one product, and the pipeline stages of the loads.
 
-    Four warps to a tile of 128 rows, so that a thread holds the K best of one row. 64 keys at a time leave the registers that
-    takes, and two programs to a multiprocessor.
+    A tile of 128 rows has four warps, so each thread holds the K best blocks of one row. With 64 keys at a time, there are enough
+    registers for that and for two programs per multiprocessor.
     """
     i_tile = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
-        # Full float32 products do not run on the tensor cores and hold their operands in registers.
+        # Full float32 products do not run on the tensor cores, and their operands take up registers.
         most, keys, i_tile = 32, 32, min(i_tile, 32)
     else:
         most, keys = (128 if i_tile <= 128 and slots <= 64 else 64), 64
@@ -181,9 +187,9 @@ def _tiles(rows: int, width: int, block_size: int, slots: int, dtype: torch.dtyp
 
 
 def _splits(programs: int, steps: int, device: torch.device) -> int:
-    """Parts that the keys fall into so that every multiprocessor has work, each of four steps at least."""
+    """Return the number of parts of the keys that gives work to every multiprocessor, with at least four steps per part."""
     if device.type != "cuda" or programs == 0:
         return 1
-    # torch's stubs lack the attribute.
+    # `Any` because torch's stubs lack the attribute.
     properties: Any = torch.cuda.get_device_properties(device)
     return max(1, min(2 * int(properties.multi_processor_count) // programs, steps // 4))

@@ -1,4 +1,4 @@
-"""The kernel of `select.py`: index scores, block max-pool and top-k of a tile of rows, a row being a (token, group).
+"""The kernel of `select.py`: index scores, block max-pool and top-k of a tile of rows, where a row is a (token, group) pair.
 
 Legend: G groups, W block size, K slots.
 """
@@ -17,9 +17,10 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _rank_key(score, block, own):
-    """An int64 that orders as (score, lower block) does, the local block above all and what is not visible below all."""
-    # −0 ties with +0.
+    """Return an int64 that orders as (score, lower block) does: the local block first, and invisible blocks last."""
+    # Replace −0 by +0, which it is equal to.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    # Flipping the low 31 bits of negative floats makes their bits order as integers do.
     ordered = bits ^ ((bits >> 31) & _INT32_MAX)
     ordered = tl.where(block == own, _INT32_MAX, ordered)
     key = (ordered.to(tl.int64) << 32) | (-block + _INT32_MAX).to(tl.int64)
@@ -28,7 +29,7 @@ def _rank_key(score, block, own):
 
 @triton.jit
 def load_rows(row_ptrs, rows, width, stride_i, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Vectors that start at `row_ptrs` [n, 1], 0 past WIDTH and, if `MASKED`, outside of `rows` [n]."""
+    """Load vectors that start at `row_ptrs` [n, 1], 0 past WIDTH and, if `MASKED`, where `rows` [n] is False."""
     mask = (width < WIDTH)[None, :]
     if MASKED:
         mask = mask & rows[:, None]
@@ -51,7 +52,7 @@ def _step(
     live,
     position,
     own,
-    kept,
+    best_keys,
     highest,
     total,
     own_score,
@@ -70,15 +71,16 @@ def _step(
     MASKED: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """Blocks step · BLOCKS onwards against every row: their scores, and the K best of those seen so far.
+    """Score the BLOCKS blocks from step · BLOCKS on for every row, and update the K best blocks.
 
     Args:
-        query: [ROWS, WIDTH_TILE], all of the width if that is at most WIDTH_TILE; else `query_ptrs` [ROWS, 1] are read tile by
-            tile, where `live`.
-        position, own: [ROWS], of each row's token: where it stands, and the block it stands in.
-        kept: [K_PAD, ROWS] int64, the best so far: a row's lie in one thread, so that finding the worst needs no exchange.
-        highest, total, own_score: [ROWS], maximum and sum of exp(score − maximum), and the local block's score.
-        MASKED: whether any key of the step may be out of sight, or past a block's end.
+        query: [ROWS, WIDTH_TILE], the complete vectors if WIDTH is at most WIDTH_TILE; otherwise, vectors are read tile by tile
+            from `query_ptrs` [ROWS, 1] if `live`.
+        position, own: [ROWS], the position of each row's token, and its local block.
+        best_keys: [K_PAD, ROWS] int64, the rank keys of the best blocks so far. Those of a row are in one thread, so finding the
+            worst needs no exchange between threads.
+        highest, total, own_score: [ROWS], the maximum score, the sum of exp(score − maximum), and the local block's score.
+        MASKED: whether a key of the step may be invisible or past the end of a block.
     """
     slot = tl.arange(0, BLOCKS * W_TILE)
     width = tl.arange(0, WIDTH_TILE)
@@ -94,7 +96,7 @@ def _step(
             for i in range(0, WIDTH, WIDTH_TILE):
                 part_of_query = load_rows(query_ptrs, live, i + width, query_i, WIDTH, True)
                 score += _dot(part_of_query, load_rows(key_ptrs, there, i + width, key_i, WIDTH, MASKED))
-        # An infinity becomes NaN, and a maximum passes over NaN: neither hides the block's other keys.
+        # score + 0 · score turns infinities into NaN, which a maximum ignores. Neither then hides the block's other keys.
         score = tl.fma(score, tl.zeros_like(score), score)
         if MASKED:
             score = tl.where(there[None, :] & (place[None, :] <= position[:, None]), score, float("-inf"))
@@ -118,10 +120,10 @@ def _step(
             highest = above
             own_score = tl.where(block == own, score, own_score)
         candidate = _rank_key(score, block, own)
-        worst = tl.min(kept, 0)
-        place_of_worst = (kept == worst[None, :]) & (candidate > worst)[None, :]
-        kept = tl.where(place_of_worst, candidate[None, :], kept)
-    return kept, highest, total, own_score
+        worst = tl.min(best_keys, 0)
+        place_of_worst = (best_keys == worst[None, :]) & (candidate > worst)[None, :]
+        best_keys = tl.where(place_of_worst, candidate[None, :], best_keys)
+    return best_keys, highest, total, own_score
 
 
 @triton.jit(do_not_specialize=["sequences", "tiles", "splits"])
@@ -162,7 +164,7 @@ def select_kernel(
     SCORED: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # The last tiles see most keys and start first.
+    # The last tiles see the most keys, so they start first.
     tile = tiles - 1 - program // (sequences * splits)
     split = program // sequences % splits
     entry = table_ptr + program % sequences * 5
@@ -185,11 +187,11 @@ def select_kernel(
     query = load_rows(query_ptrs, live, tl.arange(0, WIDTH_TILE), query_i, WIDTH, True)
     key_ptr += batch * key_b + key_start * key_s
 
-    # Distinct, and below what any visible block has, so that a row's worst is always one of its kept.
-    kept = tl.full((K_PAD, ROWS), _INT64_MIN, tl.int64) + (tl.arange(0, K_PAD) + 1).to(tl.int64)[:, None]
+    # The initial rank keys are below those of all visible blocks, and distinct, so that a new block replaces exactly one.
+    best_keys = tl.full((K_PAD, ROWS), _INT64_MIN, tl.int64) + (tl.arange(0, K_PAD) + 1).to(tl.int64)[:, None]
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     if SCORED:
-        # What is finite from the start keeps −∞ − (−∞) out.
+        # A finite initial maximum avoids −∞ − (−∞).
         highest = tl.full((ROWS,), _LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     own_score = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -198,35 +200,36 @@ def select_kernel(
     share = (steps + splits - 1) // splits
     first = split * share
     last = tl.minimum(first + share, steps)
-    # Up to here the tile's first token sees every key.
+    # Before step `full`, the tile's first token, and hence every token, sees all keys, so no mask is needed.
     full = first
     if W % W_TILE == 0:
         full = tl.maximum(tl.minimum((keys - queries + tile * ROWS // G + 1) // (W * BLOCKS), last), first)
         for step in range(first, full):
-            kept, highest, total, own_score = _step(
-                step, query, query_ptrs, live, position, own, kept, highest, total, own_score,
+            best_keys, highest, total, own_score = _step(
+                step, query, query_ptrs, live, position, own, best_keys, highest, total, own_score,
                 key_ptr, query_i, key_s, key_i, keys, scale,
                 WIDTH, WIDTH_TILE, W, W_TILE, BLOCKS, ROWS, False, SCORED,
             )  # fmt: skip
     for step in range(full, last):
-        kept, highest, total, own_score = _step(
-            step, query, query_ptrs, live, position, own, kept, highest, total, own_score,
+        best_keys, highest, total, own_score = _step(
+            step, query, query_ptrs, live, position, own, best_keys, highest, total, own_score,
             key_ptr, query_i, key_s, key_i, keys, scale,
             WIDTH, WIDTH_TILE, W, W_TILE, BLOCKS, ROWS, True, SCORED,
         )  # fmt: skip
 
     place = split * blocks_split + batch * blocks_b + group.to(tl.int64) * blocks_g + column * blocks_t
     for slot in range(K):
-        top = tl.max(kept, 0)
-        kept = tl.where(kept == top[None, :], _INT64_MIN, kept)
-        found = top > tl.full((), _INT64_MIN, tl.int64) + K_PAD
+        top = tl.max(best_keys, 0)
+        best_keys = tl.where(best_keys == top[None, :], _INT64_MIN, best_keys)
+        # Initial rank keys, up to _INT64_MIN + K_PAD, mark unused slots.
+        is_block = top > tl.full((), _INT64_MIN, tl.int64) + K_PAD
         block = -(top & 0xFFFFFFFF).to(tl.int32) + _INT32_MAX
-        tl.store(blocks_ptr + place + slot, tl.where(found, block, -1), mask=live)
+        tl.store(blocks_ptr + place + slot, tl.where(is_block, block, -1), mask=live)
         if SCORED:
             ordered = (top >> 32).to(tl.int32)
             score = (ordered ^ ((ordered >> 31) & _INT32_MAX)).to(tl.float32, bitcast=True)
             score = tl.where(block == own, own_score, score)
-            tl.store(scores_ptr + place + slot, tl.where(found, score, float("-inf")), mask=live)
+            tl.store(scores_ptr + place + slot, tl.where(is_block, score, float("-inf")), mask=live)
     if SCORED:
         place = 2 * (split * softmax_split + batch * softmax_b + group.to(tl.int64) * softmax_g + column)
         tl.store(softmax_ptr + place, highest, mask=live)

@@ -1,9 +1,10 @@
-"""Tiles of query rows, and the union of the blocks that the rows of each tile chose: what the query-side kernels go through.
+"""Tiles of query rows, and the union of the blocks that the rows of each tile chose, which the query-side kernels go through.
 
-Contract: the rows of a sequence are its (query, head of the group) pairs, queries first, so that a tile of `rows` of them has
-no idle row whatever the group's size: row f is head f mod R of query f // R. A tile lies within one sequence. Its union lists
-every block that one of its queries chose and can see, ascending, each with the queries that chose it as the bits of an int64,
-which is why a tile has at most 64 queries. Memory is that of the selection: 12 bytes for each entry of a union.
+Contract: the rows of a sequence are its (query, head of the group) pairs, ordered by query: row f is head f mod R of query
+f // R. A tile of `rows` rows therefore has no idle row for any size of the group. A tile is within one sequence. Its union lists,
+in ascending order, every block that one of its queries chose and can see, with the queries that chose it as the bits of an
+int64. A tile therefore has at most 64 queries. An entry of a union takes 12 bytes, so the memory is comparable to that of the
+selection.
 
 Legend: B batch, T query columns, G groups, R heads of a group, K slots, W block size, U entries of the longest possible union.
 """
@@ -24,7 +25,7 @@ from sparsort.kernels.blocksparse.selection import Selection
 
 MAX_QUERIES = 64
 
-# Blocks and slots that are compared at a time.
+# The numbers of blocks and slots that are compared at a time.
 _BLOCKS_AT_ONCE = 128
 _SLOTS_AT_ONCE = 16
 
@@ -34,12 +35,12 @@ class Unions(NamedTuple):
 
     Attributes:
         tiles: (n, 6) int32: batch row, column of the first query, its position, the sequence's first key column, the head of
-            the tile's first row, and how many rows it has.
-        block: (n, G, U) int32, ascending; only the first `length` are written.
-        members: (n, G, U) int64: bit i says that query i of the tile chose the block.
-        slot: (n, G, U, queries of a tile) int16 or int32, the slot in which the query holds the block, −1 if it does not; one
-            element where it was not asked for.
-        length: (n, G) int32.
+            the tile's first row, and the number of rows.
+        block: (n, G, U) int32, ascending block numbers; only the first `length` are written.
+        members: (n, G, U) int64, bit i is set if query i of the tile chose the block.
+        slot: (n, G, U, queries of a tile) int16 or int32, the query's slot with the block, −1 if it did not choose it; a single
+            element if slots were not requested.
+        length: (n, G) int32, the number of blocks in the union.
     """
 
     tiles: Tensor
@@ -50,13 +51,14 @@ class Unions(NamedTuple):
 
 
 def queries_of_tile(rows: int, heads: int) -> int:
-    """The most queries that a tile of `rows` rows can touch with `heads` heads to a query."""
+    """Return the maximum number of queries in a tile of `rows` rows, with `heads` rows per query."""
+    # A tile may start and end within a query's heads if the number of rows is not a multiple of `heads`.
     return rows // heads if rows % heads == 0 else (rows - 1) // heads + 2
 
 
 @functools.lru_cache(maxsize=16)
 def query_tiles(layout: Layout, heads: int, rows: int, device: torch.device) -> Tensor:
-    """`Unions.tiles` of a layout whose groups have `heads` heads. The last tiles of a sequence, which see most, come first."""
+    """Return `Unions.tiles` for groups of `heads` heads, in descending order, since the last tiles see the most keys."""
     row, query_start, queries, key_start, keys = layout.table("cpu").unbind(1)
     count = (queries * heads + rows - 1) // rows
     sequence = torch.arange(len(count)).repeat_interleave(count)
@@ -75,24 +77,24 @@ def query_tiles(layout: Layout, heads: int, rows: int, device: torch.device) -> 
 
 
 def unions(selection: Selection, layout: Layout, *, heads: int, rows: int, slots: bool) -> Unions:
-    """The union of each tile.
+    """Compute the union of each tile.
 
     Args:
-        selection: over the layout; slots beyond what a query can see are left out.
+        selection: the blocks; those that a query cannot see are skipped.
         layout: the sequences.
         heads: R.
-        rows: of a tile; it must touch no more than 64 queries.
-        slots: whether `Unions.slot` is wanted.
+        rows: the number of rows in a tile, which must have at most 64 queries.
+        slots: whether to compute `Unions.slot`.
     """
     blocks = selection.blocks
     device = blocks.device
     tiles = query_tiles(layout, heads, rows, device)
-    # Every block for every group is one list for all of them; so are a mask's or a window's blocks.
+    # If all groups share their blocks (stride 0, as in `every_block`), they share one union.
     groups = 1 if blocks.stride(1) == 0 else blocks.shape[1]
     K, queries = blocks.shape[3], queries_of_tile(rows, heads)
     longest = max(1, min(queries * K, layout.blocks(selection.block_size)))
     shape = (len(tiles), groups, longest)
-    found = Unions(
+    union = Unions(
         tiles=tiles,
         block=torch.empty(shape, dtype=torch.int32, device=device),
         members=torch.empty(shape, dtype=torch.int64, device=device),
@@ -102,15 +104,15 @@ def unions(selection: Selection, layout: Layout, *, heads: int, rows: int, slots
         length=torch.empty(shape[:2], dtype=torch.int32, device=device),
     )
     if not len(tiles):
-        return found
+        return union
     with torch.cuda.device_of(blocks):
         _unions_kernel[(len(tiles), groups)](
             blocks,
             tiles,
-            found.block,
-            found.members,
-            found.slot,
-            found.length,
+            union.block,
+            union.members,
+            union.slot,
+            union.length,
             *blocks.stride(),
             K,
             longest,
@@ -122,13 +124,13 @@ def unions(selection: Selection, layout: Layout, *, heads: int, rows: int, slots
             HAS_SLOT=slots,
             num_warps=2,
         )
-    return found
+    return union
 
 
 @triton.jit
 def tile_rows(tile_ptr, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's rows: (batch row, column of the first query, first key column) and of each row its query and head in the tile,
-    its position, and whether it is one."""
+    """Return a tile's batch row, first query column and first key column, and for each row its query in the tile, its head,
+    its position, and whether the row exists."""
     row = tl.load(tile_ptr).to(tl.int64)
     column = tl.load(tile_ptr + 1)
     position = tl.load(tile_ptr + 2)
@@ -181,27 +183,27 @@ def _unions_kernel(
             slot = _slot_of(blocks_ptr + query * stride_t, number, stride_k, K, BLOCKS, SLOTS)
             chosen = (slot >= 0) & (number <= own)
             members |= chosen.to(tl.int64) << query
-        found = members != 0
-        entry = filled + tl.cumsum(found.to(tl.int32), 0) - 1
-        # A selection that names a block twice cannot push the list past its end: members of a union are distinct.
-        tl.store(block_ptr + entry, number, mask=found)
-        tl.store(members_ptr + entry, members, mask=found)
+        is_chosen = members != 0
+        entry = filled + tl.cumsum(is_chosen.to(tl.int32), 0) - 1
+        # The entries of a union are distinct, so even a selection that names a block twice cannot write past the list's end.
+        tl.store(block_ptr + entry, number, mask=is_chosen)
+        tl.store(members_ptr + entry, members, mask=is_chosen)
         if HAS_SLOT:
             for query in range(0, queries):
                 slot = _slot_of(blocks_ptr + query * stride_t, number, stride_k, K, BLOCKS, SLOTS)
                 into = slot_ptr + entry.to(tl.int64) * QUERIES + query
-                tl.store(into, slot.to(slot_ptr.dtype.element_ty), mask=found)
-        filled += tl.sum(found.to(tl.int32), 0)
+                tl.store(into, slot.to(slot_ptr.dtype.element_ty), mask=is_chosen)
+        filled += tl.sum(is_chosen.to(tl.int32), 0)
     tl.store(count_ptr + place, filled)
 
 
 @triton.jit
 def _slot_of(row_ptr, number, stride_k, K, BLOCKS: tl.constexpr, SLOTS: tl.constexpr):
-    """The slot of a query's row in which each of the block numbers stands, −1 where none does."""
-    found = tl.full([BLOCKS], -1, tl.int32)
+    """Return the slot of a query's row that has each of the block numbers, −1 if there is none."""
+    result = tl.full([BLOCKS], -1, tl.int32)
     for start in range(0, K, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         chosen = tl.load(row_ptr + slot.to(tl.int64) * stride_k, mask=slot < K, other=-1)
         hit = tl.where(chosen[:, None] == number[None, :], slot[:, None], -1)
-        found = tl.maximum(found, tl.max(hit, 0))
-    return found
+        result = tl.maximum(result, tl.max(hit, 0))
+    return result

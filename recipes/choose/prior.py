@@ -1,0 +1,331 @@
+"""The label shares that PDO compares the model's predictions with: which ones, and what is needed to know them.
+
+Contract: everything but the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
+`estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.criteria.label_shift`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.curriculum.ablation.recipe.splits import alike_rows
+from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.demos.criteria import CRITERIA, parts_of
+from sparsort.curriculum.demos.criteria.label_shift import evenly_by_label, fit_bias, shares_by_em
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.paths import column_of
+from sparsort.storage.integrity import parse_json
+from sparsort.values import text_if_any
+
+Rows = Sequence[Mapping[str, Any]]
+PriorName = Literal["pool", "uniform", "mixed", "estimated"]
+Prior = PriorName | Mapping[str, float] | str | Path
+
+# How many labelled rows the model reads, under one order; and the fewest by which the default estimates.
+LABELLED_ROWS, FEWEST_ROWS = 64, 16
+_BLOCK = 4 * LABELLED_ROWS
+_PRIOR = CRITERIA.needing("prior")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PriorPlan:
+    """A prior, or how it will be estimated.
+
+    Attributes:
+        source: "uniform", "pool", "mixed", "estimated", "given", or a file's name.
+        labels: the L label values.
+        shares: (L,) shares that sum to 1; None until they are estimated.
+        labelled: rows on which the model's bias is fitted, for an estimate.
+        notes: what a reader should know, one sentence each.
+    """
+
+    source: str
+    labels: tuple[str, ...]
+    shares: NDArray[np.float64] | None
+    labelled: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """The prior as JSON values."""
+        shares = [] if self.shares is None else [round(float(share), 4) for share in self.shares]
+        return {
+            "source": self.source,
+            "shares": dict(zip(self.labels, shares, strict=True)),
+            "labelled_rows": len(self.labelled),
+        }
+
+    def sentence(self) -> str:
+        """The prior in words."""
+        given = self.summary()["shares"]
+        return f"Prior of PDO: {self.source} ({', '.join(f'{value} {share:.3g}' for value, share in given.items())})."
+
+    def estimate(self, queries_PL: Any, labelled_NL: Any, gold_N: Sequence[int]) -> PriorPlan:
+        """The plan with its shares estimated by EM from scores of one order."""
+        bias = fit_bias(labelled_NL, gold_N)
+        unseen = [value for value, count in zip(self.labels, bias.rows, strict=True) if not count]
+        notes = list(self.notes)
+        if not bias.informative:
+            notes.append(
+                f"The model's predictions do not tell the labels of the {len(self.labelled)} labelled rows apart, so the "
+                "queries' label shares cannot be estimated: the prior is uniform."
+            )
+        elif unseen:
+            notes.append(f"No labelled row has the label {', '.join(unseen)}; the model's bias for it was taken as 0.")
+        return PriorPlan(
+            source=self.source,
+            labels=self.labels,
+            shares=shares_by_em(queries_PL, bias),
+            labelled=self.labelled,
+            notes=tuple(notes),
+        )
+
+
+def reads_prior(by: str) -> bool:
+    """Whether a criterion, or one of those joined by "+", compares predictions with a prior."""
+    return any(CRITERIA[part].with_prior or part in _PRIOR for part in parts_of(by) if part in CRITERIA)
+
+
+def with_prior(by: str) -> str:
+    """The criterion that reads a prior: "pdo" becomes "pdo_prior", unless that is joined to it already."""
+    parts = parts_of(by)
+    named = [(part, CRITERIA[part].with_prior) for part in parts]
+    return "+".join(part if other is None or other in parts else other for part, other in named)
+
+
+def plan_prior(
+    task: Task,
+    by: str,
+    prior: Prior | None,
+    demos: Rows,
+    queries: Rows,
+    pool: Rows,
+    *,
+    asks: bool,
+    seed: int,
+) -> PriorPlan:
+    """Decide the prior.
+
+    By default it is "estimated" if that is possible, "mixed" if the queries are rows of the pool, and "uniform" otherwise;
+    for `by="pdo_prior"` it is "pool".
+
+    Args:
+        task: with its labels.
+        by: a criterion that reads a prior.
+        prior: as `choose_order`.
+        demos, queries: as `choose_order`.
+        pool: labelled rows; rows without a label of the task do not count.
+        asks: whether the criterion reads `queries`, and not probes sampled from the model.
+        seed: of the drawing of labelled rows.
+
+    Raises:
+        SparsortError: an unknown prior, one that does not fit the labels, or one for which rows are missing.
+    """
+    labels = tuple(task.labels or ())
+    uniform = np.full(len(labels), 1.0 / len(labels))
+    if pooled := next((part for part in parts_of(by) if part in _PRIOR), None):
+        if prior in ("uniform", "mixed", "estimated"):
+            (plain,) = CRITERIA.names(lambda entry: entry.with_prior == pooled)
+            raise SparsortError(
+                f"the criterion {pooled!r} is {plain!r} with the prior 'pool', and the prior {prior!r} was given. "
+                f"Take the criterion {plain!r} (--by {plain})."
+            )
+        prior = "pool" if prior is None else prior
+    if isinstance(prior, Mapping):
+        return PriorPlan(source="given", labels=labels, shares=_shares(labels, prior, "prior"))
+    if prior == "uniform":
+        return PriorPlan(source="uniform", labels=labels, shares=uniform)
+    if prior == "pool":
+        return PriorPlan(source="pool", labels=labels, shares=_counted(labels, _pool_counts(task, pool), "the pool"))
+    if prior == "mixed":
+        return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)))
+    if prior not in (None, "estimated"):
+        return PriorPlan(source=Path(str(prior)).name, labels=labels, shares=_file_shares(prior, task.label, labels))
+    if prior is None and asks and _are_rows_of(task, queries, pool):
+        note = (
+            "The queries are rows of the pool, so they do not show which label shares your own queries have. Pass those "
+            "(--on) to have their shares estimated, or take the prior 'pool' (--prior pool) if they have the shares of the pool."
+        )
+        return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)), notes=(note,))
+    reason = _why_uniform(pool, asks=asks) if prior is None else None
+    labelled = _labelled_rows(task, demos, queries, pool, seed) if asks and reason is None else []
+    if prior is None and reason is None and len(labelled) < FEWEST_ROWS:
+        reason = (
+            f"{len(labelled)} labelled rows are left besides the demonstrations and the queries; to estimate the queries' label "
+            f"shares by default takes {FEWEST_ROWS}."
+        )
+    if reason is not None:
+        return PriorPlan(source="uniform", labels=labels, shares=uniform, notes=(reason,))
+    return _estimate_plan(labels, labelled, asks=asks)
+
+
+def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, asks: bool) -> PriorPlan:
+    if not asks:
+        raise SparsortError(
+            "the prior 'estimated' is one of your queries, and this criterion reads probes sampled from the model. Take "
+            "the prior 'uniform', 'pool' or a file of shares."
+        )
+    if not labelled:
+        raise SparsortError(
+            "the prior 'estimated' needs labelled rows of the pool, to fit the model's bias, and no row with a label is left "
+            "besides the demonstrations and the queries. Draw the demonstrations from a larger file (-k; pool= in Python), or "
+            "take the prior 'uniform', 'pool' or a file of shares (--prior)."
+        )
+    few = f"The label shares were estimated with {len(labelled)} labelled rows; {FEWEST_ROWS} or more are advisable."
+    notes = (few,) if len(labelled) < FEWEST_ROWS else ()
+    return PriorPlan(source="estimated", labels=labels, shares=None, labelled=labelled, notes=notes)
+
+
+def _why_uniform(pool: Rows, *, asks: bool) -> str | None:
+    """Why the queries' label shares cannot be estimated, as far as that is known without looking at rows."""
+    if not asks:
+        return "The criterion reads probes sampled from the model, so the label shares of queries were not estimated."
+    if not pool:
+        return (
+            "No labelled rows of the pool were given (pool=), which it takes to estimate the queries' label shares; prior= names "
+            "another prior."
+        )
+    return None
+
+
+def _are_rows_of(task: Task, queries: Rows, pool: Rows) -> bool:
+    """Whether every query is a row of the pool, which has labels."""
+    known = {_question(task, row) for row in pool}
+    return all(_question(task, row) in known for row in queries) and bool(_pool_counts(task, pool, required=False))
+
+
+def _question(task: Task, row: Mapping[str, Any]) -> str | None:
+    """The question of a row; None if it lacks a field of it."""
+    try:
+        return task.query_text(row)
+    except SparsortError:
+        return None
+
+
+def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int) -> list[dict[str, Any]]:
+    """Up to 64 labelled rows, the labels as even as they allow, not one of them like a demonstration or a query."""
+    known = [dict(row) for row in pool if _value(task, row) is not None and _question(task, row) is not None]
+    order = evenly_by_label([task.gold_index(row) for row in known], seed=seed).tolist()
+    shown = [*map(dict, demos), *map(dict, queries)]
+    chosen: list[dict[str, Any]] = []
+    for start in range(0, len(order), _BLOCK):
+        block = [known[place] for place in order[start : start + _BLOCK]]
+        alike = alike_rows(task.fields, block, shown)
+        chosen += [row for place, row in enumerate(block) if place not in alike]
+        if len(chosen) >= LABELLED_ROWS:
+            break
+    return chosen[:LABELLED_ROWS]
+
+
+def _value(task: Task, row: Mapping[str, Any]) -> str | None:
+    """The row's label; None if it has none of the task's."""
+    value = text_if_any(row, task.label, where="a row of the pool")
+    return value if value in (task.labels or {}) else None
+
+
+def _pool_counts(task: Task, pool: Rows, *, required: bool = True) -> Counter[str]:
+    """How often the pool has each label of the task."""
+    counts = Counter(value for row in pool if (value := _value(task, row)) is not None)
+    if required and not counts:
+        raise SparsortError(
+            "the priors 'pool' and 'mixed' count the labels of the pool, and no rows of it with a label were given. Pass them "
+            "(pool=), or take the prior 'uniform' or {value: share, …}."
+        )
+    return counts
+
+
+def _mixed(labels: tuple[str, ...], counts: Mapping[str, int]) -> NDArray[np.float64]:
+    """The mean of uniform shares and the pool's."""
+    counted = np.array([counts.get(value, 0) for value in labels], dtype=np.float64)
+    mixed: NDArray[np.float64] = (counted / counted.sum() + 1.0 / len(labels)) / 2
+    return mixed
+
+
+def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> NDArray[np.float64]:
+    absent = [value for value in labels if not counts.get(value)]
+    if absent:
+        raise SparsortError(
+            f"the prior is to be the share of each label in {where}, which holds no row with {', '.join(absent)}. Give rows of "
+            "every label, or take the prior 'uniform' (--prior uniform)."
+        )
+    return _shares(labels, {value: counts[value] for value in labels}, where)
+
+
+def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.float64]:
+    """Shares of a file: an object {label: share}, a table of labels with their shares or counts, or labelled rows."""
+    if not isinstance(prior, (str, Path)) or not str(prior):
+        raise SparsortError(
+            f"the prior is {prior!r}; expected one of {', '.join(get_args(PriorName))}, a mapping from label value to share, or "
+            "a file."
+        )
+    path = Path(prior).expanduser()
+    if not path.exists():
+        if path.suffix or path.parent != Path():
+            raise SparsortError(
+                f"the prior {str(prior)!r} is no file that exists. Give a file, or one of: {', '.join(get_args(PriorName))}."
+            )
+        raise unknown_choice("prior", str(prior), (*get_args(PriorName), "<a file>"))
+    if path.suffix == ".json":
+        held = _json(path)
+        if isinstance(held, dict) and not any(isinstance(value, (dict, list)) for value in held.values()):
+            return _shares(labels, held, path.name)
+    from sparsort.scoring.data.rows import open_rows
+
+    source = open_rows(path)
+    columns = source.columns()
+    column = column_of(label)
+    weight = next((name for name in ("share", "count") if set(columns) == {column, name}), None)
+    if column not in columns:
+        raise SparsortError(
+            f"the prior {path.name} has no column {column!r}; it has: {', '.join(columns)}. Give labelled rows, a table with the "
+            f"columns {label!r} and 'share' or 'count', or a JSON object {{label: share}}."
+        )
+    rows = [row.fields for row in source.rows()]
+    values = [text_if_any(row, label, where=f"row {place} of {path.name}") for place, row in enumerate(rows)]
+    if weight is None:
+        return _counted(labels, Counter(value for value in values if value is not None), path.name)
+    table = {value: _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
+    if len(table) < len(rows):
+        raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
+    return _shares(labels, table, path.name)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SparsortError(f"the prior {path.name} cannot be read as JSON ({error}). Repair it.") from error
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise SparsortError(f"the prior {where} has the share {value!r}, which is not a number.") from error
+
+
+def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> NDArray[np.float64]:
+    """Shares in the order of the labels, checked and normalised."""
+    held = {str(value): share for value, share in given.items()}
+    if sorted(held) != sorted(labels):
+        raise SparsortError(
+            f"{where} is given for {json.dumps(sorted(held))}; the labels are {json.dumps(sorted(labels))}. Give one "
+            "number each."
+        )
+    for value, share in held.items():
+        number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
+        if not 0 < number < math.inf:
+            raise SparsortError(
+                f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."
+            )
+    shares = np.array([float(held[value]) for value in labels], dtype=np.float64)
+    normalised: NDArray[np.float64] = shares / shares.sum()
+    return normalised

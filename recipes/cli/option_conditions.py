@@ -1,0 +1,273 @@
+"""When each option of each command has an effect, and the check that every command makes before anything else.
+
+Contract: `COMMANDS` has a table for every command, with an entry for every parameter (see `sparsort.conditions`). Only what the
+user gave is checked, never a default. No file of data is read here and no model is loaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
+from sparsort.curriculum.ablation.recipe.options import DesignOptions
+from sparsort.curriculum.ablation.recipe.tasks import JUDGES, task_names
+from sparsort.curriculum.loading.plan.combine import COMBINATIONS
+from sparsort.curriculum.loading.plan.settings import RANKED
+from sparsort.curriculum.loading.plan.settings import READ_BY as CURRICULUM_READ_BY
+from sparsort.options import parameters_of
+from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
+from sparsort.recipes.choose.choose import READ_BY as CHOOSE_READ_BY
+from sparsort.recipes.choose.choose import READS_QUERIES
+from sparsort.recipes.order.conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
+from sparsort.recipes.order.conditions import READ_BY as ORDER_READ_BY
+from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
+from sparsort.recipes.score.config import read_by_scorers
+from sparsort.recipes.train.config import READ_BY as TRAIN_READ_BY
+from sparsort.recipes.train.config import TrainConfig
+from sparsort.recipes.train.recipe import read_recipe
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.spec import DataSpec
+
+Resolve = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """The conditions of a command's options; `resolve` fills in the values of options that were not given."""
+
+    table: Table
+    resolve: Resolve = lambda values, given: values
+
+
+def check(context: Any) -> None:
+    """Refuse an option that was given to a command and has no effect.
+
+    Args:
+        context: click's context of the command, its parameters parsed.
+
+    Raises:
+        SparsortError: there is one; the message says why it has no effect, and what to do.
+    """
+    command = COMMANDS[context.command.name]
+    given = [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    ]
+    values = command.resolve(dict(context.params), given)
+    refuse_unread(command.table, values, given, _on_the_command_line(context))
+
+
+def _on_the_command_line(context: Any) -> Shown:
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+
+    def shown(name: str, value: Any) -> str:
+        parameter = parameters[name]
+        if parameter.param_type_name == "argument":
+            return str(value)
+        flag: str = max(parameter.opts, key=len)
+        if value is False and parameter.secondary_opts:
+            return str(max(parameter.secondary_opts, key=len))
+        if value is None or isinstance(value, bool):
+            return flag
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return " ".join(f"{flag} {shlex.quote(str(one))}" for one in values)
+
+    return shown
+
+
+_TEXT = read_by_scorers("answer", "system", "chat", "truncation", "max_length")
+# The command has no such option.
+_SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
+
+_MODEL = always(*parameters_of(ModelSpec))
+_DATA = always(*parameters_of(DataSpec))
+
+SCORE: Table = {
+    **always("file", "prompt", "messages", "out", "shard_rows", "strict", "as_json"),
+    **_DATA,
+    **_SCORER,
+    **_TEXT,
+    "system": (*_TEXT["system"], NO_CONVERSATION, SYSTEM),
+    "chat": (*_TEXT["chat"], NO_CONVERSATION),
+}
+
+
+ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY, "no_cache": NEEDS_MODEL}
+
+
+CHOOSE: Table = {
+    **always("file", "by", "prompt", "answer", "label", "labels", "chat", "k", "orders", "seed", "out", "as_json"),
+    **_DATA,
+    **_MODEL,
+    "on": (READS_QUERIES,),
+    "queries": (READS_QUERIES,),
+    "system": (SYSTEM,),
+    **CHOOSE_READ_BY,
+}
+
+CALIBRATE: Table = {
+    **always("file", "prompt", "messages", "truncation", "max_length", "level", "correct", "target", "sites"),
+    **always("poolings", "outliers", "l0_threshold", "draws", "seed", "out", "as_json"),
+    **_DATA,
+    **_MODEL,
+    "answer": CALIBRATE_READ_BY["answer"],
+    "system": (NO_CONVERSATION, SYSTEM),
+    "chat": (NO_CONVERSATION,),
+    "no_loss": CALIBRATE_READ_BY["own_loss"],
+    "top": (excludes("as_json", "{as_json} prints every candidate"),),
+}
+
+
+def _is_recipe(values: Values) -> bool:
+    """Whether the source is a recipe, a task file or names of ready tasks, which have their own prompt."""
+    source = str(values["source"])
+    names = [name.strip() for name in source.split(",") if name.strip()]
+    ready = bool(names) and all(name in task_names() for name in names)
+    path = Path(source).expanduser()
+    # A folder may have the name of a ready task, which has no prompt to be given.
+    return path.suffix == ".toml" or (ready and (values["prompt"] is None or not path.exists()))
+
+
+_OWN_TASK = When(
+    holds=lambda values: not _is_recipe(values), why="{source} has its own prompt, labels, files and judge"
+)
+_SCORES_LABELS = When(
+    holds=lambda values: values["judge"] in (None, "labels") or values["judge"] not in JUDGES,
+    why="{judge} reads written answers",
+    instead={"judge": "labels"},
+)
+_WRITES = When(
+    holds=lambda values: values["judge"] not in (None, "labels"),
+    why="labels are scored, and nothing is written",
+    instead={"judge": "exact"},
+)
+ABLATE: Table = {
+    # --dry-run and --no-run are appended to a whole command, so they accept the options that describe its run and its report.
+    **always("source", "out", "compile", "dry_run", "no_report", "as_json", *parameters_of(DesignOptions)),
+    **_MODEL,
+    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test", *_DATA), (_OWN_TASK,)),
+    "system": (_OWN_TASK, SYSTEM),
+    "labels": (_OWN_TASK, _SCORES_LABELS),
+    "stop": (_OWN_TASK, _WRITES),
+    "max_new_tokens": (_OWN_TASK, _WRITES),
+    "data": (
+        When(
+            holds=lambda values: _is_recipe(values) or not Path(values["source"]).expanduser().exists(),
+            why="it is the folder of a task's files, and {source} is a data file",
+        ),
+    ),
+    "label_score": (_SCORES_LABELS,),
+    "contextual": (_SCORES_LABELS,),
+    "no_run": (excludes("dry_run", "{dry_run} neither runs anything nor reads the store"),),
+}
+
+REPORT: Table = always("results", "out", "figures", "title", "as_json")
+ENV: Table = always("as_json")
+CACHE: Table = always("clear", "as_json")
+
+_WEIGHS = When(holds=lambda values: len(values["scores"]) > 1, why="weights weigh several scores, and there is one")
+_COMBINES = When(
+    holds=lambda values: len(values["scores"]) > 1 or values["combination"] not in COMBINATIONS,
+    why="several scores are combined, and there is one",
+)
+_NAMES_A_FIELD = needs("data", "it names a field of the data", data="FILE")
+_SEED = When(
+    holds=lambda values: (
+        values["mode"] == "pool"
+        or values["schedule"] == "shuffle"
+        or values["direction"] == "random"
+        or values["later_epochs"] == "shuffle"
+        or values["stages"] is not None
+        or values["warm_up"] is not None
+    ),
+    why="nothing in this plan is drawn at random: {schedule} without stages or a warm-up",
+)
+_GROUPED = When(holds=RANKED.holds, why="{schedule} does not take the easiest of each group together")
+# Settings that the commands do not have, or that `train` takes for its own.
+_CURRICULUM = {
+    name: conditions
+    for name, conditions in CURRICULUM_READ_BY.items()
+    if name not in ("seed", "quota", "steps", "max_length")
+}
+PLAN: Table = {
+    **always("scores", "data", "fingerprint", "out", "draw", "epoch", "max_length", "as_json"),
+    **_CURRICULUM,
+    "steps": CURRICULUM_READ_BY["steps"],
+    "quota": CURRICULUM_READ_BY["quota"],
+    "seed": (_SEED,),
+    "groups": (_NAMES_A_FIELD, _GROUPED),
+    "show_groups": (_NAMES_A_FIELD,),
+    "lengths": (_NAMES_A_FIELD,),
+    "columns": (needs("data", "it names the columns of the data", data="FILE"),),
+    "id_column": (_NAMES_A_FIELD,),
+    "combination": (_COMBINES,),
+    "weight": (_WEIGHS, among("combination", ("rank_average",), of=COMBINATIONS)),
+    "beside": (needs("draw", "plans are drawn next to each other in a figure", draw="FILE"),),
+}
+
+_OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
+_OF_SCORES = excludes("plan", "{plan} has its own settings")
+_OF_PLAN = (
+    needs(
+        "plan",
+        "it concerns a plan that was made before; scores are matched to the rows by id or content",
+        plan="FOLDER",
+    ),
+)
+TRAIN: Table = {
+    **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
+    **always(
+        "learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "columns", "eval_share", "eval_data"
+    ),
+    **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
+    **under(_OF_SCORES, _CURRICULUM),
+    "groups": (_OF_SCORES, _GROUPED),
+    "fingerprint": (_OF_A_PLAN,),
+    "verify": (_OF_A_PLAN,),
+    **TRAIN_READ_BY,
+    "eval_steps": (
+        When(
+            holds=lambda values: (
+                values["eval_data"] is not None
+                or (values["plan"] is None and values["eval_share"] != 0)
+                or bool(values["eval_share"])
+            ),
+            why="no rows are held out",
+            instead={"eval_data": "FILE"},
+        ),
+    ),
+}
+
+
+def _calibrated(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """With the arguments of `calibrate` that the options set."""
+    return values | {"own_loss": not values["no_loss"]}
+
+
+def _trained(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """With the settings of a recipe for the options that were not given, and the defaults for what neither has."""
+    recipe = read_recipe(values["recipe"]).without(set(given))
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for name, value in (defaults | recipe.train | recipe.curriculum).items():
+        if name in values and name not in given:
+            values[name] = value
+    return values
+
+
+COMMANDS: Mapping[str, Command] = {
+    "score": Command(table=SCORE),
+    "order": Command(table=ORDER),
+    "choose": Command(table=CHOOSE),
+    "calibrate": Command(table=CALIBRATE, resolve=_calibrated),
+    "ablate": Command(table=ABLATE),
+    "report": Command(table=REPORT),
+    "plan": Command(table=PLAN),
+    "train": Command(table=TRAIN, resolve=_trained),
+    "env": Command(table=ENV),
+    "cache": Command(table=CACHE),
+}

@@ -1,0 +1,127 @@
+"""How `sparsort order` reads its rows and its query: by templates over their columns, or as whole conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsort.curriculum.demos.blocks import compared_text, demo_turns, query_row
+from sparsort.errors import SparsortError
+from sparsort.scoring.prompts.conversations import turns_of
+from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.storage.integrity import parse_json
+from sparsort.templates import fields_of, render
+from sparsort.values import row_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoText:
+    """Templates of question and answer, or the column of the conversations.
+
+    Attributes:
+        prompt, answer: templates; None with `messages`.
+        messages: the column of whole conversations; None with templates.
+        system: the system turn of templates.
+        chat: templates are put into the model's chat template; conversations always are.
+    """
+
+    prompt: str | None
+    answer: str | None
+    messages: str | None
+    system: str | None
+    chat: bool
+
+    @classmethod
+    def of(cls, columns: Sequence[str], spec: PromptSpec) -> DemoText:
+        """What was asked for; without templates or a column, the columns "question" and "answer".
+
+        Raises:
+            SparsortError: conversations and templates were given together, or nothing, and there are no such columns.
+        """
+        if spec.messages is not None:
+            spec.read()
+            return cls(prompt=None, answer=None, messages=spec.messages, system=None, chat=True)
+        prompt, answer = spec.template, spec.answer
+        if prompt is not None and not isinstance(prompt, str):
+            raise SparsortError(
+                f"the prompt is {prompt!r:.80}; demonstrations are put into a format string, such as "
+                "'Question: {question}\nAnswer:' (with chat=True (--chat), the user's turn)."
+            )
+        if prompt is None and "question" not in columns:
+            raise SparsortError(
+                "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' "
+                f"(--messages) with a column of conversations; this data has: {', '.join(columns)}."
+            )
+        if answer is None and "answer" not in columns:
+            raise SparsortError(
+                "which column is the answer? Pass answer='…' (--answer), for example ' {label}'; this data has: "
+                f"{', '.join(columns)}."
+            )
+        prompt, answer = prompt or "Question: {question}\nAnswer:", answer or " {answer}"
+        return cls(prompt=prompt, answer=answer, messages=None, system=spec.system, chat=spec.chat)
+
+    def read(self, *, answer: bool = False) -> Prompt:
+        """What the model reads of a row, with or without its answer."""
+        if self.messages is not None:
+            return Prompt.of_messages(self.messages, answer=answer)
+        return Prompt.of(str(self.prompt), answer=self.answer if answer else None, system=self.system, chat=self.chat)
+
+    def question(self, row: Mapping[str, Any], *, where: str) -> str:
+        """The question of a row as text, without chat markers."""
+        if self.messages is not None:
+            return compared_text(row, self.messages, where=where)
+        return render(str(self.prompt), row, where=where)
+
+    def whole(self, row: Mapping[str, Any], *, where: str) -> str:
+        """A demonstration as it will appear in the prompt, without chat markers."""
+        if self.messages is not None:
+            return "\n".join(turn["content"] for turn in demo_turns(row, self.messages, where=where))
+        return self.question(row, where=where) + render(str(self.answer), row, where=where)
+
+    def compared_by(self) -> dict[str, Any]:
+        """The argument of `select_demos` that defines the text by which a query is compared."""
+        if self.messages is not None:
+            return {"text": lambda row: self.question(row, where="a row")}
+        return {"prompt": self.prompt}
+
+    def parse_query(self, query: str | Mapping[str, Any]) -> dict[str, Any]:
+        """The query as a row.
+
+        Raises:
+            SparsortError: it is empty, broken JSON, or bare text for several columns.
+        """
+        found = _json(query) if isinstance(query, str) else query
+        if isinstance(found, Mapping) and self.messages is not None:
+            return {**found, **query_row(turns_of(found, self.messages, where="the query"), self.messages)}
+        if isinstance(found, Mapping):
+            return dict(found)
+        if isinstance(found, str) and not found.strip():
+            raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
+        if self.messages is not None:
+            return query_row(found, self.messages)
+        names = fields_of(str(self.prompt))
+        if len(names) != 1:
+            shown = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
+            raise SparsortError(
+                f"the prompt has the columns {', '.join(names)}, so the query must be a row (--query with a JSON object), "
+                f"such as: {shown}. Braces that are meant literally are doubled: {{{{ and }}}}."
+            )
+        return row_of({names[0]: str(query)})
+
+
+def _json(query: str) -> Any:
+    """The JSON object or array that a query holds; any other query as it is."""
+    opening = query.lstrip()[:1]
+    if opening not in ("{", "["):
+        return query
+    try:
+        return parse_json(query)
+    except json.JSONDecodeError as error:
+        if opening == "[":
+            return query
+        raise SparsortError(
+            f"the query looks like JSON but does not read as such: {error}. Quote it for your shell."
+        ) from None

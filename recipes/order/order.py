@@ -1,0 +1,325 @@
+"""Select, order and assemble the demonstrations of a prompt: the recipe behind `sparsort order`.
+
+Contract: the model is loaded at most once, and only if something asked for needs it (scores, embeddings); the demonstrations
+are scored with the very prompt that they will stand in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsort.conditions import changed, refuse_unread
+from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator, PromptForm
+from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
+from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
+from sparsort.errors import SparsortError
+from sparsort.options import values_of
+from sparsort.recipes.order.conditions import READ_BY
+from sparsort.recipes.order.config import OrderConfig
+from sparsort.recipes.order.demo_text import DemoText
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.scoring.data.rows import Row
+from sparsort.scoring.prompts.prompt import check_truncation
+from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.scoring.store.scores import Scores
+from sparsort.terminal.printing import one_line
+from sparsort.values import text_if_any
+
+if TYPE_CHECKING:
+    from sparsort.scoring.model.backbone import Backbone
+    from sparsort.scoring.store.row_cache import RowCache
+
+# With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
+MOST_DEMOS = 64
+# Characters of a demonstration's excerpt, for a person.
+EXCERPT = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderResult:
+    """The prompt, and how it came about.
+
+    `cache` counts the rows that the model did and did not have to read: `{"from_cache": …, "read": …}`; None without a cache.
+    """
+
+    prompt: str
+    messages: list[dict[str, str]] | None
+    order: str
+    demonstrations: list[dict[str, Any]]
+    n_tokens: int | None
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] | None = None
+    cache: dict[str, int] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return dict(vars(self))
+
+
+def order_file(
+    file: str | Path,
+    *,
+    query: str | Mapping[str, Any],
+    config: OrderConfig,
+    scorer: ScorerConfig,
+    scores: str | Path | None = None,
+    cache: RowCache | None = None,
+) -> OrderResult:
+    """Read demonstrations from `file`, select and order them for `query`, and assemble the prompt.
+
+    Args:
+        file: the demonstrations or the pool, in any format that `open_rows` reads.
+        query: its fields, a JSON object of them, or the text of the prompt's only field. With `messages`, also a JSON array of
+            turns, or the text of a user's turn.
+        config: selection, order, assembly.
+        scorer: what ranks the demonstrations, when `scores` is None.
+        scores: scores made before, of these rows.
+        cache: where to look for what the model has computed for these rows before, and to keep what it computes now; None to
+            read every row, and to write nothing.
+
+    Raises:
+        SparsortError: bad input; the message says what to do.
+    """
+    _refuse_unread(config, scorer, scores)
+    scorer = scorer.calibrated()
+    scorer.check_names()
+    table = Scores.load(scores) if scores is not None else None
+    config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
+    order = str(config.order)
+    # Names first: a misspelt one should not cost the loading of a model.
+    demonstrator = Demonstrator(
+        selector=config.select,
+        order=order,
+        k=config.k,
+        seed=config.seed,
+        ids=config.ids,
+        missing=config.missing,
+        allow_leaks=config.allow_leaks,
+        own_similarity=True,
+    )
+    selector = demonstrator.selector_entry
+    if config.k is None and config.ids is None and selector.name != DEFAULT_SELECTOR:
+        raise SparsortError(
+            f"selection by {config.select!r} needs the number of demonstrations k (-k) or, for 'ids', the ids (--ids)."
+        )
+    if table is None:
+        # With nothing to order, this checks that the order goes with the scorer.
+        order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
+    source = config.data.open(file)
+    rows = list(source.rows())
+    text = DemoText.of(list(rows[0].fields), config.prompt)
+    if scorer.found is not None:
+        definition = scorer.found.definition
+        definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
+    asked = text.parse_query(query)
+    check_truncation(config.prompt.truncation)
+    scorer.check_model(max_length=config.prompt.max_length)
+    model = _Model(rows, text, config, scorer, table, cache)
+    if "label" in selector.needs:
+        source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
+    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
+        raise SparsortError(
+            f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
+            "(--select) for the method."
+        )
+    known = model.known(asked)
+    selection = demonstrator.choose(known)
+    source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
+    tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
+    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
+    return _result(order, model, known, shown)
+
+
+def _result(order: str, model: _Model, known: Known, shown: Demonstration) -> OrderResult:
+    made = shown.prompt
+    is_ranked = order_entry(order).ranks_by == "difficulty"
+    difficulty = known.difficulty.at(shown.indices) if known.difficulty is not None and is_ranked else None
+    demonstrations = [
+        {
+            "id": model.rows[at].id,
+            "difficulty": None if difficulty is None or math.isnan(difficulty[place]) else float(difficulty[place]),
+            "kept": place in made.kept,
+            "excerpt": one_line(model.text_of(at), EXCERPT),
+        }
+        for place, at in enumerate(shown.indices)
+    ]
+    return OrderResult(
+        prompt=made.text,
+        messages=made.messages,
+        order=order,
+        demonstrations=demonstrations,
+        n_tokens=made.n_tokens,
+        notes=[*model.notes, *shown.notes],
+        provenance=model.provenance,
+        cache=model.cache.summary() if model.cache is not None else None,
+    )
+
+
+def _form(config: OrderConfig, text: DemoText) -> PromptForm:
+    return PromptForm(
+        prompt=text.prompt,
+        answer=text.answer,
+        messages=text.messages,
+        system=text.system,
+        separator=config.separator,
+        chat=text.chat,
+        max_tokens=config.max_tokens,
+        drop=config.drop,
+        allow_leaks=config.allow_leaks,
+        allow_zero_shot=config.allow_zero_shot,
+    )
+
+
+class _Model:
+    """The model of one call, with what it computes of rows and of the query; loaded at most once, when it is first needed."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        text: DemoText,
+        config: OrderConfig,
+        scorer: ScorerConfig,
+        table: Scores | None,
+        cache: RowCache | None,
+    ) -> None:
+        self.cache = cache
+        self.rows, self.text, self.config, self.scorer = rows, text, config, scorer
+        self._table = table
+        self._scorer: Any = None
+        self._table_fit: Scores | None = None
+        self._loaded: Any = None
+        self._tokenizer: Any = None
+        self._backbone: Any = None
+        self._read = text.read()
+        self.notes: list[str] = []
+        before = self._table.provenance.get("prompt") if self._table is not None else None
+        if before is not None and before.get("turns") != [list(turn) for turn in self._read.turns]:
+            self.notes.append(f"the scores are of another prompt: {before['turns'][-1][1]!r}.")
+        self.provenance: dict[str, Any] | None = self._table.provenance if self._table is not None else None
+
+    def known(self, query: Mapping[str, Any]) -> Known:
+        """What is known about the rows and the query, each part computed when it is first read."""
+        rows, count = self.rows, len(self.rows)
+        ids, label = [row.id for row in rows], self.config.label
+        return Known(
+            DemoPool([row.fields for row in rows], ids=ids, label=label, **self.text.compared_by()),
+            query,
+            difficulty=Column(count, self._difficulty),
+            kind=self._table.kind if self._table is not None else self.scorer.kind,
+            embeddings=Column(count, lambda at: self._embed([rows[i].fields for i in at])),
+            query_difficulty=lambda: self._query_difficulty(query),
+            query_embedding=lambda: self._embed([query])[0],
+            lengths=Column(count, lambda at: [len(self.text_of(i)) for i in at]),
+        )
+
+    def text_of(self, position: int) -> str:
+        """A demonstration as it will appear in the prompt, without chat markers."""
+        row = self.rows[position]
+        return self.text.whole(row.fields, where=row.name)
+
+    def _difficulty(self, positions: Sequence[int]) -> Any:
+        """Difficulty of some rows, from the scores given or scored now."""
+        fields = [self.rows[position].fields for position in positions]
+        return self._table.difficulty_of(fields) if self._table is not None else self._score(fields)
+
+    def _query_difficulty(self, query: Mapping[str, Any]) -> float:
+        """Difficulty of the query by the same score."""
+        if self.scorer.needs_answer:
+            raise SparsortError(
+                "the query has no answer yet, so it has no score of one. Match by a score of the prompt alone."
+            )
+        return float(self._score([query])[0])
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = self.scorer.model.load_tokenizer()
+        return self._tokenizer
+
+    def _model(self) -> Any:
+        if self._loaded is None:
+            from sparsort.scoring.prompts.chat_templates import need_chat_template
+
+            if self.text.chat:
+                need_chat_template(self.tokenizer())
+            self._loaded = replace(self.scorer.model, tokenizer=self.tokenizer()).load()
+        return self._loaded
+
+    def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
+        given = self.config.prompt
+        read = PromptSpec(
+            self.text.read(answer=self.scorer.needs_answer), truncation=given.truncation, max_length=given.max_length
+        )
+        options: dict[str, Any] = {}
+        if self._scorer is None:
+            self._scorer = self.scorer.load(self._model() if self.scorer.runs_model else None)
+            if self.scorer.runs_model:
+                self._scorer.backbone.mark_as_own()
+        if self.scorer.runs_model:
+            options["cache"] = self._cache_for(self._scorer.backbone)
+        is_fitted = self.scorer.outliers != "none" and self.scorer.calibration is None
+        if is_fitted and self._table is None and self._table_fit is None:
+            # Fitted once, on the whole pool: neither the few that were chosen nor a query alone say what is wide.
+            self._table_fit = self._scorer.score([row.fields for row in self.rows], read, **options)
+        scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
+        self.provenance = scores.provenance
+        return np.asarray(scores.difficulty, dtype=np.float64)
+
+    def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
+        if self.config.embedder is not None:
+            from sparsort.curriculum.demos.pool.similarity import sentence_embeddings
+
+            texts = [self.text.question(row, where=f"row {number}") for number, row in enumerate(fields)]
+            return sentence_embeddings(texts, self.config.embedder)
+        from sparsort.scoring.model.backbone import Backbone
+        from sparsort.scoring.scorers.sentence_vectors import embed_rows
+
+        if self._backbone is None:
+            self._backbone = Backbone(self._model(), token_budget=self.scorer.model.token_budget)
+            self._backbone.mark_as_own()
+        return embed_rows(self._backbone, fields, self._read, cache=self._cache_for(self._backbone))
+
+    def _cache_for(self, backbone: Backbone) -> RowCache | None:
+        """The cache, or None and a note if values of this model cannot be kept."""
+        from sparsort.scoring.store.row_cache import obstacle
+
+        if self.cache is not None and (why := obstacle(backbone)) is not None:
+            self.notes.append(f"nothing was kept in the cache: {why}.")
+            self.cache = None
+        return self.cache
+
+
+def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
+    """Refuse what was configured and has no effect; a seed, and a scorer next to scores, may be given where they are not read."""
+    values = {name: value for part in (scorer, config) for name, value, _ in values_of(part)} | {"scores": scores}
+    refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
+
+
+def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConfig:
+    """The configuration with its default order, and with the prompt of the calibration where there is one.
+
+    Raises:
+        SparsortError: the calibrated prompt is not one that demonstrations can be put into.
+    """
+    order = config.order or default_order(kind)
+    if scorer.found is None or config.prompt.template is not None or config.prompt.messages is not None:
+        return replace(config, order=order)
+    if (column := scorer.found.definition.prompt.messages) is not None:
+        return replace(config, order=order, prompt=replace(config.prompt, messages=column))
+    roles = [role for role, _ in scorer.found.definition.turns]
+    if roles not in (["text"], ["user"], ["system", "user"]):
+        raise SparsortError(
+            f"the calibrated prompt has the turns {', '.join(roles)}, and demonstrations stand in a plain prompt or in one user "
+            "turn. Calibrate such a prompt."
+        )
+    system = scorer.found.definition.turns[0][1] if roles[0] == "system" else None
+    prompt, chat = scorer.found.definition.turns[-1][1], roles != ["text"]
+    return replace(config, order=order, prompt=replace(config.prompt, template=prompt, system=system, chat=chat))

@@ -1,0 +1,218 @@
+"""Which scorer `sparsort score` and `sparsort order` run, with the options of each.
+
+No torch and no NumPy: the command line reads the options of the fields before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparsort.conditions import Conditions, Table, always, among, refuse_unread_fields
+from sparsort.errors import SparsortError
+from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.options import option, parameters_of
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.scorers import SCORERS
+
+if TYPE_CHECKING:
+    from sparsort.scoring.calibration.calibration import Calibration
+    from sparsort.scoring.prompts.spec import PromptSpec
+    from sparsort.scoring.scorers.base import Scorer
+
+SCORER_PANEL = "Scorer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """Which scorer, with the options of each.
+
+    `calibration` is the file of one, which says model, site, pooling, metric, outlier rule and direction; see `calibrated`.
+
+    Raises:
+        SparsortError: an unknown scorer, or an option that differs from its default and that the scorer does not read
+            (`READ_BY`).
+    """
+
+    scorer: str = option("sparsity", f"{SCORERS.listed()}.", panel=SCORER_PANEL)
+    site: str = option("pre_norm", "pre_norm, post_norm, mlp, mlp:N or layer:N.", panel=SCORER_PANEL)
+    pooling: str = option("last", "last, mean_metric, mean_state or answer.", panel=SCORER_PANEL)
+    metric: str = option("gini", "Metric behind the difficulty.", panel=SCORER_PANEL)
+    outliers: str = option("none", "none, drop:n or rms.", panel=SCORER_PANEL)
+    calibration: str | Path | None = option(
+        None,
+        "File of 'sparsort calibrate', which decides the score.",
+        panel=SCORER_PANEL,
+        kind=Path | None,
+    )
+    l0_threshold: float = option(1.0, "Threshold of l0_absolute.", panel=SCORER_PANEL)
+    column: str | None = option(None, "Numeric column, for the scorer 'column'.", panel=SCORER_PANEL)
+    descending: bool = option(False, "The column falls with difficulty.", panel=SCORER_PANEL)
+    seed: int = option(0, "Seed of the scorer 'random'.", panel=SCORER_PANEL)
+    unit: Literal["tokens", "characters"] = "tokens"
+    model: ModelSpec = ModelSpec()
+
+    def __post_init__(self) -> None:
+        SCORERS.check(self.scorer)
+        if self.scorer in SCORERS.needing("column") and self.column is None:
+            raise SparsortError(
+                f"the scorer {self.scorer!r} needs the name of a numeric column. Pass column='NAME' (--column NAME)."
+            )
+        refuse_unread_fields(self, READ_BY)
+
+    @property
+    def kind(self) -> str:
+        """What the scores are of, as `Scores.kind` will have it."""
+        return self.scorer if self.calibration is None else "calibrated"
+
+    @cached_property
+    def found(self) -> Calibration | None:
+        """The calibration, read from its file; None without one."""
+        if self.calibration is None:
+            return None
+        # It imports torch and SciPy, which a score without a model does without.
+        from sparsort.scoring.calibration.calibration import Calibration
+
+        return Calibration.load(self.calibration)
+
+    def calibrated(self) -> ScorerConfig:
+        """This configuration with the options that the calibration decides; the same without one.
+
+        The model is the calibrated one unless another than the default was asked for, which `load` refuses if its weights are
+        others.
+
+        Raises:
+            SparsortError: an option was given that the calibration decides otherwise.
+        """
+        if self.found is None:
+            return self
+        made = self.found.definition
+        decided = {**vars(made.candidate), "l0_threshold": made.l0_threshold}
+        for name, value in decided.items():
+            given, default = getattr(self, name), ScorerConfig.__dataclass_fields__[name].default
+            if given not in (default, value):
+                raise SparsortError(
+                    f"{name} is {given!r}, but the calibration {self.calibration} is of {value!r}. "
+                    "Leave it out, or calibrate that one alone."
+                )
+        model = self.model
+        if model.name == ModelSpec().name:
+            model = replace(model, name=made.model, revision=model.revision or made.revision)
+        return replace(self, **decided, model=model)
+
+    def check_names(self) -> None:
+        """Find misspelt names before a model is loaded for them.
+
+        Raises:
+            SparsortError: an unknown metric, site, pooling, outlier rule or dtype.
+        """
+        METRICS.check(self.metric)
+        # Other scorers read none of these options (`READ_BY`), and need no torch.
+        if self.runs_model:
+            self._check_model_options()
+
+    def check_model(self, *, max_length: int | None = None, chat: bool = False) -> Any:
+        """Find what the model does not have before its weights are read.
+
+        Args:
+            max_length: a limit in tokens.
+            chat: whether its chat template will be used.
+
+        Returns:
+            The model's tokenizer, to be passed to `load`, if this had to load it; else None.
+
+        Raises:
+            SparsortError: the model has no such site, dimensions, context or chat template.
+        """
+        from sparsort.scoring.model.early_checks import check_model
+        from sparsort.scoring.prompts.chat_templates import need_chat_template
+
+        if not self.runs_model:
+            return None
+        check_model(self.model, sites=[self.site], outliers=[self.outliers], max_length=max_length)
+        if not chat:
+            return None
+        tokenizer = self.model.load_tokenizer()
+        need_chat_template(tokenizer)
+        return tokenizer
+
+    def check(self, prompt: PromptSpec, shard_rows: int = 1) -> None:
+        """Find what is wrong with the options before a model is loaded for them.
+
+        Raises:
+            SparsortError: an unknown name, a number out of range, an answer that is needed and not given.
+        """
+        from sparsort.scoring.prompts.prompt import check_truncation
+
+        asked = prompt.read()
+        if self.found is not None and asked is not None:
+            self.found.definition.refuse_other_prompt(asked)
+        self.check_names()
+        check_truncation(prompt.truncation)
+        numbers = {"shard_rows": shard_rows, "token_budget": self.model.token_budget, "max_length": prompt.max_length}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise SparsortError(f"{name} is {number}; it must be at least 1.")
+        if self.needs_answer and prompt.answer is None and (asked is None or asked.answer is None):
+            raise SparsortError(
+                "this score reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
+            )
+
+    def _check_model_options(self) -> None:
+        from sparsort.scoring.model.sites import check_site
+        from sparsort.scoring.scorers.pooling import check_outlier_rule, check_pooling
+
+        check_site(self.site)
+        check_pooling(self.pooling)
+        check_outlier_rule(self.outliers)
+        self.model.check()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the score is one of a text, and needs a prompt."""
+        return self.scorer in SCORERS.needing("text")
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether the score is one of an answer's tokens."""
+        return self.scorer in SCORERS.needing("answer") or self.pooling == "answer"
+
+    @property
+    def draws(self) -> bool:
+        """Whether a seed changes the scores."""
+        return self.scorer in SCORERS.reading("seed")
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether scoring runs a forward pass."""
+        return SCORERS[self.scorer].runs_model
+
+    def load(self, loaded: Any = None, *, tokenizer: Any = None) -> Scorer:
+        """Build the scorer; `loaded` is a model in memory, `tokenizer` that of a model to be loaded, if there is one already."""
+        entry = SCORERS[self.scorer]
+        settings = {name: getattr(self, name) for name in _ARGUMENTS if name in entry.reads}
+        model = replace(self.model, tokenizer=tokenizer) if loaded is None else replace(self.model, name=loaded)
+        if self.found is not None:
+            from sparsort.scoring.calibration.calibrated import CalibratedScorer
+
+            return CalibratedScorer(self.found, model)
+        if entry.runs_model:
+            settings["model"] = model
+        elif "model" in entry.reads:
+            naming = {"model": model.name, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+            settings |= naming
+        return entry.build(settings)
+
+
+_ARGUMENTS = tuple(one.name for one in fields(ScorerConfig) if one.name not in ("scorer", "calibration", "model"))
+
+
+def read_by_scorers(*settings: str) -> dict[str, Conditions]:
+    """The conditions of settings that only some scorers read; see `sparsort.conditions`."""
+    return {name: (among("scorer", SCORERS.reading(name), of=SCORERS),) for name in settings}
+
+
+# The scorers that read an option of `ScorerConfig`.
+READ_BY: Table = {**always("scorer"), **read_by_scorers("calibration", *_ARGUMENTS, *parameters_of(ModelSpec))}

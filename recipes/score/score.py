@@ -1,0 +1,112 @@
+"""Score a file: the recipe behind `sparsort score`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsort.errors import SparsortError
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
+
+if TYPE_CHECKING:
+    from sparsort.scoring.data.rows import RowSource
+    from sparsort.scoring.prompts.prompt import Prompt
+    from sparsort.scoring.store.scores import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReport:
+    """What became of a file.
+
+    Attributes:
+        scores: one row a row of the file.
+        seconds: the time of the whole call: checks, loading and scoring.
+        loading_seconds: the part before scoring: libraries, the checks of the file, the model.
+        scoring_seconds: the rest, in which rows were read and scored.
+        resumed: whether rows may have been scored by an earlier call.
+        out: the score folder.
+        source: the rows of the file.
+        prompt: how a row becomes text; None where the scorer reads no text.
+        counts: rows by status.
+    """
+
+    scores: Scores
+    seconds: float
+    loading_seconds: float
+    scoring_seconds: float
+    resumed: bool
+    out: str | None
+    source: RowSource
+    prompt: Prompt | None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The report as JSON values; tokens are those of the rows that were scored."""
+        difficulty = self.scores.difficulty
+        known = difficulty[np.isfinite(difficulty)]
+        quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(known) else None
+        tokens = self.scores.column("n_tokens")
+        return {
+            "out": self.out,
+            "rows": len(self.scores),
+            "status": self.counts,
+            "difficulty_quantiles": quantiles,
+            "tokens": int(tokens[np.isfinite(difficulty)].sum()),
+            "truncated_rows": int((self.scores.column("n_truncated") > 0).sum()),
+            "seconds": round(self.seconds, 3),
+            "loading_seconds": round(self.loading_seconds, 3),
+            "scoring_seconds": round(self.scoring_seconds, 3),
+            "provenance": self.scores.provenance,
+        }
+
+
+def score_file(
+    file: str | Path,
+    *,
+    scorer: ScorerConfig,
+    prompt: PromptSpec = PromptSpec(),
+    data: DataSpec = DataSpec(),
+    out: str | Path | None = None,
+    shard_rows: int = 2048,
+) -> ScoreReport:
+    """Score every row of `file`; see `Scorer.score`."""
+    from sparsort.scoring.store.shards import MANIFEST
+
+    start = time.perf_counter()
+    scorer = scorer.calibrated()
+    if scorer.found is not None:
+        prompt = scorer.found.definition.complete(prompt)
+    scorer.check(prompt, shard_rows)
+    # What is wrong with the data or the prompt should not cost the loading of a model.
+    asked = prompt.read()
+    content = [scorer.column] if scorer.column is not None else asked.fields if asked is not None else None
+    source = data.open(file, content=content)
+    if asked is not None:
+        source.require(asked.fields, asked)
+    elif scorer.reads_text:
+        raise SparsortError(
+            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) "
+            f"with a column of conversations; this data has: {', '.join(source.columns())}."
+        )
+    resumed = out is not None and (Path(out).expanduser() / MANIFEST).exists()
+    tokenizer = scorer.check_model(max_length=prompt.max_length, chat=asked is not None and asked.is_chat)
+    loaded = scorer.load(tokenizer=tokenizer)
+    scoring = time.perf_counter()
+    scores = loaded.score(source, prompt, out=out, shard_rows=shard_rows)
+    end = time.perf_counter()
+    return ScoreReport(
+        scores=scores,
+        seconds=end - start,
+        loading_seconds=scoring - start,
+        scoring_seconds=end - scoring,
+        resumed=resumed,
+        out=str(out) if out is not None else None,
+        source=source,
+        prompt=asked,
+        counts=scores.counts("status"),
+    )

@@ -1,0 +1,194 @@
+"""How a model is trained: one frozen, checked configuration.
+
+Contract: what cannot be is refused on construction, before a row is read or a model loaded. The fields of `IDENTITY` decide
+the losses of a run; the others divide its work, or say how often to look at it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypedDict, get_args
+
+from sparsort.conditions import Table, When, excludes, needs, refuse_unread_fields
+from sparsort.errors import SparsortError, unknown_choice
+from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.options import option, same_option
+from sparsort.recipes.train.model import PRESETS
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.spec import TEXT_PANEL
+
+CURRICULUM_PANEL = "Curriculum"
+TRAINING_PANEL = "Training"
+WORK_PANEL = "How the work is divided"
+
+LearningRateSchedule = Literal["constant", "linear", "cosine", "wsd"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+# Steps, batch and held-out rows decide too, and are known when the data is.
+IDENTITY = (
+    "model",
+    "learning_rate",
+    "lr_schedule",
+    "warmup_steps",
+    "max_length",
+    "eval_steps",
+    "online",
+    "online_metric",
+    "seed",
+    "dtype",
+    "revision",
+)
+
+
+# What a setting needs to be read; see `sparsort.conditions`.
+_PRETRAINED = When(
+    holds=lambda values: values["model"] not in PRESETS,
+    why="{model} starts from random weights, and nothing is read for it",
+    instead={"model": "FOLDER"},
+)
+READ_BY: Table = {
+    "revision": (_PRETRAINED,),
+    "trust_remote_code": (_PRETRAINED,),
+    "online_metric": (needs("online", "the difficulty is not learned in training", online=True),),
+    "epochs": (excludes("max_steps", "{max_steps} sets the length of the run"),),
+}
+
+
+class TrainOptions(TypedDict, total=False):
+    """The fields of `TrainConfig`, where a function takes them as keywords."""
+
+    model: str
+    epochs: int
+    max_steps: int | None
+    per_device_batch: int | None
+    accumulate: int
+    learning_rate: float
+    lr_schedule: LearningRateSchedule
+    warmup_steps: int
+    max_length: int
+    eval_share: float | None
+    eval_steps: int | None
+    online: bool
+    online_metric: str
+    save_steps: int
+    report_to: str
+    workers: int
+    seed: int
+    dtype: Dtype
+    revision: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        model: "tiny" or "small", a Llama over bytes from scratch; a hub id, a folder, a .gguf file or "demo".
+        epochs: passes over the data; of a plan in pool mode, courses of its pacing.
+        max_steps: optimiser steps, instead of `epochs`.
+        per_device_batch: examples that a device sees at once; by default, what the global batch leaves to it, or 8.
+        accumulate: micro-batches of a device in one step.
+        learning_rate: its peak, of AdamW.
+        lr_schedule: of transformers: "constant", "linear" and "cosine" (both to 0), or "wsd" (warmup_stable_decay), constant
+            until the last fifth of the run.
+        warmup_steps: in which the learning rate rises from 0.
+        max_length: tokens at which a text is cut.
+        eval_share: of the rows, held out by chance; 0.1 with scores and 0 with a plan unless given.
+        eval_steps: steps between two looks at the held-out loss; None for one at the end.
+        online: learn the difficulty from the model in training, and plan again from it.
+        online_metric: sparsity metric of the hidden states.
+        save_steps: steps between two checkpoints.
+        report_to: "none", or a tracker of transformers, such as "tensorboard".
+        workers: processes that load data.
+        seed: of the weights of a model from scratch, of dropout, of what is held out, and of a plan made here.
+        dtype: "float32"; "bfloat16", computing in it with weights in float32; "auto", the latter on a GPU that has it.
+        revision: hub revision of the model.
+        trust_remote_code: run code that ships with the model; never without being asked.
+    """
+
+    model: str = same_option(
+        ModelSpec,
+        "name",
+        default="tiny",
+        help="tiny or small (from scratch, over bytes), hub id, folder, .gguf file or 'demo'.",
+    )
+    epochs: int = option(1, "Passes over the data.", panel=TRAINING_PANEL)
+    max_steps: int | None = option(None, "Optimiser steps, instead of --epochs.", panel=TRAINING_PANEL)
+    per_device_batch: int | None = option(
+        None, "Examples a device sees at once [default: what fits, else 8].", panel=WORK_PANEL
+    )
+    accumulate: int = option(1, "Micro-batches in a step.", panel=WORK_PANEL)
+    learning_rate: float = option(5e-4, "Peak of the learning rate.", panel=TRAINING_PANEL, flag="--lr")
+    lr_schedule: LearningRateSchedule = option("cosine", "constant, linear, cosine or wsd.", panel=TRAINING_PANEL)
+    warmup_steps: int = option(0, "Steps in which the learning rate rises.", panel=TRAINING_PANEL)
+    max_length: int = option(
+        1024, "Tokens at which a text is cut.", panel=TEXT_PANEL, flag="--cut-length", retired=("--max-length",)
+    )
+    eval_share: float | None = option(
+        None, "Share of the rows to hold out [default: 0.1, none with --plan].", panel=TRAINING_PANEL
+    )
+    eval_steps: int | None = option(None, "Steps between held-out losses [default: at the end].", panel=TRAINING_PANEL)
+    online: bool = option(False, "Learn the difficulty in training.", panel=CURRICULUM_PANEL)
+    online_metric: str = option("hoyer", "Sparsity metric of --online.", panel=CURRICULUM_PANEL)
+    save_steps: int = option(500, "Steps between checkpoints.", panel=WORK_PANEL)
+    report_to: str = option("none", "none, tensorboard, or another tracker of transformers.", panel=WORK_PANEL)
+    workers: int = option(0, "Processes that load data.", panel=WORK_PANEL)
+    seed: int = option(0, "Seed for the weights, dropout, held-out rows and plan.", panel=TRAINING_PANEL)
+    dtype: Dtype = same_option(ModelSpec, "dtype", help="auto, float32 or bfloat16.")
+    revision: str | None = same_option(ModelSpec, "revision")
+    trust_remote_code: bool = same_option(ModelSpec, "trust_remote_code")
+
+    def __post_init__(self) -> None:
+        for name, choices in {"lr_schedule": get_args(LearningRateSchedule), "dtype": get_args(Dtype)}.items():
+            if getattr(self, name) not in choices:
+                raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
+        least = {
+            "epochs": 1,
+            "max_steps": 1,
+            "per_device_batch": 1,
+            "accumulate": 1,
+            "warmup_steps": 0,
+            "max_length": 2,
+        }
+        least |= {"eval_steps": 1, "save_steps": 1, "workers": 0, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            optional = value is None and name in ("max_steps", "per_device_batch", "eval_steps")
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
+                raise SparsortError(f"{name} must be a whole number of at least {bound}, not {value!r}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise SparsortError(f"learning_rate must be a number above 0, such as 5e-4, not {self.learning_rate!r}.")
+        if self.eval_share is not None and not 0 <= self.eval_share < 1:
+            raise SparsortError(
+                f"eval_share is the share of the rows to hold out, from 0 to below 1, not {self.eval_share!r}."
+            )
+        if self.online_metric not in METRICS:
+            raise unknown_choice("online metric", self.online_metric, METRICS)
+        refuse_unread_fields(self, READ_BY)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as it is loaded: in float32, and on the CPU, from where Trainer places it."""
+        return ModelSpec(
+            self.model,
+            dtype="float32",
+            device="cpu",
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def make_config(config: TrainConfig | None, changes: Mapping[str, Any]) -> TrainConfig:
+    """A configuration with some fields changed.
+
+    Raises:
+        SparsortError: an unknown field, or a value that does not fit.
+    """
+    names = [found.name for found in fields(TrainConfig)]
+    for name in changes:
+        if name not in names:
+            raise unknown_choice("setting of train", name, names)
+    return TrainConfig(**{**(asdict(config) if config else {}), **changes})

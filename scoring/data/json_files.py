@@ -1,0 +1,126 @@
+"""Reader of `.json` files: an array of rows, JSON lines, or columns; see `readers.Reader` for what it promises.
+
+Contract: an array, and an object of columns as `Dataset.to_dict` or `DataFrame.to_json` write it, are read into memory. An
+object that is neither a row on one line nor columns is refused, with a command that extracts rows from it if it holds any.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsort.errors import SparsortError
+from sparsort.scoring.data.encodings import nul_bytes, shell_command, wrong_encoding
+from sparsort.scoring.data.readers import JsonLines, Lines, Reader, SequenceReader, is_unfinished, parse_json
+
+_TURN_KEYS = ({"role", "content"}, {"from", "value"})
+_AS_LINES = "frame.to_json('rows.jsonl', orient='records', lines=True)"
+
+
+def json_reader(path: Path) -> Reader:
+    """The rows of a `.json` file.
+
+    Raises:
+        SparsortError: it is not JSON, or it is one object that does not hold columns.
+    """
+    lines = JsonLines(path)
+    with lines.opened() as handle:
+        units = lines.split(Lines(handle, lines.name, 0, 0))
+        first = next(units, None)
+        head = first[1][0].strip() if first else b""
+        is_last = next(units, None) is None
+    if head.startswith(b"["):
+        return SequenceReader(lines.name, _whole(lines))
+    if not head.startswith(b"{"):
+        return lines
+    # Many tools write JSON lines under this suffix.
+    on_one_line = not is_unfinished(head.decode("utf-8", "replace"))
+    if on_one_line and not is_last:
+        return lines
+    if on_one_line:
+        try:
+            value = json.loads(head)
+        except (ValueError, RecursionError):
+            return lines  # which says what is wrong with it
+    else:
+        value = _whole(lines)
+    rows = _rows_of(value, path, on_one_line=on_one_line)
+    return lines if rows is None else SequenceReader(lines.name, rows)
+
+
+def _whole(lines: JsonLines) -> Any:
+    raw = lines.read()
+    if b"\0" in raw:
+        raise nul_bytes(lines.name, raw.count(b"\n", 0, raw.index(b"\0")) + 1, raw, 0)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise wrong_encoding(lines.name, line, error.start, raw[error.start]) from error
+    return parse_json(text, lines.name)
+
+
+def _rows_of(value: Mapping[str, Any], path: Path, *, on_one_line: bool) -> list[dict[str, Any]] | None:
+    """The rows of the only object in a file; None if it is itself a row, as JSON lines have one on each line."""
+    values = list(value.values())
+    inside = [name for name, held in value.items() if _is_rows(held)]
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
+        raise SparsortError(f"{path} has the layout 'split' of pandas. Write one row on each line: {_AS_LINES}.")
+    turns = any(all(any(keys <= item.keys() for keys in _TURN_KEYS) for item in value[name]) for name in inside)
+    if values and all(isinstance(held, list) for held in values) and len(inside) < len(values):
+        if len({len(held) for held in values}) == 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*values, strict=True)]
+        # A conversation and a list of another length, such as tags, are one row.
+        if not (on_one_line and turns):
+            raise _uneven(value, path)
+    if any(values) and all(isinstance(held, dict) for held in values):
+        if _are_numbers(value):
+            raise SparsortError(f"{path} has the layout 'index' of pandas. Write one row on each line: {_AS_LINES}.")
+        if all(map(_are_numbers, values)):
+            if any(held.keys() != values[0].keys() for held in values):
+                raise _uneven(value, path)
+            return [{name: column[row] for name, column in value.items()} for row in values[0]]
+    if on_one_line and (turns or not inside):
+        return None
+    raise _one_object(value, inside, path)
+
+
+def _uneven(columns: Mapping[str, Any], path: Path) -> SparsortError:
+    """The error for columns, lists or `{index: value}`, that do not have one value for each row."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        what = "lengths (index): " + ", ".join(f"{name} has {length}" for name, length in list(lengths.items())[:8])
+    else:
+        rows = next(iter(columns.values()))
+        name, row = next((name, row) for name, column in columns.items() for row in rows if row not in column)
+        what = f"indices: {name} has no value for {row!r}"
+    return SparsortError(
+        f"{path} looks column-oriented, but its columns have different {what}. Give every column one value for each row, or, if "
+        "the object is one row, put it into a list: [{…}]."
+    )
+
+
+def _one_object(value: Mapping[str, Any], inside: list[str], path: Path) -> SparsortError:
+    fields = ", ".join(list(value)[:8]) + (", …" if len(value) > 8 else "")
+    what = f"{path} is one JSON object ({fields or 'empty'}), where rows are expected."
+    if not inside:
+        return SparsortError(f"{what} If it is a row, put it into a list: [{{…}}].")
+    name = max(inside, key=lambda each: len(value[each]))
+    # A filter in double quotes inside brackets, since a name may hold anything.
+    filter_ = f".{name}[]" if name.isidentifier() and name.isascii() else f".[{json.dumps(name)}][]"
+    command = shell_command(path, f"jq -c {shlex.quote(filter_)}", "-rows.jsonl")
+    held = len(value[name])
+    return SparsortError(
+        f"{what} Its list {name!r} holds {held} object{'s' if held != 1 else ''}; if these are the rows, extract them: {command}"
+    )
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _are_numbers(names: Mapping[str, Any]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names)

