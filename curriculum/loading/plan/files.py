@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.loading.loader.verification import noted_for_other_rows
+from sparsort.curriculum.loading.loader.verification import CONTENT, IDS, NAME, noted_for_other_rows
 from sparsort.errors import SparsortError
 from sparsort.storage import integrity
 from sparsort.storage.files import write_atomically
@@ -178,7 +178,25 @@ def _is_possible(description: Mapping[str, Any]) -> bool:
         and all(isinstance(description[name], dict) for name in ("settings", "notes", "arrays"))
         and (revision is None or revision.keys() == {"number", "epoch", "start"})
         and isinstance(description["fingerprint"], str)
+        and _are_possible_notes(description["notes"])
         and (description["settings"].get("mode") == "pool" or edges[-1] <= description["n_rows"])
+    )
+
+
+def _are_possible_notes(notes: Mapping[str, Any]) -> bool:
+    """Whether what a plan notes about its rows has the keys and types that `verification` writes."""
+    name, ids, content = (notes.get(kind) for kind in (NAME, IDS, CONTENT))
+    fields = content["fields"] if content else None
+    return (
+        (name is None or isinstance(name, str))
+        and (not ids or isinstance(ids["column"], str))
+        and (fields is None or (isinstance(fields, list) and all(isinstance(field, str) for field in fields)))
+        and all(
+            isinstance(note["digest"], str)
+            and all(place.isdecimal() and isinstance(text, str) for place, text in note["sample"].items())
+            for note in (ids, content)
+            if note
+        )
     )
 
 
