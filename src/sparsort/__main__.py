@@ -25,7 +25,8 @@ def main() -> None:
         note("sparsort: interrupted before any work. Run the same command again.")
         code = exit_code(stop)
     except SystemExit as stop:
-        code = stop.code
+        # click exits with 1 if the reader of its help has closed the pipe, which is not a failure.
+        code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
         if (interrupt := _not_reported(stop)) is not None:
             note("sparsort: interrupted. Run the same command again.")
             code = exit_code(interrupt)
