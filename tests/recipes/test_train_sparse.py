@@ -365,8 +365,8 @@ def test_every_shipped_recipe_trains_a_model_that_loads(
 
 
 def test_the_shipped_recipes_are_those_that_are_named() -> None:
-    found = sorted(path.stem for path in (ROOT / "recipes").glob("sparse*.toml"))
-    assert [name for name in found if not name.endswith("_study")] == sorted(RECIPES)
+    found = sorted(path.stem for path in (ROOT / "recipes" / "train" / "presets").glob("*.toml"))
+    assert found == sorted(RECIPES)
 
 
 @pytest.mark.parametrize(

@@ -317,8 +317,8 @@ def test_what_an_earlier_version_recorded_is_continued(
         "candidates": lambda: CandidateScorer(small, sites=["pre_norm"], poolings=["last"], outliers=["rms"]),
     }
     with monkeypatch.context() as patch:
-        for module in ("scorers", "baselines"):
-            patch.setattr(f"sparsort.scoring.{module}.identify_tokenizer", by_earlier_rule)
+        for module in ("sparsity", "baselines"):
+            patch.setattr(f"sparsort.scoring.scorers.{module}.identify_tokenizer", by_earlier_rule)
         before = {name: make().score(ROWS, "{text}", out=tmp_path / name) for name, make in scorers.items()}
     for name, make in scorers.items():
         assert earlier in str(before[name].provenance)
