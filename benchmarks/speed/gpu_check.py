@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent / "sparse_attention"))
 # By name: the other tests of the folder need more packages, and show nothing of the GPU.
 KERNELS = {
     "sparsity_kernels": ("test_rows.py", "test_rows_gpu.py"),

@@ -49,7 +49,7 @@ class TrainResult:
         model: where the model and its tokenizer are, for `from_pretrained`.
         history: JSON lines: step, loss, learning rate, and what the curriculum did.
         plan: the fingerprint of the plan.
-        sparse: what sparse attention came to, as `train_sparse.summary` gives it; None for dense attention.
+        sparse: what sparse attention came to, as `sparse.summary` gives it; None for dense attention.
         notes: what a reader should know of the data and the run, one sentence each.
         resumed: the step that this call went on from: 0 for a run from the start, `steps` for one that was finished.
         seconds: of this call.

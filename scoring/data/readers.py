@@ -25,7 +25,7 @@ _EXCERPT = 60
 
 
 class Reader(Protocol):
-    """What `sources.RowSource` reads from."""
+    """What `rows.RowSource` reads from."""
 
     name: str
 

@@ -106,7 +106,7 @@ class ModelSpec:
         """The tokenizer alone: the one given, that of a model in memory, or the named model's own.
 
         Raises:
-            SparsortError: see `embedded.load_tokenizer`.
+            SparsortError: see `demo_model.load_tokenizer`.
         """
         from sparsort.scoring.loading.demo_model import load_tokenizer
 

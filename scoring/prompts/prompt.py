@@ -2,7 +2,7 @@
 
 Contract: `Prompt.render` makes text, `Encoder.encode` makes ids. The text is tokenised once, prompt and answer together, so
 the ids are those the model would see; a token that straddles the border belongs to the answer. This holds for a row's
-own answer, whose states and loss are read. Labels that are compared are scored by the rule in `branches`, which gives other
+own answer, whose states and loss are read. Labels that are compared are scored by the rule in `token_tree`, which gives other
 tokens only where whitespace ends the prompt or a token before the border changes. Exactly the special tokens
 that the tokenizer puts in front are put in front (once), and none behind, so that the last token is the text's own.
 A row that cannot be encoded is returned with a `problem`; a mistake in the template, or a value that is not text, raises.

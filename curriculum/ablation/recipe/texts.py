@@ -4,7 +4,7 @@ Contract: `"".join(prefix(demos)) + query(demos, row)` is the whole prompt, and 
 follows it, so orders that begin alike share their first chunks. A chat template that rewrites earlier turns cannot be
 cut so: then the prefix is empty and the query is the whole prompt.
 
-A pair's name holds the rule by which labels are scored (`branches.RULE`) where the rule matters for the query. Outcomes of an
+A pair's name holds the rule by which labels are scored (`token_tree.RULE`) where the rule matters for the query. Outcomes of an
 earlier version, which scored all labels from one boundary, are therefore found again only where its boundary was the same.
 """
 

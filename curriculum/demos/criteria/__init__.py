@@ -2,9 +2,9 @@
 
 Contract: `CRITERIA` is the one place that lists them; higher is better for all. To add one, add an entry and its name to
 `CriterionName`. Nothing here imports NumPy or calls a model: whoever holds the model fills an `Evidence` and pays for it.
-`Criterion.choose` breaks ties as `choosing.choose` does and says how many there were. "a+b" names the mean rank of several.
+`Criterion.choose` breaks ties as `ranking.choose` does and says how many there were. "a+b" names the mean rank of several.
 
-Formulas, costs and traps stand with the functions: `label_criteria`, `density`, `per_query`.
+Formulas, costs and traps stand with the functions: `label_criteria`, `density`, `mdl_and_cone`.
 
 Shapes: O candidate orders, P probe queries, L labels, F state metrics, C content-free inputs, Q queries, W candidates
 of a query.

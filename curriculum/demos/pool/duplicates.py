@@ -1,7 +1,7 @@
 """Demonstrations that are in a prompt twice: reported, and kept, since a caller may want to weigh one so.
 
 Contract: two demonstrations are duplicates where their ids are equal, or what they show is. An id that is asked for twice by
-name is refused by `choices.by_id`, because there one of the two is a slip.
+name is refused by `select.named.by_id`, because there one of the two is a slip.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _check_lengths(planned: list[int], examples: list[Any], rows: list[int]) -> 
         if isinstance(example, Mapping) and len(example.get("input_ids", ())) > length:
             raise SparsortError(
                 f"row {row} has {len(example['input_ids'])} tokens and the plan counted {length}, so a batch would "
-                "exceed its budget. Plan with the lengths that this tokenizer gives, or cut rows with max_length."
+                "exceed its budget. Plan with the lengths that this tokenizer gives, or cut rows with max_length (--cut-length)."
             )
 
 

@@ -121,7 +121,7 @@ def cut_lengths(
         named = ", ".join(f"row {row} ({shortened[row]} tokens)" for row in long[:_SHOWN])
         raise SparsortError(
             f"{long.size} examples are longer than {what} of {limit} tokens: {named}"
-            f"{' …' if long.size > _SHOWN else ''}. Cut them with max_length={limit}, raise the limit, or "
+            f"{' …' if long.size > _SHOWN else ''}. Cut them with max_length={limit} (--cut-length), raise the limit, or "
             "remove them from the data."
         )
     return shortened.astype(np.int32), cut

@@ -220,7 +220,8 @@ class CurriculumSettings:
         for name in ("batch_size", "token_budget", "stages", "folds", "steps", "max_length", "pack_length"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise SparsortError(f"{name} must be a whole number of at least 1, not {value!r}.")
+                flag = {"max_length": " (--cut-length)", "token_budget": " (--batch-tokens)"}.get(name, "")
+                raise SparsortError(f"{name}{flag} must be a whole number of at least 1, not {value!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise SparsortError(f"seed must be a whole number, not {self.seed!r}.")
         if not isinstance(self.pacing, Pacing | None):
@@ -296,7 +297,9 @@ class CurriculumSettings:
                 "packing='next_fit', pack_length=2048."
             )
         if self.packing != "none" and self.token_budget is not None:
-            raise SparsortError("packed sequences all have pack_length tokens: give batch_size, not token_budget.")
+            raise SparsortError(
+                "packed sequences all have pack_length tokens: give batch_size, not token_budget (--batch-tokens)."
+            )
         limit = self.pack_length or self.token_budget
         if self.max_length is not None and limit is not None and self.max_length > limit:
             raise SparsortError(
@@ -314,4 +317,6 @@ class CurriculumSettings:
                 f"quotas must be shares above 0 that sum to 1, such as web=0.7, code=0.3; got {self.quotas!r}."
             )
         if self.batch_size is None:
-            raise SparsortError("quotas are counted in examples per batch: give batch_size, not token_budget.")
+            raise SparsortError(
+                "quotas are counted in examples per batch: give batch_size, not token_budget (--batch-tokens)."
+            )
