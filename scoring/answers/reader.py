@@ -2,7 +2,7 @@
 
 Contract: `log_p[q, l]` is the sum of the log-probabilities, in nats, of the tokens of answer l after prompt and query q, as a
 plain forward pass over the whole text gives it (to 1e-3 in fp32). Which tokens are the answer's follows the rule "continuation"
-(`token_tree`) from the prompt and that answer alone, so neither the other answers nor the other queries of a call change a number;
+(`token_tree`) from the prompt and that answer, so neither the other answers nor the other queries of a call change a number;
 the features are those of the prompt's own last token. The prefix's keys and values are computed once, all answers of a query
 share one stem, and the head runs at their positions alone.
 
