@@ -1,7 +1,8 @@
 """When each option of each command has an effect, and the check that every command makes before anything else.
 
-Contract: `COMMANDS` has a table for every command, with an entry for every parameter (see `sparsort.conditions`). Only what the
-user gave is checked, never a default. No file of data is read here and no model is loaded.
+Contract: `COMMANDS` has a table for every command with an option that is not always read. The table has an entry for every
+parameter (see `sparsort.conditions`). Only what the user gave is checked, never a default. No file of data is read here and no
+model is loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def check(context: Any) -> None:
     Raises:
         SparsortError: there is one; the message says why it has no effect, and what to do.
     """
-    command = COMMANDS[context.command.name]
+    command = COMMANDS.get(context.command.name)
+    if command is None:
+        return
     given = [
         name
         for name in context.params
@@ -166,10 +169,6 @@ ABLATE: Table = {
     "no_run": (excludes("dry_run", "{dry_run} neither runs anything nor reads the store"),),
 }
 
-REPORT: Table = always("results", "out", "figures", "title", "as_json")
-ENV: Table = always("as_json")
-CACHE: Table = always("clear", "as_json")
-
 _WEIGHS = When(holds=lambda values: len(values["scores"]) > 1, why="weights weigh several scores, and there is one")
 _COMBINES = When(
     holds=lambda values: len(values["scores"]) > 1 or values["combination"] not in COMBINATIONS,
@@ -265,9 +264,6 @@ COMMANDS: Mapping[str, Command] = {
     "choose": Command(table=CHOOSE),
     "calibrate": Command(table=CALIBRATE, resolve=_calibrated),
     "ablate": Command(table=ABLATE),
-    "report": Command(table=REPORT),
     "plan": Command(table=PLAN),
     "train": Command(table=TRAIN, resolve=_trained),
-    "env": Command(table=ENV),
-    "cache": Command(table=CACHE),
 }

@@ -240,7 +240,7 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_a_metric_that_the_kernel_lacks_comes_from_the_reference(has_norm, normal, monkeypatch):
-    monkeypatch.setattr(rows, "_OTHERS", [L1])
+    monkeypatch.setattr(rows, "_OTHERS", [*rows._OTHERS, L1])
     states = normal(2, 3, 20).to(DEVICE)
     states[0, 1] = 0.0
     norm = FinalNorm(weight=torch.ones(20, device=DEVICE)) if has_norm else None
