@@ -62,7 +62,14 @@ class ModelSpec:
         Args:
             model: a `ModelSpec`, or anything that `name` takes.
             options: fields of the spec.
+
+        Raises:
+            TypeError: an option that is not a field. The functions that pass their keywords on rely on this error, so it names
+                the keyword and not this class.
         """
+        if unknown := sorted(options.keys() - ModelOptions.__annotations__.keys()):
+            known = ", ".join(ModelOptions.__annotations__)
+            raise TypeError(f"unexpected keyword argument {unknown[0]!r}; the options of a model are {known}")
         return replace(model, **options) if isinstance(model, ModelSpec) else cls(model, **options)
 
     @property

@@ -19,6 +19,7 @@ from command_line import run
 from torch import Tensor
 from transformers import LlamaModel
 
+import sparsort
 from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
 from sparsort.curriculum.ablation.recipe.ablation import Ablation, AblationOptions
 from sparsort.curriculum.ablation.recipe.tasks import Task, TaskOptions
@@ -363,3 +364,12 @@ def test_starting_needs_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_misspelt_keyword_is_named_without_a_class_that_the_caller_never_used() -> None:
+    named = r"^unexpected keyword argument 'ordes'; the options of a model are "
+    with pytest.raises(TypeError, match=named) as error:
+        sparsort.choose_order([{"text": "a", "label": "x"}] * 2, prompt="{text}", ordes=3)  # type: ignore[call-arg]
+    assert "ModelSpec" not in str(error.value)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'metrik'"):
+        sparsort.SparsityScorer(metrik="l1")  # type: ignore[call-arg]
