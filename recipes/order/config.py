@@ -36,7 +36,7 @@ class OrderConfig:
     label: str | None = option(None, "Label column, for --select balanced.")
     order: str | None = option(
         None,
-        "sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:<order> "
+        "sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:ORDER "
         "[default: the hardest first: sparse_to_dense by sparsity, hard_to_easy by any other score].",
     )
     max_tokens: int | None = option(None, "Token budget of the whole prompt.")

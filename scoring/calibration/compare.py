@@ -216,7 +216,7 @@ def _check_numbers(n_boot: int, n_perm: int, level: float) -> None:
     if not 0 < level < 1:
         raise SparsortError(f"level is {level}; it must lie between 0 and 1, such as 0.95.")
     if n_boot < 100:
-        raise SparsortError(f"n_boot is {n_boot}; an interval needs at least 100 draws.")
+        raise SparsortError(f"n_boot is {n_boot} (--draws); an interval needs at least 100 draws.")
     needed = int(np.ceil(2 / (1 - level) - 1e-9)) - 1
     if n_perm < needed:
         raise SparsortError(f"n_perm is {n_perm}; at a level of {level} at least {needed} permutations are needed.")
