@@ -179,8 +179,21 @@ def _is_possible(description: Mapping[str, Any]) -> bool:
         and (revision is None or revision.keys() == {"number", "epoch", "start"})
         and isinstance(description["fingerprint"], str)
         and _are_possible_notes(description["notes"])
+        and description["arrays"].keys() >= _required_arrays(description["settings"])
         and (description["settings"].get("mode") == "pool" or edges[-1] <= description["n_rows"])
     )
+
+
+def _required_arrays(settings: Mapping[str, Any]) -> set[str]:
+    """The names of the arrays that a plan with these settings always has."""
+    required = {"difficulty"}
+    if settings.get("mode") == "pool":
+        required |= {"order", "available"}
+    if settings.get("token_budget") is not None:
+        required.add("lengths")
+    if settings.get("mode") == "pool" and settings.get("quotas") is not None:
+        required.add("group_edges")
+    return required
 
 
 def _are_possible_notes(notes: Mapping[str, Any]) -> bool:
