@@ -5,7 +5,8 @@
 Each of three rounds begins with an empty cache of rows and runs two commands, each in a process of its own, loading included:
 one query, then another. The figure is the wall time of the second over that of the first. The processor time, which other
 programs on the machine affect less, is given with it. At last the second query runs without the cache: its prompt has to be the
-same. With --quick there is one round.
+same. Each round also loads the model in a process that does nothing else: no call can be faster, whatever the cache holds.
+With --quick there is one round.
 """
 
 from __future__ import annotations
@@ -53,15 +54,23 @@ def _order(query: str, cache: Path, *options: str) -> tuple[float, float, dict[s
         "knn",
         "--json",
     ]
+    wall, processor, printed = _timed([*command, *options], cache)
+    return wall, processor, json.loads(printed)
+
+
+def _load(cache: Path) -> float:
+    """Seconds of a process that loads the model and its tokenizer."""
+    code = "from sparsort.scoring.loading.load import load_model; load_model('demo')"
+    return _timed([sys.executable, "-c", code], cache)[0]
+
+
+def _timed(command: list[str], cache: Path) -> tuple[float, float, str]:
+    """Wall and processor seconds of a command, and what it printed."""
     start, before = time.perf_counter(), _processor_seconds()
     done = subprocess.run(
-        [*command, *options],
-        env={**os.environ, "SPARSORT_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=True,
+        command, env={**os.environ, "SPARSORT_CACHE": str(cache)}, capture_output=True, text=True, check=True
     )
-    return time.perf_counter() - start, _processor_seconds() - before, json.loads(done.stdout)
+    return time.perf_counter() - start, _processor_seconds() - before, done.stdout
 
 
 def _processor_seconds() -> float:
@@ -75,7 +84,7 @@ def main() -> None:
     add_output_options(parser)
     arguments = parser.parse_args()
     demo_folder()
-    firsts, seconds = [], []
+    firsts, seconds, loads = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
         (cache / "models").symlink_to(cache_folder() / "models")
@@ -83,6 +92,7 @@ def main() -> None:
             shutil.rmtree(cache / "rows", ignore_errors=True)
             firsts.append(_order(QUERIES[0], cache))
             seconds.append(_order(QUERIES[1], cache))
+            loads.append(_load(cache))
         size = sum(path.stat().st_size for path in (cache / "rows").glob("*/*"))
         without = _order(QUERIES[1], cache, "--no-cache")
     report = Report("row_cache", torch.device(default_device().value))
@@ -98,6 +108,7 @@ def main() -> None:
             better="lower",
             note=f"{min(ratios):.3f} to {max(ratios):.3f}",
         )
+    report.add("loading_alone_wall", statistics.median(loads), "s", better="lower")
     report.add("same_prompt", float(all(call[2]["prompt"] == without[2]["prompt"] for call in seconds)), "", floor=1.0)
     read, kept = seconds[-1][2]["cache"]["read"], seconds[-1][2]["cache"]["from_cache"]
     report.add("readings_first", firsts[-1][2]["cache"]["read"], "rows", better="lower")

@@ -39,7 +39,7 @@ from sparsort.terminal.tables import Table, prose, text
 
 
 class _Commands(PrintableUsage, TyperGroup):
-    """Turns the errors that a user can mend, and an interrupt, into one message and an exit code."""
+    """Turns an interrupt, and every error that a user can fix, into one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

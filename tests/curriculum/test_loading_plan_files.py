@@ -170,3 +170,49 @@ def test_a_process_maps_the_plan_that_it_was_given_and_no_other(tmp_path):
     plan_of("packed").save(tmp_path / "plan")
     with pytest.raises(SparsortError, match="contains another plan than when it was opened"):
         copy.copy(plan)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("arrays", "difficulty"),
+        ("arrays", "order"),
+        ("arrays", "available"),
+        ("arrays", "group_edges"),
+        ("notes", "groups"),
+        ("notes", "ids", "column"),
+        ("notes", "ids", "sample"),
+    ],
+)
+def test_a_sealed_description_without_a_part_that_the_plan_reads_is_refused(place, tmp_path):
+    plan_of("quotas").save(tmp_path / "plan")
+    path = tmp_path / "plan" / "plan.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    part = description
+    for name in place[:-1]:
+        part = part[name]
+    del part[place[-1]]
+    path.write_text(json.dumps(integrity.seal(description)), encoding="utf-8")
+    assert is_refused(tmp_path / "plan")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("groups", "web, code"),
+        ("groups", ["web", 1]),
+        ("scores", [{"scorer": "array"}]),
+        ("scores", {"score": "array"}),
+        ("unscored", "0"),
+        ("fingerprint", 5),
+        ("content", {"fields": "text", "digest": "0", "sample": {}}),
+        ("ids", {"column": "id", "digest": "0", "sample": {"first": "0"}}),
+    ],
+)
+def test_a_sealed_description_with_notes_of_other_types_is_refused(name, value, tmp_path):
+    plan_of("quotas").save(tmp_path / "plan")
+    path = tmp_path / "plan" / "plan.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description["notes"][name] = value
+    path.write_text(json.dumps(integrity.seal(description)), encoding="utf-8")
+    assert is_refused(tmp_path / "plan")

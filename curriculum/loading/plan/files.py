@@ -36,6 +36,10 @@ VERSION = 2
 _WITHOUT_DIGESTS = 1  # still read
 _FILE = "plan.json"
 AGAIN = "Delete {} and make the plan again with the command that made it, such as sparsort plan."
+_NOTE_TYPES: dict[str, type] = {
+    **{NAME: str, IDS: dict, CONTENT: dict, "groups": list, "scores": dict, "revises": str},
+    **dict.fromkeys(("unscored", "unused_scores", "cut", "below_batch"), int),
+}
 _AT_ONCE = 4  # threads that compute digests; hashing releases the GIL
 _LOG = logging.getLogger("sparsort")
 # The errors that NumPy raises for a damaged header, which it evaluates as a Python literal.
@@ -178,7 +182,7 @@ def _is_possible(description: Mapping[str, Any]) -> bool:
         and all(isinstance(description[name], dict) for name in ("settings", "notes", "arrays"))
         and (revision is None or revision.keys() == {"number", "epoch", "start"})
         and isinstance(description["fingerprint"], str)
-        and _are_possible_notes(description["notes"])
+        and _are_possible_notes(description["notes"], description["settings"])
         and description["arrays"].keys() >= _required_arrays(description["settings"])
         and (description["settings"].get("mode") == "pool" or edges[-1] <= description["n_rows"])
     )
@@ -196,20 +200,20 @@ def _required_arrays(settings: Mapping[str, Any]) -> set[str]:
     return required
 
 
-def _are_possible_notes(notes: Mapping[str, Any]) -> bool:
-    """Whether what a plan notes about its rows has the keys and types that `verification` writes."""
-    name, ids, content = (notes.get(kind) for kind in (NAME, IDS, CONTENT))
-    fields = content["fields"] if content else None
+def _are_possible_notes(notes: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether the notes have the types that `plan_curriculum` and `verification` write, and name every group of the quotas."""
+    noted = {name: value for name, value in notes.items() if value is not None}
+    rows = [noted[kind] for kind in (IDS, CONTENT) if noted.get(kind)]
+    fields = noted[CONTENT]["fields"] if noted.get(CONTENT) else None
     return (
-        (name is None or isinstance(name, str))
-        and (not ids or isinstance(ids["column"], str))
+        all(isinstance(noted[name], kind) for name, kind in _NOTE_TYPES.items() if name in noted)
+        and (not noted.get(IDS) or isinstance(noted[IDS]["column"], str))
         and (fields is None or (isinstance(fields, list) and all(isinstance(field, str) for field in fields)))
-        and all(
-            isinstance(note["digest"], str)
-            and all(place.isdecimal() and isinstance(text, str) for place, text in note["sample"].items())
-            for note in (ids, content)
-            if note
-        )
+        and all(isinstance(note["digest"], str) for note in rows)
+        and all(place.isdecimal() and isinstance(text, str) for note in rows for place, text in note["sample"].items())
+        and all(isinstance(name, str) for name in noted.get("groups", ()))
+        and set(settings.get("quotas") or ()) <= set(noted.get("groups", ()))
+        and all(isinstance(origin, dict) for origin in noted.get("scores", {}).values())
     )
 
 
