@@ -325,7 +325,8 @@ def _naming(model: Any) -> dict[str, Any]:
     """The fields of a recipe that a model's name or spec stands for; none for None."""
     if not isinstance(model, ModelSpec):
         return {} if model is None else {"model": str(model)}
-    return {name: value for name, value, default in values_of(model) if name == "model" or value != default}
+    named = {"model": str(model.name)} if model.is_named else {}
+    return named | {name: value for name, value, default in values_of(model) if name != "model" and value != default}
 
 
 def _loaded(model: Any) -> Any:

@@ -119,17 +119,15 @@ def calibrate(
     from sparsort.scoring.scorers.candidates import CandidateScorer, check_grid
 
     check_grid(sites, poolings, outliers)
-    spec, text = (
-        ModelSpec.of(model, **options),
-        PromptSpec.of(
-            prompt,
-            messages=messages,
-            answer=answer,
-            system=system,
-            chat=chat,
-            truncation=truncation,
-            max_length=max_length,
-        ),
+    spec = ModelSpec.of(model, **options)
+    text = PromptSpec.of(
+        prompt,
+        messages=messages,
+        answer=answer,
+        system=system,
+        chat=chat,
+        truncation=truncation,
+        max_length=max_length,
     )
     read = {"own_loss": own_loss, "answer": text.answer, "messages": text.messages, "poolings": poolings}
     refuse_unread_arguments(calibrate, READ_BY, read)

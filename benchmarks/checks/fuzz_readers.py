@@ -187,8 +187,9 @@ def round_of(kind: Kind, examples: int, seed: int, known: list[str]) -> Tally:
     sender.close()
     lost = ""
     try:
-        tally: Tally = receiver.recv() if receiver.poll(_HANGS + examples) else Tally()
-        lost = "" if tally.results + tally.refused else "the process hangs"
+        has_ended = receiver.poll(_HANGS + examples)
+        tally: Tally = receiver.recv() if has_ended else Tally()
+        lost = "" if has_ended else "the process hangs"
     except EOFError:
         tally = Tally()
         child.join()

@@ -1,7 +1,8 @@
 """Selects demonstrations for a query, orders them, and assembles the prompt.
 
-Contract: what a selector or an order needs is in its table; a missing input is refused by name before anything is computed. Every
-line of a prompt leads back to its row: `Demonstration.indices` are positions in the pool, first to last.
+Contract: the tables list what a selector or an order needs. An input that the selector lacks is refused by name before anything
+is computed; one that only the order lacks, before the prompt is assembled. Every line of a prompt leads back to its row:
+`Demonstration.indices` are positions in the pool, first to last.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparsort.errors import SparsortError
 
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
-    """The form of a prompt: the arguments of `assemble` that are neither rows nor a tokenizer, under the same names."""
+    """The form of a prompt: the arguments of `assemble` that say how it is written, under the same names."""
 
     prompt: str | None = None
     answer: str | None = None
@@ -34,7 +35,6 @@ class PromptForm:
     chat: bool = False
     max_tokens: int | None = None
     drop: Drop = "farthest"
-    allow_leaks: bool = False
     allow_zero_shot: bool = False
 
 
@@ -66,7 +66,7 @@ class Demonstrator:
         seed: seed for every random draw.
         ids: the ids of the rows to show; with these and the default selector, rows are selected by id.
         missing: what happens to rows whose difficulty or similarity is NaN, as in `order_demos`.
-        allow_leaks: keep rows that are the query itself or nearly so.
+        allow_leaks: allow rows that are the query itself or nearly so, in the selection and in the prompt.
         own_similarity: the orders by similarity compute their own, by the embeddings of the rows chosen. By default they
             rank by the similarity that the selector computed over the pool, which may be one of words.
         form: the form of the prompt, for `demonstrate`.
@@ -171,7 +171,7 @@ class Demonstrator:
             raise SparsortError("a prompt ends with the query, and none is known. Give Known its query=.")
         indices = self._arranged(known, selection)
         rows = [dict(known.pool.rows[position]) for position in indices]
-        prompt = assemble(rows, known.query, tokenizer=tokenizer, **vars(self.form))
+        prompt = assemble(rows, known.query, tokenizer=tokenizer, allow_leaks=self.allow_leaks, **vars(self.form))
         excluded = [f"left out {row.id}: {row.reason}" for row in selection.excluded]
         notes = [*excluded, *([prompt.report] if prompt.dropped else []), *prompt.notes]
         return Demonstration(rows=rows, indices=indices, prompt=prompt, notes=notes)

@@ -1,7 +1,7 @@
 """What is known about a pool of demonstrations and one query: given, or computed when a selector or an order reads it.
 
-Contract: nothing is computed before it is read, and nothing twice. A part that needs a model comes from a function of whoever
-holds the model; nothing here knows one. Positions are those of the pool.
+Contract: nothing is computed before it is read, and nothing twice. Whatever needs a model is computed by a function
+that the caller passes; this module knows no model. Positions are those of the pool.
 
 Shapes: N pool rows, n positions, D embedding width.
 """
@@ -28,7 +28,7 @@ class Column:
 
     Args:
         count: N.
-        compute: from n positions to their numbers, (n, …); None where all numbers are there.
+        compute: from n positions to their numbers, (n, …); None if all numbers are given.
     """
 
     def __init__(self, count: int, compute: Callable[[list[int]], Any] | None) -> None:

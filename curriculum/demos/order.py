@@ -222,15 +222,20 @@ ORDERS = Registry(
 _HARDEST_FIRST: tuple[Order, ...] = ("sparse_to_dense", "hard_to_easy")
 
 
+def base_name(order: str) -> str:
+    """The name of an order without "reverse:"."""
+    while order.startswith(REVERSE):
+        order = order.removeprefix(REVERSE)
+    return order
+
+
 def order_entry(order: str) -> OrderEntry:
     """The entry of an order, with or without "reverse:".
 
     Raises:
         SparsortError: there is no such order.
     """
-    base = str(order)
-    while base.startswith(REVERSE):
-        base = base.removeprefix(REVERSE)
+    base = base_name(str(order))
     if base not in ORDERS:
         raise unknown_choice("order", order, (*ORDERS, "reverse:<any of these>"))
     return ORDERS[base]

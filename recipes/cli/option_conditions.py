@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from sparsort.options import parameters_of
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose.choose import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose.choose import READS_QUERIES
+from sparsort.recipes.cli.options_curriculum import NOT_IN_TRAINING
 from sparsort.recipes.order.conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order.conditions import READ_BY as ORDER_READ_BY
 from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
 from sparsort.recipes.score.config import read_by_scorers
 from sparsort.recipes.train.config import READ_BY as TRAIN_READ_BY
-from sparsort.recipes.train.config import TrainConfig
 from sparsort.recipes.train.recipe import read_recipe
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec
@@ -188,16 +188,12 @@ _SEED = When(
 )
 _GROUPED = When(holds=RANKED.holds, why="{schedule} does not take the easiest of each group together")
 # Settings that the commands do not have, or that `train` takes for its own.
-_CURRICULUM = {
-    name: conditions
-    for name, conditions in CURRICULUM_READ_BY.items()
-    if name not in ("seed", "quota", "steps", "max_length")
-}
+_CURRICULUM = {name: conditions for name, conditions in CURRICULUM_READ_BY.items() if name not in NOT_IN_TRAINING}
 PLAN: Table = {
     **always("scores", "data", "fingerprint", "out", "draw", "epoch", "max_length", "as_json"),
     **_CURRICULUM,
     "steps": CURRICULUM_READ_BY["steps"],
-    "quota": CURRICULUM_READ_BY["quota"],
+    "quotas": CURRICULUM_READ_BY["quotas"],
     "seed": (_SEED,),
     "groups": (_NAMES_A_FIELD, _GROUPED),
     "show_groups": (_NAMES_A_FIELD,),
@@ -211,13 +207,6 @@ PLAN: Table = {
 
 _OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
 _OF_SCORES = excludes("plan", "{plan} has its own settings")
-_OF_PLAN = (
-    needs(
-        "plan",
-        "it concerns a plan that was made before; scores are matched to the rows by id or content",
-        plan="FOLDER",
-    ),
-)
 TRAIN: Table = {
     **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
     **always(
@@ -249,10 +238,9 @@ def _calibrated(values: dict[str, Any], given: Collection[str]) -> dict[str, Any
 
 
 def _trained(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the settings of a recipe for the options that were not given, and the defaults for what neither has."""
+    """With the settings of a recipe for the options that were not given."""
     recipe = read_recipe(values["recipe"]).without(set(given))
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    for name, value in (defaults | recipe.train | recipe.curriculum).items():
+    for name, value in (recipe.train | recipe.curriculum).items():
         if name in values and name not in given:
             values[name] = value
     return values

@@ -11,7 +11,7 @@ from sparsort.recipes.cli.options import Fields
 
 PlannedCurriculum = Annotated[dict[str, Any], Fields(of=CurriculumSettings, given=True)]
 # Training has its own seed and longest text, sets the steps of a pool, and knows no quotas.
-NOT_IN_TRAINING = ("seed", "quota", "steps", "max_length")
+NOT_IN_TRAINING = ("seed", "quotas", "steps", "max_length")
 TrainedCurriculum = Annotated[dict[str, Any], Fields(of=CurriculumSettings, given=True, without=NOT_IN_TRAINING)]
 GroupsOption = Annotated[
     str | None,

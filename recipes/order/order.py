@@ -173,7 +173,6 @@ def _form(config: OrderConfig, text: DemoText) -> PromptForm:
         chat=text.chat,
         max_tokens=config.max_tokens,
         drop=config.drop,
-        allow_leaks=config.allow_leaks,
         allow_zero_shot=config.allow_zero_shot,
     )
 

@@ -151,7 +151,7 @@ class ScorerConfig:
             self.found.definition.refuse_other_prompt(asked)
         self.check_names()
         check_truncation(prompt.truncation)
-        numbers = {"shard_rows": shard_rows, "token_budget": self.model.token_budget, "max_length": prompt.max_length}
+        numbers = {"shard_rows": shard_rows, "max_length": prompt.max_length}
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise SparsortError(f"{name} is {number}; it must be at least 1.")
@@ -193,7 +193,9 @@ class ScorerConfig:
         """Build the scorer; `loaded` is a model in memory, `tokenizer` that of a model to be loaded, if there is one already."""
         entry = SCORERS[self.scorer]
         settings = {name: getattr(self, name) for name in _ARGUMENTS if name in entry.reads}
-        model = replace(self.model, tokenizer=tokenizer) if loaded is None else replace(self.model, name=loaded)
+        model = self.model if loaded is None else replace(self.model, name=loaded)
+        if loaded is None and tokenizer is not None:
+            model = replace(model, tokenizer=tokenizer)
         if self.found is not None:
             from sparsort.scoring.calibration.calibrated import CalibratedScorer
 

@@ -158,9 +158,12 @@ class TrainConfig:
             value = getattr(self, name)
             optional = value is None and name in ("max_steps", "per_device_batch", "eval_steps")
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
-                raise SparsortError(f"{name} must be a whole number of at least {bound}, not {value!r}.")
+                flag = " (--cut-length)" if name == "max_length" else ""
+                raise SparsortError(f"{name}{flag} must be a whole number of at least {bound}, not {value!r}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise SparsortError(f"learning_rate must be a number above 0, such as 5e-4, not {self.learning_rate!r}.")
+            raise SparsortError(
+                f"learning_rate (--lr) must be a number above 0, such as 5e-4, not {self.learning_rate!r}."
+            )
         if self.eval_share is not None and not 0 <= self.eval_share < 1:
             raise SparsortError(
                 f"eval_share is the share of the rows to hold out, from 0 to below 1, not {self.eval_share!r}."

@@ -253,9 +253,8 @@ class Calibration:
         newer = "Update sparsort, or calibrate again."
         check_version(found.get("version"), (_UNSEALED, VERSION), name, damaged="Calibrate again.", other=newer)
         try:
-            for field, kind in _KINDS.items():
-                if not isinstance(found[field], kind) or isinstance(found[field], bool):
-                    raise ValueError(f"{field} is of type {type(found[field]).__name__}, not {kind.__name__}")
+            _check_types(found, _TYPES)
+            _check_types(found["definition"], _DEFINITION_TYPES)
             definition = {**found["definition"], "candidate": Candidate(**found["definition"]["candidate"])}
             definition["turns"] = tuple((str(role), str(text)) for role, text in definition["turns"])
             made = cls(
@@ -297,8 +296,35 @@ class Calibration:
             raise ValueError("its definition is not the candidate that was chosen")
 
 
-# The types of the fields that nothing else checks.
-_KINDS: dict[str, type] = {"left_out": list, "settings": dict, "n_rows": int, "target": str, "candidates": list}
+def _check_types(values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse a JSON object without some of its fields, or with a field of another type.
+
+    Raises:
+        LookupError, ValueError: the object is not as it was written.
+    """
+    for name, kinds in types.items():
+        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} is of type {type(values[name]).__name__}, not {expected}")
+
+
+# The types in the file. A seal shows that values have not changed, not that they were ever of these types.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("definition", "settings"), (dict,)),
+    **dict.fromkeys(("candidates", "left_out"), (list,)),
+    **{"n_rows": (int,), "target": (str,)},
+}
+_DEFINITION_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "weights", "tokenizer", "dtype"), (str,)),
+    **dict.fromkeys(("answer", "revision"), (str, type(None))),
+    **{
+        "candidate": (dict,),
+        "fit": (dict,),
+        "l0_threshold": (int, float),
+        "orientation": (int,),
+        "turns": (list, tuple),
+    },
+}
 # How references are called in sentences.
 _NAMES = {"loss": "the model's own loss", "correct": "its errors", LENGTH: "length"}
 

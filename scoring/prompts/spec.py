@@ -103,7 +103,7 @@ class PromptSpec:
         if given or not isinstance(self.template, str):
             what = f"{given[0]} was given" if given else f"the prompt is {self.template!r:.80}"
             raise SparsortError(
-                f"{what}; demonstrations are put into a format string, such as 'Question: {{question}}\nAnswer:', and a prompt "
+                f"{what}; demonstrations are put into a format string, such as 'Question: {{question}}\\nAnswer:', and a prompt "
                 "of them is never cut. Pass such a prompt alone."
             )
         return self.template

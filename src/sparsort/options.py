@@ -110,7 +110,7 @@ def values_of(config: Any) -> Iterator[tuple[str, Any, Any]]:
         value = getattr(config, field.name)
         default = None if field.default is dataclasses.MISSING else field.default
         if has_options(type(value)) and has_options(type(default)):
-            yield from ((name, own, of) for name, own, of in values_of(value))
+            yield from values_of(value)
         else:
             yield parameter_of(field), value, default
 

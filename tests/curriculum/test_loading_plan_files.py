@@ -172,28 +172,55 @@ def test_a_process_maps_the_plan_that_it_was_given_and_no_other(tmp_path):
         copy.copy(plan)
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        ("arrays", "difficulty"),
-        ("arrays", "order"),
-        ("arrays", "available"),
-        ("arrays", "group_edges"),
-        ("notes", "groups"),
-        ("notes", "ids", "column"),
-        ("notes", "ids", "sample"),
-    ],
-)
-def test_a_sealed_description_without_a_part_that_the_plan_reads_is_refused(place, tmp_path):
-    plan_of("quotas").save(tmp_path / "plan")
-    path = tmp_path / "plan" / "plan.json"
-    description = json.loads(path.read_text(encoding="utf-8"))
-    part = description
+def described(folder):
+    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+
+
+def seal(folder, description):
+    (folder / "plan.json").write_text(json.dumps(integrity.seal(description)), encoding="utf-8")
+
+
+# Each is read if it is there, and no setting shows whether it was.
+OPTIONAL = {"ids", "groups"}
+KINDS = PLANS | {
+    "sorted": {"batch_size": 8},
+    "sorted in stages": {"batch_size": 8, "stages": 3, "seed": 1},
+    "folded": {"batch_size": 8, "schedule": "folded", "folds": 2},
+    "shuffle": {"batch_size": 8, "schedule": "shuffle"},
+    "as given": {"batch_size": 8, "schedule": "as_given"},
+    "tokens": {"token_budget": 256, "lengths": LENGTHS},
+    "like lengths": {"batch_size": 8, "group_by_length": 4, "lengths": LENGTHS, "stages": 3},
+    "pool of tokens": {
+        "token_budget": 256,
+        "lengths": LENGTHS,
+        "mode": "pool",
+        "steps": 12,
+        "pacing": "linear:start=0.4",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_sealed_description_without_one_of_its_arrays_is_refused(name, tmp_path):
+    plan_curriculum(DIFFICULTY, **KINDS[name]).save(tmp_path)
+    assert not is_refused(tmp_path)
+    whole = described(tmp_path)
+    for array in whole["arrays"].keys() - OPTIONAL:
+        others = {other: record for other, record in whole["arrays"].items() if other != array}
+        seal(tmp_path, {**whole, "arrays": others})
+        assert is_refused(tmp_path), array
+
+
+@pytest.mark.parametrize("place", [("groups",), ("ids", "column"), ("ids", "sample")])
+def test_a_sealed_description_without_a_note_that_the_plan_reads_is_refused(place, tmp_path):
+    plan_of("quotas").save(tmp_path)
+    description = described(tmp_path)
+    part = description["notes"]
     for name in place[:-1]:
         part = part[name]
     del part[place[-1]]
-    path.write_text(json.dumps(integrity.seal(description)), encoding="utf-8")
-    assert is_refused(tmp_path / "plan")
+    seal(tmp_path, description)
+    assert is_refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +237,8 @@ def test_a_sealed_description_without_a_part_that_the_plan_reads_is_refused(plac
     ],
 )
 def test_a_sealed_description_with_notes_of_other_types_is_refused(name, value, tmp_path):
-    plan_of("quotas").save(tmp_path / "plan")
-    path = tmp_path / "plan" / "plan.json"
-    description = json.loads(path.read_text(encoding="utf-8"))
+    plan_of("quotas").save(tmp_path)
+    description = described(tmp_path)
     description["notes"][name] = value
-    path.write_text(json.dumps(integrity.seal(description)), encoding="utf-8")
-    assert is_refused(tmp_path / "plan")
+    seal(tmp_path, description)
+    assert is_refused(tmp_path)

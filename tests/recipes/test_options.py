@@ -17,7 +17,7 @@ import transformers.dynamic_module_utils
 import typer.main
 from command_line import run
 from torch import Tensor
-from transformers import LlamaModel
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaModel
 
 import sparsort
 from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
@@ -26,8 +26,10 @@ from sparsort.curriculum.ablation.recipe.tasks import Task, TaskOptions
 from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import escape, option, parameters_of, same_option, shares, unescape
+from sparsort.recipes.ablate import _naming as named_fields
 from sparsort.recipes.cli.app import app
 from sparsort.recipes.cli.options import NOT_IN_FEW_SHOT, Fields, generated, replace_retired, retired_flags
+from sparsort.recipes.score.config import ScorerConfig
 from sparsort.recipes.train.config import TrainConfig, TrainOptions
 from sparsort.scoring.model.spec import ModelOptions, ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
@@ -373,3 +375,20 @@ def test_a_misspelt_keyword_is_named_without_a_class_that_the_caller_never_used(
     assert "ModelSpec" not in str(error.value)
     with pytest.raises(TypeError, match="unexpected keyword argument 'metrik'"):
         sparsort.SparsityScorer(metrik="l1")  # type: ignore[call-arg]
+
+
+def test_the_tokenizer_of_a_model_in_memory_reaches_the_scorer(make_tiny_model: Callable[..., Path]) -> None:
+    folder = make_tiny_model("llama")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = ScorerConfig(model=ModelSpec(model, tokenizer=tokenizer)).load()
+    rows = [{"text": "one two three"}, {"text": "four"}]
+    assert given.score(rows, "{text}").difficulty.tolist() == pytest.approx(
+        ScorerConfig(model=ModelSpec(str(folder), dtype="float32")).load().score(rows, "{text}").difficulty.tolist()
+    )
+
+
+def test_an_ablation_names_a_model_by_its_folder_and_not_by_an_object() -> None:
+    assert named_fields(ModelSpec(Path("folder"), dtype="float32")) == {"model": "folder", "dtype": "float32"}
+    assert named_fields(ModelSpec(object(), token_budget=9)) == {"token_budget": 9}
+    assert named_fields("folder") == {"model": "folder"}

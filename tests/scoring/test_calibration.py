@@ -264,6 +264,15 @@ def test_files_that_are_no_calibration(found: Calibration, tmp_path: Path) -> No
         (held | {"definition": _without(held["definition"], "weights")}, "not whole"),
         (held | {"definition": held["definition"] | {"candidate": "gini"}}, "not whole"),
         (held | {"candidates": held["candidates"][:-1]}, "not whole"),
+        (held | {"left_out": None}, "left_out is of type NoneType, not list"),
+        (held | {"n_rows": True}, "n_rows is of type bool, not int"),
+        *(
+            (
+                held | {"definition": held["definition"] | {name: value}},
+                f"{name} is of type {type(value).__name__}, not ",
+            )
+            for name, value in (("l0_threshold", "x"), ("model", 5), ("answer", 5), ("fit", [1]), ("tokenizer", None))
+        ),
         (held | {"reference loss": reference | {"verdict": "yes"}}, "not whole"),
         (held | {"reference loss": reference | {"best": 99}}, "not whole"),
         (held | {"reference loss": reference | {"fixed": {"rho": 1}}}, "not whole"),

@@ -62,16 +62,21 @@ def at_once(command: list[str], runs: int) -> list[int]:
             subprocess.Popen([*command, "-n", "2", "--dist", "worksteal"], cwd=ROOT, stdout=file, stderr=file)
             for file in (stack.enter_context(log.open("w")) for log in logs)
         ]
+        for process in processes:
+            stack.callback(process.kill)
         codes = [process.wait() for process in processes]
-        for number, log in enumerate(logs, start=1):
-            print(f"=== run {number} of {runs}", *log.read_text(errors="replace").splitlines()[-20:], sep="\n")  # noqa: T201
+        for number, (log, code) in enumerate(zip(logs, codes, strict=True), start=1):
+            lines = log.read_text(errors="replace").splitlines()
+            print(f"=== run {number} of {runs}", *(lines if code else lines[-1:]), sep="\n")  # noqa: T201
     return [number for number, code in enumerate(codes, start=1) if code]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="how many times the tests are run")
-    parser.add_argument("--load", type=int, default=8, help="how many processes compute next to them")
+    parser.add_argument(
+        "--load", type=int, default=8, help="how many processes compute next to them; not with --at-once"
+    )
     parser.add_argument("--at-once", action="store_true", help="run them at the same time, without other processes")
     options, arguments = parser.parse_known_args()
     command = [sys.executable, "-P", "-m", "pytest", "-q", *arguments]

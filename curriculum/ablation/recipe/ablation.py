@@ -25,7 +25,7 @@ from sparsort.curriculum.ablation.recipe.selectors import MODEL_SELECTORS, check
 from sparsort.curriculum.ablation.recipe.tasks import Task, load_task
 from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.demos.criteria.mdl_and_cone import NEIGHBOURS
-from sparsort.curriculum.demos.order import ORDERS, REVERSE, OrderEntry
+from sparsort.curriculum.demos.order import ORDERS, OrderEntry, base_name
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError, unknown_choice
@@ -86,7 +86,7 @@ class Ablation(DesignOptions):
         sets: how many demonstration sets for each task, selector and number of shots.
         first_seed: the first set's seed; the others follow.
         shots: numbers of demonstrations, k.
-        selectors: how a set is drawn, see `ablation.selectors.SELECTORS`.
+        selectors: how a set is drawn, see `ablation.recipe.selectors.SELECTORS`.
         orderers: rules of `curriculum.demos.order`, "reverse:X", or "random_scores".
         choosers: criteria of `curriculum.demos.criteria`, which choose among the random orders with the model in the loop.
         random_orders: R, how many random orders a set; all k! where there are no more.
@@ -246,9 +246,7 @@ def base_order(orderer: str) -> str:
     Raises:
         SparsortError: there is none of that name.
     """
-    base = orderer
-    while base.startswith(REVERSE):
-        base = base.removeprefix(REVERSE)
+    base = base_name(orderer)
     if base in ORDERS and ORDERS[base].is_seeded:
         raise SparsortError(f"{base!r} is no orderer here: random orders always run, random_orders of them a set.")
     if base not in ORDERERS:

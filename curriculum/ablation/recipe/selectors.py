@@ -35,7 +35,7 @@ MODEL_SELECTORS = Registry(
     (
         ModelSelectorEntry(
             name="topk_cone",
-            help="of each query's nearest neighbours, those after which, each alone, its own text is least surprising",
+            help="those nearest neighbours of each query that, shown alone, make the query's own text least surprising",
             source="TopK + ConE, arXiv 2401.12087",
             needs=frozenset({"embeddings", "query_embedding"}),
             function=select_nearest,
@@ -43,7 +43,7 @@ MODEL_SELECTORS = Registry(
         ),
         ModelSelectorEntry(
             name="topk_mdl",
-            help="of some sets of each query's nearest neighbours, the one under which the predicted label is surest",
+            help="among several sets of each query's nearest neighbours, the one under which the predicted label is most certain",
             source="TopK + MDL, arXiv 2212.10375",
             needs=frozenset({"embeddings", "query_embedding"}),
             function=select_nearest,

@@ -1,7 +1,7 @@
 """Which rows are asked (test), which choose an order (dev), and which may be shown (pool); and the sets that are drawn.
 
 Contract: pure and seeded; draws go by the position of a row, so the same rows in another order are split otherwise. No row of
-the pool is, or nearly is, a test or dev row (`demos.leaks`), and no dev row is a test row; excluded rows are reported. The
+the pool is, or nearly is, a test or dev row (`demos.pool.leaks`), and no dev row is a test row; excluded rows are reported. The
 pool and the dev rows do not change with the number of test rows, and more test rows are the fewer ones and some more behind
 them, so a study can grow without asking again what it has asked.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.recipe.selectors import SELECTORS, check_selector
 from sparsort.curriculum.ablation.recipe.tasks import Task
-from sparsort.curriculum.demos.pool.difficulty import ScoresLike
 from sparsort.curriculum.demos.pool.fingerprints import tokens
 from sparsort.curriculum.demos.pool.leaks import find_leaks
 from sparsort.curriculum.demos.pool.pool import DemoPool, field_text
@@ -168,20 +168,20 @@ def draw_sets(
     seeds: Sequence[int],
     *,
     embeddings: Any = None,
-    scores: ScoresLike | None = None,
+    scores: NDArray[Any] | None = None,
 ) -> list[list[int]]:
-    """A set of demonstrations a seed: positions in the pool, in the selector's order.
+    """One set of demonstrations per seed: positions in the pool, in the selector's order.
 
-    A selector that no seed changes chooses from a half of the pool that the seed draws, or else all sets would be the same.
+    A selector without a seed chooses from a half of the pool that the seed draws; otherwise all sets would be the same.
 
     Args:
         task: the task.
         pool: the rows that may be shown, or a `DemoPool` of them.
-        selector: a selector of `ablation.selectors.SELECTORS` that does not look at the query.
-        k: how many a set.
-        seeds: one a set.
-        embeddings: (N, D), for a selector that needs them.
-        scores: difficulty, for a selector that needs it.
+        selector: a selector of `ablation.recipe.selectors.SELECTORS` that does not look at the query.
+        k: number of demonstrations per set.
+        seeds: one per set.
+        embeddings: (N, D), read by a selector that needs them.
+        scores: (N,) difficulty, read by a selector that needs it.
 
     Raises:
         SparsortError: the selector is unknown or looks at the query, lacks its input, or the pool is too small.
@@ -197,15 +197,27 @@ def draw_sets(
     shop = pool if isinstance(pool, DemoPool) else DemoPool(pool, prompt=task.prompt, label=task.label)
     if "embeddings" in entry.needs and embeddings is None:
         raise SparsortError(f"the selector {selector!r} needs embeddings=, one a row of the pool.")
+    if "embeddings" not in entry.needs:
+        embeddings = None
+    if "scores" not in entry.needs:
+        scores = None
     sets = []
     for seed in seeds:
         if entry.is_seeded:
-            chosen = select_demos(shop, None, k, method=selector, seed=seed, scores=scores)
+            chosen = select_demos(shop, None, k, method=selector, seed=seed, scores=scores, embeddings=embeddings)
             sets.append(chosen.indices)
             continue
         half = np.sort(np.random.default_rng(seed).permutation(len(shop))[: max(k, (len(shop) + 1) // 2)])
-        some = [shop.rows[place] for place in half.tolist()]
-        chosen = select_demos(some, None, k, method=selector, seed=seed, embeddings=np.asarray(embeddings)[half])
+        chosen = select_demos(
+            [shop.rows[place] for place in half.tolist()],
+            None,
+            k,
+            method=selector,
+            seed=seed,
+            label=task.label if "label" in entry.needs else None,
+            scores=None if scores is None else scores[half],
+            embeddings=None if embeddings is None else np.asarray(embeddings)[half],
+        )
         sets.append(half[chosen.indices].tolist())
     return sets
 

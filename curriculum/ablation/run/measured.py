@@ -1,7 +1,7 @@
 """The numbers by which an ablation selects and orders demonstrations, each computed by the model when it is first read.
 
 Contract: the same rows are computed together whenever a number is read, so that a unit that is run again gets the same orders bit
-for bit. Selecting and ordering themselves are those of `curriculum.demos`, over the `Known` that is made here and in `data`.
+for bit. Selecting and ordering themselves are those of `curriculum.demos`, over the `Known` made here and in `recipe.task_data`.
 
 Shapes: N pool rows, Q test queries, U rows of a unit, D embedding width.
 """
@@ -130,5 +130,5 @@ class UnitNumbers:
     def _similarity(self) -> NDArray[np.float64]:
         """(Q, U) cosine of every test query and row shown."""
         shown: Any = self._engine.embeddings(self._task, self._showing.rows)
-        unit = unit_rows(shown, len(shown))
+        unit = unit_rows(shown)
         return np.array([cosine(one, unit) for one in self._pool.query_embeddings], dtype=np.float64)

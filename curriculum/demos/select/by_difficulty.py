@@ -45,7 +45,7 @@ def level_edges(difficulty_N: NDArray[np.float64], levels: int) -> NDArray[np.fl
     count = len(difficulty_N)
     if levels < 1 or count < levels:
         raise SparsortError(
-            f"{count} scored demonstrations cannot be cut into {levels} levels. Ask for fewer with levels=."
+            f"{count} scored demonstrations cannot be cut into {levels} levels. Ask for fewer with n_levels=."
         )
     parts = np.array_split(np.sort(difficulty_N), levels)
     return np.array([part[0] for part in parts[1:]], dtype=np.float64)

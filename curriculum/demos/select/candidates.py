@@ -96,4 +96,4 @@ class SelectorEntry(Entry):
     @property
     def names_rows(self) -> bool:
         """Whether the caller names the rows, and with them how many."""
-        return not self.needs.isdisjoint(("ids",))
+        return "ids" in self.needs

@@ -53,9 +53,7 @@ class Selection:
     notes: list[str] = field(default_factory=list)
 
 
-def select_rows(
-    known: Known, selector: SelectorEntry, k: int | None, settings: SelectSettings | None = None
-) -> Selection:
+def select_rows(known: Known, selector: SelectorEntry, k: int | None, settings: SelectSettings) -> Selection:
     """Choose k demonstrations.
 
     Args:
@@ -67,7 +65,6 @@ def select_rows(
     Raises:
         SparsortError: as `select_demos`.
     """
-    settings = settings or SelectSettings()
     pool = known.pool
     wanted = _how_many(k, selector, settings.ids)
     if not 0.0 <= settings.trade_off <= 1.0:
@@ -114,7 +111,7 @@ def _nearness(
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
     """The unit embeddings (N, D) and the similarity to the query (N,), each None where it is not read."""
     reads = {"embeddings", "query_embedding"} & (
-        selector.needs if own_similarity else {"embeddings", "query_embedding"}
+        selector.needs if own_similarity or selector.compares_words else {"embeddings", "query_embedding"}
     )
     unit = known.unit_embeddings if known.embeddings is not None and "embeddings" in reads else None
     if selector.compares_words:

@@ -191,11 +191,19 @@ def _is_possible(description: Mapping[str, Any]) -> bool:
 def _required_arrays(settings: Mapping[str, Any]) -> set[str]:
     """The names of the arrays that a plan with these settings always has."""
     required = {"difficulty"}
-    if settings.get("mode") == "pool":
-        required |= {"order", "available"}
-    if settings.get("token_budget") is not None:
+    is_packed = settings.get("packing", "none") != "none"
+    is_cut = is_packed or settings.get("token_budget") is not None
+    if is_cut or settings.get("group_by_length"):
         required.add("lengths")
-    if settings.get("mode") == "pool" and settings.get("quotas") is not None:
+    if is_cut and settings.get("mode") != "pool":
+        required |= {"sequence", "batch_edges"}
+        if is_packed:
+            required.add("item_edges")
+    elif settings.get("schedule") not in ("as_given", "shuffle"):
+        required.add("order")
+    if settings.get("pacing") is not None:
+        required.add("available")
+    if settings.get("quotas") is not None:
         required.add("group_edges")
     return required
 

@@ -70,7 +70,7 @@ READ_BY: Table = {
         When(holds=lambda v: v["schedule"] != "as_given", why="{schedule} has no easy and hard end"),
     ),
     "steps": (_POOL,),
-    "quota": (_POOL,),
+    "quotas": (_POOL,),
     "group_by_length": (
         _ONE_PASS,
         _SORTED,
@@ -178,7 +178,7 @@ class CurriculumSettings:
         None,
         "GROUP=0.7: the share of a group in every batch; once per group.",
         panel=POOL_PANEL,
-        parameter="quota",
+        flag="--quota",
         kind=list[str] | None,
         read=shares("--quota"),
     )

@@ -35,7 +35,7 @@ def ablate(
     label: Annotated[
         str | None,
         typer.Option(
-            help="Column of the label or answer [default: label]. It follows a space unless --answer says more.",
+            help="Column of the label or answer [default: label]. Without --answer, it follows the prompt after a space.",
             rich_help_panel=_TASK,
         ),
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsort.options import parts
 from sparsort.recipes.cli.options import JsonOption, generated
 from sparsort.recipes.score.config import SCORER_PANEL
 from sparsort.scoring.model.spec import ModelSpec
@@ -78,9 +79,9 @@ def calibrate(
         correct=correct,
         target=target,
         own_loss=not no_loss,
-        sites=_names(sites),
-        poolings=_names(poolings),
-        outliers=_names(outliers) or [],
+        sites=None if sites is None else parts(sites),
+        poolings=None if poolings is None else parts(poolings),
+        outliers=parts(outliers),
         l0_threshold=l0_threshold,
         model=model,
         n_boot=draws,
@@ -143,7 +144,3 @@ def _p(value: float | None) -> str:
 
 def _r(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}"
-
-
-def _names(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
