@@ -17,6 +17,7 @@ import multiprocessing
 import resource
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,7 +42,8 @@ from sparsort.errors import SparsortError
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests" / "data" / "fuzz_corpus.json"
 _MEMORY = 12 << 30  # bytes of address space of a child; torch alone maps four
-_HANGS = 120.0  # seconds without an end
+# Processor time of a child, and the wall-clock time after which it is taken to wait for something that never comes.
+_HANGS, _WAITS = 120.0, 1800.0  # seconds
 
 
 class EscapedError(Exception):
@@ -187,7 +190,7 @@ def round_of(kind: Kind, examples: int, seed: int, known: list[str]) -> Tally:
     sender.close()
     lost = ""
     try:
-        has_ended = receiver.poll(_HANGS + examples)
+        has_ended = _ends(child.pid or 0, receiver, _HANGS + examples)
         tally: Tally = receiver.recv() if has_ended else Tally()
         lost = "" if has_ended else "the process hangs"
     except EOFError:
@@ -200,6 +203,17 @@ def round_of(kind: Kind, examples: int, seed: int, known: list[str]) -> Tally:
         tally.examples[lost] = (f"{lost}, in round {seed}", [])
     child.join()
     return tally
+
+
+def _ends(child: int, receiver: Any, seconds: float) -> bool:
+    """Whether the child sends its result or dies within this processor time, which a busy machine does not change."""
+    start = time.monotonic()
+    process = psutil.Process(child)
+    while not receiver.poll(5.0):
+        used = process.cpu_times()
+        if used.user + used.system > seconds or time.monotonic() - start > _WAITS:
+            return False
+    return True
 
 
 @dataclass

@@ -35,6 +35,7 @@ from sparsort.scoring.data.columnar import (
     table_reader,
 )
 from sparsort.scoring.data.delimited import Delimited
+from sparsort.scoring.data.inputs import readable
 from sparsort.scoring.data.json_files import json_reader
 from sparsort.scoring.data.readers import JsonLines, Reader, SequenceReader, TextReader
 from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
@@ -374,6 +375,7 @@ def _headless_reader(source: Any, columns: Sequence[str]) -> Reader:
 
 
 def _reader(source: Any) -> Reader:
+    source = readable(source)
     if isinstance(source, (str, os.PathLike)):
         return _path_reader(Path(source).expanduser())
     if isinstance(source, Sequence):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sparsort.recipes.ablate import ablate as ablate
     from sparsort.recipes.calibrate import calibrate as calibrate
     from sparsort.recipes.choose.choose import choose_order as choose_order
+    from sparsort.recipes.classify.classifier import FewShotClassifier as FewShotClassifier
+    from sparsort.recipes.features import SparsityFeatures as SparsityFeatures
     from sparsort.recipes.report import write_report as write_report
     from sparsort.scoring.calibration.calibrated import CalibratedScorer as CalibratedScorer
     from sparsort.scoring.calibration.calibration import Calibration as Calibration
@@ -66,6 +68,8 @@ _HOME = {
     "Calibration": "scoring.calibration.calibration",
     "CalibratedScorer": "scoring.calibration.calibrated",
     "Results": "curriculum.ablation.results.results",
+    "FewShotClassifier": "recipes.classify.classifier",
+    "SparsityFeatures": "recipes.features",
     "calibrate": "recipes.calibrate",
     "write_report": "recipes.report",
     "assemble": "curriculum.demos.prompt",

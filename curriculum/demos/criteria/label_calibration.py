@@ -1,0 +1,187 @@
+"""Label calibration: remove a prompt's bias for some labels from the scores of a query, and put the label shares back in.
+
+Contract: pure functions of label scores; no model. A prompt of demonstrations favours some labels whatever the query is. Each
+entry of `LABEL_CALIBRATIONS` estimates that bias as one number per label, in nats, from rows that are not the queries, so the
+prediction for a query never depends on the other queries. A prior is a separate step, because a bias and a skewed label
+distribution look the same in unlabelled predictions: averaging over rows whose labels are known tells them apart.
+
+Shapes: O orders of the demonstrations, Q queries, N labelled rows, P unlabelled rows, C content-free inputs, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from sparsort.curriculum.demos.criteria.contextual import content_free_prior
+from sparsort.curriculum.demos.criteria.distributions import Floats, label_scores, log_mean, log_softmax
+from sparsort.curriculum.demos.criteria.label_criteria import gold_labels
+from sparsort.curriculum.demos.criteria.label_shift import fit_bias
+from sparsort.errors import SparsortError
+from sparsort.registry import Entry, Registry
+
+# Nats. e^-30 of the probability is as good as none.
+_LEAST_BIAS = -30.0
+
+LabelCalibrationName = Literal["none", "contextual", "batch", "fitted"]
+DEFAULT_LABEL_CALIBRATION: LabelCalibrationName = "batch"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BiasEvidence:
+    """What a calibration may read, all under the same prompts.
+
+    Attributes:
+        orders: O.
+        labels: L.
+        labelled: (O, N, L) scores of the labels for labelled rows.
+        gold: (N,) the position of each row's label.
+        unlabelled: (O, P, L) scores for rows without a label.
+        content_free: (O, C, L) scores for inputs without content.
+    """
+
+    orders: int
+    labels: int
+    labelled: Floats | None = None
+    gold: Any = None
+    unlabelled: Floats | None = None
+    content_free: Floats | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelBias:
+    """How the prompts distort the label probabilities.
+
+    Attributes:
+        bias: (O, L) nats by which each label is favoured.
+        scale: (O,) factor of the scores without the bias; below 1 the model is overconfident.
+    """
+
+    bias: Floats
+    scale: Floats
+
+    def remove(self, log_p_OQL: Any) -> Floats:
+        """Label probabilities under a uniform prior, (O, Q, L), in logarithms.
+
+        Args:
+            log_p_OQL: scores of the labels for the queries, under the prompts for which the bias was estimated.
+
+        Raises:
+            SparsortError: as `distributions.label_scores`.
+        """
+        scores = log_softmax(label_scores(log_p_OQL, ("orders", "queries")))
+        return log_softmax(self.scale[:, None, None] * (scores - self.bias[:, None, :]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelCalibrationEntry(Entry):
+    """An entry of `LABEL_CALIBRATIONS`.
+
+    Attributes:
+        estimate: from the evidence to the bias.
+    """
+
+    estimate: Callable[[BiasEvidence], LabelBias]
+
+
+def class_mean(log_p_ONL: Any, gold_N: Any) -> Floats:
+    """The logarithm of the mean prediction over rows, each label with the same weight whatever its share, (O, L).
+
+    For rows with balanced labels it is the mean prediction of batch calibration (arXiv 2309.17249, equation 4). A label
+    without a row has no part in the mean.
+
+    Args:
+        log_p_ONL: scores of the labels.
+        gold_N: (N,) positions of the labels.
+
+    Raises:
+        SparsortError: scores or positions that do not fit.
+    """
+    scores = label_scores(log_p_ONL, ("orders", "labelled rows"))
+    gold = gold_labels(gold_N, *scores.shape[1:])
+    log_p = log_softmax(scores)
+    means = [log_mean(log_p[:, gold == label], axis=1) for label in np.unique(gold)]
+    return log_mean(np.stack(means), axis=0)
+
+
+def _none(evidence: BiasEvidence) -> LabelBias:
+    return _unscaled(np.zeros((evidence.orders, evidence.labels)))
+
+
+def _contextual(evidence: BiasEvidence) -> LabelBias:
+    if evidence.content_free is None:
+        raise SparsortError("contextual calibration needs scores for content-free inputs, and none were given.")
+    return _unscaled(content_free_prior(evidence.content_free))
+
+
+def _batch(evidence: BiasEvidence) -> LabelBias:
+    if evidence.labelled is not None and evidence.gold is not None:
+        return _unscaled(class_mean(evidence.labelled, evidence.gold))
+    if evidence.unlabelled is None:
+        raise SparsortError("batch calibration needs scores for rows other than the queries, and none were given.")
+    scores = label_scores(evidence.unlabelled, ("orders", "unlabelled rows"), what="unlabelled")
+    return _unscaled(log_mean(log_softmax(scores), axis=1))
+
+
+def _fitted(evidence: BiasEvidence) -> LabelBias:
+    if evidence.labelled is None or evidence.gold is None:
+        raise SparsortError("the calibration 'fitted' needs scores for labelled rows, and none were given.")
+    fits = [fit_bias(scores_NL, evidence.gold) for scores_NL in evidence.labelled]
+    scale = np.array([fit.scale for fit in fits])
+    # fit_bias adds its offset to the scaled scores; here the bias is subtracted before they are scaled.
+    return LabelBias(bias=-np.stack([fit.offset for fit in fits]) / scale[:, None], scale=scale)
+
+
+def _unscaled(bias_OL: Floats) -> LabelBias:
+    # A label that never gets any probability would otherwise be given to every query.
+    return LabelBias(bias=np.maximum(bias_OL, _LEAST_BIAS), scale=np.ones(len(bias_OL)))
+
+
+LABEL_CALIBRATIONS = Registry(
+    "label calibration",
+    (
+        LabelCalibrationEntry(
+            name="none",
+            help="the model's own label probabilities",
+            source="baseline",
+            estimate=_none,
+        ),
+        LabelCalibrationEntry(
+            name="contextual",
+            help="divides by the prediction for inputs without content",
+            source="arXiv 2102.09690",
+            needs=frozenset({"content_free"}),
+            estimate=_contextual,
+        ),
+        LabelCalibrationEntry(
+            name="batch",
+            help="divides by the mean prediction over rows that are not the queries, each known label with equal weight",
+            source="arXiv 2309.17249",
+            needs=frozenset({"rows"}),
+            estimate=_batch,
+        ),
+        LabelCalibrationEntry(
+            name="fitted",
+            help="a scale and one offset per label, fitted by maximum likelihood on labelled rows",
+            source="bias-corrected temperature scaling, arXiv 1901.06852",
+            needs=frozenset({"rows", "gold"}),
+            estimate=_fitted,
+        ),
+    ),
+)
+
+
+def combine_orders(log_p_OQL: Floats, log_prior_L: Floats | None = None) -> Floats:
+    """One prediction from several orders, (Q, L), in logarithms: the mean log-probability over orders, plus a prior, normalised.
+
+    A mean of log-probabilities (a geometric mean of the distributions) keeps a label improbable that one order excludes.
+
+    Args:
+        log_p_OQL: calibrated log-probabilities.
+        log_prior_L: the logarithm of each label's share among the queries; None for uniform shares.
+    """
+    mean = log_p_OQL.mean(axis=0)
+    return log_softmax(mean if log_prior_L is None else mean + log_prior_L)

@@ -1,0 +1,353 @@
+"""Classify the rows of a file with a few-shot prompt, and look at the errors: the recipe behind `sparsort classify`.
+
+Contract: the predictions are those of `FewShotClassifier` with the same settings. Test rows never take part in `fit`, except that
+with the prior "estimated" their texts are read, without labels, to estimate the label shares. Next to accuracy stand balanced
+accuracy and proper scores, because accuracy alone rewards the most frequent label.
+
+Shapes: n test rows, L classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.curriculum.demos.criteria.label_calibration import (
+    DEFAULT_LABEL_CALIBRATION,
+    LABEL_CALIBRATIONS,
+    LabelCalibrationName,
+)
+from sparsort.curriculum.demos.select import SELECTORS
+from sparsort.errors import SparsortError
+from sparsort.options import option, unescape
+from sparsort.scoring.data.rows import RowSource
+from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.spec import DataSpec
+from sparsort.storage.files import write_atomically, write_json
+from sparsort.values import text_if_any
+
+PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
+_HELD_OUT, _MOST_HELD_OUT = 0.2, 256
+_WORST_ERRORS = 10
+_PANEL = "Classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySpec:
+    """The settings of `sparsort classify` besides model, prompt and data; see `FewShotClassifier`."""
+
+    label: str = option("label", "Column of the class.", panel=_PANEL)
+    labels: str | None = option(
+        None, 'Words of the classes in the prompt, such as "0=negative,1=positive".', panel=_PANEL
+    )
+    k: int = option(8, "Number of demonstrations.", panel=_PANEL, short="-k")
+    select: str = option(
+        "balanced",
+        f"Selection of the demonstrations: {SELECTORS.listed(lambda one: one.needs <= {'label'})}.",
+        panel=_PANEL,
+    )
+    order: str = option("auto", "auto (random orders), or the name of an order.", panel=_PANEL)
+    n_orders: int = option(1, "Random orders whose predictions are averaged.", panel=_PANEL)
+    calibration: LabelCalibrationName = option(
+        DEFAULT_LABEL_CALIBRATION, f"Calibration: {LABEL_CALIBRATIONS.listed()}.", panel=_PANEL
+    )
+    prior: str | None = option(
+        None,
+        'Label shares of the rows to predict: uniform, pool, mixed, estimated, or such as "0=0.8,1=0.2" [default: uniform].',
+        panel=_PANEL,
+    )
+    calibration_rows: int = option(64, "Most rows of FILE, outside the prompt, read for the calibration.", panel=_PANEL)
+    separator: str = option("\n\n", "Text between demonstrations.", panel=_PANEL, read=unescape)
+    instruction: str = option("", "First block of the prompt.", panel=_PANEL, read=unescape)
+    seed: int = option(0, "Seed for every random draw.", panel=_PANEL)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classified:
+    """Predictions for the test rows, and how good they are.
+
+    Attributes:
+        ids: (n,) ids of the test rows.
+        texts: (n,) the query of each row, as it stands in the prompt.
+        classes: (L,) the classes as text.
+        proba: (n, L) probabilities.
+        gold: (n,) positions of the right classes, or None if the test rows have no label.
+        gains: what each ingredient gained in `fit`; see `FewShotClassifier.gains_`.
+        notes: warnings, one sentence each.
+        seconds: of `fit` and `predict`.
+        tokens: tokens that the model read in both.
+        provenance: model and settings.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    classes: list[str]
+    proba: NDArray[np.float64]
+    gold: NDArray[np.int64] | None
+    gains: list[dict[str, Any]]
+    gains_table: str
+    notes: list[str]
+    seconds: dict[str, float]
+    tokens: int
+    provenance: dict[str, Any]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """(n,) positions of the predicted classes."""
+        return self.proba.argmax(axis=1)
+
+    def measures(self) -> dict[str, Any]:
+        """Accuracy with its 95 % interval, balanced accuracy, log loss in nats, Brier score, and the majority's share.
+
+        The interval is Wilson's. Empty if the test rows have no label.
+        """
+        if self.gold is None:
+            return {}
+        from sklearn.metrics import balanced_accuracy_score
+
+        right, n = self.predicted == self.gold, len(self.gold)
+        chosen = self.proba[np.arange(n), self.gold]
+        with warnings.catch_warnings():
+            # A class without a test row has no recall.
+            warnings.simplefilter("ignore", UserWarning)
+            balanced = float(balanced_accuracy_score(self.gold, self.predicted))
+        return {
+            "rows": n,
+            "accuracy": float(right.mean()),
+            "accuracy_interval": wilson(int(right.sum()), n),
+            "balanced_accuracy": balanced,
+            "log_loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+            "brier": float(((self.proba - np.eye(len(self.classes))[self.gold]) ** 2).sum(axis=1).mean()),
+            "majority": float(np.bincount(self.gold).max() / n),
+        }
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """For every class: rows, rows predicted, precision, recall, and the class it is most often taken for."""
+        if self.gold is None:
+            return []
+        from sklearn.metrics import confusion_matrix
+
+        confusion = confusion_matrix(self.gold, self.predicted, labels=range(len(self.classes)))
+        rows = []
+        for at, name in enumerate(self.classes):
+            total, predicted, right = int(confusion[at].sum()), int(confusion[:, at].sum()), int(confusion[at, at])
+            others = np.where(np.arange(len(self.classes)) == at, -1, confusion[at])
+            taken_for = self.classes[int(others.argmax())] if others.max() > 0 else None
+            rows.append(
+                {
+                    "class": name,
+                    "rows": total,
+                    "predicted": predicted,
+                    "precision": right / predicted if predicted else None,
+                    "recall": right / total if total else None,
+                    "taken_for": taken_for,
+                }
+            )
+        return rows
+
+    def worst_errors(self, most: int = _WORST_ERRORS) -> list[dict[str, Any]]:
+        """The wrong predictions of the highest probability: id, text, right and predicted class, probability."""
+        if self.gold is None:
+            return []
+        wrong = np.flatnonzero(self.predicted != self.gold)
+        ranked = wrong[np.argsort(-self.proba[wrong].max(axis=1), kind="stable")][:most]
+        return [
+            {
+                "id": self.ids[at],
+                "text": self.texts[at],
+                "gold": self.classes[int(self.gold[at])],
+                "predicted": self.classes[int(self.predicted[at])],
+                "probability": float(self.proba[at].max()),
+            }
+            for at in ranked.tolist()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the predictions, as JSON values."""
+        return {
+            "measures": self.measures(),
+            "classes": self.by_class() or [{"class": name} for name in self.classes],
+            "worst_errors": self.worst_errors(),
+            "gains": self.gains,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "provenance": self.provenance,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write `predictions.jsonl` and `results.json`, each atomically.
+
+        Raises:
+            SparsortError: the disk refuses.
+        """
+        target = Path(folder).expanduser()
+        target.mkdir(parents=True, exist_ok=True)
+        with write_atomically(target / PREDICTIONS) as path:
+            lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions())
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_json(target / RESULTS, self.to_json())
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """One row for each test row: id, predicted class, probabilities, and the right class where it is known."""
+        return [
+            {
+                "id": self.ids[at],
+                "predicted": self.classes[int(self.predicted[at])],
+                "probabilities": {name: float(p) for name, p in zip(self.classes, self.proba[at], strict=True)},
+            }
+            | ({} if self.gold is None else {"gold": self.classes[int(self.gold[at])]})
+            for at in range(len(self.ids))
+        ]
+
+
+def classify(
+    file: Any,
+    test: Any = None,
+    *,
+    model: Any = "demo",
+    prompt: Any,
+    settings: ClassifySpec = ClassifySpec(),
+    data: DataSpec = DataSpec(),
+) -> Classified:
+    """Classify the rows of `test` with demonstrations from `file`.
+
+    Args:
+        file: labelled rows.
+        test: the rows to classify, with or without labels; None to hold out a fifth of `file`, at most 256 rows.
+        model: a name, or a `ModelSpec`.
+        prompt: a format string over the columns, or a `PromptSpec`.
+        settings: the settings of the classifier.
+        data: how the rows are read.
+
+    Raises:
+        SparsortError: bad input; the message says what to do.
+    """
+    from sparsort.recipes.classify.classifier import FewShotClassifier
+
+    source = data.open(file)
+    rows, y = _labelled(source, settings.label)
+    if test is None:
+        rows, y, held_out, gold = _hold_out(rows, y, settings.seed)
+        named = [(str(row.get("id", at)), row) for at, row in enumerate(held_out)]
+    else:
+        named, gold = _test_rows(data.open(test), settings.label)
+    classifier = FewShotClassifier(
+        ModelSpec.of(model),
+        k=settings.k,
+        select=settings.select,  # type: ignore[arg-type]
+        order=settings.order,
+        n_orders=settings.n_orders,
+        calibration=settings.calibration,
+        prior=_prior(settings.prior),
+        prompt=prompt,
+        label_words=_words(settings.labels),
+        separator=settings.separator,
+        instruction=settings.instruction,
+        calibration_rows=settings.calibration_rows,
+        random_state=settings.seed,
+    )
+    queries = [row for _, row in named]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        started = time.monotonic()
+        classifier.fit(rows, y, unlabelled=queries if settings.prior == "estimated" else None)
+        fitted = time.monotonic()
+        proba = classifier.predict_proba(queries)
+        ended = time.monotonic()
+    classes = [str(value) for value in classifier.classes_]
+    return Classified(
+        ids=[name for name, _ in named],
+        texts=[classifier.task_.query_text(row) for row in queries],
+        classes=classes,
+        proba=proba,
+        gold=None if gold is None else _positions(gold, classes),
+        gains=[asdict(gain) for gain in classifier.gains_],
+        gains_table=classifier.gains_table(),
+        notes=[str(one.message) for one in caught if issubclass(one.category, UserWarning)],
+        seconds={"fit": round(fitted - started, 2), "predict": round(ended - fitted, 2)},
+        tokens=classifier.tokens_read_,
+        provenance={"model": classifier.model_name_, "task": classifier.task_.digest, **asdict(settings)},
+    )
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    share, square = successes / n, z * z / n
+    middle = (share + square / 2) / (1 + square)
+    half = z * math.sqrt(share * (1 - share) / n + square / (4 * n)) / (1 + square)
+    return middle - half, middle + half
+
+
+def _labelled(source: RowSource, label: str) -> tuple[list[dict[str, Any]], list[str]]:
+    source.require([label])
+    rows, y = [], []
+    for row in source.rows():
+        value = text_if_any(row.fields, label, where=f"{source.name}: {row.name}")
+        if value is None:
+            raise SparsortError(f"{source.name}: {row.name} has no value in the label column {label!r}. Leave it out.")
+        rows.append({key: field for key, field in row.fields.items() if key != label})
+        y.append(value)
+    return rows, y
+
+
+def _test_rows(source: RowSource, label: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str] | None]:
+    named, gold = [], []
+    for row in source.rows():
+        named.append((row.id, {key: field for key, field in row.fields.items() if key != label}))
+        gold.append(text_if_any(row.fields, label, where=f"{source.name}: {row.name}") if label in row.fields else None)
+    known = [value for value in gold if value is not None]
+    if known and len(known) < len(gold):
+        raise SparsortError(
+            f"{source.name}: {len(gold) - len(known)} of {len(gold)} test rows have no label. Give all of them one, or none."
+        )
+    return named, known or None
+
+
+def _hold_out(
+    rows: list[dict[str, Any]], y: list[str], seed: int
+) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]], list[str]]:
+    from sklearn.model_selection import train_test_split
+
+    size = min(max(round(_HELD_OUT * len(rows)), 1), _MOST_HELD_OUT)
+    few = min(y.count(value) for value in set(y)) < 2 or size < len(set(y))
+    split = train_test_split(rows, y, test_size=size, random_state=seed, stratify=None if few else y)
+    train, test, y_train, y_test = split
+    return list(train), list(y_train), list(test), list(y_test)
+
+
+def _positions(gold: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
+    if unknown := sorted(set(gold) - set(classes)):
+        raise SparsortError(
+            f"the test rows have the label {unknown[0]!r}, which no training row has: {', '.join(classes)}. Leave those rows out."
+        )
+    place = {name: at for at, name in enumerate(classes)}
+    return np.array([place[value] for value in gold], dtype=np.int64)
+
+
+def _prior(text: str | None) -> Any:
+    if text is None or "=" not in text:
+        return text
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = part.rpartition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError as error:
+            raise SparsortError(f"the prior {text!r} has {part!r}; write class=share, separated by commas.") from error
+    return shares
+
+
+def _words(text: str | None) -> Mapping[str, str] | None:
+    from sparsort.curriculum.ablation.recipe.tasks import parse_labels
+
+    return None if text is None else parse_labels(text)

@@ -1,0 +1,133 @@
+"""Rows in the forms in which other libraries hold them, converted to a form that `open_rows` reads.
+
+Contract: nothing is imported that the caller has not imported already, because an object of pandas, polars, Arrow or datasets can
+only be passed by someone who has its library. A row keeps its values: nothing is rounded, dropped or renamed, except that column
+names become text. What can be read only once is read into memory, with a note at level INFO of the logger "sparsort".
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sparsort.errors import SparsortError, first_line
+
+_LOG = logging.getLogger("sparsort")
+# The field of a row that is a bare text.
+TEXT_FIELD = "text"
+# "hub:owner/name", "hub:owner/name:split" or "hub:owner/name:configuration:split".
+_HUB = re.compile(r"hub:([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?::([\w.-]+))?")
+
+
+def readable(source: Any) -> Any:
+    """`source` as a path, a list of dictionaries, a `datasets.Dataset` or a `pyarrow.Table`; anything else as it is.
+
+    Args:
+        source: texts; a dictionary of columns; a frame or a column of pandas or polars; a batch or a stream of Arrow; a stream of
+            datasets, a generator or another iterator; a hub id with the prefix "hub:".
+
+    Raises:
+        SparsortError: columns of different lengths, texts mixed with other rows, or a dataset that the hub does not provide.
+    """
+    if isinstance(source, str):
+        match = _HUB.fullmatch(source)
+        return _from_hub(source, *match.groups()) if match else source
+    package = type(source).__module__.partition(".")[0]
+    if (convert := _CONVERTERS.get((package, type(source).__name__))) is not None:
+        source = convert(source)
+    if isinstance(source, Mapping):
+        return _from_columns(source)
+    if isinstance(source, (Iterator, _iterable_dataset())):
+        source = list(source)
+        _LOG.info("read %d rows into memory, because they can be read only once", len(source))
+    if isinstance(source, Sequence) and any(isinstance(row, str) for row in source):
+        return _from_texts(source)
+    return source
+
+
+def _from_texts(texts: Sequence[Any]) -> list[dict[str, Any]]:
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise SparsortError(
+                f"row {position} is {type(text).__name__}, and other rows are texts. Pass texts only, or a "
+                "dictionary for each row."
+            )
+    return [{TEXT_FIELD: text} for text in texts]
+
+
+def _from_columns(columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    lists = {}
+    for name, values in columns.items():
+        if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, Iterable)):
+            raise SparsortError(
+                f"the column {name!r} is {type(values).__name__}; in a dictionary of columns each one is a list of values. Pass "
+                "[row] for a single row."
+            )
+        listed = getattr(values, "tolist", None) or getattr(values, "to_list", None)
+        lists[str(name)] = listed() if callable(listed) else list(values)
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise SparsortError(f"the columns have different lengths: {lengths}. Pass columns of one length.")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _from_pandas(frame: Any) -> Any:
+    import pyarrow as pa
+
+    names = [str(name) for name in frame.columns]
+    if len(set(names)) < len(names):
+        raise SparsortError(f"the frame has columns of the same name: {', '.join(names)}. Rename them.")
+    renamed = frame.set_axis(names, axis="columns")
+    try:
+        return pa.Table.from_pandas(renamed, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        # A column of several types has no Arrow type.
+        return renamed.to_dict("records")
+
+
+def _from_hub(name: str, dataset: str, first: str | None, second: str | None) -> Any:
+    from datasets import DownloadMode, load_dataset
+
+    config, split = (first, second) if second else (None, first)
+    try:
+        loaded = load_dataset(dataset, config, split=split, download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS)
+    except Exception as error:  # the hub, the network and a dataset's own files fail in many ways
+        raise SparsortError(
+            f"cannot load the dataset {name!r}: {first_line(error)} Write hub:owner/name:split, or "
+            "hub:owner/name:configuration:split, or pass a file."
+        ) from error
+    if isinstance(loaded, Mapping):
+        if len(loaded) > 1:
+            raise SparsortError(
+                f"{name!r} has several splits. Name one of them: {', '.join(f'{name}:{s}' for s in loaded)}."
+            )
+        return next(iter(loaded.values()))
+    return loaded
+
+
+def _iterable_dataset() -> type | tuple[()]:
+    datasets = sys.modules.get("datasets")
+    return () if datasets is None else datasets.IterableDataset
+
+
+def _record_batch(batch: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.Table.from_batches([batch])
+
+
+# (package, class) → how it becomes a table or a list.
+_CONVERTERS = {
+    ("pandas", "DataFrame"): _from_pandas,
+    ("pandas", "Series"): lambda series: series.tolist(),
+    ("polars", "DataFrame"): lambda frame: frame.to_arrow(),
+    ("polars", "LazyFrame"): lambda frame: frame.collect().to_arrow(),
+    ("polars", "Series"): lambda series: series.to_list(),
+    ("numpy", "ndarray"): lambda array: array.tolist() if array.ndim == 1 else array,
+    ("pyarrow", "RecordBatch"): _record_batch,
+    ("pyarrow", "RecordBatchReader"): lambda reader: reader.read_all(),
+    ("pyarrow", "ChunkedArray"): lambda array: array.to_pylist(),
+}

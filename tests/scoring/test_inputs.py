@@ -1,0 +1,109 @@
+"""Rows as people have them: every form gives the rows of the plain list."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsort.errors import SparsortError
+from sparsort.scoring.data.inputs import readable
+from sparsort.scoring.data.rows import open_rows
+
+ROWS = [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c", "n": 3}]
+
+
+def columns() -> dict[str, list[Any]]:
+    return {name: [row[name] for row in ROWS] for name in ("text", "n")}
+
+
+FORMS: dict[str, Callable[[], Any]] = {
+    "rows": lambda: ROWS,
+    "columns": columns,
+    "columns of arrays": lambda: {name: np.array(values) for name, values in columns().items()},
+    "pandas": lambda: pytest.importorskip("pandas").DataFrame(columns(), index=[7, 8, 9]),
+    "polars": lambda: pytest.importorskip("polars").DataFrame(columns()),
+    "polars, lazy": lambda: pytest.importorskip("polars").LazyFrame(columns()),
+    "arrow table": lambda: pytest.importorskip("pyarrow").table(columns()),
+    "arrow batch": lambda: pytest.importorskip("pyarrow").RecordBatch.from_pydict(columns()),
+    "arrow stream": lambda: pytest.importorskip("pyarrow").table(columns()).to_reader(),
+    "dataset": lambda: pytest.importorskip("datasets").Dataset.from_dict(columns()),
+    "streamed dataset": lambda: pytest.importorskip("datasets").Dataset.from_dict(columns()).to_iterable_dataset(),
+    "generator": lambda: (row for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_same_rows(form: str) -> None:
+    source = open_rows(FORMS[form]())
+    assert [dict(row.fields) for row in source.rows()] == ROWS
+    assert [row.digest for row in source.rows()] == [row.digest for row in open_rows(ROWS).rows()]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["a", "b"], ("a", "b"), np.array(["a", "b"]), iter(["a", "b"])],
+    ids=["list", "tuple", "array", "iterator"],
+)
+def test_texts_are_rows_with_the_field_text(texts: Any) -> None:
+    assert [dict(row.fields) for row in open_rows(texts).rows()] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_column_of_pandas_is_texts() -> None:
+    series = pytest.importorskip("pandas").Series(["a", "b"], index=[5, 6])
+    assert [dict(row.fields) for row in open_rows(series).rows()] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_frame_keeps_values_of_several_types_and_missing_ones() -> None:
+    pandas = pytest.importorskip("pandas")
+    day = datetime.date(2026, 1, 2)
+    frame = pandas.DataFrame({"x": ["a", 1, day], 0: [1.5, None, 2.5]})
+    rows = [dict(row.fields) for row in open_rows(frame).rows()]
+    assert [row["x"] for row in rows] == ["a", 1, day]
+    assert rows[0]["0"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"a": [1, 2], "b": [1]}, "different lengths"),
+        ({"a": "text"}, r"Pass \[row\] for a single row"),
+        (["a", {"text": "b"}], "row 1 is dict"),
+        (lambda: 1, "cannot read rows from a function"),
+        (np.zeros((2, 2)), "cannot read rows from a ndarray"),
+    ],
+)
+def test_mistakes(source: Any, message: str) -> None:
+    with pytest.raises(SparsortError, match=message):
+        open_rows(source)
+
+
+def test_a_hub_id_loads_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, *, split: str | None, **_: Any) -> Any:
+        asked.append((name, config, split))
+        one = datasets.Dataset.from_dict(columns())
+        return one if split else datasets.DatasetDict({"train": one, "test": one})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(readable("hub:owner/name:config:test")) == 3
+    assert len(readable("hub:owner/name:train")) == 3
+    assert asked == [("owner/name", "config", "test"), ("owner/name", None, "train")]
+    with pytest.raises(SparsortError, match="hub:owner/name:train, hub:owner/name:test"):
+        readable("hub:owner/name")
+
+
+def test_a_hub_that_refuses_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(SparsortError, match="cannot load the dataset 'hub:owner/name': offline"):
+        open_rows("hub:owner/name")
