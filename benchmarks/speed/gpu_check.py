@@ -21,15 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent / "sparse_attention"))
 # By name: the other tests of the folder need more packages, and show nothing of the GPU.
 KERNELS = {
-    "sparsity_kernels": ("test_rows.py", "test_rows_gpu.py"),
-    "sparse_attention": ("test_blocksparse_*triton*.py", "test_blocksparse_*gpu*.py"),
+    "sparsity_kernels": ("sparsity/test_triton_rows.py", "sparsity/test_triton_rows_gpu.py"),
+    "sparse_attention": tuple(f"blocksparse/triton/test_{part}.py" for part in ("align", "attend", "select")),
 }
 
 
 def tests_of(benchmark: str) -> list[Path]:
     """The tests of the kernels that a benchmark times."""
-    folder = ROOT / "tests" / "kernels"
-    return sorted({path for pattern in KERNELS[benchmark] for path in folder.glob(pattern)})
+    return [ROOT / "tests" / "kernels" / name for name in KERNELS[benchmark]]
 
 
 def missed_floors(benchmark: str, *, quick: bool) -> list[str]:
