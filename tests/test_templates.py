@@ -88,7 +88,7 @@ def _text(value: Any) -> str | None:
 
 
 @given(_ROWS, st.data())
-def test_any_json_renders_as_the_text_that_lies_there_or_is_refused(row: dict[str, Any], data: st.DataObject) -> None:
+def test_any_json_renders_as_its_own_text_or_is_refused(row: dict[str, Any], data: st.DataObject) -> None:
     column = data.draw(st.sampled_from(sorted(row)))
     steps = data.draw(_STEPS)
     wanted = _text(_looked_up(row[column], steps))
@@ -127,8 +127,8 @@ def test_templates_without_paths_are_read_as_python_reads_them(parts: list[str])
             wanted.append((literal, field, spec or "", conversion))
             literal = ""
     assert [tuple(piece) for piece in pieces(template) if piece.field is not None] == wanted
-    behind = [piece.literal for piece in pieces(template) if piece.field is None]
-    assert "".join(behind) == literal
+    literals = [piece.literal for piece in pieces(template) if piece.field is None]
+    assert "".join(literals) == literal
 
 
 def test_columns_are_what_the_fields_look_into() -> None:

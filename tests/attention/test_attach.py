@@ -107,7 +107,7 @@ def test_layers_not_named_stay_dense(dense: Make, sparse: Make, tokens: Make) ->
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 @pytest.mark.parametrize("case", ["plain", "left", "right", "packed", "cache", "chunks", "static"])
 def test_dense_layers_are_those_of_sdpa(family: str, case: str, dense: Make, sparse: Make, tokens: Make) -> None:
-    """Sparse layers that see every block beside dense ones: the whole is the dense model, whatever the mask."""
+    """A model of dense layers and of sparse layers that see every block equals the dense model, whatever the mask."""
     from transformers import DynamicCache, StaticCache
 
     ids = tokens(2, 19)

@@ -143,7 +143,7 @@ def simulate(
 
 
 class _Cell:
-    """Draws one group; random streams are told apart by task, k and what they are for, so that cells pair across calibration."""
+    """Draws one group; each random stream depends on the task, k and its use, so that cells pair across calibration."""
 
     def __init__(self, name: str, k: int, sets: int, orders: int, items: int, calibrated: bool, seed: int) -> None:
         self.name, self.task, self.k, self.calibrated = name, TASKS[name], k, calibrated

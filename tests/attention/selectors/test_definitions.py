@@ -1,4 +1,4 @@
-"""Each selector against its own definition, written out once more, token by token, on a module made for the purpose."""
+"""Each selector against a second implementation of its definition, token by token, on a module made for the purpose."""
 
 from __future__ import annotations
 

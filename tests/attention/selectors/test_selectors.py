@@ -1,5 +1,5 @@
 """What every selector promises, whatever it chooses by: a right selection for every budget, the same one wherever padding
-lies, however much is cached and however the work is cut up, and gradients only where they belong."""
+is, however much is cached and however the work is cut up, and gradients only where they belong."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ def test_a_selector_without_a_loss_has_no_kl(
     assert entry["sparse/gflops"] == pytest.approx(6 * expected / 1e9)
 
 
-def test_a_step_that_fails_leaves_nothing_behind_for_the_next_training(
+def test_a_step_that_fails_leaves_no_state_for_the_next_training(
     sparse: Callable[..., Any], trainer: Callable[..., InOrder]
 ) -> None:
     model, callback = sparse(), SparseAttentionCallback()

@@ -17,7 +17,7 @@ def test_without_settings_it_is_sparse_from_the_first_step() -> None:
     assert all(SparseSchedule().budget(step, final) is final for step in range(3))
 
 
-def test_the_budget_goes_from_start_to_the_configured_one_behind_the_warm_up() -> None:
+def test_after_the_warm_up_the_budget_goes_from_the_start_to_the_configured_one() -> None:
     schedule = SparseSchedule(warmup_steps=2, start=10, anneal_steps=4)
     assert [schedule.full(step) for step in range(4)] == [True, True, False, False]
     blocks = [schedule.budget(step, FixedBudget(blocks=2)).slots for step in range(9)]

@@ -19,13 +19,13 @@ TEXTS = [
     "Who is the oldest of all the gardeners?",
     "Which is the tallest of the old trees in the garden?",
     "How many apples did not fall yet?",
-    "What grows behind the wall?",
+    "What grows beyond the wall?",
     "Is there a gate on the far side of the wall?",
     "Why are leaves red?",
     "Where do the two paths meet?",
 ]
 POOL = [{"id": f"q{at}", "question": text, "answer": f"a{at}", "kind": "ab"[at % 2]} for at, text in enumerate(TEXTS)]
-QUERY = {"question": "How many pears fell from the tree behind the wall?"}
+QUERY = {"question": "How many pears fell from the tree beyond the wall?"}
 HARD = np.array([4.0, 1, 6, 0, 3, 5, 2])
 VECTORS = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
 QUERY_VECTOR = VECTORS[3] + np.float32(0.2)

@@ -94,9 +94,9 @@ def test_report() -> None:
 
 def test_the_budget_that_an_error_names_is_enough() -> None:
     for drop in ("farthest", "nearest", "longest"):
-        with pytest.raises(SparsortError, match="pass allow_zero_shot=True") as told:
+        with pytest.raises(SparsortError, match="pass allow_zero_shot=True") as refusal:
             build(max_tokens=4, tokenizer=words, drop=drop)
-        enough = int(str(told.value).split("at least ")[1].split(",")[0])
+        enough = int(str(refusal.value).split("at least ")[1].split(",")[0])
         assert len(build(max_tokens=enough, tokenizer=words, drop=drop).kept) == 1
     with pytest.raises(
         SparsortError, match="allow_zero_shot=True has no effect: nothing is dropped without max_tokens"
@@ -142,7 +142,7 @@ def test_a_query_among_its_demonstrations_is_refused() -> None:
 
 
 class FakeTokenizer:
-    """Counts characters, and adds one special token unless told not to."""
+    """Counts characters, and adds one special token by default."""
 
     chat_template: str | None = "template"
 

@@ -89,7 +89,7 @@ def test_every_block_is_all_blocks_up_to_the_querys_own(lengths, size, groups):
     assert torch.equal(selection.counts, (selection.blocks >= 0).sum(-1).int())
 
 
-def test_counts_are_of_used_slots_wherever_they_stand():
+def test_used_slots_are_counted_wherever_they_are():
     selection = Selection(blocks=torch.tensor([[[[-1, 2, 0], [-1, -1, -1]]]], dtype=torch.int32), block_size=4)
     assert selection.counts.tolist() == [[[2, 0]]]
     assert selection.counts.dtype == torch.int32

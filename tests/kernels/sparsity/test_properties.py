@@ -94,7 +94,7 @@ def test_moving_mass_from_large_to_small_never_raises_sparsity(row, data):
 
 
 def test_relative_l0_does_not_obey_robin_hood():
-    """Evened out, (0, 0, 2) becomes (1, 0, 1): no coordinate stands above mean + std, which reads as "sparser".
+    """Evened out, (0, 0, 2) becomes (1, 0, 1): no coordinate is above mean + std, which reads as "sparser".
 
     That is the metric's definition, not a fault of ours: its threshold moves with the spread.
     """

@@ -23,14 +23,14 @@ POOL = [
             "Who is the oldest of all the gardeners",
             "Which is the tallest of the old trees",
             "How many apples did not fall yet",
-            "What grows behind the wall",
+            "What grows beyond the wall",
             "Is there a gate on the far side",
             "Why are leaves red",
             "Where do the two paths meet",
         ]
     )
 ]
-QUERY = {"question": "How many pears fell from the tree behind the house?"}
+QUERY = {"question": "How many pears fell from the tree beyond the house?"}
 HARD = {row["id"]: float(value) for row, value in zip(POOL, [4, 1, 6, 0, 3, 5, 2], strict=True)}
 
 
@@ -96,7 +96,7 @@ def test_positions_are_distinct_and_rise_in_difficulty(hard: list[float], data: 
     assert scored == chosen
 
 
-def test_the_query_and_what_nearly_is_it_never_stand_among_its_demonstrations() -> None:
+def test_the_query_and_its_near_duplicates_are_never_its_demonstrations() -> None:
     query = {"question": POOL[2]["question"].upper() + "!"}
     options = {"order": "given", "select": "first"}
     assert DemoChooser(POOL, DemoOptions(**options)).choose(query, 6) == [0, 1, 3, 4, 5, 6]
@@ -106,7 +106,7 @@ def test_the_query_and_what_nearly_is_it_never_stand_among_its_demonstrations() 
         DemoChooser(POOL, DemoOptions(**options)).choose(query, 7)
 
 
-def test_held_out_rows_are_left_out_and_the_others_keep_their_positions_and_scores() -> None:
+def test_held_out_rows_are_excluded_and_the_others_keep_their_positions_and_scores() -> None:
     held_out = [{"question": POOL[0]["question"]}, {"question": "Something else altogether, is it not?"}]
     options = DemoOptions(order="hard_to_easy", select="first", scores=list(HARD.values()))
     chooser = DemoChooser(POOL, options, held_out=held_out)
@@ -136,7 +136,7 @@ def test_scores_from_a_file_find_their_rows_by_id_and_by_content(tmp_path: Path)
     assert DemoOptions(scores=tmp_path / "scores.parquet").order == "hard_to_easy"
 
 
-def test_missing_scores_are_refused_or_treated_as_told() -> None:
+def test_missing_scores_are_refused_or_treated_as_set() -> None:
     rows = [{"question": f"number {at}", "hard": value} for at, value in enumerate([2.0, None, 1.0])]
     options: dict[str, Any] = {"order": "easy_to_hard", "select": "first", "score_column": "hard"}
     with pytest.raises(SparsortError, match="1 of 3 have NaN"):
@@ -165,7 +165,7 @@ def test_a_length_is_that_of_the_text_given() -> None:
     assert DemoChooser(rows, options).choose(None, 3) == [0, 1, 2]
 
 
-def test_embeddings_of_the_wrong_shape_are_told() -> None:
+def test_embeddings_of_the_wrong_shape_are_refused() -> None:
     options = DemoOptions(order="given", select="knn", embed=lambda texts: np.ones(len(texts)))
     with pytest.raises(SparsortError, match=r"shape \(7,\) for 7 texts"):
         DemoChooser(POOL, options).choose(QUERY, 2)

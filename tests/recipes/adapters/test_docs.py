@@ -1,4 +1,4 @@
-"""The examples of docs/adapters.md run as they stand there, and print what they say."""
+"""The examples of docs/adapters.md run unchanged, and print what the page shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"(?:`(?P<name>[\w./]+)`\n)?```(?P<language>\w+)\n(?P<text>.
 
 
 def _blocks(section: str) -> list[re.Match[str]]:
-    """The fenced blocks of a section, each with the file name that stands above it."""
+    """The fenced blocks of a section, each with the file name above it."""
     text = PAGE.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
     return list(_BLOCK.finditer(text))
 

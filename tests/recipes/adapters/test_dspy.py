@@ -55,7 +55,7 @@ def _asked(program: Any, question: str = "Where do the swallows go in winter?") 
     return [message["content"] for message in model.history[-1]["messages"] if message["role"] == "user"]
 
 
-def test_a_compiled_program_asks_behind_our_demonstrations_in_our_order() -> None:
+def test_a_compiled_program_queries_after_our_demonstrations_in_our_order() -> None:
     student = _made(dspy.Predict, "question -> answer")
     compiled = SparsortFewShot(3, FALLING).compile(student, trainset=TRAIN)
     turns = _asked(compiled)
@@ -118,10 +118,10 @@ def test_a_program_that_could_use_no_demonstration_is_refused(signature: str, fi
     options = DemoOptions(order="random", select="random")
     with pytest.raises(SparsortError) as caught:
         SparsortFewShot(2, options).compile(program, trainset=train)
-    told = str(caught.value)
-    assert f"the inputs {inputs} and the outputs {outputs}; " in told
-    assert f"have {', '.join(['other', *fields])}." in told
-    assert "Rename the fields" in told
+    message = str(caught.value)
+    assert f"the inputs {inputs} and the outputs {outputs}; " in message
+    assert f"have {', '.join(['other', *fields])}." in message
+    assert "Rename the fields" in message
     both = _made(TwoSteps)
     with pytest.raises(
         SparsortError, match=r"'rewrite' has the inputs question.*'answer.predict' has the inputs question"
@@ -129,7 +129,7 @@ def test_a_program_that_could_use_no_demonstration_is_refused(signature: str, fi
         SparsortFewShot(2, options).compile(both, trainset=[dspy.Example(n=str(n), m="a") for n in range(3)])
 
 
-def test_inputs_that_are_partly_there_are_shown_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_inputs_that_are_partly_missing_are_shown_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     program = _made(dspy.Predict, "passage, question -> answer")
     compiled = SparsortFewShot(3, FALLING).compile(program, trainset=TRAIN)
     assert compiled.demos == [TRAIN[1], TRAIN[0], TRAIN[2]]
@@ -235,6 +235,6 @@ def test_order_examples_gives_the_same_objects() -> None:
         order_examples(TRAIN, DemoOptions(order="similarity_descending", embed=lambda texts: [[1.0]] * len(texts)))
 
 
-def test_more_than_there_are_is_told() -> None:
+def test_more_demonstrations_than_rows_are_refused() -> None:
     with pytest.raises(SparsortError, match="5 demonstrations were asked for"):
         SparsortFewShot(5, FALLING).compile(_made(dspy.Predict, "question -> answer"), trainset=TRAIN)

@@ -56,7 +56,7 @@ def test_a_few_shot_prompt_has_our_examples_in_our_order() -> None:
     assert asyncio.run(template.aformat(instruction="Answer.", question=QUERY)) == expected
 
 
-def test_the_query_is_left_out_of_its_own_examples() -> None:
+def test_the_query_is_never_its_own_example() -> None:
     options = DemoOptions(order="hard_to_easy", select="first", scores=HARD)
     template = _template(SparsortExampleSelector(EXAMPLES, 3, options))
     query = "who painted the ceiling of the chapel"
@@ -123,7 +123,7 @@ def test_langchains_embeddings_choose_the_nearest() -> None:
     assert asked == [[example["question"] for example in EXAMPLES], [QUERY], [QUERY]]
 
 
-def test_an_input_that_shares_no_field_is_told() -> None:
+def test_an_input_that_shares_no_field_is_refused() -> None:
     selector = SparsortExampleSelector(EXAMPLES, 2, DemoOptions(order="given"))
     with pytest.raises(SparsortError, match="share no text field"):
         selector.select_examples({"topic": "birds"})

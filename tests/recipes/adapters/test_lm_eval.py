@@ -138,7 +138,7 @@ def test_a_run_sees_our_order_and_its_results_can_be_written(tmp_path: Path) -> 
     )
     results = _evaluate(tmp_path)
     samples = {sample["doc_id"]: sample["arguments"][0][0] for sample in results["samples"]["local"]}
-    # The first four by difficulty; behind the second query, which the first row nearly is, the other four.
+    # The first four by difficulty. The second query nearly equals the first row, so it gets the other four.
     assert samples == {
         0: _prompt([TRAIN[1], TRAIN[3], TRAIN[0], TRAIN[2]], TEST[0]),
         1: _prompt([TRAIN[1], TRAIN[3], TRAIN[4], TRAIN[2]], TEST[1]),
@@ -190,7 +190,7 @@ def test_no_shots_ask_for_nothing(tmp_path: Path) -> None:
     assert _prompts(tmp_path) == [_prompt([], row) for row in TEST]
 
 
-def test_too_few_documents_are_told(tmp_path: Path) -> None:
+def test_too_few_documents_are_refused(tmp_path: Path) -> None:
     _write_task(tmp_path, "!function demos.ordered", options="order='given'", shots=5)
     with pytest.raises(SparsortError, match="5 demonstrations were asked for, but only 4 of the pool's 5"):
         _prompts(tmp_path)

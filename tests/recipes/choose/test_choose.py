@@ -98,7 +98,7 @@ def test_density_needs_no_labels_and_free_answers_will_do(loaded: LoadedModel) -
     assert np.isfinite(gain.scores).all()
 
 
-def test_words_of_labels_stand_in_the_prompt_whatever_the_criterion(loaded: LoadedModel) -> None:
+def test_the_words_of_labels_are_in_the_prompt_whatever_the_criterion(loaded: LoadedModel) -> None:
     words = [row | {"label": ["negative", "positive"][int(row["label"])]} for row in DEMOS]
     mapped = sparsort.choose_order(DEMOS, QUERIES, by="density", model=loaded, **ASKED)
     shown = sparsort.choose_order(words, QUERIES, by="density", model=loaded, prompt=ASKED["prompt"])
@@ -169,7 +169,7 @@ def test_many_orders_are_a_seeded_sample(loaded: LoadedModel) -> None:
         ([{"text": "x", "label": "0"}] * 65, QUERIES, {}, "at most 64"),
     ],
 )
-def test_bad_input_is_told_before_a_model_is_loaded(
+def test_bad_input_is_refused_before_a_model_is_loaded(
     demos: list[Any], queries: list[Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SparsortError, match=message):
@@ -225,9 +225,9 @@ def test_free_answers_are_no_labels(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"text": f"{number} of all", "label": f"answer {number}"} for number in range(70)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    told = CliRunner().invoke(app, ["choose", str(file), "-k", "4", "-p", "{text}:", "--model", "/no/such/model"])
-    assert told.exit_code == 2
-    assert "70 different values" in " ".join(told.output.split())
+    result = CliRunner().invoke(app, ["choose", str(file), "-k", "4", "-p", "{text}:", "--model", "/no/such/model"])
+    assert result.exit_code == 2
+    assert "70 different values" in " ".join(result.output.split())
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

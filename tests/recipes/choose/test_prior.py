@@ -189,7 +189,7 @@ def test_labelled_rows_are_few_and_even_by_label(loaded: LoadedModel) -> None:
     assert found.summary() == again.summary()
 
 
-def test_an_estimate_that_is_impossible_is_said(loaded: LoadedModel) -> None:
+def test_an_impossible_estimate_is_reported(loaded: LoadedModel) -> None:
     found = chosen(loaded, prior="estimated", pool=POOL[:12])
     assert any("12 labelled rows" in note for note in found.notes)
     # All of these rows have one label, which no prediction can tell apart.

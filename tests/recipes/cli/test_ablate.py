@@ -58,8 +58,8 @@ def test_what_it_costs_then_a_run_then_the_store_as_it_is(
     cost = json.loads(dry.stdout)
     assert not (tmp_path / "out").exists()
     assert (cost["sets"], cost["rows"][0]["k"]) == (2, 2)
-    told = ablate(reviews, *options, "--dry-run")
-    assert f"{cost['tokens']:,} tokens at most" in " ".join(told.stdout.split())
+    result = ablate(reviews, *options, "--dry-run")
+    assert f"{cost['tokens']:,} tokens at most" in " ".join(result.stdout.split())
     done = ablate(reviews, *options, "--json")
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
@@ -82,12 +82,12 @@ def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path
     assert summary["cells"][0]["labels"] == []
     assert any("pdo left out: labels are read" in note for note in summary["data_notes"])
     recipe = json.loads((Path(summary["out"]) / "recipe.json").read_text(encoding="utf-8"))
-    # Worked answers go on over several lines, up to the next question.
+    # Worked answers have several lines, up to the next question.
     assert (recipe["tasks"][0]["stop"], recipe["tasks"][0]["max_new_tokens"]) == (["\nQ:"], 5)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--answer", " {steps} #### {sum}", "--label", "steps"], "cannot read the gold answer"),
         (["--label", "sum"], "reads the number behind '####'"),
@@ -99,13 +99,13 @@ def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path
         (["--answer", " {steps} #### {sum}", "--label", "sum", "--max-new-tokens", "0"], "at least 1"),
     ],
 )
-def test_answers_that_could_not_be_judged_are_told_before_any_model_runs(
-    options: list[str], told: str, ablate: Callable[..., Any], sums: Path, tmp_path: Path
+def test_answers_that_could_not_be_judged_are_reported_before_a_model_runs(
+    options: list[str], message: str, ablate: Callable[..., Any], sums: Path, tmp_path: Path
 ) -> None:
     for more in ([], ["--dry-run"]):
         found = ablate(sums, "--prompt", r"Q: {q}\nA:", "--judge", "number", *options, *more)
         assert found.exit_code == 2
-        assert told in " ".join(found.stderr.split())
+        assert message in " ".join(found.stderr.split())
         assert not (tmp_path / "out" / "results").exists()
 
 
@@ -125,12 +125,14 @@ def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], t
         data, "--prompt", "Q: {q} A:", "--label", "a", "--judge", "exact", "--test", str(test), "--dry-run", "--json"
     )
     assert dry.exit_code == 0, dry.output
-    told = "1 of 36 demonstrations of the task 'words' would be judged wrong as they are shown and cut at a stop string"
-    assert any(told in note for note in json.loads(dry.stdout)["notes"])
+    warning = (
+        "1 of 36 demonstrations of the task 'words' would be judged wrong as they are shown and cut at a stop string"
+    )
+    assert any(warning in note for note in json.loads(dry.stdout)["notes"])
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--stop", "x"], "--stop x has no effect: labels are scored, and nothing is written"),
         (["--max-new-tokens", "4"], "--max-new-tokens 4 has no effect: labels are scored"),
@@ -140,31 +142,31 @@ def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], t
         (["--selectors", "bm52"], "bm25"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], told: str, ablate: Callable[..., Any], reviews: Path) -> None:
+def test_options_that_do_not_fit(options: list[str], message: str, ablate: Callable[..., Any], reviews: Path) -> None:
     found = ablate(reviews, *asked(), *options)
     assert found.exit_code == 2
-    assert told in " ".join(found.stderr.split())
+    assert message in " ".join(found.stderr.split())
 
 
-def test_a_set_that_the_context_does_not_hold_is_told_before_it_is_asked(
+def test_a_set_that_exceeds_the_context_is_refused_before_the_model_runs(
     ablate: Callable[..., Any], reviews: Path, tmp_path: Path
 ) -> None:
     found = ablate(reviews, *asked(), "-k", "2,16", model={"max_position_embeddings": 128})
     assert found.exit_code == 2
-    said = " ".join(found.stderr.split())
-    assert "with k = 16 (set 0), and" in said
-    assert "Use fewer shots" in said
+    message = " ".join(found.stderr.split())
+    assert "with k = 16 (set 0), and" in message
+    assert "Use fewer shots" in message
     assert not list((tmp_path / "out" / "store" / "groups").glob("*"))
 
 
-def test_choosers_that_cannot_be_used_are_told(ablate: Callable[..., Any], reviews: Path) -> None:
+def test_criteria_that_cannot_be_used_are_reported(ablate: Callable[..., Any], reviews: Path) -> None:
     dry = ablate(reviews, *asked("--selectors", "random,bm25", "--choosers", "pdo,mdl"), "--dry-run", "--json")
     (note,) = [note for note in json.loads(dry.stdout)["notes"] if "left out: " in note]
     assert note.startswith("reviews, bm25: pdo left out: one order for all queries")
 
 
 def test_two_sets_of_a_model_that_gives_one_label(ablate: Callable[..., Any], tmp_path: Path) -> None:
-    """Labels of which one begins another, two sets, eight rows: what can be said is said, and no number is made up."""
+    """One label is the beginning of another; two sets, eight rows: what is known is reported, and no number is invented."""
     films = Path(__file__).parents[2] / "data" / "lab_prefix.jsonl"
     options = [
         "--prompt",
@@ -196,7 +198,7 @@ def test_two_sets_of_a_model_that_gives_one_label(ablate: Callable[..., Any], tm
     as_json = json.loads(ablate(films, *options, "--no-run", "--no-report", "--json").stdout)
     assert as_json["cells"] == report["cells"]
     assert as_json["warnings"] == report["warnings"]
-    for said in (done.stdout, written.stdout):
-        assert "two demonstration sets" in said
-        assert said.startswith("Warning: ") == bool(report["warnings"])
-        assert all(f"Warning: {one['text']}\n" in said for one in report["warnings"])
+    for printed in (done.stdout, written.stdout):
+        assert "two demonstration sets" in printed
+        assert printed.startswith("Warning: ") == bool(report["warnings"])
+        assert all(f"Warning: {one['text']}\n" in printed for one in report["warnings"])

@@ -45,7 +45,7 @@ def test_score_writes_a_folder_and_prints_one_object(file: Path, model: str, tmp
     assert "site" in other.stderr
 
 
-def test_rows_without_a_score_are_told_and_strict_fails(model: str, tmp_path: Path) -> None:
+def test_rows_without_a_score_are_reported_and_strict_fails(model: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "Paris"}\n{"question": ""}\n', encoding="utf-8")
     result = run("score", path, "--model", model, "--prompt", PROMPT)
@@ -227,7 +227,7 @@ def test_selection_by_a_fitted_score_fits_on_the_pool(file: Path, model: str) ->
         assert demo["difficulty"] == pytest.approx(of_all[demo["id"]], rel=1e-3)
 
 
-def test_scores_of_another_prompt_are_told(file: Path, model: str, tmp_path: Path) -> None:
+def test_scores_of_another_prompt_are_reported(file: Path, model: str, tmp_path: Path) -> None:
     run("score", file, "--scorer", "random", "--prompt", "{question}", "--out", tmp_path / "s")
     found = json.loads(
         run(

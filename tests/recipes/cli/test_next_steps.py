@@ -106,7 +106,7 @@ def test_a_missing_label_column_is_named_with_its_option(tmp_path: Path, ablate:
     assert "is named by label (--label" in output
 
 
-def test_rows_left_out_are_counted_by_reason_and_the_steps_name_options(tmp_path: Path, ablate: list[Any]) -> None:
+def test_excluded_rows_are_counted_by_reason_and_the_steps_name_options(tmp_path: Path, ablate: list[Any]) -> None:
     file = _write(tmp_path / "rows.jsonl", _rows(30))
     output = _run("ablate", file, *ablate, "--test", file)
     assert "30 left out (30: it is, or nearly is, a test row)" in output.replace("\n", " ")

@@ -400,16 +400,16 @@ def _given(context: click.Context) -> set[str]:
 
 @pytest.mark.parametrize(("command", "option", "rest", "why"), REFUSED)
 def test_an_option_without_an_effect_is_refused_with_a_way_out(command: str, option: str, rest: str, why: str) -> None:
-    told = _told(command, f"{rest} {option}")
-    assert told.startswith(f"{option} has no effect: ")
-    assert why in told
-    assert not _told(command, rest).startswith(option)
+    message = _refusal(command, f"{rest} {option}")
+    assert message.startswith(f"{option} has no effect: ")
+    assert why in message
+    assert not _refusal(command, rest).startswith(option)
     # What the message suggests takes this reason away; another may be left.
-    if suggestion := re.search(r"Omit it, or pass (.*)\.$", told):
-        assert why not in _told(command, f"{rest} {option} {suggestion[1]}")
+    if suggestion := re.search(r"Omit it, or pass (.*)\.$", message):
+        assert why not in _refusal(command, f"{rest} {option} {suggestion[1]}")
 
 
-def _told(command: str, arguments: str) -> str:
+def _refusal(command: str, arguments: str) -> str:
     """What the check says; nothing where all is well."""
     try:
         check(_context(command, arguments))
@@ -453,6 +453,6 @@ def test_a_misspelt_choice_is_not_what_makes_an_option_useless(command: str, arg
     check(_context(command, arguments))
 
 
-def test_a_mistake_in_the_recipe_is_what_is_told() -> None:
+def test_a_mistake_in_the_recipe_is_the_one_reported() -> None:
     with pytest.raises(SparsortError, match="Did you mean 'sparse_moba'"):
         check(_context("train", "--recipe sparse_mobba --folds 3"))

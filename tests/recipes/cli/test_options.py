@@ -160,8 +160,8 @@ def test_values_come_back_as_the_dataclass() -> None:
 
 def test_a_retired_flag_is_read_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     assert _call(["--place", "p", "--old-words", "x"])[1].text == "x"
-    told = capsys.readouterr().err
-    assert told == "warning: --old-words is now called --words; the old name works until the next release.\n"
+    printed = capsys.readouterr().err
+    assert printed == "warning: --old-words is now called --words; the old name works until the next release.\n"
     assert _call(["--old-words=x=y", "--place", "p"])[1].text == "x=y"
     assert "--words" in capsys.readouterr().err
     # Where it is the value of an option, it is no flag.

@@ -85,7 +85,7 @@ main()
 """
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, forks: ForkServer) -> None:
+def test_a_killed_run_continues_and_ends_the_same(data: Path, tmp_path: Path, forks: ForkServer) -> None:
     straight = json.loads(_cli(*_command(data, tmp_path / "straight", "--json")).stdout)
     assert straight["sparse"]["saving"] > 0
     assert 0 < straight["sparse"]["mass"] < 1
@@ -93,8 +93,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, fork
     assert forks.run(tmp_path / "killed", (_KILLED, ["train", *command], {})) == [-signal.SIGKILL]
     assert not (tmp_path / "run" / "result.json").exists()
     shown = _cli(*command).stdout
-    for told in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
-        assert told in shown
+    for figure in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
+        assert figure in shown
     assert "Went on from step" in shown
     for name in ("history.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
@@ -145,9 +145,9 @@ def test_a_recipe_of_another_branch_leaves_the_folder_to_the_right_one(data: Pat
     options = ("--max-steps", 1, "--cut-length", 64, "--stages", 2)
     _cli(*_command(data, tmp_path / "first", *options), "--recipe", "sparse")
     again = (*_command(data, tmp_path / "again", *options), "--model", tmp_path / "first" / "model", "--recipe")
-    told = " ".join(_cli(*again, "sparse_retrofit", code=2).stderr.split())
-    assert "selector ('index_branch' there, 'seer' in the recipe)" in told
-    assert "take sparse_attention out of the config.json" in told
+    message = " ".join(_cli(*again, "sparse_retrofit", code=2).stderr.split())
+    assert "selector ('index_branch' there, 'seer' in the recipe)" in message
+    assert "take sparse_attention out of the config.json" in message
     _cli(*again, "sparse")
 
 

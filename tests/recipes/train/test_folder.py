@@ -236,6 +236,6 @@ def test_a_plan_that_was_changed_after_saving_is_refused_before_anything_is_writ
     asked = ["train", data, "--text", "{text}", "--plan", REVERSED, "--out", tmp_path / "run"]
     result = CliRunner().invoke(app, [str(part) for part in asked])
     assert result.exit_code == 2
-    told = " ".join(result.output.split())
-    assert "plan_reversed is damaged: its arrays have changed since they were written." in told
+    message = " ".join(result.output.split())
+    assert "plan_reversed is damaged: its arrays have changed since they were written." in message
     assert not (tmp_path / "run").exists()

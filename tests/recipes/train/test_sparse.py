@@ -167,7 +167,7 @@ def test_the_logs_and_the_result_say_what_attention_did(data: dict[str, Any], wh
     assert json.loads((whole / "result.json").read_text())["sparse"] == result.sparse
 
 
-def test_a_run_that_is_torn_off_goes_on_and_ends_the_same(
+def test_an_interrupted_run_continues_and_ends_the_same(
     data: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = train_loop.TextTrainer.training_step
@@ -268,7 +268,7 @@ def test_a_frozen_base_stays_as_it_is(
     assert not any(torch.equal(weight, fresh[name]) for name, weight in branch.items())
 
 
-def test_a_model_with_an_index_branch_goes_on_with_it(data: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+def test_a_model_with_an_index_branch_keeps_training_it(data: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     trained = sparsort.load_sparse(whole / "model").state_dict()
     sparse = read_recipe(_changed(attention={"blocks": 3})).sparse
     assert sparse is not None
@@ -471,7 +471,7 @@ def test_a_recipe_and_a_whole_configuration_of_training_exclude_each_other(
         train(**data, out=tmp_path, recipe=RECIPE, config=TrainConfig())
 
 
-def test_the_summary_leaves_out_what_was_not_measured() -> None:
+def test_the_summary_omits_what_was_not_measured() -> None:
     log: list[dict[str, Any]] = [{"loss": 1.0, "sparse/kl": float(n)} for n in range(20)]
     log.append({"eval_loss": 2.0})
     assert summary(log)["kl"] == 18.5

@@ -1,4 +1,4 @@
-"""`sparsort train`: the losses are those of a plain loop over the plan's batches, and a stop changes none of them.
+"""`sparsort train`: the losses are those of a plain loop over the plan's batches, and an interruption changes no loss.
 
 The oracle is written here: bytes to ids, one optimiser, one clipped step for each batch of the plan, no Trainer. Runs are
 compared by the bytes of their history and weights.
@@ -166,7 +166,7 @@ main()
 """
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, whole: Path, tmp_path: Path, forks: ForkServer) -> None:
+def test_a_killed_run_continues_and_ends_the_same(data: Path, whole: Path, tmp_path: Path, forks: ForkServer) -> None:
     out = tmp_path / "run"
     command = [data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--eval-data", data / "held.jsonl"]
     command = [*map(str, (*command, *OPTIONS, "--out", out))]
@@ -264,9 +264,9 @@ def test_a_plan_that_knows_nothing_of_its_rows_is_taken_by_name_or_unverified(da
     plan_curriculum(list(range(n)), batch_size=8, out=tmp_path / "plan")
     plan_curriculum(list(range(n)), batch_size=8, fingerprint="rows v1", out=tmp_path / "named")
     asked = (data / "rows.jsonl", "--text", TEXT, "--max-steps", "1", "--out", tmp_path / "run")
-    said = " ".join(_cli(*asked, "--plan", tmp_path / "plan", code=2).output.split())
-    assert "cannot tell whether these are the rows" in said
-    assert "here (--fingerprint); or pass verify=False (--no-verify)" in said
+    message = " ".join(_cli(*asked, "--plan", tmp_path / "plan", code=2).output.split())
+    assert "cannot tell whether these are the rows" in message
+    assert "here (--fingerprint); or pass verify=False (--no-verify)" in message
     _cli(*asked, "--plan", tmp_path / "named", "--fingerprint", "rows v2", code=2)
     _cli(*asked, "--plan", tmp_path / "named", "--fingerprint", "rows v1")
     with pytest.raises(SparsortError, match=r"verify=False \(--no-verify\) concerns a plan that was made before"):
@@ -401,8 +401,8 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path, for
     (newest / "rng_state_1.pth").write_bytes((newest / "rng_state_1.pth").read_bytes()[:-1])
     (tmp_path / "run" / "result.json").unlink()
     codes = forks.run_ranks(tmp_path / "again", "from sparsort.__main__ import main; main()", *command)
-    told = (tmp_path / "again-0.err").read_text(encoding="utf-8")
-    assert codes == [0, 0], told
+    log = (tmp_path / "again-0.err").read_text(encoding="utf-8")
+    assert codes == [0, 0], log
     assert json.loads((tmp_path / "again-0.out").read_text(encoding="utf-8"))["resumed"] == 30
-    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in told
+    assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in log
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == history

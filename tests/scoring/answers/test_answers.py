@@ -147,7 +147,7 @@ def test_a_window_that_only_the_mask_knows(make_tiny_model: Callable[..., Path],
     found = reader.answers(DEMOS, QUERIES[:1], LABELS).log_p[0]
     expected = [plain(reader, "".join(DEMOS) + QUERIES[0], label)[0] for label in LABELS]
     np.testing.assert_allclose(found, expected, atol=1e-3)
-    # Behind a shared prefix it would be another model.
+    # After a shared prefix it would be another model.
     reader.reader.why_not = None
     wrong = reader.answers(DEMOS, QUERIES[:1], LABELS).log_p[0]
     assert np.abs(wrong - expected).max() > 1e-2
@@ -221,7 +221,7 @@ def test_labels_that_merge_with_the_template(demo_model: Path) -> None:
             assert found.n_tokens[q, a] == count
 
 
-def test_bad_input_is_told(reader_of: Callable[..., AnswerReader]) -> None:
+def test_bad_input_is_refused(reader_of: Callable[..., AnswerReader]) -> None:
     reader = reader_of("llama")
     with pytest.raises(SparsortError, match="adds no token"):
         reader.answers(DEMOS, QUERIES, [""])
@@ -276,7 +276,7 @@ def test_the_loss_on_a_text_that_merges_with_the_prefix(reader_of: Callable[...,
     assert counts.tolist() == [count for _, count in expected]
 
 
-def test_texts_without_a_loss_are_told(reader_of: Callable[..., AnswerReader]) -> None:
+def test_texts_without_a_loss_are_refused(reader_of: Callable[..., AnswerReader]) -> None:
     reader = reader_of("llama")
     with pytest.raises(SparsortError, match="give one for each"):
         reader.continuations(DEMOS, ["Question:"], TEXTS)

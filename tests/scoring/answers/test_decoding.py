@@ -64,7 +64,9 @@ def test_a_character_of_several_tokens_is_read_when_it_is_whole(tokenizer: Any) 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_tokens_read_as_the_tokenizer_reads_them_behind_the_prompt(tokenizer: Any, data: st.DataObject) -> None:
+def test_any_tokens_are_decoded_as_the_tokenizer_decodes_them_after_the_prompt(
+    tokenizer: Any, data: st.DataObject
+) -> None:
     special = set(tokenizer.all_special_ids)
     usual = [token for token in range(len(tokenizer)) if token not in special]
     ids = data.draw(st.lists(st.sampled_from(usual), min_size=1, max_size=20))
@@ -84,7 +86,7 @@ def test_a_stop_string_cuts_where_it_begins(tokenizer: Any, text: str, stop: str
     writer = scripted(tokenizer, ids, stop=[stop])
     assert writer.ended == [stop in text]
     assert writer.texts == [text[: text.find(stop)] if stop in text else text]
-    # Nothing is written behind a stop string that is whole.
+    # Nothing is written after a complete stop string.
     if stop in text and bytewise:
         assert len(writer.ids[0]) == len(text[: text.find(stop) + len(stop)].encode())
 
@@ -172,11 +174,11 @@ def test_no_ngram_comes_twice_but_of_kept_words() -> None:
         return writer.texts[0]
 
     assert write(4) == "cccc"
-    # ab, bc, ca have been: behind b comes d, behind d the likeliest, and no pair again.
+    # The pairs ab, bc and ca are used. After b comes d, after d the most likely token, and no pair occurs again.
     text = write(6, no_repeat_ngram=2)
     assert text == "dccddb"
     pairs = ["".join(pair) for pair in zip("abcab" + text, "bcab" + text, strict=False)]
-    assert len(set(pairs)) == len(pairs) - 1  # "ab" stood twice in the prompt
+    assert len(set(pairs)) == len(pairs) - 1  # "ab" was in the prompt twice
     assert write(4, no_repeat_ngram=2, kept=frozenset(tokenizer.encode("c"))) == "cccc"
     assert write(1, no_repeat_ngram=1) == "d"
     # A kept word is taken where it is the likeliest, however hot the sampling.
@@ -205,18 +207,18 @@ class _Letters:
         ({"stop": "\n"}, "give a list of stop strings"),
     ],
 )
-def test_bad_settings_are_told(options: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         Writer(_Letters(), [[0]], **{"max_new_tokens": 3, **options})
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"seed": -3}])
-def test_bad_sampling_is_told(options: dict[str, Any]) -> None:
+def test_bad_sampling_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(SparsortError, match=next(iter(options))):
         Sampling(**options)
 
 
-def test_logits_that_are_no_numbers_are_told() -> None:
+def test_logits_that_are_not_numbers_are_refused() -> None:
     writer = Writer(_Letters(), [[0]], max_new_tokens=3)
     with pytest.raises(SparsortError, match="not finite"):
         writer.write([0], torch.tensor([[0.0, float("nan"), 1.0, 0.0]]))

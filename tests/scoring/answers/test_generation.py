@@ -88,12 +88,12 @@ def test_rows_leave_at_their_ends(
         {token for ids in free for token in ids}, key=lambda token: -len({_first(ids, token) for ids in free})
     )[:2]
     monkeypatch.setattr(reader.loaded.model.generation_config, "eos_token_id", ends)
-    told: list[int] = []
-    found = generate(reader, DEMOS, queries, max_new_tokens=LONG, no_repeat_ngram=2, advance=told.append)
+    finished: list[int] = []
+    found = generate(reader, DEMOS, queries, max_new_tokens=LONG, no_repeat_ngram=2, advance=finished.append)
     assert found.ids == [plain(reader, "".join(DEMOS) + query, no_repeat_ngram_size=2) for query in queries]
     assert found.ended == [ids[-1] in ends for ids in found.ids]
     assert len({len(ids) for ids in found.ids}) > 2
-    assert sum(told) == len(queries)
+    assert sum(finished) == len(queries)
     assert found.tokens_written == sum(map(len, found.ids))
 
 
@@ -198,7 +198,7 @@ def test_a_query_that_merges_with_the_prefix_is_read_whole(reader_of: Callable[.
     assert found.ids == [plain(reader, "".join(chunks) + query, no_repeat_ngram_size=2) for query in queries]
 
 
-def test_probes_are_sampled_behind_every_order(reader_of: Callable[..., AnswerReader]) -> None:
+def test_probes_are_sampled_after_every_order(reader_of: Callable[..., AnswerReader]) -> None:
     reader = reader_of("llama")
     a, b, c = DEMOS
     orders = [[a, b, c], [c, b, a], [a, b, c]]
@@ -228,7 +228,7 @@ def test_probes_are_sampled_behind_every_order(reader_of: Callable[..., AnswerRe
     assert sample_probes(reader, orders[:2], seed=1, **options) == texts[:2]
 
 
-def test_bad_input_is_told(reader_of: Callable[..., AnswerReader]) -> None:
+def test_bad_input_is_refused(reader_of: Callable[..., AnswerReader]) -> None:
     reader = reader_of("llama")
     with pytest.raises(SparsortError, match="no queries to continue"):
         generate(reader, DEMOS, [], max_new_tokens=3)

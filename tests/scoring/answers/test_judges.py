@@ -91,7 +91,7 @@ def test_exact_match_refuses_an_empty_gold_answer() -> None:
         ("", None),
     ],
 )
-def test_the_number_behind_the_mark_is_read_and_nothing_else(predicted: str, read: str | None) -> None:
+def test_only_the_number_after_the_mark_is_read(predicted: str, read: str | None) -> None:
     assert judge_number(predicted, "0").extracted == read
 
 

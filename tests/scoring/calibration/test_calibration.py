@@ -133,7 +133,7 @@ def test_the_length_held_fixed_is_that_of_what_a_candidate_reads() -> None:
     assert fixed[3:].max() < 0.4
 
 
-def test_rows_without_a_score_and_candidates_without_values_are_left_out() -> None:
+def test_rows_without_a_score_and_candidates_without_values_are_excluded() -> None:
     values = _values(6)
     values["pre_norm/answer/rms/gini"][:40] = np.nan
     values["pre_norm/answer/rms/hoyer"][:6] = np.nan
@@ -206,7 +206,9 @@ def test_a_file_is_read_back(found: Calibration, tmp_path: Path) -> None:
     assert (held["verdict"], held["sentence"]) == (found.verdict, found.sentence())
 
 
-def test_what_has_no_interval_is_said_in_words_and_null_in_the_file(found: Calibration, tmp_path: Path) -> None:
+def test_a_missing_interval_is_a_sentence_in_the_summary_and_null_in_the_file(
+    found: Calibration, tmp_path: Path
+) -> None:
     loss = found.judgements["loss"]
     nothing = dict.fromkeys(("rho", "low", "high", "p"), np.nan)
     judged = replace(

@@ -46,7 +46,7 @@ def test_interval_covers_the_truth() -> None:
     assert 0.88 <= hits / 200 <= 0.996
 
 
-def test_nan_pairs_are_left_out_and_counted() -> None:
+def test_nan_pairs_are_skipped_and_counted() -> None:
     found = spearman([1, 2, 3, 4, 5, np.nan], [1, 2, 3, 4, np.inf, 6], n_boot=10)
     assert found.n == 4
     assert found.rho == pytest.approx(1.0)
@@ -58,7 +58,7 @@ def test_what_has_no_correlation_is_refused(x: list[float], y: list[float]) -> N
         spearman(x, y)
 
 
-def test_what_length_decides_has_no_correlation_beside_it() -> None:
+def test_a_score_that_length_determines_has_no_partial_correlation() -> None:
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=60), rng.normal(size=60)
     # What a fit leaves of x is rounding, which correlated with anything before.

@@ -176,7 +176,7 @@ def test_step_down_keeps_the_rate_of_any_false_finding() -> None:
     assert false <= 12
 
 
-def test_quantiles_leave_out_draws_without_a_value() -> None:
+def test_quantiles_ignore_draws_without_a_value() -> None:
     draws: Any = np.array([[1.0, np.nan], [np.nan, np.nan], [3.0, np.nan]])
     low, high = quantiles(draws, 0.5)
     np.testing.assert_allclose(low, [1.5, np.nan])

@@ -65,7 +65,7 @@ def test_difficulty_is_found_with_its_direction() -> None:
     assert all(judgement.fixed.orientation == (-1, -1) and judgement.fixed.low > 0 for judgement in found)
 
 
-def test_length_alone_is_told_from_difficulty() -> None:
+def test_length_alone_is_distinguished_from_difficulty() -> None:
     found = _judge("length", np.random.default_rng(2), n_rows=300)
     assert found.verdict == "carries length only"
     assert found.plain.holds

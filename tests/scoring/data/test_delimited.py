@@ -38,7 +38,7 @@ def write(path: Path, text: str) -> Path:
         ("a;b\n", []),
     ],
 )
-def test_the_delimiter_is_told_where_it_is_certain(text: str, rows: list[dict[str, str]], tmp_path: Path) -> None:
+def test_the_delimiter_is_detected_where_it_is_certain(text: str, rows: list[dict[str, str]], tmp_path: Path) -> None:
     source = open_rows(write(tmp_path / "a.csv", text))
     if not rows:
         with pytest.raises(SparsortError, match="holds no rows"):

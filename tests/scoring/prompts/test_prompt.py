@@ -58,7 +58,7 @@ def test_chat_has_roles_and_one_bos(tokenizer: Any) -> None:
     assert Prompt.of(turns) == prompt
 
 
-def test_specials_behind_the_text_are_not_added() -> None:
+def test_special_tokens_are_not_added_after_the_text() -> None:
     class Closing:
         is_fast = False
 

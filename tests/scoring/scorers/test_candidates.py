@@ -158,7 +158,7 @@ def test_what_is_missing_in_a_row_is_missing_in_its_candidates_only(make_tiny_mo
     assert np.isfinite(loss).tolist() == [True, False, False, False, False]
 
 
-def test_a_run_goes_on_with_its_own_fits_and_no_second_sample(
+def test_a_continued_run_keeps_its_fits_and_takes_no_second_sample(
     make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = _loaded(make_tiny_model, "llama")

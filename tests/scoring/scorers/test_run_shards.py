@@ -92,7 +92,7 @@ def test_a_second_run_does_nothing_and_changes_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-def test_a_moved_file_goes_on_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+def test_a_run_continues_with_a_moved_file_and_refuses_a_changed_one(tmp_path: Path) -> None:
     def write(name: str, rows: list[dict[str, Any]]) -> Path:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / name
@@ -113,7 +113,7 @@ def test_a_moved_file_goes_on_and_a_changed_one_is_refused(tmp_path: Path) -> No
         run(open_rows(write("a.jsonl", ROWS)), Lengths(prompt="{text}"), out=out, shard_rows=SHARD)
 
 
-def test_a_damaged_shard_is_scored_again_and_said(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_reported_and_scored_again(tmp_path: Path) -> None:
     run(open_rows(ROWS), Lengths(), out=tmp_path, shard_rows=SHARD)
     before = contents(tmp_path)
     path = tmp_path / "shard-00003.parquet"
@@ -288,9 +288,9 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
 def test_processes_that_score_parts_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     write_rows(tmp_path, 25 * 40)
     processes = [start(tmp_path, "out", (k, 4)) for k in range(4)]
-    said = [process.communicate()[0] for process in processes]
-    assert all(sentence.startswith("Coverage(scored=10, kept=0") for sentence in said)
-    assert any("complete=True" in sentence for sentence in said)
+    sentences = [process.communicate()[0] for process in processes]
+    assert all(sentence.startswith("Coverage(scored=10, kept=0") for sentence in sentences)
+    assert any("complete=True" in sentence for sentence in sentences)
     assert sorted(map(int, (tmp_path / "calls.log").read_text().split())) == list(range(0, 1000, 25))
     start(tmp_path, "whole").communicate()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -67,7 +67,7 @@ def test_many_copies_of_a_row_take_one_place_in_the_sample(rows: list[dict[str, 
     source = open_rows(_shuffled(copies + rows, 0), content=["question"])
     texts = [row.fields["question"] for row in source.sample(COUNT)]
     assert len(set(texts)) == len(texts) == COUNT
-    # What a copy adds is nothing, wherever it stands.
+    # A copy adds nothing, wherever it is.
     with_copies = [row.digest for row in source.sample(SAMPLE_ROWS)]
     once = open_rows([*rows, {"id": "c", **question}], content=["question"])
     assert [row.digest for row in once.sample(SAMPLE_ROWS)] == with_copies

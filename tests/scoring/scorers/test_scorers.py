@@ -179,7 +179,7 @@ def test_a_state_that_is_not_finite_is_a_row_with_a_reason(make_tiny_model: Call
     assert np.isnan(scores.difficulty).tolist() == [True, False]
 
 
-def test_a_run_in_a_folder_goes_on_and_refuses_other_settings(
+def test_a_run_in_a_folder_is_continued_and_refuses_other_settings(
     make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     folder = make_tiny_model("llama")
@@ -276,9 +276,7 @@ def test_like_takes_over_the_fit_and_refuses_other_settings(
         scorer.score(rows[:1], "{question}", like=pool)
 
 
-def test_prompt_loss_does_not_read_an_answer_behind_it(
-    make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
-) -> None:
+def test_prompt_loss_does_not_read_the_answer(make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> None:
     scorer = sparsort.LossScorer(str(make_tiny_model("llama")), on="prompt", dtype="float32", device="cpu")
     with_answer = scorer.score(rows, PROMPT, answer=ANSWER)
     np.testing.assert_allclose(with_answer.difficulty, scorer.score(rows, PROMPT).difficulty, rtol=1e-5)

@@ -125,7 +125,7 @@ def test_provenance_survives_what_a_dataset_goes_through(tmp_path: Path) -> None
     assert back.metrics == ["gini"]
 
 
-def test_lost_provenance_is_said(tmp_path: Path) -> None:
+def test_lost_provenance_is_reported(tmp_path: Path) -> None:
     scores = make([1.0])
     scores.to_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "a.provenance.json").unlink()

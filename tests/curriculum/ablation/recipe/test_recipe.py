@@ -147,7 +147,7 @@ def test_what_the_scoring_modules_know_is_checked_before_a_model_is_loaded(chang
         ablation(**changes).check()
 
 
-def test_every_default_orderer_stands_beside_its_reverse() -> None:
+def test_the_reverse_of_every_default_orderer_is_a_default_too() -> None:
     scores = np.random.default_rng(0).permutation(6) + 1.0
     keys: dict[str, Any] = {"difficulty": scores, "similarity": scores, "lengths": scores}
     ruled = [name for name in DEFAULT_ORDERERS if name != "random_scores"]
@@ -268,7 +268,7 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
     assert row.query_tokens == 120 * 5
     assert row.label_tokens == 120 * 3
     assert (row.generated_tokens, row.score_tokens) == (0, BARE)
-    # Each of the two labels behind a whole prompt of its own.
+    # Each of the two labels is scored after a whole prompt of its own.
     assert row.plain_tokens == 120 * (2 * (3 + 21 + 5) + 3)
     assert row.longest_prompt == 3 + 3 * 9 + 8 + 2
     assert cost.tokens == row.tokens == row.prefix_tokens + 600 + 360 + BARE
@@ -278,7 +278,7 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("changes", "pairs", "query_tokens"),
     [
-        # Three content-free inputs behind each of 12 prefixes.
+        # Three content-free inputs after each of 12 prefixes.
         ({"calibrated": (False, True)}, 36, 12 * 11),
         ({"choosers": ("best_on_dev",)}, 12 * 4, 12 * 4 * 6),
         ({"choosers": ("pdo", "density", "best_on_dev")}, 12 * 4, 12 * 4 * 6),
@@ -286,7 +286,7 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
         ({"choosers": ("globale", "locale")}, 72, 72 * 5),
         ({"choosers": ("globale",), "sampled_probes": False}, 12 * 4, 12 * 4 * 6),
         ({"choosers": ("mdl",)}, 0, 0),
-        # The loss on each of 10 queries behind 12 prefixes, without labels.
+        # The loss on each of 10 queries after 12 prefixes, without labels.
         ({"choosers": ("mdl", "cone")}, 120, 120 * 5),
         ({"choosers": ("pdo_null",)}, 36, 12 * 11),
         ({"choosers": ("density+pdo",)}, 12 * 4, 12 * 4 * 6),
@@ -299,13 +299,13 @@ def test_what_else_is_asked_adds_to_the_cost(changes: dict[str, Any], pairs: int
     assert (row.pairs, row.query_tokens) == (120 + pairs, 600 + query_tokens)
 
 
-def test_reading_for_cone_and_behind_sampled_probes_is_counted() -> None:
+def test_tokens_for_cone_and_for_sampled_probes_are_counted() -> None:
     plain, cone, sampled = (
         estimate(ablation(**{**PLAIN, "choosers": choosers}), [LENGTHS]).rows[0]
         for choosers in ((), ("cone",), ("globale",))
     )
     assert cone.label_tokens == plain.label_tokens
-    # ConE reads the 15 beginnings of the random orders again; a probe is written behind each of 6 whole prompts.
+    # ConE reads the 15 beginnings of the random orders again; a probe is written after each of 6 whole prompts.
     assert cone.prefix_tokens - plain.prefix_tokens == 2 * (3 + 15 * 7)
     assert sampled.prefix_tokens - plain.prefix_tokens == 2 * 6 * (3 + 3 * 7)
     assert cone.plain_tokens - plain.plain_tokens == 120 * (3 + 21 + 5)
@@ -322,7 +322,8 @@ def test_scores_and_embeddings_cost_a_reading_each() -> None:
     assert score_tokens("length_ascending", "random_scores") == BARE
     assert score_tokens(selector="knn") == 100 * 7 + 10 * 5 + BARE
     assert score_tokens(selector="bm25") == BARE
-    # The pool and the queries are embedded; half of the pool, 50 rows, stand alone before 30 × 10 queries; 10 sets a query.
+    # The pool and the queries are embedded; each of 50 rows, half of the pool, is the only demonstration
+    # before each of 30 × 10 queries; there are 10 sets per query.
     embedded = 100 * 7 + 10 * 5 + BARE
     assert score_tokens(selector="topk_cone") == embedded + 2 * (50 * (3 + 7) + 10 * 30 * 5)
     assert score_tokens(selector="topk_mdl") == embedded + 2 * 10 * 10 * (3 + 3 * 7 + 5 + 3)
@@ -384,8 +385,8 @@ def test_lengths_are_counted_on_the_texts() -> None:
     assert lengths.demo == np.mean([len(TASK.demo_text(row).split()) for row in splits.pool])
     assert (lengths.longest_demo, lengths.longest_query) == (5, 4)
     assert (lengths.labels, lengths.content_free) == ((1, 1), (3, 2, 3))
-    told = measure(dataclasses.replace(TASK, instruction="Rate this."), splits, len)
-    assert told.head == len("Rate this.\n\n")
+    measured = measure(dataclasses.replace(TASK, instruction="Rate this."), splits, len)
+    assert measured.head == len("Rate this.\n\n")
     assert measure(TASK, dataclasses.replace(splits, dev=[]), len).dev == 0
 
 
@@ -401,10 +402,10 @@ def test_choosing_among_neighbours_needs_as_many() -> None:
     assert ablation(selectors=("topk_mdl",), shots=(30,)).shots == (30,)
 
 
-def test_what_is_left_out_is_said_with_its_reason() -> None:
+def test_every_skipped_criterion_is_reported_with_its_reason() -> None:
     assert left_out(ablation(choosers=("pdo", "cone", "mdl"))) == []
-    told = left_out(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
-    assert told == [
+    notes = left_out(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
+    assert notes == [
         "moods, bm25: cone left out: sets that all queries share are read.",
         "moods, bm25: pdo left out: one order for all queries is chosen, and here every query has demonstrations of its own.",
     ]

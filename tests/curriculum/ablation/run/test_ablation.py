@@ -177,7 +177,7 @@ def test_choosers_take_the_order_that_their_rule_names(folder: Path, loaded: Loa
     assert group.arm("locale_unlabelled").choosing_tokens[s] > 0
 
 
-def test_no_test_row_stands_among_the_demonstrations(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_no_test_row_is_a_demonstration(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     copy = tmp_path / "leaky"
     copy.mkdir()
     test = rows(9, 200)
@@ -217,7 +217,7 @@ def test_run_again_reads_nothing_and_more_orders_read_only_what_is_new(
     np.testing.assert_array_equal(only(more.results).random_correct[:2], only(first.results).random_correct)
 
 
-def test_text_that_is_not_unicode_is_told(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_text_that_is_not_unicode_is_refused(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     test = rows(9, 200)
@@ -251,7 +251,7 @@ def test_more_shots_than_the_context_holds(folder: Path, tmp_path: Path, make_ti
         sparsort.ablate(a_recipe(folder, shots=(8,)), out=tmp_path, model=small, report=False)
 
 
-def test_more_shots_than_there_are_rows_is_told_before_anything_runs(folder: Path) -> None:
+def test_more_shots_than_rows_are_refused_before_anything_runs(folder: Path) -> None:
     from sparsort.recipes.ablate import estimate_cost
 
     with pytest.raises(SparsortError, match="55 rows to show, and 200 shots"):
@@ -314,7 +314,7 @@ def test_in_chat_too_a_label_that_begins_another_is_scored_with_what_follows_it(
     assert Texts(a_task(labels=labels, chat=True), tokenizer).answers == ["good", "good film", "odd"]
 
 
-def test_a_chat_template_that_refuses_the_turns_is_told(
+def test_a_chat_template_that_refuses_the_turns_is_reported(
     folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:
     chatty = load_model(str(make_tiny_model("llama")), dtype="float32")
@@ -345,7 +345,7 @@ def test_sampled_probes_and_the_loss_on_the_query(folder: Path, loaded: LoadedMo
     )
     done = sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False)
     group = only(done.results)
-    # A model of random weights writes nothing that reads as a query, which is said rather than made up for.
+    # A model with random weights writes nothing that parses as a query. That is reported, and no probe is invented.
     assert ("globale" in {arm.name for arm in group.arms}) != any(
         "globale" in note for note in done.results.provenance["incomplete"]
     )
@@ -417,7 +417,7 @@ def test_generation_is_judged_by_what_is_written(folder: Path, loaded: LoadedMod
     assert not group.calibrated
 
 
-def test_one_label_only_is_told(
+def test_predictions_of_a_single_label_are_reported(
     folder: Path, loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "one"

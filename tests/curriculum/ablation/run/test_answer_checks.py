@@ -1,4 +1,4 @@
-"""Written answers that could not be judged are told; those that could are left alone, however they are shown."""
+"""Answers that could not be judged are reported, and those that could are accepted in whatever form they are shown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_worked_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "fields", "told"),
+    ("rows", "fields", "message"),
     [
         (WORDS, {"answer": " It is {a}"}, "The judge 'exact' reads 'It is three' there"),
         (WORDS, {"answer": "\n{a}"}, "reads None there"),
@@ -56,10 +56,12 @@ def test_worked_answers() -> None:
         ([{"a": str(n)} for n in range(6)], {"judge": "number"}, "reads the number behind '####'"),
     ],
 )
-def test_answers_none_of_which_could_be_right(rows: list[dict[str, Any]], fields: dict[str, Any], told: str) -> None:
+def test_a_task_in_which_no_answer_could_be_right_is_refused(
+    rows: list[dict[str, Any]], fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SparsortError) as error:
         check(rows, **fields)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "would be judged wrong" in str(error.value)
 
 

@@ -204,14 +204,14 @@ def read(done: Results, shown: list[dict[str, str]], loaded: LoadedModel, folder
     befores = [demos_in(arm.order[0], shown) for arm in cell(done).random if arm.order is not None]
     dev = [row["text"] for row in data.splits.dev]
 
-    def said(texts: list[str]) -> Floats:
+    def log_p_after(texts: list[str]) -> Floats:
         return np.array([[shares(loaded, before, text) for text in texts] for before in befores])
 
     last = [[states(loaded, f"{before}Text: {text}\nKind:", normed=True)[-1] for text in dev] for before in befores]
     return {
-        "dev": said(dev),
-        "free": said(list(FREE)),
-        "test": said(asked(folder, cell(done))),
+        "dev": log_p_after(dev),
+        "free": log_p_after(list(FREE)),
+        "test": log_p_after(asked(folder, cell(done))),
         "gold": [int(row["label"]) for row in data.splits.dev],
         "prior": np.bincount([int(row["label"]) for row in data.splits.pool]) / len(data.splits.pool),
         "last": np.array(last),
@@ -359,7 +359,7 @@ def near_of(
     return texts, [[half[place] for place in np.argsort(-(means @ mean(text)))] for text in texts]
 
 
-def test_topk_cone_takes_the_neighbours_behind_which_the_query_costs_least(
+def test_topk_cone_takes_the_neighbours_after_which_the_query_costs_least(
     folder: Path, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     recipe = a_recipe(
@@ -371,9 +371,9 @@ def test_topk_cone_takes_the_neighbours_behind_which_the_query_costs_least(
         texts, near = near_of(folder, loaded, group, recipe)
         for text, neighbours, ids in zip(texts, near, group.demo_ids_of_item[0], strict=True):
             loss = [-log_p(loaded, demos_in([0], [row]), f"Text: {text}\nKind:").sum() for row in neighbours]
-            # The cheapest first, so that it stands farthest from the query.
+            # The cheapest is first, and therefore farthest from the query.
             assert ids == [neighbours[place]["id"] for place in np.argsort(loss)[: group.k]]
-    # Losses behind single neighbours are read once for every k, and kept.
+    # Losses after single neighbours are computed once for all k, and stored.
     assert sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False).tokens_read == 0
 
 
@@ -400,7 +400,7 @@ def test_neighbours_that_another_process_reads_are_not_read_twice(
     assert len(list(store.folder.rglob("*loss*/*.parquet"))) <= 3
 
 
-def test_a_chat_that_the_context_does_not_hold_is_told_before_it_is_asked(
+def test_a_chat_that_exceeds_the_context_is_refused_before_the_model_runs(
     folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:
     small = load_model(str(make_tiny_model("llama", max_position_embeddings=800)), dtype="float32", device="cpu")
@@ -415,11 +415,11 @@ def test_a_chat_that_the_context_does_not_hold_is_told_before_it_is_asked(
     assert not list((tmp_path / "store").rglob("*.parquet"))
 
 
-def test_topk_cone_in_a_chat_template_that_cannot_be_cut_is_told(
+def test_topk_cone_refuses_a_chat_template_that_cannot_be_cut(
     folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:
     chatty = load_model(str(make_tiny_model("llama")), dtype="float32", device="cpu")
-    # The number of turns stands in front, so no prompt begins as a shorter one does.
+    # The number of turns comes first, so no prompt begins like a shorter one.
     chatty.tokenizer.chat_template = (
         "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     )
@@ -470,7 +470,7 @@ def test_written_answers_are_judged_and_the_best_order_on_dev_rows_is_taken(
         tmp_path, tasks=(task,), test_rows=5, random_orders=6, orderers=("given",), choosers=("best_on_dev", "pdo")
     )
 
-    # Right behind the demonstrations that end with the smallest sum, else one too many.
+    # Right after the demonstrations that end with the smallest sum, otherwise one too many.
     def writes(_reader: Any, chunks: tuple[str, ...], queries: list[str], **_options: Any) -> Generated:
         numbers = [int(query.split()[1]) for query in queries]
         ends = [int(chunk.split()[1]) for chunk in chunks]

@@ -74,7 +74,7 @@ def only(results: Results) -> Group:
     return group
 
 
-# One row is not told from a set that is the same for all queries by the shape of its orders.
+# With a single row, the shape of the orders does not show whether all queries share one set.
 @pytest.mark.parametrize("least", [1, 4])
 @pytest.mark.parametrize("selector", ["random", "bm25"])
 def test_more_and_fewer_test_rows_in_one_folder(
@@ -98,7 +98,7 @@ def test_more_and_fewer_test_rows_in_one_folder(
     whole = run(tmp_path / "other", 9)
     assert 0 < more.tokens_read < whole.tokens_read
     fewer = run(tmp_path / "other", least)
-    # Behind the demonstrations of one query alone dev rows are asked too.
+    # The dev rows too are queried after the demonstrations of a single query.
     assert fewer.tokens_read == 0 or (selector, least) == ("bm25", 1)
     if selector == "random":
         # What the smaller recipe does not ask is still known of the larger one.
@@ -183,7 +183,7 @@ def test_a_model_is_a_name_a_folder_or_a_loaded_one(
         sparsort.ablate(recipe, out=tmp_path, model=torch.nn.Identity(), report=False)
 
 
-def test_another_sparsity_orders_anew(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_another_sparsity_gives_another_order(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     def orders(out: Path, **changes: Any) -> list[list[list[int]] | None]:
         recipe = a_recipe(
             folder, sets=3, orderers=("sparse_to_dense", "length_ascending"), choosers=("mdl",), **changes

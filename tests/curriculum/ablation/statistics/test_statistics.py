@@ -137,7 +137,7 @@ def test_differences_that_are_rounding_alone_are_no_variance() -> None:
     assert math.isnan(found.p_value)
 
 
-def test_sets_that_are_one_set_are_told() -> None:
+def test_several_copies_of_one_set_are_reported() -> None:
     arm, random = study()
     found = statistics.difference(np.tile(arm[0], (10, 1)), random)
     assert "the same outcomes in all 10 sets" in found.note
@@ -152,7 +152,7 @@ def test_no_interval_without_a_second_cluster() -> None:
     assert np.isfinite(estimate(three).low)
 
 
-def test_few_discordant_items_are_told() -> None:
+def test_few_discordant_items_are_reported() -> None:
     values = np.zeros((1, 100))
     values[0, :4] = 1
     assert "only 4 items differ" in estimate(values).note
@@ -160,7 +160,7 @@ def test_few_discordant_items_are_told() -> None:
     assert "differ" not in estimate(values).note
 
 
-def test_a_studentised_interval_without_bound_is_told() -> None:
+def test_a_studentised_interval_without_bound_is_reported() -> None:
     values = np.zeros((10, 4))
     values[0] = 1
     found = estimate(values, method="bootstrap_t")

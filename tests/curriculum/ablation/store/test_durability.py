@@ -125,7 +125,7 @@ def test_a_damaged_block_is_set_aside_and_its_pairs_are_missing(
     assert len(caplog.records) == 1
 
 
-def test_damage_that_cannot_be_renamed_is_left_out_and_told(
+def test_a_damaged_file_that_cannot_be_renamed_is_skipped_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(tmp_path)
@@ -278,15 +278,15 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(
         for writer in writers.values():
             writer.go()
         for (name, writer), moment in zip(writers.items(), moments, strict=True):
-            told = [] if moment else [int(writer.line()) for _ in range(rng.randrange(1, 8))]
+            written = [] if moment else [int(writer.line()) for _ in range(rng.randrange(1, 8))]
             if not moment:
                 writer.kill()
             assert writer.stdout is not None
             with writer:
-                told += [int(entry) for entry in writer.stdout.read().split()]
+                written += [int(entry) for entry in writer.stdout.read().split()]
                 assert writer.was_killed()
-            assert told == list(range(len(told)))
-            acknowledged[name] = len(told)
+            assert written == list(range(len(written)))
+            acknowledged[name] = len(written)
     store = make(folder)
     found = store.read("g")
     held = rows(found)
@@ -350,7 +350,7 @@ def test_a_reader_never_sees_less_while_blocks_are_merged(fsyncless: None, tmp_p
         try:
             while not done.is_set():
                 make(tmp_path).compact(GROUP)
-        except BaseException as error:  # noqa: BLE001 (told to the test below)
+        except BaseException as error:  # noqa: BLE001 (reported to the test below)
             failed.append(error)
 
     thread = threading.Thread(target=merge)
@@ -385,10 +385,10 @@ def test_of_processes_that_make_a_store_at_once_one_identity_wins(tmp_path: Path
         assert process.line() == "ready"
     for process in processes:
         process.go()
-    said = [process.communicate()[0].strip() for process in processes]
+    printed = [process.communicate()[0].strip() for process in processes]
     winner = OutcomeStore.existing(folder)
     parity = ["even", "odd"].index(winner.identity["weights"])
-    assert said == ["made" if i % 2 == parity else "refused" for i in range(3)]
+    assert printed == ["made" if i % 2 == parity else "refused" for i in range(3)]
     assert sorted(winner.read("g").prefix.tolist()) == [str(i) for i in range(3) if i % 2 == parity]
 
 

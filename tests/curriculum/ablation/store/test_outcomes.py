@@ -20,7 +20,7 @@ def test_a_log_probability_that_is_not_finite_is_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"query": ["q"]}, r"query \(1,\)"),
         ({"log_p": np.zeros((2, 4))}, r"log_p \(2, 4\), n_tokens \(2, 3\)"),
@@ -34,9 +34,9 @@ def test_a_log_probability_that_is_not_finite_is_refused(value: float) -> None:
         ({"text": ["one", None]}, "one string a pair"),
     ],
 )
-def test_columns_that_do_not_fit_together_are_refused(changes: dict[str, Any], told: str) -> None:
+def test_columns_that_do_not_fit_together_are_refused(changes: dict[str, Any], message: str) -> None:
     fitting = {"prefix": ["p", "p"], "query": ["q", "r"], "features": np.zeros((2, 3))}
-    with pytest.raises(SparsortError, match=told):
+    with pytest.raises(SparsortError, match=message):
         Outcomes(**{**fitting, "log_p": np.zeros((2, 3)), "n_tokens": np.ones((2, 3)), **changes})
 
 

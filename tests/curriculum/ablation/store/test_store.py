@@ -269,7 +269,7 @@ def test_a_folder_without_a_store_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "cannot be read"),
         ("[]", "was not written by sparsort"),
@@ -279,9 +279,9 @@ def test_a_folder_without_a_store_is_not_read(tmp_path: Path) -> None:
         ('{"format": "sparsort-outcomes", "version": 1}', "lacks what its outcomes depend on"),
     ],
 )
-def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "store.json").write_text(text)
-    with pytest.raises(SparsortError, match=told):
+    with pytest.raises(SparsortError, match=message):
         make(tmp_path)
     assert (tmp_path / "store.json").read_text() == text
 

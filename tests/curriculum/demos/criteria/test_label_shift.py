@@ -114,7 +114,7 @@ def test_labels_are_as_even_as_the_rows_allow() -> None:
     assert sorted(order.tolist()) == list(range(73))
     for count in range(1, 74):
         rows = np.bincount(np.array(gold)[order[:count]], minlength=3)
-        # A label is only behind another if it has no rows left.
+        # A label has fewer rows than another only if it has no rows left.
         for label, size in enumerate((50, 3, 20)):
             assert rows[label] >= min(rows.max() - 1, size)
     assert order.tolist() == evenly_by_label(gold, seed=1).tolist()

@@ -72,9 +72,9 @@ def test_the_commands_report_them_on_stderr_and_in_json(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     asked = ["order", str(file), "-q", "Why?", "--order", "given", "-p", "{question}"]
-    told = CliRunner().invoke(app, asked)
-    assert SAME in told.stderr
-    assert told.exit_code == 0
+    result = CliRunner().invoke(app, asked)
+    assert SAME in result.stderr
+    assert result.exit_code == 0
     found = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
     assert SAME in found["notes"]
     assert len(found["demonstrations"]) == 4

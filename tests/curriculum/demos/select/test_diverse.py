@@ -67,7 +67,7 @@ def test_dpp_refuses_more_than_the_candidates_span() -> None:
 
 
 def test_vote_k_by_hand() -> None:
-    # On a circle, each row votes for its two nearest: 0 and 1 and 2 stand together, 3 and 4 and 5 as well, 6 apart.
+    # On a circle, each row votes for its two nearest: 0, 1 and 2 form a cluster, 3, 4 and 5 another, and 6 is alone.
     degrees = np.array([0.0, 10.0, 21.0, 120.0, 130.0, 141.0, 250.0])
     rows = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
     graph = [sorted(line) for line in diverse.neighbour_graph(rows, 2).tolist()]

@@ -101,7 +101,7 @@ def test_bm25_needs_a_query_and_others_do_not() -> None:
 
 
 @pytest.mark.parametrize("method", SELECTORS)
-def test_the_query_is_left_out_of_its_own_demonstrations(method: str) -> None:
+def test_the_query_is_never_its_own_demonstration(method: str) -> None:
     query = {**POOL[2], "id": "another", "question": "which river  flows through PARIS"}
     needed = {name: INPUTS[name] for name in NEEDS.get(method, [])}
     if method == "ids":
@@ -220,7 +220,7 @@ def test_prompt_fields_and_text_decide_what_is_compared() -> None:
         select_demos(POOL, QUERY, 1, prompt="{question}", text=str)
 
 
-def test_rows_without_score_or_embedding_are_left_out() -> None:
+def test_rows_without_score_or_embedding_are_not_selected() -> None:
     scores = np.arange(8.0)
     scores[3] = np.nan
     embeddings = EMBEDDINGS.copy()
@@ -311,7 +311,7 @@ def test_what_many_rows_share_is_no_leak() -> None:
     copies = [{"id": "a", "question": "Who is it?", "url": "x/1"}, {"id": "b", "question": "Who is it?", "url": "x/1"}]
     assert len(select_demos(copies, {"question": "who is it", "url": "x/1"}, 0).excluded) == 2
     passages = [{"passage": "One long passage for all to read.", "question": text} for text in TEXTS]
-    passages.append({"passage": "Quite another passage stands here.", "question": "Where?"})
+    passages.append({"passage": "Quite another passage appears here.", "question": "Where?"})
     query = {"passage": passages[0]["passage"], "question": "What does it say?"}
     assert select_demos(passages, query, 9, prompt="{passage} {question}").excluded == []
     assert [row.position for row in select_demos(passages, query, 1).excluded] == list(range(8))
@@ -360,7 +360,7 @@ def test_embeddings_and_scores_are_read_once_a_pool(monkeypatch: pytest.MonkeyPa
 
 
 class FakeSentenceTransformer:
-    """Stands in for the real class, whose import takes seconds and draws from the global generator."""
+    """A substitute for the real class, whose import takes seconds and draws from the global generator."""
 
     def __init__(self, name: str) -> None:
         if name != "here":

@@ -107,7 +107,7 @@ def make(
     bias: bool = False,
     seed: int = 0,
 ) -> Case:
-    """A case; a `random` selection leaves out blocks, local ones too, and has unused slots anywhere and rows without any."""
+    """A case; a `random` selection skips blocks, even local ones, has unused slots anywhere, and has rows without a block."""
     heads, groups, width, index_width, size = shape
     generator = torch.Generator().manual_seed(seed)
 

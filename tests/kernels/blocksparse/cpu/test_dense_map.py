@@ -164,7 +164,7 @@ def test_any_packing_is_the_reference(
                 torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_where_padding_lies_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_side_of_the_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     on_the_map(monkeypatch, 16)
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(1, 2, 21, 4, generator=generator)

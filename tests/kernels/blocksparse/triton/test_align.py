@@ -21,7 +21,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 from sparsort.kernels.blocksparse.triton import align as module  # noqa: E402
 from sparsort.kernels.blocksparse.triton.align import align_forward_triton  # noqa: E402
 
-# In the interpreter NumPy warns of the logarithm of 0, where a query sees none of the keys that a program holds.
+# In the interpreter NumPy warns of the logarithm of 0 where a query sees no key of a program.
 pytestmark = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DEVICE = "cuda" if CUDA else "cpu"
 # Of the gradients, as root mean square of the difference over that of the reference. Rounding of student − P and of the result.

@@ -68,7 +68,7 @@ class Problem:
         def normal(*shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        # As transformers hands them over: heads beside tokens in memory.
+        # In memory the heads of a token are next to each other, as transformers passes them.
         self.query, self.grad = (normal(B, T, heads * groups, width).transpose(1, 2) for _ in range(2))
         self.key, self.value = (normal(B, S, groups, width).transpose(1, 2) for _ in range(2))
         self.bias = normal(B, groups, T, slots).float() if bias else None
@@ -343,7 +343,7 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize(("heads", "rows"), [(1, 16), (3, 16), (8, 64), (20, 16)])
 def test_unions_list_what_the_queries_chose(heads, rows):
-    """Against sets, query by query; a number above the query's own block is left out."""
+    """Against sets, query by query. A block number above the query's own block is ignored."""
     generator = torch.Generator().manual_seed(1)
     selection = choose_blocks(PACKED, 2, 3, 4, generator)
     selection.blocks[0, 0, 0, 0] = 7
