@@ -1,6 +1,6 @@
-"""What the fuzzer reads: data in every format, recipes, task files, a model folder, and every kind of file of sparsort's own.
+"""The files that the fuzzer reads: data in every format, recipes, task files, a model folder, and sparsort's own kinds of files.
 
-The latter are those of `bit_flips_kinds`; the others are made here, small, in a way that every part of their format is used.
+The last are the kinds of `bit_flips_kinds`. The others are created here; they are small and use every part of their format.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HEADER = ",".join(FLAT[0])
 
 
 def read_data(path: Path, columns: Sequence[str] | None = None) -> Values:
-    """What every command does with rows: check, count, render, score by a column, sample, and start late."""
+    """Do with the rows what the commands do: check, count, render, score by a column, sample, and start late."""
     source = open_rows(path, columns=columns)
     prompt = Prompt.of("{text}", answer=" {label}")
     source.require(prompt.fields, prompt)
@@ -59,7 +59,7 @@ def _data(name: str, content: Callable[[], bytes], columns: Sequence[str] | None
 
 
 def _table() -> pa.Table:
-    """A table with types that the other formats do not have."""
+    """A table with column types that the other formats lack."""
     n = len(ROWS)
     return pa.table(
         {
@@ -154,6 +154,7 @@ freeze_base = true
 def _write(**files: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         for name, text in files.items():
+            # A keyword argument cannot contain a dot, so "rows__jsonl" is the file rows.jsonl.
             (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
 
     return make
@@ -196,15 +197,15 @@ def _read_model(folder: Path) -> Values:
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Without the bars of `datasets`, which draw on the terminal while thousands of files are read."""
+    """Turn off the progress bars of `datasets`, which would be drawn for thousands of files."""
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             datasets.enable_progress_bars()
 
 

@@ -1,8 +1,8 @@
-"""Changes to the bytes, values and files of a small folder, as plain lists that a corpus can keep.
+"""Changes to the bytes, values and files of a small folder, as plain lists that a corpus can store.
 
-Contract: `MUTATIONS` is a hypothesis strategy of lists of mutations; `apply` is a pure function from the files of a folder and
-such a list to other files. Positions and choices are whole numbers, taken modulo what is there, so that a list fits any folder.
-Values of a sealed JSON file are sealed again, so that readers meet wrong types where the digest is right.
+Contract: `MUTATIONS` is a hypothesis strategy of lists of mutations. `apply` is a pure function from the files of a folder and
+such a list to other files. Positions and choices are integers, taken modulo the number of options, so that a list fits any
+folder. A sealed JSON file is sealed again after an edit, so that readers see wrong types under a correct digest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsort.storage.integrity import SEAL, is_sealed, seal
 Files = dict[str, bytes]
 Mutation = Sequence[Any]
 
-# Values that JSON may hold where another is expected.
+# JSON values to put where another value is expected.
 VALUES: tuple[Any, ...] = (
     *(
         None,
@@ -43,7 +43,7 @@ VALUES: tuple[Any, ...] = (
     *("", "a", "\0", "\ud800", "..", "/", "../x", "9" * 400, "nan", "{", "{text", "{a.b[0]}", "x" * 3000, "ü‮"),
     *([], {}, [[]], [None], {"": None}, [1, 2], ["a"], {"a": 1}, [{}], [0.5] * 7, {"0": {"0": 1}}),
 )
-# Pieces of the formats' own syntax, and what breaks readers of text.
+# Pieces of the formats' own syntax, and bytes that break readers of text.
 TOKENS: tuple[bytes, ...] = (
     *(
         b"{",
@@ -99,7 +99,7 @@ TOKENS: tuple[bytes, ...] = (
         b"\x80\x80\x80\x80\x80\x01",
     ),
 )
-# Whole files of another kind, or of none.
+# Contents of whole files, of another kind or of no kind.
 CONTENTS: tuple[bytes, ...] = (
     *(
         b"",
@@ -171,12 +171,12 @@ _EDITS: tuple[Any, ...] = (
     st.tuples(st.just("key"), _file, _place),
     st.tuples(st.just("rename"), _file, _place, st.integers(0, len(VALUES) - 1)),
 )
-# Edits of values are half of all: the others are mostly found by a digest or a parser.
+# Half of all mutations edit values, because digests and parsers find most of the others.
 MUTATIONS = st.lists(st.one_of(st.one_of(*_KINDS), st.one_of(*_EDITS)), min_size=1, max_size=4)
 
 
 def apply(files: Mapping[str, bytes], mutations: Sequence[Mutation]) -> Files:
-    """The files of a folder after the mutations, one after the other."""
+    """The files of a folder after the mutations, applied one after the other."""
     found = dict(files)
     for name, file, *rest in mutations:
         if not found:
@@ -239,7 +239,8 @@ _BYTES: Mapping[str, Callable[..., bytes]] = {
 
 
 def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
-    """JSON, one line of JSON lines, or the header of safetensors with one value changed; other content as it is."""
+    """Change one value of JSON, of one line of JSON lines, or of a safetensors header; return other content unchanged."""
+    # A safetensors file begins with the length of its JSON header in 8 bytes.
     length = int.from_bytes(content[:8], "little")
     if 0 < length < len(content) and content[8:9] == b"{":
         header = _edited(content[8 : 8 + length], name, rest)
@@ -263,7 +264,7 @@ def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
 
 
 def _spots(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place of a value, as its holder and the key in it."""
+    """Every place in a value, as its container and its key there."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from _spots(value[key])

@@ -6,7 +6,7 @@
 Every case in `golden_cases.py` is a command as a user types it, so the comparison survives any change of internal
 names. A case's record holds its exit code, the JSON it prints, and the values of every file it writes: arrays and
 table columns as digests, JSON files leaf by leaf. Times, paths and versions are removed. Differences in sentences
-are listed apart from differences in values, because a change of wording changes no result.
+are listed separately from differences in values, because a change of wording changes no result.
 
 Values are compared for equality, bit for bit, and both versions run on one machine: floating-point results differ
 between processors, so a record from another machine proves nothing.
@@ -85,7 +85,7 @@ def _run_tree(tree: Path, inputs: Path, work: Path, only: str | None) -> dict[st
         "PYTHONPATH": f"{tree / 'src'}:{Path(__file__).parent}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        # Values kept by one version would be found by the other, which would then be compared with itself.
+        # With a shared cache one version would read the values of the other, and would be compared with itself.
         "SPARSORT_CACHE_ROWS_GB": "0",
         "COLUMNS": "120",
     }

@@ -134,7 +134,7 @@ def _choose() -> list[Case]:
     out = ("--out", "{out}.jsonl")
     cases = [Case(f"choose-{name}", (*choose, *queries, "--by", name, *out)) for name in criteria]
     cases.append(Case("choose-pdo_null", (*choose, "--by", "pdo_null", *out)))
-    # Probes are sampled from the model, and a model with random weights writes none that reads as a query.
+    # Probes are sampled from the model, and a model with random weights writes none that parses as a query.
     demo = ("choose", FEW, *REVIEW, "--label", "label", "--orders", "4", "--json", "-k", "4")
     cases += [Case(f"choose-{name}", (*demo, "--by", name, *out)) for name in ("globale", "locale")]
     cases += [

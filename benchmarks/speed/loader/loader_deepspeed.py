@@ -15,9 +15,9 @@ from loader_sessions import EPOCHS, PACED_SHARE_OF_EPOCH, SEED, Batch, Setup, St
 class DeepSpeedSession:
     """DeepSpeed's DeepSpeedDataLoader with its DeepSpeedDataSampler, configured as `deepspeed.initialize` does.
 
-    One metric of integers, clustered by percentile in steps of ten, linear pacing (`fixed_linear`). The data-parallel size goes
-    into the size of the global batch; the process group holds this one process, so that rank 0, which draws for all, also
-    yields what all would get.
+    There is one integer metric, clustered by percentile in steps of ten, with linear pacing (`fixed_linear`). The data-parallel
+    size is part of the size of the global batch. The process group has this process only, so that rank 0, which draws for all
+    ranks, also yields the batches of all ranks.
     """
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
@@ -76,13 +76,13 @@ class DeepSpeedSession:
             yield (self.done - 1) // self.per_epoch, batch
 
     def states(self) -> list[State]:
-        """What the engine's checkpoint holds of the sampler."""
+        """The sampler's part of the engine's checkpoint."""
         state = {"data_sampler": self.loader.data_sampler.state_dict(), "global_steps": self.done}
         return [State.by_torch(state)]
 
 
 def _deepspeed_group(folder: Path) -> Any:
-    """The process group of this one process, made once."""
+    """Create the process group of this single process, once."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -100,7 +100,7 @@ def _deepspeed_group(folder: Path) -> Any:
 
 
 def _deepspeed_metric(setup: Setup) -> dict[str, Any]:
-    """The metric's part of the configuration; writes the two files that DeepSpeed's DataAnalyzer makes, with its builders."""
+    """The metric's part of the configuration. Writes the two files of DeepSpeed's DataAnalyzer with DeepSpeed's builders."""
     from deepspeed.runtime.data_pipeline.data_sampling.utils import (
         close_mmap_dataset_builder,
         create_mmap_dataset_builder,

@@ -1,9 +1,9 @@
-"""What `sparse_attention.py` measures: shapes, inputs, one step of dense and of sparse attention, and formulas of their work.
+"""The steps that `sparse_attention.py` measures: shapes, inputs, dense and sparse attention, and formulas for their work.
 
 A step is split into phases: choose (index scores and top-k), attend, attend_backward, align (the loss and its gradients) and
-align_backward (handing them on). Inputs come in two kinds. `random`: index queries and keys are Gaussian, so that neighbouring
-queries share no more blocks than chance has it: the worst case for work in tiles. `clustered`: keys are about one of 64 topics
-for 256 tokens at a time, queries look for one, and neighbours look for the same: what a trained selector does.
+align_backward (passing them on). There are two kinds of inputs. `random`: index queries and keys are Gaussian, so that neighbouring
+queries share blocks only by chance, which is the worst case for work in tiles. `clustered`: runs of 256 keys have one of 64
+topics, each query looks for one topic, and neighbours look for the same one, as with a trained selector.
 
 Legend: B batch, N tokens, H query heads, G groups, D head width, I index width, K slots.
 """
@@ -68,7 +68,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """Leaves of the graph, laid out as a model makes them: (B, N, heads, width) with heads brought before tokens."""
+    """Leaves of the graph in the memory layout of a model: (B, N, heads, width), viewed with heads before tokens."""
 
     query: Tensor
     key: Tensor
@@ -93,7 +93,7 @@ def make_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Query (B, H, T, D), key and value (B, G, N, D), index query (B, G, T, I), index key (B, N, I); T is N unless given."""
+    """Query (B, H, T, D), key and value (B, G, N, D), index query (B, G, T, I), index key (B, N, I); T is N by default."""
     generator = torch.Generator(device).manual_seed(tokens)
     T = tokens if queries is None else queries
 
@@ -132,13 +132,13 @@ def make_inputs(
 
 
 def _topics(batch: int, columns: int, generator: torch.Generator) -> Tensor:
-    """(B, columns): a topic for every run of tokens."""
+    """(B, columns): the topic of every token; a run of tokens shares one."""
     runs = torch.randint(_TOPICS, (batch, -(-columns // _RUN)), generator=generator, device=generator.device)
     return runs.repeat_interleave(_RUN, dim=1)[:, :columns]
 
 
 def dense_attend(inputs: Inputs, form: DenseForm) -> Tensor:
-    """Causal SDPA, (B, H, N, D): key/value heads shared by SDPA itself, or repeated before it, as transformers does."""
+    """Causal SDPA, (B, H, N, D): SDPA shares the key/value heads itself, or they are repeated before it, as in transformers."""
     key, value = inputs.key, inputs.value
     if form == "repeated":
         batch, groups, tokens, width = key.shape
@@ -160,7 +160,7 @@ def dense_step(inputs: Inputs, form: DenseForm, clock: Clock) -> None:
 
 
 def sparse_step(inputs: Inputs, setting: Setting, clock: Clock, *, full: bool = False) -> Selection:
-    """Forward and backward of sparse attention and of its alignment loss; `full`: the warm-up, over every block."""
+    """Forward and backward of sparse attention and of its alignment loss; `full` attends to every block, as in the warm-up."""
     _forget(inputs)
     with clock("choose"):
         selection = choose(inputs, setting, full=full)
@@ -176,7 +176,7 @@ def sparse_step(inputs: Inputs, setting: Setting, clock: Clock, *, full: bool = 
 
 
 def choose(inputs: Inputs, setting: Setting, *, full: bool = False) -> Selection:
-    """Index scores and top-k; or every block."""
+    """Select blocks by index scores and top-k, or select every block."""
     if full:
         return every_block(inputs.layout, setting.groups, setting.block_size, inputs.query.device)
     return index_select(
@@ -190,7 +190,7 @@ def _forget(inputs: Inputs) -> None:
 
 
 def selected_pairs(selection: Selection, layout: Layout) -> int:
-    """Pairs of a query and a key that it attends to, summed over groups; the local block is in every selection."""
+    """Number of (query, attended key) pairs, summed over groups; every selection includes the local block."""
     counts = selection.counts.long()
     position = layout.position(counts.device).long()[:, None]
     last = torch.remainder(position, selection.block_size) + 1
@@ -198,7 +198,7 @@ def selected_pairs(selection: Selection, layout: Layout) -> int:
 
 
 def shared_by_neighbours(selection: Selection, neighbours: int = 128) -> float:
-    """Distinct blocks of so many neighbouring queries over those of one: 1 where they all choose alike."""
+    """Number of distinct blocks of `neighbours` queries over the blocks of one; 1 if all choose the same."""
     blocks = selection.blocks[0]
     distinct, chosen = 0, 0.0
     for group in blocks:
@@ -210,12 +210,12 @@ def shared_by_neighbours(selection: Selection, neighbours: int = 128) -> float:
 
 
 def selected_flops(setting: Setting, pairs: int) -> float:
-    """Forward and backward over so many pairs of all groups: 3.5 times 4·D for each of a group's heads."""
+    """Operations of forward and backward over `pairs` of all groups: 3.5 times 4·D for each head of a group."""
     return 3.5 * 4 * setting.head_dim * (setting.heads // setting.groups) * pairs
 
 
 def least_bytes(setting: Setting, tokens: int, element: int, *, sparse: bool) -> float:
-    """Forward and backward with every tensor moved once in each: what no kernel can do without.
+    """Least bytes of forward and backward: every tensor is moved once in each.
 
     Forward: query and output (H·D), key and value (2·G·D), log-sum-exp (4·H). Backward: query, output, its gradient and the
     query's gradient (4·H·D), key, value and their gradients (4·G·D), log-sum-exp. Sparse: index queries and keys ((G + 1)·I) and
@@ -229,6 +229,6 @@ def least_bytes(setting: Setting, tokens: int, element: int, *, sparse: bool) ->
 
 
 def most_bytes(setting: Setting, tokens: int, element: int) -> float:
-    """Keys and values of a forward pass in which no two queries share what they read: 2·G·k·B·D a token."""
+    """Bytes of keys and values in a forward pass in which no two queries share a read: 2·G·k·B·D per token."""
     keys = min(setting.blocks * setting.block_size, tokens)
     return float(tokens * 2 * setting.groups * keys * setting.head_dim * element)
