@@ -78,7 +78,7 @@ def measure_cpu(report: Report, sizes: Sizes, quick: bool) -> None:
 
 
 def measure_cuda(report: Report, sizes: Sizes, device: torch.device, quick: bool) -> None:
-    """Measure the fused kernel's share of the copy bandwidth, its speed relative to eager torch, and its error against float64."""
+    """Measure the fused kernel's share of the copy bandwidth, its speed against eager torch, and its error against float64."""
     rounds = 10 if quick else 40
     seconds = _cold_timer(device)
     copy = _copy_bandwidth(device, seconds, rounds)

@@ -58,14 +58,14 @@ def test_answers_bear_loss_and_what_nothing_tells_does_not(study: Any) -> None:
         words = row["text"].split(" ")
         assert tokenizer.convert_ids_to_tokens(batch.ids[number].tolist()) == words
         far = [a for a, f in zip(row["answers"], row["facts"], strict=True) if a - 1 - f >= recipe.reach]
-        assert batch.told[number].nonzero().flatten().tolist() == sorted(row["answers"])
-        assert batch.far[number].nonzero().flatten().tolist() == sorted(far)
+        assert batch.is_answer[number].nonzero().flatten().tolist() == sorted(row["answers"])
+        assert batch.is_far[number].nonzero().flatten().tolist() == sorted(far)
         bears = (batch.labels[number] != parts.IGNORED).nonzero().flatten().tolist()
         names = {word.split("-")[0] for word in words if "-" in word}
         plain = [place for place, word in enumerate(words) if word.split("-")[0] not in names]
         assert bears == sorted([*plain, *row["answers"]])
-    assert batch.far.any()
-    assert (batch.told & ~batch.far).any()
+    assert batch.is_far.any()
+    assert (batch.is_answer & ~batch.is_far).any()
 
 
 def test_a_run_that_is_done_again_says_the_same(study: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ set, including mapped files. `open_seconds` is CurriculumPlan.open, which reads 
 end and at random positions; the slowest of each is reported. The files are in the page cache.
 
 `batches_per_second_*` compares CurriculumLoader with PyTorch's DataLoader and RandomSampler over the same memory-mapped data,
-a NumPy array and a `datasets.Dataset`, in alternating rounds, for a whole epoch of batches. At a ratio of 1 both are equally fast.
+a NumPy array and a `datasets.Dataset`, in alternating rounds, for a whole epoch. At a ratio of 1 both are equally fast.
 `online_step_ratio` is a training step with online difficulty over one without (benchmarks/speed/loader/online_difficulty.py).
 For how other loaders cover the data and resume, see benchmarks/speed/loader/loader_peers.py.
 """

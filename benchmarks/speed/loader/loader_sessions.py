@@ -36,7 +36,7 @@ Order = Literal["sorted", "paced", "pool", "random"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One run: `batch` examples on each of `ranks` ranks, `workers` processes per rank, and `folder` for the files of this run."""
+    """One run: `batch` examples on each of `ranks` ranks, `workers` processes per rank, and `folder` for its files."""
 
     difficulty: NDArray[np.float64]
     order: Order
@@ -127,7 +127,7 @@ def together(loaders: Sequence[Any]) -> Iterator[tuple[Batch, ...]]:
 
 
 class PyTorchSession:
-    """A DataLoader with RandomSampler, or DistributedSampler on several ranks. It has no state, so a rebuilt one starts from the beginning."""
+    """A DataLoader with RandomSampler, or DistributedSampler on several ranks. It has no state to resume."""
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
         self.ranks = setup.ranks

@@ -11,7 +11,7 @@ core, even processor times mislead: on a busy machine, set OMP_NUM_THREADS=1 and
 
 CPU: `layer_N` forward and backward, `warm_up_N` with every block, the crossover, `memory_N`, and `decode_N` against a cache.
 CUDA: the same in bfloat16 against FlashAttention, the share of the matrix peak, and peers (`sparse_attention_cuda.py`).
-`sparse_study.py` (loss gap, recall task) and `sparse_warmup.py` (mass captured) measure the effects on training, and their results
+`sparse_study.py` (loss gap, recall task) and `sparse_warmup.py` (mass captured) measure the effects on training; their results
 are repeated here.
 
 The exit status is 1 if a floor is missed. `--quick` only shows that everything runs; its figures have no floors.

@@ -1,7 +1,7 @@
 """The steps that `sparse_attention.py` measures: shapes, inputs, dense and sparse attention, and formulas for their work.
 
 A step is split into phases: choose (index scores and top-k), attend, attend_backward, align (the loss and its gradients) and
-align_backward (passing them on). There are two kinds of inputs. `random`: index queries and keys are Gaussian, so that neighbouring
+align_backward (passing them on). There are two kinds of inputs. `random`: index queries and keys are Gaussian, so neighbouring
 queries share blocks only by chance, which is the worst case for work in tiles. `clustered`: runs of 256 keys have one of 64
 topics, each query looks for one topic, and neighbours look for the same one, as with a trained selector.
 

@@ -1,11 +1,11 @@
-"""Draw what the order of demonstrations does: the picture of the README, from the saved results of the ordering study.
+"""Draw the README's figure of the effect of the order of demonstrations, from the saved results of the ordering study.
 
     python benchmarks/studies/ordering/draw_order_spread.py
 
 For each task, it shows the accuracy of the worst, the mean and the best of 16 random orders of the same demonstrations, and of
 the order that PDO with the label shares of the pool chooses. Each is averaged over the 20 demonstration sets of the task (10 of
-4 demonstrations, 10 of 8). The best and the worst order are known only afterwards, and part of their distance is noise of the
-test rows: see the study's page.
+4 demonstrations, 10 of 8). The best and the worst order are only known from the test rows, and noise in these accounts for part
+of their distance; see the study's page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Accuracies of one task in per cent, each the mean over its demonstration sets."""
+    """Accuracies of one task in per cent, as means over its demonstration sets."""
 
     task: str
     worst: float
