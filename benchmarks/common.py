@@ -185,6 +185,7 @@ class Report:
     def path(self) -> Path:
         """The file that `--save` writes. Its name has the benchmark and the device, or the name of the CPU and its cores."""
         described = machine(self.device)
+        # CPU results are only comparable for the same CPU and number of cores.
         device = described["device"] if self.device.type == "cuda" else f"cpu-{described['cpu']}-{described['cores']}"
         return RESULTS / f"{self.name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
@@ -218,6 +219,7 @@ def _command(argv: Sequence[str]) -> str:
     """The command line without paths of this machine."""
     parts = [Path(part).name if Path(part).is_absolute() else part for part in argv]
     for place, part in enumerate(parts[:-1]):
+        # The folder of the data is a path of this machine.
         if part == "--data":
             parts[place + 1] = "FOLDER"
     return shlex.join(["python", *parts])

@@ -103,6 +103,7 @@ def draw(folder: Path, count: int, seed: int) -> Iterator[Flip]:
     """Draw flips from each region of each file in turn, so that all regions get equally many, except for the last round."""
     rng = np.random.default_rng(seed)
     strata = [(name, region, places) for name in files(folder) for region, places in regions(folder / name).items()]
+    # Shuffled, so that a small number of flips does not favour the files that come first by name.
     strata = [strata[place] for place in rng.permutation(len(strata))]
     for number in range(count):
         name, region, places = strata[number % len(strata)]
@@ -135,6 +136,7 @@ def judge(kind: Kind, folder: Path, expected: Values, usual: Collection[str]) ->
     is_reported = any(sentence not in usual for sentence in reported)
     if found == expected:
         return ("recomputed" if is_reported else "identical"), ""
+    # A subset of the expected values, with a warning: the reader skipped what was damaged.
     if is_reported and all(name in expected and expected[name] == value for name, value in found.items()):
         return "partial", ""
     names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
@@ -151,6 +153,7 @@ def _warnings() -> Iterator[list[str]]:
             reported.append(record.getMessage())
 
     logger, handler = logging.getLogger("sparsort"), Keep(logging.WARNING)
+    # Other handlers would print the warnings on the terminal.
     before = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False

@@ -112,11 +112,13 @@ def _make_old_scores(folder: Path) -> None:
     """Write a finished folder in the first version of the format: no digests of files, and an unsealed manifest."""
     _score(folder)
     manifest = json.loads((folder / "scores" / "manifest.json").read_text(encoding="utf-8"))
+    # Version 1 had neither a seal nor digests of the shards.
     del manifest["digest"]
     manifest["version"] = 1
     for shard in manifest["shards"]:
         path = folder / "scores" / shard["file"]
         facts = read_seal(path) or {}
+        # In version 1 the digest of the rows was in the footer of the Parquet file.
         metadata = {"sparsort.digest": facts["digest"], "sparsort.settings": facts["settings"]}
         table = pq.read_table(path).replace_schema_metadata(metadata)
         pq.write_table(table, path, compression="zstd", write_page_checksum=True)
@@ -174,6 +176,7 @@ def _make_calibration(folder: Path) -> None:
     names = [f"pre_norm/{pooling}/rms/{metric}" for pooling in ("last", "answer") for metric in ("gini", "hoyer")]
     rng = np.random.default_rng(0)
     values = {name: rng.normal(size=80) for name in names}
+    # Levels that correlate with one candidate, so that the calibration has a clear winner.
     level = np.digitize(values[names[1]] + 0.4 * rng.normal(size=80), (-1.0, 0.0, 1.0)).astype(float)
     rows = [Row(n, f"q{n}", {}, f"{n:032x}") for n in range(80)]
     table = score_table(rows, values[names[0]], ["ok"] * 80, [""] * 80, rng.integers(5, 50, 80), [0] * 80, values)
@@ -214,6 +217,7 @@ def _small_conversion(folder: Path) -> Iterator[None]:
         record = {"layout": embedded._LAYOUT, "gguf_sha256": embedded.GGUF_SHA256, "files": files}
         (target / embedded._RECORD).write_text(json.dumps(record), encoding="utf-8")
 
+    # The real conversion is slow, and not what is tested here.
     original, cache = embedded._convert, os.environ.get("SPARSORT_CACHE")
     embedded._convert, os.environ["SPARSORT_CACHE"] = convert, str(folder)
     try:
@@ -292,6 +296,7 @@ def _online() -> tuple[_Toy, CurriculumLoader]:
 def _make_online(folder: Path) -> None:
     toy, loader = _online()
     with OnlineCurriculum(toy, loader) as online:
+        # Five of eight steps pass the end of the first stage, at which the plan is revised.
         for _, batch in zip(range(5), loader, strict=False):
             toy(**batch).logits.sum().backward()
         online.save(folder / "online")
@@ -314,6 +319,7 @@ def _training() -> Iterator[None]:
     """Restore the global generators, which Trainer seeds on purpose, and hide its progress bars."""
     from sparsort.scoring.loading.demo_model import quiet_transformers
 
+    # torch's state is restored by `fork_rng`.
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():

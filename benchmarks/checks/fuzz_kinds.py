@@ -88,6 +88,7 @@ def _bytes_of(write: Callable[[Any, pa.Table], None]) -> Callable[[], bytes]:
 
 
 def _write_parquet(sink: Any, table: pa.Table) -> None:
+    # Several row groups, so that readers meet their borders.
     pq.write_table(table, sink, row_group_size=4)
 
 
@@ -183,6 +184,7 @@ def _make_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # The weights come from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(LlamaConfig(vocab_size=8, max_position_embeddings=32, **size)).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))

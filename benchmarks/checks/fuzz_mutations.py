@@ -151,6 +151,7 @@ CONTENTS: tuple[bytes, ...] = (
     ),
 )
 
+# Places are taken modulo the length of a file, so that one list of mutations applies to files of any size.
 _place = st.integers(0, 2**32 - 1)
 _file = st.integers(0, 30)
 _KINDS: tuple[Any, ...] = (
@@ -181,6 +182,7 @@ def apply(files: Mapping[str, bytes], mutations: Sequence[Mutation]) -> Files:
     for name, file, *rest in mutations:
         if not found:
             break
+        # Sorted, so that a number names the same file in every run.
         path = sorted(found)[file % len(found)]
         if name == "remove":
             del found[path]
@@ -218,6 +220,7 @@ def _repeat(content: bytes, place: int, length: int) -> bytes:
 
 def _number(content: bytes, place: int, value: int) -> bytes:
     """Another value for the TOML or JSON literal that follows the first `=` or `:` after a place."""
+    # TOML and JSON separate a key from its value by one of these.
     begin = next((at for at in range(_at(content, place), len(content)) if content[at] in b"=:"), None)
     if begin is None:
         return content
@@ -252,8 +255,10 @@ def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
         return b"\n".join(lines)
     try:
         value = json.loads(content)
+    # An earlier mutation of the list may have broken the JSON, or nested it too deeply for the parser.
     except (ValueError, RecursionError):
         return content
+    # Only a file whose seal is still valid is sealed again; a broken seal stays broken.
     sealed = isinstance(value, dict) and SEAL in value and is_sealed(value)
     spots = list(_spots(value))
     if not spots:

@@ -49,6 +49,8 @@ class EscapedError(Exception):
     def __init__(self, error: BaseException) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame for frame in frames if "sparsort" in frame.filename or str(ROOT) in frame.filename]
+        # The innermost frame of the library names the fault; frames of this script are the same for all
+        # faults.
         inside = [frame for frame in inside if "/benchmarks/" not in frame.filename] or frames[-1:]
         frame = inside[-1]
         self.signature = f"{type(error).__name__} in {Path(frame.filename).name}, {frame.name}"
@@ -88,6 +90,7 @@ class Fuzzer:
         kind.make(made)
         paths = sorted(path for path in made.rglob("*") if path.is_file())
         self._files = {path.relative_to(made).as_posix(): path.read_bytes() for path in paths}
+        # The unchanged files must be readable, otherwise every mutation would be refused.
         self.read([])
 
     def read(self, mutations: Sequence[Mutation]) -> bool:
@@ -114,6 +117,7 @@ class Fuzzer:
     def explore(self, examples: int, seed: int, known: Iterable[str] = ()) -> Tally:
         """Draw `examples` examples, and shrink each new failure once."""
         tally, seen = Tally(), set(known)
+        # Lists, because the nested function assigns to their only element.
         shrinking = [""]
         last: list[list[Any]] = [[]]
 
@@ -161,6 +165,7 @@ def corpus() -> list[tuple[str, list[Any]]]:
 
 def _child(name: str, examples: int, seed: int, known: list[str], results: Any) -> None:
     """Run one round over one kind in this child process, and send the tally."""
+    # A reader that allocates without bound gets a MemoryError here instead of stopping the machine.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
@@ -184,6 +189,7 @@ def round_of(kind: Kind, examples: int, seed: int, known: list[str]) -> Tally:
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(kind.name, examples, seed, known, sender))
     child.start()
+    # The parent's copy of the sending end, without which the end of the child would not be noticed.
     sender.close()
     lost = ""
     try:

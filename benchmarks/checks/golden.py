@@ -70,6 +70,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _worktree(commit: str, folder: Path) -> Iterator[Path]:
+    # A worktree leaves the files of this tree, and its uncommitted changes, alone.
     subprocess.run(["git", "worktree", "add", "--detach", "--quiet", folder, commit], cwd=ROOT, check=True)
     try:
         yield folder
@@ -118,6 +119,8 @@ def _run(case: Case, inputs: Path, work: Path) -> Record:
     arguments = [re.sub(r"\{(inputs|work|out)\}", lambda match: places[match[1]], part) for part in case.arguments]
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = 0
+    # `runpy` runs the command as `python -m sparsort` would, but in this process, in which torch is imported
+    # already.
     argv, sys.argv = sys.argv, ["sparsort", *arguments]
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -161,6 +164,7 @@ def _read_file(path: Path, name: str, record: Record, hide: Mapping[str, str]) -
 
             for column in (table := parquet.read_table(path)).column_names:
                 values = table[column].to_pylist()
+                # `repr` of a float is exact, so equal digests mean equal values.
                 record[f"{name}:{column}"] = _digest(repr(values).encode())
         case ".safetensors":
             from safetensors import safe_open
@@ -208,6 +212,8 @@ def _report(old: Mapping[str, Record], new: Mapping[str, Record], *, as_json: bo
         for name in sorted({*before, *after}):
             one, two = before.get(name, "<absent>"), after.get(name, "<absent>")
             if one != two:
+                # Three or more spaces in a JSON string, or in the first string of a list, make it a
+                # sentence.
                 is_sentence = all(text.startswith(('"', '["')) and text.count(" ") >= 3 for text in (one, two))
                 where = f"{case} {name}"
                 (wording if is_sentence or name == "stderr" else values).append((where, one, two))

@@ -110,6 +110,7 @@ def _order() -> list[Case]:
         Case("order-demo", ("order", FEW, *REVIEW, *query, "-k", "4", "--select", "knn")),
     ]
     return [
+        # The selector `ids` takes as many demonstrations as there are ids, and refuses -k.
         Case(case.name, tuple(part for part in case.arguments if part != "-k" and part != "6"))
         if case.name == "select-ids"
         else case

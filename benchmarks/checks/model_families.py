@@ -202,6 +202,7 @@ class PlainLoop:
 
 def gini_of(state_H: torch.Tensor) -> float:
     """The Gini coefficient of the magnitudes of one state, in float64, from its definition over sorted values."""
+    # Float64, so that the oracle's rounding is far below the tolerance.
     state = state_H.double().abs().sort().values
     width = len(state)
     ranks = torch.arange(1, width + 1, dtype=torch.float64)
@@ -225,6 +226,7 @@ class Ours:
         self.refusal = ""
         try:
             sparsity = SparsityScorer(model, tokenizer=tokenizer, site="pre_norm")
+            # `output_hidden_states` has the last state after the final norm, if the model has one.
             if sparsity.backbone.final_norm is not None:
                 sparsity = SparsityScorer(model, tokenizer=tokenizer, site="post_norm")
             self.scorers["gini"] = sparsity
@@ -253,6 +255,7 @@ class Ours:
         problems = []
         for name, values in ours.items():
             gap = float((torch.tensor(values) - torch.tensor(expected[name])).abs().max())
+            # Not `gap > TOLERANCE`, which is false for NaN.
             if not gap <= TOLERANCE:
                 problems.append(f"{name} differs by {gap:.3g}")
         if self.reader is not None:
@@ -269,6 +272,7 @@ def run_apart(families: Sequence[str]) -> Iterator[Outcome]:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_send, args=(sender, family))
         process.start()
+        # Without this, the pipe would stay open after the death of the child, and `recv` would wait forever.
         sender.close()
         try:
             if receiver.poll(SECONDS):

@@ -131,11 +131,13 @@ class Baselines:
 
     def __init__(self, loaded: LoadedModel, grid: Grid) -> None:
         self.model, self.labels = loaded.model, grid.labels
+        # A copy, because the padding token set here must not change the tokenizer of our side.
         self.tokenizer = copy.deepcopy(loaded.tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         prompt = grid.prompts([(0, range(1))])[0]
         before = self.tokenizer(prompt)["input_ids"]
+        # The label is tokenized after a prompt, because a token may include the space before the label.
         label_ids = [self.tokenizer(prompt + label)["input_ids"][len(before) :] for label in self.labels]
         if any(len(ids) != 1 for ids in label_ids):
             raise SparsortError(
@@ -153,12 +155,14 @@ class Baselines:
     @torch.no_grad()
     def _perplexity(self, prompts: Sequence[str], label: str) -> NDArray[np.float64]:
         inputs = self._encode([prompt + label for prompt in prompts], "right")
+        # Logits at position t predict token t + 1.
         logits = self.model(**inputs).logits[:, :-1].contiguous()
         targets = inputs["input_ids"][:, 1:].contiguous()
         pad = self.tokenizer.pad_token_id
         losses = torch.nn.functional.cross_entropy(
             logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none", ignore_index=pad
         )
+        # Like OpenICL, divide by all tokens of the text, of which the first has no loss.
         means = losses.view(targets.shape).sum(dim=-1) / (inputs["input_ids"] != pad).sum(dim=-1)
         return means.double().cpu().numpy()
 
@@ -168,6 +172,7 @@ class Baselines:
         found = []
         for batch in _batches(prompts):
             inputs = self._encode(batch, "left")
+            # With padding on the left, the first real token has position 0.
             positions = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
             result = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
             found.append(result.logits[:, -1].float().log_softmax(dim=-1)[:, self.label_ids].double().cpu().numpy())
@@ -201,6 +206,8 @@ class Timed:
         self.seconds.append(wall_seconds(lambda: values.append(function())) / len(items))
         if (found := values[0]) is not None:
             self.predicted |= zip(items, found.argmax(axis=1).tolist(), strict=True)
+            # In half precision two labels often have equal values, and then a prediction depends on their
+            # order.
             self.ties += int(((found == found.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum())
 
 
@@ -228,6 +235,7 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
                 lambda s=few: by_label.run(lambda: -baselines.label_by_label(grid.prompts(s)), _items(s)),
                 lambda s=many: by_prompt.run(lambda: baselines.prompt_by_prompt(grid.prompts(s)), _items(s)),
             ]
+            # The order of the sides rotates from round to round, so that none is always first.
             for turn in range(3):
                 sides[(number + turn) % 3]()
             tokens += run.tokens_read
@@ -247,6 +255,7 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
     backbone = engine.reader(grid.task).backbone
     matrices = sum(m.weight.numel() for m in backbone.blocks.modules() if isinstance(m, torch.nn.Linear))
     head = engine.loaded.model.get_output_embeddings().weight.numel()
+    # Two operations, a product and a sum, for each weight and token. The head runs once per item.
     blocks_share = 2 * matrices * tokens / seconds / peak
     report.add(
         "share_of_peak",
@@ -262,6 +271,7 @@ def measure_where(report: Report, grid: Grid, engine: Engine) -> None:
     chunks = grid.prefixes[0][::-1]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = wall_seconds(lambda: reader.answers(chunks, grid.queries, grid.labels))
+    # Self time, so that the time of a nested operator is counted once.
     spent: defaultdict[str, float] = defaultdict(float)
     for event in profile.key_averages():
         product = any(name in event.key for name in ("mm", "mkldnn", "linear"))
@@ -303,6 +313,7 @@ def project_study(report: Report, recipe: Ablation, engine: Engine, sizes: Sizes
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in plan.rows:
         prefix, query, written = speeds[row.task]
+        # The rest are queries and labels after shared prefixes.
         others = row.tokens - row.prefix_tokens - row.generated_tokens
         seconds[row.task] += row.prefix_tokens / prefix + row.generated_tokens / written + others / query
     hours = ", ".join(f"{task} {value / 3600:.2f}" for task, value in seconds.items())
@@ -332,6 +343,7 @@ def _speeds(
     for seed in range(sizes.speed_sets):
         showing = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
         chunks = texts.prefix(showing.demos(0, range(k)))
+        # An unrelated prefix, so that the reader has no cached keys of the timed prefix.
         ask([], queries[:1])
         one.append(wall_seconds(functools.partial(ask, chunks, queries[:1])))
         many.append(wall_seconds(functools.partial(ask, chunks, queries)))

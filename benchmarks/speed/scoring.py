@@ -98,6 +98,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
         sample = texts[:: max(1, len(texts) // (10 if quick else 100))]
         counts = {text: len(loaded.tokenizer(text)["input_ids"]) for text in texts}
         total, sampled = sum(counts[text] for text in texts), sum(counts[text] for text in sample)
+        # The ratio is per token: the loop's time is scaled from the sample's tokens to all tokens.
         scale = total / sampled
         ours = lambda t=task: scorer.score(t.rows, t.prompt)  # noqa: E731
         same = compare(lambda s=sample: plain_loop(loaded, s), ours, rounds)
@@ -110,6 +111,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
             f"{same.lowest_ratio * scale:.1f} to {same.highest_ratio * scale:.1f}",
         )
         ids = [scorer.loaded.tokenizer(text)["input_ids"] for text in texts]
+        # Shared prefixes are computed once, so the plan computes fewer tokens than the texts have.
         how = scorer.backbone.plan(ids)
         report.add(
             f"{task.name}_speedup_ceiling",
@@ -123,6 +125,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
             "",
             floor=0.4,
         )
+        # The loop in fp32 is slower, so it runs half of the sample.
         few = sample[:: 1 if quick else 2]
         mixed = compare(lambda s=few: plain_loop(in_fp32, s), ours, rounds)
         scale = total / sum(counts[text] for text in few)
@@ -157,6 +160,7 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], qu
             agreement = {
                 name: float(spearmanr(ours.column(name), exact.column(name)).statistic) for name in METRIC_NAMES
             }
+            # The floor excludes the relative L0, which only the note reports.
             counted = {name: value for name, value in agreement.items() if name != "l0_relative"}
             lowest = min(counted, key=lambda name: counted[name])
             report.add(
@@ -169,6 +173,7 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], qu
             )
     rows = found[0].rows[: 20 if quick else 100]
     together = sparsort.SparsityScorer(loaded).score(rows, found[0].prompt).difficulty
+    # A token budget of 1 puts each row into a batch of its own.
     alone = sparsort.SparsityScorer(loaded, token_budget=1).score(rows, found[0].prompt, shard_rows=1).difficulty
     spread = float(np.std(together))
     report.add(
@@ -184,6 +189,7 @@ def measure_memory(report: Report, quick: bool) -> None:
     """Measure the peak memory beyond the model for a million short rows in the whole pipeline, with a very small model."""
     count = _MILLION // 100 if quick else _MILLION
     code = _MEMORY.replace("COUNT", str(count))
+    # A separate process, whose memory holds nothing of the other measurements.
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = json.loads(output.splitlines()[-1])
     report.add(
@@ -253,6 +259,8 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
         a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
         product = lambda a=a, b=b: torch.nn.functional.linear(a, b)  # noqa: E731
         product()
+        # Small products are repeated until a measurement has about 20 GFLOP, so that the clock's resolution
+        # does not matter.
         repeat = max(1, int(2e10 / (2 * m * k * n)))
         seconds = min(wall_seconds(lambda p=product, r=repeat: [p() for _ in range(r)]) for _ in range(5)) / repeat
         best = max(best, 2 * m * k * n / seconds)

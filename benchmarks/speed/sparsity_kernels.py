@@ -50,6 +50,7 @@ def eager_metrics(states_NH: Tensor) -> Tensor:
     columns.append((d**0.5 - l1 / energy.sqrt()) / (d**0.5 - 1))
     rank = torch.arange(d - 1, -d, -2, device=a.device, dtype=a.dtype)
     columns.append((a * rank).sum(-1) / (d * l1))
+    # 0 · log 0 counts as 0. The clamp keeps the logarithm finite, and the product with 0 is then 0.
     log_a = a.clamp(min=torch.finfo(a.dtype).tiny).log()
     columns.append((l1.log() - (a * log_a).sum(-1) / l1).exp() / d)
     columns.append((energy.log() - 2 * (e * log_a).sum(-1) / energy).exp() / d)
@@ -86,10 +87,12 @@ def measure_cuda(report: Report, sizes: Sizes, device: torch.device, quick: bool
     floors: dict[GiniMethod, float] = {"none": 0.8, "binned": 0.4, "exact": 0.4}
     for size, on_cpu in sizes:
         states = on_cpu.to(device)
+        # States in, and for each row one float per metric and a code of one byte out.
         moved = states.shape[0] * (states.shape[1] * states.element_size() + len(METRIC_NAMES) * 4 + 1)
         has_floor = size == "8192x4096_bfloat16"
         for gini, floor in floors.items():
             call = partial(sparsity_rows, states, gini=gini)
+            # The first call compiles the kernel.
             call()
             took = statistics.median(seconds(call) for _ in range(rounds))
             share = moved / took / copy
@@ -105,6 +108,7 @@ def measure_cuda(report: Report, sizes: Sizes, device: torch.device, quick: bool
             )
             judged = 20.0 if has_floor else None
             report.add(f"over_eager_gini_{gini}_{size}", against.ratio, "x", floor=judged, note=str(against))
+        # Float64 on the CPU is slow, so errors are measured on a part of the rows.
         some = states[:512]
         exact = _errors(sparsity_rows(some).values_NM, some).max().item()
         report.add(f"error_against_fp64_{size}", exact, "relative", floor=1e-5, better="lower")
@@ -115,6 +119,7 @@ def _add_binned_errors(report: Report, size: str, states_NH: Tensor) -> None:
     """Add the errors with the binned Gini: of the other metrics, and Gini's own as a share of its certified bound."""
     binned = sparsity_rows(states_NH, gini="binned")
     errors_NM = _errors(binned.values_NM, states_NH)
+    # The binned Gini has a bound of its own, and must not count in the largest error of the others.
     gini_N = errors_NM[:, _GINI].clone()
     errors_NM[:, _GINI] = 0.0
     report.add(f"error_against_fp64_binned_{size}", errors_NM.max().item(), "relative", floor=1e-5, better="lower")
@@ -130,6 +135,8 @@ def _errors(values_NM: Tensor, states_NH: Tensor) -> Tensor:
     """The error of each metric against float64, relative for L1; 0 for the counts and for rows without metrics."""
     truth = sparsity_rows_ref(states_NH.cpu().double())
     error = (values_NM.double().cpu() - truth.values_NM).abs() / truth.values_NM.abs().clamp(min=1.0)
+    # A count may differ by one if a magnitude equals the threshold up to rounding, so counts have no relative
+    # error.
     error[:, _L0] = 0.0
     error[truth.reason_N != 0] = 0.0
     return error
@@ -164,6 +171,7 @@ def _states_of(path: Path) -> Tensor:
 
 def _cold_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     """A timer of device seconds that first overwrites the cache, so that every call starts cold."""
+    # 512 MiB is several times the L2 cache of current GPUs.
     cold = torch.empty(512 * 2**20, dtype=torch.int8, device=device)
 
     def seconds(function: Callable[[], Any]) -> float:
@@ -184,6 +192,7 @@ def _copy_bandwidth(device: torch.device, seconds: Callable[[Callable[[], Any]],
     """Bytes a second, read and written, of copying 1 GiB."""
     source = torch.empty(2**30, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
+    # An untimed copy first, so that the memory is mapped.
     target.copy_(source)
     return 2 * source.numel() / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(rounds))
 

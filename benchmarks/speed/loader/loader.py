@@ -107,9 +107,11 @@ def measure_index(report: Report, folder: Path, n: int, quick: bool) -> None:
     """Measure plans of n rows, and resuming in them."""
     generator = np.random.default_rng(0)
     source, wide = folder / "difficulty.npy", folder / "difficulty64.npy"
+    # The difficulties are on disk, so that the array in this process does not count towards the peak of the other.
     np.save(source, generator.random(n, dtype=np.float32))
     if not quick:
         np.save(wide, generator.random(n))
+    # The floors are set for 100 million rows.
     floors = n == 100_000_000
     for name, settings in list(PLANS.items())[: 1 if quick else None]:
         where = folder / f"plan{name}"
@@ -122,6 +124,7 @@ def measure_index(report: Report, folder: Path, n: int, quick: bool) -> None:
         peak = found["peak"] / 2**30
         report.add(f"index_peak_gib{name}", peak, "GiB", floor=2 if bounded else None, better="lower", note=note)
         if name in ("", "_shuffle"):
+            # Positions in the epoch: its beginning, its last batch, and random ones.
             positions = [0.0, 1.0, *generator.random(1 if quick else 6)]
             resumed = [in_a_process(RESUME, source, where, position) for position in positions]
             seconds = [one["seconds"] for one in resumed]
@@ -150,6 +153,7 @@ def measure_loading(report: Report, folder: Path, quick: bool) -> None:
     }
     for kind, rows in sources.items():
         difficulty = np.random.default_rng(1).random(len(rows))
+        # The plan is written to a folder, as in training.
         plan = plan_curriculum(difficulty, batch_size=BATCH, stages=10, out=folder / f"plan-{kind}")
         for workers in (0, 2):
             theirs = DataLoader(rows, batch_size=BATCH, sampler=_random(rows), num_workers=workers)

@@ -162,11 +162,14 @@ def whole_run(peer: Peer, difficulty: np.ndarray, ranks: int, workers: int) -> l
 def cover(found: Findings, difficulty: np.ndarray, batches: list[Batch]) -> None:
     """Count what the first epoch covers."""
     drawn = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])
+    # `np.unique` returns the first place of each example; every other place is a repeat.
     again = np.ones(len(drawn), dtype=bool)
     again[np.unique(drawn, return_index=True)[1]] = False
     found.draws, found.repeats = len(drawn), int(again.sum())
     found.distinct = len(np.unique(drawn)) / len(difficulty)
     if found.order in ("sorted", "paced"):
+        # In an order that ends with the hardest example, a repeat after it shows that the sampler wrapped
+        # around.
         end = int(np.flatnonzero(drawn == np.argmax(difficulty))[0])
         late = drawn[end:][again[end:]]
         found.easy_again = len(late)
@@ -176,6 +179,7 @@ def cover(found: Findings, difficulty: np.ndarray, batches: list[Batch]) -> None
 
 def stop_and_go(found: Findings, peer: Peer, difficulty: np.ndarray, resume: Resume, batches: list[Batch]) -> None:
     """Stop a run, rebuild it from its state, and compare the remaining batches."""
+    # The global batch is that of the run before the stop, so that a change of ranks does not change the batches.
     global_batch = resume.before[0] * BATCH
     per_epoch = ceil(len(difficulty) / global_batch)
     stop = resume.epoch * per_epoch + max(1, per_epoch // 3)
@@ -279,12 +283,14 @@ def main() -> None:
     missing = {peer.name: peer.package for peer in chosen if find_spec(peer.package) is None}
     findings = []
     for n in SIZES[:1] if arguments.quick else SIZES:
+        # Distinct difficulties, so that every loader has to agree on one order.
         difficulty = np.random.default_rng(n).permutation(n).astype(np.float64)
         for peer in chosen:
             if peer.name not in missing:
                 print(f"{peer.label}, {n:,} examples", file=sys.stderr)
                 with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints while it opens its files.
                     findings += [measure(peer, difficulty, ranks) for ranks in RANKS]
+    # The DeepSpeed session creates a process group once, and leaves it open for later sessions.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     report = Report("loader-peers", torch.device("cpu"))

@@ -93,6 +93,7 @@ class State:
         """The state as `torch.save` writes it."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        # A copy, because a loader may later change the object that it returned as its state.
         return State(copy.deepcopy(content), buffer.tell())
 
 
@@ -135,6 +136,8 @@ class PyTorchSession:
         self.loaders: list[DataLoader[int]] = []
         data = setup.examples()
         for rank in range(setup.ranks):
+            # DistributedSampler pads the last batch to a multiple of the ranks, which a single rank does
+            # not need.
             if setup.ranks == 1:
                 sampler: Any = RandomSampler(data, generator=torch.Generator().manual_seed(SEED))
             else:
@@ -147,6 +150,7 @@ class PyTorchSession:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         for epoch in range(EPOCHS):
             for sampler in self.samplers:
+                # RandomSampler draws a new permutation by itself in each epoch.
                 if self.ranks > 1:
                     sampler.set_epoch(epoch)
             for parts in together(self.loaders):
@@ -188,6 +192,7 @@ class TrainerSession:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         from accelerate import skip_first_batches
 
+        # Trainer stores the number of steps only, and finds the epoch and the batches to skip from it.
         first, skipped = divmod(self.done, self.per_epoch)
         for epoch in range(first, EPOCHS):
             loaders = self.loaders
@@ -229,6 +234,7 @@ class StatefulSession:
         self.epoch = 0
         if states is not None:
             for rank, loader in enumerate(self.loaders):
+                # With more ranks than before, a new rank takes over the state of an old one.
                 kept = states[rank % len(states)].content
                 self.epoch = kept["epoch"]
                 loader.load_state_dict(kept["loader"])
@@ -275,6 +281,7 @@ class SparsortSession:
         ]
         if states is not None:
             for loader in self.loaders:
+                # The state of a CurriculumLoader is the same on all ranks.
                 loader.load_state_dict(states[0].content)
 
     def steps(self) -> Iterator[tuple[int, Batch]]:

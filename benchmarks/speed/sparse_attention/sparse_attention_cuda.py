@@ -103,6 +103,7 @@ def matrix_peak(device: torch.device, rounds: int) -> float:
         stop.record()
         torch.cuda.synchronize(device)
         took.append(float(start.elapsed_time(stop)) / 1e3)
+    # The first two products warm up.
     return 2 * size**3 / statistics.median(took[2:])
 
 
@@ -121,6 +122,7 @@ def _best_form(report: SparseReport, setting: Setting) -> DenseForm:
         except RuntimeError as error:
             report.notes.append(f"dense, key/value heads {form}: {str(error).partition(chr(10))[0]}")
             continue
+        # The shortest time, because the best form is a property of the shape and not of the load.
         took[form] = min(total(phases).wall for phases in kept[form])
     if not took:
         raise SystemExit("SDPA's FlashAttention does not run on this GPU in any form: " + "; ".join(report.notes))
@@ -145,6 +147,7 @@ def _add_length(report: SparseReport, setting: Setting, form: DenseForm, tokens:
         f"{tokens} tokens: {work_in_words(setting, tokens)}; 128 neighbours choose {shared_by_neighbours(selection):.1f} "
         f"times the blocks of one, {shared_by_neighbours(choose(clustered, setting)):.1f} times if they are clustered"
     )
+    # Memory is measured next, and these tensors would count.
     del selection, clustered, steps
     _add_memory(report, setting, form, tokens, inputs)
 
@@ -158,6 +161,8 @@ def add_length_figures(
         ("forward", "forward", ("choose", "attend")),
         ("backward", "backward", ("attend_backward",)),
     ):
+        # Forward and backward are compared phase by phase, so that the ratio has only this phase of the
+        # baseline.
         dense = [{of_dense: phases[of_dense]} for phases in kept["dense"]]
         found = ratio(dense, kept["random"], wanted)
         report.add(f"{suffix}_{tokens}", found.median, "x", note=str(found))
@@ -183,6 +188,7 @@ def work_in_words(setting: Setting, tokens: int) -> str:
     """Operations and bytes by formula, forward and backward, in words."""
     element = DTYPE.itemsize
     dense = dense_flops(setting.attention, tokens, training=True)
+    # On average, causal attention allows half of the tokens, which bounds the number of selected keys.
     pairs = min(setting.blocks * setting.block_size, tokens / 2) * tokens * setting.groups
     sparse = selected_flops(setting, round(pairs)) + choosing_flops(setting.attention, tokens, setting.sparse)
     least = [least_bytes(setting, tokens, element, sparse=kind) / 1e9 for kind in (False, True)]
@@ -205,6 +211,7 @@ def _add_memory(report: SparseReport, setting: Setting, form: DenseForm, tokens:
     ):
         for leaf in inputs.leaves:
             leaf.grad = None
+        # The caching allocator would otherwise keep the gradients of the previous step.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(report.device)
         step(Clock())

@@ -39,9 +39,11 @@ def _peak() -> int:
     """Peak of this process's own memory in bytes. `getrusage` would start from the peak of its parent."""
     status = Path("/proc/self/status")
     if status.exists():
+        # The high-water mark of the resident set.
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         if found:
             return int(found[1]) * 1024
+    # macOS reports bytes, Linux kibibytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -94,6 +94,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
     """Query (B, H, T, D), key and value (B, G, N, D), index query (B, G, T, I), index key (B, N, I); T is N by default."""
+    # The same inputs for the same length, whatever was drawn before.
     generator = torch.Generator(device).manual_seed(tokens)
     T = tokens if queries is None else queries
 
@@ -101,6 +102,8 @@ def make_inputs(
         return torch.randn(shape, generator=generator, device=device)
 
     def heads_first(heads: int, columns: int, width: int) -> Tensor:
+        # Models compute (B, N, heads, width) and pass a transposed view, so kernels see these strides and no
+        # copy.
         return normal(batch, columns, heads, width).to(dtype).transpose(1, 2)
 
     index_query, index_key = (
@@ -108,6 +111,7 @@ def make_inputs(
         normal(batch, tokens, setting.index_dim),
     )
     if kind == "clustered":
+        # Each index key and query is its topic plus noise of half the size.
         topics = normal(_TOPICS, setting.index_dim)
         index_key = topics[_topics(batch, tokens, generator)] + index_key / 2
         wanted = torch.stack([_topics(batch, T, generator) for _ in range(setting.groups)], dim=2)
@@ -133,6 +137,7 @@ def make_inputs(
 
 def _topics(batch: int, columns: int, generator: torch.Generator) -> Tensor:
     """(B, columns): the topic of every token; a run of tokens shares one."""
+    # Rounded up, because the last run may be shorter.
     runs = torch.randint(_TOPICS, (batch, -(-columns // _RUN)), generator=generator, device=generator.device)
     return runs.repeat_interleave(_RUN, dim=1)[:, :columns]
 
@@ -143,6 +148,7 @@ def dense_attend(inputs: Inputs, form: DenseForm) -> Tensor:
     if form == "repeated":
         batch, groups, tokens, width = key.shape
         repeats = inputs.query.shape[1] // groups
+        # Every key/value head is repeated for the query heads of its group, as a copy in memory.
         key, value = (
             x[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(batch, groups * repeats, tokens, width)
             for x in (key, value)
@@ -167,8 +173,11 @@ def sparse_step(inputs: Inputs, setting: Setting, clock: Clock, *, full: bool = 
     with clock("attend"):
         output, lse = attend(inputs.query, inputs.key, inputs.value, selection, inputs.layout)
     with clock("align"):
+        # The alignment loss reuses the log-sum-exp of the attention, so it does not compute the softmax again.
         loss = align(inputs.query, inputs.key, inputs.index_query, inputs.index_key, selection, inputs.layout, lse=lse)
     with clock("attend_backward"):
+        # Two separate backward passes, so that the phases can be timed; their gradients reach different
+        # tensors.
         output.backward(inputs.grad)
     with clock("align_backward"):
         loss.backward()
@@ -193,6 +202,7 @@ def selected_pairs(selection: Selection, layout: Layout) -> int:
     """Number of (query, attended key) pairs, summed over groups; every selection includes the local block."""
     counts = selection.counts.long()
     position = layout.position(counts.device).long()[:, None]
+    # In its own block, a query sees the keys up to its own position only.
     last = torch.remainder(position, selection.block_size) + 1
     return int(torch.where(position >= 0, (counts - 1) * selection.block_size + last, 0).sum())
 
@@ -211,6 +221,7 @@ def shared_by_neighbours(selection: Selection, neighbours: int = 128) -> float:
 
 def selected_flops(setting: Setting, pairs: int) -> float:
     """Operations of forward and backward over `pairs` of all groups: 3.5 times 4·D for each head of a group."""
+    # Forward has two products of 2·D each. Backward has five such products, 2.5 times as many.
     return 3.5 * 4 * setting.head_dim * (setting.heads // setting.groups) * pairs
 
 
@@ -222,6 +233,8 @@ def least_bytes(setting: Setting, tokens: int, element: int, *, sparse: bool) ->
     the selection, which is written once and read twice (12·G·k).
     """
     heads, groups, width = setting.heads, setting.groups, setting.head_dim
+    # The sums of the forward and backward terms in the docstring; log-sum-exp has 4 bytes and is written and read
+    # once.
     moved = element * width * (6 * heads + 6 * groups) + 8 * heads
     if sparse:
         moved += element * (groups + 1) * setting.index_dim + 12 * groups * setting.blocks

@@ -46,6 +46,7 @@ class Clock:
         yield
         _wait()
         took = Took(time.perf_counter() - wall, time.process_time() - cpu)
+        # A phase may occur several times in a step, and its times add up.
         self.phases[phase] = self.phases.get(phase, Took(0, 0)) + took
 
 
@@ -56,6 +57,7 @@ class DeviceClock(Clock):
     def __call__(self, phase: str) -> Iterator[None]:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         _wait()
+        # The device sleeps for about a millisecond, in which Python can queue the launches of the phase.
         torch.cuda._sleep(2_000_000)
         start.record()
         yield
@@ -81,6 +83,7 @@ def in_turns(
     names = list(steps)
     kept: dict[str, list[Round]] = {name: [] for name in names}
     for number in range(-warm, rounds):
+        # Python's modulo is not negative, so warm-up rounds, which have negative numbers, rotate too.
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             clock = make_clock()
@@ -120,12 +123,14 @@ class Ratio:
 def ratio(baseline: list[Round], ours: list[Round], wanted: Collection[str] | None = None) -> Ratio:
     """The whole time of the baseline over the time of the given phases of ours."""
     theirs, mine = [total(phases) for phases in baseline], [total(phases, wanted) for phases in ours]
+    # Ratios within a round, in which the speed of the machine is most nearly the same for both.
     each = [a.wall / b.wall for a, b in zip(theirs, mine, strict=True)]
     return Ratio(
         median=statistics.median(each),
         lowest=min(each),
         highest=max(each),
         of_best=min(took.wall for took in theirs) / min(took.wall for took in mine),
+        # Processor time may be 0 if a step is shorter than the resolution of its clock.
         of_cpu=min(took.cpu for took in theirs) / max(min(took.cpu for took in mine), 1e-9),
         baseline_s=statistics.median(took.wall for took in theirs),
         ours_s=statistics.median(took.wall for took in mine),

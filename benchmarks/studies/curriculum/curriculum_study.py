@@ -163,6 +163,7 @@ def corpus(study: Study, data: Path | None, template: str | None) -> Corpus:
                 f"{study.held_out} held out. Lower texts and held_out in it."
             )
         named = [{"id": f"{number:06d}", "text": text} for number, text in enumerate(texts)]
+        # Held-out texts come first, so that they stay the same if a recipe has more training texts.
         held_out, train = named[: study.held_out], named[study.held_out : study.held_out + study.texts]
         name = data.stem
     cut = sum(len(row["text"].encode()) > study.max_bytes for row in (*train, *held_out))
@@ -172,6 +173,7 @@ def corpus(study: Study, data: Path | None, template: str | None) -> Corpus:
 
 
 def _cut(text: str, most: int) -> str:
+    # A cut within a character drops its bytes.
     return text.encode()[:most].decode("utf-8", errors="ignore")
 
 
@@ -229,6 +231,7 @@ def train(study: Study, texts: Corpus, order: str, schedule: str, seed: int, dif
     loader = CurriculumLoader(plan, [encode(row["text"]) for row in texts.train], collate_fn=collate, verify=False)
     held_out = [encode(row["text"]) for row in texts.held_out]
     curve = [held_out_losses(model, held_out)]
+    # Online difficulty hooks into the model until the last step; the other orders open nothing.
     with ExitStack() as open_until_the_end:
         if order == "online":
             # There are no scores in advance: rows that training has not shown yet have the middle rank.
@@ -281,9 +284,11 @@ def held_out_losses(model: Any, examples: Sequence[torch.Tensor], size: int = 50
     found = []
     for begin in range(0, len(examples), size):
         batch = collate(examples[begin : begin + size])
+        # Logits at position t predict token t + 1.
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1]
         losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none")
+        # The mean over the bytes of each text, and not over the batch, so that padding does not count.
         found.append(losses.sum(dim=1) / (labels != _IGNORED).sum(dim=1))
     model.train()
     return torch.cat(found).double().numpy()
@@ -304,6 +309,7 @@ def _model(study: Study, seed: int) -> Any:
         eos_token_id=_END,
         bos_token_id=None,
     )
+    # transformers draws weights from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).train()
@@ -314,6 +320,7 @@ def _rate(study: Study, schedule: str, step: int) -> float:
     if schedule == "constant":
         return warm
     done = max(0.0, step - study.warm_up) / (study.steps - study.warm_up)
+    # Cosine decay from 1 to 0 after the warm-up.
     return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -79,6 +79,7 @@ class Results:
         self.levels = [level for level in runs[0]["by_level"] if level != "0"]
         self.seconds = sum(run["seconds"] for run in runs)
         self._runs: dict[Key, list[Mapping[str, Any]]] = {}
+        # Sorted by seed, so that row s of two arrays has the same seed and differences are paired.
         for run in sorted(runs, key=lambda run: run["seed"]):
             self._runs.setdefault((run["order"], run["schedule"]), []).append(run)
 
@@ -93,6 +94,7 @@ class Results:
     def outcome(self, name: str, order: str, schedule: str) -> NDArray[np.float64]:
         """(S,) loss at the end, or its mean over the steps by the trapezoidal rule."""
         curves = self.curves(order, schedule)
+        # Divided by the number of steps, so that the area is a mean loss.
         return curves[:, -1] if name == "final" else np.trapezoid(curves, self.steps, axis=1) / self.steps[-1]
 
     def gains(self, name: str, order: str, baseline: str, schedule: str) -> NDArray[np.float64]:
@@ -101,6 +103,7 @@ class Results:
 
     def differences(self, name: str, baseline: str, schedule: str) -> list[Difference]:
         """Every other order against a baseline; they are one family of Holm's correction."""
+        # Plain shuffle is a baseline and never a candidate.
         others = [order for order in self.orders if order not in {"plain", baseline}]
         gains = np.stack([self.gains(name, order, baseline, schedule) for order in others], axis=1)
         return _corrected(others, gains)
@@ -116,6 +119,7 @@ class Results:
                 found.append(np.nan)
                 continue
             after = int(reached[0])
+            # The place of the goal between the last point above it and the first one at or below it.
             share = (curve[after - 1] - goal) / (curve[after - 1] - curve[after])
             found.append(self.steps[after - 1] + share * (self.steps[after] - self.steps[after - 1]))
         return np.array(found)

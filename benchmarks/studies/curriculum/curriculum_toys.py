@@ -113,7 +113,9 @@ def split(seed: int, flipped: float) -> tuple[Rows, Rows, Rows]:
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(len(truth))
     flips = rng.random(len(truth)) < flipped
+    # The rows after the training and validation rows are the test rows.
     flips[order[TRAIN + VALIDATION :]] = False
+    # A shift by 1 to CLASSES − 1 gives each of the other labels with equal probability.
     labels = np.where(flips, (truth + rng.integers(1, CLASSES, len(truth))) % CLASSES, truth)
     parts = np.split(order, [TRAIN, TRAIN + VALIDATION])
     inputs = torch.from_numpy((images / 16).astype(np.float32))
@@ -133,6 +135,7 @@ def train(rows: Rows, batches_MTB: NDArray[np.int64], seed: int) -> list[torch.T
     generator = torch.Generator().manual_seed(seed)
     inputs = rows.inputs.shape[1]
     weights = [
+        # He initialisation for ReLU.
         (torch.randn(inputs, HIDDEN, generator=generator) * (2 / inputs) ** 0.5),
         torch.zeros(1, HIDDEN),
         (torch.randn(HIDDEN, CLASSES, generator=generator) * (2 / HIDDEN) ** 0.5),
@@ -145,6 +148,7 @@ def train(rows: Rows, batches_MTB: NDArray[np.int64], seed: int) -> list[torch.T
     for step in range(steps):
         chosen_MB = batches[:, step]
         logits_MBC = forward(weights, rows.inputs[chosen_MB])
+        # Divided by the batch and not by M · B, so each network has the gradient of its own mean loss.
         loss = cross_entropy(logits_MBC.flatten(0, 1), rows.labels[chosen_MB].flatten(), reduction="sum") / BATCH
         optimiser.zero_grad()
         loss.backward()
@@ -170,9 +174,11 @@ def difficulties(rows: Rows, seed: int) -> NDArray[np.float64]:
     rng = np.random.default_rng([seed, 1])
     fold_N = rng.permutation(len(rows.labels)) % FOLDS
     others = [np.flatnonzero(fold_N != fold) for fold in range(FOLDS)]
+    # Each reference step draws a batch without replacement from the rows of the other folds.
     batches = [rng.permuted(np.tile(other, (REFERENCE_STEPS, 1)), axis=1)[:, :BATCH] for other in others]
     weights = train(rows, np.stack(batches), seed + 1_000)
     logits_MNC = forward(weights, rows.inputs.expand(FOLDS, *rows.inputs.shape))
+    # Row n takes the logits of the network that did not train on its fold.
     losses = cross_entropy(logits_MNC[fold_N, np.arange(len(fold_N))], rows.labels, reduction="none")
     return losses.double().numpy()
 
@@ -187,6 +193,7 @@ def paced(
         mode="pool",
         pacing=Pacing(kind="linear", start=b, until=min(a, 1.0)),
         direction=order,
+        # With a above 1, the plan is longer than the training, which therefore never sees all rows.
         steps=round(max(a, 1.0) * steps),
         batch_size=BATCH,
         seed=seed,
@@ -207,6 +214,7 @@ def run(seed: int, setting: Setting) -> Trained:
     batches = [paced(difficulty, order, shape, setting.steps, seed) for order, shape in ARMS]
     weights = train(training, np.stack([*batches, plain(difficulty, setting.steps, seed)]), seed)
     flipped = training.flipped.numpy()
+    # All pairs of a flipped and an unflipped row; the share of True is the AUC.
     above = difficulty[flipped][:, None] > difficulty[~flipped]
     return Trained(
         validation=accuracies(weights, validation),
@@ -255,6 +263,7 @@ def compared(tuning: Sequence[Trained], seeds: Sequence[Trained]) -> dict[str, D
     """Every pair of `PAIRS` at the orders' own best pacings ("own_…") and at the curriculum's ("same_…")."""
     own = chosen(tuning)
     shape = ARMS[own["easy_to_hard"]][1]
+    # All orders at the pacing that is the curriculum's best.
     same = {**own, **{order: ARMS.index((order, shape)) for order in ORDERS}}
     found = {f"own_{name}": difference(seeds, own[one], own[other]) for name, (one, other) in PAIRS.items()}
     return found | {
@@ -301,6 +310,7 @@ def main() -> None:
             for seed in range(tuning + seeds):
                 runs.append(run(seed, SETTINGS[name]))
                 advance(1)
+            # The seeds that choose the pacing are not reported.
             describe(report, name, runs[:tuning], runs[tuning:])
     report.finish(arguments)
 

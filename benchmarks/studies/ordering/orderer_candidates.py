@@ -194,6 +194,7 @@ class Loader:
         for prefix, query in itertools.chain.from_iterable(wanted):
             if texts.pair(prefix, query) not in held:
                 asks.setdefault(prefix, {})[query] = None
+        # Only pairs that the folder lacks are sent to the model.
         if asks:
             self.demos.write(group, self._ask(data, texts, asks))
         found = _Lookup(self.demos.read(group))
@@ -232,6 +233,7 @@ def correlation(a: Floats, b: Floats) -> Floats:
     """Pearson's r along the last axis; 0 where one side is constant."""
     a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
     scale = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    # The tolerance treats a side that is constant up to rounding as constant.
     together = (a * b).sum(axis=-1)
     return np.divide(together, scale, out=np.zeros_like(together), where=scale > 1e-15)
 
@@ -328,9 +330,11 @@ def _readout(case: Case, panel: Panel, prefix: str) -> Scores:
     """Statistics of the label log-probabilities; these need a label set."""
     log_p = panel.log_p
     normal = log_softmax(log_p)
+    # The probability that the model gives to all labels together.
     mass = np.log(np.exp(log_p).sum(axis=2))
     top = np.sort(normal, axis=2)
     mean = normal.mean(axis=1)
+    # Without the mean over queries, which is the bias of an order for a label.
     centred = normal - mean[:, None]
     vote = centred.mean(axis=0).argmax(axis=1)
     scores = {

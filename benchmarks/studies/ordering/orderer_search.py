@@ -100,12 +100,14 @@ def interval(cases: Sequence[Case], values_U: Sequence[float]) -> tuple[float, f
         seeds = sorted({case.seed for case in cases if case.task == task})
         if len(seeds) == 1:
             return float("nan"), float("nan")
+        # How often each seed is drawn. Counts are equivalent to drawing, and need no copies of the sets.
         drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES)
         for column, cell in enumerate(cells):
             for number, seed in enumerate(seeds):
                 if cell[0] == task and (cell, seed) in place:
                     sums[:, column] += drawn[:, number] * values[place[cell, seed]]
                     counts[:, column] += drawn[:, number]
+    # A cell is NaN if none of its seeds was drawn.
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     low, high = np.nanquantile(means.mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
@@ -142,6 +144,7 @@ def flipped(cases: Sequence[Case], values_UC: Floats) -> Floats:
         # The first row is the observed data, so that a p-value is never 0.
         signs[0] = 1.0
     cells = sorted({case.cell for case in cases})
+    # Every (task, k) has equal weight, and within it every set.
     weight = np.array([1 / len(cells) / sum(other.cell == case.cell for other in cases) for case in cases])
     means: Floats = (signs[:, member] * weight) @ values_UC
     return means
@@ -225,6 +228,7 @@ def judge(cases: Sequence[Case], scores_of: Callable[[Case], Floats]) -> dict[st
 def holm(p: Sequence[float]) -> list[float]:
     """Adjusted p-values by Holm's method (1979)."""
     rising = np.argsort(p)
+    # Adjusted values must not fall as p rises.
     adjusted = np.maximum.accumulate([(len(p) - place) * p[at] for place, at in enumerate(rising)])
     result = np.empty(len(p))
     result[rising] = np.minimum(adjusted, 1.0)
@@ -334,6 +338,7 @@ class Search:
                 kind: {name: judge(cases, scores) for name, scores in group.items()} for kind, group in groups.items()
             }
             for kind in ("frozen", "ours"):
+                # Corrected over the orderers of one kind; baselines are not corrected.
                 for entry, p in zip(found[kind].values(), holm([e["p"] for e in found[kind].values()]), strict=True):
                     entry["p_holm"] = p
             report[part] = {

@@ -120,6 +120,7 @@ def thirds(gold: Ints, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
     parts: list[list[Ints]] = [[], [], []]
     for label in np.unique(gold):
         own = rng.permutation(np.flatnonzero(gold == label))
+        # `array_split` puts the remainder into the first parts, so the parts are permuted.
         for part, rows in zip(rng.permutation(3), np.array_split(own, 3), strict=True):
             parts[part].append(rows)
     first, second, third = (np.concatenate(part) for part in parts)
@@ -156,6 +157,7 @@ def samples(case: Case, shift: Shift, resamples: int, *, from_pool: bool) -> Ite
         first, asked, held_out = thirds(case.gold, rng)
         of_pool = np.concatenate([first, len(case.gold) + np.arange(len(case.dev_gold))])
         known = draw(gold, of_pool, pool, POOL, rng)
+        # From a large draw at the pool's shares, take rows that are as even over the labels as these allow.
         known = known[evenly_by_label(gold[known].tolist(), seed=number)[:LABELLED]]
         queries = draw(gold, asked, pool if from_pool else target, QUERIES, rng)
         # Each held-out row has its label's share in the queries over its label's count, so that the weighted accuracy is the
@@ -190,6 +192,7 @@ def _em(sample: Sample, rows: int = LABELLED, orders: Sequence[int] = (0,)) -> F
 
 
 def _pdo(prior: Callable[[Sample], Floats]) -> Callable[[Sample], Floats]:
+    # The logarithm of a share has to be finite.
     return lambda sample: label_criteria.pdo(sample.queries, np.maximum(prior(sample), 1e-3))
 
 
@@ -247,6 +250,7 @@ def losses(found: Gains) -> Gains:
     shifted_cells = {key: cell for key, cell in found.items() if key[2].kind != "none"}
     lost = {}
     for (task, seed, shift), cell in shifted_cells.items():
+        # The better of the two is chosen over all seeds of a task and shift, because single sets are noisy.
         alike = [other for key, other in shifted_cells.items() if (key[0], key[2]) == (task, shift)]
         better = max(("uniform", "pool"), key=lambda name: float(np.mean([other[name] for other in alike])))
         lost[task, seed, shift] = {name: cell[better] - values for name, values in cell.items()}

@@ -147,6 +147,7 @@ def _save(model: Any, path: Path) -> None:
 
 def _load(model: Any, path: Path) -> None:
     check_file(path, read_sealed(path.with_suffix(".json"), next_step=_AGAIN)["file"], next_step=_AGAIN)
+    # The record is checked first, so that damaged weights are never loaded.
     load_model(model, path)
 
 
@@ -158,6 +159,7 @@ def _work(study: Study, data: tuple[Rows, Rows], folder: Path, unit: Unit, diffi
     tokenizer = make_tokenizer([*rows, *held_out])
     model = make_model(study, len(tokenizer), seed)
     steps = study.steps
+    # A retrofit continues from the dense model, and trains as many steps as the warm-up of the others has.
     if attention == "retrofit":
         _load(model, _weights(folder, ("dense", order, seed)))
         attention, steps = "index_branch", study.full_steps
@@ -191,6 +193,7 @@ def run(
     # Seed by seed, so that the runs of an unfinished study can be compared.
     units = [(kind, order, seed) for seed in range(study.seeds) for order in study.orders for kind in study.attentions]
     missing = [unit for unit in units if not _path(folder, unit).exists()]
+    # Processes are spawned, because forking after torch has started threads may deadlock.
     with (
         progress("training", len(units)) as advance,
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,

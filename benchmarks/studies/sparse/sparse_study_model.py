@@ -124,6 +124,7 @@ def collator(study: Study, tokenizer: Any) -> Any:
         labels = ids.clone()
         is_answer, is_far = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
         for number, row in enumerate(rows):
+            # Random words have no loss, because no model could predict them.
             labels[number, torch.tensor(drawn(row["text"].split(" "), row["answers"]))] = IGNORED
             is_answer[number, row["answers"]] = True
             # The name, one word before the answer, is the query, so the distance is measured from the name.
@@ -172,7 +173,8 @@ def train(
         if attention != "dense":
             model.sparse_attention.mode = "full" if step <= full_steps else "sparse"
         outputs = model(input_ids=batch.ids, labels=batch.labels, use_cache=False)
-        # Logits at position t predict the token at t + 1.
+        # Logits at position t predict the token at t + 1. The few answers have a further loss, so that recall is learned within
+        # the steps of the study.
         answers = batch.is_answer[:, 1:]
         recall = cross_entropy(outputs.logits[:, :-1][answers], batch.ids[:, 1:][answers])
         optimiser.zero_grad()
@@ -222,6 +224,7 @@ def measure(model: Any, held: Sequence[Batch], levels: NDArray[np.int64]) -> dic
     """Loss of the text in nats per word; accuracy and loss of the answers, of the far answers, and by level."""
     model.eval()
     sparse = getattr(model, "sparse_attention", None)
+    # A dense model has no such attribute.
     if sparse is not None:
         sparse.mode = "sparse"
     losses, right = [], []
@@ -287,6 +290,7 @@ def best_possible(model: Any, batch: Batch) -> dict[str, float]:
     seen: list[LayerInputs] = []
 
     def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
+        # The layer attends densely, but the oracle below chooses as in sparse attention.
         seen.append(replace(inputs, full=False))
 
     sparse = model.sparse_attention

@@ -88,6 +88,7 @@ class Results:
         self.orders = list(dict.fromkeys(run["order"] for run in runs))
         self.seconds = sum(run["seconds"] for run in runs)
         self._runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        # Sorted by seed, so that row s of two arrays has the same seed and differences are paired.
         for run in sorted(runs, key=lambda run: run["seed"]):
             self._runs.setdefault((run["attention"], run["order"]), []).append(run)
 
@@ -124,6 +125,7 @@ class Results:
         """The first measured step with a far recall of at least `share`, (S,); NaN: none."""
         reached = self.curves("far_recall", attention, order) >= share
         steps = np.array(self.steps(attention), dtype=np.float64)
+        # `argmax` of booleans is the first True, but 0 if there is none.
         return np.where(reached.any(axis=1), steps[reached.argmax(axis=1)], np.nan)
 
 
@@ -327,6 +329,7 @@ def _orders(results: Results) -> str:
     for attention in results.attentions:
         for order in others:
             loss, far = (results.order_gap(name, attention, order) for name in ("text_loss", "far_recall"))
+            # A null result is an interval that contains 0.
             nulls += (loss.low <= 0 <= loss.high) + (far.low <= 0 <= far.high)
             taken, plain = (_median(results.steps_until(attention, one, 0.9)) for one in (order, "plain"))
             # A retrofit begins where a dense model ended.
@@ -386,6 +389,7 @@ def _flops(study: Mapping[str, Any], results: Results) -> str:
     for attention in results.attentions[1:]:
         selector: Any = "index_branch" if attention == "retrofit" else attention
         sparse = SparseShape(selector=selector, block_size=study["block_size"], blocks=study["blocks"])
+        # The length of the study, and one at which the formula shows a large saving.
         for words in (study["length"], 16 * study["length"]):
             dense, ours = dense_flops(shape, words) / 1e6, sparse_flops(shape, words, sparse) / 1e6
             fewer = [saving(shape, words, sparse, training=training) for training in (False, True)]

@@ -57,6 +57,7 @@ def main(options: list[str] | None = None) -> int:
     tokens, sequences, epochs = (512, 6, 4) if quick else (2048, 48, 6)
     held_tokens, held = (1024, 2) if quick else (8192, 5)
     loaded = load_model("demo", dtype="float32", device="cpu")
+    # Only the index branches are trained.
     model: Any = loaded.model.eval().requires_grad_(False)
     training, testing = texts(loaded.tokenizer, tokens, sequences, held_tokens, held)
     sparsort.attach_index_branch(model, block_size=BLOCK, blocks=2, index_dim=WIDTHS[0])
@@ -65,6 +66,7 @@ def main(options: list[str] | None = None) -> int:
         seen = [_passed(dense_pass(model, ids), advance) for ids in training]
     with progress("held-out dense passes", held) as advance:
         unseen = [_passed(dense_pass(model, ids), advance) for ids in testing]
+    # A quarter of the keys.
     budget = FixedBudget(blocks=held_tokens // 4 // BLOCK)
     found: dict[str, list[Any]] = {}
     curves = {}
@@ -72,6 +74,7 @@ def main(options: list[str] | None = None) -> int:
         if width != WIDTHS[0]:
             model = load_model("demo", dtype="float32", device="cpu").model.eval().requires_grad_(False)
             sparsort.attach_index_branch(model, block_size=BLOCK, blocks=2, index_dim=width)
+            # The states do not depend on the index branch, so the second width reuses those of the first.
             seen, unseen = ([in_model(inputs, model) for inputs in kept] for kept in (seen, unseen))
         name = f"index branch of width {width}"
         found[f"{name}, before"] = [measure(inputs, budget) for inputs in unseen]
@@ -101,6 +104,7 @@ def main(options: list[str] | None = None) -> int:
 def texts(tokenizer: Any, tokens: int, sequences: int, held_tokens: int, held: int) -> tuple[list[Any], list[Any]]:
     """Token ids (1, T) of training and of held-out sequences; every fifth document is held out."""
     documents = list(_documents())
+    # Whole documents are held out, so that no held-out text was seen in training.
     parts = ([d for n, d in enumerate(documents) if n % 5], documents[::5])
     rows = []
     for part, length, count in zip(parts, (tokens, held_tokens), (sequences, held), strict=True):
@@ -109,6 +113,7 @@ def texts(tokenizer: Any, tokens: int, sequences: int, held_tokens: int, held: i
             raise SystemExit(
                 f"this Python ships {len(ids)} tokens of text where {count * length} are needed: use CPython 3.11."
             )
+        # Sequences are spread evenly over the text.
         begins = np.linspace(0, len(ids) - length, count).astype(int)
         rows.append([torch.tensor([[tokenizer.bos_token_id, *ids[b : b + length - 1]]]) for b in begins])
     return rows[0], rows[1]
@@ -161,7 +166,9 @@ def warm_up(seen: list[dict[int, LayerInputs]], epochs: int) -> list[float]:
     optimiser = torch.optim.AdamW(weights, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98))
     steps = epochs * len(seen)
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps))
+        # 20 steps of warm-up, and a linear decay over the last 30 %.
+        optimiser,
+        lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps)),
     )
     generator, curve = np.random.default_rng(0), []
     with progress("warm-up", steps) as advance:
@@ -174,6 +181,8 @@ def warm_up(seen: list[dict[int, LayerInputs]], epochs: int) -> list[float]:
                     keys = branch.index_keys(inputs.module, inputs.hidden, inputs.rotary)
                     choice = branch.choose(inputs, keys)
                     with torch.no_grad():
+                        # The teacher, whose log-sum-exp normalises the dense attention. It
+                        # gets no gradient.
                         _, lse = attend(
                             inputs.query, inputs.key, inputs.value, choice.selection, inputs.layout, scale=inputs.scale
                         )
