@@ -83,6 +83,7 @@ def regions(path: Path) -> dict[str, range]:
     """Head, body and foot of a file as ranges of bytes, without empty ones."""
     content = path.read_bytes()
     size = len(content)
+    # A small file still has a body between its head and its foot.
     foot = min(_FOOT, size // 4)
     if content[-4:] == b"PAR1":
         # The last 8 bytes are the footer's length and the magic. The seal is between the pages and the footer, and its JSON is
@@ -257,6 +258,7 @@ def main() -> None:
     per_share = flips / sum(kind.share for kind in chosen if kind.has_digests or len(chosen) == 1)
     report = FlipReport("bit_flips", torch.device("cpu"), seed=arguments.seed)
     for kind in chosen:
+        # Kinds with slow readers get fewer flips.
         count = math.ceil(per_share * kind.share)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, progress(kind.name, count) as advance:

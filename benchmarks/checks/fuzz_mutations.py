@@ -188,6 +188,8 @@ def apply(files: Mapping[str, bytes], mutations: Sequence[Mutation]) -> Files:
             del found[path]
         elif name == "swap":
             other = sorted(found)[rest[0] % len(found)]
+            # A file in the place of another is valid in itself, and only the reader's checks of identity
+            # find it.
             found[path], found[other] = found[other], found[path]
         elif name in _STRUCTURED:
             found[path] = _edited(found[path], name, rest)
@@ -248,6 +250,7 @@ def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
     if 0 < length < len(content) and content[8:9] == b"{":
         header = _edited(content[8 : 8 + length], name, rest)
         return len(header).to_bytes(8, "little") + header + content[8 + length :]
+    # Content is JSON lines if its first line is a complete object.
     lines = content.split(b"\n")
     if len(lines) > 1 and len(lines[0]) > 1 and lines[0].endswith(b"}"):
         line = rest[0] % len(lines)
@@ -289,6 +292,7 @@ def _rename(holder: Any, key: Any, which: int) -> None:
         del holder[key]
         holder[str(VALUES[which])] = value
     else:
+        # A list has no keys, so a rename inserts a value and shifts the others.
         holder.insert(key, VALUES[which])
 
 

@@ -39,8 +39,10 @@ from sparsort.errors import SparsortError
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests" / "data" / "fuzz_corpus.json"
-_MEMORY = 12 << 30  # bytes of address space of a child; torch alone maps four
-_HANGS = 120.0  # seconds after which a child counts as hanging
+# Bytes of address space of a child; torch alone maps four.
+_MEMORY = 12 << 30
+# Seconds after which a child counts as hanging.
+_HANGS = 120.0
 
 
 class EscapedError(Exception):
@@ -173,6 +175,7 @@ def _child(name: str, examples: int, seed: int, known: list[str], results: Any) 
     with no_bars(), tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(kind, Path(folder))
         tally = Tally()
+        # Past failures are replayed once, in the first round of the default seed.
         for mutations in [each for of_kind, each in corpus() if of_kind == name] if seed == 0 else ():
             try:
                 fuzzer.read(mutations)
@@ -193,6 +196,7 @@ def round_of(kind: Kind, examples: int, seed: int, known: list[str]) -> Tally:
     sender.close()
     lost = ""
     try:
+        # At most a second per example, plus a fixed time.
         has_ended = receiver.poll(_HANGS + examples)
         tally: Tally = receiver.recv() if has_ended else Tally()
         lost = "" if has_ended else "the process hangs"

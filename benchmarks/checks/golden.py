@@ -189,6 +189,7 @@ def _digest(raw: bytes) -> str:
 def _flatten(name: str, value: Any, record: Record, hide: Mapping[str, str]) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
+            # The whole subtree of a volatile key is skipped.
             if not _VOLATILE.search(str(key)):
                 _flatten(f"{name}.{key}", item, record, hide)
     elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):

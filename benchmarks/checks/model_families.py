@@ -60,8 +60,10 @@ CHUNKS = ["Question: Is it so? yes\n", "Question: Are they? no\n"]
 QUERIES = ["Question: How many apples?", "Question: What is the capital of Italy, or of France?"]
 LABELS = [" yes", " no", " maybe not"]
 NEW_TOKENS = 6
-SECONDS = 600  # A family takes a few seconds; the limit leaves room for a loaded machine.
-MOST_BYTES = 6 * 2**30  # Limit on the address space: a configuration that was not shrunk must not exhaust the machine.
+# A family takes a few seconds; the limit leaves room for a loaded machine.
+SECONDS = 600
+# Limit on the address space: a configuration that was not shrunk must not exhaust the machine.
+MOST_BYTES = 6 * 2**30
 TOLERANCE = 1e-3
 
 
@@ -93,6 +95,7 @@ def check_family(family: str) -> Outcome:
     name = type(model).__name__
     try:
         ours = Ours(model, tokenizer)
+        # A model of which only the head is refused still has a scorer, and is compared below.
         if ours.refusal and not ours.scorers:
             return Outcome(family=family, model_class=name, kind="refused", detail=ours.refusal)
         problems = ours.differences(PlainLoop(model, tokenizer).everything())

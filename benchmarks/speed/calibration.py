@@ -65,6 +65,7 @@ def measure(report: Report, loaded: LoadedModel, task: Task, quick: bool) -> Non
     rounds = 1 if quick else 3
     plain, every = sparsort.SparsityScorer(loaded), CandidateScorer(loaded)
     without_loss = CandidateScorer(loaded, own_loss=False)
+    # An even sample of the rows, because reading the answers takes long.
     few = task.rows[:: max(1, len(task.rows) // task.few)][: task.few]
     answer = {"answer": task.answer}
     for name, scorer, rows, options, floor in (
@@ -85,6 +86,7 @@ def measure(report: Report, loaded: LoadedModel, task: Task, quick: bool) -> Non
 
 def measure_statistics(report: Report, scorer: CandidateScorer, task: Task) -> None:
     """Time the comparison after the pass, on random numbers in a table of the same shape: values do not change the time."""
+    # 300 rows, whatever the size of the data, with new ids because ids must be unique.
     rows = [task.rows[number % len(task.rows)] for number in range(300)]
     table = scorer.score([{**row, "id": str(n)} for n, row in enumerate(rows)], task.prompt)
     rng = np.random.default_rng(0)

@@ -34,7 +34,8 @@ from sparsort.scoring.store.shards import MANIFEST
 from sparsort.storage.integrity import read_sealed, write_sealed
 
 SHARDS, ROWS = 10_000, 2
-FLOOR = 5.0  # seconds of a resume and of a plan
+# Upper bound for a resume and for a plan, in seconds.
+FLOOR = 5.0
 _WORDS = (
     "the",
     "of",
@@ -99,6 +100,7 @@ def _add(
     for _ in range(repeats + 1):
         before()
         times.append(run())
+    # The first call fills the page cache and is not counted.
     for kind, values in zip(("wall", "CPU"), zip(*times[1:], strict=True), strict=True):
         note = f"{min(values):.2f} to {max(values):.2f} in {repeats} calls"
         report.add(f"{name}, {kind}", statistics.median(values), "s", floor=floor, better="lower", note=note)
@@ -110,6 +112,8 @@ def _run(*arguments: object) -> tuple[float, float]:
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         errors = process.stderr.read() if process.stderr is not None else b""
+        # `wait4` reports the processor time of this process alone. `Popen` must be given the exit code, as it
+        # cannot wait again.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - begin
@@ -122,6 +126,7 @@ def _unfinish(out: Path) -> None:
     """Bring the folder into the state after a kill before the last shard."""
     manifest = read_sealed(out / MANIFEST, next_step="")
     (out / manifest["shards"][-1]["file"]).unlink()
+    # The list of shards is written at the end of a run, so a killed run has none.
     write_sealed(out / MANIFEST, {name: manifest[name] for name in ("format", "version", "shard_rows", "provenance")})
 
 

@@ -75,6 +75,7 @@ def _timed(command: list[str], cache: Path) -> tuple[float, float, str]:
 
 def _processor_seconds() -> float:
     """Processor seconds of the child processes that have ended."""
+    # Children count only after they have been waited for, so a difference around `run` is the time of that child.
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -83,12 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_options(parser)
     arguments = parser.parse_args()
+    # The conversion of the embedded model happens before any timed call.
     demo_folder()
     firsts, seconds, loads = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
+        # The temporary cache has its own rows but shares the converted model, which takes long to make.
         (cache / "models").symlink_to(cache_folder() / "models")
         for _ in range(1 if arguments.quick else 3):
+            # Each round starts with an empty row cache.
             shutil.rmtree(cache / "rows", ignore_errors=True)
             firsts.append(_order(QUERIES[0], cache))
             seconds.append(_order(QUERIES[1], cache))

@@ -119,11 +119,13 @@ def graded_texts(n: int, seed: int, *, split: Split = "train") -> list[dict[str,
     rng = random.Random(f"graded text {split} {seed}")
     seen: set[str] = set()
     rows = []
+    # All combinations in turn, so that levels and kinds are as even as possible.
     cells = itertools.cycle(itertools.product(LEVELS, KINDS))
     for number, (level, kind) in zip(range(n), cells, strict=False):
         text = _new_text(rng, kind, level, split, seen)
         seen.add(text)
         rows.append({"id": f"{kind}-{level}-{number:06d}", "text": text, "level": level, "kind": kind})
+    # Otherwise the levels would be in a fixed pattern.
     rng.shuffle(rows)
     return rows
 
@@ -137,6 +139,7 @@ def split_of(text: str) -> Split:
 def _new_text(rng: random.Random, kind: str, level: int, split: Split, seen: set[str]) -> str:
     for _ in range(_ATTEMPTS):
         text = _text(rng, kind, level)
+        # Texts of the other split are rejected, so no text can be in both, whatever the seeds.
         if text not in seen and split_of(text) == split:
             return text
     raise SparsortError(

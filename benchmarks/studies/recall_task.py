@@ -117,6 +117,7 @@ def recall_rows(
                 f"length is {length}, and an episode of level {level} takes {EPISODES[level].words} words. Make rows longer, or "
                 "omit the level."
             )
+    # A string seeds `random` by its hash digest, which is the same on every machine.
     rng = random.Random(f"recall {split} {seed} {length}")
     seen: set[str] = set()
     rows = []
@@ -147,6 +148,7 @@ def _new_row(rng: random.Random, level: int, length: int, split: Split, seen: se
 
 def _row(rng: random.Random, level: int, length: int) -> dict[str, Any]:
     episode = EPISODES[level]
+    # As many episodes as fit, but no more than there are different names for their facts.
     many = min(length // episode.words, len(NAMES) // episode.facts)
     names = rng.sample(NAMES, many * episode.facts)
     spare = length - many * episode.words

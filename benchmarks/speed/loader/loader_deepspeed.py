@@ -73,6 +73,7 @@ class DeepSpeedSession:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         for batch in self.loader:
             self.done += 1
+            # The sampler does not report epochs, so the epoch follows from the number of steps.
             yield (self.done - 1) // self.per_epoch, batch
 
     def states(self) -> list[State]:
@@ -108,10 +109,13 @@ def _deepspeed_metric(setup: Setup) -> dict[str, Any]:
     )
 
     order = np.argsort(setup.difficulty, kind="stable")
-    values = min(setup.n, 1000)  # its tutorial advises "a few thousands of distinct values" at most
+    # DeepSpeed's tutorial advises "a few thousands of distinct values" at most.
+    values = min(setup.n, 1000)
     levels = np.empty(setup.n, dtype=np.int64)
+    # Ranks of the difficulties, divided into `values` levels of nearly equal size.
     levels[order] = np.arange(setup.n) * values // setup.n
     paths = {name: str(setup.folder / f"difficulty_{name}") for name in ("index_to_sample", "index_to_metric")}
+    # A rebuilt session uses the files of the first one, as in a real resume.
     if not Path(f"{paths['index_to_sample']}.idx").exists():
         samples = create_mmap_dataset_builder(paths["index_to_sample"], find_fit_int_dtype(0, setup.n - 1))
         metric = create_mmap_dataset_builder(paths["index_to_metric"], find_fit_int_dtype(0, values))
@@ -123,6 +127,7 @@ def _deepspeed_metric(setup: Setup) -> dict[str, Any]:
     return {
         "index_to_sample_path": paths["index_to_sample"],
         "index_to_metric_path": paths["index_to_metric"],
+        # Percentiles from the first share of the pacing to 100, in steps of ten.
         "difficulty_type": "percentile",
         "clustering_type": "schedule_based",
         "min_difficulty": round(100 * setup.first_share),

@@ -56,7 +56,8 @@ from loader_sessions import (
 from sparsort.storage.files import write_json
 
 SIZES = (103, 10_000)
-RANKS = {1: 2, 4: 2}  # and the number of ranks that a run is resumed on
+# Number of ranks → the other number of ranks with which a run is resumed.
+RANKS = {1: 2, 4: 2}
 BATCH = 8
 WORKERS = 2
 
@@ -187,9 +188,8 @@ def stop_and_go(found: Findings, peer: Peer, difficulty: np.ndarray, resume: Res
         before = peer.session(setup(peer, difficulty, resume.before, folder, global_batch))
         steps = before.steps()
         seen = [batch for _, batch in islice(steps, stop)]
-        states = (
-            before.states()
-        )  # The state is taken while the iterator is still open, as in a training loop that saves between two steps.
+        # The state is taken while the iterator is still open, as in a training loop that saves between two steps.
+        states = before.states()
         if seen != batches[:stop]:
             raise RuntimeError("two runs of the same seed differ before the stop")
         found.state_bytes = max(found.state_bytes or 0, *(state.n_bytes for state in states))
@@ -288,7 +288,8 @@ def main() -> None:
         for peer in chosen:
             if peer.name not in missing:
                 print(f"{peer.label}, {n:,} examples", file=sys.stderr)
-                with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints while it opens its files.
+                # DeepSpeed prints while it opens its files.
+                with contextlib.redirect_stdout(io.StringIO()):
                     findings += [measure(peer, difficulty, ranks) for ranks in RANKS]
     # The DeepSpeed session creates a process group once, and leaves it open for later sessions.
     if torch.distributed.is_initialized():

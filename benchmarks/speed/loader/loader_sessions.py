@@ -170,7 +170,8 @@ class TrainerSession:
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
         from accelerate.data_loader import prepare_data_loader
 
-        torch.manual_seed(SEED)  # Trainer's set_seed does the same, and the seedable sampler takes its seed from here.
+        # Trainer's set_seed does the same, and the seedable sampler takes its seed from here.
+        torch.manual_seed(SEED)
         data = setup.examples()
         self.per_epoch = setup.steps_of_epoch
         self.loaders = []

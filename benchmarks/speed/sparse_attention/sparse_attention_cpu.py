@@ -43,6 +43,7 @@ def measure_cpu(report: SparseReport, settings: tuple[Setting, ...], tokens: int
         form = best_dense_form(report, setting, max(tokens // 8, 2 * setting.block_size))
         _add_layer(report, setting, form, tokens, rounds)
         _add_warm_up(report, setting, form, tokens // 4, rounds)
+        # The crossover and the memory are measured for one setting, because they take most of the time.
         if setting == settings[0]:
             _add_crossover(report, setting, form, tokens, rounds)
             _add_memory(report, setting, form, tokens)
@@ -102,6 +103,7 @@ def _add_crossover(report: SparseReport, setting: Setting, form: DenseForm, toke
     ratios: dict[int, float] = {}
     for length in lengths:
         if length == tokens:
+            # This length was already measured by `_add_layer`.
             ratios[length] = report.figures[f"layer_{tokens}_{setting}_random"].value
         else:
             inputs = make_inputs(setting, length)
@@ -109,6 +111,7 @@ def _add_crossover(report: SparseReport, setting: Setting, form: DenseForm, toke
                 "dense": partial(dense_step, inputs, form),
                 "sparse": partial(sparse_step, inputs, setting),
             }
+            # Dense attention at twice the length takes four times as long, so it runs once.
             kept = in_turns(steps, 1 if length > tokens else rounds)
             found = ratio(kept["dense"], kept["sparse"], WITHOUT_LOSS)
             ratios[length] = found.median

@@ -60,11 +60,13 @@ def measure_cuda(report: SparseReport, *, quick: bool, setting: Setting = SETTIN
     rounds = 3 if quick else 10
     peak = matrix_peak(report.device, rounds)
     report.add("matrix_peak", peak / 1e12, "TFLOP/s", note="bfloat16, 8192 cubed, median")
+    # One form for all lengths, so that ratios are comparable.
     form = _best_form(report, setting)
     ratios: dict[int, float] = {}
     for tokens in LENGTHS[:3] if quick else LENGTHS:
         judged = judged_figures(tokens)
         report.attempt(f"{tokens} tokens", partial(_add_length, report, setting, form, tokens, rounds, peak), judged)
+        # A length that did not fit into memory has no figure.
         if f"layer_{tokens}" in report.figures:
             ratios[tokens] = report.figures[f"layer_{tokens}"].value
     add_crossover_figures(report, setting, ratios)

@@ -43,6 +43,7 @@ def add_decoding(
     with torch.no_grad():
         steps = {**forms, "sparse": partial(_sparse, inputs, setting)}
         kept = in_turns(steps, rounds, warm=2, make_clock=make_clock)
+    # The faster form of the baseline, by its best time.
     best = min(forms, key=lambda form: min(total(phases).wall for phases in kept[form]))
     found = ratio(kept[best], kept["sparse"])
     note = f"{found}; {setting.words}; {phases_in_words(kept['sparse'])}; dense: {best}"
@@ -98,6 +99,7 @@ def _model(setting: Setting) -> Any:
         num_attention_heads=setting.heads,
         num_key_value_heads=setting.groups,
         head_dim=setting.head_dim,
+        # Rotary embeddings have no table, so the largest position costs nothing.
         max_position_embeddings=1 << 18,
     )
     config._attn_implementation = "sdpa"
@@ -128,6 +130,7 @@ def _filled(model: Any, setting: Setting, tokens: int, room: int, kind: str) -> 
     for number in range(_LAYERS):
         if sparse:
             index_keys = torch.randn(1, tokens, setting.index_dim, generator=generator)
+            # Random index keys are enough: decoding takes the same time whatever is selected.
             keep_index_keys(cache, number, index_keys, selector="IndexBranch")
         shape = (1, setting.groups, tokens, setting.head_dim)
         cache.layers[number].update(*(torch.randn(shape, generator=generator) for _ in range(2)))
@@ -144,6 +147,7 @@ def _model_step(model: Any, cache: Any, tokens: int, clock: Clock) -> Tensor:
 def _append(cache: Any, setting: Setting, clock: Clock) -> None:
     """Append one token in every layer."""
     states = torch.zeros(1, setting.groups, 1, setting.head_dim)
+    # Zeros, because only the time of the copy is measured.
     index_keys = torch.zeros(1, 1, setting.index_dim)
     with clock("appends in"):
         for layer in cache.layers:

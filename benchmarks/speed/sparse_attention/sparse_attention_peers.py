@@ -50,6 +50,7 @@ def add_peers(report: SparseReport, setting: Setting, tokens: int, rounds: int, 
                 "ours": partial(sparse_step, inputs, shape),
             }
             kept = in_turns(steps, rounds, warm=3)
+        # The report counts missing memory by itself (`SparseReport.attempt`).
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  any error of a peer is a result
@@ -80,6 +81,7 @@ def _flex_step(inputs: Inputs, setting: Setting) -> Step:
         mask_mod=causal,
         seq_lengths=(tokens, tokens),
     )
+    # Without compilation, FlexAttention computes the whole score matrix.
     compiled: Any = torch.compile(flex_attention)
 
     def step(clock: Clock) -> None:
@@ -98,6 +100,7 @@ def shared_blocks(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Ten
         All int32: the number of blocks before its own for each tile, (B, H, tiles); their block numbers, at the start of rows
         of length `tiles`, (B, H, tiles, tiles); and the tile's own block, of which a query sees a part, in rows of that length.
     """
+    # The last query of each tile.
     last = selection.blocks[:, :, selection.block_size - 1 :: selection.block_size]
     batch, groups, tiles, _ = last.shape
     own = torch.arange(tiles, dtype=torch.int32, device=last.device)[:, None]
@@ -105,6 +108,7 @@ def shared_blocks(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Ten
     chosen = torch.zeros(batch, groups, tiles, tiles + 1, dtype=torch.bool, device=last.device)
     chosen.scatter_(-1, torch.where((last >= 0) & (last != own), last, tiles).long(), True)
     chosen = chosen[..., :tiles].repeat_interleave(heads // groups, dim=1)
+    # A stable sort puts the chosen block numbers first, in rising order.
     order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
     first = torch.zeros_like(order)
     first[..., :1] = own
@@ -137,6 +141,7 @@ def _flash_msa_step(inputs: Inputs, setting: Setting) -> Step:
     flash_msa_func = importlib.import_module("flash_msa").flash_msa_func
     given = (inputs.index_query, inputs.index_key[:, None], inputs.query, inputs.key, inputs.value)
     leaves = [tensor.detach().contiguous().requires_grad_() for tensor in given]
+    # flash-msa takes the budget in keys.
     keys = setting.blocks * setting.block_size
 
     def step(clock: Clock) -> None:

@@ -80,6 +80,7 @@ class SparseReport(Report):
 
 def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) -> None:
     """Compare with the float64 reference on packed sequences, and two runs with each other, before anything is timed."""
+    # Two rows: one with two packed sequences, neither a multiple of the block, and one with a single sequence.
     lengths = [[3 * setting.block_size + 5, 17], [4 * setting.block_size]]
     layout = Layout.from_lengths(lengths)
     generator = torch.Generator(report.device).manual_seed(0)
@@ -96,6 +97,7 @@ def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) 
         "index_key": normal(B, T, setting.index_dim),
     }
     grad = normal(B, setting.heads, T, D)
+    # Two blocks are fewer than a row has, so that the selection matters.
     budget = type(setting.budget)(blocks=2)
     choices = [
         index_select(given["index_query"], given["index_key"], layout, budget, block_size=setting.block_size)
@@ -111,9 +113,11 @@ def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) 
     def reference(x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         output, _ = attend_ref(x["query"], x["key"], x["value"], choices[0], layout, scale=scales["scale"])
         rows = align_ref(x["query"], x["key"], x["index_query"], x["index_key"], choices[0], layout, **scales)
+        # `align` is the mean over tokens and groups; `align_ref` has one value per row.
         return output, rows.sum() / (layout.tokens * setting.groups)
 
     first, second = (_results(ours, given, grad) for _ in range(2))
+    # The reference gets the same rounded inputs, so the error is that of the computation alone.
     exact = _results(reference, {name: tensor.double() for name, tensor in given.items()}, grad.double())
     errors = {name: _error(first[name], exact[name]) for name in exact}
     worst = max(errors, key=lambda name: errors[name])
@@ -144,6 +148,7 @@ def _results(
 
 def _error(found: Tensor, exact: Tensor) -> float:
     difference = (found.double() - exact).square().mean().sqrt()
+    # The bound avoids a division by 0 if a gradient is exactly 0.
     return float(difference / exact.square().mean().sqrt().clamp_min(1e-30))
 
 
@@ -166,6 +171,7 @@ def crossing(ratios: dict[int, float]) -> float | None:
     points = sorted(ratios.items())
     for (short, below), (long, above) in itertools.pairwise(points):
         if below < 1 <= above:
+            # The logarithm of the ratio is 0 at the crossover.
             share = -math.log(below) / (math.log(above) - math.log(below))
             return float(short * (long / short) ** share)
     return None
@@ -220,7 +226,8 @@ def add_warm_up(report: SparseReport, folder: Path = RESULTS) -> None:
             "mass captured after the warm-up: not measured here; python benchmarks/studies/sparse/sparse_warmup.py --save"
         )
     else:
-        name, figure = min(judged, key=lambda one: one[1]["value"])  # one file per machine
+        # There is one file per machine; the lowest value counts.
+        name, figure = min(judged, key=lambda one: one[1]["value"])
         note = f"{figure['note']}; from {name}"
         report.add("mass_captured_after_warm_up", figure["value"], figure["unit"], floor=figure["floor"], note=note)
 

@@ -223,6 +223,7 @@ def _interaction(results: Results) -> str:
     if not {"constant", "cosine"} <= set(results.schedules):
         return ""
     orders = [order for order in results.orders if order not in BASELINES]
+    # Paired by seed: the gain under one schedule minus that under the other, (S, orders).
     gains = np.stack(
         [
             results.gains("final", order, "random", "constant") - results.gains("final", order, "random", "cosine")

@@ -53,6 +53,7 @@ def spreads(study: dict[str, Any]) -> list[Spread]:
 
 
 def _spread(task: str, cells: list[dict[str, Any]]) -> Spread:
+    # Rows are demonstration sets, columns the random orders of each.
     by_set_SO = 100 * np.concatenate([np.array(cell["random"]["accuracy_by_set"]) for cell in cells])
     chosen_S = 100 * np.concatenate(
         [arm["accuracy_by_set"] for cell in cells for arm in cell["arms"] if arm["name"] == CHOOSER]
@@ -71,6 +72,7 @@ def draw(rows: list[Spread]) -> Any:
         axes.plot([row.worst, row.best], [place, place], color=colour("random"), linewidth=7, solid_capstyle="butt")
         axes.plot([row.mean], [place], marker="|", markersize=13, markeredgewidth=2, color=colour("ink"))
         axes.plot([row.chosen], [place], marker="D", markersize=7, color=colour("chosen"), markeredgecolor="white")
+        # Text to the right of the axes: x is a share of their width, y a row.
         text = f"{row.best - row.worst:.1f}"
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontweight="bold")
     axes.set_yticks(range(len(rows)), [_TASKS[row.task] for row in reversed(rows)])
@@ -107,6 +109,7 @@ def main() -> None:
         numbers = f"worst {row.worst:.1f}, mean {row.mean:.1f}, best {row.best:.1f}, chosen {row.chosen:.1f}"
         print(f"{row.task}: {numbers}", file=sys.stderr)
     with styled(), write_atomically(arguments.out) as file:
+        # Without the version of matplotlib in the metadata, the file is the same for the same numbers.
         draw(rows).savefig(file, format="png", dpi=180, metadata={"Software": None})
     print(arguments.out)
 

@@ -128,7 +128,8 @@ class Loader:
             return all(texts.pair(prefix, text) in found.row for prefix in chunks for text in queries)
 
         if not known(every):
-            return None  # The set is unfinished.
+            # Some outcomes are missing, so the set is unfinished.
+            return None
 
         def panel(queries: Sequence[str]) -> Panel:
             pairs = [[texts.pair(prefix, text) for text in queries] for prefix in chunks]

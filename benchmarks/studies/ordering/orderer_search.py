@@ -70,6 +70,7 @@ def rho(scores: Floats, accuracy: Floats) -> float:
 
 def gains(scores: Floats, accuracy: Floats, seed: int) -> tuple[float, float]:
     """Accuracy of the best order by the scores, and of the four best, minus the mean of all orders."""
+    # The seed breaks ties, as in `sparsort choose`.
     ranking = choose(scores, seed=seed).ranking
     return float(accuracy[ranking[0]] - accuracy.mean()), float(accuracy[ranking[:4]].mean() - accuracy.mean())
 
@@ -281,6 +282,7 @@ class Search:
         self.basis = {id(case): baselines(case, names) for case in cases}
         self.winners, self.record = tune(tuning, lambda case: self.table[id(case)], by)
         ours = [winner for winner in self.winners if winner.family != "read-out"]
+        # Named by tuning alone, before any other set is looked at.
         self.primary = max(ours, key=lambda winner: winner.tuning)
         for case in cases:
             found = {w.family: w.sign * self.table[id(case)][w.family][w.name] for w in ours if self._has(case, w)}

@@ -70,6 +70,8 @@ def pack(store: OutcomeStore, recipe: Ablation, path: Path) -> None:
             schema,
             compression="zstd",
             compression_level=19,
+            # Names repeat, and floats compress better with their bytes in separate streams. The file is a
+            # part of the repository.
             use_dictionary=["group", "prefix", "query", "n_tokens.list.element"],
             use_byte_stream_split=["log_p.list.element", "features.list.element"],
         ) as writer:
@@ -93,6 +95,7 @@ def unpack(path: Path, folder: Path) -> OutcomeStore:
     if folder.exists():
         # The store of another model is refused, and an existing one is not filled again.
         return OutcomeStore(folder, about["identity"], feature_names=about["feature_names"])
+    # The store is filled under another name and then renamed, so the folder is complete or absent.
     part = folder.with_name(f".{folder.name}.{os.getpid()}.unpacking")
     store = OutcomeStore(part, about["identity"], feature_names=about["feature_names"])
     for number in range(file.num_row_groups):
@@ -122,6 +125,8 @@ def _test_queries(recipe: Ablation) -> set[str]:
 def _table(group: str, held: Outcomes, unread: set[str], schema: pa.Schema) -> pa.Table:
     bare = group.endswith("/none")
     features = [
+        # Features of test queries are the largest part of the file, and only those without demonstrations are
+        # read.
         None if query in unread and not bare else row
         for query, row in zip(held.query.tolist(), held.features.tolist(), strict=True)
     ]

@@ -32,8 +32,10 @@ def shares_by_bbse(queries_OPL: Floats, labelled_ONL: Floats, gold_N: NDArray[np
     confusion = np.empty((orders, labels, labels))
     for label in range(labels):
         own = gold_N == label
+        # The mean prediction for the rows of this label, shrunk towards the overall mean by one row.
         confusion[:, :, label] = (predicted[:, own].sum(axis=1) + overall) / (own.sum() + 1)
     uniform = np.full(labels, 1.0 / labels)
+    # The quadratic and the linear term of the objective; the factor 2 cancels.
     curvature = np.einsum("ojl,ojm->lm", confusion, confusion) / orders + RIDGE * np.eye(labels)
     slope = np.einsum("ojl,oj->l", confusion, mean) / orders + RIDGE * uniform
     # One over the largest eigenvalue of the quadratic form is the largest step for which gradient descent converges

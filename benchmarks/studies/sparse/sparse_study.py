@@ -104,7 +104,8 @@ def score(study: Study, rows: Rows, tokenizer: Any, folder: Path) -> NDArray[np.
     """Difficulty of the rows (N,): sparsity of the reference model's states, stored in the folder."""
     kept = folder / "reference.safetensors"
     model = make_model(study, len(tokenizer), _REFERENCE_SEED)
-    if not kept.with_suffix(".json").exists():  # written last
+    # The record of the weights is written last, so the weights are complete if it exists.
+    if not kept.with_suffix(".json").exists():
         plan = make_plan(study, "plain", np.zeros(len(rows)), _REFERENCE_SEED)
         train(study, model, "dense", plan, rows, rows[:1], tokenizer, _REFERENCE_SEED, steps=study.reference_steps)
         _save(model, kept)
@@ -199,7 +200,8 @@ def run(
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
     ):
         advance(len(units) - len(missing))
-        for retrofits in (False, True):  # after the dense models that they start from
+        # Retrofits come after the dense models from which they start.
+        for retrofits in (False, True):
             futures = [
                 pool.submit(_work, study, data, folder, unit, scores["level" if unit[1] == "level" else "sparsity"])
                 for unit in missing

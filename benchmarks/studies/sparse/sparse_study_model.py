@@ -29,7 +29,8 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
 IGNORED = -100
 PAD, UNKNOWN = "<pad>", "<unk>"
-EVALUATED = 50  # held-out rows per forward pass
+# Held-out rows per forward pass.
+EVALUATED = 50
 
 
 @dataclass(frozen=True, kw_only=True)

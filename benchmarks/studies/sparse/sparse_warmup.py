@@ -45,7 +45,8 @@ from sparsort.terminal.progress import progress
 
 RIVALS: tuple[SelectorKind, ...] = ("oracle", "moba", "sink_window", "window", "random")
 BLOCK = 16
-WIDTHS = (256, 64)  # the width of the heads, and a quarter of it
+# The width of the heads, and a quarter of it.
+WIDTHS = (256, 64)
 FLOOR = 0.90
 
 
