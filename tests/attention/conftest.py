@@ -1,4 +1,4 @@
-"""What the tests of attention in transformers share: tiny models of every family, dense and sparse."""
+"""Shared fixtures of the tests of attention: tiny models of every family, dense and sparse."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_the_oracle_recalls_all_and_catches_most(name: str, blocks: int) -> None
         assert not _report(query, key, other, layout).mass > best.mass
 
 
-def test_a_batch_without_tokens_has_nothing_to_report() -> None:
+def test_a_batch_without_tokens_has_no_diagnostics() -> None:
     layout = Layout.from_padding(torch.zeros(2, 5), 5)
     query, key = _tensors(layout)
     report = _report(query, key, every_block(layout, GROUPS, BLOCK), layout)

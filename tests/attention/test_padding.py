@@ -1,4 +1,4 @@
-"""Where sequences lie in a batch changes nothing: left, right and no padding, rows packed by position_ids.
+"""The place of sequences in a batch changes nothing: left, right and no padding, rows packed by position_ids.
 
 The oracle is each sequence by itself, without a mask.
 """

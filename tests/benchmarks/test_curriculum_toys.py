@@ -1,4 +1,4 @@
-"""Plans do to a small network what the literature says: the toys of `curriculum_toys.py` among the benchmarks, on fewer seeds."""
+"""Plans have the effects that the literature reports on a small network: `curriculum_toys.py` with fewer seeds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_with_flipped_labels_and_few_steps_a_curriculum_wins_and_anti_curriculum
 
 
 @pytest.mark.slow
-def test_on_clean_labels_with_a_full_budget_orders_lie_within_a_point(
+def test_on_clean_labels_with_a_full_budget_orders_are_within_a_point(
     toys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(toys, "ARMS", arms(toys, (0.4, 0.8), (0.8, 0.4), (0.8, 0.2)))
@@ -82,7 +82,7 @@ def test_a_curriculum_draws_from_the_easy_share_and_its_anti_curriculum_from_the
     assert difficulty[easy[-10:]].max() > difficulty[easy[:10]].max()
 
 
-def test_test_rows_keep_their_labels_and_the_others_are_flipped_alike(toys: Any) -> None:
+def test_labels_of_test_rows_are_kept_and_the_others_are_flipped_alike(toys: Any) -> None:
     clean, noisy = toys.split(3, 0.0), toys.split(3, 0.4)
     for before, after in zip(clean, noisy, strict=True):
         assert torch.equal(before.inputs, after.inputs)

@@ -1,4 +1,4 @@
-"""`graded_texts`: every exercise is right by a second reading of it, levels are what they say, and length says nothing."""
+"""`graded_texts`: every exercise is correct by a second computation, levels have their sizes, and length does not reveal them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_exercise_is_right(kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_length_does_not_give_the_level_away(seed: int) -> None:
+def test_length_does_not_reveal_the_level(seed: int) -> None:
     rows = graded_texts(2_000, seed)
     for kind in (None, *KINDS):
         chosen = [row for row in rows if kind in (None, row["kind"])]
@@ -139,7 +139,7 @@ FIRST_TEXT = (
 )
 
 
-def test_what_cannot_be_made_is_refused() -> None:
+def test_impossible_requests_are_refused() -> None:
     with pytest.raises(SparsortError, match="n is 0"):
         graded_texts(0, 0)
     with pytest.raises(SparsortError, match="Did you mean 'held_out'"):

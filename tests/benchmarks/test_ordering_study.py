@@ -1,4 +1,4 @@
-"""The ordering study's answers as one file: what its page is made from comes back exactly."""
+"""The ordering study's answers as one file, from which the data of its page are restored exactly."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def filled(folder: Path, recipe: Ablation) -> tuple[OutcomeStore, set[str], set[
     return store, set(test), set(dev)
 
 
-def test_what_arms_and_choosers_read_comes_back_exactly(outcomes: Any, recipe: Ablation, tmp_path: Path) -> None:
+def test_values_that_arms_and_choosers_read_are_restored_exactly(
+    outcomes: Any, recipe: Ablation, tmp_path: Path
+) -> None:
     store, test, dev = filled(tmp_path / "store", recipe)
     outcomes.pack(store, recipe, tmp_path / "kept.parquet")
     found = outcomes.unpack(tmp_path / "kept.parquet", tmp_path / "again")

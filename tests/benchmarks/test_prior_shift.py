@@ -67,7 +67,7 @@ def test_rows_repeat_only_where_a_label_has_too_few(scripts: Any) -> None:
     assert len(rows) == 30
 
 
-def test_parts_are_apart_and_hold_every_label(scripts: Any) -> None:
+def test_parts_are_disjoint_and_have_every_label(scripts: Any) -> None:
     gold = np.repeat([0, 1], [20, 4])
     parts = scripts.shift.thirds(gold, np.random.default_rng(1))
     assert sorted(np.concatenate(parts).tolist()) == list(range(24))

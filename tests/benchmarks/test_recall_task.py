@@ -1,4 +1,4 @@
-"""`recall_rows`: a reader who goes through the words by themselves finds every answer, its fact, and the gaps."""
+"""`recall_rows`: a reader that uses only the words finds every answer, its fact, and the gaps."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_cities_are_alike_likely_and_names_are_stated_once() -> None:
 
 
 @pytest.mark.parametrize("level", [4, 5])
-def test_what_is_near_does_not_give_the_answer(level: int) -> None:
+def test_nearby_words_do_not_reveal_the_answer(level: int) -> None:
     """Guessing by order, by what was answered last, or by the commonest city is little better than chance."""
     hits: Counter[str] = Counter()
     total = 0
@@ -119,7 +119,7 @@ def test_drawn_words_are_facts_and_the_names_that_are_asked_for() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 40), seed=st.integers(), split=st.sampled_from(["train", "held_out"]))
-def test_rows_are_the_same_again_and_of_their_split(n: int, seed: int, split: Any) -> None:
+def test_rows_are_reproducible_and_belong_to_their_split(n: int, seed: int, split: Any) -> None:
     state = random.getstate()
     rows = recall_rows(n, seed, split=split)
     assert random.getstate() == state
@@ -149,6 +149,6 @@ def test_no_word_means_two_things() -> None:
         ({"n": 2, "length": 100}, "level 4 takes"),
     ],
 )
-def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_requests_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         recall_rows(**{"seed": 0, **arguments})

@@ -1,4 +1,4 @@
-"""The benchmark `sparse_attention.py`: it times what it says, its figures follow from the times, and it judges as it says.
+"""The benchmark `sparse_attention.py`: it times the documented phases, derives its figures from them, and applies its floors.
 
 Both devices' measuring runs here at tiny size on the CPU; the numbers themselves say nothing.
 """
@@ -117,7 +117,7 @@ def test_the_crossover_is_where_ratios_rise_through_one(bench, ratios, expected)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_what_could_not_be_measured_misses_its_floor_but_not_in_a_quick_run(bench):
+def test_a_figure_that_was_not_measured_misses_its_floor_except_in_a_quick_run(bench):
     def too_large():
         raise torch.OutOfMemoryError("no room\nfor it")
 
@@ -245,7 +245,7 @@ def test_the_dense_form_that_the_gpu_cannot_run_is_skipped(bench, monkeypatch):
     assert report.notes[0] == "dense, key/value heads shared: No available kernel."
 
 
-def test_the_gpu_part_runs_where_torch_stands_in_for_it(bench, monkeypatch):
+def test_the_gpu_part_runs_on_a_cpu_with_substitutes(bench, monkeypatch):
     for name, value in (
         ("LENGTHS", (256,)),
         ("LAYER_FLOORS", {256: 3.0}),
@@ -271,7 +271,7 @@ def test_the_gpu_part_runs_where_torch_stands_in_for_it(bench, monkeypatch):
     assert "flex_attention at 256 tokens: ValueError: no backward here" in report.notes
 
 
-def test_the_gpu_check_knows_the_kernels_tests(bench):
+def test_the_gpu_check_finds_the_tests_of_the_kernels(bench):
     names = [path.name for path in bench.gpu_check.tests_of("sparse_attention")]
     assert {f"test_{part}.py" for part in ("select", "attend", "align")} <= set(names)
     assert all("gpu" in path.read_text() for path in bench.gpu_check.tests_of("sparse_attention"))

@@ -1,4 +1,4 @@
-"""The sparse-attention study: what a stack of windows cannot reach, what bears loss, and a run that is the same again."""
+"""The sparse-attention study: the reach of a stack of windows, the words that have a loss, and reproducible runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def study() -> Any:
 
 
 @pytest.mark.parametrize(("layers", "blocks"), [(1, 2), (2, 2), (2, 3)])
-def test_nothing_as_far_back_as_the_reach_changes_what_windows_say(study: Any, layers: int, blocks: int) -> None:
+def test_words_beyond_the_reach_do_not_change_the_output_of_windows(study: Any, layers: int, blocks: int) -> None:
     recipe = replace(study.read_study(study.RECIPE), layers=layers, blocks=blocks, length=128, hidden=16, head_dim=8)
     model = study.make_model(recipe, 40, 0)
     attach_index_branch(model, selector="window", block_size=recipe.block_size, blocks=blocks)
@@ -48,7 +48,7 @@ def test_nothing_as_far_back_as_the_reach_changes_what_windows_say(study: Any, l
     assert farthest < recipe.reach <= farthest + recipe.block_size
 
 
-def test_answers_bear_loss_and_what_nothing_tells_does_not(study: Any) -> None:
+def test_answers_have_a_loss_and_unpredictable_words_do_not(study: Any) -> None:
     parts = sys.modules["sparse_study_model"]
     recipe = study.read_study(study.RECIPE)
     rows = study.recall_rows(40, 0)
@@ -68,7 +68,7 @@ def test_answers_bear_loss_and_what_nothing_tells_does_not(study: Any) -> None:
     assert (batch.is_answer & ~batch.is_far).any()
 
 
-def test_a_run_that_is_done_again_says_the_same(study: Any, tmp_path: Path) -> None:
+def test_a_repeated_run_gives_the_same_result(study: Any, tmp_path: Path) -> None:
     sizes = {"length": 240, "rows": 24, "held_out": 10, "steps": 4, "evaluate_every": 2, "full_steps": 2, "stages": 2}
     recipe = replace(
         study.read_study(study.RECIPE), seeds=2, reference_steps=2, hidden=16, head_dim=8, index_dim=8, **sizes

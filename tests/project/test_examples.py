@@ -1,4 +1,4 @@
-"""The example data are what their generator makes, and their answers are right by another reckoning."""
+"""The example data equal the output of their generator, and their answers are right by a second computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Makefile sets up .venv once, again when what it rests on changes, and not at all when the installation fails."""
+"""The Makefile sets up .venv once, again when its requirements change, and not at all if the installation fails."""
 
 from __future__ import annotations
 

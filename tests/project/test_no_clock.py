@@ -81,5 +81,5 @@ def test_a_clock_is_found(code: str) -> None:
 @pytest.mark.parametrize(
     "code", ["settings(deadline=None)", "process.wait()", "time = dict(time=1)", "datetime.time(12)", '", ".join(x)']
 )
-def test_what_is_no_clock_is_not_found(code: str) -> None:
+def test_code_without_a_clock_is_accepted(code: str) -> None:
     assert not [use for tree in _trees(ast.parse(code)) for use in _clocks(tree)]

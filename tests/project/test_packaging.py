@@ -1,4 +1,4 @@
-"""What an editable install consists of. What a wheel holds is in `test_house`."""
+"""The content of an editable install. The content of a wheel is tested in `test_house`."""
 
 from __future__ import annotations
 

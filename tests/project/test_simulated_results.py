@@ -1,4 +1,4 @@
-"""Simulated results: the truth they claim is the truth they have."""
+"""Simulated results have the effects that they claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests wait and count with (`tests/support`) does so itself."""
+"""The helpers with which tests wait and count (`tests/support`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from work import count_calls
 _LOOP = "import itertools\nfrom handshake import die_in\ndie_in({calls})\nfor n in itertools.count():\n    print(n, flush=True)\n"
 
 
-def test_a_child_waits_where_it_says_so_until_it_is_let_go() -> None:
+def test_a_child_waits_at_its_state_until_it_is_released() -> None:
     with Child("from handshake import hold\nhold('here')\nprint('done')") as child:
         assert child.line() == "here"
         child.go()

@@ -1,4 +1,4 @@
-"""What the command line's SOURCE stands for: a recipe, a task file, ready tasks or a data file; and what is no such thing."""
+"""The meaning of the command line's SOURCE: a recipe, a task file, ready tasks or a data file; anything else is refused."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ def test_scores_that_do_not_fit(tmp_path: Path, scores: Path, data: Path) -> Non
     assert "is not the row that was scored" in _mistake(strict, "--data", changed, "--batch-size", 1)
 
 
-def test_paths_that_hold_something_else(tmp_path: Path, scores: Path, data: Path) -> None:
+def test_paths_of_other_files_are_refused(tmp_path: Path, scores: Path, data: Path) -> None:
     assert "lacks the column" in _mistake(data, "--batch-size", 4)
     (tmp_path / "nothing").mkdir()
     assert "nothing" in _mistake(tmp_path / "nothing", "--batch-size", 4)
@@ -332,7 +332,7 @@ def test_saved_plans_are_drawn_next_to_this_one(scores: Path, data: Path, tmp_pa
     )
 
 
-def test_no_matplotlib_is_found_out_before_any_work(
+def test_a_missing_matplotlib_is_reported_before_any_work(
     scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

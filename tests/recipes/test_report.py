@@ -1,4 +1,4 @@
-"""`sparsort report` as a script and a person meet it."""
+"""`sparsort report` as used by scripts and by people."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=_VALUES, repeat=st.sampled_from([1, 100]))
-def test_json_comes_back(value: Any, repeat: int, tmp_path: Path) -> None:
+def test_json_is_read_back_unchanged(value: Any, repeat: int, tmp_path: Path) -> None:
     whole = {"list": [value] * repeat, "value": value}
     write_json(tmp_path / "a.json", whole)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_json_comes_back(value: Any, repeat: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("repeat", [1, 100])
-def test_half_of_a_surrogate_pair_comes_back(repeat: int, tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_read_back(repeat: int, tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"list": ["a\ud800é"] * repeat})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"list": ["a\ud800é"] * repeat}
 
@@ -123,7 +123,7 @@ def test_a_device_that_is_full_is_reported_and_stays() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "."])
-def test_a_folder_is_no_file_to_write(name: str, tmp_path: Path) -> None:
+def test_a_folder_cannot_be_written_as_a_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(SparsortError, match="it is a folder"), write_atomically(Path(name)):
         raise AssertionError("the block ran")
     with pytest.raises(SparsortError, match="it is a folder"), write_atomically(tmp_path):

@@ -1,4 +1,4 @@
-"""The manifest of a folder: what it lists is held to it, and what came later is not."""
+"""The manifest of a folder: files that it lists must match it, and later files need not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_any_damage_is_found(folder: Path, damages: Callable[[Path], Iterator[st
     assert manifests.damage_in(folder) == "empty is not as it was written: it has 1 bytes, and 0 were written"
 
 
-def test_what_is_not_listed_may_come_and_go(folder: Path) -> None:
+def test_files_that_are_not_listed_may_change(folder: Path) -> None:
     (folder / "passing").unlink()
     (folder / "README.md").write_text("Mine.", encoding="utf-8")
     assert manifests.damage_in(folder) is None

@@ -38,7 +38,7 @@ def test_the_facts_come_back_and_other_readers_see_no_difference(path: Path) -> 
     assert pandas.read_parquet(path).equals(TABLE.to_pandas())
 
 
-def test_every_bit_counts(path: Path) -> None:
+def test_every_flipped_bit_is_found(path: Path) -> None:
     """All bits where the seal and the footer are found, and one of each third byte elsewhere."""
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")

@@ -1,4 +1,4 @@
-"""Results whose truth is known: what the report and the statistics are tried on, without a model.
+"""Results whose truth is known, for tests of the report and the statistics without a model.
 
 Contract: arm a has on average exactly `effect[a] · scale[task]` more accuracy than the mean random order, up to clipping far from
 the rates used here. Items are hard or easy for every order alike, sets and orders differ, and a poor order leans on one

@@ -1,4 +1,4 @@
-"""What is printed is printable and bounded, tables keep their numbers, and nothing is printed by another way."""
+"""Output is printable and bounded, tables keep their numbers, and nothing bypasses these functions."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _calls(path: Path) -> list[str]:
     return [ast.unparse(called) for called in calls]
 
 
-def test_nothing_is_printed_by_another_way() -> None:
+def test_no_source_prints_by_another_way() -> None:
     ends = tuple(f".{way}" for way in PRINTS)
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     names = {str(path.relative_to(ROOT)): path for path in paths}

@@ -155,7 +155,7 @@ def _table(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("width", "table"), [(8, 8), (8, 16), (8, 32), (12, 8), (6, 8), (2, 8)])
-def test_turning_keeps_lengths_and_products_of_equal_distance(
+def test_rotary_embedding_keeps_lengths_and_products_at_equal_distance(
     generator: torch.Generator, width: int, table: int
 ) -> None:
     places = torch.arange(40, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_turning_keeps_lengths_and_products_of_equal_distance(
 
 
 @pytest.mark.parametrize("table", [8, 16, 32])
-def test_turning_narrow_states_is_the_table_of_a_head_of_their_width(generator: torch.Generator, table: int) -> None:
+def test_rotary_embedding_of_narrow_states_uses_a_table_of_their_width(generator: torch.Generator, table: int) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     places = torch.arange(40, dtype=torch.float64)
@@ -298,7 +298,7 @@ def test_nsa_selects_and_mixes_as_defined(generator: torch.Generator) -> None:
             assert found[g][t] == _best(dict(enumerate(shares.tolist())), own, 2)
 
 
-def test_nsa_learns_all_of_itself_by_the_lm_loss(generator: torch.Generator) -> None:
+def test_the_lm_loss_trains_every_part_of_nsa(generator: torch.Generator) -> None:
     inputs = _inputs(generator, FixedBudget(blocks=2))
     selector = _made(inputs, "nsa", blocks=3)
     choice = selector.choose(inputs, None)
@@ -359,7 +359,7 @@ def test_without_gradients_there_is_no_bias(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 9])
-def test_windows(generator: torch.Generator, blocks: int) -> None:
+def test_a_window_selects_the_last_blocks(generator: torch.Generator, blocks: int) -> None:
     inputs = _inputs(generator, FixedBudget(blocks=blocks))
     last = [set(range(max(0, t // W - blocks + 1), t // W + 1)) for t in range(T)]
     assert _chosen(_made(inputs, "window"), inputs) == [last] * G
@@ -394,7 +394,7 @@ def _random(tokens: int, blocks: int, **fields: Any) -> Tensor:
     return functional.one_hot(selection.blocks[0, :, -(tokens // 10) :].long(), 10).sum((1, 2))
 
 
-def test_random_blocks_are_all_alike_likely_and_the_seeds() -> None:
+def test_random_blocks_are_equally_likely_and_depend_on_the_seed() -> None:
     tokens, blocks = 20_000, 4
     counts = _random(tokens, blocks).double()
     trials, share = tokens // 10, (blocks - 1) / 9

@@ -1,4 +1,4 @@
-"""What every selector promises, whatever it chooses by: a right selection for every budget, the same one wherever padding
+"""The contract of every selector: a valid selection for every budget, the same one wherever padding
 is, however much is cached and however the work is cut up, and gradients only where they belong."""
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _by_sequence(blocks: Tensor, layout: Layout) -> list[list[set[int]]]:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", SELECTORS)
-def test_the_selection_is_one_that_its_queries_may_have(layer: Layer, name: str, budget: str) -> None:
+def test_a_selection_has_only_blocks_that_its_queries_may_see(layer: Layer, name: str, budget: str) -> None:
     hidden, places, layout = _laid_out(_sequences(), "left")
     selector = _selector(layer, name)
     inputs, index_keys = layer.inputs(selector, hidden, places, layout, BUDGETS[budget])
@@ -292,7 +292,9 @@ def test_cached_decoding_selects_and_answers_as_the_whole_pass(layer: Layer, nam
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_cutting_the_queries_up_changes_nothing(layer: Layer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dividing_the_queries_into_chunks_changes_nothing(
+    layer: Layer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hidden, places, layout = _laid_out(_sequences(), "left")
     selector = _selector(layer, name)
 
@@ -371,7 +373,7 @@ def test_every_selector_joins_every_family_in_its_dtype(name: str, family: str) 
 
 
 @pytest.mark.parametrize("name", LEARNED_BY_LOSS + LEARNED_BY_LM)
-def test_first_weights_are_the_seeds_and_the_layers_alone(layer: Layer, name: str) -> None:
+def test_initial_weights_depend_only_on_the_seed_and_the_layer(layer: Layer, name: str) -> None:
     def weights(**fields: Any) -> list[Tensor]:
         return [weight.detach().clone() for weight in _selector(layer, name, **fields).parameters()]
 
@@ -394,7 +396,7 @@ def test_a_layer_without_data_gives_a_selector_without_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("lengths", [[], [0], [0, 5]])
-def test_batches_of_nothing(layer: Layer, name: str, lengths: list[int]) -> None:
+def test_a_batch_without_tokens_selects_nothing(layer: Layer, name: str, lengths: list[int]) -> None:
     layout = Layout.from_lengths([[length] for length in lengths], columns=5)
     hidden = torch.ones(len(lengths), 5, SIZES["hidden_size"], dtype=torch.float64)
     selector = _selector(layer, name)
@@ -405,7 +407,7 @@ def test_batches_of_nothing(layer: Layer, name: str, lengths: list[int]) -> None
     assert loss is None or loss.isfinite()
 
 
-def test_a_module_of_another_make_is_refused() -> None:
+def test_a_module_of_another_kind_is_refused() -> None:
     with pytest.raises(SparsortError, match="a selector cannot join Identity"):
         make_selector(nn.Identity(), SparseAttentionConfig())
 

@@ -260,7 +260,7 @@ def test_a_backward_pass_of_something_else(reentrant: Any, model: Any, tokens: M
     _same(_taken(model), expected)
 
 
-def test_nothing_holds_the_graph(model: Any, tokens: Make) -> None:
+def test_no_reference_keeps_the_graph_alive(model: Any, tokens: Make) -> None:
     def nodes() -> int:
         """Autograd nodes of ours that are alive; those of functions in Python are objects that Python knows of."""
         gc.collect()

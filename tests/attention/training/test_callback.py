@@ -1,4 +1,4 @@
-"""Sparse attention under Trainer: what every step runs with, what the logs say, and that measuring changes nothing.
+"""Sparse attention under Trainer: the mode and budget of every step, the logs, and that measuring changes nothing.
 
 The oracle reads `model.sparse_attention` in front of every forward pass, and measures the logged batches by itself; with a
 learning rate of 0 the model stays what it was, so that every log can be computed again.
@@ -308,7 +308,7 @@ def test_a_schedule_or_a_model_that_does_not_fit_is_refused_before_the_first_ste
         trainer(dense(), SparseAttentionCallback()).train()
 
 
-def test_what_is_no_schedule_or_sample_is_refused() -> None:
+def test_an_invalid_schedule_or_sample_is_refused() -> None:
     with pytest.raises(SparsortError, match="schedule is 3; expected a SparseSchedule"):
         SparseAttentionCallback(3)  # type: ignore[arg-type]
     for sample in (0, -1):
@@ -316,7 +316,7 @@ def test_what_is_no_schedule_or_sample_is_refused() -> None:
             SparseAttentionCallback(sample=sample)
 
 
-def test_wrappers_are_looked_through(sparse: Callable[..., Any], dense: Callable[..., Any]) -> None:
+def test_a_wrapped_model_is_unwrapped(sparse: Callable[..., Any], dense: Callable[..., Any]) -> None:
     class Parallel(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()

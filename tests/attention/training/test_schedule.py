@@ -48,12 +48,12 @@ def test_shares_go_the_same_way_and_end_exactly() -> None:
         ({"start": "8", "anneal_steps": 4}, "start is .*; expected a number above 0"),
     ],
 )
-def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_an_impossible_schedule_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         SparseSchedule(**settings)
 
 
-def test_a_start_that_the_budget_cannot_be_is_refused() -> None:
+def test_a_start_that_does_not_fit_the_budget_is_refused() -> None:
     with pytest.raises(SparsortError, match="not a number of blocks"):
         SparseSchedule(start=0.5, anneal_steps=4).budget(0, FixedBudget(blocks=4))
     with pytest.raises(SparsortError, match="threshold"):

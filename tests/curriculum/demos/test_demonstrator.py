@@ -1,4 +1,4 @@
-"""`Known` and `Demonstrator`: what is computed, when, and that the result is select_demos, order_demos and assemble by hand."""
+"""`Known` and `Demonstrator`: what is computed and when, and that the result equals separate calls of each function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts: what they hold, what a budget drops, and that a query never gets its own answer."""
+"""Prompts: their content, the demonstrations that a budget drops, and that a query never gets its own answer."""
 
 from __future__ import annotations
 

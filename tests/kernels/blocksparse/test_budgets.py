@@ -161,7 +161,7 @@ def test_budgets_that_make_no_sense_are_refused(make, message):
         make()
 
 
-def test_what_is_no_budget_is_refused():
+def test_an_object_that_is_not_a_budget_is_refused():
     for budget in (FixedBudget(blocks=2), ThresholdBudget(threshold=0.1, most=3), TopPBudget(p=0.9, most=4)):
         assert check_budget(budget) is budget
     for wrong in (4, None, "fixed", FixedBudget):

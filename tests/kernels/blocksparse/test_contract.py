@@ -1,4 +1,4 @@
-"""What the operations of block-sparse attention refuse, and how they say it."""
+"""Arguments that the operations of block-sparse attention refuse, and the messages."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "given", "message"), WRONG)
-def test_what_does_not_fit_is_refused(name, given, message):
+def test_tensors_that_do_not_fit_are_refused(name, given, message):
     arguments = inputs_but(**{name: given})
     tried = 0
     for operation, names in (
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused(name, given, message):
         ("index_key", torch.zeros(2, 6, 4, device="meta"), "index_key is on meta and index_query on cpu"),
     ],
 )
-def test_what_does_not_fit_is_not_selected_by(name, given, message):
+def test_index_tensors_that_do_not_fit_are_refused(name, given, message):
     arguments = inputs_but(**{name: given})
     arguments = {each: arguments[each] for each in ("index_query", "index_key", "layout")}
     with pytest.raises(SparsortError, match=message):
@@ -114,21 +114,21 @@ def test_what_does_not_fit_is_not_selected_by(name, given, message):
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, None, 2**20 + 1, 2**70])
-def test_a_block_size_that_is_none_is_refused(size):
+def test_an_invalid_block_size_is_refused(size):
     with pytest.raises(
         SparsortError, match=f"block_size is {size!r}; expected a whole number of keys from 1 to 1048576"
     ):
         index_select(torch.zeros(2, 2, 6, 4), torch.zeros(2, 6, 4), LAYOUT, FixedBudget(blocks=1), block_size=size)
 
 
-def test_a_budget_that_is_none_is_refused():
+def test_an_invalid_budget_is_refused():
     for given in (2, None, FixedBudget):
         with pytest.raises(SparsortError, match=r"the budget is .*; expected FixedBudget"):
             index_select(torch.zeros(2, 2, 6, 4), torch.zeros(2, 6, 4), LAYOUT, given, block_size=4)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "1", True, 1j])
-def test_a_scale_that_is_no_finite_number_is_refused(scale):
+def test_a_scale_that_is_not_a_finite_number_is_refused(scale):
     query, key, value, index_query, index_key, selection, _ = inputs_but().values()
     with pytest.raises(SparsortError, match=r"the scale is .*; expected a finite number"):
         index_select(index_query, index_key, LAYOUT, FixedBudget(blocks=1), block_size=4, scale=scale)
@@ -148,7 +148,7 @@ def test_tensors_without_a_width_or_a_group_are_refused():
         index_select(index_query[:, :0], index_key, LAYOUT, FixedBudget(blocks=1), block_size=4)
 
 
-def test_what_is_no_tensor_is_refused_under_autocast_too():
+def test_an_argument_that_is_not_a_tensor_is_refused_under_autocast_too():
     _, key, value, *_, selection, _ = inputs_but().values()
     with torch.autocast("cpu"), pytest.raises(SparsortError, match="value must be a torch tensor, got list"):
         attend(torch.zeros(2, 4, 6, 8), key, value.tolist(), selection, LAYOUT)

@@ -1,4 +1,4 @@
-"""Where sequences lie: against plain loops over the columns of random batches, and what is refused."""
+"""The places of sequences, against plain loops over the columns of random batches, and what is refused."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_masks_that_do_not_fit_are_refused(mask, queries, keys, message):
         Layout.from_padding(mask, queries, keys)
 
 
-def test_what_is_kept_from_inference_mode_serves_training():
+def test_a_layout_cached_in_inference_mode_can_be_used_in_training():
     layout = Layout.plain(1, 3, 1001)
     with torch.inference_mode():
         made = layout.table("cpu"), layout.position("cpu"), layout.span_of_query("cpu")
@@ -173,7 +173,7 @@ def test_what_is_kept_from_inference_mode_serves_training():
 
 
 @pytest.mark.parametrize("lengths", [[3, 4], 3, ["ab"], [[1.5]], [[3, -1]], None])
-def test_lengths_that_are_none_are_refused(lengths):
+def test_invalid_lengths_are_refused(lengths):
     with pytest.raises(
         SparsortError, match=r"expected, for each row, the lengths of its sequences, such as \[\[3, 4\], \[7\]\]"
     ):

@@ -249,7 +249,7 @@ def test_selection_and_attention_are_those_of_transformers_msa(padding, normal):
 # Padding, nothing, and numbers that are none
 
 
-def test_what_padding_holds_reaches_nothing(tensors, normal):
+def test_values_of_padding_have_no_effect(tensors, normal):
     layout = LAYOUTS["left and right"]
     clean = tensors(layout)
     selection = some_blocks(layout, 2, 8)

@@ -96,7 +96,7 @@ def plain_attention(query, key, value, index_query, index_key, selection, layout
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("H", "G", "size"), [(4, 2, 2), (3, 1, 3), (2, 2, 16), (5, 1, 1)])
-def test_attention_and_alignment_are_what_loops_say(name, H, G, size, tensors, normal):
+def test_attention_and_alignment_equal_plain_loops(name, H, G, size, tensors, normal):
     layout = LAYOUTS[name]
     query, key, value, index_query, index_key = tensors(layout, H, G)
     selection = some_blocks(layout, G, size)
@@ -116,7 +116,7 @@ def test_attention_and_alignment_are_what_loops_say(name, H, G, size, tensors, n
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: type(budget).__name__)
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
-def test_selection_is_what_loops_say(name, budget, size, tensors):
+def test_selection_equals_plain_loops(name, budget, size, tensors):
     layout = LAYOUTS[name]
     *_, index_query, index_key = tensors(layout)
     selection = reference.index_select_ref(index_query, index_key, layout, budget, block_size=size, scale=1.3)

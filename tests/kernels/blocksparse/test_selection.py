@@ -133,11 +133,11 @@ def test_blocks_of_padding_are_found():
         ([[[[0]]]], 4, "selected blocks must be a torch tensor, got list"),
     ],
 )
-def test_what_is_no_selection_is_refused(blocks, block_size, message):
+def test_an_invalid_selection_is_refused(blocks, block_size, message):
     with pytest.raises(SparsortError, match=message):
         Selection(blocks=blocks, block_size=block_size)
 
 
-def test_every_block_of_no_size_is_refused():
+def test_every_block_with_an_invalid_size_is_refused():
     with pytest.raises(SparsortError, match="block_size is 0"):
         every_block(Layout.plain(1, 4), 1, 0)

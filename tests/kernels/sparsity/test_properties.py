@@ -1,4 +1,4 @@
-"""What holds of the metrics for every row: invariance, bounds, and what moving mass does."""
+"""Properties of the metrics for every row: invariance, bounds, and the effect of moving mass."""
 
 from __future__ import annotations
 

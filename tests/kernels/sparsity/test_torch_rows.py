@@ -95,7 +95,7 @@ def test_index_reads_tokens_in_place_of_any_strides(normal):
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
-def test_zero_in_the_scale_leaves_the_dimension_out(normal):
+def test_a_zero_in_the_scale_excludes_the_dimension(normal):
     states = normal(4, 10)
     states[0, 2] = torch.nan
     scale = normal(10).abs() + 0.5
@@ -144,7 +144,7 @@ def test_gradients(normal):
     assert with_bad_rows.grad[2].isfinite().all()
 
 
-def test_chunks_do_not_show(monkeypatch, normal):
+def test_chunks_do_not_change_the_result(monkeypatch, normal):
     states = normal(37, 64)
     whole = sparsity_rows_ref(states)
     monkeypatch.setattr("sparsort.kernels.sparsity.torch_rows._CHUNK_ELEMENTS", 64 * 5)
@@ -174,6 +174,6 @@ def test_no_rows(shape):
         ({"gini": "exakt"}, "Did you mean 'exact'"),
     ],
 )
-def test_what_does_not_fit_is_named(arguments, message):
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(SparsortError, match=message):
         sparsity_rows_ref(torch.ones(2, 3, 4), **arguments)

@@ -140,7 +140,7 @@ def test_index_and_strides(cut, normal):
     assert_agrees(states)
 
 
-def test_token_that_is_not_there_is_no_number(normal):
+def test_a_token_outside_of_the_row_has_no_metrics(normal):
     """On a GPU the index is not read on the host: the kernel itself must not read beyond the states."""
     index = torch.tensor([0, 6, -1, 5])
     if not CUDA:
@@ -203,7 +203,7 @@ def test_bound_holds_where_bins_are_worst():
     assert (ours.gini_bound_N.cpu() < torch.tensor([0.01, 0.01, 0.01, 1e-4, 1e-4, 5e-3])).all()
 
 
-def test_gaussian_bound_is_what_is_promised(normal):
+def test_the_bound_for_gaussian_rows_is_as_documented(normal):
     assert assert_agrees(normal(2, 4096), gini="binned").gini_bound_N.max() < 2.4e-4
 
 
@@ -232,7 +232,7 @@ def test_no_rows():
     assert reason.shape == bound.shape == (0,)
 
 
-def test_what_the_kernel_does_not_take_is_refused():
+def test_arguments_that_the_kernel_does_not_support_are_refused():
     for states in (torch.ones(2, 3, dtype=torch.float64), torch.ones(1, MAX_TRITON_WIDTH + 1)):
         with pytest.raises(SparsortError, match="torch reference"):
             sparsity_rows_triton(states.to(DEVICE))

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the Triton kernel: wide sorts, large tensors, and the public door's choice."""
+"""Properties of the Triton kernel that need a GPU: wide sorts, large tensors, and the choice of the public function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the adapters share, against select_demos and order_demos called by hand; and what a missing package says."""
+"""The common part of the adapters, against direct calls of select_demos and order_demos; the message for a missing package."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_seed_of_the_options_goes_before_the_frameworks() -> None:
     assert {tuple(fixed.choose(None, 4, seed=seed)) for seed in range(8)} == {tuple(free.choose(None, 4, seed=1))}
 
 
-def test_a_length_is_that_of_the_text_given() -> None:
+def test_a_length_is_that_of_the_given_text() -> None:
     rows = [{"question": "a" * n, "answer": "b" * (10 - 2 * n)} for n in (1, 2, 3)]
     assert DemoChooser(rows, DemoOptions(order="length_ascending", select="first")).choose(None, 3) == [2, 1, 0]
     options = DemoOptions(order="length_ascending", select="first", text=lambda row: str(row["question"]))
@@ -171,7 +171,7 @@ def test_embeddings_of_the_wrong_shape_are_refused() -> None:
         DemoChooser(POOL, options).choose(QUERY, 2)
 
 
-def test_what_nothing_reads_is_not_embedded() -> None:
+def test_nothing_is_embedded_that_no_option_reads() -> None:
     def refuse(texts: list[str]) -> Any:
         raise AssertionError(texts)
 

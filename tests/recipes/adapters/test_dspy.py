@@ -154,7 +154,7 @@ def test_demonstrations_of_which_dspy_would_drop_some_are_refused() -> None:
         SparsortFewShot(4, FALLING).compile(program, trainset=[*half, *bare])
 
 
-def test_nothing_of_the_validation_set_becomes_a_demonstration() -> None:
+def test_no_row_of_the_validation_set_becomes_a_demonstration() -> None:
     valset = [dspy.Example(question="how far is it to the moon", answer="?").with_inputs("question")]
     compiled = SparsortFewShot(3, FALLING).compile(
         _made(dspy.Predict, "question -> answer"), trainset=TRAIN, valset=valset
@@ -204,7 +204,7 @@ def test_saved_scores_and_every_selector_without_a_query() -> None:
         ({"order": "similarity_ascending", "select": "bm25"}, "order 'similarity_ascending' looks at the query"),
     ],
 )
-def test_what_looks_at_the_query_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_read_the_query_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         SparsortFewShot(3, DemoOptions(**options))
 

@@ -90,7 +90,7 @@ def test_examples_can_be_added() -> None:
         selector.select_examples({"question": QUERY})
 
 
-def test_what_the_caller_holds_is_not_changed() -> None:
+def test_the_callers_examples_are_not_changed() -> None:
     examples = [dict(example) for example in EXAMPLES]
     selector = SparsortExampleSelector(examples, 2, DemoOptions(order="given", select="first"))
     selector.add_example({"question": "One more?", "answer": "yes"})

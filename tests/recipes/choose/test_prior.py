@@ -1,4 +1,4 @@
-"""The prior of PDO in `choose_order` and `sparsort choose`: which one is taken, and what each reads."""
+"""The prior of PDO in `choose_order` and `sparsort choose`: the choice of a prior, and the rows that each reads."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_criteria_that_are_joined() -> None:
         ({"prior": {"0": float("nan"), "1": 1.0}}, "a number above 0"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_model_is_loaded(changes: dict[str, Any], message: str) -> None:
+def test_impossible_priors_are_refused_before_a_model_is_loaded(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         sparsort.choose_order(DEMOS, QUERIES, model="/no/such/model", **{**ASKED, **changes})
 

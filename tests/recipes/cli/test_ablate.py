@@ -1,4 +1,4 @@
-"""The command `sparsort ablate`: from a data file to tables, what it says beforehand, and what it refuses before a model runs."""
+"""The command `sparsort ablate`: from a data file to tables, the cost in advance, and refusals before a model runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def asked(*more: str) -> list[str]:
     return ["--prompt", r"Review: {text}\nKind:", "--labels", "0=bad,1=good", "--orderers", "length_ascending", *more]
 
 
-def test_what_it_costs_then_a_run_then_the_store_as_it_is(
+def test_the_cost_in_advance_then_a_run_then_results_from_the_store(
     ablate: Callable[..., Any], reviews: Path, tmp_path: Path
 ) -> None:
     options = asked("--choosers", "mdl,best_on_dev", "--contextual", "off", "--no-report")
@@ -142,7 +142,9 @@ def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], t
         (["--selectors", "bm52"], "bm25"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], message: str, ablate: Callable[..., Any], reviews: Path) -> None:
+def test_options_that_do_not_fit_are_refused(
+    options: list[str], message: str, ablate: Callable[..., Any], reviews: Path
+) -> None:
     found = ablate(reviews, *asked(), *options)
     assert found.exit_code == 2
     assert message in " ".join(found.stderr.split())

@@ -85,7 +85,7 @@ def test_an_order_is_the_same_with_without_and_from_the_cache(
     assert without == first == second
 
 
-def test_a_new_query_is_all_that_is_read(file: Path, model: str, cache: Path) -> None:
+def test_only_a_new_query_is_read(file: Path, model: str, cache: Path) -> None:
     given = [file, "--model", model, "--select", "knn", "-k", "4", "--order", "given"]
     assert _order(*given)["cache"] == {"from_cache": 0, "read": 13}
     assert _order(*given, query="What is left of 3 apples?")["cache"] == {"from_cache": 12, "read": 1}
@@ -95,7 +95,7 @@ def test_a_new_query_is_all_that_is_read(file: Path, model: str, cache: Path) ->
     assert "cache" not in errors
 
 
-def test_a_limit_of_nothing_is_no_cache(file: Path, model: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_0_turns_the_cache_off(file: Path, model: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSORT_CACHE_ROWS_GB", "0")
     assert _order(file, "--model", model)["cache"] is None
     assert not (cache / "rows").exists()

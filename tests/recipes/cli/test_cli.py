@@ -1,4 +1,4 @@
-"""The command line as a script and a person meet it: output, exit codes, messages, interrupts."""
+"""The command line as used by scripts and by people: output, exit codes, messages, interrupts."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ def test_every_command_checks_before_it_does_anything(command: str) -> None:
 
 
 @pytest.mark.parametrize(("command", "arguments", "refused"), ACCEPTED)
-def test_what_has_an_effect_passes(command: str, arguments: str, refused: str | None) -> None:
+def test_options_with_an_effect_are_accepted(command: str, arguments: str, refused: str | None) -> None:
     if refused is None:
         check(_context(command, arguments))
         return
@@ -449,7 +449,7 @@ def test_what_has_an_effect_passes(command: str, arguments: str, refused: str | 
         ("ablate", "--judge numbr --label-score mean --stop x"),
     ],
 )
-def test_a_misspelt_choice_is_not_what_makes_an_option_useless(command: str, arguments: str) -> None:
+def test_a_misspelt_choice_is_reported_as_such_and_not_as_a_useless_option(command: str, arguments: str) -> None:
     check(_context(command, arguments))
 
 

@@ -1,4 +1,4 @@
-"""What every command prints of hostile data, and what it does where nothing can be printed."""
+"""The output of every command for hostile data, and its behaviour if nothing can be printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a training run: whatever changes in it is found before it is used, and training makes again what it can."""
+"""The folder of a training run: any change in it is found before use, and training rebuilds what it can."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_finished_run_whose_model_has_changed_is_refused_and_made_again_as_the
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_a_run_of_the_version_before_is_taken_up_again(run: Path, whole: Path) -> None:
+def test_a_run_of_the_previous_version_is_continued(run: Path, whole: Path) -> None:
     _as_before(run)
     finished = _train(run)
     assert finished.resumed == 3
@@ -128,7 +128,7 @@ def _digest_with_template(tokenizer: Any, texts: list[str]) -> str:
     return hashlib.blake2b(found, digest_size=16).hexdigest()
 
 
-def test_a_run_that_recorded_the_chat_template_of_plain_texts_is_taken_up_again(
+def test_a_run_that_recorded_the_chat_template_of_plain_texts_is_continued(
     make_tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     out, model = tmp_path / "run", str(make_tiny_model("llama"))
@@ -159,7 +159,7 @@ def test_a_run_that_recorded_the_chat_template_of_plain_texts_is_taken_up_again(
         train([*ROWS[:-1], {"text": "other", "id": "r011"}], "{text}", out=out, **{**OPTIONS, **more})
 
 
-def test_a_result_of_the_version_before_is_held_to_what_it_says(run: Path) -> None:
+def test_a_result_of_the_previous_version_must_be_consistent(run: Path) -> None:
     _as_before(run)
     text = (run / "result.json").read_text(encoding="utf-8")
     (run / "result.json").write_text(text.replace('"steps"', '"stepz"'), encoding="utf-8")
@@ -172,7 +172,7 @@ def test_a_result_of_the_version_before_is_held_to_what_it_says(run: Path) -> No
         _train(run)
 
 
-def test_damaged_tokens_are_made_again(run: Path, damages: Damages, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_tokens_are_rebuilt(run: Path, damages: Damages, caplog: pytest.LogCaptureFixture) -> None:
     from sparsort.recipes.train.text import is_intact
 
     (path,) = (run / "tokens").glob("*.arrow")

@@ -1,4 +1,4 @@
-"""`train` with a recipe: sparse attention and the order of the data in one run, and a stop changes nothing of it.
+"""`train` with a recipe: sparse attention and the order of the data in one run, and an interruption changes no result.
 
 The oracle is a loop without Trainer: the plan's batches, one optimiser, and `model.sparse_attention` set by hand in front of
 every step. Runs are compared by the bytes of their history and weights.
@@ -241,7 +241,7 @@ def test_an_online_difficulty_goes_with_it(data: dict[str, Any], tmp_path: Path)
 # A model that is there
 
 
-def test_a_frozen_base_stays_as_it_is(
+def test_a_frozen_base_is_not_changed(
     data: dict[str, Any], make_tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handed: list[int] = []
@@ -451,7 +451,7 @@ def test_a_file_says_what_the_tables_say(tmp_path: Path) -> None:
     assert expected.schedule(1).warmup_steps == 1
 
 
-def test_what_is_given_goes_before_the_recipe_and_takes_along_what_it_rules_out() -> None:
+def test_arguments_override_the_recipe_and_the_settings_that_they_exclude() -> None:
     recipe = Recipe(
         train={"max_steps": 3, "eval_share": 0.2, "learning_rate": 1e-3}, curriculum={"stages": 2, "batch_size": 4}
     )

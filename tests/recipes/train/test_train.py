@@ -234,7 +234,7 @@ def test_a_folder_with_another_run_is_refused_with_what_differs(data: Path, whol
     assert again(save_steps=7, per_device_batch=1, accumulate=4).resumed == STEPS
 
 
-def test_a_folder_that_is_trained_in_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_a_folder_in_which_another_process_trains_is_refused(data: Path, tmp_path: Path) -> None:
     asked = (data / "rows.jsonl", "--text", TEXT, "--schedule", "shuffle", "--out", tmp_path, "--max-steps", 1)
     with held(tmp_path):
         assert "another process is training" in " ".join(_cli(*asked, code=2).output.split())
@@ -296,7 +296,7 @@ def test_every_kind_of_batch_trains(curriculum: dict[str, Any], data: Path, tmp_
     assert rates[0] < LR
 
 
-def test_a_model_that_is_there_is_trained_on(data: Path, make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_given_model_is_trained_further(data: Path, make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = str(make_tiny_model("llama"))
     arguments = (data / "rows.jsonl", "--text", TEXT, "--scores", data / "scores", "--model", model, "--max-steps", 2)
     shown = _cli(*arguments, "--cut-length", 16, "--out", tmp_path / "run").stdout

@@ -1,4 +1,4 @@
-"""Answers after shared prefixes, held against a plain forward pass: one query, one answer, the whole text."""
+"""Answers after shared prefixes, compared with a plain forward pass: one query, one answer, the whole text."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_padding_is_not_counted_and_states_keep_no_batch_alive(
     assert all(state.untyped_storage().nbytes() == state.nbytes for state in states)
 
 
-def test_what_the_encoder_keeps_is_bounded(
+def test_the_cache_of_the_encoder_is_bounded(
     reader_of: Callable[..., AnswerReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = reader_of("llama")

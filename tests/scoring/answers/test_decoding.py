@@ -1,4 +1,4 @@
-"""Rows as they are written, by scripted logits: the text is the tokenizer's, and its ends are where they belong."""
+"""Generated rows from scripted logits: the text is the tokenizer's, and it ends in the right place."""
 
 from __future__ import annotations
 

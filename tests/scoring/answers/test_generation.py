@@ -1,4 +1,4 @@
-"""Generation after shared prefixes, held against transformers' plain `generate`: one query, the whole prompt, fp32."""
+"""Generation after shared prefixes, compared with transformers' plain `generate`: one query, the whole prompt, fp32."""
 
 from __future__ import annotations
 

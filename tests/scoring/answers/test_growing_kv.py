@@ -1,4 +1,4 @@
-"""Buffers of keys and values, held against a plain record of what every row has been given."""
+"""Buffers of keys and values, compared with a plain record of every row's tokens."""
 
 from __future__ import annotations
 

@@ -193,7 +193,9 @@ def test_a_model_whose_states_depend_on_the_length_of_the_text(make_tiny_model: 
     ends=st.sets(st.integers(1, 20), max_size=4),
 )
 @example(kind="words", prefix="x'v", query="ed", answer="l", ends={2})
-def test_where_chunks_end_changes_no_token(kind: str, prefix: str, query: str, answer: str, ends: set[int]) -> None:
+def test_the_border_between_chunks_changes_no_token(
+    kind: str, prefix: str, query: str, answer: str, ends: set[int]
+) -> None:
     chunks = cut(prefix, ends)
     trees = TreeEncoder(Encoder(TOKENIZERS[kind], max_length=None))
     segments = trees.segments(chunks)
@@ -206,7 +208,7 @@ def test_where_chunks_end_changes_no_token(kind: str, prefix: str, query: str, a
     assert [*before, *passage.stem, *passage.rest] == TOKENIZERS[kind](prefix + query)["input_ids"]
 
 
-def test_the_input_that_showed_it() -> None:
+def test_the_reported_input() -> None:
     # Scored from where "ment" merges with "entail", " no" had a log-probability of -30.4 instead of -12.5.
     lines = [
         "The quick brown fox jumps over the lazy dog. Question: What is 2 + 3?\nAnswer: 5 entailment not_entailment "
@@ -321,7 +323,7 @@ def test_an_answers_loss_is_its_number_where_nothing_merges(make_tiny_model: Cal
         assert found.log_p[0, 0] == pytest.approx(-loss * found.n_tokens[0, 0], abs=1e-3)
 
 
-def test_what_nothing_predicts_is_refused() -> None:
+def test_an_answer_that_no_token_precedes_is_refused() -> None:
     reader = AnswerReader(make_loaded(make_tokenizer("bytes", bos=False)))
     for query in (" ", "\n\n"):
         with pytest.raises(SparsortError, match="Put some text before the answer"):

@@ -238,7 +238,7 @@ def _without(found: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != key}
 
 
-def test_files_that_are_no_calibration(found: Calibration, tmp_path: Path) -> None:
+def test_files_that_are_not_a_calibration_are_refused(found: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     with pytest.raises(SparsortError, match="there is no calibration"):
         Calibration.load(path)

@@ -1,4 +1,4 @@
-"""`scoring.data.json_files`: arrays, lines and columns give the same rows, and one object is refused with the way to its rows."""
+"""`scoring.data.json_files`: arrays, lines and columns give the same rows; a single object is refused with advice."""
 
 from __future__ import annotations
 

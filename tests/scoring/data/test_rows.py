@@ -262,7 +262,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         list(source.rows())
 
 
-def test_what_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
+def test_data_that_can_be_read_only_once_or_has_several_splits_is_refused(tmp_path: Path) -> None:
     import datasets
 
     dataset = datasets.Dataset.from_list(ROWS)
@@ -300,7 +300,7 @@ def test_parts_of_tables_are_refused_with_the_way_to_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl"])
-def test_a_path_that_cannot_be_is_no_file(name: str) -> None:
+def test_an_impossible_path_is_not_a_file(name: str) -> None:
     with pytest.raises(SparsortError, match="there is no file"):
         open_rows(name)
 

@@ -1,4 +1,4 @@
-"""The embedded model: checked before use, converted once, whole or absent; and what a model's name stands for."""
+"""The embedded model: checked before use, converted once, complete or absent; and the meaning of a model's name."""
 
 from __future__ import annotations
 

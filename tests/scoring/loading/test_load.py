@@ -1,4 +1,4 @@
-"""Which files the identity of a model is a digest of: all that transformers may read, and nothing else."""
+"""The identity of a model: a digest of all files that transformers may read, and of no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan covers every row once within its limits, and shares what pays."""
+"""The plan has every row once within its limits, and shares prefixes where this saves tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_short_row_does_not_keep_the_others_from_sharing() -> None:
     assert how.head_of[-1] == -1
 
 
-def test_nothing_is_shared_where_it_does_not_pay() -> None:
+def test_nothing_is_shared_where_it_saves_nothing() -> None:
     assert (
         plan([[1, *range(10 * row, 10 * row + 40)] for row in range(50)], Limits(tokens=512, kept=8192, depth=32)).depth
         == 0

@@ -1,4 +1,4 @@
-"""Mistakes that a configuration shows are found before weights are read: every model here has lost its weights."""
+"""Mistakes that a configuration shows are found before weights are read: no model here has weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_mistake_is_found_without_weights_and_in_the_words_of_a_loaded_model(
         ("no_norm", "pre_norm", "drop:9"),
     ],
 )
-def test_what_a_model_has_is_not_refused(
+def test_settings_that_a_model_supports_are_accepted(
     family: str, site: str, rule: str, make_tiny_model: Callable[..., Path]
 ) -> None:
     folder = make_tiny_model(family)

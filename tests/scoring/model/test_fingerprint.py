@@ -1,4 +1,4 @@
-"""An edit of a model that sparsort loaded is seen before its values are taken for those of its files; running it is none."""
+"""An edit of a model that sparsort loaded is detected before its values count as those of its files; running it is no edit."""
 
 from __future__ import annotations
 

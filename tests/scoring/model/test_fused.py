@@ -1,4 +1,4 @@
-"""A compiled model, held against a plain pass over the whole text, as the reader that is not compiled is."""
+"""A compiled model, compared with a plain pass over the whole text, like the reader that is not compiled."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _check(loaded: LoadedModel) -> None:
     np.testing.assert_allclose(found.log_p, expected, atol=1e-3)
 
 
-def test_what_is_written_is_the_same(compiled: AnswerReader, loaded: LoadedModel) -> None:
+def test_generated_texts_are_the_same(compiled: AnswerReader, loaded: LoadedModel) -> None:
     ours = generate(compiled, DEMOS, QUERIES, max_new_tokens=5)
     assert ours.texts == generate(AnswerReader(loaded), DEMOS, QUERIES, max_new_tokens=5).texts
 
@@ -155,7 +155,9 @@ def test_a_model_that_reads_whole_prompts_is_not_compiled(
     np.testing.assert_allclose(reader.answers(DEMOS, QUERIES, LABELS).log_p, expected, atol=1e-3)
 
 
-def test_a_compiler_that_fails_is_no_traceback(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_reported_without_a_traceback(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_args: Any, **_options: Any) -> Any:
         raise RuntimeError("the compiler broke\nand more")
 

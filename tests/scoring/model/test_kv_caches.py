@@ -1,4 +1,4 @@
-"""What a model's cache is good for: probed with short windows, against the whole text, without a change to the model."""
+"""The possible uses of a model's cache, probed with short windows against the whole text, without a change to the model."""
 
 from __future__ import annotations
 

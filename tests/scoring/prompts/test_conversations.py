@@ -1,4 +1,4 @@
-"""Conversations of every form that data sets have them in become the same turns, and what is no text is refused by name."""
+"""Conversations in every common form become the same turns, and content that is not text is refused by name."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_conversation_that_is_missing_has_no_turns(nothing: Any) -> None:
         ([{"role": "user", "content": [5]}], "a number, and only text"),
     ],
 )
-def test_what_is_no_text_conversation_is_refused_with_the_row(value: Any, message: str) -> None:
+def test_a_conversation_with_other_content_than_text_is_refused_with_the_row(value: Any, message: str) -> None:
     with pytest.raises(SparsortError, match=rf"(?s)row 4.*{message}"):
         turns_of({"messages": value}, "messages", where="row 4")
 
@@ -131,7 +131,7 @@ def test_rows_that_lack_something_stay_without_a_score(folder: str) -> None:
     assert scores.provenance["prompt"] == {"turns": [["messages", "messages"]], "answer": LAST_ASSISTANT}
 
 
-def test_a_chat_template_that_refuses_one_row_leaves_that_row_out(folder: str) -> None:
+def test_a_row_that_the_chat_template_refuses_has_no_score(folder: str) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -170,7 +170,7 @@ def test_every_row_of_a_table_is_looked_at_before_a_model_runs(folder: str) -> N
 
 
 @pytest.mark.parametrize("other", [{"prompt": "{x}"}, {"answer": "{x}"}, {"system": "Be kind."}])
-def test_a_conversation_goes_with_no_template(other: dict[str, str], folder: str) -> None:
+def test_a_conversation_and_a_template_exclude_each_other(other: dict[str, str], folder: str) -> None:
     with pytest.raises(SparsortError, match=rf"and {next(iter(other))} were given"):
         sparsort.LengthScorer(model=folder).score([{"messages": TURNS, "x": "y"}], messages="messages", **other)
     with pytest.raises(SparsortError, match="names no column"):

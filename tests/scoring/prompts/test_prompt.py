@@ -1,4 +1,4 @@
-"""Text to ids: what the model would see, one BOS, the answer's border, and truncation that is counted."""
+"""From text to ids: the model's input, a single BOS, the border of the answer, and truncation that is counted."""
 
 from __future__ import annotations
 

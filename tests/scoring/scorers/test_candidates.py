@@ -136,7 +136,7 @@ def test_without_an_answer_there_is_no_loss_and_no_pooling_of_it(
         CandidateScorer(loaded, poolings=["answer"]).score(rows, PROMPT)
 
 
-def test_what_is_missing_in_a_row_is_missing_in_its_candidates_only(make_tiny_model: Callable[..., Path]) -> None:
+def test_a_value_that_a_row_lacks_is_missing_in_its_candidates_only(make_tiny_model: Callable[..., Path]) -> None:
     loaded = _loaded(make_tiny_model, "llama")
     token = loaded.tokenizer(" Paris", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_one_pooling_alone_is_fitted_as_among_others(
         _same(loaded, found, f"pre_norm/{pooling}/{rule}", rows)
 
 
-def test_a_model_without_a_final_norm_leaves_that_site_out(
+def test_a_model_without_a_final_norm_lacks_that_site(
     make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
 ) -> None:
     loaded = _loaded(make_tiny_model, "no_norm")
@@ -252,7 +252,7 @@ def test_a_model_without_a_final_norm_leaves_that_site_out(
         ({"l0_threshold": -1.0}, "l0_threshold"),
     ],
 )
-def test_bad_options(
+def test_bad_options_are_refused(
     options: dict[str, Any], message: str, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(SparsortError, match=message):

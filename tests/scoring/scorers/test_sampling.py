@@ -1,4 +1,4 @@
-"""What is fitted on a sample of rows: a function of the set of rows, whatever their order, their copies and their file."""
+"""Fits on a sample of rows depend on the set of rows only, and not on their order, copies or file."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def _config(name: str, folder: Path) -> ScorerConfig:
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_an_entry_builds_its_scorer_and_says_what_that_needs(name: str, make_tiny_model: Callable[..., Path]) -> None:
+def test_an_entry_builds_its_scorer_and_lists_its_needs(name: str, make_tiny_model: Callable[..., Path]) -> None:
     entry, config = SCORERS[name], _config(name, make_tiny_model("llama"))
     scorer = config.load()
     assert scorer.kind == name
@@ -40,7 +40,7 @@ def test_an_entry_builds_its_scorer_and_says_what_that_needs(name: str, make_tin
             scorer.score(ROWS, **{key: value for key, value in given.items() if key not in NEEDS[need]})
 
 
-def test_what_a_scorer_cannot_do_without_is_what_its_configuration_says() -> None:
+def test_the_needs_of_a_scorer_are_those_of_its_configuration() -> None:
     assert [name for name in SCORERS if name != "column" and not ScorerConfig(scorer=name).reads_text] == ["random"]
     assert [name for name in SCORERS if name != "column" and ScorerConfig(scorer=name).needs_answer] == ["answer_loss"]
     assert ScorerConfig(pooling="answer").needs_answer

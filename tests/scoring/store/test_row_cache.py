@@ -1,4 +1,4 @@
-"""The cache of what a model computed for rows: values are found again, bit for bit, if all that they depend on is the same."""
+"""The cache of values computed for rows: a value is reused, bit for bit, if everything that it depends on is the same."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_jsonl_is_strict_json_a_row_a_line(tmp_path: Path) -> None:
     assert (first["gini"], second["gini"], second["difficulty"]) == ("inf", None, None)
 
 
-def test_by_turns_another_metric_so_that_it_rises_with_difficulty() -> None:
+def test_by_orients_another_metric_so_that_it_rises_with_difficulty() -> None:
     scores = make([0.1, 0.9, math.nan], {"gini": [0.1, 0.9, 0.4], "l0_relative": [0.3, 0.2, 0.1], "l1": [1.0, 2, 3]})
     other = scores.by("l0_relative")
     np.testing.assert_array_equal(other.difficulty, [-0.3, -0.2, math.nan])
@@ -207,7 +207,7 @@ def test_a_plausible_number_without_a_score_is_refused() -> None:
     assert STATUSES[0] == "ok"
 
 
-def test_what_is_no_table_of_scores_is_refused(tmp_path: Path) -> None:
+def test_a_table_that_has_no_scores_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SparsortError, match=r"lacks the column\(s\) difficulty, digest"):
         Scores(pa.table({"id": ["a"]}), {})
     (tmp_path / "a.jsonl").write_text('{"id": "a"}\n')

@@ -43,7 +43,7 @@ def silent(_sentence: str) -> None:
     pass
 
 
-def test_a_run_that_began_is_taken_up(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:
     store = begin(tmp_path / "a" / "b")
     assert not store.is_done(0, "d0", silent)
     store.write(0, TABLE, "d0")
@@ -86,7 +86,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert "--out" in lines[-1]
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(SparsortError, match=r"is no score folder: it holds thesis\.tex, but no manifest"):
         begin(tmp_path)
@@ -196,7 +196,7 @@ def test_leftovers_of_killed_runs_are_cleared_and_nothing_else(tmp_path: Path) -
     assert set(names(tmp_path)) == {"manifest.json", running, *others}
 
 
-def test_a_killed_first_start_is_taken_up(tmp_path: Path) -> None:
+def test_a_first_run_that_was_killed_is_continued(tmp_path: Path) -> None:
     (tmp_path / f".manifest.json.{DEAD}.tmp").write_text("{")
     begin(tmp_path)
     assert names(tmp_path) == ["manifest.json"]
@@ -207,7 +207,7 @@ def no_links(*_paths: Any) -> None:
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_the_one_who_comes_second_is_refused(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_process_is_refused(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_links:
         monkeypatch.setattr(os, "link", no_links)
     real = shards._refuse_foreign
@@ -252,7 +252,7 @@ for at in range(30):
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_of_two_that_begin_at_once_one_wins(has_links: bool, tmp_path: Path) -> None:
+def test_of_two_simultaneous_processes_one_wins(has_links: bool, tmp_path: Path) -> None:
     with Child(_RACER, tmp_path, "a", has_links) as one, Child(_RACER, tmp_path, "b", has_links) as other:
         for at in range(30):
             assert (one.line(), other.line()) == ("ready", "ready")
@@ -319,6 +319,6 @@ def test_provenance_has_to_be_json(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_the_digest_of_rows_tells_ids_contents_and_order_apart() -> None:
+def test_the_digest_of_rows_depends_on_ids_contents_and_order() -> None:
     ways = [[("a", "1"), ("b", "2")], [("b", "2"), ("a", "1")], [("a", "1")], [("ab", "12")], [("a1", "b2")], []]
     assert len({rows_digest(rows) for rows in ways}) == len(ways)

@@ -169,7 +169,7 @@ def test_an_old_shard_of_a_run_that_is_not_finished_is_checked(old: Path) -> Non
     assert "its footer says" in notes[0]
 
 
-def test_what_a_table_of_scores_cannot_be() -> None:
+def test_impossible_tables_of_scores_are_refused() -> None:
     scores = Scores.load(OLD)
     table, provenance = scores.table, scores.provenance
     difficulty = table["difficulty"].to_numpy().copy()
@@ -189,7 +189,7 @@ def test_what_a_table_of_scores_cannot_be() -> None:
     assert "is not the metric 'gini'" in (find_other_difficulty(other, provenance) or "")
 
 
-def test_files_of_before_digests_are_read_if_they_agree_with_themselves(tmp_path: Path) -> None:
+def test_files_without_digests_are_read_if_they_are_consistent(tmp_path: Path) -> None:
     scores = Scores.load(OLD)
     kept = {b"sparsort": json.dumps(scores.provenance).encode()}
     pq.write_table(scores.table.replace_schema_metadata(kept), tmp_path / "a.parquet")

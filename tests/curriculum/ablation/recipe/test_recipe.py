@@ -93,7 +93,7 @@ def test_a_recipe_is_read_from_a_file_and_its_paths_are_the_files(tmp_path: Path
         ("tasks = [", "not valid TOML"),
     ],
 )
-def test_a_broken_recipe_says_what_and_where(tmp_path: Path, text: str, message: str) -> None:
+def test_a_broken_recipe_is_refused_with_the_fault_and_its_place(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     with pytest.raises(SparsortError, match=message):
@@ -141,7 +141,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"site": "pre_nrm"}, {"pooling": "lst"}, {"outliers": "drop"}, {"dtype": "fp7"}])
-def test_what_the_scoring_modules_know_is_checked_before_a_model_is_loaded(changes: dict[str, str]) -> None:
+def test_names_of_the_scoring_modules_are_checked_before_a_model_is_loaded(changes: dict[str, str]) -> None:
     ablation().check()
     with pytest.raises(SparsortError, match=next(iter(changes.values()))):
         ablation(**changes).check()
@@ -156,7 +156,7 @@ def test_the_reverse_of_every_default_orderer_is_a_default_too() -> None:
     assert {base_order(name) for name in DEFAULT_ORDERERS} <= set(ORDERERS)
 
 
-def test_what_an_orderer_and_a_chooser_need() -> None:
+def test_needs_of_orderers_and_criteria() -> None:
     assert depends_on_query("reverse:similarity_ascending")
     assert not depends_on_query("u_shape")
     assert depends_on_query("u_shape", "knn")
@@ -165,7 +165,7 @@ def test_what_an_orderer_and_a_chooser_need() -> None:
     assert [name for name in CRITERIA if applies(name, TASK, "bm25")] == ["mdl"]
 
 
-def test_which_queries_a_chooser_reads() -> None:
+def test_queries_that_a_criterion_reads() -> None:
     on_dev = ["pdo", "pdo_prior", "globale_unlabelled", "best_on_dev", *DENSITIES]
     assert {probes_of(name, sampled=True) for name in on_dev} == {"dev"}
     assert {probes_of(name, sampled=True) for name in ("globale", "locale", "density+locale")} == {"sampled"}
@@ -294,7 +294,7 @@ def test_the_cost_of_random_orders_is_counted_by_hand() -> None:
         ({"orderers": ("sparse_to_dense", "similarity_ascending")}, 0, 0),
     ],
 )
-def test_what_else_is_asked_adds_to_the_cost(changes: dict[str, Any], pairs: int, query_tokens: int) -> None:
+def test_further_queries_add_to_the_cost(changes: dict[str, Any], pairs: int, query_tokens: int) -> None:
     (row,) = estimate(ablation(**{**PLAIN, **changes}), [LENGTHS]).rows
     assert (row.pairs, row.query_tokens) == (120 + pairs, 600 + query_tokens)
 
@@ -396,7 +396,7 @@ def test_every_selector_has_a_cost() -> None:
     assert all(row.tokens > 0 for row in rows)
 
 
-def test_choosing_among_neighbours_needs_as_many() -> None:
+def test_more_shots_than_neighbours_to_choose_from_are_refused() -> None:
     with pytest.raises(SparsortError, match=r"'topk_cone' chooses among 30 neighbours; 31 shots"):
         ablation(selectors=("random", "topk_cone"), shots=(4, 31))
     assert ablation(selectors=("topk_mdl",), shots=(30,)).shots == (30,)

@@ -1,4 +1,4 @@
-"""Splits and sets: disjoint, without leaks, seeded, and the same again when a study grows."""
+"""Splits and sets: disjoint, without leaks, seeded, and unchanged when a study grows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_rows_that_nearly_are_a_test_or_dev_row_are_dropped_and_reported() -> No
     assert splits.notes == ["2 training rows were left out: it is, or nearly is, a test row."]
 
 
-def test_the_twin_of_a_dev_row_is_not_shown() -> None:
+def test_a_near_duplicate_of_a_dev_row_is_not_a_demonstration() -> None:
     train = rows(30) + rows(30)
     splits = split_rows(TASK, train, rows(5, 1000), n_test=5, n_dev=10)
     dev = {int(name.removeprefix("train:")) for name in ids(splits.dev)}
@@ -91,7 +91,7 @@ def test_the_twin_of_a_dev_row_is_not_shown() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.integers(2, 8))
-def test_no_shown_row_leaks_into_one_that_is_asked(seed: int, variety: int) -> None:
+def test_no_demonstration_leaks_into_a_query(seed: int, variety: int) -> None:
     generator = np.random.default_rng(seed)
 
     def draw(count: int) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def test_of_several_fields_every_one_must_leak() -> None:
     assert [item.id for item in split_rows(PAIRS, train, test, n_test=1, n_dev=0).dropped] == ["train:2"]
 
 
-def test_a_field_that_is_blank_on_both_sides_tells_nothing_apart() -> None:
+def test_a_field_that_is_blank_on_both_sides_does_not_distinguish_rows() -> None:
     test = [{"premise": "", "hypothesis": sentence(2), "label": 0}]
     train = [{"premise": " ", "hypothesis": sentence(2), "label": 0}, {"premise": "", "hypothesis": "", "label": 0}]
     assert [item.id for item in split_rows(PAIRS, train, test, n_test=1, n_dev=0).dropped] == ["train:0"]
@@ -155,7 +155,9 @@ def test_too_few_test_rows_are_a_note() -> None:
         ([{"txt": "x", "label": 0}] * 3, {"n_dev": 0}, "no value in the field 'text'"),
     ],
 )
-def test_what_cannot_be_split_is_refused(train: list[dict[str, Any]], options: dict[str, int], message: str) -> None:
+def test_data_that_cannot_be_split_is_refused(
+    train: list[dict[str, Any]], options: dict[str, int], message: str
+) -> None:
     with pytest.raises(SparsortError, match=message):
         split_rows(TASK, train, rows(5, 1000), **options)
 
@@ -248,6 +250,6 @@ def test_a_selector_that_looks_at_the_query_draws_no_common_set(selector: str) -
         ("spread", 2, "needs scores="),
     ],
 )
-def test_sets_that_cannot_be_drawn(selector: str, k: int, message: str) -> None:
+def test_sets_that_cannot_be_drawn_are_refused(selector: str, k: int, message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         draw_sets(TASK, rows(10), selector, k, [0])

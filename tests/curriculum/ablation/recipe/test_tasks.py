@@ -1,4 +1,4 @@
-"""Tasks: the ready ones, those from files and flags, and everything that can be wrong with one or with its data."""
+"""Tasks: ready ones, those from files and flags, and mistakes in a task or in its data."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_braces_in_the_data_are_text() -> None:
     assert task().query_text({"text": "{label}"}) == "Review: {label}\nMood:"
 
 
-def test_the_digest_is_of_what_changes_an_outcome() -> None:
+def test_the_digest_covers_what_changes_an_outcome() -> None:
     base = task().digest
     assert len(base) == 64
     for same in ({"name": "other"}, {"train": "a.jsonl"}, {"test": "b.jsonl"}, {"id_column": "key"}):
@@ -208,14 +208,14 @@ def test_a_task_file_is_named_for_its_task_unless_it_says_otherwise(tmp_path: Pa
         ("prompt = ", r"mine\.toml is not valid TOML"),
     ],
 )
-def test_a_broken_task_file_says_what_and_where(tmp_path: Path, text: str, message: str) -> None:
+def test_a_broken_task_file_is_refused_with_the_fault_and_its_place(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(SparsortError, match=message):
         load_task(path)
 
 
-def test_a_task_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SparsortError, match=r"unknown task 'trek'\. Did you mean 'trec'\?"):
         load_task("trek")
     with pytest.raises(SparsortError, match=r"cannot read .*none\.toml"):
@@ -281,7 +281,7 @@ def test_a_row_that_does_not_fit_is_named(row: dict[str, Any], message: str) -> 
         check_rows(task(), [*ROWS, row])
 
 
-def test_rows_that_fit_need_no_words() -> None:
+def test_rows_that_fit_give_no_warning() -> None:
     assert check_rows(task(), ROWS) == []
 
 
@@ -341,7 +341,7 @@ def test_free_answers_need_no_labels() -> None:
         ({"answer": "yes"}, "without its field"),
     ],
 )
-def test_wrong_flags(options: dict[str, Any], message: str) -> None:
+def test_wrong_flags_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         task_from_flags(ROWS, **{"prompt": "{text}:", **options})
 
@@ -367,7 +367,7 @@ def test_plain_values_are_json() -> None:
 
 
 @pytest.mark.parametrize("text", ["seed = " + "1" * 5000, "a = " + "[" * 20_000])
-def test_a_file_with_what_python_cannot_read_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_python_cannot_parse_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "task.toml").write_text(text)
     with pytest.raises(SparsortError, match=r"task\.toml holds a number with too many digits, or is nested too deeply"):
         tables.read(tmp_path / "task.toml")

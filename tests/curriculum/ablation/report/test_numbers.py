@@ -1,4 +1,4 @@
-"""The numbers of the report against plain loops, and its words against known truth."""
+"""The numbers of the report against plain loops, and its sentences against a known truth."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_the_report_is_json_without_holes(report: Report) -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_what_every_item_saw_is_in_the_report(results: Results, report: Report) -> None:
+def test_the_demonstrations_of_every_item_are_in_the_report(results: Results, report: Report) -> None:
     for group, view in zip(results.groups, report["demonstrations"], strict=True):
         for number, shown in enumerate(view["sets"]):
             assert [demo["id"] for demo in shown["demos"]] == group.sets[number].demo_ids
@@ -215,7 +215,7 @@ def test_the_words_of_what_was_shown_are_in_the_report_once_a_task(results: Resu
 # The words
 
 
-def test_findings_tell_known_truth() -> None:
+def test_findings_state_the_known_truth() -> None:
     effects = {"sparse_to_dense": 0.2, "u_shape": -0.2, "random_scores": 0.0, "pdo": 0.2}
     results = simulate(
         ["mr", "sst5"], shots=(4,), sets=30, orders=8, items=60, effects=effects, arms=list(effects), seed=1
@@ -273,7 +273,7 @@ def test_one_set_is_not_tested() -> None:
     assert any(note.startswith("One demonstration set only") for note in report["notes"])
 
 
-def test_notes_say_what_is_uneven(report: Report, results: Results) -> None:
+def test_notes_report_uneven_sets(report: Report, results: Results) -> None:
     notes = " ".join(report["notes"])
     assert "7 to 9 demonstration sets" in notes
     assert "Fewer than 10 random orders" in notes
@@ -295,7 +295,7 @@ def test_numbers_in_words() -> None:
     assert [duration(seconds) for seconds in (38, 720, 9123)] == ["38 s", "12 min", "2 h 32 min"]
 
 
-def test_the_head_tells_what_was_run(report: Report) -> None:
+def test_the_head_describes_the_run(report: Report) -> None:
     shown = dict(facts(report))
     assert shown["Tasks"] == "mr, trec"
     assert shown["Demonstrations"] == "k = 2 and 3, balanced"

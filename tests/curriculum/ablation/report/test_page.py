@@ -1,4 +1,4 @@
-"""The report on disk: its page against hostile data, its Markdown, its figures against what an eye would mind."""
+"""The report on disk: its page against hostile data, its Markdown, its figures against faults that a reader would see."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_page_runs_nothing_that_comes_from_data(hostile: Results) -> None:
     assert '<img src=x onerror="window.bad=2">' in shown
 
 
-def test_the_page_asks_for_nothing_outside_of_it(written: Path) -> None:
+def test_the_page_loads_nothing_from_outside(written: Path) -> None:
     text = (written / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     for tag, attributes in page.elements:
@@ -132,7 +132,7 @@ def test_the_page_asks_for_nothing_outside_of_it(written: Path) -> None:
     assert policy.startswith("default-src 'none'")
 
 
-def test_ids_are_unique_and_what_is_referred_to_is_there(written: Path) -> None:
+def test_ids_are_unique_and_references_resolve(written: Path) -> None:
     page = Page((written / "report.html").read_text(encoding="utf-8"))
     ids = Counter(attributes["id"] for _, attributes in page.elements if "id" in attributes)
     assert [name for name, count in ids.items() if count > 1] == []
@@ -192,7 +192,7 @@ def test_escaped_text_has_no_live_markup(text: str) -> None:
 # The figures
 
 
-def test_what_is_written(written: Path) -> None:
+def test_the_written_files(written: Path) -> None:
     names = {"forest", "spread", "cost", "labels", "pooled"}
     names |= {f"{name}-calibrated" for name in names} | {"calibration"}
     assert {path.name for path in (written / "figures").iterdir()} == {
@@ -262,7 +262,7 @@ def test_no_text_leaves_its_figure_and_no_name_covers_another(small: Report, hos
             assert not covered, (picture.name, text, covered)
 
 
-def test_marks_say_what_they_are(written: Path) -> None:
+def test_marks_have_tooltips(written: Path) -> None:
     root = ET.parse(written / "figures" / "forest.svg").getroot()
     titles = [title.text or "" for title in root.iter("{http://www.w3.org/2000/svg}title")]
     for name in ("sparse_to_dense", "similarity_ascending", "pdo", "density"):
@@ -289,7 +289,7 @@ def point(name: str, cost: float, value: float) -> pareto.Point:
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(-4, 4)), max_size=10))
 @settings(deadline=None)
-def test_the_frontier_is_what_nothing_matches_at_its_cost(drawn: list[tuple[int, int]]) -> None:
+def test_the_frontier_has_the_arms_that_no_cheaper_arm_matches(drawn: list[tuple[int, int]]) -> None:
     listed = [point(str(place), cost, value) for place, (cost, value) in enumerate(drawn)]
     found = {(one.cost, one.difference["value"]) for one in pareto.frontier(listed)}
     expected = {

@@ -196,7 +196,7 @@ def words(report: Report) -> list[str]:
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(studies())
-def test_no_word_of_a_number_that_is_none(results: Results) -> None:
+def test_no_sentence_mentions_a_missing_number(results: Results) -> None:
     report = summarise(results)
     for text in words(report):
         assert not HOLES.search(text), text[:400]

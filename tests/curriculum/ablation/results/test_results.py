@@ -1,4 +1,4 @@
-"""Results: what is refused on construction, and that the disk gives back what it was given."""
+"""Results: what is refused on construction, and that saved results load unchanged."""
 
 from __future__ import annotations
 

@@ -245,7 +245,9 @@ def test_another_model_or_other_data_is_refused(
         sparsort.ablate(again, out=tmp_path / "out", model=loaded, report=False)
 
 
-def test_more_shots_than_the_context_holds(folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]) -> None:
+def test_more_shots_than_the_context_holds_are_refused(
+    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
+) -> None:
     small = load_model(str(make_tiny_model("llama", max_position_embeddings=64)), dtype="float32")
     with pytest.raises(SparsortError, match="fewer shots"):
         sparsort.ablate(a_recipe(folder, shots=(8,)), out=tmp_path, model=small, report=False)

@@ -154,7 +154,7 @@ def test_probes_of_another_number_of_orders_choose_nothing(
     assert only(again.results).arm("globale").order == only(first.results).arm("globale").order
 
 
-def test_what_a_stopped_run_has_cost_is_noted(
+def test_the_cost_of_a_stopped_run_is_noted(
     folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = a_recipe(folder, sets=1, orderers=("given",), choosers=("mdl",))
@@ -227,7 +227,9 @@ def test_choosing_by_query_costs_every_prefix(folder: Path, loaded: LoadedModel,
         np.testing.assert_allclose(group.arm("mdl").tokens, 4 * group.random[0].tokens)
 
 
-def test_chat_without_a_chat_template(folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]) -> None:
+def test_chat_without_a_chat_template_is_refused(
+    folder: Path, tmp_path: Path, make_tiny_model: Callable[..., Path]
+) -> None:
     base = load_model(str(make_tiny_model("llama")), dtype="float32")
     base.tokenizer.chat_template = None
     with pytest.raises(SparsortError, match="has no chat template"):

@@ -90,7 +90,7 @@ def pilot(sets: int, items: int, mean: float, between: float, within: float) -> 
     return np.asarray(mean + of_set + rest + 0.2 * (np.arange(items) - (items - 1) / 2) / items)
 
 
-def test_what_is_needed_is_enough_and_no_more() -> None:
+def test_the_advised_size_is_enough_and_one_less_is_not() -> None:
     found = needed(pilot(10, 64, 0.03, 0.025, 0.35))
     assert (found.between_sd, found.within_sd, found.difference) == pytest.approx((0.025, 0.35, 0.03))
     assert 64 < found.items < math.inf
@@ -101,7 +101,7 @@ def test_what_is_needed_is_enough_and_no_more() -> None:
     assert share_seen(more_sets) == pytest.approx(0.8, abs=0.025)
 
 
-def test_no_number_of_items_makes_up_for_too_few_sets() -> None:
+def test_no_number_of_items_compensates_for_too_few_sets() -> None:
     found = needed(pilot(5, 64, 0.02, 0.05, 0.3))
     assert found.items == math.inf
     assert 5 < found.sets < math.inf

@@ -1,4 +1,4 @@
-"""`curriculum.ablation.store.store`: what was acknowledged stays, whatever is killed, damaged or run at once."""
+"""`curriculum.ablation.store.store`: acknowledged outcomes are kept through kills, damage and concurrent runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`curriculum.ablation.store.store`: what is written comes back, and a store of another model is refused."""
+"""`curriculum.ablation.store.store`: outcomes are read back as written, and a store of another model is refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fsyncless(monkeypatch: pytest.MonkeyPatch) -> None:
 # What comes back
 
 
-def test_outcomes_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_outcomes_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     store = make(tmp_path / "a" / "store")
     given_ = outcomes(grid("p0", 7), labels=6)
     store.write(GROUP, given_)
@@ -81,7 +81,7 @@ def test_outcomes_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert np.isnan(found.features[::2, 1]).all()
 
 
-def test_generated_text_of_any_script_comes_back(tmp_path: Path) -> None:
+def test_generated_text_of_any_script_is_read_back(tmp_path: Path) -> None:
     texts = ["", "#### 42\n", "数学\u2028", "عربي", "🤗\x00\ufffd", "e\u0301 é", 'a,"b"\\']
     store = make(tmp_path)
     store.write("gsm8k", outcomes(grid("p", len(texts)), labels=0, text=texts))
@@ -112,7 +112,7 @@ def test_a_store_without_features_keeps_the_rest(tmp_path: Path) -> None:
     assert found.log_p.tolist() == [[-1.0]]
 
 
-def test_of_outcomes_that_came_twice_the_first_counts(tmp_path: Path) -> None:
+def test_the_first_of_two_equal_outcomes_counts(tmp_path: Path) -> None:
     store = make(tmp_path)
     first, second = outcomes(grid("p", 3), seed=1), outcomes([("r", "q0"), *grid("p", 5), ("r", "q0")], seed=2)
     store.write(GROUP, first)
@@ -300,7 +300,7 @@ def test_identities_and_notes_are_json(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=16))
-def test_a_name_and_its_file_stand_for_one_another(name: str) -> None:
+def test_names_and_file_names_correspond(name: str) -> None:
     made = store_folder.file_name(name, "group")
     assert store_folder.name_of_file(made) == name
     assert made == made.lower()
@@ -342,7 +342,7 @@ def test_notes_are_kept_by_group_and_name(tmp_path: Path, caplog: pytest.LogCapt
     assert "set aside as note-demonstrations.json.broken" in caplog.text
 
 
-def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
+def test_the_summary_counts_the_stored_outcomes(tmp_path: Path) -> None:
     store = make(tmp_path)
     store.write("a", outcomes(grid("p", 3)))
     store.write("a", outcomes(grid("p", 4)))

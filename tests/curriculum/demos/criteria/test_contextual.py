@@ -47,7 +47,7 @@ def test_against_the_matrix(sizes: tuple[int, int, int, int], average: Any) -> N
 
 @settings(max_examples=30)
 @given(SIZES)
-def test_what_must_not_matter(sizes: tuple[int, int, int, int]) -> None:
+def test_invariances(sizes: tuple[int, int, int, int]) -> None:
     queries, inputs, n_labels, seed = sizes
     log_p, content_free = drawn(queries, n_labels, seed=seed), drawn(inputs, n_labels, seed=seed + 1)
     expected = calibrated(log_p, content_free)

@@ -1,4 +1,4 @@
-"""Criteria for orders and sets against their formulas in plain Python, by hand, and by what must not change them."""
+"""Criteria for orders and sets against their formulas in plain Python, worked examples, and invariances."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ EVERY: dict[str, Callable[[Any], Floats]] = {
 
 @settings(max_examples=30)
 @given(SHAPES, st.sampled_from(sorted(EVERY)))
-def test_what_must_not_matter(shape: tuple[int, int, int, int], name: str) -> None:
+def test_invariances(shape: tuple[int, int, int, int], name: str) -> None:
     score, log_p, generator = EVERY[name], drawn(*shape), np.random.default_rng(shape[3] + 1)
     expected = score(log_p)
     constant = generator.normal(scale=100.0, size=log_p.shape[:2])[..., None]

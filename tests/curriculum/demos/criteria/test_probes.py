@@ -1,4 +1,4 @@
-"""Sampled text back into queries: what was rendered reads back, and what is doubtful does not read at all."""
+"""Parsing sampled text into queries: rendered text is parsed exactly, and ambiguous text is refused."""
 
 from __future__ import annotations
 

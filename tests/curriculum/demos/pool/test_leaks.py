@@ -1,4 +1,4 @@
-"""Leaks: what is the same text, what is nearly, and that MinHash finds what a full comparison finds."""
+"""Leaks: equal and nearly equal texts, and that MinHash finds the same as a full comparison."""
 
 from __future__ import annotations
 

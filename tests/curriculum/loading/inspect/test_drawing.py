@@ -1,4 +1,4 @@
-"""The summary of a plan and its figure, against the batches gone over one by one."""
+"""The summary of a plan and its figure, against a loop over its batches."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_stages_are_the_parts_up_to_twenty_and_put_together_above() -> None:
     ],
     ids=["one_pass", "pool", "tokens", "quotas"],
 )
-def test_a_sample_says_so_and_comes_near(asked: dict[str, Any]) -> None:
+def test_a_sampled_summary_is_marked_and_close(asked: dict[str, Any]) -> None:
     plan = plan_curriculum(**_rows(8000), **asked)
     exact, sampled = summarise(plan), summarise(plan, all_batches=200)
     assert exact.exact
@@ -145,7 +145,7 @@ def test_spaced_batches_rise_stay_inside_and_are_as_many_as_asked(first: int, co
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_a_pool_in_which_everything_is_drawn_leaves_nothing_out() -> None:
+def test_a_pool_that_draws_every_row_has_full_coverage() -> None:
     plan = plan_curriculum(np.arange(12.0), batch_size=12, mode="pool", pacing="constant", steps=40)
     assert coverage_of(plan, 0).never == 0
     sampled = coverage_of(plan, 0, sample=4)
@@ -250,7 +250,7 @@ def test_figures_are_written_whole_and_the_same_again(suffix: str, tmp_path: Pat
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     plan = plan_curriculum(np.arange(40.0), batch_size=4)
     with pytest.raises(SparsortError, match="png, pdf, svg"):
         draw_plans(plan, tmp_path / "plan.jpeg2")

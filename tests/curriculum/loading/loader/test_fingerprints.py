@@ -1,4 +1,4 @@
-"""Fingerprints of data: what makes two data sets the same, what does not, and how little is read."""
+"""Fingerprints of data: which data sets are equal, which are not, and how few rows are read."""
 
 from __future__ import annotations
 

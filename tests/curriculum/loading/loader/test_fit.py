@@ -1,4 +1,4 @@
-"""Do plan, data and arguments belong together? What a loader and a trainer find out before the first batch."""
+"""The checks of a loader and a trainer that plan, data and arguments fit, before the first batch."""
 
 from __future__ import annotations
 

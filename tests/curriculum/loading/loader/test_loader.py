@@ -1,4 +1,4 @@
-"""CurriculumLoader: the order over ranks, workers and micro-batches, what it tells of itself, and what it refuses."""
+"""CurriculumLoader: the order over ranks, workers and micro-batches, what it reports, and what it refuses."""
 
 from __future__ import annotations
 

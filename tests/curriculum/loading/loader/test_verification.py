@@ -1,4 +1,4 @@
-"""Whether a dataset is compared with the rows of a plan: what is found, what is refused, and what is let through."""
+"""Comparison of a dataset with the rows of a plan: which differences are found, which are refused, and which are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a training pass: values against states that were read another way, and what does not count."""
+"""Measurements of a training pass: values against states that were read in another way, and passes that do not count."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_many_micro_batches_are_kept_in_order() -> None:
 # What is refused
 
 
-def test_what_cannot_be_measured_says_why(model: Any) -> None:
+def test_a_measurement_that_is_not_possible_is_refused_with_the_reason(model: Any) -> None:
     with pytest.raises(SparsortError, match="Did you mean 'hoyer'"):
         OnlineDifficulty(metric="hoyar")
     with pytest.raises(SparsortError, match="unknown choice of tokens 'first'"):

@@ -101,7 +101,7 @@ def plainly(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_it_is_what_the_docstring_says(seed: int) -> None:
+def test_it_follows_the_formula_of_the_docstring(seed: int) -> None:
     rng = np.random.default_rng(seed)
     found = some(rng, n_rows=30, n_steps=60, batch=8)
     given_prior = rng.normal(size=30)
@@ -216,7 +216,7 @@ def test_values_that_do_not_differ_say_nothing() -> None:
     assert not running._weight.any()
 
 
-def test_one_value_out_of_all_bounds_does_not_own_the_average() -> None:
+def test_an_outlier_does_not_dominate_the_average() -> None:
     rows = np.arange(200)
     running = RunningDifficulty(200)
     running.fold(observations(rows, np.zeros(200), np.where(rows == 7, 1e30, rows % 2)))
@@ -300,7 +300,7 @@ def test_a_saved_state_continues_bit_by_bit(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "running.safetensors"]
 
 
-def test_a_state_that_does_not_belong_here_is_refused(tmp_path: Path) -> None:
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "running.safetensors"
     RunningDifficulty(3, fingerprint="one").save(path)
     with pytest.raises(SparsortError, match="belongs to the plan 'one', not to 'two'"):

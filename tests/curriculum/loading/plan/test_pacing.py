@@ -1,4 +1,4 @@
-"""Pacing against the papers' formulas written out again, and its contract as properties."""
+"""Pacing against a second implementation of the papers' formulas, and its contract as properties."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ _PACED = {"batch_size": 1, "mode": "pool", "steps": 2, "pacing": "linear"}
         ([[1.0], [2.0]], {"batch_size": 1}, r"one number per row, \(N,\), not float64 of shape \(2, 1\)"),
     ],
 )
-def test_what_makes_no_plan_is_refused(difficulty, given_, message):
+def test_arguments_that_make_no_plan_are_refused(difficulty, given_, message):
     with pytest.raises(SparsortError, match=message):
         plan_curriculum(np.array(difficulty), **given_)
 
@@ -224,7 +224,7 @@ def test_rows_without_the_id_are_found_by_content(scores):
     assert plan_curriculum(scored, data=bare, batch_size=8).n_rows == 40
 
 
-def test_a_tensor_that_numpy_cannot_read_is_refused_in_words():
+def test_a_tensor_that_numpy_cannot_read_is_refused_with_advice():
     import torch
 
     with pytest.raises(SparsortError, match=r"cannot be read as numbers .*tensor\.detach\(\)\.float\(\)\.numpy\(\)"):

@@ -37,7 +37,7 @@ def test_differences_beyond_float32_count():
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int8])
-def test_whole_numbers_that_no_float_tells_apart_are_ordered(dtype):
+def test_whole_numbers_that_floats_cannot_distinguish_are_ordered(dtype):
     top = int(np.iinfo(dtype).max)
     values = np.array([top, int(np.iinfo(dtype).min), top - 2, top - 1, 0], dtype=dtype)
     assert rank_rows(values).tolist() == sorted(range(5), key=lambda row: (int(values[row]), row))
@@ -58,7 +58,7 @@ def test_an_id_names_one_row():
 
 
 @pytest.mark.parametrize("given_", [np.zeros((3, 2)), np.array(["a", "b"])])
-def test_what_is_no_column_of_numbers_is_refused(given_):
+def test_a_value_that_is_not_a_column_of_numbers_is_refused(given_):
     with pytest.raises(SparsortError, match="one number per row"):
         rank_rows(given_)
 

@@ -8,12 +8,12 @@ from sparsort.curriculum.loading.plan.shuffling import SORTED_UP_TO, key_of, per
 
 
 @given(n=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
-def test_every_thing_comes_once(n, key):
+def test_every_item_occurs_once(n, key):
     assert sorted(permutation(n, key).tolist()) == list(range(n))
 
 
 @given(n=st.integers(1, 200_000), key=st.integers(0, 2**64 - 1), data=st.data())
-def test_a_part_is_the_same_as_of_the_whole(n, key, data):
+def test_a_part_equals_that_of_the_whole_permutation(n, key, data):
     places = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
     alone = [int(permute(place, n, key)) for place in places]
     assert alone == permute(np.array(places), n, key).tolist()
@@ -46,7 +46,7 @@ def test_places_pairs_and_distances_are_uniform(n):
         assert chisquare(np.bincount(apart, minlength=n)[1:]).pvalue > 1e-4
 
 
-def test_all_orders_of_few_things_come_up_alike():
+def test_all_orders_of_few_items_are_equally_likely():
     orders = [tuple(permutation(4, key_of("few", key)).tolist()) for key in range(4800)]
     counts = [orders.count(order) for order in sorted(set(orders))]
     assert len(counts) == 24

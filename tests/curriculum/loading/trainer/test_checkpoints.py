@@ -169,7 +169,7 @@ def test_a_checkpoint_without_digests_is_used_if_nothing_contradicts_it(
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 )
-def test_a_checkpoint_without_digests_is_held_to_what_it_implies(name: str, run: Path) -> None:
+def test_a_checkpoint_without_digests_must_be_consistent(name: str, run: Path) -> None:
     checkpoint = run / "checkpoint-3"
     _as_before(checkpoint)
     path = checkpoint / name

@@ -1,4 +1,4 @@
-"""The curriculum in transformers' Trainer: what the model sees, step by step, and that a resume changes nothing of it.
+"""The curriculum in transformers' Trainer: the batches of the model step by step, and that a resume does not change them.
 
 The oracle is what reaches the model: every row carries its number in its tokens, `training_step` writes down the numbers
 and the loss, and lists of both are compared as they are. Dropout is on, so that a loss is the same only if the random

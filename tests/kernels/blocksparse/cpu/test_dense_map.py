@@ -1,4 +1,4 @@
-"""When the dense map of short sequences is taken, what it holds, and random layouts on it against the reference.
+"""When the dense map of short sequences is used, its size, and random layouts against the reference.
 
 That its functions are the reference's on every kind of layout, selection and dtype is in test_blockwise.py.
 """

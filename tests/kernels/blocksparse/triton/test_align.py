@@ -171,7 +171,7 @@ def test_strides(normal):
     assert_agrees(tensors, selected(layout, 2, 2, 4), layout)
 
 
-def test_a_student_that_is_right_has_no_loss(normal):
+def test_a_student_that_equals_the_teacher_has_no_loss(normal):
     """One head, and index scores that are its logits: KL and gradients are 0."""
     layout = Layout.plain(1, 20)
     query, key = normal(1, 1, 20, 16).to(DEVICE), normal(1, 1, 20, 16).to(DEVICE)
@@ -230,7 +230,7 @@ def test_nothing_to_align(layout, slots, normal):
         assert tensor.eq(0).all()
 
 
-def test_what_it_does_not_take():
+def test_unsupported_arguments_are_refused():
     layout = Layout.plain(1, 4)
     tensors = [torch.ones(shape, dtype=torch.float64) for shape in [(1, 1, 4, 8)] * 3 + [(1, 4, 8)]]
     with pytest.raises(SparsortError, match="float64"):

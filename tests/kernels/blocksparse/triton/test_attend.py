@@ -228,7 +228,7 @@ def test_every_block_is_dense_attention():
         assert_near(ours, theirs, 1e-5)
 
 
-def test_a_slot_that_the_bias_shuts():
+def test_a_slot_that_the_bias_excludes():
     """−∞ in the bias takes the slot's keys away, and a query whose every slot is shut sees nothing."""
     problem = Problem(Layout.plain(1, 20), slots=2)
     problem.bias[:, :, ::3, 0] = -torch.inf
@@ -289,7 +289,7 @@ def test_nothing_to_see(layout, slots):
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_what_the_kernels_do_not_take_is_refused():
+def test_arguments_that_the_kernels_do_not_support_are_refused():
     for dtype, width in ((torch.float64, 32), (torch.float32, 257)):
         problem = Problem(Layout.plain(1, 2), width=width)
         problem.query = problem.query.to(dtype)

@@ -1,4 +1,4 @@
-"""The index kernels through the compiler to machine code, which needs no GPU: what the interpreter lets pass and it does not."""
+"""The index kernels compile to machine code, which needs no GPU; the interpreter accepts more than the compiler."""
 
 from __future__ import annotations
 

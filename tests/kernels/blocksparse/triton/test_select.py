@@ -89,7 +89,7 @@ def test_odd_shapes(block_size, groups, width):
     assert_same(*tied(layout, groups, width, 1), layout, TopPBudget(p=0.5, most=9), block_size)
 
 
-def test_no_token_at_all():
+def test_a_batch_without_tokens():
     layout = Layout(spans=(), batch=1, queries=3, keys=4)
     for budget in BUDGETS:
         chosen = index_select_triton(
@@ -204,7 +204,7 @@ def test_two_runs_are_bitwise_equal(normal):
         assert torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
-def test_what_it_does_not_take():
+def test_unsupported_arguments_are_refused():
     layout = Layout.plain(1, 4)
     for dtype, width in ((torch.float64, 16), (torch.float32, 300)):
         with pytest.raises(SparsortError, match=r"width up to 256.*SPARSORT_BLOCKSPARSE=torch"):
