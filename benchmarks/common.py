@@ -1,8 +1,8 @@
-"""What every benchmark shares: the machine in words, fair timing, and figures as a table, as JSON, and on disk.
+"""Shared by all benchmarks: a description of the machine, fair timing, and figures as a table, as JSON, and on disk.
 
-A benchmark makes one `Report`, adds figures, and ends with `report.finish(arguments)`. A figure may have a floor, the number
-that it must not fall below (or rise above, where lower is better). Baseline and ours are timed alternately in one run
-and compared by the median of the ratios, so that a machine that slows down half-way slows down both.
+A benchmark creates one `Report`, adds figures, and ends with `report.finish(arguments)`. A figure may have a floor: a bound that
+it must not fall below (or must not exceed, where lower is better). The baseline and our code are timed alternately in one run and
+compared by the median of the ratios, so that a machine that slows down half-way through slows down both.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interval(low: float, high: float, shown: Callable[[float], str]) -> str:
-    """An interval in brackets, or that there is none: too few values, or values without variance, give NaN."""
+    """Format an interval in brackets. Too few values, or values without variance, give NaN and "(no interval)"."""
     return "(no interval)" if math.isnan(low) or math.isnan(high) else f"[{shown(low)}, {shown(high)}]"
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
+    """Add the options that every benchmark has."""
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: ends within two minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     parser.add_argument("--save", action="store_true", help="write the JSON object to benchmarks/results/ too")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine that a number was measured on."""
+    """Describe the machine that the numbers are measured on."""
     packages: dict[str, str | None] = {}
     for name in ("torch", "triton", "transformers", "numpy"):
         try:
@@ -56,6 +56,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     described = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": device_name("cpu"),
+        # A container may allow fewer cores than the machine has. macOS does not report an affinity.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -69,7 +70,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of two functions timed alternately, and how many times as fast the second is."""
+    """Median seconds of two functions timed alternately, and the speed of the second relative to the first."""
 
     baseline_s: float
     ours_s: float
@@ -94,10 +95,12 @@ def compare(
         seconds: runs a function and returns how long it took; by default the wall clock.
     """
     seconds = seconds or wall_seconds
+    # The first calls pay for caches, lazy imports and compilation, and are not timed.
     baseline()
     ours()
     pairs = []
     for number in range(rounds):
+        # The second of two calls may profit from warm caches, so the two take turns in being first.
         if number % 2:
             b = seconds(ours)
             a = seconds(baseline)
@@ -105,6 +108,7 @@ def compare(
             a = seconds(baseline)
             b = seconds(ours)
         pairs.append((a, b))
+    # The ratio is taken within each pair, where the machine's speed is most nearly the same for both.
     ratios = [a / b for a, b in pairs]
     return Comparison(
         baseline_s=statistics.median(a for a, _ in pairs),
@@ -116,12 +120,13 @@ def compare(
 
 
 def wall_seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call, with the garbage collector held still and CUDA waited for."""
+    """Wall time of one call in seconds, without garbage collection, and including the CUDA work that it starts."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         start = time.perf_counter()
         function()
+        # CUDA kernels run asynchronously: the call returns before they have finished.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -132,7 +137,7 @@ def wall_seconds(function: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number. `note` says what the JSON's reader could not guess, such as the spread."""
+    """One measured number. `note` has what a reader of the JSON could not guess, such as the spread."""
 
     value: float
     unit: str
@@ -142,7 +147,7 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the floor is met; None without one."""
+        """Whether the floor is met; None if there is none."""
         if self.floor is None:
             return None
         return self.value >= self.floor if self.better == "higher" else self.value <= self.floor
@@ -178,13 +183,14 @@ class Report:
         }
 
     def path(self) -> Path:
-        """Where `--save` writes: the benchmark and the device (a CPU by its name) in the file's name."""
+        """The file that `--save` writes. Its name has the benchmark and the device, or the name of the CPU and its cores."""
         described = machine(self.device)
+        # CPU results are only comparable for the same CPU and number of cores.
         device = described["device"] if self.device.type == "cuda" else f"cpu-{described['cpu']}-{described['cores']}"
         return RESULTS / f"{self.name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
     def finish(self, arguments: argparse.Namespace) -> None:
-        """Print the figures as a table or as JSON, and save them where that was asked for."""
+        """Print the figures as a table or as JSON, and save them if the user passed --save."""
         if arguments.json:
             print(json.dumps(self.to_json(), indent=2))
         else:
@@ -210,9 +216,10 @@ class Report:
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The command line without the folders of this machine."""
+    """The command line without paths of this machine."""
     parts = [Path(part).name if Path(part).is_absolute() else part for part in argv]
     for place, part in enumerate(parts[:-1]):
+        # The folder of the data is a path of this machine.
         if part == "--data":
             parts[place + 1] = "FOLDER"
     return shlex.join(["python", *parts])

@@ -1,4 +1,4 @@
-"""What the tests share: tiny models made on the spot, the embedded model, and a guard on global random state.
+"""Shared fixtures: tiny models created on demand, the embedded model, and a guard on global random state.
 
 The environment is set before anything imports torch or Triton, which read it once: no test reaches the network, and
 without a GPU the Triton kernels run in Triton's interpreter.
@@ -21,7 +21,7 @@ import pytest
 import rich.style  # noqa: F401  it draws from the global random state once, at its import
 from forks import ForkServer
 
-# Test machines are shared and slow at times; what a test takes says nothing of the code.
+# Test machines are shared and sometimes slow, so the duration of a test does not show a fault.
 hypothesis.settings.register_profile("shared", deadline=None)
 hypothesis.settings.load_profile("shared")
 
@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background jo
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# No test finds what another has read; tests of the cache set a limit and a folder of their own.
+# No test may find rows that another test has read. Tests of the cache set their own limit and folder.
 os.environ["SPARSORT_CACHE_ROWS_GB"] = "0"
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -89,15 +89,15 @@ def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     Families: llama, qwen3, gemma3 (window of 8), gpt2, gpt_neox, opt, no_norm (no final norm). Overrides go into the
     configuration. Folders are shared by the session: copy one before changing it.
     """
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(family: str = "llama", **overrides: Any) -> Path:
         key = json.dumps([family, overrides], sort_keys=True)
-        if key not in made:
+        if key not in folders:
             folder = tmp_path_factory.mktemp(family)
             _save_tiny_model(folder, family, overrides)
-            made[key] = folder
-        return made[key]
+            folders[key] = folder
+        return folders[key]
 
     return make
 
@@ -162,7 +162,7 @@ def _save_tiny_model(folder: Path, family: str, overrides: dict[str, Any]) -> No
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            # Norms start at exactly 1 (or 0), where a state before the norm is one after it but for its scale.
+            # Norms start at exactly 1 (or 0). Then states before and after the norm would differ in their scale only.
             for weight in model.parameters():
                 weight += torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.05)
     with quiet_transformers():
@@ -197,10 +197,10 @@ def _tiny_tokenizer() -> Any:
 
 @pytest.fixture
 def damages() -> Callable[[Path], Iterator[str]]:
-    """Damages a file in one way after the other, says how each time, and puts it back.
+    """Damages a file in several ways in turn, names each way, and restores the file.
 
-    One bit is flipped at both ends, within what most formats have as a header, and in eight places over the whole; the file is
-    cut to nothing, to its half, by its last byte; and it is removed.
+    One bit is flipped at both ends, in the header that most formats have, and in eight places over the whole file. The file is
+    cut to nothing, to its half, and by its last byte. Finally it is removed.
     """
 
     def each(path: Path) -> Iterator[str]:

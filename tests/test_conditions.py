@@ -46,7 +46,7 @@ def test_the_message_says_what_was_given_why_it_has_no_effect_and_what_to_do() -
     )
 
 
-def test_what_was_not_given_and_what_is_read_pass() -> None:
+def test_options_that_were_not_given_or_are_read_are_accepted() -> None:
     refuse_unread(TABLE, VALUES, [])
     refuse_unread(TABLE, VALUES, ["shape", "radius", "soft", "draw"])
     refuse_unread(TABLE, {**VALUES, "shape": "long"}, ["corner"])
@@ -78,7 +78,7 @@ class _Drawing:
         refuse_unread_fields(self, TABLE)
 
 
-def test_in_python_what_differs_from_its_default_is_given() -> None:
+def test_in_python_an_argument_that_differs_from_its_default_counts_as_given() -> None:
     assert changed(_Drawing(shape="square", corner=1, radius=1.0, untold=5)) == ["shape", "corner", "untold"]
     with pytest.raises(SparsortError, match=r"^radius=2\.0 has no effect"):
         _Drawing(shape="long", radius=2.0)

@@ -1,4 +1,4 @@
-"""The tables of the documentation are what the tables of entries in the source say."""
+"""The tables of the documentation equal the tables of entries in the source."""
 
 from __future__ import annotations
 

@@ -49,6 +49,6 @@ def test_two_spellings_of_one_field_have_one_canonical() -> None:
 
 
 @pytest.mark.parametrize("field", ["", ".", "a.", ".a", "a..b", "a[", "a[0", "a]", "[a", "[a]b", "a[0]b", "a{b}"])
-def test_what_cannot_be_read_is_refused(field: str) -> None:
+def test_a_spelling_that_cannot_be_read_is_refused(field: str) -> None:
     with pytest.raises(SparsortError, match="cannot be read"):
         parse_field(field)

@@ -1,4 +1,4 @@
-"""What is missing and what has a text: one answer for every library's values, and for paths into nested ones."""
+"""Missing values and values that have a text: one rule for the values of every library, and for paths into nested values."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ _JSON = st.recursive(
 
 
 @given(_JSON, st.lists(st.sampled_from(["a", "0", "1", "-1", "."]), max_size=3))
-def test_what_is_put_is_there_and_the_row_is_not_changed(value: Any, steps: list[str]) -> None:
+def test_a_value_that_was_put_is_found_and_the_row_is_not_changed(value: Any, steps: list[str]) -> None:
     from sparsort.paths import spell
 
     row = {"x": {"a": [1, {"a": 2}]}, "y": 3}

@@ -1,17 +1,17 @@
-"""Flip single bits in every kind of file that sparsort writes and later trusts, and see what its readers make of them.
+"""Flip single bits in every kind of file that sparsort writes and later trusts, and classify what its readers do.
 
-Each flip is made in a fresh copy of a small folder, which its public reader then opens. What came of it is one of:
+Each flip is made in a fresh copy of a small folder, which its public reader then opens. The outcome is one of:
 
     refused     a SparsortError
-    recomputed  the values are those of before, and a warning says what was made again or passed over
-    left out    a warning says what is missing; what is there is unchanged (an outcome store sets damaged blocks aside)
-    identical   the values are those of before, and nothing was reported: white space, what no value depends on
-    different   other values without a word. Must not happen.
+    recomputed  the values are unchanged, and a warning reports what was computed again or skipped
+    partial     a warning reports what is missing; the rest is unchanged (an outcome store sets damaged blocks aside)
+    identical   the values are unchanged, and nothing was reported: white space, or bits that no value depends on
+    different   other values without a warning. Must not happen.
     traceback   an error that is not a SparsortError. Must not happen.
 
-Every file is divided into its head, its body and its foot (of a Parquet file, seal and footer), and each of these gets as many
-flips as any other of its kind, since a footer is small and matters more than its size says. Bounds are exact (Clopper and
-Pearson), one-sided, 95 %. Files as sparsort 0.1 wrote them first, without digests, are counted apart.
+Every file is divided into its head, its body and its foot (in a Parquet file, the seal and the footer). Each part gets as many
+flips as any other part of its kind, because a footer is small but important. Bounds are exact (Clopper and Pearson), one-sided,
+95 %. Files without digests, as the first sparsort 0.1 wrote them, are counted separately.
 
     python benchmarks/checks/bit_flips.py --save
 """
@@ -45,10 +45,10 @@ from scipy.stats import beta
 from sparsort.errors import SparsortError
 from sparsort.terminal.progress import progress
 
-OUTCOMES = ("refused", "recomputed", "left out", "identical", "different", "traceback")
+OUTCOMES = ("refused", "recomputed", "partial", "identical", "different", "traceback")
 _HEAD = 64
 _FOOT = 256
-# Files that say nothing: locks are empty, and the others are for people or for the hub.
+# No reader trusts these files: they are for people or for the hub. Locks are empty, and are excluded by their size.
 _NOT_READ = ("README.md", ".gitattributes", "GEMMA_TERMS.html", "NOTICE.md")
 
 
@@ -64,7 +64,7 @@ class Flip:
 
 @dataclass
 class Tally:
-    """What came of the flips of one kind, by region, with the first examples of what must not happen."""
+    """The outcomes of the flips of one kind, by region, with the first examples of outcomes that must not happen."""
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
@@ -75,17 +75,19 @@ class Tally:
             self.examples.append(f"{flip.file} ({flip.region}), bit {flip.bit} of byte {flip.byte}: {outcome}{detail}")
 
     def total(self) -> Counter[str]:
-        """Over all regions."""
+        """The outcomes over all regions."""
         return sum(self.counts.values(), Counter())
 
 
 def regions(path: Path) -> dict[str, range]:
-    """Head, body and foot of a file as ranges of bytes, without those that are empty."""
+    """Head, body and foot of a file as ranges of bytes, without empty ones."""
     content = path.read_bytes()
     size = len(content)
+    # A small file still has a body between its head and its foot.
     foot = min(_FOOT, size // 4)
     if content[-4:] == b"PAR1":
-        # The seal is between the pages and the footer; its JSON is shorter than this.
+        # The last 8 bytes are the footer's length and the magic. The seal is between the pages and the footer, and its JSON is
+        # shorter than twice _FOOT.
         foot = min(size // 2, 8 + int.from_bytes(content[-8:-4], "little") + 2 * _FOOT)
     head = min(_HEAD, size - foot)
     parts = {"head": range(head), "body": range(head, size - foot), "foot": range(size - foot, size)}
@@ -99,9 +101,10 @@ def files(folder: Path) -> list[str]:
 
 
 def draw(folder: Path, count: int, seed: int) -> Iterator[Flip]:
-    """Flips of a folder's files, each region of each file in turn, so that all have equally many but for the last round."""
+    """Draw flips from each region of each file in turn, so that all regions get equally many, except for the last round."""
     rng = np.random.default_rng(seed)
     strata = [(name, region, places) for name in files(folder) for region, places in regions(folder / name).items()]
+    # Shuffled, so that a small number of flips does not favour the files that come first by name.
     strata = [strata[place] for place in rng.permutation(len(strata))]
     for number in range(count):
         name, region, places = strata[number % len(strata)]
@@ -109,52 +112,54 @@ def draw(folder: Path, count: int, seed: int) -> Iterator[Flip]:
 
 
 def flip_bit(path: Path, byte: int, bit: int) -> None:
-    """Turn one bit of a file over."""
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[byte] ^= 1 << bit
     path.write_bytes(content)
 
 
 def judge(kind: Kind, folder: Path, expected: Values, usual: Collection[str]) -> tuple[str, str]:
-    """Open a folder with the kind's reader: what came of it, and a detail for what must not happen.
+    """Open a folder with the kind's reader, and return the outcome with details if it must not happen.
 
     Args:
-        kind: the kind.
-        folder: holds one, with a bit flipped.
-        expected: what its reader gives without the flip.
-        usual: what it reports without the flip.
+        kind: the kind of file.
+        folder: a folder of this kind with one flipped bit.
+        expected: the values that its reader returns without the flip.
+        usual: the warnings that it reports without the flip.
     """
-    with _warnings() as said:
+    with _warnings() as reported:
         try:
             found = kind.read(folder)
         except SparsortError:
             return "refused", ""
-        except Exception as error:  # noqa: BLE001  whatever it is, it is what this script looks for
+        except Exception as error:  # noqa: BLE001  any other error is what this script looks for
             return "traceback", f" {type(error).__name__}: {str(error)[:200]}"
-    is_reported = any(sentence not in usual for sentence in said)
+    is_reported = any(sentence not in usual for sentence in reported)
     if found == expected:
         return ("recomputed" if is_reported else "identical"), ""
+    # A subset of the expected values, with a warning: the reader skipped what was damaged.
     if is_reported and all(name in expected and expected[name] == value for name, value in found.items()):
-        return "left out", ""
+        return "partial", ""
     names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     return "different", f" in {', '.join(names[:5])}"
 
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What sparsort reports inside the block; it does not reach the terminal."""
-    said: list[str] = []
+    """Collect the warnings of sparsort inside the block, and keep them off the terminal."""
+    reported: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            reported.append(record.getMessage())
 
     logger, handler = logging.getLogger("sparsort"), Keep(logging.WARNING)
+    # Other handlers would print the warnings on the terminal.
     before = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        yield said
+        yield reported
     finally:
         logger.removeHandler(handler)
         logger.propagate = before
@@ -163,16 +168,16 @@ def _warnings() -> Iterator[list[str]]:
 def flip_kind(
     kind: Kind, flips: Callable[[Path], Sequence[Flip]], folder: Path, advance: Callable[[int], None] = lambda _n: None
 ) -> Tally:
-    """Make one of a kind, flip its bits one at a time, and read it each time.
+    """Create a folder of one kind, flip its bits one at a time, and read it after each flip.
 
     Args:
-        kind: the kind.
-        flips: given the folder that was made, the flips to try.
+        kind: the kind of file.
+        flips: takes the new folder and returns the flips to try.
         folder: an empty folder to work in.
         advance: called with 1 after each flip.
 
     Raises:
-        RuntimeError: the reader does not give the same values twice without any flip.
+        RuntimeError: the reader gives other values the second time, without any flip.
     """
     made, copy, tally = folder / "made", folder / "copy", Tally()
     made.mkdir(parents=True)
@@ -194,7 +199,7 @@ def flip_kind(
 
 
 def upper_bound(events: int, trials: int) -> float:
-    """The exact upper limit of a share, one-sided at 95 % (Clopper and Pearson 1934)."""
+    """The exact upper bound of a share, one-sided at 95 % (Clopper and Pearson 1934)."""
     return 1.0 if events >= trials else float(beta.ppf(0.95, events + 1, trials - events))
 
 
@@ -219,7 +224,7 @@ class FlipReport(Report):
         return super().to_json() | {"seed": self.seed, "kinds": kinds}
 
     def add_totals(self) -> None:
-        """The figures: over all kinds with digests, and over those without."""
+        """Add the figures over all kinds with digests, and over those without."""
         for with_digests in (True, False):
             names = [kind.name for kind in KINDS if kind.has_digests is with_digests and kind.name in self.tallies]
             if not names:
@@ -240,9 +245,9 @@ class FlipReport(Report):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=10_000, help="over all kinds with digests")
+    parser.add_argument("--flips", type=int, default=10_000, help="number of flips over all kinds with digests")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", help="some names, separated by commas; 'scores' takes every name that begins so")
+    parser.add_argument("--kinds", help="names separated by commas; each selects the kinds whose names begin with it")
     add_output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -253,6 +258,7 @@ def main() -> None:
     per_share = flips / sum(kind.share for kind in chosen if kind.has_digests or len(chosen) == 1)
     report = FlipReport("bit_flips", torch.device("cpu"), seed=arguments.seed)
     for kind in chosen:
+        # Kinds with slow readers get fewer flips.
         count = math.ceil(per_share * kind.share)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, progress(kind.name, count) as advance:

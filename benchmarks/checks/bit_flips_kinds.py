@@ -1,8 +1,8 @@
-"""Every kind of file that sparsort writes and later trusts: how a small one is made, and how its public reader reads it.
+"""Every kind of file that sparsort writes and later trusts: how to create a small one, and its public reader.
 
-Contract: `make(folder)` fills an empty folder. `read(folder)` gives what a user gets from it, as a flat dictionary of values that
-compare with `==`; it may repair the folder, and says so with a warning of the logger "sparsort", as the product does. Nothing
-here looks at a file's bytes but through sparsort.
+Contract: `make(folder)` fills an empty folder. `read(folder)` returns what a user gets from it, as a flat dictionary of values
+that compare with `==`. It may repair the folder, and reports that with a warning of the logger "sparsort", as the product does.
+The bytes of a file are only read through sparsort.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Kind:
     """One kind of file.
 
     Attributes:
-        name: in words.
+        name: the kind in words.
         make: fills a folder.
-        read: what a user gets from the folder, and what is reported on the way.
-        share: of the flips, relative to the other kinds; readers that train a model take a second, the others milliseconds.
-        has_digests: False for files as sparsort 0.1 wrote them first; their flips are counted apart.
+        read: returns what a user gets from the folder.
+        share: share of the flips, relative to the other kinds; readers that train a model take a second, others milliseconds.
+        has_digests: False for files as the first sparsort 0.1 wrote them; their flips are counted separately.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Kind:
 
 
 class _Lengths:
-    """A scorer that runs no model, with two metrics and rows that have no score."""
+    """A scorer without a model, with two metrics; some rows have no score."""
 
     metrics: Sequence[str] = ("length", "vowels")
 
@@ -99,7 +99,7 @@ class _Lengths:
 
 
 def _score(folder: Path) -> Scores:
-    """The command `score`, which scores damaged shards again."""
+    """Run the command `score`, which scores damaged shards again."""
     note = logging.getLogger("sparsort").warning
     return engine.run(open_rows(ROWS), _Lengths(), out=folder / "scores", shard_rows=SHARD, note=note)
 
@@ -109,14 +109,16 @@ def _make_unfinished_scores(folder: Path) -> None:
 
 
 def _make_old_scores(folder: Path) -> None:
-    """A finished folder as the first version of the format was: no digests of files, and an unsealed manifest."""
+    """Write a finished folder in the first version of the format: no digests of files, and an unsealed manifest."""
     _score(folder)
     manifest = json.loads((folder / "scores" / "manifest.json").read_text(encoding="utf-8"))
+    # Version 1 had neither a seal nor digests of the shards.
     del manifest["digest"]
     manifest["version"] = 1
     for shard in manifest["shards"]:
         path = folder / "scores" / shard["file"]
         facts = read_seal(path) or {}
+        # In version 1 the digest of the rows was in the footer of the Parquet file.
         metadata = {"sparsort.digest": facts["digest"], "sparsort.settings": facts["settings"]}
         table = pq.read_table(path).replace_schema_metadata(metadata)
         pq.write_table(table, path, compression="zstd", write_page_checksum=True)
@@ -162,7 +164,7 @@ def _read_store(folder: Path) -> Values:
         for n, (prefix, query) in enumerate(found.pairs())
     }
     notes = {name: store.get_note(GROUP, name) for name in ("orders", "spent")}
-    # A note that was set aside is one that is not there.
+    # A damaged note is set aside, and then reads as None, like one that was never written.
     return values | {"identity": store.identity} | {name: note for name, note in notes.items() if note is not None}
 
 
@@ -174,6 +176,7 @@ def _make_calibration(folder: Path) -> None:
     names = [f"pre_norm/{pooling}/rms/{metric}" for pooling in ("last", "answer") for metric in ("gini", "hoyer")]
     rng = np.random.default_rng(0)
     values = {name: rng.normal(size=80) for name in names}
+    # Levels that correlate with one candidate, so that the calibration has a clear winner.
     level = np.digitize(values[names[1]] + 0.4 * rng.normal(size=80), (-1.0, 0.0, 1.0)).astype(float)
     rows = [Row(n, f"q{n}", {}, f"{n:032x}") for n in range(80)]
     table = score_table(rows, values[names[0]], ["ok"] * 80, [""] * 80, rng.integers(5, 50, 80), [0] * 80, values)
@@ -204,7 +207,7 @@ def _read_model_cache(folder: Path) -> Values:
 
 @contextlib.contextmanager
 def _small_conversion(folder: Path) -> Iterator[None]:
-    """The embedded model's cache in `folder`, filled by a conversion that takes no time."""
+    """Put the cache of the embedded model in `folder`, and replace the conversion by one that takes no time."""
 
     def convert(_package: Any, target: Path) -> None:
         (target / "config.json").write_text(json.dumps(embedded._CONFIG), encoding="utf-8")
@@ -214,12 +217,13 @@ def _small_conversion(folder: Path) -> Iterator[None]:
         record = {"layout": embedded._LAYOUT, "gguf_sha256": embedded.GGUF_SHA256, "files": files}
         (target / embedded._RECORD).write_text(json.dumps(record), encoding="utf-8")
 
-    kept, cache = embedded._convert, os.environ.get("SPARSORT_CACHE")
+    # The real conversion is slow, and not what is tested here.
+    original, cache = embedded._convert, os.environ.get("SPARSORT_CACHE")
     embedded._convert, os.environ["SPARSORT_CACHE"] = convert, str(folder)
     try:
         yield
     finally:
-        embedded._convert = kept
+        embedded._convert = original
         del os.environ["SPARSORT_CACHE"]
         if cache is not None:
             os.environ["SPARSORT_CACHE"] = cache
@@ -258,7 +262,7 @@ def _read_running(folder: Path) -> Values:
 
 
 class _Toy(torch.nn.Module):
-    """A language model whose head reads the embeddings as they are."""
+    """A language model without layers: its head reads the embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,13 +289,14 @@ def _online() -> tuple[_Toy, CurriculumLoader]:
         batch_size=4,
     )
     rows = [{"input_ids": torch.tensor([row, row * 7 % 24])} for row in range(24)]
-    # A plan of numbers alone knows nothing of its rows.
+    # The plan is made of numbers only, so it has no ids or contents of rows to verify.
     return _Toy(), CurriculumLoader(plan, rows, verify=False)
 
 
 def _make_online(folder: Path) -> None:
     toy, loader = _online()
     with OnlineCurriculum(toy, loader) as online:
+        # Five of eight steps pass the end of the first stage, at which the plan is revised.
         for _, batch in zip(range(5), loader, strict=False):
             toy(**batch).logits.sum().backward()
         online.save(folder / "online")
@@ -311,9 +316,10 @@ def _read_online(folder: Path) -> Values:
 
 @contextlib.contextmanager
 def _training() -> Iterator[None]:
-    """Trainer seeds the global generators on purpose: put them back. And it draws bars."""
+    """Restore the global generators, which Trainer seeds on purpose, and hide its progress bars."""
     from sparsort.scoring.loading.demo_model import quiet_transformers
 
+    # torch's state is restored by `fork_rng`.
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
@@ -362,7 +368,7 @@ def _make_checkpoints(folder: Path) -> None:
 
 
 def _read_checkpoints(folder: Path) -> Values:
-    """Training to its end from the newest checkpoint, or from an intact one before it."""
+    """Train to the end from the newest checkpoint, or from an earlier one if that is damaged."""
     with _training():
         trainer = _trainer(folder, 6)
         trainer.train(resume_from_checkpoint=True)

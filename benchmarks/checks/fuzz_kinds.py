@@ -1,6 +1,6 @@
-"""What the fuzzer reads: data in every format, recipes, task files, a model folder, and every kind of file of sparsort's own.
+"""The files that the fuzzer reads: data in every format, recipes, task files, a model folder, and sparsort's own kinds of files.
 
-The latter are those of `bit_flips_kinds`; the others are made here, small, in a way that every part of their format is used.
+The last are the kinds of `bit_flips_kinds`. The others are created here; they are small and use every part of their format.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HEADER = ",".join(FLAT[0])
 
 
 def read_data(path: Path, columns: Sequence[str] | None = None) -> Values:
-    """What every command does with rows: check, count, render, score by a column, sample, and start late."""
+    """Do with the rows what the commands do: check, count, render, score by a column, sample, and start late."""
     source = open_rows(path, columns=columns)
     prompt = Prompt.of("{text}", answer=" {label}")
     source.require(prompt.fields, prompt)
@@ -59,7 +59,7 @@ def _data(name: str, content: Callable[[], bytes], columns: Sequence[str] | None
 
 
 def _table() -> pa.Table:
-    """A table with types that the other formats do not have."""
+    """A table with column types that the other formats lack."""
     n = len(ROWS)
     return pa.table(
         {
@@ -88,6 +88,7 @@ def _bytes_of(write: Callable[[Any, pa.Table], None]) -> Callable[[], bytes]:
 
 
 def _write_parquet(sink: Any, table: pa.Table) -> None:
+    # Several row groups, so that readers meet their borders.
     pq.write_table(table, sink, row_group_size=4)
 
 
@@ -154,6 +155,7 @@ freeze_base = true
 def _write(**files: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         for name, text in files.items():
+            # A keyword argument cannot contain a dot, so "rows__jsonl" is the file rows.jsonl.
             (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
 
     return make
@@ -182,6 +184,7 @@ def _make_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # The weights come from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(LlamaConfig(vocab_size=8, max_position_embeddings=32, **size)).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
@@ -196,15 +199,15 @@ def _read_model(folder: Path) -> Values:
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Without the bars of `datasets`, which draw on the terminal while thousands of files are read."""
+    """Turn off the progress bars of `datasets`, which would be drawn for thousands of files."""
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             datasets.enable_progress_bars()
 
 

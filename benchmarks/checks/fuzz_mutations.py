@@ -1,8 +1,8 @@
-"""Changes to the bytes, values and files of a small folder, as plain lists that a corpus can keep.
+"""Changes to the bytes, values and files of a small folder, as plain lists that a corpus can store.
 
-Contract: `MUTATIONS` is a hypothesis strategy of lists of mutations; `apply` is a pure function from the files of a folder and
-such a list to other files. Positions and choices are whole numbers, taken modulo what is there, so that a list fits any folder.
-Values of a sealed JSON file are sealed again, so that readers meet wrong types where the digest is right.
+Contract: `MUTATIONS` is a hypothesis strategy of lists of mutations. `apply` is a pure function from the files of a folder and
+such a list to other files. Positions and choices are integers, taken modulo the number of options, so that a list fits any
+folder. A sealed JSON file is sealed again after an edit, so that readers see wrong types under a correct digest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsort.storage.integrity import SEAL, is_sealed, seal
 Files = dict[str, bytes]
 Mutation = Sequence[Any]
 
-# Values that JSON may hold where another is expected.
+# JSON values to put where another value is expected.
 VALUES: tuple[Any, ...] = (
     *(
         None,
@@ -43,7 +43,7 @@ VALUES: tuple[Any, ...] = (
     *("", "a", "\0", "\ud800", "..", "/", "../x", "9" * 400, "nan", "{", "{text", "{a.b[0]}", "x" * 3000, "ü‮"),
     *([], {}, [[]], [None], {"": None}, [1, 2], ["a"], {"a": 1}, [{}], [0.5] * 7, {"0": {"0": 1}}),
 )
-# Pieces of the formats' own syntax, and what breaks readers of text.
+# Pieces of the formats' own syntax, and bytes that break readers of text.
 TOKENS: tuple[bytes, ...] = (
     *(
         b"{",
@@ -99,7 +99,7 @@ TOKENS: tuple[bytes, ...] = (
         b"\x80\x80\x80\x80\x80\x01",
     ),
 )
-# Whole files of another kind, or of none.
+# Contents of whole files, of another kind or of no kind.
 CONTENTS: tuple[bytes, ...] = (
     *(
         b"",
@@ -151,6 +151,7 @@ CONTENTS: tuple[bytes, ...] = (
     ),
 )
 
+# Places are taken modulo the length of a file, so that one list of mutations applies to files of any size.
 _place = st.integers(0, 2**32 - 1)
 _file = st.integers(0, 30)
 _KINDS: tuple[Any, ...] = (
@@ -171,21 +172,24 @@ _EDITS: tuple[Any, ...] = (
     st.tuples(st.just("key"), _file, _place),
     st.tuples(st.just("rename"), _file, _place, st.integers(0, len(VALUES) - 1)),
 )
-# Edits of values are half of all: the others are mostly found by a digest or a parser.
+# Half of all mutations edit values, because digests and parsers find most of the others.
 MUTATIONS = st.lists(st.one_of(st.one_of(*_KINDS), st.one_of(*_EDITS)), min_size=1, max_size=4)
 
 
 def apply(files: Mapping[str, bytes], mutations: Sequence[Mutation]) -> Files:
-    """The files of a folder after the mutations, one after the other."""
+    """The files of a folder after the mutations, applied one after the other."""
     found = dict(files)
     for name, file, *rest in mutations:
         if not found:
             break
+        # Sorted, so that a number names the same file in every run.
         path = sorted(found)[file % len(found)]
         if name == "remove":
             del found[path]
         elif name == "swap":
             other = sorted(found)[rest[0] % len(found)]
+            # A file in the place of another is valid in itself, and only the reader's checks of identity
+            # find it.
             found[path], found[other] = found[other], found[path]
         elif name in _STRUCTURED:
             found[path] = _edited(found[path], name, rest)
@@ -218,6 +222,7 @@ def _repeat(content: bytes, place: int, length: int) -> bytes:
 
 def _number(content: bytes, place: int, value: int) -> bytes:
     """Another value for the TOML or JSON literal that follows the first `=` or `:` after a place."""
+    # TOML and JSON separate a key from its value by one of these.
     begin = next((at for at in range(_at(content, place), len(content)) if content[at] in b"=:"), None)
     if begin is None:
         return content
@@ -239,11 +244,13 @@ _BYTES: Mapping[str, Callable[..., bytes]] = {
 
 
 def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
-    """JSON, one line of JSON lines, or the header of safetensors with one value changed; other content as it is."""
+    """Change one value of JSON, of one line of JSON lines, or of a safetensors header; return other content unchanged."""
+    # A safetensors file begins with the length of its JSON header in 8 bytes.
     length = int.from_bytes(content[:8], "little")
     if 0 < length < len(content) and content[8:9] == b"{":
         header = _edited(content[8 : 8 + length], name, rest)
         return len(header).to_bytes(8, "little") + header + content[8 + length :]
+    # Content is JSON lines if its first line is a complete object.
     lines = content.split(b"\n")
     if len(lines) > 1 and len(lines[0]) > 1 and lines[0].endswith(b"}"):
         line = rest[0] % len(lines)
@@ -251,8 +258,10 @@ def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
         return b"\n".join(lines)
     try:
         value = json.loads(content)
+    # An earlier mutation of the list may have broken the JSON, or nested it too deeply for the parser.
     except (ValueError, RecursionError):
         return content
+    # Only a file whose seal is still valid is sealed again; a broken seal stays broken.
     sealed = isinstance(value, dict) and SEAL in value and is_sealed(value)
     spots = list(_spots(value))
     if not spots:
@@ -263,7 +272,7 @@ def _edited(content: bytes, name: str, rest: Sequence[int]) -> bytes:
 
 
 def _spots(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place of a value, as its holder and the key in it."""
+    """Every place in a value, as its container and its key there."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from _spots(value[key])
@@ -283,6 +292,7 @@ def _rename(holder: Any, key: Any, which: int) -> None:
         del holder[key]
         holder[str(VALUES[which])] = value
     else:
+        # A list has no keys, so a rename inserts a value and shifts the others.
         holder.insert(key, VALUES[which])
 
 

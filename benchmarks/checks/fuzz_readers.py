@@ -1,9 +1,9 @@
 """Feed damaged and unusual files to every reader of sparsort. Any outcome but a result or a SparsortError is a failure.
 
-Every kind of file (`fuzz_kinds`) is made once; hypothesis draws changes to its bytes, values and files (`fuzz_mutations`), and
-shrinks the first example of each new failure. Failures are distinguished by the type of the error and the innermost line of
-sparsort. Work is done in child processes with a limit on memory, because a reader may also kill or hang its process: that
-is a failure too. The corpus, `tests/data/fuzz_corpus.json`, holds the shrunk examples of failures of the past; it is read first.
+Every kind of file (`fuzz_kinds`) is created once. Hypothesis draws changes to its bytes, values and files (`fuzz_mutations`), and
+shrinks the first example of each new failure. Failures are distinguished by the type of the error and the innermost function of
+sparsort. The work is done in child processes with a limit on memory, because a reader may also kill or hang its process, and
+that is a failure too. The corpus, `tests/data/fuzz_corpus.json`, has the shrunk examples of past failures; it is read first.
 
     python benchmarks/checks/fuzz_readers.py --minutes 30 --save
 """
@@ -41,17 +41,20 @@ from sparsort.errors import SparsortError
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests" / "data" / "fuzz_corpus.json"
-_MEMORY = 12 << 30  # bytes of address space of a child; torch alone maps four
+# Bytes of address space of a child; torch alone maps four.
+_MEMORY = 12 << 30
 # Processor time of a child, and the wall-clock time after which it is taken to wait for something that never comes.
 _HANGS, _WAITS = 120.0, 1800.0  # seconds
 
 
 class EscapedError(Exception):
-    """An error that is not a SparsortError left a reader. `signature` says which, and where in sparsort."""
+    """An error that is not a SparsortError left a reader. `signature` names its type and the function of sparsort."""
 
     def __init__(self, error: BaseException) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame for frame in frames if "sparsort" in frame.filename or str(ROOT) in frame.filename]
+        # The innermost frame of the library names the fault; frames of this script are the same for all
+        # faults.
         inside = [frame for frame in inside if "/benchmarks/" not in frame.filename] or frames[-1:]
         frame = inside[-1]
         self.signature = f"{type(error).__name__} in {Path(frame.filename).name}, {frame.name}"
@@ -60,7 +63,7 @@ class EscapedError(Exception):
 
 @dataclass
 class Tally:
-    """What came of the examples of one kind, and the shrunk mutations of each failure with its message."""
+    """The outcomes of the examples of one kind, and the shrunk mutations of each failure with its message."""
 
     results: int = 0
     refused: int = 0
@@ -78,8 +81,8 @@ class Fuzzer:
     """Reads changed copies of one kind of folder.
 
     Args:
-        kind: makes the folder and reads it.
-        folder: to work in; empty.
+        kind: creates the folder and reads it.
+        folder: an empty folder to work in.
     """
 
     def __init__(self, kind: Kind, folder: Path) -> None:
@@ -91,16 +94,17 @@ class Fuzzer:
         kind.make(made)
         paths = sorted(path for path in made.rglob("*") if path.is_file())
         self._files = {path.relative_to(made).as_posix(): path.read_bytes() for path in paths}
+        # The unchanged files must be readable, otherwise every mutation would be refused.
         self.read([])
 
     def read(self, mutations: Sequence[Mutation]) -> bool:
-        """Whether the reader gives a result; False if it refuses the files.
+        """Whether the reader returns a result; False if it refuses the files.
 
         Raises:
-            EscapedError: it does neither.
+            EscapedError: the reader raised another error.
         """
         self._count += 1
-        # A reader may keep a file open that was replaced by the next example: each has a folder of its own.
+        # Each example has its own folder, because a reader may still hold a file open that the next example replaces.
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             folder = Path(name)
             for path, content in apply(self._files, mutations).items():
@@ -115,8 +119,9 @@ class Fuzzer:
         return True
 
     def explore(self, examples: int, seed: int, known: Iterable[str] = ()) -> Tally:
-        """Draw that many examples; each failure that is not yet known is shrunk once."""
+        """Draw `examples` examples, and shrink each new failure once."""
         tally, seen = Tally(), set(known)
+        # Lists, because the nested function assigns to their only element.
         shrinking = [""]
         last: list[list[Any]] = [[]]
 
@@ -139,7 +144,7 @@ class Fuzzer:
                     tally.refused += 1
             except EscapedError as error:
                 tally.failures[error.signature] += 1
-                # While one failure is shrunk, no other takes its place.
+                # While one failure is being shrunk, another one must not replace it.
                 if error.signature in seen or shrinking[0] not in ("", error.signature):
                     return
                 shrinking[0] = error.signature
@@ -158,12 +163,13 @@ class Fuzzer:
 
 
 def corpus() -> list[tuple[str, list[Any]]]:
-    """The examples of past failures: kind and mutations."""
+    """The examples of past failures, as (kind, mutations)."""
     return [(entry["kind"], entry["mutations"]) for entry in json.loads(CORPUS.read_text(encoding="utf-8"))]
 
 
 def _child(name: str, examples: int, seed: int, known: list[str], results: Any) -> None:
-    """One round over one kind, in a process of its own."""
+    """Run one round over one kind in this child process, and send the tally."""
+    # A reader that allocates without bound gets a MemoryError here instead of stopping the machine.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
@@ -171,6 +177,7 @@ def _child(name: str, examples: int, seed: int, known: list[str], results: Any) 
     with no_bars(), tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(kind, Path(folder))
         tally = Tally()
+        # Past failures are replayed once, in the first round of the default seed.
         for mutations in [each for of_kind, each in corpus() if of_kind == name] if seed == 0 else ():
             try:
                 fuzzer.read(mutations)
@@ -182,14 +189,16 @@ def _child(name: str, examples: int, seed: int, known: list[str], results: Any) 
 
 
 def round_of(kind: Kind, examples: int, seed: int, known: list[str]) -> Tally:
-    """A round in a child process; its death or its hanging is a failure without an example."""
+    """Run a round in a child process. If the process dies or hangs, that is a failure without an example."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(kind.name, examples, seed, known, sender))
     child.start()
+    # The parent's copy of the sending end, without which the end of the child would not be noticed.
     sender.close()
     lost = ""
     try:
+        # At most a second of processor time per example, plus a fixed time.
         has_ended = _ends(child.pid or 0, receiver, _HANGS + examples)
         tally: Tally = receiver.recv() if has_ended else Tally()
         lost = "" if has_ended else "the process hangs"
@@ -230,7 +239,8 @@ class FuzzReport(Report):
                 "refused": tally.refused,
                 "failures": dict(tally.failures),
                 "examples": {
-                    key: {"message": told, "mutations": found} for key, (told, found) in tally.examples.items()
+                    key: {"message": message, "mutations": mutations}
+                    for key, (message, mutations) in tally.examples.items()
                 },
             }
             for name, tally in self.tallies.items()
@@ -251,7 +261,7 @@ class FuzzReport(Report):
 
 
 def _processor_seconds() -> float:
-    """What this process and its children that have ended have used."""
+    """Processor seconds used by this process and by its children that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -259,7 +269,7 @@ def _processor_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="processor time, in minutes of one core")
-    parser.add_argument("--seed", type=int, default=0, help="of the first round")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first round")
     parser.add_argument("--kinds", help="only kinds whose name contains this")
     add_output_options(parser)
     arguments = parser.parse_args()
@@ -273,7 +283,7 @@ def main() -> None:
             if _processor_seconds() - start >= 60 * minutes:
                 break
             tally = report.tallies[kind.name]
-            # The first round is short, so that a short run reads every kind; slow readers have fewer examples.
+            # The first round is short, so that a short run reads every kind. Slow readers get fewer examples.
             examples = 30 if number == arguments.seed else 250
             of_round = round_of(kind, round(examples * min(1.0, kind.share) ** 2), number, list(tally.examples))
             for signature in of_round.examples.keys() - tally.examples.keys():

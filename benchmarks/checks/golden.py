@@ -6,7 +6,7 @@
 Every case in `golden_cases.py` is a command as a user types it, so the comparison survives any change of internal
 names. A case's record holds its exit code, the JSON it prints, and the values of every file it writes: arrays and
 table columns as digests, JSON files leaf by leaf. Times, paths and versions are removed. Differences in sentences
-are listed apart from differences in values, because a change of wording changes no result.
+are listed separately from differences in values, because a change of wording changes no result.
 
 Values are compared for equality, bit for bit, and both versions run on one machine: floating-point results differ
 between processors, so a record from another machine proves nothing.
@@ -70,6 +70,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _worktree(commit: str, folder: Path) -> Iterator[Path]:
+    # A worktree leaves the files of this tree, and its uncommitted changes, alone.
     subprocess.run(["git", "worktree", "add", "--detach", "--quiet", folder, commit], cwd=ROOT, check=True)
     try:
         yield folder
@@ -85,7 +86,7 @@ def _run_tree(tree: Path, inputs: Path, work: Path, only: str | None) -> dict[st
         "PYTHONPATH": f"{tree / 'src'}:{Path(__file__).parent}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        # Values kept by one version would be found by the other, which would then be compared with itself.
+        # With a shared cache one version would read the values of the other, and would be compared with itself.
         "SPARSORT_CACHE_ROWS_GB": "0",
         "COLUMNS": "120",
     }
@@ -118,6 +119,8 @@ def _run(case: Case, inputs: Path, work: Path) -> Record:
     arguments = [re.sub(r"\{(inputs|work|out)\}", lambda match: places[match[1]], part) for part in case.arguments]
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = 0
+    # `runpy` runs the command as `python -m sparsort` would, but in this process, in which torch is imported
+    # already.
     argv, sys.argv = sys.argv, ["sparsort", *arguments]
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -161,6 +164,7 @@ def _read_file(path: Path, name: str, record: Record, hide: Mapping[str, str]) -
 
             for column in (table := parquet.read_table(path)).column_names:
                 values = table[column].to_pylist()
+                # `repr` of a float is exact, so equal digests mean equal values.
                 record[f"{name}:{column}"] = _digest(repr(values).encode())
         case ".safetensors":
             from safetensors import safe_open
@@ -185,6 +189,7 @@ def _digest(raw: bytes) -> str:
 def _flatten(name: str, value: Any, record: Record, hide: Mapping[str, str]) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
+            # The whole subtree of a volatile key is skipped.
             if not _VOLATILE.search(str(key)):
                 _flatten(f"{name}.{key}", item, record, hide)
     elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
@@ -208,6 +213,8 @@ def _report(old: Mapping[str, Record], new: Mapping[str, Record], *, as_json: bo
         for name in sorted({*before, *after}):
             one, two = before.get(name, "<absent>"), after.get(name, "<absent>")
             if one != two:
+                # Three or more spaces in a JSON string, or in the first string of a list, make it a
+                # sentence.
                 is_sentence = all(text.startswith(('"', '["')) and text.count(" ") >= 3 for text in (one, two))
                 where = f"{case} {name}"
                 (wording if is_sentence or name == "stderr" else values).append((where, one, two))

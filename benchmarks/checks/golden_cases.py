@@ -110,6 +110,7 @@ def _order() -> list[Case]:
         Case("order-demo", ("order", FEW, *REVIEW, *query, "-k", "4", "--select", "knn")),
     ]
     return [
+        # The selector `ids` takes as many demonstrations as there are ids, and refuses -k.
         Case(case.name, tuple(part for part in case.arguments if part != "-k" and part != "6"))
         if case.name == "select-ids"
         else case
@@ -134,7 +135,7 @@ def _choose() -> list[Case]:
     out = ("--out", "{out}.jsonl")
     cases = [Case(f"choose-{name}", (*choose, *queries, "--by", name, *out)) for name in criteria]
     cases.append(Case("choose-pdo_null", (*choose, "--by", "pdo_null", *out)))
-    # Probes are sampled from the model, and a model with random weights writes none that reads as a query.
+    # Probes are sampled from the model, and a model with random weights writes none that parses as a query.
     demo = ("choose", FEW, *REVIEW, "--label", "label", "--orders", "4", "--json", "-k", "4")
     cases += [Case(f"choose-{name}", (*demo, "--by", name, *out)) for name in ("globale", "locale")]
     cases += [

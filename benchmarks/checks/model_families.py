@@ -1,10 +1,10 @@
-"""Which model families work: every causal language model class of transformers, built tiny, against a plain loop.
+"""Which model families work: a tiny model of every causal language model class of transformers, against a plain loop.
 
     python benchmarks/checks/model_families.py --save             # all families, 20 minutes; writes the table in the docs
     python benchmarks/checks/model_families.py --resume OUTCOMES  # the same in parts: families in the file are not run again
     python benchmarks/checks/model_families.py llama opt gpt2     # some of them, printed
 
-For each family the script makes a model with random weights and compares four things with a loop that runs one text at a time
+For each family the script creates a model with random weights and compares four things with a loop that runs one text at a time
 through the model's own forward pass: the sparsity of the last state, the loss on an answer, the log-probabilities of labels,
 and greedy text. The outcome is one of
 
@@ -13,7 +13,7 @@ and greedy text. The outcome is one of
 * different or crash: a fault of sparsort. There must be none;
 * not built: transformers itself cannot build or run the tiny model on a CPU, with the reason.
 
-Every family runs in a process of its own, because some of them change global state when they are imported.
+Every family runs in a separate process, because some change global state when they are imported.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ CHUNKS = ["Question: Is it so? yes\n", "Question: Are they? no\n"]
 QUERIES = ["Question: How many apples?", "Question: What is the capital of Italy, or of France?"]
 LABELS = [" yes", " no", " maybe not"]
 NEW_TOKENS = 6
-SECONDS = 600  # a family takes some seconds; the limit leaves room for a loaded machine
-MOST_BYTES = 6 * 2**30  # of address space: a configuration that did not shrink must not take the machine
+# A family takes a few seconds; the limit leaves room for a loaded machine.
+SECONDS = 600
+# Limit on the address space: a configuration that was not shrunk must not exhaust the machine.
+MOST_BYTES = 6 * 2**30
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one family: `kind` is "equal", "refused", "different", "crash" or "not built"."""
+    """The outcome of one family: `kind` is "equal", "refused", "different", "crash" or "not built"."""
 
     family: str
     model_class: str
@@ -88,11 +90,12 @@ def check_family(family: str) -> Outcome:
     tokenizer = tiny_tokenizer()
     try:
         model = build(family, tokenizer)
-    except Exception as error:  # noqa: BLE001  whatever transformers cannot build is the outcome
+    except Exception as error:  # noqa: BLE001  any error of transformers is the outcome
         return Outcome(family=family, model_class=class_of(family), kind="not built", detail=_sentence(error))
     name = type(model).__name__
     try:
         ours = Ours(model, tokenizer)
+        # A model of which only the head is refused still has a scorer, and is compared below.
         if ours.refusal and not ours.scorers:
             return Outcome(family=family, model_class=name, kind="refused", detail=ours.refusal)
         problems = ours.differences(PlainLoop(model, tokenizer).everything())
@@ -124,21 +127,21 @@ def build_from(config: Any) -> Any:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     make = AutoModelForCausalLM.from_config
     if isinstance(getattr(config, "decoder", None), model_class.config_class):
-        # MusicGen's class takes the part of the configuration that is a decoder's.
+        # MusicGen's class takes the decoder's part of the configuration.
         config, make = config.decoder, model_class._from_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make(config, dtype=torch.float32)
         with torch.no_grad():
             for weight in model.parameters():
-                # Norms start at 1 or 0, and some families start whole projections at 0: a fault there would not show.
+                # Norms start at 1 or 0, and some families initialise whole projections with 0, which would hide a fault.
                 if weight.is_floating_point():
                     weight += torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.05)
     return model.eval()
 
 
 class PlainLoop:
-    """The oracle: one text at a time, whole, without a cache, through the model's own forward pass."""
+    """The oracle: the model's own forward pass over one whole text at a time, without a cache."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -162,10 +165,10 @@ class PlainLoop:
         return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True)
 
     def gini(self, ids: Sequence[int]) -> float:
-        """Gini of the state that `output_hidden_states` gives last."""
+        """Gini of the last state of `output_hidden_states`."""
         states = self.forward(ids).hidden_states[-1]
         if states.dim() != 3:
-            # Gemma 3n lists several streams of states there, and joins them for the head.
+            # Gemma 3n lists several streams of states here, which it joins for the head.
             with torch.inference_mode():
                 states = self.model.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
         return gini_of(states[0, -1])
@@ -191,7 +194,7 @@ class PlainLoop:
         return float(sum(log_p[place - 1, whole[place]] for place in range(len(before), len(whole))))
 
     def greedy(self, ids: list[int]) -> list[int]:
-        """The likeliest next tokens, each from a pass over the whole text."""
+        """Greedy tokens, each from a pass over the whole text."""
         written: list[int] = []
         while len(written) < NEW_TOKENS:
             written.append(int(self.forward(ids + written).logits[0, -1].argmax()))
@@ -202,6 +205,7 @@ class PlainLoop:
 
 def gini_of(state_H: torch.Tensor) -> float:
     """The Gini coefficient of the magnitudes of one state, in float64, from its definition over sorted values."""
+    # Float64, so that the oracle's rounding is far below the tolerance.
     state = state_H.double().abs().sort().values
     width = len(state)
     ranks = torch.arange(1, width + 1, dtype=torch.float64)
@@ -209,14 +213,14 @@ def gini_of(state_H: torch.Tensor) -> float:
 
 
 class Ours:
-    """What sparsort makes of a model.
+    """The results of sparsort for a model.
 
-    All readers are made on construction, which is before any text is read. A refusal must come then.
+    The constructor creates all readers before any text is read, and must be where a model is refused.
 
     Attributes:
-        scorers: name → a scorer that was made.
-        reader: what reads answers and writes texts; None if the model is refused.
-        refusal: the sentence by which sparsort declines the model, or its head; "" for neither.
+        scorers: name → scorer.
+        reader: scores answers and generates texts; None if the model is refused.
+        refusal: the sentence with which sparsort declines the model or its head; "" if it declines neither.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -225,6 +229,7 @@ class Ours:
         self.refusal = ""
         try:
             sparsity = SparsityScorer(model, tokenizer=tokenizer, site="pre_norm")
+            # `output_hidden_states` has the last state after the final norm, if the model has one.
             if sparsity.backbone.final_norm is not None:
                 sparsity = SparsityScorer(model, tokenizer=tokenizer, site="post_norm")
             self.scorers["gini"] = sparsity
@@ -243,7 +248,7 @@ class Ours:
         return self.reader.implementation if self.reader is not None else ""
 
     def differences(self, expected: dict[str, Any]) -> list[str]:
-        """Where sparsort does not give what the plain loop gave, in all that it does not decline."""
+        """The differences between sparsort and the plain loop, in all that sparsort does not decline."""
         ours: dict[str, Any] = {
             name: scorer.score(ROWS, prompt="{q}", **{"answer": " {a}"} if name == "loss" else {}).difficulty.tolist()
             for name, scorer in self.scorers.items()
@@ -253,6 +258,7 @@ class Ours:
         problems = []
         for name, values in ours.items():
             gap = float((torch.tensor(values) - torch.tensor(expected[name])).abs().max())
+            # Not `gap > TOLERANCE`, which is false for NaN.
             if not gap <= TOLERANCE:
                 problems.append(f"{name} differs by {gap:.3g}")
         if self.reader is not None:
@@ -263,12 +269,13 @@ class Ours:
 
 
 def run_apart(families: Sequence[str]) -> Iterator[Outcome]:
-    """`check_family` for each of them, in a process of its own with a limit on its time."""
+    """Run `check_family` for each family in a separate process with a time limit."""
     context = multiprocessing.get_context("fork")
     for family in families:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_send, args=(sender, family))
         process.start()
+        # Without this, the pipe would stay open after the death of the child, and `recv` would wait forever.
         sender.close()
         try:
             if receiver.poll(SECONDS):
@@ -294,7 +301,7 @@ def _send(sender: Any, family: str) -> None:
 
 
 def quiet() -> None:
-    """Keep the remarks of transformers about tiny configurations out of the output."""
+    """Silence the warnings of transformers about tiny configurations."""
     import transformers
 
     warnings.simplefilter("ignore")
@@ -303,13 +310,13 @@ def quiet() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """The error's text on one line, without its beginning that names a validator, and of bounded length."""
+    """The error's text on one line of bounded length, without the name of a validator in front."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.rpartition("ValueError: ")[2][:300]
 
 
 def page(outcomes: Sequence[Outcome], described: dict[str, Any]) -> str:
-    """The table of the docs."""
+    """The page for the documentation."""
     counts = Counter(outcome.kind for outcome in outcomes)
     summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("equal", "refused", "not built", "different", "crash"))
     version = described["packages"]["transformers"]
@@ -353,7 +360,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="model types, such as llama [default: all]")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", action="store_true", help="write the page in docs/ and benchmarks/results/")
-    parser.add_argument("--here", action="store_true", help="run in this process, and not in one per family")
+    parser.add_argument("--here", action="store_true", help="run in this process instead of one per family")
     parser.add_argument(
         "--resume", type=Path, help="a file of outcomes: families in it are skipped, others are appended"
     )
@@ -362,7 +369,7 @@ def main() -> None:
     if unknown := sorted(set(args.families) - set(families())):
         sys.exit(f"transformers has no causal language model of the type {unknown[0]!r}.")
     if args.save and args.families:
-        sys.exit("--save writes the table of all families. Leave the families out.")
+        sys.exit("--save writes the table of all families. Omit the families.")
     asked = args.families or families()
     known = read_outcomes(args.resume) if args.resume else {}
     missing = [family for family in asked if family not in known]

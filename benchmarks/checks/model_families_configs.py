@@ -1,6 +1,6 @@
 """Tiny configurations of every family of causal language models in transformers, for `model_families.py`.
 
-Most families are shrunk by the names of their settings alone. `SPECIAL` holds what some need besides.
+Most families are shrunk by the names of their settings. `SPECIAL` has the further settings that some families need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAYER_COUNTS = (
     "num_blocks",
 )
 
-# Setting → value, given where the family's default configuration has the setting.
+# Setting → value, used if the family's default configuration has the setting.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(LAYER_COUNTS, LAYERS),
@@ -76,7 +76,7 @@ SIZES: dict[str, Any] = {
     "time_step_rank": 8,
     "rotary_dim": 8,
     "rotary_ndims": 8,
-    # Scores of few heads that are all cut off at 0 would tie, and a tie may be broken either way.
+    # With few heads, scores that are all clipped at 0 would tie, and a tie may be broken either way.
     "index_n_heads": 16,
     "index_head_dim": 16,
     **dict.fromkeys(("hidden_size_global", "adapter_in_dim", "adapter_input_size", "adapter_out_dim"), WIDTH),
@@ -84,8 +84,8 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 16,
     "backbone_hidden_size": WIDTH,
 }
-# The same for windows, chunks and selections, which end within the texts of the sweep; a family without one stays without.
-# Not so Doge's `keep_window_size`: it selects keys by their values alone, and the values of two equal tokens tie.
+# The same for windows, chunks and selections, which are shorter than the texts of the sweep. A family that has none gets none.
+# Doge's `keep_window_size` is not shrunk: it selects keys by their values alone, and the values of two equal tokens tie.
 LIMITS: dict[str, int] = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window_size"), 16),
     **dict.fromkeys(("local_attention_window_len", "attention_chunk_size", "index_topk"), 16),
@@ -112,7 +112,7 @@ _ZAMBA = {
     "head_dim": 32,
     "num_key_value_heads": HEADS,
 }
-# Model type → what else it needs; a dictionary under the name of a part of the configuration is meant for that part.
+# Model type → further settings. A dictionary under the name of a part of the configuration is for that part.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
@@ -192,7 +192,7 @@ def _shrunk(config_class: Any, vocab_size: int, special: dict[str, Any]) -> Any:
         # Multi-head latent attention: keys and values have as many heads as queries, and widths of their own.
         options["num_key_value_heads"] = HEADS
         options.pop("head_dim", None)
-    # One setting under two names: the family's own one counts.
+    # Where one setting has two names, the family's own name counts.
     for alias, name in getattr(config_class, "attribute_map", {}).items():
         if alias in options and name in options:
             del options[alias]

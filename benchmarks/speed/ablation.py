@@ -1,23 +1,24 @@
-"""How fast an ablation of orders is against reading every prompt whole, and how long the study of the documents takes.
+"""How fast an ablation of orders is compared with reading every whole prompt, and how long the published study takes.
 
     python benchmarks/speed/ablation.py [--quick] [--json] [--save] [--data FOLDER] [--compile] [--model demo] [--recipe FILE]
 
-An item is one query under one order of the demonstrations: the log-probabilities of all labels. Ours is the ablation as a user
-runs it, 24 orders of one set of 8 demonstrations × 256 queries, with its splits made and its store on the disk; its work is cut
-into rounds of as many orders each. The baselines are too slow to run whole: in every round, in turn with ours, each runs a
-seeded sample of that round's items, and times are compared per item. All sides use the same model object and threads. With
-`--compile` ours reads answers with the compiled model, as `sparsort ablate --compile` does; the baselines stay as peers run them.
+An item is one query under one order of the demonstrations: the log-probabilities of all labels. Our side is the ablation as a
+user runs it: 24 orders of one set of 8 demonstrations × 256 queries, with its splits and its store on disk, in rounds of equally
+many orders. The baselines are too slow to run in full. In every round, each of them runs a seeded sample of the round's items, in
+turn with our side, and times are compared per item. All sides use the same model object and threads. With `--compile` our side
+reads answers with the compiled model, as `sparsort ablate --compile` does; the baselines are not compiled.
 
-`label_by_label` is what OpenICL's perplexity inferencer does: for each label all prompts, whole, in batches of 8 padded on the
-right, logits of every position, the cross-entropy of every token, the smallest mean wins. `prompt_by_prompt` is the best that a
-plain script does: each prompt once, batches of 8 padded on the left, logits at the last position only, all labels from them.
+`label_by_label` is what OpenICL's perplexity inferencer does: for each label it reads all whole prompts in batches of 8 padded on
+the right, computes the logits of every position and the cross-entropy of every token, and the smallest mean wins.
+`prompt_by_prompt` is the best that a plain script does: it reads each prompt once, in batches of 8 padded on the left, and takes
+all labels from the logits at the last position.
 
 The study's time is a projection: the tokens that `cost.estimate` counts for the recipe, at the speeds measured here for each of
-its tasks, one process. FLOPs are 2 · (weights of the blocks' matrices) · tokens + 2 · (weights of the head) · items, without
+its tasks, in one process. FLOPs are 2 · (weights of the blocks' matrices) · tokens + 2 · (weights of the head) · items, without
 attention.
 
-`--data` points to a folder with `icl/trec.train.jsonl` and its like; without it the reviews of this repository are read, which
-have no floor. The cost of a calibration is printed by `benchmarks/speed/calibration.py`.
+`--data` points to a folder with `icl/trec.train.jsonl` and similar files. Without it the reviews of this repository are read, and
+there is no floor. The cost of a calibration is printed by `benchmarks/speed/calibration.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from sparsort.scoring.loading.load import LoadedModel, load_model
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "benchmarks" / "studies" / "ordering_study.toml"
 K, ORDERS, QUERIES, BATCH = 8, 24, 256, 8
-# Tokens written to tell how long one takes.
+# Number of tokens generated to measure the time of one.
 _WRITTEN = 8
 REVIEWS = Task(
     name="reviews",
@@ -75,7 +76,7 @@ REVIEWS = Task(
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is run: rounds, our orders in each, the baselines' batches in each, queries for the check and the study."""
+    """Sizes: rounds, our orders per round, the baselines' batches per round, and queries for the check and the study."""
 
     rounds: int
     orders: int
@@ -112,29 +113,31 @@ class Grid:
         self.prefixes = [self.texts.prefix(showing.demos(0, order)) for order in self.orders]
 
     def sample(self, orders: range, batches: int, generator: np.random.Generator) -> list[tuple[int, range]]:
-        """(order, BATCH neighbouring queries) of a baseline's batches."""
+        """The batches of a baseline: (order, BATCH neighbouring queries)."""
         starts = generator.choice(len(self.queries) // BATCH, size=batches, replace=False) * BATCH
         return [(int(generator.choice(orders)), range(start, start + BATCH)) for start in starts.tolist()]
 
     def prompts(self, sample: Sequence[tuple[int, Sequence[int]]]) -> list[str]:
-        """The whole prompts of a sample, up to where the answer begins."""
+        """The whole prompts of a sample, up to the beginning of the answer."""
         return ["".join(self.prefixes[order]) + self.queries[query] for order, queries in sample for query in queries]
 
 
 class Baselines:
-    """The two ways to ask without sharing, with one model.
+    """The two ways to query one model without shared prefixes.
 
     Raises:
-        SparsortError: a label of several tokens, which no one position tells of.
+        SparsortError: a label has several tokens, so the logits of one position do not score it.
     """
 
     def __init__(self, loaded: LoadedModel, grid: Grid) -> None:
         self.model, self.labels = loaded.model, grid.labels
+        # A copy, because the padding token set here must not change the tokenizer of our side.
         self.tokenizer = copy.deepcopy(loaded.tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         prompt = grid.prompts([(0, range(1))])[0]
         before = self.tokenizer(prompt)["input_ids"]
+        # The label is tokenized after a prompt, because a token may include the space before the label.
         label_ids = [self.tokenizer(prompt + label)["input_ids"][len(before) :] for label in self.labels]
         if any(len(ids) != 1 for ids in label_ids):
             raise SparsortError(
@@ -152,12 +155,14 @@ class Baselines:
     @torch.no_grad()
     def _perplexity(self, prompts: Sequence[str], label: str) -> NDArray[np.float64]:
         inputs = self._encode([prompt + label for prompt in prompts], "right")
+        # Logits at position t predict token t + 1.
         logits = self.model(**inputs).logits[:, :-1].contiguous()
         targets = inputs["input_ids"][:, 1:].contiguous()
         pad = self.tokenizer.pad_token_id
         losses = torch.nn.functional.cross_entropy(
             logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none", ignore_index=pad
         )
+        # Like OpenICL, divide by all tokens of the text, of which the first has no loss.
         means = losses.view(targets.shape).sum(dim=-1) / (inputs["input_ids"] != pad).sum(dim=-1)
         return means.double().cpu().numpy()
 
@@ -167,6 +172,7 @@ class Baselines:
         found = []
         for batch in _batches(prompts):
             inputs = self._encode(batch, "left")
+            # With padding on the left, the first real token has position 0.
             positions = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
             result = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
             found.append(result.logits[:, -1].float().log_softmax(dim=-1)[:, self.label_ids].double().cpu().numpy())
@@ -188,23 +194,25 @@ class Baselines:
 
 @dataclass
 class Timed:
-    """One side: seconds an item in every round, what it predicted by (order, query), and where two labels came out equal."""
+    """One side: seconds per item in every round, its predictions by (order, query), and the items with tied labels."""
 
     seconds: list[float] = field(default_factory=list)
     predicted: dict[tuple[int, int], int] = field(default_factory=dict)
     ties: int = 0
 
     def run(self, function: Callable[[], NDArray[np.float64] | None], items: Sequence[tuple[int, int]]) -> None:
-        """Time one round; the largest value of a row is its prediction, the first of equals."""
+        """Time one round. The prediction of a row is its largest value, the first one if several are equal."""
         values: list[NDArray[np.float64] | None] = []
         self.seconds.append(wall_seconds(lambda: values.append(function())) / len(items))
         if (found := values[0]) is not None:
             self.predicted |= zip(items, found.argmax(axis=1).tolist(), strict=True)
+            # In half precision two labels often have equal values, and then a prediction depends on their
+            # order.
             self.ties += int(((found == found.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum())
 
 
 def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floors: bool) -> None:
-    """Items a second of ours and of the baselines, whether they predict alike, and our share of the peak."""
+    """Measure items per second of all sides, the agreement of their predictions, and our share of the peak."""
     dtype = str(engine.loaded.dtype.value).removeprefix("torch.")
     peak = matrix_peak(engine.loaded.model.dtype, engine.loaded.device.value)
     report.add("matrix_product_peak", peak / 1e9, "GFLOP/s", note=dtype)
@@ -216,7 +224,7 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
         _warm_up(grid, engine, store, baselines)
         for number in range(sizes.rounds):
             orders = range(number * sizes.orders, (number + 1) * sizes.orders)
-            # A recipe with more orders asks for the new ones alone.
+            # The store has the orders of earlier rounds, so a recipe with more orders runs only the new ones.
             run = Run(dataclasses.replace(grid.recipe, random_orders=orders.stop), engine, store)
             few, many = (grid.sample(orders, n, generator) for n in (sizes.label_batches, sizes.prompt_batches))
             sides: list[Callable[[], None]] = [
@@ -227,13 +235,14 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
                 lambda s=few: by_label.run(lambda: -baselines.label_by_label(grid.prompts(s)), _items(s)),
                 lambda s=many: by_prompt.run(lambda: baselines.prompt_by_prompt(grid.prompts(s)), _items(s)),
             ]
+            # The order of the sides rotates from round to round, so that none is always first.
             for turn in range(3):
                 sides[(number + turn) % 3]()
             tokens += run.tokens_read
         ours.predicted = _stored(grid, store, range(sizes.rounds * sizes.orders))
     items = sizes.rounds * sizes.orders * len(grid.queries)
     seconds = sum(ours.seconds) / sizes.rounds * items
-    report.add("items_per_second", items / seconds, "1/s", note=f"{items} items, the store's work among it")
+    report.add("items_per_second", items / seconds, "1/s", note=f"{items} items, including the work of the store")
     report.add("tokens_per_second", tokens / seconds, "1/s", note=f"{tokens} tokens run, {tokens / items:.1f} an item")
     for name, side, floor in (("label_by_label", by_label, 40.0), ("prompt_by_prompt", by_prompt, 6.0)):
         ratio = _compared(side.seconds, ours.seconds)
@@ -246,6 +255,7 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
     backbone = engine.reader(grid.task).backbone
     matrices = sum(m.weight.numel() for m in backbone.blocks.modules() if isinstance(m, torch.nn.Linear))
     head = engine.loaded.model.get_output_embeddings().weight.numel()
+    # Two operations, a product and a sum, for each weight and token. The head runs once per item.
     blocks_share = 2 * matrices * tokens / seconds / peak
     report.add(
         "share_of_peak",
@@ -256,11 +266,12 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
 
 
 def measure_where(report: Report, grid: Grid, engine: Engine) -> None:
-    """Where the time of one order goes, by operator."""
+    """Measure the time of one order by operator."""
     reader = engine.reader(grid.task)
     chunks = grid.prefixes[0][::-1]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = wall_seconds(lambda: reader.answers(chunks, grid.queries, grid.labels))
+    # Self time, so that the time of a nested operator is counted once.
     spent: defaultdict[str, float] = defaultdict(float)
     for event in profile.key_averages():
         product = any(name in event.key for name in ("mm", "mkldnn", "linear"))
@@ -274,13 +285,13 @@ def measure_where(report: Report, grid: Grid, engine: Engine) -> None:
 
 
 def measure_exactness(report: Report, grid: Grid, sizes: Sizes, name: str, compile: bool) -> None:
-    """In fp32: log-probabilities against those of one query, one label, the whole prompt."""
+    """Compare log-probabilities in fp32 with those of one query, one label and the whole prompt at a time."""
     loaded = load_model(name, dtype="float32")
     baselines, reader = Baselines(loaded, grid), AnswerReader(loaded, compile=compile)
     places = np.random.default_rng(1).choice(len(grid.queries), size=sizes.exact_queries, replace=False).tolist()
     gaps, agree = [], 0
     for order, half in enumerate((places[::2], places[1::2])):
-        # All queries at once, as an ablation asks them: a pass of few tokens would not run through compiled blocks.
+        # All queries at once, as in an ablation, because a pass with few tokens would not run through compiled blocks.
         ours = reader.answers(grid.prefixes[order], grid.queries, grid.labels).log_p[half]
         plain = np.stack([baselines.alone(prompt) for prompt in grid.prompts([(order, [query]) for query in half])])
         gaps.append(np.abs(ours - plain).max())
@@ -291,7 +302,7 @@ def measure_exactness(report: Report, grid: Grid, sizes: Sizes, name: str, compi
 
 
 def project_study(report: Report, recipe: Ablation, engine: Engine, sizes: Sizes, floors: bool) -> None:
-    """The tokens that the study's plan counts, at the speeds of this machine."""
+    """Project the study's time from the tokens that its plan counts and the speeds of this machine."""
     count = lambda text: len(engine.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
     lengths, speeds = [], {}
     for task in recipe.load_tasks():
@@ -302,9 +313,10 @@ def project_study(report: Report, recipe: Ablation, engine: Engine, sizes: Sizes
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in plan.rows:
         prefix, query, written = speeds[row.task]
+        # The rest are queries and labels after shared prefixes.
         others = row.tokens - row.prefix_tokens - row.generated_tokens
         seconds[row.task] += row.prefix_tokens / prefix + row.generated_tokens / written + others / query
-    told = ", ".join(f"{task} {value / 3600:.2f}" for task, value in seconds.items())
+    hours = ", ".join(f"{task} {value / 3600:.2f}" for task, value in seconds.items())
     report.add(
         "study_hours_projected",
         sum(seconds.values()) / 3600,
@@ -312,24 +324,26 @@ def project_study(report: Report, recipe: Ablation, engine: Engine, sizes: Sizes
         floor=3.0 if floors else None,
         better="lower",
         note=f"a projection, not a run: {plan.tokens / 1e6:.1f} million tokens ({plan.plain_tokens / plan.tokens:.0f} times as "
-        f"many without sharing), {plan.pairs} items of {plan.sets} sets, one process; {told}",
+        f"many without sharing), {plan.pairs} items of {plan.sets} sets, one process; {hours}",
     )
 
 
 def _speeds(
     recipe: Ablation, data: TaskData, lengths: cost.Lengths, engine: Engine, sizes: Sizes
 ) -> tuple[float, float, float]:
-    """Tokens a second of a task, as the plan counts them: prefixes with one query each, queries behind one, written ones."""
+    """Tokens per second of a task, as the plan counts them: prefixes with one query each, queries after one, and generated
+    tokens."""
     task, k, reader = data.task, max(recipe.shots), engine.reader(data.task)
     texts, queries = Texts(task, engine.loaded.tokenizer), data.test_texts[: sizes.speed_queries]
     ask = functools.partial(reader.answers, answers=task.label_texts())
     one, many, write = [], [], []
-    # What a compiler does for new shapes is no part of a token's time.
+    # The time that the compiler takes for new shapes does not belong to the time of a token.
     other = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + sizes.speed_sets))
     ask(texts.prefix(other.demos(0, range(k))), queries)
     for seed in range(sizes.speed_sets):
         showing = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
         chunks = texts.prefix(showing.demos(0, range(k)))
+        # An unrelated prefix, so that the reader has no cached keys of the timed prefix.
         ask([], queries[:1])
         one.append(wall_seconds(functools.partial(ask, chunks, queries[:1])))
         many.append(wall_seconds(functools.partial(ask, chunks, queries)))
@@ -340,7 +354,7 @@ def _speeds(
 
 
 def _warm_up(grid: Grid, engine: Engine, store: OutcomeStore, baselines: Baselines) -> None:
-    """Run every side once, ours on other demonstrations than those that will be timed."""
+    """Run every side once, ours with other demonstrations than the timed ones."""
     other = grid.recipe.first_seed + 1
     small = dataclasses.replace(grid.recipe, first_seed=other, random_orders=2, test_rows=BATCH)
     Run(small, engine, store).unit(dataclasses.replace(grid.unit, seed=other))
@@ -373,7 +387,7 @@ def _compared(baseline: Sequence[float], ours: Sequence[float]) -> Comparison:
 
 def _run(run: Run, unit: Unit) -> None:
     if not run.unit(unit):
-        raise SparsortError("the benchmark's own store is held by another process.")
+        raise SparsortError("another process holds the benchmark's own store.")
 
 
 def _items(sample: Sequence[tuple[int, range]]) -> list[tuple[int, int]]:
@@ -387,11 +401,11 @@ def _batches(texts: Sequence[str]) -> list[Sequence[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, help="folder with icl/trec.train.jsonl, icl/trec.dev_subsample.jsonl and the like"
+        "--data", type=Path, help="folder with icl/trec.train.jsonl, icl/trec.dev_subsample.jsonl and similar files"
     )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--compile", action="store_true", help="compile the model for our side (needs a C++ compiler)")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="TOML of the study whose time is projected")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="TOML recipe of the study whose time is projected")
     add_output_options(parser)
     arguments = parser.parse_args()
     real, sizes = arguments.data is not None, QUICK if arguments.quick else FULL
@@ -410,7 +424,7 @@ def main() -> None:
         dev_rows=0,
         calibrated=(False,),
     )
-    # The reviews are too few for the study's dev rows.
+    # There are too few reviews for the number of dev rows in the study.
     small: dict[str, Any] = {} if real else {"tasks": tasks, "dev_rows": BATCH}
     study = dataclasses.replace(Ablation.from_toml(arguments.recipe), data=folder, model=arguments.model, **small)
     name = f"ablation{'-compiled' if arguments.compile else ''}{'' if real else '-examples'}"

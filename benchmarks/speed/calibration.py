@@ -1,12 +1,12 @@
-"""What calibration costs: every site, pooling, metric and outlier rule in one pass, against one plain scoring pass.
+"""The cost of calibration: every site, pooling, metric and outlier rule in one pass, against one plain scoring pass.
 
     python benchmarks/speed/calibration.py [--quick] [--json] [--save] [--data FOLDER] [--model demo]
 
 The plain pass is `SparsityScorer.score` with its defaults (one site, the last token, no outlier rule) over the same texts; both
-include tokenising, planning and the table. `candidates_over_plain` reads the prompts alone, `…_with_answer` prompt and answer in
-both. The model's own loss is beside the candidates: `own_loss_over_plain` adds the head at every token of the answer, which
-no plain scoring pass reads, and grows with the share of the answer and the size of the vocabulary. `statistics_seconds` is
-what follows the pass: the comparison with two references, 1000 bootstrap draws and 999 permutations, whatever the model.
+include tokenising, planning and the table. `candidates_over_plain` reads only the prompts, and `…_with_answer` prompt and answer
+on both sides. `own_loss_over_plain` also computes the model's own loss: it adds the head at every token of the answer, which no
+plain scoring pass needs, and grows with the length of the answer and the size of the vocabulary. `statistics_seconds` is the
+time after the pass, independent of the model: the comparison with two references, 1000 bootstrap draws and 999 permutations.
 
 `--data` points to a folder with `math_300.jsonl` and `icl/trec.train.jsonl`; without it the examples of this repository are read.
 """
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """Rows with their templates; `few` of them stand for all where the answers are read too."""
+    """Rows with their templates; the runs that also read the answers use only `few` of them."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -47,7 +47,7 @@ class Task:
 
 
 def tasks(data: Path | None, quick: bool) -> list[Task]:
-    """What is calibrated."""
+    """The data sets that are calibrated."""
     if data is None:
         graded = _read(ROOT / "examples" / "graded.jsonl")
         found = [Task("graded", graded, "Question: {question}\nAnswer:", " {answer}", 120)]
@@ -61,10 +61,11 @@ def tasks(data: Path | None, quick: bool) -> list[Task]:
 
 
 def measure(report: Report, loaded: LoadedModel, task: Task, quick: bool) -> None:
-    """The ratios of one task."""
+    """Measure the ratios of one task."""
     rounds = 1 if quick else 3
     plain, every = sparsort.SparsityScorer(loaded), CandidateScorer(loaded)
     without_loss = CandidateScorer(loaded, own_loss=False)
+    # An even sample of the rows, because reading the answers takes long.
     few = task.rows[:: max(1, len(task.rows) // task.few)][: task.few]
     answer = {"answer": task.answer}
     for name, scorer, rows, options, floor in (
@@ -84,7 +85,8 @@ def measure(report: Report, loaded: LoadedModel, task: Task, quick: bool) -> Non
 
 
 def measure_statistics(report: Report, scorer: CandidateScorer, task: Task) -> None:
-    """The comparison behind the pass, on a table of random numbers of its shape: the time does not depend on them."""
+    """Time the comparison after the pass, on random numbers in a table of the same shape: values do not change the time."""
+    # 300 rows, whatever the size of the data, with new ids because ids must be unique.
     rows = [task.rows[number % len(task.rows)] for number in range(300)]
     table = scorer.score([{**row, "id": str(n)} for n, row in enumerate(rows)], task.prompt)
     rng = np.random.default_rng(0)

@@ -1,10 +1,10 @@
-"""Check the Triton kernels on this machine's GPU against float64, then time them, and keep the numbers.
+"""Check the Triton kernels on this machine's GPU against float64, then time them, and save the numbers.
 
     python benchmarks/speed/gpu_check.py [--quick]
 
-Runs the tests marked `gpu` of the row kernel and of the block-sparse kernels. The benchmarks of those whose tests pass follow:
-benchmarks/results/sparsity_kernels-<device>.json and sparse_attention-<device>.json are written. Ends with status 1 where a
-test fails or a figure misses its floor. Without a CUDA device it says so and ends with status 0.
+Runs the tests marked `gpu` of the row kernel and of the block-sparse kernels, and then the benchmarks of the kernels that pass.
+These write benchmarks/results/sparsity_kernels-<device>.json and sparse_attention-<device>.json. The exit status is 1 if a test
+fails or a figure misses its floor. Without a CUDA device it prints a note and exits with status 0.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent / "sparse_attention"))
-# By name: the other tests of the folder need more packages, and show nothing of the GPU.
+# Listed by name, because the other tests of these folders need more packages and do not use the GPU.
 KERNELS = {
-    "sparsity_kernels": ("test_rows.py", "test_rows_gpu.py"),
-    "sparse_attention": ("test_blocksparse_*triton*.py", "test_blocksparse_*gpu*.py"),
+    "sparsity_kernels": ("sparsity/test_triton_rows.py", "sparsity/test_triton_rows_gpu.py"),
+    "sparse_attention": tuple(f"blocksparse/triton/test_{part}.py" for part in ("align", "attend", "select")),
 }
 
 
 def tests_of(benchmark: str) -> list[Path]:
     """The tests of the kernels that a benchmark times."""
-    folder = ROOT / "tests" / "kernels"
-    return sorted({path for pattern in KERNELS[benchmark] for path in folder.glob(pattern)})
+    return [ROOT / "tests" / "kernels" / name for name in KERNELS[benchmark]]
 
 
 def missed_floors(benchmark: str, *, quick: bool) -> list[str]:
     """Time the kernels, save the figures, and name those below their floor."""
-    # Imported when its kernels have passed.
+    # The benchmark is imported only after the tests of its kernels have passed.
     report = importlib.import_module(benchmark).main(["--save", "--device", "cuda", *(["--quick"] if quick else [])])
-    # A report of its own kind also counts what it could not measure.
+    # The report of `sparse_attention` has `missed`, which also counts floors that could not be measured.
     below = [name for name, figure in report.figures.items() if figure.holds is False]
     return list(getattr(report, "missed", below))
 
@@ -50,7 +49,7 @@ def main() -> int:
         return 0
     status = 0
     for benchmark in KERNELS:
-        # -P: see the Makefile.
+        # -P keeps the root off the path, as in the Makefile.
         tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", *map(str, tests_of(benchmark))]
         failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
         if failed:

@@ -1,11 +1,11 @@
-"""Score folders of 10,000 small shards: what writing, resuming and planning take, as commands, with what Python's imports take.
+"""Score folders of 10,000 small shards: the time of writing, resuming and planning as commands, and of Python's imports.
 
     python benchmarks/speed/many_shards.py --save
 
-Every figure of a command is the wall time of a process of its own, the median of the repeats with the lowest and the highest;
-the same in CPU time (user + system) depends less on what else the machine does. `resume` is `sparsort score` called again on the
-finished folder; `resume, unfinished` on a folder whose last shard and list of shards are missing, as after a kill. A folder of a
-tenth of the shards shows whether the cost of a shard grows with their number.
+Every figure of a command is the wall time of a separate process: the median of the repeats, with the lowest and the highest. The
+CPU time (user + system) depends less on other programs on the machine. `resume` is `sparsort score` called again on the finished
+folder, and `resume, unfinished` on a folder whose last shard and list of shards are missing, as after a kill. A folder with a
+tenth of the shards shows whether the cost per shard grows with their number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from sparsort.scoring.store.shards import MANIFEST
 from sparsort.storage.integrity import read_sealed, write_sealed
 
 SHARDS, ROWS = 10_000, 2
-FLOOR = 5.0  # seconds, of a resume and of a plan
+# Upper bound for a resume and for a plan, in seconds.
+FLOOR = 5.0
 _WORDS = (
     "the",
     "of",
@@ -94,11 +95,12 @@ def _add(
     floor: float | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> None:
-    """The wall and the CPU time of `run`, after an untimed call; `before` is not timed."""
+    """Add the wall time and the CPU time of `run`, after one untimed call; `before` is not timed."""
     times = []
     for _ in range(repeats + 1):
         before()
         times.append(run())
+    # The first call fills the page cache and is not counted.
     for kind, values in zip(("wall", "CPU"), zip(*times[1:], strict=True), strict=True):
         note = f"{min(values):.2f} to {max(values):.2f} in {repeats} calls"
         report.add(f"{name}, {kind}", statistics.median(values), "s", floor=floor, better="lower", note=note)
@@ -110,6 +112,8 @@ def _run(*arguments: object) -> tuple[float, float]:
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         errors = process.stderr.read() if process.stderr is not None else b""
+        # `wait4` reports the processor time of this process alone. `Popen` must be given the exit code, as it
+        # cannot wait again.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - begin
@@ -119,9 +123,10 @@ def _run(*arguments: object) -> tuple[float, float]:
 
 
 def _unfinish(out: Path) -> None:
-    """The folder as a kill before the last shard leaves it."""
+    """Bring the folder into the state after a kill before the last shard."""
     manifest = read_sealed(out / MANIFEST, next_step="")
     (out / manifest["shards"][-1]["file"]).unlink()
+    # The list of shards is written at the end of a run, so a killed run has none.
     write_sealed(out / MANIFEST, {name: manifest[name] for name in ("format", "version", "shard_rows", "provenance")})
 
 

@@ -1,12 +1,12 @@
-"""What the cache of read rows saves: `sparsort order --select knn` over the 240 example rows, the first call and the next.
+"""Time saved by the row cache: the first and the second call of `sparsort order --select knn` over the 240 example rows.
 
     python benchmarks/speed/row_cache.py --save
 
-Each of three rounds begins with an empty cache of rows and runs two commands, each in a process of its own, loading included:
-one query, then another. The figure is the wall time of the second over that of the first. The processor time, which other
-programs on the machine affect less, is given with it. At last the second query runs without the cache: its prompt has to be the
-same. Each round also loads the model in a process that does nothing else: no call can be faster, whatever the cache holds.
-With --quick there is one round.
+Each of three rounds begins with an empty row cache and runs two commands with different queries, each in a separate process and
+including the loading of the model. The figure is the wall time of the second command over that of the first, together with the
+processor time, which other programs on the machine affect less. Then the second query runs without the cache, and its prompt has
+to be the same. Each round also loads the model in a process that does nothing else: no call can be faster than that, whatever
+the cache contains. With --quick there is one round.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUERIES = ("Tom has 12 pens and gives 5 away. How many are left?", "The meeting 
 
 
 def _order(query: str, cache: Path, *options: str) -> tuple[float, float, dict[str, Any]]:
-    """Seconds of one call, seconds of its processors, and what it printed as JSON."""
+    """Wall seconds and processor seconds of one call, and the JSON that it printed."""
     command = [
         sys.executable,
         "-m",
@@ -59,13 +59,13 @@ def _order(query: str, cache: Path, *options: str) -> tuple[float, float, dict[s
 
 
 def _load(cache: Path) -> float:
-    """Seconds of a process that loads the model and its tokenizer."""
+    """Wall seconds of a process that only loads the model and its tokenizer."""
     code = "from sparsort.scoring.loading.load import load_model; load_model('demo')"
     return _timed([sys.executable, "-c", code], cache)[0]
 
 
 def _timed(command: list[str], cache: Path) -> tuple[float, float, str]:
-    """Wall and processor seconds of a command, and what it printed."""
+    """Wall seconds and processor seconds of a command, and its output."""
     start, before = time.perf_counter(), _processor_seconds()
     done = subprocess.run(
         command, env={**os.environ, "SPARSORT_CACHE": str(cache)}, capture_output=True, text=True, check=True
@@ -74,7 +74,8 @@ def _timed(command: list[str], cache: Path) -> tuple[float, float, str]:
 
 
 def _processor_seconds() -> float:
-    """Of the processes that were run and have ended."""
+    """Processor seconds of the child processes that have ended."""
+    # Children count only after they have been waited for, so a difference around `run` is the time of that child.
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -83,12 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_options(parser)
     arguments = parser.parse_args()
+    # The conversion of the embedded model happens before any timed call.
     demo_folder()
     firsts, seconds, loads = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
+        # The temporary cache has its own rows but shares the converted model, which takes long to make.
         (cache / "models").symlink_to(cache_folder() / "models")
         for _ in range(1 if arguments.quick else 3):
+            # Each round starts with an empty row cache.
             shutil.rmtree(cache / "rows", ignore_errors=True)
             firsts.append(_order(QUERIES[0], cache))
             seconds.append(_order(QUERIES[1], cache))

@@ -1,12 +1,12 @@
-"""How fast scoring is against the plain loop, and what it costs in exactness and memory.
+"""The speed of scoring compared with a plain loop, its exactness and its memory.
 
     python benchmarks/speed/scoring.py [--quick] [--json] [--save] [--data FOLDER] [--model demo]
 
-The plain loop is what a first script does: one example at a time, `output_hidden_states=True`, logits computed. Both sides
-read the same rows with the same prompt and count the same tokens; they alternate in one run. FLOPs are 2 · (weights of the
-blocks' matrices) · (tokens that the plan computes), without attention, head and padding; the peak is the best of several bf16
-matrix products, the model's own shapes among them. `ceiling` is what the ratio could be if our whole time were matrix products
-at that peak: it tells how far a ratio can go on a machine at all.
+The plain loop is what a first script does: one example at a time, with `output_hidden_states=True` and logits. Both sides read
+the same rows with the same prompt, count the same tokens, and alternate in one run. FLOPs are 2 · (weights of the blocks'
+matrices) · (tokens that the plan computes), without attention, head and padding. The peak is the best of several bf16 matrix
+products, including the model's own shapes. `ceiling` is the ratio if our whole time were matrix products at that peak: no
+implementation can exceed it on this machine.
 
 `--data` points to a folder with `math_300.jsonl` and `icl/trec.train.jsonl`; without it the examples of this repository are read.
 """
@@ -39,7 +39,7 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """Rows, their prompt, and the floors that were set for them."""
+    """Rows, their prompt, and their floors."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -49,7 +49,7 @@ class Task:
 
 
 def tasks(data: Path | None, quick: bool) -> list[Task]:
-    """What is scored."""
+    """The data sets that are scored."""
     if data is None:
         graded, reviews = (_read(ROOT / "examples" / name) for name in ("graded.jsonl", "reviews.jsonl"))
         found = [
@@ -58,11 +58,11 @@ def tasks(data: Path | None, quick: bool) -> list[Task]:
         ]
     else:
         math, trec = _read(data / "math_300.jsonl"), _read(data / "icl" / "trec.train.jsonl")[:2000]
-        told = "Say what the question asks for: description, entity, abbreviation, person, location or number.\n"
+        instruction = "Say what the question asks for: description, entity, abbreviation, person, location or number.\n"
         found = [
             Task("math", math, "Problem: {problem}\nSolution:", 6.0, 15.0),
             Task("trec", trec, "Question: {sentence}\nType:", 25.0, 60.0),
-            Task("trec_with_instruction", trec, told + "Question: {sentence}\nType:", None, None),
+            Task("trec_with_instruction", trec, instruction + "Question: {sentence}\nType:", None, None),
         ]
     if not quick:
         return found
@@ -72,7 +72,7 @@ def tasks(data: Path | None, quick: bool) -> list[Task]:
 
 
 def plain_loop(loaded: LoadedModel, texts: list[str]) -> list[torch.Tensor]:
-    """The baseline: the last token's last hidden state of every text, one at a time."""
+    """The baseline: the last hidden state of the last token of every text, one text at a time."""
     states = []
     with torch.inference_mode():
         for text in texts:
@@ -82,7 +82,8 @@ def plain_loop(loaded: LoadedModel, texts: list[str]) -> list[torch.Tensor]:
 
 
 def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick: bool) -> None:
-    """Ratios to the plain loop in the same dtype and in fp32, share of the peak, overhead over the bare backbone."""
+    """Measure ratios to the plain loop in the same dtype and in fp32, the share of the peak, and the overhead over the
+    backbone alone."""
     peak = matrix_peak(loaded.model.dtype, loaded.device.value)
     report.add("matrix_product_peak", peak / 1e9, "GFLOP/s", note=str(loaded.model.dtype).removeprefix("torch."))
     scorer = sparsort.SparsityScorer(loaded)
@@ -93,10 +94,11 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
     rounds = 1 if quick else 3
     for task in found:
         texts = [task.prompt.format(**row) for row in task.rows]
-        # The loop is slow and steady: an even sample of its rows stands for all of them.
+        # The loop is slow and its time per token is steady, so it runs an even sample of the rows.
         sample = texts[:: max(1, len(texts) // (10 if quick else 100))]
         counts = {text: len(loaded.tokenizer(text)["input_ids"]) for text in texts}
         total, sampled = sum(counts[text] for text in texts), sum(counts[text] for text in sample)
+        # The ratio is per token: the loop's time is scaled from the sample's tokens to all tokens.
         scale = total / sampled
         ours = lambda t=task: scorer.score(t.rows, t.prompt)  # noqa: E731
         same = compare(lambda s=sample: plain_loop(loaded, s), ours, rounds)
@@ -109,6 +111,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
             f"{same.lowest_ratio * scale:.1f} to {same.highest_ratio * scale:.1f}",
         )
         ids = [scorer.loaded.tokenizer(text)["input_ids"] for text in texts]
+        # Shared prefixes are computed once, so the plan computes fewer tokens than the texts have.
         how = scorer.backbone.plan(ids)
         report.add(
             f"{task.name}_speedup_ceiling",
@@ -122,6 +125,7 @@ def measure_speed(report: Report, loaded: LoadedModel, found: list[Task], quick:
             "",
             floor=0.4,
         )
+        # The loop in fp32 is slower, so it runs half of the sample.
         few = sample[:: 1 if quick else 2]
         mixed = compare(lambda s=few: plain_loop(in_fp32, s), ours, rounds)
         scale = total / sum(counts[text] for text in few)
@@ -142,12 +146,12 @@ def _walk(scorer: sparsort.SparsityScorer, ids: list[list[int]], how: Any) -> No
 
 
 def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], quick: bool) -> None:
-    """Rank agreement of the default dtype with fp32, and of a row alone with the row in a batch."""
+    """Measure the rank agreement of the default dtype with fp32, and of a single row with the same row in a batch."""
     in_fp32 = load_model(loaded.name, dtype="float32")
     for task in found[:2]:
         for site in ("pre_norm",) if quick else ("pre_norm", "post_norm"):
-            # The threshold of the absolute count is the mean magnitude of the site: at 1, before the norm, every
-            # coordinate counts and nothing is ranked.
+            # The threshold of the absolute L0 count is the mean magnitude of the site. With the default of 1, every
+            # coordinate before the norm would be above it, and all rows would tie.
             first = sparsort.SparsityScorer(loaded, site=site).score(task.rows[:50], task.prompt)
             threshold = float(first.column("l1").mean()) / loaded.model.config.get_text_config().hidden_size
             options = {"site": site, "l0_threshold": threshold}
@@ -156,6 +160,7 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], qu
             agreement = {
                 name: float(spearmanr(ours.column(name), exact.column(name)).statistic) for name in METRIC_NAMES
             }
+            # The floor excludes the relative L0, which only the note reports.
             counted = {name: value for name, value in agreement.items() if name != "l0_relative"}
             lowest = min(counted, key=lambda name: counted[name])
             report.add(
@@ -168,6 +173,7 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], qu
             )
     rows = found[0].rows[: 20 if quick else 100]
     together = sparsort.SparsityScorer(loaded).score(rows, found[0].prompt).difficulty
+    # A token budget of 1 puts each row into a batch of its own.
     alone = sparsort.SparsityScorer(loaded, token_budget=1).score(rows, found[0].prompt, shard_rows=1).difficulty
     spread = float(np.std(together))
     report.add(
@@ -180,9 +186,10 @@ def measure_agreement(report: Report, loaded: LoadedModel, found: list[Task], qu
 
 
 def measure_memory(report: Report, quick: bool) -> None:
-    """Peak memory beyond the model for a million short rows, through the whole pipeline with a very small model."""
+    """Measure the peak memory beyond the model for a million short rows in the whole pipeline, with a very small model."""
     count = _MILLION // 100 if quick else _MILLION
     code = _MEMORY.replace("COUNT", str(count))
+    # A separate process, whose memory holds nothing of the other measurements.
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = json.loads(output.splitlines()[-1])
     report.add(
@@ -237,7 +244,7 @@ print(json.dumps({
 
 
 def measure_help(report: Report) -> None:
-    """Wall time of `sparsort --help`, the best of five."""
+    """Measure the wall time of `sparsort --help`, the best of five."""
     command = [sys.executable, "-m", "sparsort", "--help"]
     run = lambda: subprocess.run(command, capture_output=True, check=True)  # noqa: E731
     report.add(
@@ -246,12 +253,14 @@ def measure_help(report: Report) -> None:
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best matrix product among common shapes."""
+    """FLOP/s of the fastest matrix product among common shapes."""
     best = 0.0
     for m, k, n in ((4096, 4096, 4096), (2048, 2048, 2048), (1024, 640, 2048), (2048, 640, 2048), (2048, 2048, 640)):
         a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
         product = lambda a=a, b=b: torch.nn.functional.linear(a, b)  # noqa: E731
         product()
+        # Small products are repeated until a measurement has about 20 GFLOP, so that the clock's resolution
+        # does not matter.
         repeat = max(1, int(2e10 / (2 * m * k * n)))
         seconds = min(wall_seconds(lambda p=product, r=repeat: [p() for _ in range(r)]) for _ in range(5)) / repeat
         best = max(best, 2 * m * k * n / seconds)

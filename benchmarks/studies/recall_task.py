@@ -1,25 +1,25 @@
-"""Associative recall at graded distances, inside text: what a model with a local window cannot do, as a corpus from nothing.
+"""Associative recall at graded distances inside generated text: a task that a model with a local window cannot solve.
 
-A row is a number of episodes. An episode states facts, words made of a name and a city, among the words of a text; after a gap
-of more text it asks for half of them: the name, and the fact is to be predicted (after multi-query associative recall: Arora
-et al., arXiv 2312.04927). The other half distracts. The text is made of `graded_text`'s sentences and copies, so that there is
-a language to be learnt beside the recall, and it tells nothing about the facts.
+A row consists of episodes. An episode states facts among the words of a text; each fact is a word made of a name and a city.
+After a gap of more text it asks for half of them: it gives the name, and the fact is to be predicted (after multi-query
+associative recall: Arora et al., arXiv 2312.04927). The other half are distractors. The text consists of `graded_text`'s
+sentences and copies. It is a language to learn in addition to the recall, and has no information about the facts.
 
     the owl Ada-Oslo that the dogs Ben-Rome like sees . copy fig oak : fig oak . the hen … where Ben Ben-Rome the cow …
 
-A fact is one word, and so recalling it takes one layer: look from the name for a word that has it in it. A model that sees no
-facts is right once in eight times, as often as there are cities. With a name and a city as two words recall would take two
-layers that fit together, an induction head, and a model of a hundred thousand weights far more tokens than minutes have.
+A fact is one word, and so one layer can recall it: it attends from the name to the word that contains the name. A model that sees
+no facts is right once in eight times, because there are eight cities. If name and city were two words, recall would need two
+layers that work together (an induction head), which a model of a hundred thousand weights does not learn within minutes.
 
-A level, 1 to 5, has more facts, spread wider, with a longer gap. Episodes of the first are short, and a row holds many.
+Each level, 1 to 5, has more facts, farther apart, and a longer gap. Episodes of the first level are short, and a row has many.
 
 Contract:
 - The same arguments give the same rows, on any machine; no global random state is touched.
-- Every row has exactly `length` words; a word is what stands between single spaces, so that word-level tokens need no more than
-  `str.split`.
-- A name stands in one fact of a row, and is asked for once or not at all; cities are drawn independently: nothing but the fact
-  itself tells the answer.
-- No text is in both splits (`graded_text.split_of`), and none occurs twice.
+- Every row has exactly `length` words; words are separated by single spaces, so that `str.split` suffices as a word-level
+  tokenizer.
+- A name occurs in one fact of a row, and is asked for at most once. Cities are drawn independently, so that only the fact itself
+  determines the answer.
+- No text is in both splits (`graded_text.split_of`), and no text occurs twice.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """Sizes of an episode: facts, of which half are asked for, and the least words of text among them and behind the last."""
+    """Sizes of an episode: facts, of which half are asked for, and the least number of words among and after the facts."""
 
     facts: int
     among: int
@@ -72,7 +72,7 @@ class Episode:
 
     @property
     def words(self) -> int:
-        """The least that it takes: a word a fact, two a question, and the one that the questions begin with."""
+        """The least length in words: one per fact, two per question, and the word that begins the questions."""
         return 2 * self.facts + self.among + self.gap + 1
 
 
@@ -93,16 +93,16 @@ def recall_rows(
     Args:
         n: rows.
         seed: any integer; another seed is another sample of the same split.
-        length: words of every row.
-        levels: of the rows, out of 1 to 5.
+        length: number of words of every row.
+        levels: levels of the rows, out of 1 to 5.
         split: "train" or "held_out".
 
     Returns:
-        Rows with `id` (unique within a seed and split), `text`, `level`, and positions among its words: `answers` of the facts
-        asked for, and `facts`, for each of them where it was stated.
+        Rows with `id` (unique within a seed and split), `text`, `level`, and positions among its words: `answers`, where each
+        answer is, and `facts`, where the fact of each answer was stated.
 
     Raises:
-        SparsortError: n below 1, an unknown split or level, or a length that an episode of a level does not fit into.
+        SparsortError: n below 1, an unknown split or level, or a length that is too short for an episode of a level.
     """
     if n < 1:
         raise SparsortError(f"n is {n}; expected at least one row.")
@@ -115,8 +115,9 @@ def recall_rows(
         if EPISODES[level].words > length:
             raise SparsortError(
                 f"length is {length}, and an episode of level {level} takes {EPISODES[level].words} words. Make rows longer, or "
-                "leave the level out."
+                "omit the level."
             )
+    # A string seeds `random` by its hash digest, which is the same on every machine.
     rng = random.Random(f"recall {split} {seed} {length}")
     seen: set[str] = set()
     rows = []
@@ -124,14 +125,15 @@ def recall_rows(
         row = _new_row(rng, level, length, split, seen)
         seen.add(row["text"])
         rows.append({"id": f"recall-{level}-{number:06d}", **row})
+    # Otherwise the levels would alternate in a fixed pattern.
     rng.shuffle(rows)
     return rows
 
 
 def drawn(words: Sequence[str], answers: Iterable[int]) -> list[bool]:
-    """Which words of a row were drawn at random, so that nothing before tells them: facts as stated, and names asked for."""
-    told = set(answers)
-    return [place not in told and word.partition("-")[0] in _NAMES for place, word in enumerate(words)]
+    """Which words of a row are random and cannot be predicted from the words before: stated facts, and names asked for."""
+    recalled = set(answers)
+    return [place not in recalled and word.partition("-")[0] in _NAMES for place, word in enumerate(words)]
 
 
 def _new_row(rng: random.Random, level: int, length: int, split: Split, seen: set[str]) -> dict[str, Any]:
@@ -146,6 +148,7 @@ def _new_row(rng: random.Random, level: int, length: int, split: Split, seen: se
 
 def _row(rng: random.Random, level: int, length: int) -> dict[str, Any]:
     episode = EPISODES[level]
+    # As many episodes as fit, but no more than there are different names for their facts.
     many = min(length // episode.words, len(NAMES) // episode.facts)
     names = rng.sample(NAMES, many * episode.facts)
     spare = length - many * episode.words
@@ -153,18 +156,19 @@ def _row(rng: random.Random, level: int, length: int) -> dict[str, Any]:
     answers: list[int] = []
     facts: list[int] = []
     for number in range(many):
-        # What the episodes leave of the length is text among their facts.
+        # The rest of the length is divided into further text among the facts, equally but for one word.
         among = episode.among + spare // many + (number < spare % many)
         text = _text(rng, level, among + episode.gap)
         stated: dict[str, int] = {}
-        told = 0
+        position = 0
         for name, at in zip(names[number * episode.facts :], _places(rng, episode.facts, among), strict=False):
-            words += text[told:at]
-            told = at
+            words += text[position:at]
+            position = at
             stated[name] = len(words)
             words.append(f"{name}-{rng.choice(CITIES)}")
-        words += [*text[told:], ASK]
+        words += [*text[position:], ASK]
         for name in rng.sample(sorted(stated), len(stated) // 2):
+            # The name comes first, and its fact, which is the answer, one word later.
             answers.append(len(words) + 1)
             facts.append(stated[name])
             words += [name, words[stated[name]]]
@@ -172,12 +176,12 @@ def _row(rng: random.Random, level: int, length: int) -> dict[str, Any]:
 
 
 def _places(rng: random.Random, facts: int, words: int) -> list[int]:
-    """Before which of so many words each fact stands; several may stand before the same."""
+    """The position of each fact among `words` words; several facts may have the same position."""
     return sorted(rng.choices(range(words + 1), k=facts))
 
 
 def _text(rng: random.Random, level: int, count: int) -> list[str]:
-    """So many words of sentences and copies of a level; the last may end early."""
+    """`count` words of sentences and copies of a level; the last one may be cut."""
     words: list[str] = []
     while len(words) < count:
         exercise = rng.choice((sentences, copying))(rng, level)

@@ -2,7 +2,8 @@
 
 Contract: a table passes if it could have been written by sparsort 0.1; a shard passes if its pages have their checksums, its rows
 have the digest in its footer, and its footer agrees with itself, with the manifest and with the settings. Of all single-bit
-flips of such a shard, not one that passes changes a value (`tests/scoring/test_unsealed.py`, `benchmarks/checks/bit_flips.py`).
+flips of such a shard, not one that passes changes a value (`tests/scoring/store/test_unsealed.py` and
+`benchmarks/checks/bit_flips.py`).
 Files without page checksums (single Parquet files, JSONL) imply less: a flip in a metric other than the main one can pass.
 """
 

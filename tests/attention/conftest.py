@@ -1,4 +1,4 @@
-"""What the tests of attention in transformers share: tiny models of every family, dense and sparse."""
+"""Shared fixtures of the tests of attention: tiny models of every family, dense and sparse."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def sparse(dense: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def tokens() -> Callable[..., Tensor]:
-    """`tokens(*size)`: the same token ids every time, none of them special."""
+    """`tokens(*size)`: the same token ids every time, without special tokens."""
 
     def draw(*size: int, seed: int = 0) -> Tensor:
         return torch.randint(3, 384, size, generator=torch.Generator().manual_seed(seed))

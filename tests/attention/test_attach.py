@@ -1,4 +1,4 @@
-"""An index branch in models of transformers: what it computes, what stays as it was, and what it refuses.
+"""An index branch in models of transformers: what it computes, what it leaves unchanged, and what it refuses.
 
 Two oracles: the dense model under transformers' own SDPA, for every layer that sees all blocks or is dense; and for sparse
 layers the same model with the dense map masked to the blocks that were chosen, by the reference of `kernels/blocksparse`.
@@ -51,7 +51,7 @@ def test_with_every_block_it_is_the_dense_model(family: str, dense: Make, sparse
     torch.testing.assert_close(_logits(model, ids), _logits(dense(family), ids), atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_sparse_layer_attends_to_is_what_was_chosen(
+def test_a_sparse_layer_attends_to_the_chosen_blocks(
     family: str, sparse: Make, dense: Make, tokens: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dense model, every sparse layer's map masked to the selection that the sparse model made there."""
@@ -107,7 +107,7 @@ def test_layers_not_named_stay_dense(dense: Make, sparse: Make, tokens: Make) ->
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 @pytest.mark.parametrize("case", ["plain", "left", "right", "packed", "cache", "chunks", "static"])
 def test_dense_layers_are_those_of_sdpa(family: str, case: str, dense: Make, sparse: Make, tokens: Make) -> None:
-    """Sparse layers that see every block beside dense ones: the whole is the dense model, whatever the mask."""
+    """A model of dense layers and of sparse layers that see every block equals the dense model, whatever the mask."""
     from transformers import DynamicCache, StaticCache
 
     ids = tokens(2, 19)
@@ -286,7 +286,7 @@ def test_a_table_is_a_configuration(dense: Make) -> None:
             attach_index_branch(dense(), wrong)
 
 
-def test_models_made_with_one_configuration_are_apart(dense: Make) -> None:
+def test_models_with_one_configuration_do_not_share_state(dense: Make) -> None:
     one = dense()
     with torch.random.fork_rng(devices=[]):
         other = type(one)(one.config)
@@ -342,7 +342,7 @@ def test_another_attention_implementation_is_refused(sparse: Make, tokens: Make)
     assert torch.equal(_logits(model, ids), before)
 
 
-def test_settings_that_are_wrong(dense: Make) -> None:
+def test_wrong_settings_are_refused(dense: Make) -> None:
     model = dense()
     for changes, message in [
         ({"block": 4}, "unknown setting of sparse attention 'block'"),
@@ -356,7 +356,7 @@ def test_settings_that_are_wrong(dense: Make) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_windows_stay(dense: Make) -> None:
+def test_sliding_windows_are_kept(dense: Make) -> None:
     with pytest.raises(SparsortError, match="layer 0 has a sliding window"):
         attach_index_branch(dense("gemma3"), layers=[0, 2])
     with pytest.raises(SparsortError, match=r"every layer .* sliding window.*sliding_window to None"):

@@ -1,4 +1,4 @@
-"""The configuration of sparse attention: what it refuses, and that it comes back from JSON as it went."""
+"""The configuration of sparse attention: what it refuses, and that JSON restores it exactly."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FIELDS = st.fixed_dictionaries(
 
 
 @given(_FIELDS, _BUDGETS)
-def test_it_comes_back_from_json_as_it_went(fields: dict[str, Any], budget: dict[str, Any]) -> None:
+def test_json_restores_it_exactly(fields: dict[str, Any], budget: dict[str, Any]) -> None:
     config = SparseAttentionConfig(**fields, **budget, stored=True)
     back = SparseAttentionConfig.from_json(json.loads(json.dumps(config.to_json())), stored=True)
     assert back == config
@@ -109,7 +109,7 @@ def test_the_budget(fields: dict[str, Any], budget: object) -> None:
         ({"selector": "random", "threshold": 0.5}, "threshold=0.5 has no effect"),
     ],
 )
-def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsortError, match=message):
         SparseAttentionConfig.from_json(values)
 

@@ -115,7 +115,7 @@ def test_loops_find_the_same(name: str, slots: int, seed: int, own: bool) -> Non
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_where_nothing_had_to_be_chosen_nothing_is_said(name: str) -> None:
+def test_queries_that_had_nothing_to_choose_have_no_diagnostics(name: str) -> None:
     layout = LAYOUTS[name]
     query, key = _tensors(layout)
     report = _report(query, key, every_block(layout, GROUPS, BLOCK), layout)
@@ -148,7 +148,7 @@ def test_the_oracle_recalls_all_and_catches_most(name: str, blocks: int) -> None
         assert not _report(query, key, other, layout).mass > best.mass
 
 
-def test_a_batch_without_tokens_has_nothing_to_report() -> None:
+def test_a_batch_without_tokens_has_no_diagnostics() -> None:
     layout = Layout.from_padding(torch.zeros(2, 5), 5)
     query, key = _tensors(layout)
     report = _report(query, key, every_block(layout, GROUPS, BLOCK), layout)

@@ -98,7 +98,7 @@ def test_prefill_in_chunks(static: bool, sparse: Make, tokens: Make) -> None:
 
 
 def test_a_mask_as_wide_as_a_static_cache(sparse: Make, tokens: Make) -> None:
-    """With columns for tokens that are not there yet, whatever stands in them."""
+    """The mask may have columns for tokens that do not exist yet, with any values in them."""
     model, ids = sparse("qwen3"), tokens(2, 14)
     for future in (0, 1):
         cache, mask = StaticCache(config=model.config, max_cache_len=20), torch.full((2, 20), future)
@@ -119,7 +119,7 @@ def test_a_static_cache_used_again(sparse: Make, tokens: Make) -> None:
         cache.reset()
 
 
-def test_a_conversation_goes_on(sparse: Make, tokens: Make) -> None:
+def test_a_conversation_is_continued_from_its_cache(sparse: Make, tokens: Make) -> None:
     model, cache = sparse(), DynamicCache()
     first = _greedy(model, tokens(1, 7), past_key_values=cache).sequences
     prompt = torch.cat([first, tokens(1, PROMPT - first.shape[1], seed=5)], dim=1)

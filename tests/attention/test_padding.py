@@ -1,4 +1,4 @@
-"""Where sequences lie in a batch changes nothing: left, right and no padding, rows packed by position_ids.
+"""The place of sequences in a batch changes nothing: left, right and no padding, rows packed by position_ids.
 
 The oracle is each sequence by itself, without a mask.
 """
@@ -96,7 +96,7 @@ def test_a_batch_shares_positions_of_one_row(sparse: Make, sequences: list[Tenso
 
 
 def test_padding_reaches_no_gradient_and_no_loss(sparse: Make, sequences: list[Tensor]) -> None:
-    """What stands in padding may be anything; the loss and its gradients do not see it."""
+    """The values of padding may be anything: the loss and its gradients do not depend on them."""
     model = sparse("qwen3").train()
     found = []
     for filler in (0, 300):

@@ -73,6 +73,6 @@ def make_rows() -> Callable[[int], dict[str, np.ndarray]]:
 
 @pytest.fixture
 def normal() -> Callable[..., torch.Tensor]:
-    """Normal numbers of a shape, from a generator that each test starts anew."""
+    """Normal random numbers of a shape, from a generator with the same seed in each test."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

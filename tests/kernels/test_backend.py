@@ -67,7 +67,7 @@ def test_sparsity_metrics_equals_rows_of_any_layout(normal):
         (torch.ones(2, 0), r"got shape \(2, 0\)"),
     ],
 )
-def test_what_is_no_state_is_refused(states, message):
+def test_arguments_that_are_not_states_are_refused(states, message):
     with pytest.raises(SparsortError, match=message):
         sparsort.sparsity_metrics(states)
 

@@ -1,4 +1,4 @@
-"""What the command line's SOURCE stands for: a recipe, a task file, ready tasks or a data file; and what is no such thing."""
+"""The meaning of the command line's SOURCE: a recipe, a task file, ready tasks or a data file; anything else is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_answer_in_chat_is_scored_as_it_is_shown(reviews: Path) -> None:
     assert task.label_texts() == ["0", "1"]
 
 
-def test_ready_tasks_also_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_tasks_are_found_even_if_a_folder_has_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trec").mkdir()
     monkeypatch.chdir(tmp_path)
     assert source("trec, mr", data=Path("there")) == {"tasks": ("trec", "mr"), "data": Path("there")}
@@ -57,7 +57,7 @@ def test_a_recipe_and_a_task_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("nothing.jsonl", {"prompt": "{text}"}, "no file and no ready task"),
         ("trek", {}, "ready tasks"),
@@ -68,11 +68,11 @@ def test_a_recipe_and_a_task_file(tmp_path: Path) -> None:
         ("reviews.jsonl", {"prompt": "{text}", "labels": "0=,1=good"}, "empty"),
     ],
 )
-def test_what_is_no_source_is_told(
-    name: str, options: dict[str, Any], told: str, reviews: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_a_source_is_refused(
+    name: str, options: dict[str, Any], message: str, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(reviews.parent)
     Path("latin.toml").write_bytes(b'prompt = "\xe9"\n')
     Path("broken.toml").write_text("tasks = [\n", encoding="utf-8")
-    with pytest.raises(SparsortError, match=told):
+    with pytest.raises(SparsortError, match=message):
         source(name, **options)

@@ -183,7 +183,7 @@ def test_another_prompt_model_or_option_is_refused(
         score_file(file, scorer=ScorerConfig(calibration=saved.with_name("absent.json")))
 
 
-def test_a_calibration_that_found_nothing_warns(
+def test_a_calibration_without_a_finding_warns(
     rows: list[dict[str, Any]], model: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     found = calibrate(rows, PROMPT, correct="right", **SMALL, **model)

@@ -120,15 +120,15 @@ def test_the_default_order_follows_the_scorer(
     assert difficulty == sorted(difficulty, reverse=True)
 
 
-def test_an_order_that_does_not_go_with_the_scorer_is_the_mistake_that_is_told(file: Path, tmp_path: Path) -> None:
+def test_an_order_that_does_not_fit_the_scorer_is_the_mistake_that_is_reported(file: Path, tmp_path: Path) -> None:
     asked = ["order", str(file), "-q", "What?", "--scorer", "compression"]
-    told = CliRunner().invoke(app, [*asked, "--order", "sparse_to_dense"])
-    assert told.exit_code == 2
-    assert "'sparse_to_dense' is by sparsity, but these scores are of kind 'compression'" in told.stderr
-    told = CliRunner().invoke(app, [*asked, "--metric", "gini"])
-    assert told.stderr.startswith("sparsort: --metric gini has no effect: sparsity reads it")
-    told = CliRunner().invoke(app, ["order", str(file), "-q", "What?", "--scorer", "compresion"])
-    assert "Did you mean 'compression'" in told.stderr
+    result = CliRunner().invoke(app, [*asked, "--order", "sparse_to_dense"])
+    assert result.exit_code == 2
+    assert "'sparse_to_dense' is by sparsity, but these scores are of kind 'compression'" in result.stderr
+    result = CliRunner().invoke(app, [*asked, "--metric", "gini"])
+    assert result.stderr.startswith("sparsort: --metric gini has no effect: sparsity reads it")
+    result = CliRunner().invoke(app, ["order", str(file), "-q", "What?", "--scorer", "compresion"])
+    assert "Did you mean 'compression'" in result.stderr
     # Scores made before bring their kind.
     sparsort.CompressionScorer().score(str(file), "{question}").save(tmp_path / "scores")
     found = CliRunner().invoke(app, ["order", str(file), "-q", "What?", "--scores", str(tmp_path / "scores"), "--json"])

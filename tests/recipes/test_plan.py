@@ -196,15 +196,15 @@ def test_groups_that_are_shown_do_not_change_the_plan(scores: Path, data: Path) 
     assert json.loads(_run(*asked, "--groups", "source").stdout)["fingerprint"] != plain["fingerprint"]
 
 
-def test_what_a_pool_never_shows_is_told(scores: Path, data: Path) -> None:
+def test_rows_that_a_pool_never_shows_are_reported(scores: Path, data: Path) -> None:
     asked = [scores, "--batch-size", 4, "--mode", "pool", "--pacing", "linear:start=0.1", "--steps", 20]
     found = json.loads(_run(*asked, "--json").stdout)
     ours = plan_curriculum(Scores.load(scores), batch_size=4, mode="pool", pacing="linear:start=0.1", steps=20)
     drawn = [int(row) for k in range(20) for row in ours.batch(k)]
     assert found["coverage"]["never"] == pytest.approx(1 - len(set(drawn)) / N)
     assert found["coverage"]["most"] == max(drawn.count(row) for row in drawn)
-    told = f"{100 * found['coverage']['never']:.2f} % of the examples are never seen in an epoch (counted)"
-    assert told in _run(*asked).stdout
+    sentence = f"{100 * found['coverage']['never']:.2f} % of the examples are never seen in an epoch (counted)"
+    assert sentence in _run(*asked).stdout
 
 
 def test_scores_of_more_rows_and_rows_without_a_score_are_counted(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_scores_that_do_not_fit(tmp_path: Path, scores: Path, data: Path) -> Non
     assert "is not the row that was scored" in _mistake(strict, "--data", changed, "--batch-size", 1)
 
 
-def test_paths_that_hold_something_else(tmp_path: Path, scores: Path, data: Path) -> None:
+def test_paths_of_other_files_are_refused(tmp_path: Path, scores: Path, data: Path) -> None:
     assert "lacks the column" in _mistake(data, "--batch-size", 4)
     (tmp_path / "nothing").mkdir()
     assert "nothing" in _mistake(tmp_path / "nothing", "--batch-size", 4)
@@ -309,7 +309,7 @@ def test_paths_that_hold_something_else(tmp_path: Path, scores: Path, data: Path
     assert "rows.jsonl" in _mistake(scores, "--data", tmp_path / "row.jsonl", "--batch-size", 4)
 
 
-def test_saved_plans_are_drawn_beside_this_one(scores: Path, data: Path, tmp_path: Path) -> None:
+def test_saved_plans_are_drawn_next_to_this_one(scores: Path, data: Path, tmp_path: Path) -> None:
     out, figure = tmp_path / "plain", tmp_path / "figure.svg"
     _run(scores, "--batch-size", 4, "--schedule", "shuffle", "--out", out)
     asked = [scores, "--data", data, "--batch-size", 6, "--show-groups", "source", "--draw", figure]
@@ -332,7 +332,7 @@ def test_saved_plans_are_drawn_beside_this_one(scores: Path, data: Path, tmp_pat
     )
 
 
-def test_no_matplotlib_is_found_out_before_any_work(
+def test_a_missing_matplotlib_is_reported_before_any_work(
     scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -353,7 +353,7 @@ def test_the_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_planning_leaves_no_torch_behind(scores: Path) -> None:
+def test_planning_does_not_import_torch(scores: Path) -> None:
     code = (
         "import sys; from sparsort.recipes.plan import make_plan; "
         "from sparsort.curriculum.loading.plan.settings import CurriculumSettings; "

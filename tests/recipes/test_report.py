@@ -1,4 +1,4 @@
-"""`sparsort report` as a script and a person meet it."""
+"""`sparsort report` as used by scripts and by people."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(*arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("inner", [".", "results", "results/results.json"])
-def test_the_report_stands_beside_the_results(folder: Path, inner: str) -> None:
+def test_the_report_is_written_next_to_the_results(folder: Path, inner: str) -> None:
     result = run(folder / inner)
     assert result.exit_code == 0, result.output
     assert f"Report: {folder / 'report' / 'report.html'}" in result.stdout
@@ -82,7 +82,7 @@ def test_a_report_written_again_replaces_its_files(folder: Path) -> None:
     assert page.read_bytes() == before
 
 
-def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(folder: Path) -> None:
     (folder / "report").write_text("in the way", encoding="utf-8")
     with pytest.raises(SparsortError, match="cannot write"):
         write_report(folder)

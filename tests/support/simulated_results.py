@@ -1,4 +1,4 @@
-"""Results whose truth is known: what the report and the statistics are tried on, without a model.
+"""Results whose truth is known, for tests of the report and the statistics without a model.
 
 Contract: arm a has on average exactly `effect[a] · scale[task]` more accuracy than the mean random order, up to clipping far from
 the rates used here. Items are hard or easy for every order alike, sets and orders differ, and a poor order leans on one
@@ -143,7 +143,7 @@ def simulate(
 
 
 class _Cell:
-    """Draws one group; random streams are told apart by task, k and what they are for, so that cells pair across calibration."""
+    """Draws one group; each random stream depends on the task, k and its use, so that cells pair across calibration."""
 
     def __init__(self, name: str, k: int, sets: int, orders: int, items: int, calibrated: bool, seed: int) -> None:
         self.name, self.task, self.k, self.calibrated = name, TASKS[name], k, calibrated

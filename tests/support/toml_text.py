@@ -8,7 +8,7 @@ from typing import Any
 
 
 def dump(table: Mapping[str, Any]) -> str:
-    """A table of plain values as TOML, one key a line, tables within lists inline; keys whose value is None left out."""
+    """A table of plain values as TOML: one key per line, tables within lists inline, and no key whose value is None."""
     return "".join(f"{_key(key)} = {_inline(value)}\n" for key, value in table.items() if value is not None)
 
 

@@ -1,6 +1,6 @@
-"""Run tests several times while the machine has too much to do, and report every failure.
+"""Run tests several times on an overloaded machine, and report every failure.
 
-    make test-under-load ARGS="tests/recipes/test_train.py -k killed"
+    make test-under-load ARGS="tests/recipes/train/test_train.py -k killed"
     python tests/support/under_load.py --runs 5 --load 8 tests/scoring
 
 With `--at-once`, the runs are the load of each other, which takes a third of the time and some 1.5 GB of memory a run.

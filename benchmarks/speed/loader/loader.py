@@ -1,18 +1,18 @@
-"""What a curriculum costs: planning 100 million examples, resuming anywhere in them, loading, and online difficulty.
+"""The cost of a curriculum: planning 100 million examples, resuming anywhere in them, loading, and online difficulty.
 
     python benchmarks/speed/loader/loader.py [--quick] [--json] [--save] [--rows 100000000] [--plans-only]
 
-Everything that has to do with `--rows` runs in processes of its own, so that the peak of memory is theirs:
-`index_seconds` and `index_peak_gib` are plan_curriculum from float32 difficulties on disk (memory-mapped) to a saved plan
-whose first batch was drawn, for a sorted order in stages; the same for a plain shuffle, a pacing, and float64. Peak is the
-resident set, mapped files included. `open_seconds` is CurriculumPlan.open, which reads every array once and compares it with its
-digest; `first_batch_seconds` goes from the opened plan to the first batch in hand, in a new process (imports not counted), at
-the beginning, near the end and at random positions; the slowest of each is reported. The files are in the page cache.
+Every measurement of `--rows` runs in a separate process, so that its peak of memory is measured alone. `index_seconds` and
+`index_peak_gib` go from float32 difficulties on disk (memory-mapped) through plan_curriculum to a saved plan whose first batch
+was drawn, for a sorted order in stages; the same for a plain shuffle, a pacing, and float64. The peak is that of the resident
+set, including mapped files. `open_seconds` is CurriculumPlan.open, which reads every array once and compares it with its digest.
+`first_batch_seconds` goes from the opened plan to the first batch in a new process, without imports, at the beginning, near the
+end and at random positions; the slowest of each is reported. The files are in the page cache.
 
 `batches_per_second_*` compares CurriculumLoader with PyTorch's DataLoader and RandomSampler over the same memory-mapped data,
-a NumPy array and a `datasets.Dataset`, in alternating rounds, for a whole epoch of batches: a ratio of 1 is as fast.
+a NumPy array and a `datasets.Dataset`, in alternating rounds, for a whole epoch. At a ratio of 1 both are equally fast.
 `online_step_ratio` is a training step with online difficulty over one without (benchmarks/speed/loader/online_difficulty.py).
-How peers cover the data and resume: benchmarks/speed/loader/loader_peers.py.
+For how other loaders cover the data and resume, see benchmarks/speed/loader/loader_peers.py.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ print(json.dumps({"open": opened - began, "cpu": spent, "seconds": seconds, "sta
 
 
 class Rows:
-    """A memory-mapped array of token ids as a map-style dataset, read a batch at a time."""
+    """A memory-mapped array of token ids as a map-style dataset that reads a batch at a time."""
 
     def __init__(self, path: Path) -> None:
         self.tokens = np.load(path, mmap_mode="r")
@@ -95,7 +95,7 @@ class Rows:
 
 
 def in_a_process(script: str, *arguments: object) -> dict[str, float]:
-    """Run a script with its own memory and caches of its own; the JSON that it prints."""
+    """Run a script in a process with its own memory and caches, and return the JSON that it prints."""
     command = [sys.executable, "-P", "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -104,12 +104,14 @@ def in_a_process(script: str, *arguments: object) -> dict[str, float]:
 
 
 def measure_index(report: Report, folder: Path, n: int, quick: bool) -> None:
-    """Plans of n rows, and resuming in them."""
+    """Measure plans of n rows, and resuming in them."""
     generator = np.random.default_rng(0)
     source, wide = folder / "difficulty.npy", folder / "difficulty64.npy"
+    # The difficulties are on disk, so that the array in this process does not count towards the peak of the other.
     np.save(source, generator.random(n, dtype=np.float32))
     if not quick:
         np.save(wide, generator.random(n))
+    # The floors are set for 100 million rows.
     floors = n == 100_000_000
     for name, settings in list(PLANS.items())[: 1 if quick else None]:
         where = folder / f"plan{name}"
@@ -122,6 +124,7 @@ def measure_index(report: Report, folder: Path, n: int, quick: bool) -> None:
         peak = found["peak"] / 2**30
         report.add(f"index_peak_gib{name}", peak, "GiB", floor=2 if bounded else None, better="lower", note=note)
         if name in ("", "_shuffle"):
+            # Positions in the epoch: its beginning, its last batch, and random ones.
             positions = [0.0, 1.0, *generator.random(1 if quick else 6)]
             resumed = [in_a_process(RESUME, source, where, position) for position in positions]
             seconds = [one["seconds"] for one in resumed]
@@ -137,7 +140,7 @@ def measure_index(report: Report, folder: Path, n: int, quick: bool) -> None:
 
 
 def measure_loading(report: Report, folder: Path, quick: bool) -> None:
-    """Batches a second against PyTorch's own loader."""
+    """Measure batches per second against PyTorch's own loader."""
     n = 20_000 if quick else 100_000
     tokens = np.random.default_rng(0).integers(0, 32_000, (n, 128), dtype=np.int32)
     np.save(folder / "tokens.npy", tokens)
@@ -150,6 +153,7 @@ def measure_loading(report: Report, folder: Path, quick: bool) -> None:
     }
     for kind, rows in sources.items():
         difficulty = np.random.default_rng(1).random(len(rows))
+        # The plan is written to a folder, as in training.
         plan = plan_curriculum(difficulty, batch_size=BATCH, stages=10, out=folder / f"plan-{kind}")
         for workers in (0, 2):
             theirs = DataLoader(rows, batch_size=BATCH, sampler=_random(rows), num_workers=workers)
@@ -171,8 +175,8 @@ def _epoch(loader: Any) -> Callable[[], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="rows to plan [default: 100 million, or 5 million with --quick]")
-    parser.add_argument("--folder", type=Path, help="where 4 GB may be written for the time of the run")
-    parser.add_argument("--plans-only", action="store_true", help="leave out loading and online difficulty")
+    parser.add_argument("--folder", type=Path, help="folder for 4 GB of temporary files")
+    parser.add_argument("--plans-only", action="store_true", help="skip loading and online difficulty")
     add_output_options(parser)
     arguments = parser.parse_args()
     report = Report("loader-plans" if arguments.plans_only else "loader", torch.device("cpu"))

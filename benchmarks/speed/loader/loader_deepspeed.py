@@ -15,9 +15,9 @@ from loader_sessions import EPOCHS, PACED_SHARE_OF_EPOCH, SEED, Batch, Setup, St
 class DeepSpeedSession:
     """DeepSpeed's DeepSpeedDataLoader with its DeepSpeedDataSampler, configured as `deepspeed.initialize` does.
 
-    One metric of integers, clustered by percentile in steps of ten, linear pacing (`fixed_linear`). The data-parallel size goes
-    into the size of the global batch; the process group holds this one process, so that rank 0, which draws for all, also
-    yields what all would get.
+    There is one integer metric, clustered by percentile in steps of ten, with linear pacing (`fixed_linear`). The data-parallel
+    size is part of the size of the global batch. The process group has this process only, so that rank 0, which draws for all
+    ranks, also yields the batches of all ranks.
     """
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
@@ -73,16 +73,17 @@ class DeepSpeedSession:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         for batch in self.loader:
             self.done += 1
+            # The sampler does not report epochs, so the epoch follows from the number of steps.
             yield (self.done - 1) // self.per_epoch, batch
 
     def states(self) -> list[State]:
-        """What the engine's checkpoint holds of the sampler."""
+        """The sampler's part of the engine's checkpoint."""
         state = {"data_sampler": self.loader.data_sampler.state_dict(), "global_steps": self.done}
         return [State.by_torch(state)]
 
 
 def _deepspeed_group(folder: Path) -> Any:
-    """The process group of this one process, made once."""
+    """Create the process group of this single process, once."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -100,7 +101,7 @@ def _deepspeed_group(folder: Path) -> Any:
 
 
 def _deepspeed_metric(setup: Setup) -> dict[str, Any]:
-    """The metric's part of the configuration; writes the two files that DeepSpeed's DataAnalyzer makes, with its builders."""
+    """The metric's part of the configuration. Writes the two files of DeepSpeed's DataAnalyzer with DeepSpeed's builders."""
     from deepspeed.runtime.data_pipeline.data_sampling.utils import (
         close_mmap_dataset_builder,
         create_mmap_dataset_builder,
@@ -108,10 +109,13 @@ def _deepspeed_metric(setup: Setup) -> dict[str, Any]:
     )
 
     order = np.argsort(setup.difficulty, kind="stable")
-    values = min(setup.n, 1000)  # its tutorial advises "a few thousands of distinct values" at most
+    # DeepSpeed's tutorial advises "a few thousands of distinct values" at most.
+    values = min(setup.n, 1000)
     levels = np.empty(setup.n, dtype=np.int64)
+    # Ranks of the difficulties, divided into `values` levels of nearly equal size.
     levels[order] = np.arange(setup.n) * values // setup.n
     paths = {name: str(setup.folder / f"difficulty_{name}") for name in ("index_to_sample", "index_to_metric")}
+    # A rebuilt session uses the files of the first one, as in a real resume.
     if not Path(f"{paths['index_to_sample']}.idx").exists():
         samples = create_mmap_dataset_builder(paths["index_to_sample"], find_fit_int_dtype(0, setup.n - 1))
         metric = create_mmap_dataset_builder(paths["index_to_metric"], find_fit_int_dtype(0, values))
@@ -123,6 +127,7 @@ def _deepspeed_metric(setup: Setup) -> dict[str, Any]:
     return {
         "index_to_sample_path": paths["index_to_sample"],
         "index_to_metric_path": paths["index_to_metric"],
+        # Percentiles from the first share of the pacing to 100, in steps of ten.
         "difficulty_type": "percentile",
         "clustering_type": "schedule_based",
         "min_difficulty": round(100 * setup.first_share),

@@ -1,20 +1,21 @@
-"""What other loaders do with a curriculum, beside ours: what one epoch shows, and what comes after a resume.
+"""Other loaders with a curriculum, compared with ours: the examples of one epoch, and the batches after a resume.
 
     python benchmarks/speed/loader/loader_peers.py [--quick] [--json] [--save]
 
-Each loader gets the same examples with the same difficulties, with 8 examples a rank, on 1 and on 4 ranks; how each is set up,
-saved and rebuilt is in `loader_sessions.py` and `loader_deepspeed.py`. What is not installed is named, and the rest goes on:
+Each loader gets the same examples with the same difficulties, with 8 examples per rank, on 1 and on 4 ranks. `loader_sessions.py`
+and `loader_deepspeed.py` set up, save and rebuild them. Packages that are not installed are listed, and their loaders skipped:
 
     pip install torchdata deepspeed accelerate
 
-One epoch: `draws` are the examples that all ranks saw, `distinct` the share of the data among them, `repeats` the draws of an
-example that had been drawn before; `easy again` counts those that came after the hardest example had been shown, and the share of
-the data, by difficulty, that they are from. Draws from a growing pool ("pool") repeat and leave out by design.
+One epoch: `draws` is the number of examples that all ranks saw, `distinct` the share of the data among them, and `repeats` the
+number of draws of an example that had been drawn before. `easy again` counts the repeats after the hardest example had been
+shown, and gives the easiest share of the data that they come from. Draws from a growing pool ("pool") repeat and skip examples by
+design.
 
-Resume: a run is stopped after a third of an epoch, its state is taken, all is rebuilt from it, and the rest is compared with the
-rest of the run that was not stopped, batch for batch as ordered lists. "same" is equality to the end of the second epoch; "+3"
-means that the fourth batch after the resume was the first to differ. `workers a→b` and `ranks a→b` change the number of worker
-processes and of ranks in between (the global batch stays). `state` is what one rank saves.
+Resume: a run is stopped after a third of an epoch, everything is rebuilt from its saved state, and the remaining batches are
+compared with those of an uninterrupted run, as ordered lists. "same" means that they are equal to the end of the second epoch;
+"+3" means that the fourth batch after the resume was the first to differ. `workers a→b` and `ranks a→b` change the number of
+worker processes and of ranks at the resume, with the same global batch. `state` is the size of what one rank saves.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ from loader_sessions import (
 from sparsort.storage.files import write_json
 
 SIZES = (103, 10_000)
-RANKS = {1: 2, 4: 2}  # and the number that a run is resumed on
+# Number of ranks → the other number of ranks with which a run is resumed.
+RANKS = {1: 2, 4: 2}
 BATCH = 8
 WORKERS = 2
 
@@ -90,15 +92,15 @@ PEERS = (
 
 @dataclass(kw_only=True)
 class Findings:
-    """What was seen of one peer on one size and number of ranks.
+    """The measurements of one peer for one data size and number of ranks.
 
     Attributes:
-        draws, distinct, repeats: of the first epoch; `distinct` is a share of n.
-        easy_again, easy_again_share: repeats after the hardest example was shown, and the easiest share that they are from;
-            None where the order has no end to come after.
-        state_bytes: what one rank saves, the largest over the resumes.
-        resumes: name → index of the first batch after the resume that differs, or None for the same rest.
-        errors: name → the peer's own error, in a line.
+        draws, distinct, repeats: counts of the first epoch; `distinct` is a share of n.
+        easy_again, easy_again_share: repeats after the hardest example was shown, and the easiest share that they come from;
+            None if the order does not end with the hardest example.
+        state_bytes: size of what one rank saves, the largest over the resumes.
+        resumes: name → index of the first batch after the resume that differs; None if no batch differs.
+        errors: name → the peer's own error on one line.
     """
 
     peer: str
@@ -117,7 +119,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Resume:
-    """One stop: after a third of `epoch`, on (ranks, workers) `before`; it goes on with `after`."""
+    """A stop after a third of `epoch`: the run has (ranks, workers) `before` the stop, and `after` the resume."""
 
     name: str
     epoch: int
@@ -126,7 +128,7 @@ class Resume:
 
 
 def resumes(ranks: int) -> list[Resume]:
-    """The stops of a run on `ranks` ranks."""
+    """The resumes to measure for a run on `ranks` ranks."""
     other = RANKS[ranks]
     return [
         Resume("epoch 1", 0, (ranks, 0), (ranks, 0)),
@@ -140,7 +142,7 @@ def resumes(ranks: int) -> list[Resume]:
 
 
 def measure(peer: Peer, difficulty: np.ndarray, ranks: int) -> Findings:
-    """All findings of one peer; what fails is kept as its error."""
+    """Measure one peer; a failure is recorded as its error."""
     found = Findings(peer=peer.name, order=peer.order, n=len(difficulty), ranks=ranks)
     with kept_errors(found, "run"):
         whole = {workers: whole_run(peer, difficulty, ranks, workers) for workers in (0, WORKERS)}
@@ -153,19 +155,22 @@ def measure(peer: Peer, difficulty: np.ndarray, ranks: int) -> Findings:
 
 
 def whole_run(peer: Peer, difficulty: np.ndarray, ranks: int, workers: int) -> list[tuple[int, Batch]]:
-    """Both epochs without a stop."""
+    """Both epochs without an interruption."""
     with tempfile.TemporaryDirectory() as folder:
         return list(peer.session(setup(peer, difficulty, (ranks, workers), folder, ranks * BATCH)).steps())
 
 
 def cover(found: Findings, difficulty: np.ndarray, batches: list[Batch]) -> None:
-    """What the first epoch showed."""
+    """Count what the first epoch covers."""
     drawn = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])
+    # `np.unique` returns the first place of each example; every other place is a repeat.
     again = np.ones(len(drawn), dtype=bool)
     again[np.unique(drawn, return_index=True)[1]] = False
     found.draws, found.repeats = len(drawn), int(again.sum())
     found.distinct = len(np.unique(drawn)) / len(difficulty)
     if found.order in ("sorted", "paced"):
+        # In an order that ends with the hardest example, a repeat after it shows that the sampler wrapped
+        # around.
         end = int(np.flatnonzero(drawn == np.argmax(difficulty))[0])
         late = drawn[end:][again[end:]]
         found.easy_again = len(late)
@@ -174,7 +179,8 @@ def cover(found: Findings, difficulty: np.ndarray, batches: list[Batch]) -> None
 
 
 def stop_and_go(found: Findings, peer: Peer, difficulty: np.ndarray, resume: Resume, batches: list[Batch]) -> None:
-    """Stop a run, rebuild it from its state, and compare the rest."""
+    """Stop a run, rebuild it from its state, and compare the remaining batches."""
+    # The global batch is that of the run before the stop, so that a change of ranks does not change the batches.
     global_batch = resume.before[0] * BATCH
     per_epoch = ceil(len(difficulty) / global_batch)
     stop = resume.epoch * per_epoch + max(1, per_epoch // 3)
@@ -182,7 +188,8 @@ def stop_and_go(found: Findings, peer: Peer, difficulty: np.ndarray, resume: Res
         before = peer.session(setup(peer, difficulty, resume.before, folder, global_batch))
         steps = before.steps()
         seen = [batch for _, batch in islice(steps, stop)]
-        states = before.states()  # while the run stands at its stop: `steps` is still open
+        # The state is taken while the iterator is still open, as in a training loop that saves between two steps.
+        states = before.states()
         if seen != batches[:stop]:
             raise RuntimeError("two runs of the same seed differ before the stop")
         found.state_bytes = max(found.state_bytes or 0, *(state.n_bytes for state in states))
@@ -192,7 +199,7 @@ def stop_and_go(found: Findings, peer: Peer, difficulty: np.ndarray, resume: Res
 
 
 def first_difference(expected: list[Batch], rest: list[Batch]) -> int | None:
-    """Index of the first batch that is not the same ordered list, or is on one side only; None where there is none."""
+    """Index of the first batch that differs as an ordered list, or that only one side has; None if all are equal."""
     for index, (a, b) in enumerate(zip(expected, rest, strict=False)):
         if a != b:
             return index
@@ -200,7 +207,7 @@ def first_difference(expected: list[Batch], rest: list[Batch]) -> int | None:
 
 
 def setup(peer: Peer, difficulty: np.ndarray, layout: tuple[int, int], folder: str, global_batch: int) -> Setup:
-    """The setup on `layout` = (ranks, workers) with the same global batch."""
+    """The same setup with another `layout` = (ranks, workers) and the same global batch."""
     ranks, workers = layout
     return Setup(
         difficulty=difficulty,
@@ -214,12 +221,12 @@ def setup(peer: Peer, difficulty: np.ndarray, layout: tuple[int, int], folder: s
 
 @contextlib.contextmanager
 def kept_errors(found: Findings, name: str) -> Iterator[None]:
-    """Whatever a peer raises is a finding, not the end of the benchmark."""
+    """Record any error of a peer as a finding, so that the benchmark continues."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
-        found.errors[name] = f"{type(error).__name__}: {' '.join(said.split())[:300]}"
+        message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+        found.errors[name] = f"{type(error).__name__}: {' '.join(message.split())[:300]}"
 
 
 def table(findings: list[Findings], missing: dict[str, str]) -> None:
@@ -247,7 +254,7 @@ def table(findings: list[Findings], missing: dict[str, str]) -> None:
 
 
 def cells(found: Findings) -> list[str]:
-    """The first epoch of one row."""
+    """The table cells of a peer's first epoch."""
     if found.draws is None or found.distinct is None:
         return ["error", "", "", ""]
     again = "" if found.easy_again is None else str(found.easy_again)
@@ -270,18 +277,21 @@ def state(found: Findings) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_output_options(parser)
-    parser.add_argument("--only", default="", help="the loaders whose name holds this text")
+    parser.add_argument("--only", default="", help="only the loaders whose name contains this text")
     arguments = parser.parse_args()
     chosen = [peer for peer in PEERS if arguments.only.lower() in peer.label.lower()]
     missing = {peer.name: peer.package for peer in chosen if find_spec(peer.package) is None}
     findings = []
     for n in SIZES[:1] if arguments.quick else SIZES:
+        # Distinct difficulties, so that every loader has to agree on one order.
         difficulty = np.random.default_rng(n).permutation(n).astype(np.float64)
         for peer in chosen:
             if peer.name not in missing:
                 print(f"{peer.label}, {n:,} examples", file=sys.stderr)
-                with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints as it opens its files
+                # DeepSpeed prints while it opens its files.
+                with contextlib.redirect_stdout(io.StringIO()):
                     findings += [measure(peer, difficulty, ranks) for ranks in RANKS]
+    # The DeepSpeed session creates a process group once, and leaves it open for later sessions.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     report = Report("loader-peers", torch.device("cpu"))

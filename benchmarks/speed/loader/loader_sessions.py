@@ -1,9 +1,9 @@
-"""The loaders that `loader_peers.py` compares, each set up, saved and rebuilt as its own users do.
+"""The loaders that `loader_peers.py` compares, each set up, saved and rebuilt as its users would do it.
 
 A session is one training run's data: `steps()` yields `(epoch, global batch)` over two epochs, where a global batch is the
-ordered list of ids that all ranks together see at one step; `states()` is what each rank would write into a checkpoint now; a
-session that is made with states continues from them. The ranks of a session live in one process: each builds its loader with
-its own rank, and nothing but the order of ids passes between them.
+ordered list of ids that all ranks together see at one step. `states()` is what each rank would now write into a checkpoint, and a
+session that is created with states continues from them. All ranks of a session are in one process: each builds its loader with
+its own rank, and they exchange nothing but the order of ids.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 
 EPOCHS = 2
 SEED = 1234
-# The pacing of all that have one: linear, from this share of the examples to all of them at half of the first epoch.
+# All loaders with a pacing have the same one: linear, from this share of the examples to all of them at half of the first epoch.
 FIRST_SHARE = 0.1
 PACED_SHARE_OF_EPOCH = 0.5
 
@@ -36,7 +36,7 @@ Order = Literal["sorted", "paced", "pool", "random"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One run: `batch` examples on each of `ranks` ranks, `workers` processes a rank, `folder` for the files of this run."""
+    """One run: `batch` examples on each of `ranks` ranks, `workers` processes per rank, and `folder` for its files."""
 
     difficulty: NDArray[np.float64]
     order: Order
@@ -59,17 +59,17 @@ class Setup:
 
     @property
     def first_share(self) -> float:
-        """Where linear pacing starts: a tenth, or as many tenths as hold one global batch."""
+        """The share at which linear pacing starts: a tenth, or as many tenths as one global batch needs."""
         return ceil(10 * max(FIRST_SHARE, self.global_batch / self.n)) / 10
 
     def examples(self) -> Examples:
-        """The data as a loader without a notion of difficulty gets it: sorted on disk, where the order is "sorted"."""
+        """The data for a loader that does not know difficulties: sorted on disk if the order is "sorted"."""
         ids = np.argsort(self.difficulty, kind="stable") if self.order == "sorted" else np.arange(self.n)
         return Examples(ids)
 
 
 class Examples(Dataset[int]):
-    """Ids, each standing for its example."""
+    """A dataset whose examples are their own ids."""
 
     def __init__(self, ids: NDArray[np.int64]) -> None:
         self.ids = ids
@@ -83,16 +83,17 @@ class Examples(Dataset[int]):
 
 @dataclass(frozen=True)
 class State:
-    """What one rank has written: a copy of the content, and its size on disk."""
+    """The checkpoint of one rank: a copy of its content, and its size on disk."""
 
     content: Any
     n_bytes: int
 
     @staticmethod
     def by_torch(content: Any) -> State:
-        """As `torch.save` writes it."""
+        """The state as `torch.save` writes it."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        # A copy, because a loader may later change the object that it returned as its state.
         return State(copy.deepcopy(content), buffer.tell())
 
 
@@ -112,22 +113,22 @@ def as_list(batch: list[int]) -> Batch:
 
 
 def contiguous(parts: Sequence[Batch]) -> Batch:
-    """The global batch of ranks that each take a contiguous piece of it."""
+    """The global batch if each rank takes a contiguous piece of it."""
     return [item for part in parts for item in part]
 
 
 def interleaved(parts: Sequence[Batch]) -> Batch:
-    """The global batch of ranks that take every R-th example of it."""
+    """The global batch if each rank takes every R-th example of it."""
     return [item for row in zip_longest(*parts) for item in row if item is not None]
 
 
 def together(loaders: Sequence[Any]) -> Iterator[tuple[Batch, ...]]:
-    """The ranks' batches side by side; a rank that has ended early has none."""
+    """The batches of all ranks at each step; a rank that has ended has none."""
     return zip_longest(*loaders, fillvalue=[])
 
 
 class PyTorchSession:
-    """A DataLoader with RandomSampler, or DistributedSampler on several ranks. It has no state: rebuilt, it begins anew."""
+    """A DataLoader with RandomSampler, or DistributedSampler on several ranks. It has no state to resume."""
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
         self.ranks = setup.ranks
@@ -135,6 +136,8 @@ class PyTorchSession:
         self.loaders: list[DataLoader[int]] = []
         data = setup.examples()
         for rank in range(setup.ranks):
+            # DistributedSampler pads the last batch to a multiple of the ranks, which a single rank does
+            # not need.
             if setup.ranks == 1:
                 sampler: Any = RandomSampler(data, generator=torch.Generator().manual_seed(SEED))
             else:
@@ -147,6 +150,7 @@ class PyTorchSession:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         for epoch in range(EPOCHS):
             for sampler in self.samplers:
+                # RandomSampler draws a new permutation by itself in each epoch.
                 if self.ranks > 1:
                     sampler.set_epoch(epoch)
             for parts in together(self.loaders):
@@ -157,7 +161,7 @@ class PyTorchSession:
 
 
 class TrainerSession:
-    """transformers' Trainer: its sampler in a DataLoader that accelerate prepares, and its way back from a checkpoint.
+    """transformers' Trainer: its sampler in a DataLoader that accelerate prepares, and its way of resuming from a checkpoint.
 
     `prepare_data_loader` is called with what Trainer's Accelerator passes by default (`even_batches`, a seedable sampler);
     the loop repeats `Trainer._run_epoch`: `skip_first_batches` in the epoch that was interrupted, `set_epoch` in all.
@@ -166,7 +170,8 @@ class TrainerSession:
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
         from accelerate.data_loader import prepare_data_loader
 
-        torch.manual_seed(SEED)  # as Trainer's set_seed does: the seedable sampler takes its seed from here
+        # Trainer's set_seed does the same, and the seedable sampler takes its seed from here.
+        torch.manual_seed(SEED)
         data = setup.examples()
         self.per_epoch = setup.steps_of_epoch
         self.loaders = []
@@ -188,6 +193,7 @@ class TrainerSession:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         from accelerate import skip_first_batches
 
+        # Trainer stores the number of steps only, and finds the epoch and the batches to skip from it.
         first, skipped = divmod(self.done, self.per_epoch)
         for epoch in range(first, EPOCHS):
             loaders = self.loaders
@@ -200,7 +206,7 @@ class TrainerSession:
                 yield epoch, contiguous(parts)
 
     def states(self) -> list[State]:
-        """trainer_state.json and this rank's rng_state.pth."""
+        """The contents of trainer_state.json and of this rank's rng_state.pth."""
         from transformers import TrainerState
 
         state = asdict(TrainerState(global_step=self.done, epoch=self.done / self.per_epoch))
@@ -210,7 +216,7 @@ class TrainerSession:
 
 
 class StatefulSession:
-    """torchdata's StatefulDataLoader with its own distributed sampler, on one rank too, so that the ranks can change."""
+    """torchdata's StatefulDataLoader with its own distributed sampler, also on a single rank, so that ranks can change."""
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
         from torchdata.stateful_dataloader import StatefulDataLoader
@@ -229,6 +235,7 @@ class StatefulSession:
         self.epoch = 0
         if states is not None:
             for rank, loader in enumerate(self.loaders):
+                # With more ranks than before, a new rank takes over the state of an old one.
                 kept = states[rank % len(states)].content
                 self.epoch = kept["epoch"]
                 loader.load_state_dict(kept["loader"])
@@ -246,7 +253,7 @@ class StatefulSession:
 
 
 class SparsortSession:
-    """Ours."""
+    """Our `CurriculumLoader`."""
 
     def __init__(self, setup: Setup, states: Sequence[State] | None = None) -> None:
         from sparsort.curriculum.loading.loader.loader import CurriculumLoader
@@ -275,6 +282,7 @@ class SparsortSession:
         ]
         if states is not None:
             for loader in self.loaders:
+                # The state of a CurriculumLoader is the same on all ranks.
                 loader.load_state_dict(states[0].content)
 
     def steps(self) -> Iterator[tuple[int, Batch]]:
@@ -283,6 +291,6 @@ class SparsortSession:
                 yield epoch, interleaved(parts)
 
     def states(self) -> list[State]:
-        """As JSON."""
+        """The state as JSON."""
         texts = [json.dumps(loader.state_dict()) for loader in self.loaders]
         return [State(json.loads(text), len(text)) for text in texts]

@@ -1,12 +1,12 @@
-"""What the online difficulty costs a training step: steps with it and without, timed in turn in one run.
+"""The cost of online difficulty for a training step: steps with and without it, timed alternately in one run.
 
     python benchmarks/speed/loader/online_difficulty.py [--quick] [--json] [--save]
 
-A step is forward, backward and AdamW over a small Llama (4 layers, width 256, batch 16 × 128 tokens). Two equal models train, one
-with `OnlineCurriculum`, a step of one after a step of the other; `ratio` is the median of seconds with over seconds without. A
-shared machine's noise is wider than the cost, so the parts are timed alone too: what the hooks do in a pass, choosing tokens
-and measuring them, and, once a stage, bringing the values to the host, folding them and planning anew. `parts_over_step` is
-1 + a step's share of these, on the time of a step without.
+A step is forward, backward and AdamW over a small Llama (4 layers, width 256, batch 16 × 128 tokens). Two equal models train in
+turn, one of them with `OnlineCurriculum`; `ratio` is the median of seconds with it over seconds without it. The noise of a shared
+machine exceeds the cost, so the parts are also timed alone: choosing and measuring tokens in the hooks of every pass, and, once
+per stage, copying the values to the host, folding them and revising the plan. `parts_over_step` is 1 + a step's share of these
+parts over the time of a step without them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS_A_STAGE = 100
 
 
 class _Training:
-    """A model, its optimiser, and one batch that stands for every batch of a loader."""
+    """A model, its optimiser, and one batch that is used for every step."""
 
     def __init__(self) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,12 +69,12 @@ class _Training:
 
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
-    """Time a training step with and without.
+    """Time a training step with and without online difficulty.
 
     Returns:
         `ratio` and `note`: seconds with over seconds without, median over rounds, and its range in words;
-        `parts_over_step`: 1 + a step's parts over a step; `step_ms` without; `observe_ms` (hooks, tokens, metric: each
-        step), `stage_ms` (to the host, fold, new plan: each stage of `STEPS_A_STAGE` steps).
+        `parts_over_step`: 1 + the parts of a step over a step; `step_ms` without them; `observe_ms` per step (hooks, tokens,
+        metric) and `stage_ms` per stage of `STEPS_A_STAGE` steps (copy to the host, fold, new plan).
     """
     plain, observed = _Training(), _Training()
     with OnlineCurriculum(observed.model, observed.loader):
@@ -92,7 +92,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
 
 def _parts(training: _Training, repeats: int) -> tuple[float, float]:
-    """Median seconds of observing one pass whose states are there already, and of a stage's edge."""
+    """Median seconds of observing one pass whose states already exist, and of the end of a stage."""
     model, loader = training.model, training.loader
     head = model.get_output_embeddings()
     states_BTH = torch.randn((BATCH, TOKENS, 256), generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def _parts(training: _Training, repeats: int) -> tuple[float, float]:
     with OnlineCurriculum(model, loader) as online:
 
         def observe() -> None:
-            # What the hooks are called with in a pass, one after the other.
+            # The arguments of the hooks in a pass, in order.
             online._before(model, ())
             online.online._on_model(model, (), training.batch)
             online.online._on_head(head, (states_BTH,))
@@ -118,7 +118,7 @@ def _parts(training: _Training, repeats: int) -> tuple[float, float]:
                 online._fold(step)
                 loader.plan.revised(online.running.difficulty(step), start=step)
 
-            # The loader stands still, so the observations are given the step that they would have had.
+            # The loader does not advance here, so the observations get the step that they would have had.
             online.online._steps = [np.full_like(steps, number) for steps in online.online._steps]
             edges.append(wall_seconds(edge))
     return statistics.median(observed), statistics.median(edges)

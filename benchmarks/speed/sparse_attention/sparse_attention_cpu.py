@@ -37,12 +37,13 @@ WITHOUT_LOSS = ("choose", "attend", "attend_backward")
 
 
 def measure_cpu(report: SparseReport, settings: tuple[Setting, ...], tokens: int, rounds: int) -> None:
-    """Everything, with `tokens` for the floor on a layer, four times as many in the cache, and lengths about it."""
+    """Measure everything: a layer of `tokens` tokens for the floor, lengths around it, and a cache of four times as many."""
     add_correctness(report, SMALL, torch.float32)
     for setting in settings:
         form = best_dense_form(report, setting, max(tokens // 8, 2 * setting.block_size))
         _add_layer(report, setting, form, tokens, rounds)
         _add_warm_up(report, setting, form, tokens // 4, rounds)
+        # The crossover and the memory are measured for one setting, because they take most of the time.
         if setting == settings[0]:
             _add_crossover(report, setting, form, tokens, rounds)
             _add_memory(report, setting, form, tokens)
@@ -51,10 +52,10 @@ def measure_cpu(report: SparseReport, settings: tuple[Setting, ...], tokens: int
 
 
 def best_dense_form(report: SparseReport, setting: Setting, tokens: int) -> DenseForm:
-    """The form of SDPA with the fastest forward and backward; all later ratios are against it."""
+    """The form of SDPA with the fastest forward and backward, with which all later ratios compare."""
     inputs = make_inputs(setting, tokens)
     kept = in_turns({form: partial(dense_step, inputs, form) for form in DENSE_FORMS}, 2, warm=1)
-    # Processor time: other programs on the machine must not decide.
+    # Processor time, so that other programs on the machine do not decide the choice.
     took = {form: min(total(phases).cpu for phases in kept[form]) for form in DENSE_FORMS}
     best = min(DENSE_FORMS, key=lambda form: took[form])
     found = ", ".join(f"{form} {took[form] * 1e3:.0f} ms" for form in DENSE_FORMS)
@@ -65,7 +66,7 @@ def best_dense_form(report: SparseReport, setting: Setting, tokens: int) -> Dens
 
 
 def _add_layer(report: SparseReport, setting: Setting, form: DenseForm, tokens: int, rounds: int) -> None:
-    """Forward and backward with the floor, on random and on clustered selections."""
+    """Add forward and backward with their floor, for random and for clustered selections."""
     inputs = {"random": make_inputs(setting, tokens), "clustered": make_inputs(setting, tokens, "clustered")}
     steps: dict[str, Any] = {"dense": partial(dense_step, inputs["random"], form)}
     for kind, of_kind in inputs.items():
@@ -84,7 +85,7 @@ def _add_layer(report: SparseReport, setting: Setting, form: DenseForm, tokens: 
 
 
 def _add_warm_up(report: SparseReport, setting: Setting, form: DenseForm, tokens: int, rounds: int) -> None:
-    """Every block: what the warm-up costs against dense attention."""
+    """Add the cost of the warm-up, which attends to every block, against dense attention."""
     inputs = make_inputs(setting, tokens)
     steps: dict[str, Any] = {
         "dense": partial(dense_step, inputs, form),
@@ -97,11 +98,12 @@ def _add_warm_up(report: SparseReport, setting: Setting, form: DenseForm, tokens
 
 
 def _add_crossover(report: SparseReport, setting: Setting, form: DenseForm, tokens: int, rounds: int) -> None:
-    """Ratios by length, beside the formula's, and the first length at which sparse attention wins."""
+    """Add ratios by length, with those of the formula, and the first length at which sparse attention is faster."""
     lengths = [tokens // 16, tokens // 8, tokens // 4, tokens // 2, tokens, 2 * tokens]
     ratios: dict[int, float] = {}
     for length in lengths:
         if length == tokens:
+            # This length was already measured by `_add_layer`.
             ratios[length] = report.figures[f"layer_{tokens}_{setting}_random"].value
         else:
             inputs = make_inputs(setting, length)
@@ -109,6 +111,7 @@ def _add_crossover(report: SparseReport, setting: Setting, form: DenseForm, toke
                 "dense": partial(dense_step, inputs, form),
                 "sparse": partial(sparse_step, inputs, setting),
             }
+            # Dense attention at twice the length takes four times as long, so it runs once.
             kept = in_turns(steps, 1 if length > tokens else rounds)
             found = ratio(kept["dense"], kept["sparse"], WITHOUT_LOSS)
             ratios[length] = found.median
@@ -120,12 +123,12 @@ def _add_crossover(report: SparseReport, setting: Setting, form: DenseForm, toke
 
 
 def _add_memory(report: SparseReport, setting: Setting, form: DenseForm, tokens: int) -> None:
-    """Growth of the resident set in forward and backward, each in a process of its own."""
+    """Add the growth of the resident set in forward and backward, each in a separate process."""
     grown = {kind: _peak(kind, setting, form, tokens) / 2**20 for kind in ("dense", "sparse")}
     note = (
         f"sparse {grown['sparse']:.0f} MiB with the alignment loss, dense {grown['dense']:.0f} MiB; inputs not counted"
     )
-    # A small step may fit into memory that is there already.
+    # A small step may fit into memory that is already allocated, and then shows no growth.
     ratio_of_both = grown["sparse"] / max(grown["dense"], 1)
     report.add(f"memory_{tokens}_{setting}", ratio_of_both, "ratio", better="lower", note=note)
 

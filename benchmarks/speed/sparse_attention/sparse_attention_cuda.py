@@ -3,14 +3,14 @@
 Dense is SDPA with the FlashAttention backend forced. For every length N:
 
     forward_N, backward_N, layer_N   without the alignment loss; `layer_N_with_alignment` with it; index scores and top-k included
-    peak_share_N                     what the selected pairs' operations (3.5 · 4·D for each head and pair, counted, not k·B)
-                                     would take at the matrix peak, over what attending took, forward and backward
-    peak_share_whole_N               the same with the index scores' 2·G·I·N²/2 added, over all of the step
+    peak_share_N                     time of the selected pairs' operations at the matrix peak (3.5 · 4·D for each head and
+                                     counted pair), over the time of attending, forward and backward
+    peak_share_whole_N               the same with the index scores' 2·G·I·N²/2 added, over the whole step
     decode_N                         one step against a cache, by the GPU's own time; by the clock as well, without a floor
-    memory_N                         peak of allocated memory in a step with the loss, inputs and gradients included
+    memory_N                         peak of allocated memory in a step with the loss, including inputs and gradients
 
-Notes hold operations and bytes by formula (`attention/flops.py`, `sparse_attention_setting.py`). A length that does not fit into
-memory is said to, and its floors count as missed. Peers: `sparse_attention_peers.py`.
+Notes have operations and bytes by formula (`attention/flops.py`, `sparse_attention_setting.py`). If a length does not fit into
+memory, a note reports it, and its floors count as missed. Peers: `sparse_attention_peers.py`.
 """
 
 from __future__ import annotations
@@ -55,21 +55,23 @@ ATTENDING = ("attend", "attend_backward")
 
 
 def measure_cuda(report: SparseReport, *, quick: bool, setting: Setting = SETTING) -> None:
-    """Correctness first, then the matrix peak, then every length, decoding and the peers."""
+    """Measure correctness, then the matrix peak, then every length, decoding and the peers."""
     add_correctness(report, setting, DTYPE)
     rounds = 3 if quick else 10
     peak = matrix_peak(report.device, rounds)
     report.add("matrix_peak", peak / 1e12, "TFLOP/s", note="bfloat16, 8192 cubed, median")
+    # One form for all lengths, so that ratios are comparable.
     form = _best_form(report, setting)
     ratios: dict[int, float] = {}
     for tokens in LENGTHS[:3] if quick else LENGTHS:
         judged = judged_figures(tokens)
         report.attempt(f"{tokens} tokens", partial(_add_length, report, setting, form, tokens, rounds, peak), judged)
+        # A length that did not fit into memory has no figure.
         if f"layer_{tokens}" in report.figures:
             ratios[tokens] = report.figures[f"layer_{tokens}"].value
     add_crossover_figures(report, setting, ratios)
     place: dict[str, Any] = {"device": report.device, "dtype": DTYPE}
-    # In a step of microseconds Python's launches are most of the clock's time, dense or sparse; graphs take them away.
+    # In a step of microseconds, Python's launches are most of the clock's time, dense or sparse. CUDA graphs remove them.
     for suffix, batch, clock, floor in (
         ("", 1, DeviceClock, DECODE_FLOOR),
         ("_by_the_clock", 1, Clock, None),
@@ -84,14 +86,14 @@ def measure_cuda(report: SparseReport, *, quick: bool, setting: Setting = SETTIN
 
 
 def judged_figures(tokens: int) -> tuple[str, ...]:
-    """The figures of a length that have a floor."""
+    """Names of the figures of a length that have a floor."""
     names = [f"layer_{tokens}", f"layer_{tokens}_with_alignment", f"peak_share_{tokens}"]
     judged = names if tokens in LAYER_FLOORS else []
     return (*judged, *([f"memory_{tokens}"] if tokens == MEMORY_TOKENS else []))
 
 
 def matrix_peak(device: torch.device, rounds: int) -> float:
-    """Operations a second of a large bfloat16 product, by the device's own clock."""
+    """Operations per second of a large bfloat16 product, by the device's own clock."""
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=DTYPE) for _ in range(2))
     out = torch.empty_like(a)
@@ -103,11 +105,12 @@ def matrix_peak(device: torch.device, rounds: int) -> float:
         stop.record()
         torch.cuda.synchronize(device)
         took.append(float(start.elapsed_time(stop)) / 1e3)
+    # The first two products warm up.
     return 2 * size**3 / statistics.median(took[2:])
 
 
 def flash_step(inputs: Inputs, form: DenseForm, clock: Clock) -> None:
-    """`dense_step` by FlashAttention, or an error from torch that says why it cannot."""
+    """`dense_step` by FlashAttention; torch raises an error if it cannot run."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         dense_step(inputs, form, clock)
 
@@ -121,9 +124,10 @@ def _best_form(report: SparseReport, setting: Setting) -> DenseForm:
         except RuntimeError as error:
             report.notes.append(f"dense, key/value heads {form}: {str(error).partition(chr(10))[0]}")
             continue
+        # The shortest time, because the best form is a property of the shape and not of the load.
         took[form] = min(total(phases).wall for phases in kept[form])
     if not took:
-        raise SystemExit("FlashAttention of SDPA runs in no form on this GPU: " + "; ".join(report.notes))
+        raise SystemExit("SDPA's FlashAttention does not run on this GPU in any form: " + "; ".join(report.notes))
     best = min(took, key=lambda form: took[form])
     found = ", ".join(f"{form} {seconds(value)}" for form, value in took.items())
     report.notes.append(f"dense: FlashAttention of SDPA, key/value heads {best} (at 8192 tokens: {found})")
@@ -143,8 +147,9 @@ def _add_length(report: SparseReport, setting: Setting, form: DenseForm, tokens:
     add_length_figures(report, setting, tokens, kept, pairs=selected_pairs(selection, inputs.layout), peak=peak)
     report.notes.append(
         f"{tokens} tokens: {work_in_words(setting, tokens)}; 128 neighbours choose {shared_by_neighbours(selection):.1f} "
-        f"times the blocks of one, {shared_by_neighbours(choose(clustered, setting)):.1f} times where they are clustered"
+        f"times the blocks of one, {shared_by_neighbours(choose(clustered, setting)):.1f} times if they are clustered"
     )
+    # Memory is measured next, and these tensors would count.
     del selection, clustered, steps
     _add_memory(report, setting, form, tokens, inputs)
 
@@ -152,12 +157,14 @@ def _add_length(report: SparseReport, setting: Setting, form: DenseForm, tokens:
 def add_length_figures(
     report: SparseReport, setting: Setting, tokens: int, kept: dict[str, list[Round]], *, pairs: int, peak: float
 ) -> None:
-    """What of one length's times is reported; `pairs` are those selected at random, `peak` the operations a second."""
+    """Add the figures of one length. `pairs` is the number of pairs selected at random, `peak` is in operations per second."""
     floor = LAYER_FLOORS.get(tokens)
     for suffix, of_dense, wanted in (
         ("forward", "forward", ("choose", "attend")),
         ("backward", "backward", ("attend_backward",)),
     ):
+        # Forward and backward are compared phase by phase, so that the ratio has only this phase of the
+        # baseline.
         dense = [{of_dense: phases[of_dense]} for phases in kept["dense"]]
         found = ratio(dense, kept["random"], wanted)
         report.add(f"{suffix}_{tokens}", found.median, "x", note=str(found))
@@ -180,9 +187,10 @@ def add_length_figures(
 
 
 def work_in_words(setting: Setting, tokens: int) -> str:
-    """Operations and bytes by formula, forward and backward."""
+    """Operations and bytes by formula, forward and backward, in words."""
     element = DTYPE.itemsize
     dense = dense_flops(setting.attention, tokens, training=True)
+    # On average, causal attention allows half of the tokens, which bounds the number of selected keys.
     pairs = min(setting.blocks * setting.block_size, tokens / 2) * tokens * setting.groups
     sparse = selected_flops(setting, round(pairs)) + choosing_flops(setting.attention, tokens, setting.sparse)
     least = [least_bytes(setting, tokens, element, sparse=kind) / 1e9 for kind in (False, True)]
@@ -205,6 +213,7 @@ def _add_memory(report: SparseReport, setting: Setting, form: DenseForm, tokens:
     ):
         for leaf in inputs.leaves:
             leaf.grad = None
+        # The caching allocator would otherwise keep the gradients of the previous step.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(report.device)
         step(Clock())

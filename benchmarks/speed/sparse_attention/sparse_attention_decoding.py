@@ -1,7 +1,7 @@
 """One decoding step against a long cache: the attention alone, and a small Llama with transformers' caches.
 
-The caches are filled with random keys and values, as prefilling 64K tokens is not what is measured. A dynamic cache appends by
-copying everything it holds, in dense and in sparse models alike; a static one writes in place.
+The caches are filled with random keys and values, because prefilling 64K tokens is not measured here. A dynamic cache appends by
+copying all its content, in dense and sparse models alike; a static cache writes in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def add_decoding(
     suffix: str = "",
     **place: Any,
 ) -> None:
-    """Index scores over all cached index keys, top-k and attention, against SDPA of one query, in its faster form."""
+    """Add index scores over all cached index keys, top-k and attention, against SDPA of one query in its faster form."""
     inputs = make_inputs(setting, tokens, queries=1, batch=batch, **place)
     forms: dict[str, Callable[[Clock], object]] = {
         "shared": partial(_dense, inputs, rows=False),
@@ -43,6 +43,7 @@ def add_decoding(
     with torch.no_grad():
         steps = {**forms, "sparse": partial(_sparse, inputs, setting)}
         kept = in_turns(steps, rounds, warm=2, make_clock=make_clock)
+    # The faster form of the baseline, by its best time.
     best = min(forms, key=lambda form: min(total(phases).wall for phases in kept[form]))
     found = ratio(kept[best], kept["sparse"])
     note = f"{found}; {setting.words}; {phases_in_words(kept['sparse'])}; dense: {best}"
@@ -52,7 +53,7 @@ def add_decoding(
 def _dense(inputs: Inputs, clock: Clock, *, rows: bool) -> Tensor:
     query = inputs.query
     if rows:
-        # A group's heads as the rows of one product: each key is read once.
+        # The heads of a group are the rows of one product, so that each key is read once.
         batch, heads, _, width = query.shape
         query = query.reshape(batch, inputs.key.shape[1], -1, width)
         with clock("forward"):
@@ -69,10 +70,10 @@ def _sparse(inputs: Inputs, setting: Setting, clock: Clock) -> Tensor:
 
 
 def add_model_decoding(report: SparseReport, setting: Setting, tokens: int, rounds: int) -> None:
-    """A decoding step of a whole model, embedding to logits, with either cache; and what appending to the cache takes of it."""
+    """Add a decoding step of a whole model, from embedding to logits, with either cache, and the part of appending in it."""
     models = {"dense": _model(setting), "sparse": _attach(_model(setting), setting)}
     for kind in ("static", "dynamic"):
-        # Room for every step of the run.
+        # The static cache needs room for every step of the run.
         caches = {name: _filled(model, setting, tokens, 4 * rounds + 8, kind) for name, model in models.items()}
         steps: dict[str, Callable[[Clock], object]] = {
             name: partial(_model_step, model, caches[name], tokens) for name, model in models.items()
@@ -83,7 +84,7 @@ def add_model_decoding(report: SparseReport, setting: Setting, tokens: int, roun
             kept = in_turns(steps, rounds, warm=1)
         found = ratio(kept["dense"], kept["sparse"])
         appending = ", ".join(f"{name} {phases_in_words(kept[f'appending_{name}'])}" for name in models)
-        note = f"{found}; {_LAYERS} layers, {setting.words}; of it the cache: {appending}"
+        note = f"{found}; {_LAYERS} layers, {setting.words}; of which the cache: {appending}"
         report.add(f"decode_{tokens}_llama_{kind}_cache", found.median, "x", note=note)
 
 
@@ -98,6 +99,7 @@ def _model(setting: Setting) -> Any:
         num_attention_heads=setting.heads,
         num_key_value_heads=setting.groups,
         head_dim=setting.head_dim,
+        # Rotary embeddings have no table, so the largest position costs nothing.
         max_position_embeddings=1 << 18,
     )
     config._attn_implementation = "sdpa"
@@ -114,7 +116,7 @@ def _attach(model: Any, setting: Setting) -> Any:
 
 
 def _filled(model: Any, setting: Setting, tokens: int, room: int, kind: str) -> Any:
-    """A cache that holds `tokens` random keys and values, and index keys where the model has an index branch."""
+    """A cache of `tokens` random keys and values, and of index keys if the model has an index branch."""
     from transformers import DynamicCache, StaticCache
 
     from sparsort.attention.cache import keep_index_keys
@@ -128,6 +130,7 @@ def _filled(model: Any, setting: Setting, tokens: int, room: int, kind: str) -> 
     for number in range(_LAYERS):
         if sparse:
             index_keys = torch.randn(1, tokens, setting.index_dim, generator=generator)
+            # Random index keys are enough: decoding takes the same time whatever is selected.
             keep_index_keys(cache, number, index_keys, selector="IndexBranch")
         shape = (1, setting.groups, tokens, setting.head_dim)
         cache.layers[number].update(*(torch.randn(shape, generator=generator) for _ in range(2)))
@@ -142,8 +145,9 @@ def _model_step(model: Any, cache: Any, tokens: int, clock: Clock) -> Tensor:
 
 
 def _append(cache: Any, setting: Setting, clock: Clock) -> None:
-    """One more token in every layer."""
+    """Append one token in every layer."""
     states = torch.zeros(1, setting.groups, 1, setting.head_dim)
+    # Zeros, because only the time of the copy is measured.
     index_keys = torch.zeros(1, 1, setting.index_dim)
     with clock("appends in"):
         for layer in cache.layers:

@@ -1,8 +1,8 @@
-"""Peak memory of one step on the CPU, in a process of its own: prints the growth of its resident set in bytes.
+"""Peak memory of one step on the CPU: prints the growth of this process's resident set in bytes.
 
     python benchmarks/speed/sparse_attention/sparse_attention_peak.py dense|sparse TOKENS FORM SETTING.json-text
 
-Growth is counted from after the inputs were made: the gradients are in it, for both, and the inputs for neither.
+Growth is counted from the moment when the inputs exist. It includes the gradients, but not the inputs, for both kinds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(kind: str, tokens: int, form: Any, setting: Setting) -> int:
         else:
             sparse_step(inputs, setting, Clock())
 
-    # What the libraries set up on first use is not the step's.
+    # A first small step, so that what the libraries allocate on first use does not count.
     step(make_inputs(setting, 2 * setting.block_size))
     inputs = make_inputs(setting, tokens)
     before = _peak()
@@ -36,12 +36,14 @@ def main(kind: str, tokens: int, form: Any, setting: Setting) -> int:
 
 
 def _peak() -> int:
-    """Bytes. Of this process's own memory: rusage would start from its parent's peak."""
+    """Peak of this process's own memory in bytes. `getrusage` would start from the peak of its parent."""
     status = Path("/proc/self/status")
     if status.exists():
+        # The high-water mark of the resident set.
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         if found:
             return int(found[1]) * 1024
+    # macOS reports bytes, Linux kibibytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,13 +1,13 @@
 """Other block-sparse attention on the same GPU: FlexAttention, flash-linear-attention's NSA, flash-msa.
 
-None of them does the same, so each is compared with as much of ours as it does, over what it can do:
+They do different things, so each is compared with the part of ours that does the same, on shapes that it supports:
 
-    FlexAttention   blocks shared by 128 neighbouring queries (its mask is by tile; here those of the tile's last query);
-                    attending only
-    fla NSA         its kernel wants groups of 16 or more, so both run with half as many groups; attending only, same blocks
-    flash-msa       index scores, top-k, attention and the index gradients, without a value of the loss; against all of ours
+    FlexAttention   blocks shared by 128 neighbouring queries (its mask is by tile; here the blocks of the tile's last
+                    query); only attending
+    fla NSA         its kernel needs groups of 16 or more, so both run with half as many groups; only attending, same blocks
+    flash-msa       index scores, top-k, attention and the index gradients, without the value of the loss; against all of ours
 
-A figure above 1 says how many times as fast as the peer ours is.
+A figure above 1 means that ours is that many times as fast as the peer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ATTENDING = ("attend", "attend_backward")
 
 
 def add_peers(report: SparseReport, setting: Setting, tokens: int, rounds: int, dtype: torch.dtype) -> None:
-    """Forward and backward of every peer that is here and runs; for the others, why not."""
+    """Add forward and backward of every peer that is installed and runs; for the others, the reason."""
     place: dict[str, Any] = {"device": report.device, "dtype": dtype}
     narrow = replace(setting, groups=max(setting.groups // 2, 1))
     peers: tuple[tuple[str, str, Setting, Callable[[Inputs, Setting], Step], tuple[str, ...] | None], ...] = (
@@ -50,9 +50,10 @@ def add_peers(report: SparseReport, setting: Setting, tokens: int, rounds: int, 
                 "ours": partial(sparse_step, inputs, shape),
             }
             kept = in_turns(steps, rounds, warm=3)
+        # The report counts missing memory by itself (`SparseReport.attempt`).
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001  a peer that fails is a result, whatever it raises
+        except Exception as error:  # noqa: BLE001  any error of a peer is a result
             report.notes.append(
                 f"{name} at {tokens} tokens: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             )
@@ -80,6 +81,7 @@ def _flex_step(inputs: Inputs, setting: Setting) -> Step:
         mask_mod=causal,
         seq_lengths=(tokens, tokens),
     )
+    # Without compilation, FlexAttention computes the whole score matrix.
     compiled: Any = torch.compile(flex_attention)
 
     def step(clock: Clock) -> None:
@@ -95,16 +97,18 @@ def shared_blocks(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Ten
     """A selection by tiles of `block_size` queries: each tile has the blocks of its last query.
 
     Returns:
-        How many blocks before its own a tile has (B, H, tiles); their numbers, first in rows of as many as there are tiles,
-        (B, H, tiles, tiles); and the tile's own block, which is only partly seen, in rows like them. All int32.
+        All int32: the number of blocks before its own for each tile, (B, H, tiles); their block numbers, at the start of rows
+        of length `tiles`, (B, H, tiles, tiles); and the tile's own block, of which a query sees a part, in rows of that length.
     """
+    # The last query of each tile.
     last = selection.blocks[:, :, selection.block_size - 1 :: selection.block_size]
     batch, groups, tiles, _ = last.shape
     own = torch.arange(tiles, dtype=torch.int32, device=last.device)[:, None]
-    # One column more takes the slots that are not used, and the tile's own.
+    # One further column takes the unused slots and the tile's own block.
     chosen = torch.zeros(batch, groups, tiles, tiles + 1, dtype=torch.bool, device=last.device)
     chosen.scatter_(-1, torch.where((last >= 0) & (last != own), last, tiles).long(), True)
     chosen = chosen[..., :tiles].repeat_interleave(heads // groups, dim=1)
+    # A stable sort puts the chosen block numbers first, in rising order.
     order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
     first = torch.zeros_like(order)
     first[..., :1] = own
@@ -112,10 +116,10 @@ def shared_blocks(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _nsa_step(inputs: Inputs, setting: Setting) -> Step:
-    # By name: the package is optional and has no types.
+    # Imported by name, because the package is optional and has no types.
     parallel_nsa = importlib.import_module("fla.ops.nsa.parallel").parallel_nsa
     selection = choose(inputs, setting)
-    # Tokens before heads, and used slots first, as `choose` puts them.
+    # Tokens come before heads, and used slots first, as in the result of `choose`.
     indices = selection.blocks.clamp(min=0).transpose(1, 2).contiguous().long()
     counts = selection.counts.transpose(1, 2).contiguous().long()
     leaves = [
@@ -137,6 +141,7 @@ def _flash_msa_step(inputs: Inputs, setting: Setting) -> Step:
     flash_msa_func = importlib.import_module("flash_msa").flash_msa_func
     given = (inputs.index_query, inputs.index_key[:, None], inputs.query, inputs.key, inputs.value)
     leaves = [tensor.detach().contiguous().requires_grad_() for tensor in given]
+    # flash-msa takes the budget in keys.
     keys = setting.blocks * setting.block_size
 
     def step(clock: Clock) -> None:

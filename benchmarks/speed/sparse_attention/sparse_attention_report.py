@@ -1,4 +1,4 @@
-"""The report of `sparse_attention.py`: figures, what could not be measured, correctness, the study's rows, and the verdict.
+"""The report of `sparse_attention.py`: figures, notes on what was not measured, correctness, and the results of the studies.
 
 Contract: a floor that could not be measured counts as missed. A quick run judges nothing: its figures have no floors.
 """
@@ -27,18 +27,18 @@ from sparsort.kernels.blocksparse.reference import align_ref, attend_ref
 
 STUDY = "sparse-attention-study.json"
 WARM_UP = "sparse_warmup-*.json"
-# RMS of the difference over RMS of the reference.
+# The error is the RMS of the difference over the RMS of the reference.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass
 class SparseReport(Report):
-    """A report with words beside its figures.
+    """A report that has notes in words as well as figures.
 
     Attributes:
-        quick: no figure has a floor.
-        notes: what was not measured, and why; what was chosen.
-        unmeasured: figures with a floor among them.
+        quick: whether floors are ignored.
+        notes: what was not measured and why, and the choices that were made.
+        unmeasured: names of the figures with a floor that were not measured.
     """
 
     quick: bool = False
@@ -47,11 +47,11 @@ class SparseReport(Report):
 
     def add(self, name: str, value: float, unit: str, *, floor: float | None = None, **kwargs: Any) -> None:
         super().add(name, value, unit, floor=None if self.quick else floor, **kwargs)
-        # A whole run takes minutes, and this is its progress.
+        # A whole run takes minutes, and these lines show its progress.
         print(f"{name}: {value:.4g} {unit}", file=sys.stderr)
 
     def attempt(self, what: str, measure: Callable[[], None], judged: tuple[str, ...] = ()) -> None:
-        """Measure, or say that the memory did not suffice; then the figures `judged` count as missed."""
+        """Measure. If memory does not suffice, add a note, and count the figures `judged` as missed."""
         try:
             measure()
         except torch.OutOfMemoryError as error:
@@ -64,7 +64,7 @@ class SparseReport(Report):
 
     @property
     def missed(self) -> list[str]:
-        """Figures that miss their floor, or that have one and were not measured."""
+        """Names of the figures that miss their floor, or have one and were not measured."""
         return [name for name, figure in self.figures.items() if figure.holds is False] + self.unmeasured
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class SparseReport(Report):
 
 
 def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) -> None:
-    """Against the float64 reference on packed sequences, and twice for equality, before anything is timed."""
+    """Compare with the float64 reference on packed sequences, and two runs with each other, before anything is timed."""
+    # Two rows: one with two packed sequences, neither a multiple of the block, and one with a single sequence.
     lengths = [[3 * setting.block_size + 5, 17], [4 * setting.block_size]]
     layout = Layout.from_lengths(lengths)
     generator = torch.Generator(report.device).manual_seed(0)
@@ -96,6 +97,7 @@ def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) 
         "index_key": normal(B, T, setting.index_dim),
     }
     grad = normal(B, setting.heads, T, D)
+    # Two blocks are fewer than a row has, so that the selection matters.
     budget = type(setting.budget)(blocks=2)
     choices = [
         index_select(given["index_query"], given["index_key"], layout, budget, block_size=setting.block_size)
@@ -111,9 +113,11 @@ def add_correctness(report: SparseReport, setting: Setting, dtype: torch.dtype) 
     def reference(x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         output, _ = attend_ref(x["query"], x["key"], x["value"], choices[0], layout, scale=scales["scale"])
         rows = align_ref(x["query"], x["key"], x["index_query"], x["index_key"], choices[0], layout, **scales)
+        # `align` is the mean over tokens and groups; `align_ref` has one value per row.
         return output, rows.sum() / (layout.tokens * setting.groups)
 
     first, second = (_results(ours, given, grad) for _ in range(2))
+    # The reference gets the same rounded inputs, so the error is that of the computation alone.
     exact = _results(reference, {name: tensor.double() for name, tensor in given.items()}, grad.double())
     errors = {name: _error(first[name], exact[name]) for name in exact}
     worst = max(errors, key=lambda name: errors[name])
@@ -144,11 +148,12 @@ def _results(
 
 def _error(found: Tensor, exact: Tensor) -> float:
     difference = (found.double() - exact).square().mean().sqrt()
+    # The bound avoids a division by 0 if a gradient is exactly 0.
     return float(difference / exact.square().mean().sqrt().clamp_min(1e-30))
 
 
 def add_crossover_figures(report: SparseReport, setting: Setting, ratios: dict[int, float]) -> None:
-    """Where the measured ratios pass 1, beside the formula's N*."""
+    """Add the length at which the measured ratios pass 1, and the N* of the formula."""
     found = crossing(ratios)
     ends = ", ".join(f"{length}: {value:.2f}x" for length, value in sorted(ratios.items()))
     if found is None:
@@ -162,17 +167,18 @@ def add_crossover_figures(report: SparseReport, setting: Setting, ratios: dict[i
 
 
 def crossing(ratios: dict[int, float]) -> float | None:
-    """The length at which ratios by length rise through 1, on a straight line in logarithms; None where they do not."""
+    """The length at which ratios by length rise through 1, interpolated on a straight line in logarithms; None if they do not."""
     points = sorted(ratios.items())
     for (short, below), (long, above) in itertools.pairwise(points):
         if below < 1 <= above:
+            # The logarithm of the ratio is 0 at the crossover.
             share = -math.log(below) / (math.log(above) - math.log(below))
             return float(short * (long / short) ** share)
     return None
 
 
 def add_study(report: SparseReport, folder: Path = RESULTS) -> None:
-    """The rows on learning, from the runs that `sparse_study.py` kept; dense, joint and windowed runs are paired by seed."""
+    """Add the figures on learning from the runs that `sparse_study.py` saved, paired by seed."""
     path = folder / STUDY
     if not path.exists():
         report.notes.append(
@@ -189,7 +195,7 @@ def add_study(report: SparseReport, folder: Path = RESULTS) -> None:
 
         def add(name: str, values: list[float], unit: str, order: str = order, **judged: Any) -> None:
             note = f"{min(values):.3g} to {max(values):.3g} over {len(values)} seeds, {order} order; from {STUDY}"
-            # A gap of exactly a floor must not miss it by rounding.
+            # Rounded, so that a gap that equals its floor does not miss it by a rounding error.
             report.add(f"{name}_{order}", round(statistics.fmean(values), 9), unit, note=note, **judged)
 
         dense, joint, window = ([run for run in by_kind[kind] if run] for kind in by_kind)
@@ -198,7 +204,7 @@ def add_study(report: SparseReport, folder: Path = RESULTS) -> None:
             add("loss_gap", gaps, "%", floor=1, better="lower")
             below = [100 * (_end(b, "far_recall") - _end(a, "far_recall")) for a, b in zip(joint, dense, strict=True)]
             add("recall_below_dense", below, "points", floor=1, better="lower")
-            # No floor here: on so small a model the best blocks may hold less. `add_warm_up` has the floor.
+            # There is no floor here, because in so small a model even the best blocks may have less. `add_warm_up` has the floor.
             add("mass_captured", [run["caught"]["mass"] for run in joint], "share")
             best = [one["caught"]["mass"] for one in kept["best_possible"] if one["order"] == order]
             add("mass_captured_by_best_blocks", best, "share")
@@ -208,7 +214,7 @@ def add_study(report: SparseReport, folder: Path = RESULTS) -> None:
 
 
 def add_warm_up(report: SparseReport, folder: Path = RESULTS) -> None:
-    """The mass that an index branch captures after its warm-up on a real model, from what `sparse_warmup.py` kept."""
+    """Add the mass that an index branch captures after its warm-up on a real model, as saved by `sparse_warmup.py`."""
     judged = [
         (path.name, figure)
         for path in sorted(folder.glob(WARM_UP))
@@ -220,7 +226,8 @@ def add_warm_up(report: SparseReport, folder: Path = RESULTS) -> None:
             "mass captured after the warm-up: not measured here; python benchmarks/studies/sparse/sparse_warmup.py --save"
         )
     else:
-        name, figure = min(judged, key=lambda one: one[1]["value"])  # of several machines'
+        # There is one file per machine; the lowest value counts.
+        name, figure = min(judged, key=lambda one: one[1]["value"])
         note = f"{figure['note']}; from {name}"
         report.add("mass_captured_after_warm_up", figure["value"], figure["unit"], floor=figure["floor"], note=note)
 

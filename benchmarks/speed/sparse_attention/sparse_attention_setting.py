@@ -1,9 +1,9 @@
-"""What `sparse_attention.py` measures: shapes, inputs, one step of dense and of sparse attention, and formulas of their work.
+"""The steps that `sparse_attention.py` measures: shapes, inputs, dense and sparse attention, and formulas for their work.
 
 A step is split into phases: choose (index scores and top-k), attend, attend_backward, align (the loss and its gradients) and
-align_backward (handing them on). Inputs come in two kinds. `random`: index queries and keys are Gaussian, so that neighbouring
-queries share no more blocks than chance has it: the worst case for work in tiles. `clustered`: keys are about one of 64 topics
-for 256 tokens at a time, queries look for one, and neighbours look for the same: what a trained selector does.
+align_backward (passing them on). There are two kinds of inputs. `random`: index queries and keys are Gaussian, so neighbouring
+queries share blocks only by chance, which is the worst case for work in tiles. `clustered`: runs of 256 keys have one of 64
+topics, each query looks for one topic, and neighbours look for the same one, as with a trained selector.
 
 Legend: B batch, N tokens, H query heads, G groups, D head width, I index width, K slots.
 """
@@ -68,7 +68,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """Leaves of the graph, laid out as a model makes them: (B, N, heads, width) with heads brought before tokens."""
+    """Leaves of the graph in the memory layout of a model: (B, N, heads, width), viewed with heads before tokens."""
 
     query: Tensor
     key: Tensor
@@ -93,7 +93,8 @@ def make_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Query (B, H, T, D), key and value (B, G, N, D), index query (B, G, T, I), index key (B, N, I); T is N unless given."""
+    """Query (B, H, T, D), key and value (B, G, N, D), index query (B, G, T, I), index key (B, N, I); T is N by default."""
+    # The same inputs for the same length, whatever was drawn before.
     generator = torch.Generator(device).manual_seed(tokens)
     T = tokens if queries is None else queries
 
@@ -101,6 +102,8 @@ def make_inputs(
         return torch.randn(shape, generator=generator, device=device)
 
     def heads_first(heads: int, columns: int, width: int) -> Tensor:
+        # Models compute (B, N, heads, width) and pass a transposed view, so kernels see these strides and no
+        # copy.
         return normal(batch, columns, heads, width).to(dtype).transpose(1, 2)
 
     index_query, index_key = (
@@ -108,6 +111,7 @@ def make_inputs(
         normal(batch, tokens, setting.index_dim),
     )
     if kind == "clustered":
+        # Each index key and query is its topic plus noise of half the size.
         topics = normal(_TOPICS, setting.index_dim)
         index_key = topics[_topics(batch, tokens, generator)] + index_key / 2
         wanted = torch.stack([_topics(batch, T, generator) for _ in range(setting.groups)], dim=2)
@@ -132,17 +136,19 @@ def make_inputs(
 
 
 def _topics(batch: int, columns: int, generator: torch.Generator) -> Tensor:
-    """(B, columns): a topic for every run of tokens."""
+    """(B, columns): the topic of every token; a run of tokens shares one."""
+    # Rounded up, because the last run may be shorter.
     runs = torch.randint(_TOPICS, (batch, -(-columns // _RUN)), generator=generator, device=generator.device)
     return runs.repeat_interleave(_RUN, dim=1)[:, :columns]
 
 
 def dense_attend(inputs: Inputs, form: DenseForm) -> Tensor:
-    """Causal SDPA, (B, H, N, D): key/value heads shared by SDPA itself, or repeated before it, as transformers does."""
+    """Causal SDPA, (B, H, N, D): SDPA shares the key/value heads itself, or they are repeated before it, as in transformers."""
     key, value = inputs.key, inputs.value
     if form == "repeated":
         batch, groups, tokens, width = key.shape
         repeats = inputs.query.shape[1] // groups
+        # Every key/value head is repeated for the query heads of its group, as a copy in memory.
         key, value = (
             x[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(batch, groups * repeats, tokens, width)
             for x in (key, value)
@@ -160,15 +166,18 @@ def dense_step(inputs: Inputs, form: DenseForm, clock: Clock) -> None:
 
 
 def sparse_step(inputs: Inputs, setting: Setting, clock: Clock, *, full: bool = False) -> Selection:
-    """Forward and backward of sparse attention and of its alignment loss; `full`: the warm-up, over every block."""
+    """Forward and backward of sparse attention and of its alignment loss; `full` attends to every block, as in the warm-up."""
     _forget(inputs)
     with clock("choose"):
         selection = choose(inputs, setting, full=full)
     with clock("attend"):
         output, lse = attend(inputs.query, inputs.key, inputs.value, selection, inputs.layout)
     with clock("align"):
+        # The alignment loss reuses the log-sum-exp of the attention, so it does not compute the softmax again.
         loss = align(inputs.query, inputs.key, inputs.index_query, inputs.index_key, selection, inputs.layout, lse=lse)
     with clock("attend_backward"):
+        # Two separate backward passes, so that the phases can be timed; their gradients reach different
+        # tensors.
         output.backward(inputs.grad)
     with clock("align_backward"):
         loss.backward()
@@ -176,7 +185,7 @@ def sparse_step(inputs: Inputs, setting: Setting, clock: Clock, *, full: bool = 
 
 
 def choose(inputs: Inputs, setting: Setting, *, full: bool = False) -> Selection:
-    """Index scores and top-k; or every block."""
+    """Select blocks by index scores and top-k, or select every block."""
     if full:
         return every_block(inputs.layout, setting.groups, setting.block_size, inputs.query.device)
     return index_select(
@@ -190,15 +199,16 @@ def _forget(inputs: Inputs) -> None:
 
 
 def selected_pairs(selection: Selection, layout: Layout) -> int:
-    """Pairs of a query and a key that it attends to, summed over groups; the local block is in every selection."""
+    """Number of (query, attended key) pairs, summed over groups; every selection includes the local block."""
     counts = selection.counts.long()
     position = layout.position(counts.device).long()[:, None]
+    # In its own block, a query sees the keys up to its own position only.
     last = torch.remainder(position, selection.block_size) + 1
     return int(torch.where(position >= 0, (counts - 1) * selection.block_size + last, 0).sum())
 
 
 def shared_by_neighbours(selection: Selection, neighbours: int = 128) -> float:
-    """Distinct blocks of so many neighbouring queries over those of one: 1 where they all choose alike."""
+    """Number of distinct blocks of `neighbours` queries over the blocks of one; 1 if all choose the same."""
     blocks = selection.blocks[0]
     distinct, chosen = 0, 0.0
     for group in blocks:
@@ -210,18 +220,21 @@ def shared_by_neighbours(selection: Selection, neighbours: int = 128) -> float:
 
 
 def selected_flops(setting: Setting, pairs: int) -> float:
-    """Forward and backward over so many pairs of all groups: 3.5 times 4·D for each of a group's heads."""
+    """Operations of forward and backward over `pairs` of all groups: 3.5 times 4·D for each head of a group."""
+    # Forward has two products of 2·D each. Backward has five such products, 2.5 times as many.
     return 3.5 * 4 * setting.head_dim * (setting.heads // setting.groups) * pairs
 
 
 def least_bytes(setting: Setting, tokens: int, element: int, *, sparse: bool) -> float:
-    """Forward and backward with every tensor moved once in each: what no kernel can do without.
+    """Least bytes of forward and backward: every tensor is moved once in each.
 
     Forward: query and output (H·D), key and value (2·G·D), log-sum-exp (4·H). Backward: query, output, its gradient and the
     query's gradient (4·H·D), key, value and their gradients (4·G·D), log-sum-exp. Sparse: index queries and keys ((G + 1)·I) and
     the selection, which is written once and read twice (12·G·k).
     """
     heads, groups, width = setting.heads, setting.groups, setting.head_dim
+    # The sums of the forward and backward terms in the docstring; log-sum-exp has 4 bytes and is written and read
+    # once.
     moved = element * width * (6 * heads + 6 * groups) + 8 * heads
     if sparse:
         moved += element * (groups + 1) * setting.index_dim + 12 * groups * setting.blocks
@@ -229,6 +242,6 @@ def least_bytes(setting: Setting, tokens: int, element: int, *, sparse: bool) ->
 
 
 def most_bytes(setting: Setting, tokens: int, element: int) -> float:
-    """Keys and values of a forward pass in which no two queries share what they read: 2·G·k·B·D a token."""
+    """Bytes of keys and values in a forward pass in which no two queries share a read: 2·G·k·B·D per token."""
     keys = min(setting.blocks * setting.block_size, tokens)
     return float(tokens * 2 * setting.groups * keys * setting.head_dim * element)

@@ -1,8 +1,8 @@
-"""Times of steps that have phases, taken in turns, and what of them is compared.
+"""Times of steps that have phases, measured in turns, and their ratios.
 
-Every round runs each step once, and the order turns from round to round, so that a machine that slows down slows them all down.
-A ratio is the median of the rounds' ratios with the lowest and the highest beside it; `of_best` divides the shortest times of
-any round, and `of_cpu` the processor's times, which a crowded machine stretches less than the clock's.
+Every round runs each step once, in rotating order, so that a machine that slows down affects all of them equally. A ratio is the
+median of the rounds' ratios, with the lowest and the highest. `of_best` divides the shortest times of any round, and `of_cpu` the
+processor times, which a busy machine extends less than the clock's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import wall_seconds
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds by the clock, and of the processor's cores together."""
+    """Seconds by the clock, and processor seconds of all cores together."""
 
     wall: float
     cpu: float
@@ -34,7 +34,7 @@ Round: TypeAlias = Mapping[str, Took]
 
 
 class Clock:
-    """Times the phases of one step; waits for CUDA at the edges of each."""
+    """Times the phases of one step, and waits for CUDA before and after each."""
 
     def __init__(self) -> None:
         self.phases: dict[str, Took] = {}
@@ -46,16 +46,18 @@ class Clock:
         yield
         _wait()
         took = Took(time.perf_counter() - wall, time.process_time() - cpu)
+        # A phase may occur several times in a step, and its times add up.
         self.phases[phase] = self.phases.get(phase, Took(0, 0)) + took
 
 
 class DeviceClock(Clock):
-    """Times of the GPU alone, launches hidden behind a pause: what a captured graph would take. CUDA only."""
+    """Times of the GPU alone, as in a captured graph: a pause on the device hides the launches. CUDA only."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         _wait()
+        # The device sleeps for about a millisecond, in which Python can queue the launches of the phase.
         torch.cuda._sleep(2_000_000)
         start.record()
         yield
@@ -77,14 +79,15 @@ def in_turns(
     warm: int = 0,
     make_clock: Callable[[], Clock] = Clock,
 ) -> dict[str, list[Round]]:
-    """The phases of every step in every round, after `warm` rounds that are not kept."""
+    """The phases of every step in every round, after `warm` rounds that are discarded."""
     names = list(steps)
     kept: dict[str, list[Round]] = {name: [] for name in names}
     for number in range(-warm, rounds):
+        # Python's modulo is not negative, so warm-up rounds, which have negative numbers, rotate too.
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             clock = make_clock()
-            # For the garbage collector, which it holds still.
+            # `wall_seconds` is used only because it turns off garbage collection.
             wall_seconds(partial(steps[name], clock))
             if number >= 0:
                 kept[name].append(clock.phases)
@@ -92,13 +95,13 @@ def in_turns(
 
 
 def total(phases: Round, wanted: Collection[str] | None = None) -> Took:
-    """The sum of the phases wanted; of all unless given."""
+    """The sum of the given phases, by default of all."""
     return sum((took for name, took in phases.items() if wanted is None or name in wanted), Took(0, 0))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the baseline."""
+    """Speed relative to the baseline."""
 
     median: float
     lowest: float
@@ -118,14 +121,16 @@ class Ratio:
 
 
 def ratio(baseline: list[Round], ours: list[Round], wanted: Collection[str] | None = None) -> Ratio:
-    """All of the baseline over the phases wanted of ours."""
+    """The whole time of the baseline over the time of the given phases of ours."""
     theirs, mine = [total(phases) for phases in baseline], [total(phases, wanted) for phases in ours]
+    # Ratios within a round, in which the speed of the machine is most nearly the same for both.
     each = [a.wall / b.wall for a, b in zip(theirs, mine, strict=True)]
     return Ratio(
         median=statistics.median(each),
         lowest=min(each),
         highest=max(each),
         of_best=min(took.wall for took in theirs) / min(took.wall for took in mine),
+        # Processor time may be 0 if a step is shorter than the resolution of its clock.
         of_cpu=min(took.cpu for took in theirs) / max(min(took.cpu for took in mine), 1e-9),
         baseline_s=statistics.median(took.wall for took in theirs),
         ours_s=statistics.median(took.wall for took in mine),
@@ -134,7 +139,7 @@ def ratio(baseline: list[Round], ours: list[Round], wanted: Collection[str] | No
 
 
 def phases_in_words(rounds: list[Round]) -> str:
-    """The median of each phase."""
+    """The median of each phase, in words."""
     return ", ".join(
         f"{name} {seconds(statistics.median(phases[name].wall for phases in rounds))}" for name in rounds[0]
     )

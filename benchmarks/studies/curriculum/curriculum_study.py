@@ -4,14 +4,14 @@
     python benchmarks/studies/curriculum/curriculum_study.py --data FILE.jsonl --text '{question} {answer}' --save
 
 Contract: the texts are scored once per scorer, then every order of benchmarks/studies/curriculum_study.toml is trained with every
-learning-rate schedule and seed. Scores and runs are kept in a folder, each run as one file that is whole or absent: stopped
-at any moment and started again, it goes on. A folder that was begun with other settings or other texts is refused. Nothing in
-the page is written by hand.
+learning-rate schedule and seed. Scores and runs are stored in a folder, each run as one file that is complete or absent, so a
+study that was stopped at any moment continues when it is started again. A folder of other settings or other texts is refused. No
+part of the page is written by hand.
 
-All curricula, the random control and anti-curriculum draw from a growing share of the texts (`mode="pool"`) under the same
-pacing; plain shuffle goes through all of them, epoch after epoch. Texts are bytes, cut at `max_bytes` before anything reads them.
+All curricula, the random control and the anti-curricula draw from a growing share of the texts (`mode="pool"`) under the same
+pacing. Plain shuffle reads all texts, epoch after epoch. Texts are bytes, cut at `max_bytes` before anything reads them.
 
-Shapes: B texts a batch, T bytes, N texts.
+Shapes: B texts per batch, T bytes, N texts.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is trained, how often and for how long; the fields of the recipe."""
+    """The fields of the recipe: models, orders, seeds and lengths of training."""
 
     orders: tuple[str, ...]
     schedules: tuple[str, ...]
@@ -118,14 +118,14 @@ class Study:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def quick(self) -> Study:
-        """Two minutes to see that everything runs; its numbers say nothing."""
+        """Settings for a run of two minutes that only shows that everything runs; its numbers have no meaning."""
         sizes = {"texts": 160, "held_out": 30, "steps": 20, "evaluate_every": 5, "warm_up": 5}
         return replace(self, seeds=2, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Rows with `id` and `text`, and `level` and `kind` where the text has them; how many texts were cut."""
+    """Rows with `id` and `text`, and `level` and `kind` if the text has them; and the number of texts that were cut."""
 
     name: str
     train: list[dict[str, Any]]
@@ -133,15 +133,15 @@ class Corpus:
     cut: int
 
     def digest(self) -> str:
-        """Of every row, in order."""
+        """Digest of all rows in their order."""
         return hashlib.blake2b(json.dumps([self.train, self.held_out]).encode(), digest_size=12).hexdigest()
 
 
 def corpus(study: Study, data: Path | None, template: str | None) -> Corpus:
-    """The generator's texts, or those of a file, shuffled; no text occurs twice.
+    """The texts of the generator or of a file, shuffled and without duplicates.
 
     Raises:
-        SparsortError: a file that lacks a field of the template, or holds too few texts.
+        SparsortError: the file lacks a field of the template, or has too few texts.
     """
     if data is None:
         train, held_out = graded_texts(study.texts, 0), graded_texts(study.held_out, 0, split="held_out")
@@ -154,15 +154,16 @@ def corpus(study: Study, data: Path | None, template: str | None) -> Corpus:
             whole = [template.format_map(row) for row in rows]
         except KeyError as error:
             raise unknown_choice(f"column of {data.name}", error.args[0], map(str, rows[0])) from error
-        # Two texts that begin alike are one where they are cut.
+        # Texts with the same beginning are duplicates after the cut.
         texts = list({_cut(text, study.max_bytes): text for text in whole}.values())
         random.Random(0).shuffle(texts)
         if len(texts) < study.texts + study.held_out:
             raise SparsortError(
-                f"{data.name} holds {len(texts)} different texts; the recipe asks for {study.texts} to train on and "
+                f"{data.name} has {len(texts)} different texts; the recipe needs {study.texts} to train on and "
                 f"{study.held_out} held out. Lower texts and held_out in it."
             )
         named = [{"id": f"{number:06d}", "text": text} for number, text in enumerate(texts)]
+        # Held-out texts come first, so that they stay the same if a recipe has more training texts.
         held_out, train = named[: study.held_out], named[study.held_out : study.held_out + study.texts]
         name = data.stem
     cut = sum(len(row["text"].encode()) > study.max_bytes for row in (*train, *held_out))
@@ -172,11 +173,12 @@ def corpus(study: Study, data: Path | None, template: str | None) -> Corpus:
 
 
 def _cut(text: str, most: int) -> str:
+    # A cut within a character drops its bytes.
     return text.encode()[:most].decode("utf-8", errors="ignore")
 
 
 def scorer(name: str) -> Scorer:
-    """The scorer behind an order's name, on the embedded model where it needs one."""
+    """The scorer of an order, with the embedded model if it needs one."""
     if name.startswith("sparsity"):
         pooling = {"sparsity_last": "last", "sparsity_mean": "mean_state"}[name]
         return SparsityScorer("demo", site="pre_norm", pooling=pooling, metric="hoyer")
@@ -186,7 +188,7 @@ def scorer(name: str) -> Scorer:
 
 
 def score(study: Study, texts: Corpus, folder: Path) -> dict[str, Scores]:
-    """Scores by name, from the folder where they are there."""
+    """Scores by name; those that the folder has are read from it."""
     found = {}
     for name in SCORERS:
         if {name, f"anti_{name}"} & set(study.orders):
@@ -197,7 +199,7 @@ def score(study: Study, texts: Corpus, folder: Path) -> dict[str, Scores]:
 
 
 def make_plan(study: Study, order: str, difficulty: NDArray[np.float64], seed: int) -> CurriculumPlan:
-    """The plan of one order; `difficulty` is not read by plain and random."""
+    """The plan of one order; plain and random do not read `difficulty`."""
     if order == "plain":
         return plan_curriculum(difficulty, schedule="shuffle", batch_size=study.batch_size, seed=seed)
     direction = "hard_to_easy" if order.startswith("anti_") else "random" if order == "random" else "easy_to_hard"
@@ -214,10 +216,10 @@ def make_plan(study: Study, order: str, difficulty: NDArray[np.float64], seed: i
 
 
 def train(study: Study, texts: Corpus, order: str, schedule: str, seed: int, difficulty: Any) -> dict[str, Any]:
-    """One run: held-out loss at every `evaluate_every`-th step, in nats a byte.
+    """Train once, and measure the held-out loss in nats per byte at every `evaluate_every`-th step.
 
     Args:
-        difficulty: (N,) of the order's scorer; None for those that have none.
+        difficulty: (N,) scores of the order; None for orders without scores.
     """
     began = time.process_time()
     model = _model(study, seed)
@@ -229,9 +231,10 @@ def train(study: Study, texts: Corpus, order: str, schedule: str, seed: int, dif
     loader = CurriculumLoader(plan, [encode(row["text"]) for row in texts.train], collate_fn=collate, verify=False)
     held_out = [encode(row["text"]) for row in texts.held_out]
     curve = [held_out_losses(model, held_out)]
+    # Online difficulty hooks into the model until the last step; the other orders open nothing.
     with ExitStack() as open_until_the_end:
         if order == "online":
-            # No scores beforehand: what training has not shown yet stands in the middle.
+            # There are no scores in advance: rows that training has not shown yet have the middle rank.
             running = RunningDifficulty(plan.n_rows, half_life_steps=study.steps)
             open_until_the_end.enter_context(OnlineCurriculum(model, loader, running=running))
         for step, batch in enumerate(_endless(loader), 1):
@@ -265,7 +268,7 @@ def encode(text: str) -> torch.Tensor:
 
 
 def collate(examples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is called with, (B, T) each."""
+    """The inputs of the model, (B, T) each."""
     ids = pad_sequence(list(examples), batch_first=True, padding_value=_PAD)
     return {
         "input_ids": ids,
@@ -276,14 +279,16 @@ def collate(examples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def held_out_losses(model: Any, examples: Sequence[torch.Tensor], size: int = 50) -> NDArray[np.float64]:
-    """Mean loss of each text in nats a byte, (N,)."""
+    """Mean loss of each text in nats per byte, (N,)."""
     model.eval()
     found = []
     for begin in range(0, len(examples), size):
         batch = collate(examples[begin : begin + size])
+        # Logits at position t predict token t + 1.
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1]
         losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none")
+        # The mean over the bytes of each text, and not over the batch, so that padding does not count.
         found.append(losses.sum(dim=1) / (labels != _IGNORED).sum(dim=1))
     model.train()
     return torch.cat(found).double().numpy()
@@ -304,6 +309,7 @@ def _model(study: Study, seed: int) -> Any:
         eos_token_id=_END,
         bos_token_id=None,
     )
+    # transformers draws weights from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).train()
@@ -314,6 +320,7 @@ def _rate(study: Study, schedule: str, step: int) -> float:
     if schedule == "constant":
         return warm
     done = max(0.0, step - study.warm_up) / (study.steps - study.warm_up)
+    # Cosine decay from 1 to 0 after the warm-up.
     return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
@@ -327,24 +334,24 @@ def _path(folder: Path, order: str, schedule: str, seed: int) -> Path:
 
 
 def _work(study: Study, texts: Corpus, folder: Path, unit: tuple[str, str, int], difficulty: Any) -> None:
-    """One run in a process of its own, on one core."""
+    """One run in a separate process, on one core."""
     torch.set_num_threads(1)
     write_sealed(_path(folder, *unit), train(study, texts, *unit, difficulty))
 
 
 def run(study: Study, texts: Corpus, folder: Path, processes: int) -> list[dict[str, Any]]:
-    """Every run, those that the folder holds read from there.
+    """All runs; those that the folder has are read from it.
 
     Raises:
-        SparsortError: the folder was begun with other settings or texts.
+        SparsortError: the folder has a study with other settings or texts.
     """
     about = {"study": json.loads(json.dumps(asdict(study))), "texts": texts.digest()}
     kept = folder / "study.json"
     if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != about:
-        raise SparsortError(f"{folder} holds a study with other settings or texts. Choose another --out, or delete it.")
+        raise SparsortError(f"{folder} has a study with other settings or texts. Choose another --out, or delete it.")
     write_json(kept, about)
     scores = {name: found.difficulty_of(texts.train) for name, found in score(study, texts, folder).items()}
-    # Seed by seed, so that what an unfinished study holds can be compared.
+    # Seed by seed, so that the runs of an unfinished study can be compared.
     units = [
         (order, schedule, seed) for seed in range(study.seeds) for schedule in study.schedules for order in study.orders
     ]
@@ -366,14 +373,18 @@ def run(study: Study, texts: Corpus, folder: Path, processes: int) -> list[dict[
 
 
 def main() -> None:
-    """Score, train, write."""
+    """Score, train, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--data", type=Path, help="a .jsonl file in place of generated texts")
-    parser.add_argument("--text", help="with --data: a text from the columns in braces, such as '{question} {answer}'")
-    parser.add_argument("--out", type=Path, help="folder of the study; runs/curriculum-study-NAME unless given")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: ends within two minutes and says nothing")
+    parser.add_argument("--data", type=Path, help="a .jsonl file to use instead of generated texts")
+    parser.add_argument(
+        "--text", help="with --data: template of a text, with columns in braces, such as '{question} {answer}'"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the study [default: runs/curriculum-study-NAME]")
+    parser.add_argument("--processes", type=int, default=2, help="number of runs at a time, each on one core")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: ends within two minutes; the numbers have no meaning"
+    )
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args()
     study = Study.from_toml(args.recipe)

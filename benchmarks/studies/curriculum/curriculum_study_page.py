@@ -1,8 +1,8 @@
-"""The page and figures of the curriculum study, from its runs: numbers and words, none written by hand.
+"""The page and figures of the curriculum study, generated from its runs.
 
-Contract: a run is compared with the run of the same seed and schedule (same initial weights), as its loss in per cent above or
-below; intervals are Student's t over seeds, and p-values are corrected by Holm's method over the orders that one baseline is
-compared with. A null is written as a null, with its interval.
+Contract: a run is compared with the run of the same seed and schedule (same initial weights), by the difference of their losses
+in per cent; intervals are Student's t over seeds, and p-values are corrected by Holm's method over the orders that one baseline
+is compared with. A null result is reported as one, with its interval.
 
 Shapes: S seeds, P points of a curve.
 """
@@ -55,7 +55,7 @@ class Difference:
 
 
 def _corrected(orders: Sequence[str], gains_SN: NDArray[np.float64]) -> list[Difference]:
-    """The mean of each column with its interval; one family of Holm's."""
+    """The mean of each column with its interval; the columns are one family of Holm's correction."""
     low, high, p = student_t(gains_SN)
     columns = zip(orders, gains_SN.mean(axis=0), low, high, holm(p), strict=True)
     return [
@@ -65,12 +65,12 @@ def _corrected(orders: Sequence[str], gains_SN: NDArray[np.float64]) -> list[Dif
 
 
 def signed(value: float) -> str:
-    """With its sign, to a tenth."""
+    """The value with its sign, to one decimal."""
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 class Results:
-    """Curves of every order and schedule, seeds alike in all."""
+    """Curves of every order and schedule, with the same seeds in all."""
 
     def __init__(self, runs: Sequence[Mapping[str, Any]]) -> None:
         self.steps = np.array(runs[0]["steps"])
@@ -79,34 +79,37 @@ class Results:
         self.levels = [level for level in runs[0]["by_level"] if level != "0"]
         self.seconds = sum(run["seconds"] for run in runs)
         self._runs: dict[Key, list[Mapping[str, Any]]] = {}
+        # Sorted by seed, so that row s of two arrays has the same seed and differences are paired.
         for run in sorted(runs, key=lambda run: run["seed"]):
             self._runs.setdefault((run["order"], run["schedule"]), []).append(run)
 
     def curves(self, order: str, schedule: str) -> NDArray[np.float64]:
-        """Held-out loss in nats a byte, (S, P)."""
+        """Held-out loss in nats per byte, (S, P)."""
         return np.array([run["loss"] for run in self._runs[order, schedule]])
 
     def at_level(self, order: str, schedule: str, level: str) -> float:
-        """Loss on the held-out texts of a level at the end, mean over seeds."""
+        """Loss on the held-out texts of a level at the end of training, mean over seeds."""
         return float(np.mean([run["by_level"][level][-1] for run in self._runs[order, schedule]]))
 
     def outcome(self, name: str, order: str, schedule: str) -> NDArray[np.float64]:
-        """(S,): the loss at the end, or its mean over the steps (trapezoids)."""
+        """(S,) loss at the end, or its mean over the steps by the trapezoidal rule."""
         curves = self.curves(order, schedule)
+        # Divided by the number of steps, so that the area is a mean loss.
         return curves[:, -1] if name == "final" else np.trapezoid(curves, self.steps, axis=1) / self.steps[-1]
 
     def gains(self, name: str, order: str, baseline: str, schedule: str) -> NDArray[np.float64]:
-        """(S,): by how many per cent an order's loss is above its baseline's."""
+        """(S,) difference of an order's loss to its baseline's, in per cent of the latter."""
         return 100.0 * (self.outcome(name, order, schedule) / self.outcome(name, baseline, schedule) - 1.0)
 
     def differences(self, name: str, baseline: str, schedule: str) -> list[Difference]:
-        """Every other order against a baseline: one family of Holm's."""
+        """Every other order against a baseline; they are one family of Holm's correction."""
+        # Plain shuffle is a baseline and never a candidate.
         others = [order for order in self.orders if order not in {"plain", baseline}]
         gains = np.stack([self.gains(name, order, baseline, schedule) for order in others], axis=1)
         return _corrected(others, gains)
 
     def steps_to_plain(self, order: str, schedule: str) -> NDArray[np.float64]:
-        """(S,): steps until the loss that plain shuffle of the same seed ends with, straight between points; NaN: never."""
+        """(S,) steps until the final loss of plain shuffle with the same seed, interpolated linearly; NaN: never."""
         found = []
         for curve, goal in zip(
             self.curves(order, schedule), self.curves("plain", schedule)[:, -1].tolist(), strict=True
@@ -116,6 +119,7 @@ class Results:
                 found.append(np.nan)
                 continue
             after = int(reached[0])
+            # The place of the goal between the last point above it and the first one at or below it.
             share = (curve[after - 1] - goal) / (curve[after - 1] - curve[after])
             found.append(self.steps[after - 1] + share * (self.steps[after] - self.steps[after - 1]))
         return np.array(found)
@@ -124,7 +128,7 @@ class Results:
 def write_page(name: str, facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], *, save: bool) -> None:
     """Print the page; with `save`, write it to docs/results/ with its figures, and its numbers to benchmarks/results/."""
     results = Results(runs)
-    figures = {"forest": "The difference that each order makes", "curves": "Where in training it makes it"}
+    figures = {"forest": "The difference of each order to the baselines", "curves": "Its course over training"}
     text = page(name, facts, results, [f"![{words}]({name}/{figure}.png)" for figure, words in figures.items()])
     if not save:
         print(text)
@@ -178,9 +182,9 @@ def _what_was_done(facts: Mapping[str, Any]) -> str:
         f"`{study['pacing']}` allows, easiest first, or hardest first for `anti_`; `random` is the control that shares the "
         "pacing and has no difficulty. `sparsity_last` and `sparsity_mean` are the Hoyer sparsity of the embedded model's last "
         "hidden state before its norm (of the last token, of the mean over tokens), `loss` is that model's loss on the text, "
-        "`compression` the ratio that zlib reaches. `online` starts with no scores and goes by the sparsity of the trained "
+        "`compression` the ratio that zlib reaches. `online` starts without scores and uses the sparsity of the trained "
         "model's own states. "
-        + ("`level` is the level that the generator made the text for. " if facts["levels"] else "")
+        + ("`level` is the level for which the text was generated. " if facts["levels"] else "")
         + f"{study['seeds']} seeds differ in initial weights and draws; texts and scores are the same."
     )
 
@@ -191,26 +195,26 @@ def _found(results: Results, schedule: str) -> str:
     (low,), (high,), _ = student_t(random_gain[:, None])
     mean = signed(float(random_gain.mean()))
     lines.append(
-        f"Random order with the same pacing ends {mean} % {interval(low, high, signed)} from plain shuffle: what pacing "
-        "costs or gives by itself, with no difficulty in it."
+        f"Random order with the same pacing ends {mean} % {interval(low, high, signed)} from plain shuffle. This is the "
+        "effect of pacing alone, without difficulty."
     )
     for outcome, words in OUTCOMES.items():
         for baseline, other in BASELINES.items():
             found = results.differences(outcome, baseline, schedule)
             better = [f"{one.order} ({signed(one.mean)} %)" for one in found if one.found and one.mean < 0]
             worse = [f"{one.order} ({signed(one.mean)} %)" for one in found if one.found and one.mean > 0]
-            said = []
+            parts = []
             if better:
-                said.append(f"better: {', '.join(better)}")
+                parts.append(f"better: {', '.join(better)}")
             if worse:
-                said.append(f"worse: {', '.join(worse)}")
-            if not said:
-                said.append("no order can be told from it")
+                parts.append(f"worse: {', '.join(worse)}")
+            if not parts:
+                parts.append("no order differs significantly from it")
             elif nothing := len(found) - len(better) - len(worse):
-                said.append(
+                parts.append(
                     f"no difference found for the other {nothing}" if nothing > 1 else "none found for the other"
                 )
-            lines.append(f"- {words.capitalize()}, against {other}: {'; '.join(said)}.")
+            lines.append(f"- {words.capitalize()}, against {other}: {'; '.join(parts)}.")
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
 
 
@@ -219,6 +223,7 @@ def _interaction(results: Results) -> str:
     if not {"constant", "cosine"} <= set(results.schedules):
         return ""
     orders = [order for order in results.orders if order not in BASELINES]
+    # Paired by seed: the gain under one schedule minus that under the other, (S, orders).
     gains = np.stack(
         [
             results.gains("final", order, "random", "constant") - results.gains("final", order, "random", "cosine")
@@ -230,9 +235,9 @@ def _interaction(results: Results) -> str:
     rows = [f"| {one.order} | {one} |" for one in corrected]
     count = sum(one.found for one in corrected)
     verdict = (
-        f"it does for {count} of {len(orders)} orders"
+        f"the difference is significant for {count} of {len(orders)} orders"
         if count
-        else f"for none of the {len(orders)} orders can that be said"
+        else f"the difference is not significant for any of the {len(orders)} orders"
     )
     return (
         "### Does the schedule change the gain?\n\n"
@@ -263,15 +268,15 @@ def _table(results: Results, schedule: str) -> str:
     for order in results.orders:
         needed = results.steps_to_plain(order, schedule)
         reached = np.isfinite(needed)
-        told = f"{np.median(needed[reached]):.0f} ({reached.sum()} of {len(needed)})" if reached.any() else "never"
+        steps = f"{np.median(needed[reached]):.0f} ({reached.sum()} of {len(needed)})" if reached.any() else "never"
         cells = [columns[key].get(order, "") for key in columns]
         loss = results.outcome("final", order, schedule)
-        lines.append(f"| {order} | {loss.mean():.3f} ± {loss.std(ddof=1):.3f} | {' | '.join(cells)} | {told} |")
+        lines.append(f"| {order} | {loss.mean():.3f} ± {loss.std(ddof=1):.3f} | {' | '.join(cells)} | {steps} |")
     lines += [
         "",
-        "Loss in nats a byte, mean and standard deviation over seeds. Differences in per cent with 95 % intervals, below 0: "
-        "better; bold: p < 0.05 after Holm's correction over the column. Mean: of the loss over all of training. Steps: median "
-        "until the loss that plain shuffle of the same seed ends with, and how many of the seeds get there.",
+        "Loss in nats per byte, mean and standard deviation over seeds. Differences in per cent with 95 % intervals, below 0: "
+        "better; bold: p < 0.05 after Holm's correction over the column. Mean: the mean loss over training. Steps: median "
+        "number of steps until the final loss of plain shuffle with the same seed, and the number of seeds that reach it.",
     ]
     return "\n".join(lines)
 
@@ -313,15 +318,15 @@ def _rho(first: Sequence[float], second: Sequence[float]) -> str:
 
 def _limits(study: Mapping[str, Any]) -> str:
     return (
-        "## What this does not say\n\n"
-        f"One corpus, one pacing, one model size and {study['seeds']} seeds: the intervals speak of other seeds, not of other "
-        "data, longer training or larger models. The learning rate was not tuned for any order. A difference "
-        "that was not found is not shown to be absent; its interval says how large it may be."
+        "## Limits\n\n"
+        f"One corpus, one pacing, one model size and {study['seeds']} seeds: the intervals apply to other seeds, not to other "
+        "data, longer training or larger models. The learning rate was not tuned for any order. A null "
+        "result is not evidence of no difference; its interval shows how large the difference may be."
     )
 
 
 def forest(results: Results) -> Any:
-    """Difference of the loss at the end to both baselines, a panel a baseline, a colour a schedule."""
+    """Difference of the final loss to both baselines: one panel per baseline, one colour per schedule."""
     orders = [order for order in results.orders if order != "plain"]
     figure = blank(9.0, 0.34 * len(orders) + 1.2)
     axes = figure.subplots(1, 2, sharey=True)
@@ -350,7 +355,7 @@ def forest(results: Results) -> Any:
 
 
 def curves(results: Results) -> Any:
-    """Held-out loss of every order over training, in per cent of plain shuffle's, mean over seeds."""
+    """Held-out loss of every order over training, relative to plain shuffle in per cent, mean over seeds."""
     figure = blank(9.0, 3.6)
     panels = np.atleast_1d(figure.subplots(1, len(results.schedules), sharey=True))
     shades = [

@@ -1,31 +1,31 @@
-"""Toys against the literature: when does the order of the training data matter? (Wu, Dyer and Neyshabur 2021, arXiv 2012.03107)
+"""Toy experiments against the literature: when does the order of the training data matter?
 
-They train 25,000 image classifiers and find that curricula, anti-curricula and random order with the same pacing all do as well
-as each other on clean data with a full budget, and that curricula win where labels are noisy or steps are few. Here the same
-is asked of `plan_curriculum` with a small network on scikit-learn's handwritten digits:
+Wu, Dyer and Neyshabur (2021, arXiv 2012.03107) train 25,000 image classifiers. They find that curricula, anti-curricula and
+random order with the same pacing are equally good on clean data with a full budget, and that curricula win if labels are noisy or
+steps are few. This script repeats the experiment for `plan_curriculum` with a small network on scikit-learn's handwritten digits:
 
     python benchmarks/studies/curriculum/curriculum_toys.py --save
 
-Protocol, theirs where it can be:
-- Labels of the training AND the validation rows are flipped alike; only the test rows are clean. A flipped label is another one,
-  all alike likely.
-- Difficulty is the loss of each row, with the label it bears, under reference networks trained on other rows with the same
-  noise (cross-validation). Nothing sees the hidden labels.
-- As they do, an order is judged at the best pacing of a grid ("own"), and beside it at the pacing that is the curriculum's best
-  ("same"). Best is by accuracy on validation rows, over seeds other than those that are reported.
-- A seed is a split, its flips, its reference networks and its initial weights; all orders of a seed share them. Differences
-  are paired by seed, with t intervals over seeds.
+Protocol, like theirs where possible:
+- Labels of the training AND the validation rows are flipped in the same way; only the test rows are clean. A flipped label is one
+  of the other labels with equal probability.
+- Difficulty is the loss of each row, with the label it has, under reference networks trained on other rows with the same noise
+  (cross-validation). The true labels are never used.
+- As in the paper, an order is judged at the best pacing of a grid ("own"), and also at the best pacing of the curriculum
+  ("same"). The best pacing has the highest accuracy on validation rows, over seeds other than those that are reported.
+- A seed determines a split, its flips, its reference networks and its initial weights; all orders of a seed share them.
+  Differences are paired by seed, with t intervals over seeds.
 
-What was tried before this was fixed, at 40 % flipped labels: one pacing for all, a = 0.8 and b = 0.2 (at 150 steps the
+Tried before the protocol was fixed, at 40 % flipped labels: one pacing for all, a = 0.8 and b = 0.2 (at 150 steps the
 curriculum is 1.6 points BELOW random order: it shows the flipped rows last, and most of its steps go to few rows); the pacing
 chosen seed by seed (273 noisy validation rows cannot tell pacings apart); classes balanced within the easy share (no other
-conclusion); budgets of 75, 150, 300, 600 and 1500 steps, all reported. The curriculum gains where random order cannot average
-the noise away (75 steps) or learns it by heart (600 and on); between them noise costs little, and there is little to gain.
+conclusion); budgets of 75, 150, 300, 600 and 1500 steps, all reported. The curriculum gains if random order cannot average
+the noise (75 steps) or memorises it (600 steps and more); in between, noise costs little, and there is little to gain.
 On clean labels "full" has to be long: at 400 and 600 steps the curriculum is still 1.0 and 0.7 points below random order, with
-intervals that leave zero out; at 1500 all orders lie within a point. That margin is what is held here; it does not prove them
-equal.
+intervals that exclude zero; at 1500 all orders are within a point of each other. This margin is the floor here; it does not prove
+that they are equal.
 
-Shapes: M networks trained side by side, N rows, B rows a batch, D inputs, H hidden units, C classes.
+Shapes: M networks trained together, N rows, B rows per batch, D inputs, H hidden units, C classes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from sparsort.terminal.progress import progress
 
 Direction = Literal["easy_to_hard", "random", "hard_to_easy"]
 ORDERS: tuple[Direction, ...] = ("easy_to_hard", "random", "hard_to_easy")
-# Of their grid: a, the share of training at which every row is in (above 1: never), and b, the share at the start.
+# A part of their grid: a is the share of training after which all rows are included (above 1: never), b the share at the start.
 PACINGS = tuple(itertools.product((0.4, 0.8, 1.6), (0.2, 0.4, 0.8)))
 ARMS = tuple(itertools.product(ORDERS, PACINGS))
 PAIRS: dict[str, tuple[str, str]] = {
@@ -71,7 +71,7 @@ MARGIN = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How many labels are flipped, and how long training is."""
+    """The share of flipped labels, and the length of training."""
 
     flipped: float
     steps: int
@@ -88,9 +88,9 @@ SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """Accuracies in per cent of the networks of one seed: those of `ARMS` in turn, then plain shuffle; (M,) each.
+    """Accuracies of the networks of one seed in per cent, (M,) each: the networks of each of `ARMS`, then plain shuffle.
 
-    `flips_found` is the chance that a flipped row has a higher difficulty than one that is not.
+    `flips_found` is the probability that a flipped row has a higher difficulty than an unflipped one.
     """
 
     validation: NDArray[np.float64]
@@ -113,7 +113,9 @@ def split(seed: int, flipped: float) -> tuple[Rows, Rows, Rows]:
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(len(truth))
     flips = rng.random(len(truth)) < flipped
+    # The rows after the training and validation rows are the test rows.
     flips[order[TRAIN + VALIDATION :]] = False
+    # A shift by 1 to CLASSES − 1 gives each of the other labels with equal probability.
     labels = np.where(flips, (truth + rng.integers(1, CLASSES, len(truth))) % CLASSES, truth)
     parts = np.split(order, [TRAIN, TRAIN + VALIDATION])
     inputs = torch.from_numpy((images / 16).astype(np.float32))
@@ -125,14 +127,15 @@ def split(seed: int, flipped: float) -> tuple[Rows, Rows, Rows]:
 
 
 def train(rows: Rows, batches_MTB: NDArray[np.int64], seed: int) -> list[torch.Tensor]:
-    """M networks of one hidden layer from the same initial weights, each on its own batches: SGD, cosine decay to zero.
+    """M networks of one hidden layer from the same initial weights, each on its own batches: SGD with cosine decay to zero.
 
-    Their losses are summed, so that each gets the gradient that it would have alone.
+    Their losses are summed, so that each network gets the same gradient as if it were trained alone.
     """
     networks, steps = batches_MTB.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     inputs = rows.inputs.shape[1]
     weights = [
+        # He initialisation for ReLU.
         (torch.randn(inputs, HIDDEN, generator=generator) * (2 / inputs) ** 0.5),
         torch.zeros(1, HIDDEN),
         (torch.randn(HIDDEN, CLASSES, generator=generator) * (2 / HIDDEN) ** 0.5),
@@ -145,6 +148,7 @@ def train(rows: Rows, batches_MTB: NDArray[np.int64], seed: int) -> list[torch.T
     for step in range(steps):
         chosen_MB = batches[:, step]
         logits_MBC = forward(weights, rows.inputs[chosen_MB])
+        # Divided by the batch and not by M · B, so each network has the gradient of its own mean loss.
         loss = cross_entropy(logits_MBC.flatten(0, 1), rows.labels[chosen_MB].flatten(), reduction="sum") / BATCH
         optimiser.zero_grad()
         loss.backward()
@@ -160,19 +164,21 @@ def forward(weights: Sequence[torch.Tensor], inputs_MBD: torch.Tensor) -> torch.
 
 
 def accuracies(weights: Sequence[torch.Tensor], rows: Rows) -> NDArray[np.float64]:
-    """Per cent of the rows that each network gets right, (M,)."""
+    """Accuracy of each network in per cent, (M,)."""
     guessed_MN = forward(weights, rows.inputs.expand(len(weights[0]), *rows.inputs.shape)).argmax(dim=-1)
     return 100.0 * (guessed_MN == rows.labels).double().mean(dim=1).numpy()
 
 
 def difficulties(rows: Rows, seed: int) -> NDArray[np.float64]:
-    """Each row's loss under a network that was trained on the other folds, noise and all, (N,)."""
+    """Loss of each row under a network that was trained on the other folds with their noise, (N,)."""
     rng = np.random.default_rng([seed, 1])
     fold_N = rng.permutation(len(rows.labels)) % FOLDS
     others = [np.flatnonzero(fold_N != fold) for fold in range(FOLDS)]
+    # Each reference step draws a batch without replacement from the rows of the other folds.
     batches = [rng.permuted(np.tile(other, (REFERENCE_STEPS, 1)), axis=1)[:, :BATCH] for other in others]
     weights = train(rows, np.stack(batches), seed + 1_000)
     logits_MNC = forward(weights, rows.inputs.expand(FOLDS, *rows.inputs.shape))
+    # Row n takes the logits of the network that did not train on its fold.
     losses = cross_entropy(logits_MNC[fold_N, np.arange(len(fold_N))], rows.labels, reduction="none")
     return losses.double().numpy()
 
@@ -187,6 +193,7 @@ def paced(
         mode="pool",
         pacing=Pacing(kind="linear", start=b, until=min(a, 1.0)),
         direction=order,
+        # With a above 1, the plan is longer than the training, which therefore never sees all rows.
         steps=round(max(a, 1.0) * steps),
         batch_size=BATCH,
         seed=seed,
@@ -207,6 +214,7 @@ def run(seed: int, setting: Setting) -> Trained:
     batches = [paced(difficulty, order, shape, setting.steps, seed) for order, shape in ARMS]
     weights = train(training, np.stack([*batches, plain(difficulty, setting.steps, seed)]), seed)
     flipped = training.flipped.numpy()
+    # All pairs of a flipped and an unflipped row; the share of True is the AUC.
     above = difficulty[flipped][:, None] > difficulty[~flipped]
     return Trained(
         validation=accuracies(weights, validation),
@@ -216,7 +224,7 @@ def run(seed: int, setting: Setting) -> Trained:
 
 
 def chosen(tuning: Sequence[Trained]) -> dict[str, int]:
-    """The network of each order with its best pacing, by mean accuracy on the validation rows; and of the plain shuffle."""
+    """Index of each order's network with the best pacing by mean validation accuracy, and of the plain shuffle."""
     mean = np.mean([one.validation for one in tuning], axis=0)
     best = {
         order: max((number for number, (name, _) in enumerate(ARMS) if name == order), key=lambda number: mean[number])
@@ -227,7 +235,7 @@ def chosen(tuning: Sequence[Trained]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference of two orders in points, over seeds: mean, and the ends of its 95 % t interval."""
+    """The mean difference of two orders over seeds in points, and its 95 % t interval."""
 
     mean: float
     low: float
@@ -236,12 +244,12 @@ class Difference:
 
     @property
     def interval(self) -> str:
-        """In words; seeds that do not differ give none."""
+        """The interval in words; there is none if the seeds do not differ."""
         return "no interval" if np.isnan(self.low) else f"{self.low:+.2f} to {self.high:+.2f}"
 
 
 def difference(seeds: Sequence[Trained], first: int, second: int) -> Difference:
-    """By how much network `first` is above network `second` on the test rows."""
+    """Test accuracy of network `first` minus that of network `second`."""
     test = np.array([one.test for one in seeds])
     low, high, _ = student_t((test[:, first] - test[:, second])[:, None])
     mean = test.mean(axis=0)
@@ -255,6 +263,7 @@ def compared(tuning: Sequence[Trained], seeds: Sequence[Trained]) -> dict[str, D
     """Every pair of `PAIRS` at the orders' own best pacings ("own_…") and at the curriculum's ("same_…")."""
     own = chosen(tuning)
     shape = ARMS[own["easy_to_hard"]][1]
+    # All orders at the pacing that is the curriculum's best.
     same = {**own, **{order: ARMS.index((order, shape)) for order in ORDERS}}
     found = {f"own_{name}": difference(seeds, own[one], own[other]) for name, (one, other) in PAIRS.items()}
     return found | {
@@ -265,7 +274,7 @@ def compared(tuning: Sequence[Trained], seeds: Sequence[Trained]) -> dict[str, D
 
 
 def describe(report: Report, name: str, tuning: Sequence[Trained], seeds: Sequence[Trained]) -> None:
-    """All differences of a setting; those that the literature has a word on have floors."""
+    """Add all differences of a setting. Those for which the literature has a result have floors."""
     found = compared(tuning, seeds)
     for pair, one in found.items():
         report.add(f"{name}_{pair}", one.mean, "points", note=f"95 %: {one.interval}; {one.note}")
@@ -287,7 +296,7 @@ def describe(report: Report, name: str, tuning: Sequence[Trained], seeds: Sequen
 
 
 def main() -> None:
-    """Run every setting over the seeds, print, save."""
+    """Run every setting over the seeds, and print and save the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_options(parser)
     arguments = parser.parse_args()
@@ -301,6 +310,7 @@ def main() -> None:
             for seed in range(tuning + seeds):
                 runs.append(run(seed, SETTINGS[name]))
                 advance(1)
+            # The seeds that choose the pacing are not reported.
             describe(report, name, runs[:tuning], runs[tuning:])
     report.finish(arguments)
 

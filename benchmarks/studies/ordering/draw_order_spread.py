@@ -1,11 +1,11 @@
-"""Draw what the order of demonstrations does: the picture of the README, from the saved results of the ordering study.
+"""Draw the README's figure of the effect of the order of demonstrations, from the saved results of the ordering study.
 
     python benchmarks/studies/ordering/draw_order_spread.py
 
 For each task, it shows the accuracy of the worst, the mean and the best of 16 random orders of the same demonstrations, and of
 the order that PDO with the label shares of the pool chooses. Each is averaged over the 20 demonstration sets of the task (10 of
-4 demonstrations, 10 of 8). The best and the worst order are known only afterwards, and part of their distance is noise of the
-test rows: see the study's page.
+4 demonstrations, 10 of 8). The best and the worst order are only known from the test rows, and noise in these accounts for part
+of their distance; see the study's page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Accuracies of one task in per cent, each the mean over its demonstration sets."""
+    """Accuracies of one task in per cent, as means over its demonstration sets."""
 
     task: str
     worst: float
@@ -53,6 +53,7 @@ def spreads(study: dict[str, Any]) -> list[Spread]:
 
 
 def _spread(task: str, cells: list[dict[str, Any]]) -> Spread:
+    # Rows are demonstration sets, columns the random orders of each.
     by_set_SO = 100 * np.concatenate([np.array(cell["random"]["accuracy_by_set"]) for cell in cells])
     chosen_S = 100 * np.concatenate(
         [arm["accuracy_by_set"] for cell in cells for arm in cell["arms"] if arm["name"] == CHOOSER]
@@ -71,6 +72,7 @@ def draw(rows: list[Spread]) -> Any:
         axes.plot([row.worst, row.best], [place, place], color=colour("random"), linewidth=7, solid_capstyle="butt")
         axes.plot([row.mean], [place], marker="|", markersize=13, markeredgewidth=2, color=colour("ink"))
         axes.plot([row.chosen], [place], marker="D", markersize=7, color=colour("chosen"), markeredgecolor="white")
+        # Text to the right of the axes: x is a share of their width, y a row.
         text = f"{row.best - row.worst:.1f}"
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontweight="bold")
     axes.set_yticks(range(len(rows)), [_TASKS[row.task] for row in reversed(rows)])
@@ -107,6 +109,7 @@ def main() -> None:
         numbers = f"worst {row.worst:.1f}, mean {row.mean:.1f}, best {row.best:.1f}, chosen {row.chosen:.1f}"
         print(f"{row.task}: {numbers}", file=sys.stderr)
     with styled(), write_atomically(arguments.out) as file:
+        # Without the version of matplotlib in the metadata, the file is the same for the same numbers.
         draw(rows).savefig(file, format="png", dpi=180, metadata={"Software": None})
     print(arguments.out)
 

@@ -1,7 +1,7 @@
-"""What `orderer_search.py` tries: numbers that a model gives away under each order, and how they are read out of a study's store.
+"""The candidates of `orderer_search.py`: numbers that a model computes under each order, read from a study's store.
 
-Nothing here calls a model but `Loader._ask`, which reads every demonstration as a query behind those before it. A family is a
-table of candidates, each (O,) scores of the random orders; which way a candidate points is found in tuning.
+Only `Loader._ask` calls a model; it reads every demonstration as a query after the demonstrations before it. A family is a table
+of candidates, each of which gives scores (O,) to the random orders. Tuning finds whether high or low scores are better.
 
 Shapes: O random orders, P probe queries, Q test queries, L labels, F features.
 """
@@ -30,7 +30,7 @@ from sparsort.scoring.loading.demo_model import load_tokenizer
 
 TASKS = ("trec", "mr", "sst5", "rte", "cb")
 SHOTS = (4, 8)
-# What costs as much as an order for each query: the mean of the probabilities over all orders, and the least label entropy.
+# Methods that read each query under all orders: the mean of the probabilities over all orders, and the least label entropy.
 TOGETHER = ("all orders together", "MDL")
 PANELS = {"dev 4": 4, "dev 8": 8, "dev 16": 16, "dev 32": 32}
 
@@ -40,7 +40,7 @@ Scores = dict[str, Floats]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Panel:
-    """What was read of P queries: (O, P, L) and (O, P, F) under every order, (P, F) without demonstrations or NaN."""
+    """Outcomes of P queries: (O, P, L) and (O, P, F) under every order, and (P, F) without demonstrations, NaN if unknown."""
 
     log_p: Floats
     features: Floats
@@ -52,10 +52,10 @@ class Case:
     """One demonstration set.
 
     Attributes:
-        accuracy: (O,) on the test rows; `right` is (O, Q).
-        test, dev, free, sampled: test rows, unlabelled rows, content-free inputs, probes sampled from the model (or None).
-        demos: (O, k, L) and (O, k, F) of each demonstration behind those before it; None where it was not read.
-        ranks: (O, k) rank of the demonstration at each place by sparsity, loss or length, each read alone.
+        accuracy: (O,) accuracy on the test rows; `right` is (O, Q).
+        test, dev, free, sampled: test rows, dev rows, content-free inputs, probes sampled from the model (or None).
+        demos: (O, k, L) and (O, k, F) of each demonstration after those before it; None if it was not read.
+        ranks: (O, k) rank of the demonstration at each place by sparsity, loss or length, each read without the others.
         named: gain in accuracy of the study's named orders.
     """
 
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def dev_likelihood(self) -> Floats:
-        """(O,) of the dev rows' labels: what a calibration may see of other sets."""
+        """Log-likelihood of the dev rows' labels, (O,): a calibration may read it from other sets."""
         return labels.gold_log_likelihood(self.dev.log_p, self.dev_gold)
 
     @property
@@ -91,7 +91,7 @@ class Case:
 
 
 class Loader:
-    """Reads complete sets out of a study's store, as it stands."""
+    """Reads the complete demonstration sets in a study's store, which may be unfinished."""
 
     def __init__(self, store: Path, data: Path, read_demos: Path | None) -> None:
         self.store = OutcomeStore.existing(store)
@@ -128,7 +128,8 @@ class Loader:
             return all(texts.pair(prefix, text) in found.row for prefix in chunks for text in queries)
 
         if not known(every):
-            return None  # a set under way
+            # Some outcomes are missing, so the set is unfinished.
+            return None
 
         def panel(queries: Sequence[str]) -> Panel:
             pairs = [[texts.pair(prefix, text) for text in queries] for prefix in chunks]
@@ -145,16 +146,18 @@ class Loader:
         right = test.log_p.argmax(axis=2) == data.gold_index
         named, ranks = {}, {}
         for name, order in note["named"].items():
+            # A named order with several entries differs by query, and has no single accuracy per set.
             if len(order) == 1:
                 prefix = texts.prefix([shown[place] for place in order[0]])
-                said = found.outcomes.log_p[found.rows([texts.pair(prefix, text) for text in data.test_texts])]
-                named[name] = float((said.argmax(axis=1) == data.gold_index).mean() - right.mean())
+                log_p = found.outcomes.log_p[found.rows([texts.pair(prefix, text) for text in data.test_texts])]
+                named[name] = float((log_p.argmax(axis=1) == data.gold_index).mean() - right.mean())
         for what, name in (
             ("sparsity", "dense_to_sparse"),
             ("loss", "perplexity_ascending"),
             ("length", "length_ascending"),
         ):
             if len(note["named"].get(name, [])) == 1:
+                # The named order lists rows by rank; its inverse is the rank of each row, which is then put in each order.
                 ranks[what] = np.argsort(np.array(note["named"][name][0])).astype(np.float64)[orders]
         gold = np.array([task.gold_index(row) for row in shown])[orders]
         return Case(
@@ -192,6 +195,7 @@ class Loader:
         for prefix, query in itertools.chain.from_iterable(wanted):
             if texts.pair(prefix, query) not in held:
                 asks.setdefault(prefix, {})[query] = None
+        # Only pairs that the folder lacks are sent to the model.
         if asks:
             self.demos.write(group, self._ask(data, texts, asks))
         found = _Lookup(self.demos.read(group))
@@ -206,9 +210,9 @@ class Loader:
             self._reader = AnswerReader(load_model(self.ablation.model))
         parts = []
         for prefix in sorted(asks):
-            said = self._reader.answers(prefix, list(asks[prefix]), data.task.label_texts())
+            answers = self._reader.answers(prefix, list(asks[prefix]), data.task.label_texts())
             pairs = np.array([texts.pair(prefix, query) for query in asks[prefix]])
-            parts.append((pairs[:, 0], pairs[:, 1], said.log_p, said.n_tokens, said.features))
+            parts.append((pairs[:, 0], pairs[:, 1], answers.log_p, answers.n_tokens, answers.features))
         columns = ("prefix", "query", "log_p", "n_tokens", "features")
         joined = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Outcomes(**dict(zip(columns, joined, strict=True)))
@@ -223,19 +227,20 @@ class _Lookup:
         return [self.row[pair] for pair in pairs]
 
 
-# What is tried. A family gives scores (O,) a candidate; the sign is found in tuning.
+# The families. Each candidate gives scores (O,), and tuning finds their sign.
 
 
 def correlation(a: Floats, b: Floats) -> Floats:
     """Pearson's r along the last axis; 0 where one side is constant."""
     a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
     scale = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    # The tolerance treats a side that is constant up to rounding as constant.
     together = (a * b).sum(axis=-1)
     return np.divide(together, scale, out=np.zeros_like(together), where=scale > 1e-15)
 
 
 def _level(panel: Panel, n: int | None = None) -> Scores:
-    """How dense the state is: (O, F) statistics over the queries."""
+    """Statistics over the queries of how dense the state is, (O, F)."""
     f = panel.features[:, :n]
     return {"mean": f.mean(axis=1), "median": np.median(f, axis=1), "rank": mean_ranks(f).mean(axis=1)}
 
@@ -254,6 +259,7 @@ def _against_bare(panel: Panel) -> Scores:
 def _variation(panel: Panel) -> Scores:
     f = panel.features
     by_query = np.moveaxis(f, 1, 2)
+    # The mean over all other orders, for each order.
     rest = (by_query.sum(axis=0, keepdims=True) - by_query) / (len(f) - 1)
     return {
         "sd": f.std(axis=1),
@@ -279,7 +285,7 @@ def _split_entropy(scores: Scores) -> tuple[Scores, Scores]:
 
 
 def _demo_states(case: Case, names: Sequence[str]) -> Scores:
-    """The demonstrations behind those before them: nothing but the prefix is read."""
+    """The features of the demonstrations, each after those before it, so that only the prefix is read."""
     if case.demos is None:
         return {}
     f = case.demos[1]
@@ -307,7 +313,7 @@ def _demo_labels(case: Case) -> Scores:
 
 
 def _alone(case: Case) -> Scores:
-    """Where the sparse, hard or long ones stand, each read alone: no further call at all."""
+    """The places of sparse, hard or long demonstrations, each read alone, so that an order needs no call of the model."""
     place = np.arange(case.k, dtype=np.float64)
     ends = np.abs(place - place.mean())
     scores = {}
@@ -322,12 +328,14 @@ def _alone(case: Case) -> Scores:
 
 
 def _readout(case: Case, panel: Panel, prefix: str) -> Scores:
-    """Through the label rows of the head: these need a label set."""
+    """Statistics of the label log-probabilities; these need a label set."""
     log_p = panel.log_p
     normal = log_softmax(log_p)
+    # The probability that the model gives to all labels together.
     mass = np.log(np.exp(log_p).sum(axis=2))
     top = np.sort(normal, axis=2)
     mean = normal.mean(axis=1)
+    # Without the mean over queries, which is the bias of an order for a label.
     centred = normal - mean[:, None]
     vote = centred.mean(axis=0).argmax(axis=1)
     scores = {
@@ -343,7 +351,7 @@ def _readout(case: Case, panel: Panel, prefix: str) -> Scores:
 
 
 def families(case: Case, names: Sequence[str]) -> dict[str, Scores]:
-    """Every candidate of every family, (O,) each; all but "read-out" need no label set."""
+    """All candidates of all families, (O,) each; only "read-out" needs a label set."""
     sizes: Scores = {}
     for label, n in PANELS.items():
         sizes |= _by_feature(f"{label}, ", _level(case.dev, n), names)
@@ -376,7 +384,7 @@ def families(case: Case, names: Sequence[str]) -> dict[str, Scores]:
 
 
 def baselines(case: Case, names: Sequence[str]) -> Scores:
-    """Those to beat, on the dev rows; the first has their labels. And the density that the library began with."""
+    """The baselines on the dev rows, of which the first reads labels, and the first density that the library had."""
     dev, likelihood = case.dev.log_p, case.dev_likelihood
     sampled = (
         {}
@@ -399,7 +407,7 @@ def baselines(case: Case, names: Sequence[str]) -> Scores:
 
 
 def joined(found: dict[str, Floats], basis: Scores) -> dict[str, Scores]:
-    """Mean ranks of two winners, of a winner and a baseline, and winners that prune before a baseline decides."""
+    """Mean ranks of two winners, or of a winner and a baseline, and winners that halve the orders before a baseline decides."""
     ranked = {name: mean_ranks(values) for name, values in {**found, **basis}.items()}
     ours = list(found)
     mean, pruned, with_labels = {}, {}, {}
@@ -413,7 +421,7 @@ def joined(found: dict[str, Floats], basis: Scores) -> dict[str, Scores]:
 
 
 def by_query(case: Case, names: Sequence[str]) -> dict[str, float]:
-    """Gain where every test query takes the order of its own most extreme state, plain or centred for each order."""
+    """Gain if every test query takes the order of its own most extreme state, plain or centred within each order."""
     found = {}
     features = {name: case.test.features[..., place] for place, name in enumerate(names)}
     features["label entropy (MDL)"] = entropy(log_softmax(case.test.log_p))

@@ -1,19 +1,20 @@
-"""The search for an orderer of ours: which number that a model gives away for nothing follows the accuracy of an order.
+"""The search for an orderer: the cheap numbers of a model that correlate with the accuracy of an order.
 
     python benchmarks/studies/ordering/orderer_search.py STORE --data FOLDER [--read-demos FOLDER]
         [--early 2] [--by rho] [--save [--name N]]
 
 STORE is the store of an ordering study (`sparsort ablate`): every (order, query) pair with its label log-probabilities, the
-sparsity of the query's last state and the entropy of its next token. Nothing here calls a model, but for `--read-demos`, which
-reads every demonstration as a query behind those before it (the prefix alone) and keeps what it read in a folder.
+sparsity of the query's last state and the entropy of its next token. Only `--read-demos` calls a model: it reads every
+demonstration as a query after the demonstrations before it (only the prefix), and stores the outcomes in a folder.
 
-Protocol. Tuning: mr and sst5 at both shot counts and trec at k = 4, sets of seeds below `--early`. There every candidate of
-every family gets its direction and each family its winner, by the mean over (task, k) of Spearman's ρ over the random orders
-(`--by gain`: of the accuracy gained by the order that it ranks highest). p of the best of all candidates is max-T (Westfall
-and Young 1993) with the signs of whole seeds turned at random. Report: the winners, untouched, on trec at k = 8, rte and cb
-("new tasks"), on the later sets of the tuning tasks ("new sets"), and on all later sets; intervals by bootstrap over seeds
-within tasks, one-sided p by sign flips, Holm over the winners. `FROZEN` were named when the sets of `SEEN` had been looked at;
-"fresh" are the others. Accuracy is that on the test rows, without contextual calibration; no candidate sees their labels.
+Protocol. Tuning uses mr and sst5 at both shot counts and trec at k = 4, on sets of seeds below `--early`. It gives every
+candidate of every family its direction and each family its winner, by the mean over (task, k) of Spearman's ρ over the random
+orders (with `--by gain`: by the mean accuracy gained by the order that it ranks highest). p of the best of all candidates is
+max-T (Westfall and Young 1993) with random signs of whole seeds. The report has the unchanged winners on trec at k = 8, rte and
+cb ("new tasks"), on the later sets of the tuning tasks ("new sets"), and on all later sets, with intervals by bootstrap over
+seeds within tasks, one-sided p by sign flips, and Holm's correction over the winners. `FROZEN` were named after the sets of
+`SEEN` had been seen; "fresh" are the others. Accuracy is that on the test rows, without contextual calibration; no candidate sees
+their labels.
 
 Shapes: O random orders, P probe queries, Q test queries, L labels, F features, C candidates, U units (demonstration sets).
 """
@@ -49,7 +50,7 @@ from sparsort.storage.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "results"
 TUNING_CELLS = {("mr", 4), ("mr", 8), ("sst5", 4), ("sst5", 8), ("trec", 4)}
-# Named before any set outside SEEN was there to look at; family, candidate, direction.
+# Named before any set outside SEEN existed, as (family, candidate, direction).
 FROZEN = {
     "sparsest before the norm": ("density", "dev 32, mean pre_norm/top10_energy", 1),
     "quietest after the norm": ("density", "dev 32, mean post_norm/l1", -1),
@@ -68,19 +69,20 @@ def rho(scores: Floats, accuracy: Floats) -> float:
 
 
 def gains(scores: Floats, accuracy: Floats, seed: int) -> tuple[float, float]:
-    """Accuracy of the best order by the scores, and of the four best, over the mean of all."""
+    """Accuracy of the best order by the scores, and of the four best, minus the mean of all orders."""
+    # The seed breaks ties, as in `sparsort choose`.
     ranking = choose(scores, seed=seed).ranking
     return float(accuracy[ranking[0]] - accuracy.mean()), float(accuracy[ranking[:4]].mean() - accuracy.mean())
 
 
 def beyond_last_label(scores: Floats, case: Case) -> float:
-    """What the best order gains over the mean of the orders that end with the same label."""
+    """Accuracy of the best order minus the mean of the orders that end with the same label."""
     best, last = choose(scores, seed=case.seed).index, case.demo_gold[:, -1]
     return float(case.accuracy[best] - case.accuracy[last == last[best]].mean())
 
 
 def cell_mean(cases: Sequence[Case], values_U: Any) -> Floats:
-    """The mean over (task, k) of the means over sets; further axes stay."""
+    """The mean over (task, k) of the means over sets; further axes are kept."""
     values = np.asarray(values_U, dtype=np.float64)
     cells = {case.cell for case in cases}
     parts = [values[[case.cell == cell for case in cases]].mean(axis=0) for cell in sorted(cells)]
@@ -89,7 +91,7 @@ def cell_mean(cases: Sequence[Case], values_U: Any) -> Floats:
 
 
 def interval(cases: Sequence[Case], values_U: Sequence[float]) -> tuple[float, float]:
-    """95 % by bootstrap: seeds are drawn anew within each task, with all of their sets; NaN where a task has one seed alone."""
+    """95 % bootstrap interval: seeds are resampled within each task, with all of their sets. NaN if a task has one seed."""
     values, rng = np.asarray(values_U, dtype=np.float64), np.random.default_rng(0)
     cells = sorted({case.cell for case in cases})
     place = {(case.cell, case.seed): row for row, case in enumerate(cases)}
@@ -99,12 +101,14 @@ def interval(cases: Sequence[Case], values_U: Sequence[float]) -> tuple[float, f
         seeds = sorted({case.seed for case in cases if case.task == task})
         if len(seeds) == 1:
             return float("nan"), float("nan")
+        # How often each seed is drawn. Counts are equivalent to drawing, and need no copies of the sets.
         drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES)
         for column, cell in enumerate(cells):
             for number, seed in enumerate(seeds):
                 if cell[0] == task and (cell, seed) in place:
                     sums[:, column] += drawn[:, number] * values[place[cell, seed]]
                     counts[:, column] += drawn[:, number]
+    # A cell is NaN if none of its seeds was drawn.
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     low, high = np.nanquantile(means.mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
@@ -113,7 +117,7 @@ def interval(cases: Sequence[Case], values_U: Sequence[float]) -> tuple[float, f
 def statistics(
     cases: Sequence[Case], tables: Sequence[Scores], by: str, turned: bool
 ) -> tuple[list[tuple[str, int]], Floats]:
-    """Candidates that all sets have, with a sign, and (U, C) what each is judged by."""
+    """The candidates that all sets have, with a sign, and the values (U, C) by which they are judged."""
     names = [name for name in tables[0] if all(name in table for table in tables)]
     signed = [(name, sign) for sign in ((1, -1) if turned else (1,)) for name in names]
     rows = []
@@ -127,10 +131,10 @@ def statistics(
 
 
 def flipped(cases: Sequence[Case], values_UC: Floats) -> Floats:
-    """(R, C) means over (task, k) when the signs of whole clusters are turned at random: all ways where they are few.
+    """Means over (task, k) under random signs of whole clusters, (R, C); under all combinations of signs if they are few.
 
-    A cluster is a task's seed: its set of 4 demonstrations is part of its set of 8. Orders that share an end answer alike,
-    so relabelling orders would count them as independent and call too much significant.
+    A cluster is one seed of a task, because its set of 4 demonstrations is part of its set of 8. Orders with the same end give
+    similar answers, so permuting orders would treat them as independent and find too many significant results.
     """
     clusters = sorted({(case.task, case.seed) for case in cases})
     member = np.array([clusters.index((case.task, case.seed)) for case in cases])
@@ -138,8 +142,10 @@ def flipped(cases: Sequence[Case], values_UC: Floats) -> Floats:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(clusters))))
     else:
         signs = np.random.default_rng(1).choice((1.0, -1.0), size=(FLIPS, len(clusters)))
+        # The first row is the observed data, so that a p-value is never 0.
         signs[0] = 1.0
     cells = sorted({case.cell for case in cases})
+    # Every (task, k) has equal weight, and within it every set.
     weight = np.array([1 / len(cells) / sum(other.cell == case.cell for other in cases) for case in cases])
     means: Floats = (signs[:, member] * weight) @ values_UC
     return means
@@ -147,7 +153,7 @@ def flipped(cases: Sequence[Case], values_UC: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Winner:
-    """A family's best candidate in tuning, turned so that higher is better."""
+    """A family's best candidate in tuning, with the sign that makes higher better."""
 
     family: str
     name: str
@@ -159,7 +165,7 @@ class Winner:
 def tune(
     cases: Sequence[Case], table: Callable[[Case], dict[str, Scores]], by: str, *, turned: bool = True
 ) -> tuple[list[Winner], dict[str, Any]]:
-    """Each family's winner, and the record of all that was tried; candidates are turned round too unless they are winners."""
+    """Each family's winner, and a record of all candidates. With `turned`, both signs of a candidate are tried."""
     tables = [table(case) for case in cases]
     winners, record, nulls = [], {}, []
     for family in tables[0]:
@@ -167,6 +173,7 @@ def tune(
         if not signed:
             continue
         null = flipped(cases, each)
+        # max-T: the best candidate is compared with the best one under each combination of signs.
         nulls.append(null.max(axis=1))
         best = int(null[0].argmax())
         name, sign = signed[best]
@@ -184,13 +191,14 @@ def tune(
 
 
 def _p(cases: Sequence[Case], values_U: Sequence[float]) -> float:
-    """One-sided, that the mean is above 0."""
+    """One-sided p-value for a mean above 0."""
     null = flipped(cases, np.asarray(values_U)[:, None])[:, 0]
+    # The tolerance counts combinations that equal the observed mean up to rounding.
     return float((null >= null[0] - 1e-12).mean())
 
 
 def judge(cases: Sequence[Case], scores_of: Callable[[Case], Floats]) -> dict[str, Any]:
-    """One orderer on some sets."""
+    """The figures of one orderer on some sets."""
     scores = [scores_of(case) for case in cases]
     rhos = [rho(own, case.accuracy) for own, case in zip(scores, cases, strict=True)]
     both = np.array([gains(own, case.accuracy, case.seed) for own, case in zip(scores, cases, strict=True)])
@@ -219,8 +227,9 @@ def judge(cases: Sequence[Case], scores_of: Callable[[Case], Floats]) -> dict[st
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p (1979)."""
+    """Adjusted p-values by Holm's method (1979)."""
     rising = np.argsort(p)
+    # Adjusted values must not fall as p rises.
     adjusted = np.maximum.accumulate([(len(p) - place) * p[at] for place, at in enumerate(rising)])
     result = np.empty(len(p))
     result[rising] = np.minimum(adjusted, 1.0)
@@ -233,7 +242,7 @@ Table = dict[int, dict[str, Scores]]
 
 
 def calibrated(cases: Sequence[Case], table: Table) -> dict[int, Floats]:
-    """The density, and its direction, that followed the dev rows' likelihood best under the task's other sets."""
+    """Scores by the density, with its sign, that followed the dev rows' likelihood best in the task's other sets."""
     pools = {
         id(case): {
             name: values
@@ -273,6 +282,7 @@ class Search:
         self.basis = {id(case): baselines(case, names) for case in cases}
         self.winners, self.record = tune(tuning, lambda case: self.table[id(case)], by)
         ours = [winner for winner in self.winners if winner.family != "read-out"]
+        # Named by tuning alone, before any other set is looked at.
         self.primary = max(ours, key=lambda winner: winner.tuning)
         for case in cases:
             found = {w.family: w.sign * self.table[id(case)][w.family][w.name] for w in ours if self._has(case, w)}
@@ -300,7 +310,7 @@ class Search:
         return winner.name in self.table[id(case)].get(winner.family, {})
 
     def orderers(self, cases: Sequence[Case]) -> dict[str, Callable[[Case], Floats]]:
-        """Those that every set of a part can have."""
+        """The orderers that exist for every set of a part."""
 
         def of(winner: Winner) -> Callable[[Case], Floats]:
             return lambda case: winner.sign * self.table[id(case)][winner.family][winner.name]
@@ -311,7 +321,7 @@ class Search:
         return found
 
     def report(self) -> dict[str, Any]:
-        """Every winner and baseline on every part."""
+        """The figures of every winner and baseline on every part."""
         report: dict[str, Any] = {}
         for part, cases in self.parts.items():
             if not cases:
@@ -330,6 +340,7 @@ class Search:
                 kind: {name: judge(cases, scores) for name, scores in group.items()} for kind, group in groups.items()
             }
             for kind in ("frozen", "ours"):
+                # Corrected over the orderers of one kind; baselines are not corrected.
                 for entry, p in zip(found[kind].values(), holm([e["p"] for e in found[kind].values()]), strict=True):
                     entry["p_holm"] = p
             report[part] = {
@@ -350,7 +361,7 @@ class Search:
 
 
 def of_frozen(table: Table, family: str, name: str, sign: int) -> Callable[[Case], Floats]:
-    """A candidate by its name."""
+    """The scores of a candidate by its name."""
     return lambda case: sign * table[id(case)][family][name]
 
 
@@ -364,13 +375,13 @@ def _only_gains(cases: Sequence[Case], each: Sequence[dict[str, float]]) -> dict
 
 
 def show(search: Search, report: dict[str, Any]) -> None:
-    """The tables."""
+    """Print the tables."""
     print("Winners in tuning (p: the best of the family, and of all families, under sign flips)\n")
     for winner in search.winners:
-        told = search.record[winner.family]
+        record = search.record[winner.family]
         print(
-            f"  {winner.family:44s} {told['tried']:4d} tried   {winner.tuning:.3f}   p {told['p_best_of_family']:.3f}, "
-            f"{told['p_best_of_all']:.3f}   {'higher' if winner.sign > 0 else 'lower'}: {winner.name}"
+            f"  {winner.family:44s} {record['tried']:4d} tried   {winner.tuning:.3f}   p {record['p_best_of_family']:.3f}, "
+            f"{record['p_best_of_all']:.3f}   {'higher' if winner.sign > 0 else 'lower'}: {winner.name}"
         )
     print(f"\nPrimary, the highest of those without labels: {search.primary.family}")
     for part, found in report.items():
@@ -404,11 +415,11 @@ def main() -> None:
     parser.add_argument("store", type=Path, help="the store of an ordering study")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the tasks' files")
     parser.add_argument(
-        "--read-demos", type=Path, metavar="FOLDER", help="read demonstrations in place, and keep them here"
+        "--read-demos", type=Path, metavar="FOLDER", help="read demonstrations in place, and store the outcomes here"
     )
-    parser.add_argument("--early", type=int, default=2, help="sets of lower seeds are for tuning (default 2)")
-    parser.add_argument("--by", choices=("rho", "gain"), default="rho", help="what tuning maximises (default rho)")
-    parser.add_argument("--json", action="store_true", help="print the JSON object in place of the tables")
+    parser.add_argument("--early", type=int, default=2, help="sets with a lower seed are for tuning [default: 2]")
+    parser.add_argument("--by", choices=("rho", "gain"), default="rho", help="what tuning maximises [default: rho]")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of the tables")
     parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/ too")
     parser.add_argument("--name", default="orderer-search", help="name of the file that --save writes")
     arguments = parser.parse_args()

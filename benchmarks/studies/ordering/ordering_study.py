@@ -1,15 +1,16 @@
-"""The ordering study: run it (or take what its store holds), and write docs/results/ordering-study.md with its figures.
+"""The ordering study: run it, or use its stored outcomes, and write docs/results/ordering-study.md with its figures.
 
-One command makes it again; it takes hours and can be stopped and started at any moment. Two processes at once, with one thread
-each (OMP_NUM_THREADS=1), take half the time:
+One command repeats the study. It takes hours, and can be stopped and continued at any moment. Two simultaneous processes with one
+thread each (OMP_NUM_THREADS=1) take half the time:
 
     python benchmarks/studies/ordering/ordering_study.py --data FOLDER --save
 
-FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. With --study cone it is a
-small study of ConE on one task, on the same sets and orders. Both begin with what
-benchmarks/results/ordering-study-outcomes.parquet holds of the model's answers, and asks for the rest; with --fresh a new study
-begins with nothing. With --no-run the page is written from what is there, finished or not; how much that is stands in its
-head. The section "Which prior" is made from what `prior_shift.py --save` has written. Nothing in the page is written by hand.
+FOLDER has icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. --study cone is a small study
+of ConE on one task with the same sets and orders. Both start from the model's answers in
+benchmarks/results/ordering-study-outcomes.parquet, and query the model for the rest; with --fresh, a new study starts without
+answers. With --no-run, the page is written from the stored outcomes, which may be incomplete; its head reports how many there
+are. The section "Which prior" is generated from the file that `prior_shift.py --save` writes. No part of the page is written by
+hand.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PRIOR_SHIFT = ROOT / "benchmarks" / "results" / "prior-shift.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One page: its recipe in benchmarks/studies/, the page's name in docs/results/, its title and what a reader has to know."""
+    """One page: its recipe in benchmarks/studies/, its name in docs/results/, its title and its introduction."""
 
     recipe: str
     page: str
@@ -57,10 +58,10 @@ STUDIES = {
         page="ordering-study",
         title="Which orders of demonstrations help: a study on five tasks with Gemma 3 270M",
         about=(
-            "ConE is not among the choosers: it reads the whole vocabulary behind every token of a query, several times the cost "
-            "of all else. It was run [on trec, k = 4 and 64 test rows alone](ordering-study-cone.md). What was searched for an "
-            "orderer from sparsity: [the search](orderer-search.md). What PDO should compare predictions with where label shares "
-            "shift: [which prior](#which-prior)."
+            "ConE is not among the choosers: it reads the whole vocabulary after every token of a query, several times the cost "
+            "of all else. It was run [only on trec with k = 4 and 64 test rows](ordering-study-cone.md). What was searched for "
+            "an orderer from sparsity: [the search](orderer-search.md). What PDO should compare predictions with where label "
+            "shares shift: [which prior](#which-prior)."
         ),
     ),
     "cone": Study(
@@ -68,7 +69,7 @@ STUDIES = {
         page="ordering-study-cone",
         title="Does ConE's choice of an order help: a study on trec with Gemma 3 270M",
         about=(
-            "ConE (arXiv 2401.12087) takes for every question the order behind which the question is least surprising to the "
+            "ConE (arXiv 2401.12087) takes for every question the order after which the question is least surprising to the "
             "model; its authors choose the demonstrations so, here it chooses among 16 orders of given ones. Sets, orders and "
             "the 64 test rows are among those of [the study on five tasks](ordering-study.md), which has more orderers. Tokens "
             "and time below count what those answers cost there, too."
@@ -78,32 +79,34 @@ STUDIES = {
 
 
 def head(report: dict[str, Any], name: str, planned: int) -> str:
-    """What a reader has to know before the numbers."""
+    """The introduction of the page, before the numbers."""
     sets = [cell["sets"] for cell in report["cells"]]
     done = sum(sets) // len({cell["calibrated"] for cell in report["cells"]})
     state = f"All {planned} demonstration sets are done."
     if done < planned:
-        state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** What stands here holds for those."
+        state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** The page covers these."
     elif report["provenance"]["incomplete"]:
-        state += " **Not yet under every orderer**: what is left out stands among the notes."
+        state += " **Not yet under every orderer**: the notes list what is missing."
     study, option = STUDIES[name], "" if name == "all" else f" --study {name}"
     return (
         f"{state} Made by `python benchmarks/studies/ordering/ordering_study.py --data FOLDER{option} --save`, "
-        "which asks the model only for what its store lacks; the recipe is "
+        "which queries the model only for what its store lacks; the recipe is "
         f"[benchmarks/studies/{study.recipe}](../../benchmarks/studies/{study.recipe}). "
         f"How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n{study.about}"
     )
 
 
 def main() -> None:
-    """Run, collect, write."""
+    """Run the study, collect its results, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, help="folder of the study [default: by its name in runs/]")
     parser.add_argument("--study", choices=STUDIES, default="all", help="five tasks without ConE, or one with it")
-    parser.add_argument("--fresh", action="store_true", help="do not begin with the answers that are kept")
-    parser.add_argument("--no-run", action="store_true", help="ask the model nothing")
-    parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
+    parser.add_argument("--fresh", action="store_true", help="do not start from the saved answers")
+    parser.add_argument("--no-run", action="store_true", help="do not run the model")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="run the model without compiling it; needs no C++ compiler"
+    )
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args()
     study = STUDIES[args.study]
@@ -111,9 +114,9 @@ def main() -> None:
     out = args.out or ROOT / "runs" / study.page
     store = out / "store"
     if args.fresh and store.exists():
-        sys.exit(f"{store} holds a study already. Take it away, or name another folder (--out).")
+        sys.exit(f"{store} already has a study. Remove it, or pass another folder (--out).")
     if KEPT.exists() and not store.exists() and not args.fresh:
-        print(f"taking up the answers that {KEPT.name} holds", file=sys.stderr)
+        print(f"continuing from the answers in {KEPT.name}", file=sys.stderr)
         unpack(KEPT, store)
     done = ablate(
         recipe,
@@ -132,7 +135,7 @@ def main() -> None:
     if not args.save:
         print(text)
         return
-    # Two processes of one study end at about the same time.
+    # Two processes of one study end at about the same time, and only one may write.
     with locked(out / "save.lock", wait=True):
         save(report, study, text, out / "report")
         if args.study == "all":
@@ -141,7 +144,7 @@ def main() -> None:
 
 
 def save(report: dict[str, Any], study: Study, text: str, made: Path) -> None:
-    """Write the page, its figures and the numbers."""
+    """Save the page, its figures and the numbers."""
     page = ROOT / "docs" / "results" / f"{study.page}.md"
     figures = page.with_suffix("")
     shutil.rmtree(figures, ignore_errors=True)
@@ -156,7 +159,7 @@ def save(report: dict[str, Any], study: Study, text: str, made: Path) -> None:
             for name in [name for name in held if name.startswith(("label_", "entropy_"))]:
                 del held[name]
     target = ROOT / "benchmarks" / "results" / f"{study.page}.json"
-    # Numbers for programs: one line, as the page holds the same for readers.
+    # The JSON is for programs, so it has one line; readers have the page.
     with write_atomically(target) as temporary:
         temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     print(f"{page}\n{target}")

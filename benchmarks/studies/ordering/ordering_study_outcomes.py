@@ -1,11 +1,11 @@
-"""What the model said in the ordering study, as one file: the page can be made from it anywhere, and the study goes on from it.
+"""The model's answers in the ordering study as one file, from which the page can be generated and the study continued.
 
-Contract: `unpack` gives a store from which `pack` was made, but for the features of test queries, which no arm and no chooser
-reads (`orderer_search.py` alone does). Log-probabilities and the features that choosers read are exact.
+Contract: `unpack` restores the store that was passed to `pack`, except for the features of test queries, which no arm and no
+chooser reads (only `orderer_search.py` does). Log-probabilities and the features that choosers read are exact.
 
 One Parquet file, a row group for each group of the store: group, prefix, query, log_p, n_tokens, features (null for test
-queries). Its metadata holds the store's identity, the features' names and the groups' notes. It is sealed with a digest of the
-whole file. The file in `results/` was packed before there were seals: Git's hash is its only guard.
+queries). Its metadata has the store's identity, the features' names and the groups' notes. It is sealed with a digest of the
+whole file. The file in `results/` was packed before seals existed, so only Git's hash protects it.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def pack(store: OutcomeStore, recipe: Ablation, path: Path) -> None:
 
     Args:
         store: the store.
-        recipe: the study, with its data, which tells test queries from others.
+        recipe: the study with its data, which determines the test queries.
         path: the file.
 
     Raises:
-        SparsortError: the study's answers are written ones.
+        SparsortError: the study's answers are generated texts or in chat.
     """
     if any(task.is_generation or task.chat for task in recipe.load_tasks()):
         raise SparsortError(
-            "only studies of labels in plain prompts are packed; this one writes answers, or is in chat."
+            "only studies of labels in plain prompts are packed; this one generates answers, or is in chat."
         )
     unread = _test_queries(recipe)
     groups = store.groups()
@@ -70,6 +70,8 @@ def pack(store: OutcomeStore, recipe: Ablation, path: Path) -> None:
             schema,
             compression="zstd",
             compression_level=19,
+            # Names repeat, and floats compress better with their bytes in separate streams. The file is a
+            # part of the repository.
             use_dictionary=["group", "prefix", "query", "n_tokens.list.element"],
             use_byte_stream_split=["log_p.list.element", "features.list.element"],
         ) as writer:
@@ -79,20 +81,21 @@ def pack(store: OutcomeStore, recipe: Ablation, path: Path) -> None:
 
 
 def unpack(path: Path, folder: Path) -> OutcomeStore:
-    """Make the store of a packed study in a new folder.
+    """Create the store of a packed study in a new folder.
 
     Raises:
-        SparsortError: the file is damaged or no packed study, or the folder holds another store.
+        SparsortError: the file is damaged or not a packed study, or the folder has another store.
     """
     try:
         read_seal(path)
         file = pq.ParquetFile(path)
         about = json.loads(file.schema_arrow.metadata[_KEY])
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-        raise SparsortError(f"{path} is no packed ordering study ({error}). Run the study with --fresh.") from error
+        raise SparsortError(f"{path} is not a packed ordering study ({error}). Run the study with --fresh.") from error
     if folder.exists():
-        # Refuses another model's; one that is there already is not filled twice.
+        # The store of another model is refused, and an existing one is not filled again.
         return OutcomeStore(folder, about["identity"], feature_names=about["feature_names"])
+    # The store is filled under another name and then renamed, so the folder is complete or absent.
     part = folder.with_name(f".{folder.name}.{os.getpid()}.unpacking")
     store = OutcomeStore(part, about["identity"], feature_names=about["feature_names"])
     for number in range(file.num_row_groups):
@@ -104,7 +107,7 @@ def unpack(path: Path, folder: Path) -> OutcomeStore:
     try:
         part.rename(folder)
     except OSError:
-        # Another process was first.
+        # Another process created the folder first.
         shutil.rmtree(part)
     return OutcomeStore.existing(folder)
 
@@ -113,7 +116,7 @@ def _test_queries(recipe: Ablation) -> set[str]:
     """Digests of the test queries of all tasks."""
     found = set()
     for task in recipe.load_tasks():
-        # Plain prompts of labels need no tokenizer; each query is known by either of its names.
+        # Plain prompts of labels need no tokenizer. A query may be stored under either of its names.
         data, texts = TaskData(task, recipe), Texts(task, None)
         found |= {name for text in data.test_texts for name in texts.query_names(texts.query([], text))}
     return found
@@ -122,6 +125,8 @@ def _test_queries(recipe: Ablation) -> set[str]:
 def _table(group: str, held: Outcomes, unread: set[str], schema: pa.Schema) -> pa.Table:
     bare = group.endswith("/none")
     features = [
+        # Features of test queries are the largest part of the file, and only those without demonstrations are
+        # read.
         None if query in unread and not bare else row
         for query, row in zip(held.query.tolist(), held.features.tolist(), strict=True)
     ]
@@ -137,7 +142,7 @@ def _table(group: str, held: Outcomes, unread: set[str], schema: pa.Schema) -> p
 
 
 def _outcomes(table: pa.Table, n_features: int) -> Iterator[tuple[str, Outcomes]]:
-    """The groups of a table with their outcomes; those of one group have equally many labels."""
+    """The groups of a table with their outcomes; all outcomes of a group have the same number of labels."""
     columns = table.to_pydict()
     names = np.array(columns["group"])
     for group in dict.fromkeys(columns["group"]):

@@ -1,23 +1,23 @@
-"""Which prior of `choose --by pdo` loses least when the label shares of the pool and of the queries differ.
+"""The prior of `choose --by pdo` that loses least when the label shares of the pool and of the queries differ.
 
     python benchmarks/studies/ordering/prior_shift.py --data FOLDER --save
 
-FOLDER holds icl/*.jsonl as for `ordering_study.py`. No model is called: the demonstration sets, their 16 random orders and all
+FOLDER has icl/*.jsonl as for `ordering_study.py`. No model is called: the demonstration sets, their 16 random orders and all
 label log-probabilities are those of the study, from benchmarks/results/ordering-study-outcomes.parquet. With --save the
 numbers are written to benchmarks/results/prior-shift.json, from which `ordering_study.py --save` writes a section of its page.
 
 Protocol. Shifts of every task: none; for every label, a pool in which that label has 80 % of the rows, with the queries as they
-are; and the reverse. The other labels share the remaining 20 % in their original proportions. Each shift is resampled
+are; and the other way round. The other labels share the remaining 20 % in their original proportions. Each shift is resampled
 `RESAMPLES` times for each set, the same rows for every prior. The study's test rows are split at random, label by label, into
 three parts: one joins the 32 development rows as the labelled rows of the pool, one provides the 32 unlabelled queries that
 the criterion reads, and accuracy is measured on the third. Rows are drawn label by label, with replacement where a label has
-too few; accuracy weighs the third part's rows to the queries' shares, which is the expectation of such a draw. The
+too few; accuracy weights the third part's rows by the queries' shares, which is the expectation of such a draw. The
 demonstrations stay those of the unshifted pool.
 
 Gain: accuracy of the chosen order minus the mean of the 16 orders. Loss: for each task and shift, the mean gain of the better of
 uniform and pool minus that of the prior in question. Clusters are seeds of demonstration sets within a task; their sets of 4
 and of 8 demonstrations are averaged first, because the smaller set is part of the larger. Settings of the estimators were
-chosen on the seeds below `TUNED`; the loss is reported for all seeds and for the others alone.
+chosen on the seeds below `TUNED`; the loss is reported for all seeds, and for the others alone.
 
 Shapes: O random orders, P queries, N labelled rows, L labels, M priors.
 """
@@ -64,7 +64,7 @@ Kind = Literal["none", "pool", "queries"]
 
 @dataclass(frozen=True)
 class Shift:
-    """What is shifted, and the label that has 80 % of the rows; −1 for none."""
+    """The data whose labels are shifted, and the label that has 80 % of the rows; −1 for none."""
 
     kind: Kind
     label: int = -1
@@ -76,11 +76,11 @@ class Sample:
 
     Attributes:
         queries: (O, P, L) normalised scores of the unlabelled queries.
-        labelled: (O, N, L) the same of labelled pool rows, their labels as even as the pool allows.
-        gold: (N,) their labels.
+        labelled: (O, N, L) normalised scores of labelled pool rows, whose labels are as even as the pool allows.
+        gold: (N,) labels of these rows.
         pool, target: (L,) label shares of the pool and of the queries.
-        accuracy: (O,) on the rows that are held out, at the queries' shares.
-        seed: for ties.
+        accuracy: (O,) accuracy on the held-out rows, at the queries' shares.
+        seed: seed for breaking ties.
     """
 
     queries: Floats
@@ -93,13 +93,13 @@ class Sample:
 
 
 def shifts(labels: int) -> list[Shift]:
-    """No shift, then every label of the pool, then of the queries."""
+    """No shift, then a shift to each label in the pool, then in the queries."""
     kinds: tuple[Kind, Kind] = ("pool", "queries")
     return [Shift("none"), *(Shift(kind, label) for kind in kinds for label in range(labels))]
 
 
 def shifted(shares: Floats, label: int) -> Floats:
-    """The shares with one label at 80 % and the others in their proportions."""
+    """The shares with one label at 80 %, and the others in their original proportions."""
     rest = np.where(np.arange(len(shares)) == label, 0.0, shares)
     moved: Floats = rest / rest.sum() * (1.0 - MAJORITY)
     moved[label] = MAJORITY
@@ -107,7 +107,7 @@ def shifted(shares: Floats, label: int) -> Floats:
 
 
 def draw(gold: Ints, rows: Ints, shares: Floats, count: int, rng: np.random.Generator) -> Ints:
-    """`count` of the rows at the label shares; with replacement for a label of too few rows, none for one without any."""
+    """Draw `count` rows at the label shares, with replacement if a label has too few rows; a label without rows gets none."""
     members = [rows[gold[rows] == label] for label in range(len(shares))]
     present = np.where([len(own) > 0 for own in members], shares, 0.0)
     counts = rng.multinomial(count, present / present.sum())
@@ -116,10 +116,11 @@ def draw(gold: Ints, rows: Ints, shares: Floats, count: int, rng: np.random.Gene
 
 
 def thirds(gold: Ints, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
-    """The rows in three parts of about equal size for every label."""
+    """Divide the rows into three parts that have about equally many of every label."""
     parts: list[list[Ints]] = [[], [], []]
     for label in np.unique(gold):
         own = rng.permutation(np.flatnonzero(gold == label))
+        # `array_split` puts the remainder into the first parts, so the parts are permuted.
         for part, rows in zip(rng.permutation(3), np.array_split(own, 3), strict=True):
             parts[part].append(rows)
     first, second, third = (np.concatenate(part) for part in parts)
@@ -127,14 +128,13 @@ def thirds(gold: Ints, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
 
 
 def samples(case: Case, shift: Shift, resamples: int, *, from_pool: bool) -> Iterator[Sample]:
-    """Resamples of a set under a shift; the same rows whatever the prior.
+    """Resamples of a set under a shift; all priors get the same rows.
 
     Args:
         case: the demonstration set.
-        shift: what is shifted.
-        resamples: how many.
-        from_pool: whether the criterion reads unlabelled rows of the pool, as `choose -k` does without --on, and not the
-            queries.
+        shift: the shift.
+        resamples: number of resamples.
+        from_pool: whether the criterion reads unlabelled rows of the pool, as `choose -k` does if it has no queries.
     """
     labels = len(case.prior)
     natural = np.bincount(case.gold, minlength=labels) / len(case.gold)
@@ -152,12 +152,16 @@ def samples(case: Case, shift: Shift, resamples: int, *, from_pool: bool) -> Ite
             shift.label + 1,
             number,
         )
+        # The seed depends on everything but the prior, so that all priors are compared on the same rows.
         rng = np.random.default_rng([*place])
         first, asked, held_out = thirds(case.gold, rng)
         of_pool = np.concatenate([first, len(case.gold) + np.arange(len(case.dev_gold))])
         known = draw(gold, of_pool, pool, POOL, rng)
+        # From a large draw at the pool's shares, take rows that are as even over the labels as these allow.
         known = known[evenly_by_label(gold[known].tolist(), seed=number)[:LABELLED]]
         queries = draw(gold, asked, pool if from_pool else target, QUERIES, rng)
+        # Each held-out row has its label's share in the queries over its label's count, so that the weighted accuracy is the
+        # expected accuracy at the shares of the queries.
         counts = np.bincount(case.gold[held_out], minlength=labels)
         weight = np.where(counts > 0, target, 0.0) / np.maximum(counts, 1)
         weight = weight[case.gold[held_out]]
@@ -182,22 +186,23 @@ def _em_of(sample: Sample, order: int, rows: int) -> Floats:
 
 
 def _em(sample: Sample, rows: int = LABELLED, orders: Sequence[int] = (0,)) -> Floats:
-    """EM as `choose` has it: everything is read under the first order alone; of several orders the mean."""
+    """EM as in `choose`, which reads everything under the first order only; for several orders the mean."""
     mean: Floats = np.mean([_em_of(sample, order, rows) for order in orders], axis=0)
     return mean
 
 
 def _pdo(prior: Callable[[Sample], Floats]) -> Callable[[Sample], Floats]:
+    # The logarithm of a share has to be finite.
     return lambda sample: label_criteria.pdo(sample.queries, np.maximum(prior(sample), 1e-3))
 
 
 def _best_on_labelled(sample: Sample) -> Floats:
     likelihood = label_criteria.gold_log_likelihood(sample.labelled, sample.gold)
-    # The likelihood decides between equals, as in the criterion.
+    # The likelihood breaks ties, as in the criterion.
     return label_criteria.best_on_dev(sample.labelled, sample.gold) + 1e-6 * likelihood
 
 
-# By name: what a criterion scores the orders by, and the prior where it is PDO with an estimate.
+# The orderers by name: functions that score the orders, and estimates of the prior for PDO.
 ESTIMATES: dict[str, Callable[[Sample], Floats]] = {
     "estimated (EM)": _em,
     "EM, 32 labelled rows": lambda sample: _em(sample, rows=32),
@@ -218,7 +223,7 @@ ORDERERS: dict[str, Callable[[Sample], Floats]] = {
 }
 
 
-# What is tried where the criterion reads unlabelled rows of the pool: an estimate would be one of shares that can be counted.
+# The orderers if the criterion reads unlabelled rows of the pool. There the shares can be counted, so most estimates are omitted.
 FROM_POOL: dict[str, Callable[[Sample], Floats]] = {
     name: ORDERERS[name] for name in ("uniform", "pool", "estimated (EM)", "true shares of the queries", "LocalE")
 } | {"uniform and pool, averaged": _pdo(lambda sample: (sample.pool + _uniform(sample)) / 2)}
@@ -227,7 +232,7 @@ Gains = dict[tuple[str, int, Shift], dict[str, Floats]]
 
 
 def gains(cases: Sequence[Case], orderers: dict[str, Callable[[Sample], Floats]], *, from_pool: bool) -> Gains:
-    """By task, seed and shift: what each orderer gains in points, over resamples and both numbers of demonstrations."""
+    """Gains of each orderer in points by task, seed and shift, over resamples and both numbers of demonstrations."""
     found: dict[tuple[str, int, Shift], dict[str, list[float]]] = {}
     for case in cases:
         for shift in shifts(len(case.prior)):
@@ -241,18 +246,19 @@ def gains(cases: Sequence[Case], orderers: dict[str, Callable[[Sample], Floats]]
 
 
 def losses(found: Gains) -> Gains:
-    """Of shifted cells: the gain of the better of uniform and pool, by their means over all sets, minus the gain itself."""
+    """Losses in shifted cells: the gain of the better of uniform and pool by their means over sets, minus the gain."""
     shifted_cells = {key: cell for key, cell in found.items() if key[2].kind != "none"}
-    made = {}
+    lost = {}
     for (task, seed, shift), cell in shifted_cells.items():
+        # The better of the two is chosen over all seeds of a task and shift, because single sets are noisy.
         alike = [other for key, other in shifted_cells.items() if (key[0], key[2]) == (task, shift)]
         better = max(("uniform", "pool"), key=lambda name: float(np.mean([other[name] for other in alike])))
-        made[task, seed, shift] = {name: cell[better] - values for name, values in cell.items()}
-    return made
+        lost[task, seed, shift] = {name: cell[better] - values for name, values in cell.items()}
+    return lost
 
 
 def estimated(found: Gains, name: str, kinds: Sequence[Kind], tasks: Sequence[str]) -> list[float | None]:
-    """Mean and 95 % interval (None without one) over clusters (task, seed); tasks, and shifts of a task, count alike."""
+    """Mean and 95 % interval (None without one) over clusters (task, seed); tasks and shifts of a task have equal weight."""
     clusters = []
     for task in tasks:
         for seed in sorted({key[1] for key in found if key[0] == task}):
@@ -263,7 +269,7 @@ def estimated(found: Gains, name: str, kinds: Sequence[Kind], tasks: Sequence[st
 
 
 def table(found: Gains) -> dict[str, Any]:
-    """Every orderer's gains and losses, over all tasks and within each."""
+    """The gains and losses of every orderer, over all tasks and within each."""
     lost = losses(found)
     later = losses({key: cell for key, cell in found.items() if key[1] >= TUNED})
     both: tuple[Kind, Kind] = ("pool", "queries")
@@ -285,7 +291,7 @@ def table(found: Gains) -> dict[str, Any]:
 
 
 def errors(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
-    """Half the absolute difference between estimated and true shares, over the first resample of every set."""
+    """Half the sum of absolute differences between estimated and true shares, over the first resample of every set."""
     priors = {"uniform": _uniform, "pool": lambda sample: sample.pool, **ESTIMATES}
     found: dict[str, dict[str, list[float]]] = {name: {"none": [], "pool": [], "queries": []} for name in priors}
     for case in cases:

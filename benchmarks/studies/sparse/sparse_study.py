@@ -4,14 +4,14 @@
     python benchmarks/studies/sparse/sparse_study.py --quick
 
 Contract: every kind of attention of studies/sparse_study.toml is trained in every order with every seed, on the same number of
-tokens, and measured on held-out rows of studies/recall_task.py: loss of the text, and recall of facts that stand farther back
-than any stack of local windows reaches. "sparsity" is the curriculum by the sparsity of hidden states in a small dense model
-that was trained beforehand, on rows in plain order, for `reference_steps`; "random" has the same pacing and no difficulty.
-Each run is one file that is whole or absent: stopped at any moment and started again, the study goes on. A folder that was
-begun with other settings or rows is refused. Nothing in docs/results/sparse-attention-study.md is written by hand.
+tokens, and measured on held-out rows of studies/recall_task.py: loss of the text, and recall of facts that are farther back than
+any stack of local windows reaches. "sparsity" is the curriculum by the sparsity of hidden states in a small dense model that was
+trained in advance, on rows in plain order, for `reference_steps`; "random" has the same pacing and no difficulty. Each run is one
+file that is complete or absent, so a study that was stopped at any moment continues when it is started again. A folder of other
+settings or rows is refused. No part of docs/results/sparse-attention-study.md is written by hand.
 
-"retrofit" attaches an index branch to the dense model of the same order and seed and trains nothing else, for `full_steps`
-steps over every block, on the rows in plain order once more: tokens that come on top.
+"retrofit" attaches an index branch to the dense model of the same order and seed, and trains only this branch, for `full_steps`
+steps over every block on the rows in plain order. These tokens are additional.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_study(path: Path) -> Study:
     """Read a recipe.
 
     Raises:
-        SparsortError: an unknown setting, kind of attention or order, or numbers that no study can have.
+        SparsortError: a setting, kind of attention or order is unknown, or numbers do not fit together.
     """
     given = tomllib.loads(path.read_text(encoding="utf-8"))
     for name in given:
@@ -88,7 +88,7 @@ def read_study(path: Path) -> Study:
 
 
 def quick(study: Study) -> Study:
-    """A minute or two to see that everything runs; its numbers say nothing."""
+    """Settings for a run of a minute or two that only shows that everything runs; its numbers have no meaning."""
     sizes: dict[str, Any] = {
         "rows": 100,
         "held_out": 20,
@@ -101,10 +101,11 @@ def quick(study: Study) -> Study:
 
 
 def score(study: Study, rows: Rows, tokenizer: Any, folder: Path) -> NDArray[np.float64]:
-    """Difficulty of the rows (N,): sparsity of the reference model's states, kept in the folder."""
+    """Difficulty of the rows (N,): sparsity of the reference model's states, stored in the folder."""
     kept = folder / "reference.safetensors"
     model = make_model(study, len(tokenizer), _REFERENCE_SEED)
-    if not kept.with_suffix(".json").exists():  # written last
+    # The record of the weights is written last, so the weights are complete if it exists.
+    if not kept.with_suffix(".json").exists():
         plan = make_plan(study, "plain", np.zeros(len(rows)), _REFERENCE_SEED)
         train(study, model, "dense", plan, rows, rows[:1], tokenizer, _REFERENCE_SEED, steps=study.reference_steps)
         _save(model, kept)
@@ -114,7 +115,7 @@ def score(study: Study, rows: Rows, tokenizer: Any, folder: Path) -> NDArray[np.
 
 
 def make_plan(study: Study, order: str, difficulty: NDArray[np.float64], seed: int) -> CurriculumPlan:
-    """The plan of one order; `difficulty` is not read by plain and random."""
+    """The plan of one order; plain and random do not read `difficulty`."""
     if order == "plain":
         return plan_curriculum(difficulty, schedule="shuffle", batch_size=study.batch_size, seed=seed)
     direction = {"random": "random", "anti_sparsity": "hard_to_easy"}.get(order, "easy_to_hard")
@@ -147,17 +148,19 @@ def _save(model: Any, path: Path) -> None:
 
 def _load(model: Any, path: Path) -> None:
     check_file(path, read_sealed(path.with_suffix(".json"), next_step=_AGAIN)["file"], next_step=_AGAIN)
+    # The record is checked first, so that damaged weights are never loaded.
     load_model(model, path)
 
 
 def _work(study: Study, data: tuple[Rows, Rows], folder: Path, unit: Unit, difficulty: NDArray[np.float64]) -> None:
-    """One run in a process of its own, on one core."""
+    """One run in a separate process, on one core."""
     torch.set_num_threads(1)
     attention, order, seed = unit
     rows, held_out = data
     tokenizer = make_tokenizer([*rows, *held_out])
     model = make_model(study, len(tokenizer), seed)
     steps = study.steps
+    # A retrofit continues from the dense model, and trains as many steps as the warm-up of the others has.
     if attention == "retrofit":
         _load(model, _weights(folder, ("dense", order, seed)))
         attention, steps = "index_branch", study.full_steps
@@ -172,10 +175,10 @@ def _work(study: Study, data: tuple[Rows, Rows], folder: Path, unit: Unit, diffi
 def run(
     study: Study, data: tuple[Rows, Rows], folder: Path, processes: int
 ) -> tuple[list[dict[str, Any]], NDArray[np.float64]]:
-    """Every run, those that the folder holds read from there; and the difficulty of the rows.
+    """All runs, and the difficulty of the rows; runs that the folder has are read from it.
 
     Raises:
-        SparsortError: the folder was begun with other settings or rows.
+        SparsortError: the folder has a study with other settings or rows.
     """
     digest = hashlib.blake2b(json.dumps(data).encode(), digest_size=12).hexdigest()
     # Seeds, orders and kinds of attention may be added to a study.
@@ -183,20 +186,22 @@ def run(
     about = {"study": {key: value for key, value in asdict(study).items() if key not in grid}, "rows": digest}
     kept = folder / "study.json"
     if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != about:
-        raise SparsortError(f"{folder} holds a study with other settings or rows. Choose another --out, or delete it.")
+        raise SparsortError(f"{folder} has a study with other settings or rows. Choose another --out, or delete it.")
     write_json(kept, about)
     tokenizer = make_tokenizer([*data[0], *data[1]])
     scores = {"sparsity": score(study, data[0], tokenizer, folder)}
     scores["level"] = np.array([row["level"] for row in data[0]], dtype=np.float64)
-    # Seed by seed, so that what an unfinished study holds can be compared.
+    # Seed by seed, so that the runs of an unfinished study can be compared.
     units = [(kind, order, seed) for seed in range(study.seeds) for order in study.orders for kind in study.attentions]
     missing = [unit for unit in units if not _path(folder, unit).exists()]
+    # Processes are spawned, because forking after torch has started threads may deadlock.
     with (
         progress("training", len(units)) as advance,
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
     ):
         advance(len(units) - len(missing))
-        for retrofits in (False, True):  # after the dense models that they start from
+        # Retrofits come after the dense models from which they start.
+        for retrofits in (False, True):
             futures = [
                 pool.submit(_work, study, data, folder, unit, scores["level" if unit[1] == "level" else "sparsity"])
                 for unit in missing
@@ -209,7 +214,7 @@ def run(
 
 
 def bounds(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
-    """What the best blocks would catch of each dense model's attention."""
+    """The attention mass of each dense model that the best blocks would catch."""
     batch = collator(study, tokenizer)(held_out[:EVALUATED])
     found = []
     for order in study.orders:
@@ -222,13 +227,15 @@ def bounds(study: Study, held_out: Rows, tokenizer: Any, folder: Path) -> list[d
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Score, train, write."""
+    """Score, train, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--out", type=Path, help="folder of the study; runs/sparse-study unless given")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core")
+    parser.add_argument("--out", type=Path, help="folder of the study [default: runs/sparse-study]")
+    parser.add_argument("--processes", type=int, default=2, help="number of runs at a time, each on one core")
     parser.add_argument("--seeds", type=int, help="in place of the recipe's")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: ends within minutes and says nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: ends within minutes; the numbers have no meaning"
+    )
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args(arguments)
     study = read_study(args.recipe)

@@ -1,10 +1,10 @@
-"""What the sparse-attention study trains and how it is measured: one run, from the first weights to the last held-out loss.
+"""One run of the sparse-attention study, from the initial weights to the last held-out loss.
 
-Contract: a run follows from the study, its kind of attention, its order and its seed. Runs of a seed have the same first
-weights and the same held-out rows, whatever their attention. Held-out measures are those of the attention as it is meant to be
-used: sparse, also while the selector still warms up over every block.
+Contract: a run is determined by the study, its kind of attention, its order and its seed. Runs of a seed have the same initial
+weights and the same held-out rows, whatever their attention. The held-out measures are always those of sparse attention, even
+while the selector still warms up over every block.
 
-Shapes: B rows a batch, T words, N held-out rows.
+Shapes: B rows per batch, T words, N held-out rows.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
 IGNORED = -100
 PAD, UNKNOWN = "<pad>", "<unk>"
-EVALUATED = 50  # rows at once
+# Held-out rows per forward pass.
+EVALUATED = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is trained, how often and for how long; the fields of the recipe, which `sparse_study` checks."""
+    """The fields of the recipe: models, orders, seeds and lengths of training. `sparse_study` checks them."""
 
     attentions: tuple[str, ...]
     orders: tuple[str, ...]
@@ -66,22 +67,22 @@ class Study:
 
     @property
     def reach(self) -> int:
-        """Words that lie this far back or farther cannot reach a word through windows of `blocks` blocks, one a layer."""
+        """Words at this distance or farther cannot reach a word through windows of `blocks` blocks, one per layer."""
         return (self.layers * (self.blocks - 1) + 1) * self.block_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows as tensors (B, T): `told` marks the answers, `far` those that no stack of local windows can tell."""
+    """Rows as tensors (B, T): `is_answer` marks the answers, `is_far` those that no stack of local windows can recall."""
 
     ids: Tensor
     labels: Tensor
-    told: Tensor
-    far: Tensor
+    is_answer: Tensor
+    is_far: Tensor
 
 
 def make_tokenizer(rows: Sequence[dict[str, Any]]) -> Any:
-    """A word a token, for the words of these rows."""
+    """A tokenizer with one token per word of these rows."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +93,7 @@ def make_tokenizer(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def make_model(study: Study, words: int, seed: int) -> Any:
-    """A small Qwen3, its weights from the seed."""
+    """A small Qwen3 with weights drawn from the seed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -105,7 +106,7 @@ def make_model(study: Study, words: int, seed: int) -> Any:
         head_dim=study.head_dim,
         max_position_embeddings=study.length,
         tie_word_embeddings=True,
-        # The usual 0.02 is made for wider models.
+        # The usual 0.02 suits wider models.
         initializer_range=0.64 / study.hidden**0.5,
         pad_token_id=0,
         bos_token_id=None,
@@ -122,14 +123,15 @@ def collator(study: Study, tokenizer: Any) -> Any:
     def collate(rows: Sequence[dict[str, Any]]) -> Batch:
         ids = torch.tensor(tokenizer([row["text"] for row in rows])["input_ids"])
         labels = ids.clone()
-        told, far = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        is_answer, is_far = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
         for number, row in enumerate(rows):
+            # Random words have no loss, because no model could predict them.
             labels[number, torch.tensor(drawn(row["text"].split(" "), row["answers"]))] = IGNORED
-            told[number, row["answers"]] = True
-            # A question is asked by the name, one word before its answer.
+            is_answer[number, row["answers"]] = True
+            # The name, one word before the answer, is the query, so the distance is measured from the name.
             reached = [a - 1 - f >= study.reach for a, f in zip(row["answers"], row["facts"], strict=True)]
-            far[number, torch.tensor(row["answers"])[torch.tensor(reached)]] = True
-        return Batch(ids=ids, labels=labels, told=told, far=far)
+            is_far[number, torch.tensor(row["answers"])[torch.tensor(reached)]] = True
+        return Batch(ids=ids, labels=labels, is_answer=is_answer, is_far=is_far)
 
     return collate
 
@@ -150,33 +152,19 @@ def train(
     """Train `model` in place and measure it at every `evaluate_every`-th step.
 
     Args:
-        attention: "dense" or a selector.
-        steps: fewer than the study's.
-        frozen: train the selector and nothing else.
+        attention: "dense" or the name of a selector.
+        steps: number of steps, by default the study's.
+        frozen: whether to train only the selector.
     """
     began = time.process_time()
     steps = study.steps if steps is None else steps
     if attention != "dense":
-        indexed = attention in ("index_branch", "seer", "lm_trained")
-        sparsort.attach_index_branch(
-            model,
-            selector=attention,
-            block_size=study.block_size,
-            blocks=study.blocks,
-            **({"index_dim": study.index_dim} if indexed else {}),
-            seed=seed,
-        )
+        _attach(study, model, attention, seed)
     for name, weight in model.named_parameters():
         weight.requires_grad_(not frozen or ".index_branch." in name)
-    # A window has nothing to warm up for: what it would learn over every block, it could not use.
+    # A window has no warm-up: it could not use what it would learn over every block.
     full_steps = 0 if attention in ("dense", "window") else study.full_steps
-    optimiser = torch.optim.AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=study.learning_rate,
-        weight_decay=study.weight_decay,
-        betas=(0.9, 0.98),
-    )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(study, step, steps))
+    optimiser, rates = _optimiser(study, model, steps)
     collate = collator(study, tokenizer)
     loader = CurriculumLoader(plan, rows, collate_fn=collate, verify=False)
     held = [collate(held_out[begin : begin + EVALUATED]) for begin in range(0, len(held_out), EVALUATED)]
@@ -186,7 +174,9 @@ def train(
         if attention != "dense":
             model.sparse_attention.mode = "full" if step <= full_steps else "sparse"
         outputs = model(input_ids=batch.ids, labels=batch.labels, use_cache=False)
-        answers = batch.told[:, 1:]
+        # Logits at position t predict the token at t + 1. The few answers have a further loss, so that recall is learned within
+        # the steps of the study.
+        answers = batch.is_answer[:, 1:]
         recall = cross_entropy(outputs.logits[:, :-1][answers], batch.ids[:, 1:][answers])
         optimiser.zero_grad()
         (outputs.loss + study.answer_weight * recall).backward()
@@ -206,11 +196,36 @@ def train(
     }
 
 
+def _attach(study: Study, model: Any, selector: str, seed: int) -> None:
+    """Make the attention of `model` sparse with the study's sizes."""
+    indexed = selector in ("index_branch", "seer", "lm_trained")
+    sparsort.attach_index_branch(
+        model,
+        selector=selector,
+        block_size=study.block_size,
+        blocks=study.blocks,
+        **({"index_dim": study.index_dim} if indexed else {}),
+        seed=seed,
+    )
+
+
+def _optimiser(study: Study, model: Any, steps: int) -> tuple[Any, Any]:
+    """AdamW over the weights to be trained, and its learning-rate schedule."""
+    optimiser = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=study.learning_rate,
+        weight_decay=study.weight_decay,
+        betas=(0.9, 0.98),
+    )
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(study, step, steps))
+
+
 @torch.no_grad()
 def measure(model: Any, held: Sequence[Batch], levels: NDArray[np.int64]) -> dict[str, float]:
-    """Loss of the text in nats a word; accuracy and loss of the answers, of those that are far, and by level."""
+    """Loss of the text in nats per word; accuracy and loss of the answers, of the far answers, and by level."""
     model.eval()
     sparse = getattr(model, "sparse_attention", None)
+    # A dense model has no such attribute.
     if sparse is not None:
         sparse.mode = "sparse"
     losses, right = [], []
@@ -220,31 +235,31 @@ def measure(model: Any, held: Sequence[Batch], levels: NDArray[np.int64]) -> dic
         right.append(logits.argmax(dim=-1) == batch.ids[:, 1:])
     model.train()
     loss, hit = torch.cat(losses).double(), torch.cat(right).double()
-    told, far, known = (
+    answer, far, known = (
         torch.cat([mark[:, 1:] for mark in marks])
         for marks in (
-            [batch.told for batch in held],
-            [batch.far for batch in held],
+            [batch.is_answer for batch in held],
+            [batch.is_far for batch in held],
             [batch.labels != IGNORED for batch in held],
         )
     )
     found = {
-        "text_loss": loss[known & ~told].mean(),
+        "text_loss": loss[known & ~answer].mean(),
         "loss": loss[known].mean(),
-        "answer_loss": loss[told].mean(),
-        "recall": hit[told].mean(),
+        "answer_loss": loss[answer].mean(),
+        "recall": hit[answer].mean(),
         "far_recall": hit[far].mean(),
-        "near_recall": hit[told & ~far].mean(),
+        "near_recall": hit[answer & ~far].mean(),
     }
     for level in np.unique(levels):
         chosen = torch.from_numpy(levels == level)
-        found[f"recall_{level}"] = hit[chosen][told[chosen]].mean()
+        found[f"recall_{level}"] = hit[chosen][answer[chosen]].mean()
     return {name: float(value) for name, value in found.items()}
 
 
 @torch.no_grad()
 def caught(model: Any, batch: Batch) -> dict[str, float]:
-    """Mean over layers of attention mass and block recall of the selections, and the dead blocks, on held-out rows."""
+    """Attention mass, block recall and dead blocks of the selections on held-out rows, as means over layers."""
     reports = []
 
     def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
@@ -269,13 +284,14 @@ def caught(model: Any, batch: Batch) -> dict[str, float]:
 
 @torch.no_grad()
 def best_possible(model: Any, batch: Batch) -> dict[str, float]:
-    """What the best blocks would catch in a model with the selector "oracle" whose layers all attend densely.
+    """The attention mass that the best blocks catch in a model with the selector "oracle" whose layers all attend densely.
 
-    No other selection of as many blocks catches more of that attention.
+    No other selection of as many blocks catches more of it.
     """
     seen: list[LayerInputs] = []
 
     def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
+        # The layer attends densely, but the oracle below chooses as in sparse attention.
         seen.append(replace(inputs, full=False))
 
     sparse = model.sparse_attention
@@ -297,7 +313,7 @@ def best_possible(model: Any, batch: Batch) -> dict[str, float]:
 
 
 def _rate(study: Study, step: int, steps: int) -> float:
-    """Up, level, and down to 0 over the last share."""
+    """Factor of the learning rate: rises linearly, stays at 1, and falls to 0 over the last share of the steps."""
     return min(1.0, (step + 1) / study.warm_up, (steps - step) / (study.decay * steps))
 
 

@@ -1,8 +1,8 @@
-"""The page and figures of the sparse-attention study, from its runs: numbers and words, none written by hand.
+"""The page and figures of the sparse-attention study, generated from its runs.
 
-Contract: a run is compared with the run of the same seed (same first weights); intervals are Student's t over seeds, 95 %. A
-floor counts as held where the whole interval lies on its side of it, as missed where it lies on the other, and as open
-otherwise. A null is written as a null, with its interval.
+Contract: a run is compared with the run of the same seed (same initial weights); intervals are Student's t over seeds, 95 %. A
+floor is held if the whole interval is on the right side of it, missed if it is on the other side, and open otherwise. A null
+result is reported as one, with its interval.
 
 Shapes: S seeds, P points of a curve.
 """
@@ -47,8 +47,8 @@ WORDS = {
 
 
 _OF_RETROFIT = (
-    "The order of a retrofit is that of its dense model; its own steps are in plain order, so that its rows say little that "
-    "those of dense do not. "
+    "The order of a retrofit is that of its dense model. Its own steps are in plain order, so its rows add little to "
+    "those of dense. "
 )
 
 
@@ -73,21 +73,22 @@ class Mean:
         return f"{value:.{self.digits}f}".replace("-", "\N{MINUS SIGN}")
 
     def held(self, floor: float, *, below: bool) -> str:
-        """Whether the interval lies at or below the floor (or at or above it)."""
+        """Whether the interval is at or below the floor (or at or above it), in words."""
         inside, outside = (self.high <= floor, self.low > floor) if below else (self.low >= floor, self.high < floor)
         if np.isnan(self.low):
             return "open: no interval"
-        return "held" if inside else "missed" if outside else "open: the interval spans it"
+        return "held" if inside else "missed" if outside else "open: the interval contains it"
 
 
 class Results:
-    """Runs by kind of attention and order, seeds alike in all."""
+    """Runs by kind of attention and order, with the same seeds in all."""
 
     def __init__(self, runs: Sequence[Mapping[str, Any]]) -> None:
         self.attentions = list(dict.fromkeys(run["attention"] for run in runs))
         self.orders = list(dict.fromkeys(run["order"] for run in runs))
         self.seconds = sum(run["seconds"] for run in runs)
         self._runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        # Sorted by seed, so that row s of two arrays has the same seed and differences are paired.
         for run in sorted(runs, key=lambda run: run["seed"]):
             self._runs.setdefault((run["attention"], run["order"]), []).append(run)
 
@@ -95,35 +96,36 @@ class Results:
         return list(self._runs[attention, self.orders[0]][0]["steps"])
 
     def curves(self, name: str, attention: str, order: str) -> NDArray[np.float64]:
-        """(S, P) of a measure."""
+        """A measure over training, (S, P)."""
         return np.array([run["curve"][name] for run in self._runs[attention, order]])
 
     def end(self, name: str, attention: str, order: str) -> NDArray[np.float64]:
-        """(S,) of a measure after the last step."""
+        """A measure after the last step, (S,)."""
         return self.curves(name, attention, order)[:, -1]
 
     def caught(self, name: str, attention: str, order: str) -> NDArray[np.float64]:
-        """(S,) of what the selections caught."""
+        """A measure of the selections after the last step, (S,)."""
         return np.array([run["caught"][name] for run in self._runs[attention, order]])
 
     def loss_gap(self, attention: str, order: str) -> Mean:
-        """Loss of the text above dense attention's in the same order, in per cent."""
+        """Loss of the text minus that of dense attention in the same order, in per cent of the latter."""
         ours, dense = (self.end("text_loss", kind, order) for kind in (attention, "dense"))
         return Mean.of(100.0 * (ours / dense - 1.0), 2)
 
     def recall_gap(self, attention: str, order: str, name: str = "far_recall") -> Mean:
-        """Accuracy below dense attention's, in points."""
+        """Accuracy of dense attention minus the accuracy, in points."""
         return Mean.of(100.0 * (self.end(name, "dense", order) - self.end(name, attention, order)), 2)
 
     def order_gap(self, name: str, attention: str, order: str) -> Mean:
-        """An order against plain order: a loss in per cent, an accuracy in points."""
+        """Difference of an order to plain order: a loss in per cent, an accuracy in points."""
         ours, plain = (self.end(name, attention, one) for one in (order, "plain"))
         return Mean.of(100.0 * (ours / plain - 1.0) if "loss" in name else 100.0 * (ours - plain), 2)
 
     def steps_until(self, attention: str, order: str, share: float) -> NDArray[np.float64]:
-        """(S,): the first measured step with a far recall of at least `share`; NaN: none."""
+        """The first measured step with a far recall of at least `share`, (S,); NaN: none."""
         reached = self.curves("far_recall", attention, order) >= share
         steps = np.array(self.steps(attention), dtype=np.float64)
+        # `argmax` of booleans is the first True, but 0 if there is none.
         return np.where(reached.any(axis=1), steps[reached.argmax(axis=1)], np.nan)
 
 
@@ -193,7 +195,7 @@ def _what_was_done(facts: Mapping[str, Any], results: Results) -> str:
     controls = (
         " `random` is the control that shares the pacing and has no difficulty." if "random" in results.orders else ""
     )
-    retrofit = " (`retrofit`: as many more as the warm-up has steps)" if "retrofit" in results.attentions else ""
+    retrofit = " (`retrofit`: plus the tokens of the warm-up's steps)" if "retrofit" in results.attentions else ""
     return (
         f"A Qwen3 of {facts['parameters'] / 1e6:.2f} million parameters ({study['layers']} layers, width {study['hidden']}, "
         f"{study['heads']} heads in {study['groups']} groups of width {study['head_dim']}) is trained from scratch on "
@@ -202,25 +204,26 @@ def _what_was_done(facts: Mapping[str, Any], results: Results) -> str:
         f"{study['held_out']} held-out rows. A row is generated text with facts among its words, which are asked for later. "
         f"Far recall is the accuracy for facts {facts['reach']} words or more before their question, which no stack of "
         f"{study['layers']} layers with windows of {kept} words can carry to it; a model that sees no fact is right in one of 8. "
-        "Words that nothing tells (facts when stated, names asked for) bear no loss; the loss of the text is over all other "
-        f"words but the answers. In training the mean loss of the answers is added with weight {study['answer_weight']:g}.\n\n"
+        "Unpredictable words (facts when stated, names asked for) have no loss; the loss of the text is over all other "
+        f"words except the answers. In training the mean loss of the answers is added with weight {study['answer_weight']:g}.\n\n"
         f"Sparse kinds attend to {study['blocks']} blocks of {study['block_size']}, {kept} of {study['length']} words "
-        f"(N/{study['length'] / kept:g}) in every layer, chosen anew by every query and group; index width {study['index_dim']}. "
-        f"The warm-up over every block takes {study['full_steps']} of the steps. Measured is always the sparse model, also "
+        f"(N/{study['length'] / kept:g}) in every layer, chosen separately by every query and group; index "
+        f"width {study['index_dim']}. "
+        f"The warm-up over every block takes {study['full_steps']} of the steps. The sparse model is measured, even "
         f"during the warm-up.\n\n{kinds}\n\n"
         "`plain` order shuffles all rows, epoch after epoch. `sparsity` draws from a growing share of the rows (pacing "
         f"`{study['pacing']}`), easiest first: difficulty is the Hoyer sparsity of the mean hidden state of a dense model of the "
-        f"same shape, trained beforehand for {study['reference_steps']} steps in plain order with a seed of its own.{controls} "
-        f"{study['seeds']} seeds differ in first weights and draws; rows and scores are the same."
+        f"same shape, trained in advance for {study['reference_steps']} steps in plain order with a seed of its own.{controls} "
+        f"{study['seeds']} seeds differ in initial weights and draws; rows and scores are the same."
     )
 
 
 def _floors(facts: Mapping[str, Any], results: Results) -> str:
     study = facts["study"]
-    lines = ["| what | order | measured | floor | |", "| :--- | :--- | ---: | ---: | :--- |"]
+    lines = ["| measure | order | value | floor | |", "| :--- | :--- | ---: | ---: | :--- |"]
 
-    def add(what: str, order: str, found: Mean, floor: float, told: str, *, below: bool) -> None:
-        lines.append(f"| {what} | {order} | {found} | {told} | {found.held(floor, below=below)} |")
+    def add(what: str, order: str, found: Mean, floor: float, shown: str, *, below: bool) -> None:
+        lines.append(f"| {what} | {order} | {found} | {shown} | {found.held(floor, below=below)} |")
 
     for order in results.orders:
         add(
@@ -262,40 +265,41 @@ def _floors(facts: Mapping[str, Any], results: Results) -> str:
     lines.append("")
     lines.append(f"Means over {study['seeds']} seeds with 95 % intervals, paired by seed.")
     bounds = {order: _bound(facts, order, "mass") for order in results.orders}
+    # If even the best blocks catch less than the floor, a missed floor does not show a fault of the selector.
     if any(bound.low < 0.9 for bound in bounds.values()):
-        told = ", ".join(f"{bound} in {order} order" for order, bound in bounds.items())
+        best = ", ".join(f"{bound} in {order} order" for order, bound in bounds.items())
         lines[-1] += (
-            f" As to the mass: of the dense models' attention the best possible blocks, as many, catch {told}; the bound of the "
+            f" The best possible choice of as many blocks catches {best} of the dense models' attention mass; the bound of the "
             "jointly trained models was not measured. For a larger model see `benchmarks/studies/sparse/sparse_warmup.py`."
         )
     return "\n".join(lines)
 
 
 def _bound(facts: Mapping[str, Any], order: str, name: str) -> Mean:
-    """What the best blocks catch of the dense models' attention."""
+    """The attention mass of the dense models that the best blocks catch."""
     found = [one["caught"][name] for one in facts["best_possible"] if one["order"] == order]
     return Mean.of(np.array(found), 3)
 
 
 def _afterwards(results: Results) -> str:
-    """Trained jointly against attached afterwards; nothing where the study does not have both."""
+    """Joint training compared with attaching afterwards; "" if the study does not have both."""
     if not {"index_branch", "retrofit"} <= set(results.attentions):
         return ""
-    told, nulls = [], 0
+    gaps, nulls = [], 0
     for order in results.orders:
         joint, retrofit = (results.end("text_loss", kind, order) for kind in ("index_branch", "retrofit"))
         gap = Mean.of(100.0 * (joint / retrofit - 1.0), 2)
         nulls += gap.low <= 0 <= gap.high
-        told.append(f"{gap} % higher in {order} order")
+        gaps.append(f"{gap} % higher in {order} order")
     ending = (
-        " That joint training is better than attaching afterwards is not shown here, nor is the contrary."
-        if nulls == len(told)
+        " This shows neither that joint training is better than attaching afterwards, nor the contrary."
+        if nulls == len(gaps)
         else ""
     )
     return (
-        "The loss of the text after joint training against that of the index branch taught afterwards to the frozen dense model, "
-        f"which read the same rows for {results.steps('retrofit')[-1]} steps more: {', '.join(told)}; {nulls} of {len(told)} "
-        f"intervals contain 0.{ending}"
+        "The loss of the text after joint training, compared with that of an index branch taught afterwards to the frozen "
+        f"dense model, which read the same rows for {results.steps('retrofit')[-1]} steps more: {', '.join(gaps)}; "
+        f"{nulls} of {len(gaps)} intervals contain 0.{ending}"
     )
 
 
@@ -311,7 +315,7 @@ def _table(results: Results) -> str:
             own = attention == "dense"
             gap, below = ("", "") if own else (results.loss_gap(attention, order), results.recall_gap(attention, order))
             lines.append(f"| {attention} | {order} | {loss} | {gap} | {far} | {below} | {near} |")
-    return "\n".join([*lines, "", "Loss in nats a word."])
+    return "\n".join([*lines, "", "Loss in nats per word."])
 
 
 def _orders(results: Results) -> str:
@@ -326,6 +330,7 @@ def _orders(results: Results) -> str:
     for attention in results.attentions:
         for order in others:
             loss, far = (results.order_gap(name, attention, order) for name in ("text_loss", "far_recall"))
+            # A null result is an interval that contains 0.
             nulls += (loss.low <= 0 <= loss.high) + (far.low <= 0 <= far.high)
             taken, plain = (_median(results.steps_until(attention, one, 0.9)) for one in (order, "plain"))
             # A retrofit begins where a dense model ended.
@@ -338,7 +343,7 @@ def _orders(results: Results) -> str:
             "",
             f"Differences to plain order at the end, paired by seed, with 95 % intervals not corrected for their number; "
             f"loss below 0 and recall above 0: better. {nulls} of {total} intervals contain 0, that is, no difference was found "
-            "there. Steps: the median over seeds of the first look at which it is reached.",
+            "there. Steps: the median over seeds of the first measured step at which it is reached.",
         ]
     )
 
@@ -366,10 +371,10 @@ def _caught(facts: Mapping[str, Any], results: Results) -> str:
         [
             *lines,
             "",
-            "Of the trained model on held-out rows, mean over layers, over all queries that had to choose. Mass: the share of "
-            "its own dense attention that falls on the chosen blocks. Recall: the share of these that are among the best. "
-            "Dead: blocks that no later block's query took. The last rows are the most that any choice of as many blocks can "
-            "catch of the dense models' attention, where every layer attends densely.",
+            "Measured on held-out rows with the trained model: means over layers and all queries that had to choose. Mass: the "
+            "share of its own dense attention that falls on the chosen blocks. Recall: the share of these that are among the "
+            "best. Dead: blocks that no later block's query took. The last rows are the most that any choice of as many blocks "
+            "can catch of the dense models' attention, if every layer attends densely.",
         ]
     )
 
@@ -385,6 +390,7 @@ def _flops(study: Mapping[str, Any], results: Results) -> str:
     for attention in results.attentions[1:]:
         selector: Any = "index_branch" if attention == "retrofit" else attention
         sparse = SparseShape(selector=selector, block_size=study["block_size"], blocks=study["blocks"])
+        # The length of the study, and one at which the formula shows a large saving.
         for words in (study["length"], 16 * study["length"]):
             dense, ours = dense_flops(shape, words) / 1e6, sparse_flops(shape, words, sparse) / 1e6
             fewer = [saving(shape, words, sparse, training=training) for training in (False, True)]
@@ -393,36 +399,36 @@ def _flops(study: Mapping[str, Any], results: Results) -> str:
         [
             *lines,
             "",
-            "Attention of one layer and one row with the work of choosing counted, by `sparsort.attention.flops`: dense "
-            "2·H·D·N², sparse G·I·N² + 4·H·D·N·k·W for the index branch. Of the sparse steps; the warm-up saves nothing. The "
-            "second length is no run, it shows where the formula leads with the same blocks. At this size the products are not "
-            "what a step's time goes into: no time is claimed to be saved here.",
+            "Attention of one layer and one row, including the work of choosing, by `sparsort.attention.flops`: dense "
+            "2·H·D·N², sparse G·I·N² + 4·H·D·N·k·W for the index branch. This is for sparse steps; the warm-up saves nothing. "
+            "The second length was not run; it extrapolates the formula with the same blocks. At this size, most of a step's "
+            "time is not spent in these products, so no saving of time is claimed.",
         ]
     )
 
 
 def _scores(facts: Mapping[str, Any]) -> str:
     rho = spearmanr(facts["difficulty"], facts["levels"]).statistic
-    told = f"{rho:+.2f}".replace("-", "\N{MINUS SIGN}")
+    shown = f"{rho:+.2f}".replace("-", "\N{MINUS SIGN}")
     return (
-        f"## The scores\n\nSpearman's ρ between the difficulty by sparsity and the level that the generator made a row for: "
-        f"{told} over {len(facts['levels'])} rows."
+        f"## The scores\n\nSpearman's ρ between the difficulty by sparsity and the level for which a row was generated: "
+        f"{shown} over {len(facts['levels'])} rows."
     )
 
 
 def _limits(study: Mapping[str, Any]) -> str:
     return (
-        "## What this does not say\n\n"
-        f"One generated corpus, one length, one model size and {study['seeds']} seeds: the intervals speak of other seeds, not "
-        "of other data, longer training or larger models. Facts are single words, so that one layer can recall them; recall "
-        "that takes two layers working together is not in it. Block size and index width were chosen on the first seed in plain "
-        "order by these held-out rows, as the recipe says; the learning rate was not tuned for any kind of attention. A "
-        "difference that was not found is not shown to be absent; its interval says how large it may be."
+        "## Limits\n\n"
+        f"One generated corpus, one length, one model size and {study['seeds']} seeds: the intervals apply to other seeds, not "
+        "to other data, longer training or larger models. Facts are single words, so that one layer can recall them; recall "
+        "that needs two layers is not tested. Block size and index width were chosen on the first seed in plain "
+        "order by these held-out rows, as the recipe states; the learning rate was not tuned for any kind of attention. A "
+        "null result is not evidence of no difference; its interval shows how large the difference may be."
     )
 
 
 def curves(results: Results) -> Any:
-    """Loss of the text and far recall over training, a colour a kind of attention, a line style an order."""
+    """Loss of the text and far recall over training: one colour per kind of attention, one line style per order."""
     figure = blank(9.0, 3.6)
     panels = figure.subplots(1, 2)
     styles = ("-", "--", ":", "-.")
@@ -433,7 +439,7 @@ def curves(results: Results) -> Any:
         panel.set_title(words)
         for attention in (kind for kind in results.attentions if kind != "retrofit"):
             for number, order in enumerate(results.orders):
-                # The first look is at the untrained model, whose loss would hide the rest.
+                # The first point is the untrained model, whose loss would flatten the rest of the curve.
                 values, steps = factor * results.curves(name, attention, order)[:, 1:], results.steps(attention)[1:]
                 shade = colour(COLOURS.get(attention, "chosen"))
                 style = styles[number % len(styles)]

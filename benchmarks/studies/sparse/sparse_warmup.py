@@ -1,15 +1,15 @@
-"""What an index branch learns on a real model: attention mass and block recall before and after its warm-up.
+"""An index branch on a real model: attention mass and block recall before and after its warm-up.
 
     python benchmarks/studies/sparse/sparse_warmup.py [--quick] [--save]
 
-The model is the embedded Gemma 3 270M, frozen; the text is what ships with Python, the language reference (pydoc's topics) and
-the standard library's docstrings: documents are for training or held out. The warm-up is MSA's (arXiv 2606.13392): the KL to
-the dense attention over every visible block, of the three full-attention layers. Index branches of two widths learn, that of
-the heads, which is the default, and a quarter of it, at a rate that was chosen for the wider one on the language reference.
-The frozen model's states are made once and learnt from several times. Held-out sequences do not overlap and are four times as
-long as those of training; every selector chooses a quarter of the keys there, from the same dense pass, so that the oracle's
-line is the most that any selection of such blocks can hold. Only queries that had to choose count. About half an hour on one
-core, and 7 GiB; --quick in a minute.
+The model is the embedded Gemma 3 270M, frozen. The text ships with Python: the language reference (pydoc's topics) and the
+docstrings of the standard library; each document is either for training or held out. The warm-up is MSA's (arXiv 2606.13392): the
+KL to the dense attention over every visible block, in the three full-attention layers. Index branches of two widths are trained,
+the width of the heads, which is the default, and a quarter of it, at a learning rate that was chosen for the wider one on the
+language reference. The frozen model's states are computed once and used in several epochs. Held-out sequences do not overlap and
+are four times as long as those of training. Every selector chooses a quarter of the keys there, from the same dense pass, so the
+oracle is the upper bound for any selection of such blocks. Only queries that had to choose count. A run takes about half an hour
+on one core and 7 GiB; --quick takes a minute.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from sparsort.terminal.progress import progress
 
 RIVALS: tuple[SelectorKind, ...] = ("oracle", "moba", "sink_window", "window", "random")
 BLOCK = 16
-WIDTHS = (256, 64)  # that of the heads, and narrower
+# The width of the heads, and a quarter of it.
+WIDTHS = (256, 64)
 FLOOR = 0.90
 
 
@@ -57,6 +58,7 @@ def main(options: list[str] | None = None) -> int:
     tokens, sequences, epochs = (512, 6, 4) if quick else (2048, 48, 6)
     held_tokens, held = (1024, 2) if quick else (8192, 5)
     loaded = load_model("demo", dtype="float32", device="cpu")
+    # Only the index branches are trained.
     model: Any = loaded.model.eval().requires_grad_(False)
     training, testing = texts(loaded.tokenizer, tokens, sequences, held_tokens, held)
     sparsort.attach_index_branch(model, block_size=BLOCK, blocks=2, index_dim=WIDTHS[0])
@@ -65,6 +67,7 @@ def main(options: list[str] | None = None) -> int:
         seen = [_passed(dense_pass(model, ids), advance) for ids in training]
     with progress("held-out dense passes", held) as advance:
         unseen = [_passed(dense_pass(model, ids), advance) for ids in testing]
+    # A quarter of the keys.
     budget = FixedBudget(blocks=held_tokens // 4 // BLOCK)
     found: dict[str, list[Any]] = {}
     curves = {}
@@ -72,6 +75,7 @@ def main(options: list[str] | None = None) -> int:
         if width != WIDTHS[0]:
             model = load_model("demo", dtype="float32", device="cpu").model.eval().requires_grad_(False)
             sparsort.attach_index_branch(model, block_size=BLOCK, blocks=2, index_dim=width)
+            # The states do not depend on the index branch, so the second width reuses those of the first.
             seen, unseen = ([in_model(inputs, model) for inputs in kept] for kept in (seen, unseen))
         name = f"index branch of width {width}"
         found[f"{name}, before"] = [measure(inputs, budget) for inputs in unseen]
@@ -101,6 +105,7 @@ def main(options: list[str] | None = None) -> int:
 def texts(tokenizer: Any, tokens: int, sequences: int, held_tokens: int, held: int) -> tuple[list[Any], list[Any]]:
     """Token ids (1, T) of training and of held-out sequences; every fifth document is held out."""
     documents = list(_documents())
+    # Whole documents are held out, so that no held-out text was seen in training.
     parts = ([d for n, d in enumerate(documents) if n % 5], documents[::5])
     rows = []
     for part, length, count in zip(parts, (tokens, held_tokens), (sequences, held), strict=True):
@@ -109,6 +114,7 @@ def texts(tokenizer: Any, tokens: int, sequences: int, held_tokens: int, held: i
             raise SystemExit(
                 f"this Python ships {len(ids)} tokens of text where {count * length} are needed: use CPython 3.11."
             )
+        # Sequences are spread evenly over the text.
         begins = np.linspace(0, len(ids) - length, count).astype(int)
         rows.append([torch.tensor([[tokenizer.bos_token_id, *ids[b : b + length - 1]]]) for b in begins])
     return rows[0], rows[1]
@@ -123,19 +129,19 @@ def _documents() -> Iterator[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             named = (ast.Module, ast.ClassDef, ast.FunctionDef)
             found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, named)]
-            if said := "\n\n".join(text for text in found if text):
-                yield said
+            if text := "\n\n".join(part for part in found if part):
+                yield text
 
 
 def in_model(seen: dict[int, LayerInputs], model: Any) -> dict[int, LayerInputs]:
-    """The same states, with the attention modules of another model, whose index branch is another."""
+    """The same states with the attention modules of another model, which has another index branch."""
     modules = {module.layer_idx: module for module in model.modules() if hasattr(module, "index_branch")}
     return {layer: replace(inputs, module=modules[layer]) for layer, inputs in seen.items()}
 
 
 @torch.no_grad()
 def dense_pass(model: Any, ids: Any) -> dict[int, LayerInputs]:
-    """What each sparse layer sees when every block is attended to."""
+    """The inputs of each sparse layer when every block is attended to."""
     seen: dict[int, LayerInputs] = {}
 
     def keep(layer: int, inputs: LayerInputs, choice: Choice) -> None:
@@ -155,13 +161,15 @@ def _passed(found: Any, advance: Any) -> Any:
 
 
 def warm_up(seen: list[dict[int, LayerInputs]], epochs: int) -> list[float]:
-    """Teach the index branches by the KL over every block; returns its mean over layers in each epoch."""
+    """Train the index branches by the KL over every block, and return its mean over layers in each epoch."""
     branches: dict[int, Any] = {layer: inputs.module.index_branch for layer, inputs in seen[0].items()}
     weights = [weight.requires_grad_() for branch in branches.values() for weight in branch.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98))
     steps = epochs * len(seen)
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps))
+        # 20 steps of warm-up, and a linear decay over the last 30 %.
+        optimiser,
+        lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps)),
     )
     generator, curve = np.random.default_rng(0), []
     with progress("warm-up", steps) as advance:
@@ -174,6 +182,8 @@ def warm_up(seen: list[dict[int, LayerInputs]], epochs: int) -> list[float]:
                     keys = branch.index_keys(inputs.module, inputs.hidden, inputs.rotary)
                     choice = branch.choose(inputs, keys)
                     with torch.no_grad():
+                        # The teacher, whose log-sum-exp normalises the dense attention. It
+                        # gets no gradient.
                         _, lse = attend(
                             inputs.query, inputs.key, inputs.value, choice.selection, inputs.layout, scale=inputs.scale
                         )
@@ -193,7 +203,7 @@ def warm_up(seen: list[dict[int, LayerInputs]], epochs: int) -> list[float]:
 def measure(
     seen: dict[int, LayerInputs], budget: FixedBudget, selector: SelectorKind | None = None
 ) -> dict[int, dict[str, float]]:
-    """Mass and recall of each layer's selection: of its index branch, or of another selector."""
+    """Mass and recall of the selection of each layer's index branch, or of another selector."""
     found = {}
     for layer, inputs in seen.items():
         branch: Any = inputs.module.index_branch
