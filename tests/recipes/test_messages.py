@@ -124,7 +124,7 @@ def test_a_query_among_the_demonstrations_and_other_system_turns_are_refused(fil
     both = run("order", file, *options, "--prompt", "{x}", "-q", QUERY, code=2)
     assert "--messages" in both.stderr
     left_out = run("order", file, *options, "-k", 1, "--select", "first", "-q", "My bike broke.")
-    assert "left out 0" in left_out.stderr
+    assert "excluded 0" in left_out.stderr
 
 
 def test_build_prompt_of_conversations(model: str) -> None:
