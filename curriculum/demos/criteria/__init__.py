@@ -107,7 +107,7 @@ class Evidence:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Criterion(Entry):
     """A criterion. `needs` names the fields of `Evidence` that it reads. "sampled" among them means that the probes are sampled
-    from the model (`probes.probing_set`) and not drawn from the data.
+    from the model (`ablation.run.probing`) and not drawn from the data.
 
     Attributes:
         chooses: "order": it gives one score to each of O orders. "demonstrations": it gives (Q, W) scores, and each query has a

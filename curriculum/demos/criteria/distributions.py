@@ -63,16 +63,16 @@ def label_scores(log_p: Any, axes: tuple[str, ...], *, argument: str = "log_p") 
         )
     bad = np.isnan(array) | np.isposinf(array)
     if bad.any():
-        place = tuple(np.argwhere(bad)[0].tolist())
+        index = tuple(np.argwhere(bad)[0].tolist())
         raise SparsortError(
-            f"{argument} is {array[place]} at {_place(place, (*axes, 'labels'))}. "
+            f"{argument} is {array[index]} at {_describe(index, (*axes, 'labels'))}. "
             "A score is a finite log-probability, or -inf for an impossible label; check that prompt."
         )
     impossible = np.isneginf(array).all(axis=-1)
     if impossible.any():
-        place = tuple(np.argwhere(impossible)[0].tolist())
+        index = tuple(np.argwhere(impossible)[0].tolist())
         raise SparsortError(
-            f"{argument} is -inf for every label at {_place(place, axes)}. At least one must be possible."
+            f"{argument} is -inf for every label at {_describe(index, axes)}. At least one must be possible."
         )
     return array
 
@@ -83,17 +83,17 @@ def gold_labels(gold_P: Any, probes: int, labels: int) -> NDArray[np.int64]:
     Raises:
         SparsortError: another number of indices, or one that belongs to no label.
     """
-    given = numbers(gold_P, ("probes",), argument="gold")
-    if len(given) != probes:
-        raise SparsortError(f"gold has {len(given)} labels for {probes} probes. Give one each.")
+    array = numbers(gold_P, ("probes",), argument="gold")
+    if len(array) != probes:
+        raise SparsortError(f"gold has {len(array)} labels for {probes} probes. Give one each.")
     # NaN differs from its own floor, so it is bad too.
-    bad = (given != np.floor(given)) | (given < 0) | (given >= labels)
+    bad = (array != np.floor(array)) | (array < 0) | (array >= labels)
     if bad.any():
         raise SparsortError(
-            f"gold is {given[bad][0]:g} for probe {int(np.argmax(bad))} (from 0); "
+            f"gold is {array[bad][0]:g} for probe {int(np.argmax(bad))} (from 0); "
             f"expected the position of a label, 0 to {labels - 1}."
         )
-    return given.astype(np.int64)
+    return array.astype(np.int64)
 
 
 def log_softmax(scores: Floats) -> Floats:
@@ -136,5 +136,5 @@ def divergence(log_p: Floats, log_q: Floats) -> Floats:
     return total
 
 
-def _place(place: tuple[int, ...], axes: tuple[str, ...]) -> str:
-    return ", ".join(f"{name.removesuffix('s')} {at}" for name, at in zip(axes, place, strict=True)) + " (from 0)"
+def _describe(index: tuple[int, ...], axes: tuple[str, ...]) -> str:
+    return ", ".join(f"{name.removesuffix('s')} {at}" for name, at in zip(axes, index, strict=True)) + " (from 0)"

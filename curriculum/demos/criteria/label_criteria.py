@@ -37,7 +37,7 @@ def globale(log_p_OPL: Any) -> Floats:
     ŷ_po = argmax over labels of p_po;  h_o(l) = #{p : ŷ_po = l} / P;  score = −Σ_l h_o(l) ln h_o(l).
     Orders under which the model gives one answer to everything score 0, those that use all labels evenly ln L.
 
-    Cost: O·P pairs, and O generations for the probing set of the paper (`probes.probing_set`).
+    Cost: O·P pairs, and O generations for the probing set of the paper (`ablation.run.probing`).
     Traps: the score has few values, so ties are common. If labels tie on a probe, the first of them is predicted. An even
     histogram scores best even if the task is not balanced (`pdo` with a prior avoids this). The authors report the mean over
     the four best of 24 orders (`ChosenOrder.ranking`), which varies less than the best one, and add 1e-5 to every count.

@@ -35,14 +35,14 @@ def unit_rows(embeddings: Any, count: int | None = None, *, argument: str = "emb
         SparsortError: not an (N, D) array of numbers.
     """
     try:
-        given = np.asarray(embeddings)
-        floats: Floats = given.astype(np.result_type(given.dtype, np.float32), copy=False)
+        array = np.asarray(embeddings)
+        floats: Floats = array.astype(np.result_type(array.dtype, np.float32), copy=False)
     except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"{argument} must be an array of numbers of shape (N, D): {error}.") from error
     if floats.ndim != 2 or (count is not None and len(floats) != count) or floats.dtype.kind != "f":
         rows = "N" if count is None else count
         raise SparsortError(
-            f"{argument} has shape {given.shape} and type {given.dtype}; floats of shape ({rows}, D) are needed."
+            f"{argument} has shape {array.shape} and type {array.dtype}; floats of shape ({rows}, D) are needed."
         )
     # Scaling by the largest entry first keeps the squares of huge or tiny entries within the range of the float. A zero row
     # becomes 0 / 0 = NaN here.

@@ -214,24 +214,26 @@ def select_demos(
         SparsortError: an unknown method, a missing input, a setting that the selector does not read, or too few rows.
     """
     selector = SELECTORS.check(method)
-    own: dict[str, Any] = {"ids": ids, "trade_off": trade_off, "fetch": fetch}
-    own |= {"n_levels": n_levels, "neighbours": neighbours}
+    own: Any = {"ids": ids, "trade_off": trade_off, "fetch": fetch, "n_levels": n_levels, "neighbours": neighbours}
     refuse_unread_arguments(select_demos, READ_BY, {"method": method, **own})
     rows = _as_pool(pool, prompt, text, label)
-    difficulty = None
-    # Scores that the selector does not read are not checked, so that one call can pass the same inputs to every selector.
-    if scores is not None and "scores" in selector.needs:
-        difficulty = rows.cached("difficulty", scores, lambda: RowNumbers.of(resolve(scores, rows.rows).values))
     known = Known(
         rows,
         query,
         label=label,
-        difficulty=difficulty,
+        difficulty=_difficulty(rows, scores, selector),
         embeddings=None if embeddings is None else RowNumbers.of(embeddings),
         query_difficulty=None if query_difficulty is None else lambda: query_difficulty,
         query_embedding=None if query_embedding is None else lambda: query_embedding,
     )
     return select_rows(known, selector, k, SelectSettings(seed=seed, allow_leaks=allow_leaks, **own))
+
+
+def _difficulty(pool: DemoPool, scores: ScoresLike | None, selector: DemoSelectorEntry) -> RowNumbers | None:
+    # Scores that the selector does not read are not checked, so that one call can pass the same inputs to every selector.
+    if scores is None or "scores" not in selector.needs:
+        return None
+    return pool.cached("difficulty", scores, lambda: RowNumbers.of(resolve(scores, pool.rows).values))
 
 
 def _as_pool(pool: DemoPool | Iterable[Row], prompt: str | None, text: TextOf | None, label: str | None) -> DemoPool:
