@@ -44,7 +44,7 @@ def _prior(folder: Path) -> Any:
             r"row 0: the value .* does not accept the format '\.2f'",
         ),
         (lambda _: plan_curriculum([1, BIG, 3], batch_size=1), "cannot be read as numbers"),
-        (lambda _: numbers([[BIG]], ("orders", "labels"), what="shares"), "cannot be read as an array of numbers"),
+        (lambda _: numbers([[BIG]], ("orders", "labels"), argument="shares"), "cannot be read as an array of numbers"),
         (_plan_lengths, "the field 'tokens' holds a number of tokens beyond 64 bits"),
         (_prior, "the prior .*prior.json has the share 1000.* which is not a number"),
     ],

@@ -133,7 +133,7 @@ def test_a_missing_system_turn_is_none_and_a_missing_query_or_template_is_named(
     assert sparsort.build_prompt(demos, query, **templates, system=value) == "red apples a\n\nold wine"
     assert Prompt.of("{text}", system=value, answer=value, chat=True) == Prompt.of("{text}", chat=True)
     for given, changes, message in (
-        (value, {}, "the query is .*Give its text"),
+        (value, {}, "the query is .*Pass its text"),
         (query, {"prompt": float("nan")}, r"prompt= is a format string .*not NaN"),
         (query, {"answer": float("nan")}, r"answer= is a format string .*not NaN"),
     ):

@@ -1,7 +1,9 @@
 """Demonstrations and a query as the blocks of a prompt: each as text and as chat turns, from templates or from conversations.
 
-Contract: no model and no tokenizer. A demonstration that cannot be shown whole (a missing value, a conversation without an
-answer) is refused by name.
+Contract: neither a model nor a tokenizer is needed. A demonstration that cannot be shown in full (a missing value, a conversation
+without an answer) is refused by name.
+
+Shapes: K demonstrations.
 """
 
 from __future__ import annotations
@@ -22,20 +24,21 @@ from sparsort.values import is_missing, kind_of, missing_name, put, row_of
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """What a prompt is put together from.
+    """The parts of a prompt.
 
     Attributes:
-        texts: each demonstration as text.
-        turns: each demonstration as chat turns.
-        asked: the query as text; `asked_turns` as chat turns.
+        texts: the K demonstrations as text.
+        turns: the K demonstrations as chat turns.
+        query: the query as text.
+        query_turns: the query as chat turns.
         system: the text of the system turn, or of the first block of a plain prompt; None without one.
-        leaks: demonstrations that are the query itself or nearly so.
+        leaks: the demonstrations that are the query itself or nearly so.
     """
 
     texts: list[str]
     turns: list[Messages]
-    asked: str
-    asked_turns: Messages
+    query: str
+    query_turns: Messages
     system: str | None
     leaks: list[Leak]
 
@@ -43,68 +46,71 @@ class Blocks:
 def template_blocks(
     demos: Sequence[Row], query: Row | str, prompt: str, answer: str, system: str | None, *, find_leaks: bool
 ) -> Blocks:
-    """Blocks that templates fill; in chat an answer is stripped of the spaces around it.
+    """The blocks that templates make. Spaces around an answer are removed in its chat turn.
 
     Raises:
-        SparsortError: a field is missing, the query is bare text and the prompt has several fields, or what should be text is
-            not.
+        SparsortError: a field is missing, the query is bare text although the prompt has several fields, or an argument is not
+            text.
     """
     for name, template in (("prompt", prompt), ("answer", answer)):
         if not isinstance(template, str):
-            raise SparsortError(f"{name}= is a format string such as '{{{name}}}', not {_what(template)}.")
+            raise SparsortError(f"{name}= is a format string such as '{{{name}}}', not {_kind_of(template)}.")
     if is_missing(system):
         system = None
     elif not isinstance(system, str):
-        raise SparsortError(f"system= is the text of an instruction, not {_what(system)}.")
+        raise SparsortError(f"system= is the text of an instruction, not {_kind_of(system)}.")
     if is_missing(query):
-        raise SparsortError(f"the query is {_what(query)}. Give its text, or a row of its fields.")
+        raise SparsortError(f"the query is {_kind_of(query)}. Pass its text, or a row with its fields.")
     fields = input_fields(prompt)
-    row = query if isinstance(query, Mapping) else row_of({only_field(fields): query})
+    # Bare text is the value of the template's only field.
+    query = query if isinstance(query, Mapping) else row_of({only_field(fields): query})
     names = [name_of(demo, position) for position, demo in enumerate(demos)]
     questions = [render(prompt, demo, where=name) for demo, name in zip(demos, names, strict=True)]
     answers = [render(answer, demo, where=name) for demo, name in zip(demos, names, strict=True)]
-    asked = render(prompt, row, where="the query")
+    query_text = render(prompt, query, where="the query")
     return Blocks(
         texts=[question + reply for question, reply in zip(questions, answers, strict=True)],
+        # A chat template adds its own spaces, so those of a plain-text answer such as " {answer}" would be doubled.
         turns=[
             [{"role": "user", "content": question}, {"role": "assistant", "content": reply.strip()}]
             for question, reply in zip(questions, answers, strict=True)
         ],
-        asked=asked,
-        asked_turns=[{"role": "user", "content": asked}],
+        query=query_text,
+        query_turns=[{"role": "user", "content": query_text}],
         system=system,
-        leaks=leaking_rows(demos, row, fields) if find_leaks else [],
+        leaks=leaking_rows(demos, query, fields) if find_leaks else [],
     )
 
 
 def conversation_blocks(demos: Sequence[Row], query: Row | str, messages: str, *, find_leaks: bool) -> Blocks:
-    """Blocks that are the rows' own conversations, each up to its last assistant turn.
+    """The blocks that are the rows' own conversations, each up to its last assistant turn.
 
-    The system turns of all must agree: there is one at the head of the prompt. Leaks are found by the text of the turns before
-    the answer.
+    All system turns must agree, because the prompt has only one, at its beginning. Leaks are found by the text of the turns
+    before the answer.
 
     Raises:
         SparsortError: a conversation cannot be read or has no answer, or the system turns differ.
     """
     row = query if isinstance(query, Mapping) else query_row(query, messages)
-    shown = [demo_turns(demo, messages, where=name_of(demo, position)) for position, demo in enumerate(demos)]
-    asked = _asked(turns_of(row, messages, where="the query"))
-    everyone = [*shown, asked]
-    systems = list(dict.fromkeys(turn["content"] for turns in everyone for turn in turns if turn["role"] == "system"))
+    conversations = [demo_turns(demo, messages, where=name_of(demo, position)) for position, demo in enumerate(demos)]
+    question = _without_answer(turns_of(row, messages, where="the query"))
+    all_turns = [turn for turns in (*conversations, question) for turn in turns]
+    systems = list(dict.fromkeys(turn["content"] for turn in all_turns if turn["role"] == "system"))
     if len(systems) > 1:
         raise SparsortError(
             f"the conversations of one prompt have different system turns, such as {systems[0]!r} and {systems[1]!r}, and a "
             "prompt has one. Select demonstrations whose system turns agree with each other and with the query's."
         )
-    texts = [{"text": question_text(split_answer(turns)[0])} for turns in shown]
-    compared = {"text": question_text(asked)}
+    # Only the turns before the answers are compared: two different questions may have the same answer.
+    demo_texts = [{"text": question_text(split_answer(turns)[0])} for turns in conversations]
+    query_text = question_text(question)
     return Blocks(
-        texts=["\n".join(turn["content"] for turn in turns) for turns in shown],
-        turns=[_without_system(turns) for turns in shown],
-        asked=compared["text"],
-        asked_turns=_without_system(asked),
+        texts=["\n".join(turn["content"] for turn in turns) for turns in conversations],
+        turns=[_without_system(turns) for turns in conversations],
+        query=query_text,
+        query_turns=_without_system(question),
         system=systems[0] if systems else None,
-        leaks=leaking_rows(texts, compared, ["text"]) if find_leaks else [],
+        leaks=leaking_rows(demo_texts, {"text": query_text}, ["text"]) if find_leaks else [],
     )
 
 
@@ -112,19 +118,19 @@ def demo_turns(row: Row, messages: str, *, where: str) -> list[Turn]:
     """The turns of a demonstration, up to its answer: the last assistant turn.
 
     Raises:
-        SparsortError: there is no conversation, or none with an answer.
+        SparsortError: the row has no conversation, or one without an answer.
     """
-    asked, answer = split_answer(turns_of(row, messages, where=where))
+    question, answer = split_answer(turns_of(row, messages, where=where))
     if answer is None or not answer.strip():
         raise SparsortError(
             f"{where} has no assistant turn in its conversation (messages={messages!r}), so it shows no answer. "
-            "Leave the row out."
+            "Remove the row."
         )
-    return [*asked, {"role": "assistant", "content": answer}]
+    return [*question, {"role": "assistant", "content": answer}]
 
 
 def compared_text(row: Row, messages: str, *, where: str) -> str:
-    """The text that the conversation of a demonstration or a query is compared and embedded by.
+    """The text by which the conversation of a demonstration or of a query is compared and embedded.
 
     Raises:
         SparsortError: the conversation cannot be read.
@@ -133,33 +139,34 @@ def compared_text(row: Row, messages: str, *, where: str) -> str:
 
 
 def query_row(query: str | Sequence[Any], messages: str) -> dict[str, Any]:
-    """A query as a row whose conversation asks for its answer: from bare text, which is a user's turn, or from turns.
+    """A row whose conversation ends where its answer begins, from bare text, which becomes a user's turn, or from turns.
 
     Raises:
         SparsortError: a turn cannot be read.
     """
     first, *others = conversation_fields(messages)
     turns = [{"role": "user", "content": query}] if isinstance(query, str) else list(query)
-    read = _asked(turns_of({"query": turns}, "query", where="the query"))
-    row = put({}, first, [*read, {"role": "assistant", "content": ""}])
+    question = _without_answer(turns_of({"query": turns}, "query", where="the query"))
+    # Without the empty assistant turn, an earlier assistant turn of the query would count as its answer.
+    row = put({}, first, [*question, {"role": "assistant", "content": ""}])
     for field in others:
         row = put(row, field, None)
     return row
 
 
-def _asked(turns: list[Turn]) -> list[Turn]:
-    """The turns of a query without the answer that its row may hold."""
-    asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-    if not any(turn["content"].strip() for turn in asked):
+def _without_answer(turns: list[Turn]) -> list[Turn]:
+    """The turns of a query without the answer that its row may contain."""
+    question = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    if not any(turn["content"].strip() for turn in question):
         raise SparsortError(
             'the query has no turn with text. Pass its text, or turns such as [{"role": "user", "content": "…"}].'
         )
-    return asked
+    return question
 
 
 def _without_system(turns: list[Turn]) -> Messages:
     return [turn for turn in turns if turn["role"] != "system"]
 
 
-def _what(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     return missing_name(value) if is_missing(value) else kind_of(value)

@@ -1,14 +1,16 @@
 """Selects demonstrations for a query, orders them, and assembles the prompt.
 
-Contract: the tables list what a selector or an order needs. An input that the selector lacks is refused by name before anything
-is computed; one that only the order lacks, before the prompt is assembled. Every line of a prompt leads back to its row:
-`Demonstration.indices` are positions in the pool, first to last.
+Contract: the tables state what a selector or an order needs. If an input of the selector is missing, it is refused by name before
+anything is computed; if only an input of the order is missing, before the prompt is assembled. Every demonstration in a prompt
+can be traced to its row: `Demonstration.indices` are positions in the pool, first to last.
+
+Shapes: n positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,26 +18,11 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.known import Known, Positions
 from sparsort.curriculum.demos.order import Missing, default_order, order_entry, order_indices
-from sparsort.curriculum.demos.prompt import Assembled, Drop, assemble
-from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, Selection, SelectorEntry
+from sparsort.curriculum.demos.prompt import Assembled, PromptForm, assemble
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, DemoSelectorEntry, SelectedDemos
 from sparsort.curriculum.demos.select.candidates import SelectSettings
 from sparsort.curriculum.demos.select.selection import select_rows
 from sparsort.errors import SparsortError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptForm:
-    """The form of a prompt: the arguments of `assemble` that say how it is written, under the same names."""
-
-    prompt: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-    system: str | None = None
-    separator: str = "\n\n"
-    chat: bool = False
-    max_tokens: int | None = None
-    drop: Drop = "farthest"
-    allow_zero_shot: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +33,7 @@ class Demonstration:
         rows: copies of the rows, first to last.
         indices: their positions in the pool.
         prompt: the prompt.
-        notes: which rows could not be chosen, what a budget dropped, and duplicates in the prompt, one sentence each.
+        notes: rows that could not be chosen, demonstrations that the budget dropped, and duplicates, one sentence each.
     """
 
     rows: list[dict[str, Any]]
@@ -57,18 +44,18 @@ class Demonstration:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrator:
-    """How demonstrations are selected, ordered and put into a prompt.
+    """A way to select demonstrations, order them and write the prompt.
 
     Attributes:
         selector: a name in `SELECTORS`.
         order: a name in `ORDERS`, or "reverse:NAME"; None for the hardest first.
-        k: how many; None for all rows with the default selector, and for a selector by which the caller names the rows.
+        k: number of demonstrations. None means all rows if the selector is the default; a selector by id needs no number.
         seed: seed for every random draw.
         ids: the ids of the rows to show; with these and the default selector, rows are selected by id.
-        missing: what happens to rows whose difficulty or similarity is NaN, as in `order_demos`.
+        missing: treatment of rows whose difficulty or similarity is NaN, as in `order_demos`.
         allow_leaks: allow rows that are the query itself or nearly so, in the selection and in the prompt.
-        own_similarity: the orders by similarity compute their own, by the embeddings of the rows chosen. By default they
-            rank by the similarity that the selector computed over the pool, which may be one of words.
+        own_similarity: the orders by similarity compute the cosine of the chosen rows' embeddings. By default they use the
+            similarity that the selector computed over the pool, which may be that of words.
         form: the form of the prompt, for `demonstrate`.
 
     Raises:
@@ -83,9 +70,10 @@ class Demonstrator:
     missing: Missing = "error"
     allow_leaks: bool = False
     own_similarity: bool = False
-    form: PromptForm = PromptForm()
+    form: PromptForm = field(default_factory=PromptForm)
 
     def __post_init__(self) -> None:
+        # Names are checked here, before the caller loads a model for the inputs.
         entry = SELECTORS.check(self.selector)
         if self.order is not None:
             order_entry(self.order)
@@ -93,21 +81,10 @@ class Demonstrator:
             raise SparsortError(f"ids were given, and select is {self.selector!r}. Pass one of the two.")
 
     @property
-    def selector_entry(self) -> SelectorEntry:
-        """The entry of the selector, which is the one by id where ids are given."""
+    def selector_entry(self) -> DemoSelectorEntry:
+        """The entry of the selector; if ids are given, the selector by id."""
+        # No file but that of the table may contain the name of an entry, so the selector by id is found by what it needs.
         return SELECTORS[self.selector if self.ids is None else SELECTORS.needing("ids")[0]]
-
-    def demonstrate(self, known: Known, *, tokenizer: Any = None) -> Demonstration:
-        """Select, order and assemble.
-
-        Args:
-            known: the pool, the query, and their numbers.
-            tokenizer: as in `assemble`.
-
-        Raises:
-            SparsortError: as `select_demos`, `order_demos` and `assemble`.
-        """
-        return self.present(known, self.choose(known), tokenizer=tokenizer)
 
     def positions(self, known: Known) -> list[int]:
         """Select and order: positions in the pool, first to last.
@@ -117,16 +94,17 @@ class Demonstrator:
         """
         return self._arranged(known, self.choose(known))
 
-    def choose(self, known: Known) -> Selection:
-        """The demonstrations, in the selector's order.
+    def choose(self, known: Known) -> SelectedDemos:
+        """Select: the demonstrations in the selector's order.
 
         Raises:
             SparsortError: as `select_demos`.
         """
         if self.k is None and self.ids is None and self.selector == DEFAULT_SELECTOR:
+            # All rows, in their own order: the default selector would shuffle them.
             demos = [dict(row) for row in known.pool.rows]
-            every = list(range(len(demos)))
-            return Selection(demos=demos, indices=every, similarity=None, excluded=[], method=self.selector)
+            indices = list(range(len(demos)))
+            return SelectedDemos(demos=demos, indices=indices, similarity=None, excluded=[], method=self.selector)
         settings = SelectSettings(
             seed=self.seed, ids=self.ids, allow_leaks=self.allow_leaks, own_similarity=self.own_similarity
         )
@@ -135,48 +113,61 @@ class Demonstrator:
     def arrange(
         self, known: Known, positions: Positions, *, similarity: Sequence[float] | None = None
     ) -> NDArray[np.int64]:
-        """The order of the prompt: n places among the positions, first to last.
+        """The order of the prompt: indices into `positions`, (n,), first to last.
 
         Args:
-            known: the pool, the query, and their numbers.
+            known: the inputs.
             positions: n positions in the pool.
-            similarity: (n,) their similarity to the query; by default what is known of it.
+            similarity: (n,) similarities to the query; by default those that are known.
 
         Raises:
             SparsortError: as `order_demos`.
         """
         order = default_order(known.kind) if self.order is None else self.order
         needs = order_entry(order).needs
-        near = similarity if similarity is not None or "similarity" not in needs else known.similarity_at(positions)
+        # Each input is read only if the order needs it, since reading it may run a model.
+        if similarity is None and "similarity" in needs:
+            similarity = known.similarity_at(positions)
         difficulty = known.difficulty.at(positions) if known.difficulty is not None and "scores" in needs else None
         return order_indices(
             order,
             len(positions),
             difficulty=difficulty,
             kind=known.kind,
-            similarity=near,
+            similarity=similarity,
             lengths=known.lengths.at(positions) if "lengths" in needs else None,
             seed=self.seed,
             missing=self.missing,
             names=[known.pool.ids[position] for position in positions],
         )
 
-    def present(self, known: Known, selection: Selection, *, tokenizer: Any = None) -> Demonstration:
-        """Order what `choose` selected, and assemble the prompt.
+    def demonstrate(
+        self, known: Known, selection: SelectedDemos | None = None, *, tokenizer: Any = None
+    ) -> Demonstration:
+        """Select, order and assemble.
+
+        Args:
+            known: the inputs.
+            selection: the result of `choose`, if the caller has it.
+            tokenizer: as in `assemble`.
 
         Raises:
-            SparsortError: as `order_demos` and `assemble`.
+            SparsortError: as `select_demos`, `order_demos` and `assemble`.
         """
         if known.query is None:
-            raise SparsortError("a prompt ends with the query, and none is known. Give Known its query=.")
+            raise SparsortError("a prompt ends with the query, and none is known. Pass query= to Known.")
+        if selection is None:
+            selection = self.choose(known)
         indices = self._arranged(known, selection)
         rows = [dict(known.pool.rows[position]) for position in indices]
         prompt = assemble(rows, known.query, tokenizer=tokenizer, allow_leaks=self.allow_leaks, **vars(self.form))
-        excluded = [f"left out {row.id}: {row.reason}" for row in selection.excluded]
+        excluded = [f"excluded {row.id}: {row.reason}" for row in selection.excluded]
+        # The report of a prompt without drops says nothing that needs attention.
         notes = [*excluded, *([prompt.report] if prompt.dropped else []), *prompt.notes]
         return Demonstration(rows=rows, indices=indices, prompt=prompt, notes=notes)
 
-    def _arranged(self, known: Known, selection: Selection) -> list[int]:
+    def _arranged(self, known: Known, selection: SelectedDemos) -> list[int]:
+        # None makes `arrange` compute the similarity from the embeddings of the chosen rows.
         similarity = None if self.own_similarity else selection.similarity
-        places = self.arrange(known, selection.indices, similarity=similarity)
-        return [selection.indices[place] for place in places]
+        order = self.arrange(known, selection.indices, similarity=similarity)
+        return [selection.indices[place] for place in order]

@@ -1,9 +1,11 @@
 """The order of demonstrations in a prompt, first to last; the last one is next to the query.
 
-Contract: `ORDERS` lists the orders. An order is a permutation of the demonstrations (of those with a score, under
-missing="drop"). Ties keep the given order. `reverse:X` is the exact reverse of X, ties included. Nothing here knows a model:
-difficulty, similarity and length come in as numbers. Difficulty rises with sparsity, so "sparse" reads as hard and "dense" as
+Contract: `ORDERS` lists the orders. An order is a permutation of the demonstrations, or, under missing="drop", of those that
+have a score. Ties keep the given order. `reverse:X` is the exact reverse of X, ties included. No model is run here: the caller
+passes difficulty, similarity and length as numbers. Difficulty rises with sparsity, so "sparse" means hard and "dense" means
 easy. To add an order, add an entry to `ORDERS` and its name to `Order`.
+
+Shapes: K demonstrations, N of them that have a key. A key is the number by which an order ranks a demonstration.
 """
 
 from __future__ import annotations
@@ -41,24 +43,24 @@ Order = Literal[
 Missing = Literal["error", "first", "last", "drop"]
 Key = Literal["difficulty", "similarity", "length", "nothing"]
 Direction = Literal["ascending", "descending", "descending, then ascending", "ascending, then descending", "none"]
-# From keys (N,) and a seed to N positions, first to last.
+# A function from keys (N,) and a seed to N positions, first to last.
 Ranking = Callable[[NDArray[np.float64], int], NDArray[np.int64]]
 
 REVERSE = "reverse:"
-# The input that holds each key.
+# Each key → the argument of `order_indices` and `order_demos` that holds it.
 _INPUTS: dict[Key, str] = {"difficulty": "scores", "similarity": "similarity", "length": "lengths"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderEntry(Entry):
-    """One order. It needs the input that holds what it ranks by: "scores", "similarity" or "lengths".
+    """One order. Its `needs` follow from its key: "scores", "similarity" or "lengths".
 
     Attributes:
-        ranks_by: the number of each demonstration that it ranks by.
-        direction: how that number changes from the first demonstration to the last.
-        kinds: the kinds of score that it accepts; empty for any. Scores without a kind are always accepted.
-        function: computes the order from the keys; those of an order that ranks by nothing are zero.
-        is_seeded: whether a seed changes it.
+        ranks_by: the key.
+        direction: how the key changes from the first demonstration to the last.
+        kinds: the kinds of score that the order accepts; empty if it accepts all. Scores without a kind are always accepted.
+        function: computes the order from the keys, which are zero if the order ranks by nothing.
+        is_seeded: whether the order depends on the seed.
     """
 
     ranks_by: Key
@@ -69,25 +71,28 @@ class OrderEntry(Entry):
 
     def __post_init__(self) -> None:
         inputs = (_INPUTS[self.ranks_by],) if self.ranks_by in _INPUTS else ()
+        # The dataclass is frozen, so a plain assignment would raise.
         object.__setattr__(self, "needs", frozenset(inputs))
 
     def accepts(self, kind: str | None) -> bool:
-        """Whether it ranks by difficulty of this kind; None stands for numbers without a kind."""
+        """Whether the order ranks by difficulty of this kind; None stands for numbers without a kind."""
         return self.ranks_by == "difficulty" and (kind is None or not self.kinds or kind in self.kinds)
 
 
 def _ascending(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
+    # A stable sort keeps ties in the given order.
     return np.argsort(key_N, kind="stable").astype(np.int64)
 
 
 def _descending(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
+    # Reversing the ascending order would also reverse ties.
     return _ascending(-key_N)
 
 
 def _u_shape(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
-    """Falls, then rises: dealt from the highest down, alternately to the back and to the front."""
-    falling = _descending(key_N)
-    return np.concatenate([falling[1::2], falling[0::2][::-1]])
+    """High keys at both ends: the highest key takes the last place, the second highest the first place, and so on inwards."""
+    descending = _descending(key_N)
+    return np.concatenate([descending[1::2], descending[0::2][::-1]])
 
 
 def _inverted_u(key_N: NDArray[np.float64], seed: int = 0) -> NDArray[np.int64]:
@@ -103,14 +108,14 @@ def _given(key_N: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
 
 
 _CONTROL = "control for the confound with length"
-_OURS = "this library"
 
 ORDERS = Registry(
     "order",
     (
+        # Orders by sparsity, and the same orders by any difficulty.
         OrderEntry(
             name="sparse_to_dense",
-            help="the sparsest, read as the hardest, first",
+            help="the sparsest first, as sparse counts as hard",
             source="arXiv 2603.03415",
             ranks_by="difficulty",
             direction="descending",
@@ -119,7 +124,7 @@ ORDERS = Registry(
         ),
         OrderEntry(
             name="dense_to_sparse",
-            help="the densest, read as the easiest, first",
+            help="the densest first, as dense counts as easy",
             source="arXiv 2603.03415",
             ranks_by="difficulty",
             direction="ascending",
@@ -158,9 +163,10 @@ ORDERS = Registry(
             direction="ascending, then descending",
             function=_inverted_u,
         ),
+        # Orders by similarity to the query.
         OrderEntry(
             name="similarity_ascending",
-            help="the nearest to the query last, next to it",
+            help="the most similar to the query last, next to it",
             source="KATE, arXiv 2101.06804",
             ranks_by="similarity",
             direction="ascending",
@@ -168,12 +174,13 @@ ORDERS = Registry(
         ),
         OrderEntry(
             name="similarity_descending",
-            help="the nearest to the query first",
+            help="the most similar to the query first",
             source="KATE, arXiv 2101.06804",
             ranks_by="similarity",
             direction="descending",
             function=_descending,
         ),
+        # The name that the literature uses for an order by the model's loss.
         OrderEntry(
             name="perplexity_ascending",
             help="the lowest loss of the model first, on the answer or on the prompt",
@@ -183,6 +190,7 @@ ORDERS = Registry(
             kinds=("answer_loss", "prompt_loss"),
             function=_ascending,
         ),
+        # Orders without a model: controls and baselines.
         OrderEntry(
             name="length_ascending",
             help="the shortest first, in characters",
@@ -201,7 +209,7 @@ ORDERS = Registry(
         ),
         OrderEntry(
             name="random",
-            help="drawn by the seed",
+            help="drawn at random from the seed",
             source="baseline",
             ranks_by="nothing",
             direction="none",
@@ -210,7 +218,7 @@ ORDERS = Registry(
         ),
         OrderEntry(
             name="given",
-            help="as the demonstrations come",
+            help="the order in which the demonstrations are given",
             source="baseline",
             ranks_by="nothing",
             direction="none",
@@ -218,12 +226,13 @@ ORDERS = Registry(
         ),
     ),
 )
-# The default orders, of which the first that accepts the scores is taken.
+# The default is the first of these orders that accepts the kind of the scores.
 _HARDEST_FIRST: tuple[Order, ...] = ("sparse_to_dense", "hard_to_easy")
 
 
 def base_name(order: str) -> str:
     """The name of an order without "reverse:"."""
+    # A loop, because "reverse:reverse:X" is allowed and means X.
     while order.startswith(REVERSE):
         order = order.removeprefix(REVERSE)
     return order
@@ -242,22 +251,22 @@ def order_entry(order: str) -> OrderEntry:
 
 
 def default_order(kind: str | None) -> str:
-    """The order where none is named: the hardest first, by the name that goes with scores of this kind."""
+    """The default order for scores of a kind: the hardest first, under the name that accepts this kind."""
     return next(name for name in _HARDEST_FIRST if ORDERS[name].accepts(kind))
 
 
 def is_reversed(order: str) -> bool:
-    """Whether "reverse:" applies, which it does not where it is written twice."""
+    """Whether "reverse:" has an effect; written twice, it cancels itself."""
     return order.count(REVERSE) % 2 == 1
 
 
 def ranks_by(*keys: Key) -> Callable[[Values], bool]:
-    """Whether the option `order` ranks by one of these keys; true of a value that is no order."""
+    """The condition that the option `order` ranks by one of these keys; it holds if the value is not an order."""
     return reads_order(lambda entry: entry.ranks_by in keys)
 
 
 def reads_order(holds: Callable[[OrderEntry], bool]) -> Callable[[Values], bool]:
-    """Whether something holds for the entry of the option `order`; true of a value that is no order."""
+    """The condition that `holds` for the entry of the option `order`; it holds if the value is not an order."""
 
     def read(values: Values) -> bool:
         order = values["order"]
@@ -269,11 +278,10 @@ def reads_order(holds: Callable[[OrderEntry], bool]) -> Callable[[Values], bool]
     return read
 
 
-# The orders that read a setting; see `sparsort.conditions`. Numbers of the rows and a seed may be given where they are not read.
+# The conditions under which an order reads a setting; see `sparsort.conditions`. Scores, similarities and a seed are not checked:
+# they may be passed to an order that does not read them.
 READ_BY: Table = {
-    "missing": (
-        When(holds=ranks_by("difficulty", "similarity"), why="{order} ranks by nothing that a row could lack"),
-    ),
+    "missing": (When(holds=ranks_by("difficulty", "similarity"), why="{order} needs no number that could be missing"),),
     "text": (When(holds=ranks_by("length"), why="only the orders by length read a text, and this is {order}"),),
 }
 
@@ -293,31 +301,32 @@ def order_demos(
     Args:
         demos: K rows.
         scores: a table of scores, a mapping from id to difficulty, or K numbers; higher is harder.
-        order: a name in `ORDERS`, or "reverse:NAME" for its exact reverse; None for the hardest first: `sparse_to_dense`, or
-            `hard_to_easy` for scores of another kind than sparsity.
-        similarity: K similarities to the query, or a mapping from id; for the similarity orders.
-        seed: of the random order.
-        text: a row's text, for the length orders; by default all its text fields but the id.
-        missing: what happens to rows whose difficulty or similarity is NaN: refuse ("error"), put them first or last in
-            the prompt (also under `reverse:`), or leave them out ("drop").
+        order: a name in `ORDERS`, or "reverse:NAME" for its exact reverse. None puts the hardest first: it means
+            `sparse_to_dense`, or `hard_to_easy` for scores of another kind than sparsity.
+        similarity: K similarities to the query, or a mapping from id to similarity; for the orders by similarity.
+        seed: seed of the random order.
+        text: function from a row to its text, for the orders by length; by default all text fields except the id.
+        missing: treatment of rows whose difficulty or similarity is NaN: "error" refuses them, "first" and "last" put them
+            there in the prompt (also under `reverse:`), and "drop" removes them.
 
     Returns:
         Copies of the rows, first to last. Duplicates are kept, and logged as a warning (logger "sparsort").
 
     Raises:
-        SparsortError: unknown order, a missing input, scores of the wrong kind or length, NaN under missing="error", or a
+        SparsortError: an unknown order, a missing input, scores of the wrong kind or length, NaN under missing="error", or a
             setting that the order does not read.
     """
     refuse_unread_arguments(order_demos, READ_BY, {"order": order, "missing": missing, "text": text})
     if order is None:
         order = default_order(scores.kind if isinstance(scores, DifficultyTable) else None)
     key = order_entry(order).ranks_by
-    difficulty = kind = near = lengths = None
+    difficulty = kind = similarity_K = lengths = None
+    # Inputs that the order does not rank by are not even checked, so that one call can pass the same inputs to every order.
     if key == "difficulty" and scores is not None:
         resolved = resolve(scores, demos)
         difficulty, kind = resolved.values, resolved.kind
     if key == "similarity" and similarity is not None:
-        near = resolve(similarity, demos, argument="similarity").values
+        similarity_K = resolve(similarity, demos, argument="similarity").values
     if key == "length":
         lengths = [len(text(row) if text else text_of(row, position)) for position, row in enumerate(demos)]
     indices = order_indices(
@@ -325,7 +334,7 @@ def order_demos(
         len(demos),
         difficulty=difficulty,
         kind=kind,
-        similarity=near,
+        similarity=similarity_K,
         lengths=lengths,
         seed=seed,
         missing=missing,
@@ -349,18 +358,18 @@ def order_indices(
     missing: Missing = "error",
     names: Sequence[str] | None = None,
 ) -> NDArray[np.int64]:
-    """The positions of `count` items, first to last, under one of the orders of `order_demos`.
+    """The positions of K = `count` items, first to last, under one of the orders of `order_demos`.
 
     Args:
         order: the order's name.
-        count: how many items there are.
-        difficulty: (count,) numbers, higher is harder, NaN where unknown.
-        kind: what the difficulty is ("sparsity", "answer_loss", …), or None for bare numbers, which any order takes.
-        similarity: (count,) similarities to the query.
-        lengths: (count,) lengths.
-        seed: of the random order.
-        missing: what happens to items whose key is NaN.
-        names: (count,) what errors call the items; by default their positions.
+        count: number of items.
+        difficulty: (K,) numbers, higher is harder, NaN where unknown.
+        kind: the kind of the difficulty ("sparsity", "answer_loss", …), or None for bare numbers, which any order accepts.
+        similarity: (K,) similarities to the query.
+        lengths: (K,) lengths.
+        seed: seed of the random order.
+        missing: treatment of items whose key is NaN, as in `order_demos`.
+        names: (K,) names of the items in error messages; by default their positions.
 
     Raises:
         SparsortError: as `order_demos`.
@@ -371,12 +380,14 @@ def order_indices(
     if entry.ranks_by == "difficulty":
         _check_kind(entry, kind)
     inputs = {"scores": difficulty, "similarity": similarity, "lengths": lengths}
-    key_N = next((_key(entry, name, inputs[name], count) for name in entry.needs), np.zeros(count))
-    unknown = np.flatnonzero(np.isnan(key_N)).astype(np.int64)
+    # An entry needs one input, or none; without one, every key is zero and the function decides by position or by seed.
+    key_K = next((_key(entry, name, inputs[name], count) for name in entry.needs), np.zeros(count))
+    unknown = np.flatnonzero(np.isnan(key_K)).astype(np.int64)
     if unknown.size and missing == "error":
-        raise _no_key(order, unknown, count, names)
-    known = np.flatnonzero(~np.isnan(key_N)).astype(np.int64)
-    ranked = known[entry.function(key_N[known], seed)]
+        raise _missing_key(order, unknown, count, names)
+    known = np.flatnonzero(~np.isnan(key_K)).astype(np.int64)
+    ranked = known[entry.function(key_K[known], seed)]
+    # Only the ranked items are reversed: missing="first" puts the others first under `reverse:` too.
     if is_reversed(order):
         ranked = ranked[::-1].copy()
     match missing:
@@ -391,11 +402,12 @@ def order_indices(
 def _check_kind(entry: OrderEntry, kind: str | None) -> None:
     if entry.accepts(kind):
         return
+    # Every order that accepts some kinds only has a twin with the same function that accepts all.
     any_kind = ORDERS.names(lambda one: one.ranks_by == "difficulty" and not one.kinds)
-    other = next(name for name in any_kind if ORDERS[name].function is entry.function)
+    twin = next(name for name in any_kind if ORDERS[name].function is entry.function)
     raise SparsortError(
         f"the order {entry.name!r} is by {' or '.join(entry.kinds)}, but these scores are of kind {kind!r}. "
-        f"For any difficulty the same order is called {other!r}."
+        f"For any difficulty the same order is called {twin!r}."
     )
 
 
@@ -404,19 +416,18 @@ def _key(
 ) -> NDArray[np.float64]:
     if values is None:
         others = ORDERS.names(lambda one: one.ranks_by in ("length", "nothing"))
-        hint = f" Without scores: {', '.join(others)}." if entry.ranks_by == "difficulty" else ""
-        raise SparsortError(f"the order {entry.name!r} needs {argument}=, one number a demonstration.{hint}")
+        hint = f" Orders that need no scores: {', '.join(others)}." if entry.ranks_by == "difficulty" else ""
+        raise SparsortError(f"the order {entry.name!r} needs {argument}=, one number for each demonstration.{hint}")
     key = np.asarray(values, dtype=np.float64)
     if key.shape != (count,):
         raise SparsortError(f"{argument} has shape {key.shape}; the {count} demonstrations need shape ({count},).")
     return key
 
 
-def _no_key(order: str, unknown: NDArray[np.int64], count: int, names: Sequence[str] | None) -> SparsortError:
-    who = listed([repr(names[index]) if names else str(index) for index in unknown.tolist()], most=10)
+def _missing_key(order: str, unknown: NDArray[np.int64], count: int, names: Sequence[str] | None) -> SparsortError:
+    without = listed([repr(names[index]) if names else str(index) for index in unknown.tolist()], most=10)
     return SparsortError(
-        f"the order {order!r} needs a number for each demonstration, but {unknown.size} of {count} have NaN: "
-        f"{who}. "
-        "A table of scores keeps the reason of a row that could not be scored in its column 'reason'. "
-        "Leave such rows out with missing='drop', or place them with missing='first' or 'last'."
+        f"the order {order!r} needs a number for each demonstration, but {unknown.size} of {count} have NaN: {without}. "
+        "If a row could not be scored, the column 'reason' of its table of scores says why. "
+        "Drop such rows with missing='drop', or place them with missing='first' or 'last'."
     )

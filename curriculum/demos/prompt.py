@@ -1,8 +1,10 @@
 """A prompt from ordered demonstrations and a query, as text or chat turns, under a token budget.
 
-Contract: demonstrations keep the order given; a budget only takes some away, by a stated policy, and the report says
-which. Tokens are counted on the whole text as the model gets it, special tokens included, never as a sum of parts. A
-query that is among its own demonstrations is refused.
+Contract: demonstrations keep their order. A budget only drops some of them, by a stated policy, and the report names those.
+Tokens are counted on the whole text as the model reads it, with its special tokens, and never as a sum of parts. A query that is
+among its own demonstrations is refused.
+
+Shapes: K demonstrations.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ from sparsort.scoring.prompts.prompt import Prompt
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
-# A separator has an effect in plain text only.
+# A separator has an effect only in plain text.
 NOT_IN_CHAT = excludes("chat", "{chat} makes a turn of every block")
-# What a setting needs to be read; see `sparsort.conditions`.
+# The conditions under which a setting is read; see `sparsort.conditions`.
 READ_BY: Table = {
     "separator": (NOT_IN_CHAT, excludes("messages", "{messages} makes turns of every conversation")),
     "drop": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
     "allow_zero_shot": (needs("max_tokens", "nothing is dropped without {max_tokens}", max_tokens=1000),),
 }
-_WHICH = {
+# Policy → the dropped demonstrations in the report.
+_DROPPED = {
     "farthest": "farthest from the query in the order",
     "nearest": "nearest to the query in the order",
     "longest": "longest",
@@ -43,14 +46,15 @@ class Assembled:
     """A prompt.
 
     Attributes:
-        text: what the model reads. From a chat template it begins with the special tokens already.
-        add_special_tokens: how to tokenise `text`: False for text from a chat template, else a second BOS is added.
+        text: the text that the model reads. The text from a chat template contains the special tokens already.
+        add_special_tokens: the argument with which to tokenise `text`. It is False for the text from a chat template, which
+            would otherwise get a second BOS token.
         messages: the chat turns, or None for plain text.
-        kept: positions in `demos` of the demonstrations in the prompt, in its order.
-        dropped: positions of those that the budget took away.
-        n_tokens: tokens of `text` with its special tokens, or None without a tokenizer.
-        report: one sentence about what is in the prompt and what was dropped.
-        notes: duplicates among the demonstrations in it, one sentence each; they are kept.
+        kept: positions in `demos` of the demonstrations in the prompt, in their order.
+        dropped: positions of the demonstrations that exceeded the budget.
+        n_tokens: number of tokens of `text` with its special tokens, or None without a tokenizer.
+        report: one sentence about the demonstrations that were kept and dropped.
+        notes: duplicates among the demonstrations in the prompt, one sentence each; they are kept.
     """
 
     text: str
@@ -61,6 +65,21 @@ class Assembled:
     n_tokens: int | None
     report: str
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptForm:
+    """The form of a prompt: arguments of `assemble`, under the same names."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    messages: str | None = None
+    system: str | None = None
+    separator: str = "\n\n"
+    chat: bool = False
+    max_tokens: int | None = None
+    drop: Drop = "farthest"
+    allow_zero_shot: bool = False
 
 
 def build_prompt(
@@ -79,29 +98,16 @@ def build_prompt(
     allow_leaks: bool = False,
     allow_zero_shot: bool = False,
 ) -> str:
-    """The text of a few-shot prompt; `assemble` takes the same arguments, documents them, and returns what was dropped.
+    """Build the text of a few-shot prompt. The arguments are those of `assemble`, which also reports what was dropped.
 
-    What a budget drops, and demonstrations that are in the prompt twice, are logged as warnings (logger "sparsort"), which Python
-    prints on stderr by default.
+    Demonstrations that the budget drops and duplicates are logged as warnings (logger "sparsort"), which Python prints on stderr
+    by default.
     """
-    made = assemble(
-        demos,
-        query,
-        prompt=prompt,
-        answer=answer,
-        messages=messages,
-        system=system,
-        separator=separator,
-        chat=chat,
-        max_tokens=max_tokens,
-        tokenizer=tokenizer,
-        drop=drop,
-        allow_leaks=allow_leaks,
-        allow_zero_shot=allow_zero_shot,
-    )
-    for note in [*([made.report] if made.dropped else []), *made.notes]:
+    # At this point the locals are exactly the arguments, which `assemble` takes under the same names.
+    assembled = assemble(**locals())
+    for note in [*([assembled.report] if assembled.dropped else []), *assembled.notes]:
         logging.getLogger("sparsort").warning("%s", note)
-    return made.text
+    return assembled.text
 
 
 def assemble(
@@ -123,52 +129,65 @@ def assemble(
     """Build a few-shot prompt.
 
     Args:
-        demos: the demonstrations, first to last; the last stands next to the query.
-        query: the row to be answered, or its bare text where the prompt has one field.
+        demos: the K demonstrations, first to last; the last one is next to the query.
+        query: the row to be answered, or its bare text if the prompt has one field.
         prompt: format string of a row's question, such as "Question: {question}\\nAnswer:".
         answer: format string of its answer, such as " {answer}"; it follows the prompt directly.
-        messages: instead of both, the column that holds whole conversations (see `prompts.conversations`): each is shown
-            as chat turns up to its last assistant turn. A query is bare text, which is a user's turn, or a row of the same
-            column. The conversations' system turns must agree.
-        system: an instruction, as it stands: the first block of the text, or the system turn.
-        separator: what stands between blocks of text; not used in chat.
-        chat: make user and assistant turns (answers stripped of the spaces around them) and put them through the
-            tokenizer's chat template.
-        max_tokens: the most tokens that the prompt may have; None for no limit.
-        tokenizer: a transformers tokenizer, the name or folder of a model, or a function from a text to its number of
-            tokens. With `max_tokens` and without a tokenizer, the embedded model's.
-        drop: what goes first when the budget is too small: the demonstrations "farthest" from the query in the order
-            (the first ones), the "nearest", the "longest" (by characters), or "error".
-        allow_leaks: let the query, or its near-duplicate, be among the demonstrations.
-        allow_zero_shot: let the budget drop every demonstration.
+        messages: instead of both, the column of whole conversations, whose system turns must agree. Each is shown as chat turns,
+            up to its last assistant turn. The query is bare text, which becomes a user's turn, or a row with the column.
+        system: an instruction, copied unchanged: the first block of the text, or the system turn.
+        separator: the text between two blocks of plain text.
+        chat: make chat turns, with the spaces around answers removed, and apply the tokenizer's chat template.
+        max_tokens: the maximum number of tokens of the prompt; None for no limit.
+        tokenizer: a transformers tokenizer, the name or folder of a model, or a function from a text to its number of tokens.
+            By default, with `max_tokens`, that of the embedded model.
+        drop: the demonstrations to drop first if the budget is too small: the "farthest" from the query (the first ones),
+            the "nearest", or the "longest" in characters. "error" refuses such a budget.
+        allow_leaks: allow the query, or a near-duplicate of it, among the demonstrations.
+        allow_zero_shot: allow the budget to drop all demonstrations.
 
     Raises:
-        SparsortError: a field is missing; the query is among its demonstrations; the budget does not hold the query, or not one
-            demonstration next to it;
-            chat without a tokenizer that has a chat template; an unknown policy; a separator in chat, or a policy without a
-            budget, neither of which is read.
+        SparsortError: a missing field; a query among its demonstrations; a budget that is too small; chat without a chat
+            template; an unknown policy; or a setting that has no effect.
     """
     if drop not in get_args(Drop):
         raise unknown_choice("policy for what to drop", drop, get_args(Drop))
-    read = {"separator": separator, "drop": drop, "chat": chat, "messages": messages, "max_tokens": max_tokens}
-    read["allow_zero_shot"] = allow_zero_shot
-    refuse_unread_arguments(assemble, READ_BY, read)
+    form = PromptForm(
+        prompt=prompt,
+        answer=answer,
+        messages=messages,
+        system=system,
+        separator=separator,
+        chat=chat,
+        max_tokens=max_tokens,
+        drop=drop,
+        allow_zero_shot=allow_zero_shot,
+    )
+    refuse_unread_arguments(assemble, READ_BY, vars(form))
+    return _assemble(demos, query, form, tokenizer, allow_leaks=allow_leaks)
+
+
+def _assemble(
+    demos: Sequence[Row], query: Row | str, form: PromptForm, tokenizer: Any, *, allow_leaks: bool
+) -> Assembled:
+    max_tokens = form.max_tokens
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
-    chat = chat or messages is not None
-    blocks = _blocks(demos, query, prompt, answer, messages, system, find_leaks=not allow_leaks)
+    chat = form.chat or form.messages is not None
+    blocks = _blocks(demos, query, form, find_leaks=not allow_leaks)
     if blocks.leaks:
         raise _leaking(demos, blocks.leaks)
+    # Without a budget, tokens are counted only if the caller passes a tokenizer.
     reader = load(DEFAULT_MODEL if tokenizer is None and max_tokens is not None else tokenizer)
 
     def prompt_with(kept: Sequence[int]) -> tuple[str, Messages | None]:
         if chat:
             turns: Messages = [{"role": "system", "content": blocks.system}] if blocks.system else []
             turns += [turn for position in kept for turn in blocks.turns[position]]
-            turns += blocks.asked_turns
+            turns += blocks.query_turns
             return chat_text(reader, turns), turns
         head = [blocks.system] if blocks.system else []
-        return separator.join([*head, *(blocks.texts[position] for position in kept), blocks.asked]), None
+        return form.separator.join([*head, *(blocks.texts[position] for position in kept), blocks.query]), None
 
     kept, n_tokens = list(range(len(demos))), None
     if reader is not None:
@@ -176,100 +195,92 @@ def assemble(
         if max_tokens is None:
             n_tokens = count(prompt_with(kept)[0])
         else:
-            sizes = [len(text) for text in blocks.texts]
-            tokens_with: TokensWith = lambda chosen: count(prompt_with(chosen)[0])  # noqa: E731
-            kept, n_tokens = _fit(sizes, max_tokens, drop, tokens_with, allow_zero_shot=allow_zero_shot)
-    text, shown = prompt_with(kept)
+            # Not a sum over blocks: tokens can merge across their boundaries, and a template may add some per turn.
+            kept, n_tokens = _fit(blocks.texts, form, max_tokens, lambda chosen: count(prompt_with(chosen)[0]))
+    text, turns = prompt_with(kept)
     dropped = [position for position in range(len(demos)) if position not in kept]
     return Assembled(
         text=text,
         add_special_tokens=not chat,
-        messages=shown,
+        messages=turns,
         kept=kept,
         dropped=dropped,
         n_tokens=n_tokens,
+        # Two rows with different fields are duplicates here if the prompt shows the same text for both.
         notes=duplicates([demos[at] for at in kept], [blocks.texts[at] for at in kept]),
-        report=_report([id_of(demo, at) for at, demo in enumerate(demos)], dropped, n_tokens, max_tokens, drop),
+        report=_report([id_of(demo, at) for at, demo in enumerate(demos)], dropped, n_tokens, form),
     )
 
 
-def _blocks(
-    demos: Sequence[Row],
-    query: Row | str,
-    prompt: str | None,
-    answer: str | None,
-    messages: str | None,
-    system: str | None,
-    *,
-    find_leaks: bool,
-) -> Blocks:
-    if messages is not None:
-        # Refuses what does not go with a conversation.
-        Prompt.given(prompt, messages=messages, answer=answer, system=system)
-        return conversation_blocks(demos, query, messages, find_leaks=find_leaks)
-    if prompt is None or answer is None:
+def _blocks(demos: Sequence[Row], query: Row | str, form: PromptForm, *, find_leaks: bool) -> Blocks:
+    if form.messages is not None:
+        # `Prompt.given` refuses arguments that cannot be combined with a conversation.
+        Prompt.given(form.prompt, messages=form.messages, answer=form.answer, system=form.system)
+        return conversation_blocks(demos, query, form.messages, find_leaks=find_leaks)
+    if form.prompt is None or form.answer is None:
         raise SparsortError(
             "a prompt needs prompt= and answer=, format strings such as 'Question: {question}\\nAnswer:' and ' {answer}', or "
             "messages=, the column of whole conversations."
         )
-    return template_blocks(demos, query, prompt, answer, system, find_leaks=find_leaks)
+    return template_blocks(demos, query, form.prompt, form.answer, form.system, find_leaks=find_leaks)
 
 
 def _leaking(demos: Sequence[Row], leaks: Sequence[Leak]) -> SparsortError:
-    who = [
+    leaking = [
         name_of(demos[leak.demo], leak.demo)
         + (" (the same text)" if leak.kind == "exact" else f" (similarity {leak.similarity:.2f})")
         for leak in leaks
     ]
     return SparsortError(
-        f"the query is among its own demonstrations, so its answer is given away: {listed(who)}. "
-        "Leave it out of the demonstrations, or pass allow_leaks=True."
+        f"the query is among its own demonstrations, so its answer is given away: {listed(leaking)}. "
+        "Remove it from the demonstrations, or pass allow_leaks=True."
     )
 
 
-def _fit(
-    sizes: list[int], max_tokens: int, drop: Drop, tokens_with: TokensWith, *, allow_zero_shot: bool
-) -> tuple[list[int], int]:
-    positions = list(range(len(sizes)))
-    if drop == "nearest":
-        first_to_go = positions[::-1]
-    elif drop == "longest":
-        first_to_go = sorted(positions, key=lambda position: -sizes[position])
-    else:
-        first_to_go = positions
-    if drop == "error":
-        needed = tokens_with(positions)
-        if needed > max_tokens:
-            raise SparsortError(
-                f"the prompt with its {len(sizes)} demonstrations has {needed} tokens, but max_tokens is {max_tokens}. "
-                "Raise it, pass fewer demonstrations, or let some be dropped with drop='farthest'."
-            )
-        return positions, needed
+def _fit(texts: list[str], form: PromptForm, max_tokens: int, tokens_with: TokensWith) -> tuple[list[int], int]:
+    """The demonstrations that fit under the limit by the policy of the form, and the tokens of the prompt with them."""
+    positions = list(range(len(texts)))
+    match form.drop:
+        case "nearest":
+            first_to_go = positions[::-1]
+        case "longest":
+            # The sort is stable: among demonstrations of equal length, the farthest is dropped first.
+            first_to_go = sorted(positions, key=lambda position: -len(texts[position]))
+        case "farthest":
+            first_to_go = positions
+        case "error":
+            needed = tokens_with(positions)
+            if needed > max_tokens:
+                raise SparsortError(
+                    f"the prompt with its {len(texts)} demonstrations has {needed} tokens, but max_tokens is {max_tokens}. "
+                    "Raise it, pass fewer demonstrations, or allow some to be dropped with drop='farthest'."
+                )
+            return positions, needed
     kept, n_tokens = fit(first_to_go, max_tokens, tokens_with)
     if kept is None:
         raise SparsortError(
             f"the query alone needs {n_tokens} tokens without any demonstration, but max_tokens is {max_tokens}. "
             f"Raise max_tokens to at least {n_tokens}, or shorten the query or the template."
         )
-    if sizes and not kept and not allow_zero_shot:
-        # The last to go is the first that would fit.
+    if texts and not kept and not form.allow_zero_shot:
+        # The demonstration that is dropped last is the first one that a larger budget would hold.
         needed = tokens_with(first_to_go[-1:])
         raise SparsortError(
-            f"max_tokens is {max_tokens}, which holds the query ({n_tokens} tokens) but not one of its {len(sizes)} "
-            f"demonstrations: with the one that is dropped last it is {needed} tokens. Raise max_tokens to at least {needed}, or "
-            "pass allow_zero_shot=True (--allow-zero-shot) for a prompt without demonstrations."
+            f"max_tokens is {max_tokens}, which holds the query ({n_tokens} tokens) but not one of its {len(texts)} "
+            f"demonstrations: with the one that is dropped last, the prompt has {needed} tokens. Raise max_tokens to at least "
+            f"{needed}, or pass allow_zero_shot=True (--allow-zero-shot) for a prompt without demonstrations."
         )
     return kept, n_tokens
 
 
-def _report(ids: list[str], dropped: list[int], n_tokens: int | None, max_tokens: int | None, drop: Drop) -> str:
+def _report(ids: list[str], dropped: list[int], n_tokens: int | None, form: PromptForm) -> str:
     kept = len(ids) - len(dropped)
     tokens = "tokens not counted" if n_tokens is None else f"{n_tokens} tokens"
-    if max_tokens is not None:
-        tokens += f" of at most {max_tokens}"
+    if form.max_tokens is not None:
+        tokens += f" of at most {form.max_tokens}"
     if not ids:
         return f"No demonstrations ({tokens})."
     if not dropped:
         return f"Kept all demonstrations, {kept} ({tokens})."
-    who = listed([repr(ids[position]) for position in dropped], most=10)
-    return f"Kept {kept} of {len(ids)} demonstrations ({tokens}); dropped the {len(dropped)} {_WHICH[drop]}: {who}."
+    names = listed([repr(ids[position]) for position in dropped], most=10)
+    return f"Kept {kept} of {len(ids)} demonstrations ({tokens}); dropped the {len(dropped)} {_DROPPED[form.drop]}: {names}."

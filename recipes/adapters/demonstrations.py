@@ -18,13 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsort.conditions import refuse_unread_fields
 from sparsort.curriculum.demos.demonstrator import Demonstrator
-from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import READ_BY, Missing, default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool.difficulty import DifficultyTable, ScoresLike, resolve
 from sparsort.curriculum.demos.pool.duplicates import duplicates
 from sparsort.curriculum.demos.pool.pool import DemoPool, Query
 from sparsort.curriculum.demos.pool.rows import Row, TextOf, listed, name_of
-from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SelectorEntry
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, DemoSelectorEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.registry import Registry
@@ -111,7 +111,7 @@ class DemoOptions:
         return str(self.order)
 
     @property
-    def selector(self) -> SelectorEntry:
+    def selector(self) -> DemoSelectorEntry:
         """The entry of the selector."""
         return SELECTORS[self.select]
 
@@ -166,10 +166,10 @@ class DemoChooser:
             else pool
         )
         held = self._pool
-        self._difficulty = None if difficulty is None else Column.of(difficulty[self._positions])
-        self._embeddings = Column(len(held), lambda at: self._embed([self._input(held.rows[i]) for i in at]))
+        self._difficulty = None if difficulty is None else RowNumbers.of(difficulty[self._positions])
+        self._embeddings = RowNumbers(len(held), lambda at: self._embed([self._input(held.rows[i]) for i in at]))
         text = options.text
-        self._lengths = text and Column(len(held), lambda at: [len(text(held.rows[i])) for i in at])
+        self._lengths = text and RowNumbers(len(held), lambda at: [len(text(held.rows[i])) for i in at])
 
     def choose(self, query: Query | None, k: int, *, seed: int = 0) -> list[int]:
         """Positions in the pool of k demonstrations, first to last.

@@ -1,7 +1,7 @@
 """The label shares that PDO compares the model's predictions with: which ones, and what is needed to know them.
 
 Contract: everything but the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
-`estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.criteria.label_shift`).
+`estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.criteria.label_bias`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.demos.criteria import CRITERIA, parts_of
-from sparsort.curriculum.demos.criteria.label_shift import evenly_by_label, fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.label_bias import evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of
 from sparsort.storage.integrity import parse_json

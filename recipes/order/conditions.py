@@ -12,7 +12,7 @@ from sparsort.conditions import Table, Values, When, always, among, excludes, ne
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
 from sparsort.curriculum.demos.order import ranks_by, reads_order
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
-from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, SelectorEntry
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, DemoSelectorEntry
 from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
 from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 
@@ -28,7 +28,7 @@ def _is(values: Values, name: str, choices: Collection[str], known: Collection[s
     return values[name] in choices or values[name] not in known
 
 
-def _selects(values: Values, holds: Callable[[SelectorEntry], bool]) -> bool:
+def _selects(values: Values, holds: Callable[[DemoSelectorEntry], bool]) -> bool:
     """Whether something holds for the entry of the selector; true of a value that is no selector."""
     return values["select"] not in SELECTORS or holds(SELECTORS[values["select"]])
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsort.conditions import changed, refuse_unread
-from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator, PromptForm
-from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator
+from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.prompt import PromptForm
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError
 from sparsort.options import values_of
@@ -134,7 +135,7 @@ def order_file(
     selection = demonstrator.choose(known)
     source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
     tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
-    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
+    shown = replace(demonstrator, form=_form(config, text)).demonstrate(known, selection, tokenizer=tokenizer)
     return _result(order, model, known, shown)
 
 
@@ -211,12 +212,12 @@ class _Model:
         return Known(
             DemoPool([row.fields for row in rows], ids=ids, label=label, **self.text.compared_by()),
             query,
-            difficulty=Column(count, self._difficulty),
+            difficulty=RowNumbers(count, self._difficulty),
             kind=self._table.kind if self._table is not None else self.scorer.kind,
-            embeddings=Column(count, lambda at: self._embed([rows[i].fields for i in at])),
+            embeddings=RowNumbers(count, lambda at: self._embed([rows[i].fields for i in at])),
             query_difficulty=lambda: self._query_difficulty(query),
             query_embedding=lambda: self._embed([query])[0],
-            lengths=Column(count, lambda at: [len(self.text_of(i)) for i in at]),
+            lengths=RowNumbers(count, lambda at: [len(self.text_of(i)) for i in at]),
         )
 
     def text_of(self, position: int) -> str:

@@ -48,7 +48,7 @@ from prior_shift_estimators import shares_by_bbse
 from sparsort.curriculum.ablation.statistics.estimates import estimate_sets
 from sparsort.curriculum.demos.criteria import label_criteria
 from sparsort.curriculum.demos.criteria.distributions import log_softmax
-from sparsort.curriculum.demos.criteria.label_shift import evenly_by_label, fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.label_bias import evenly_by_label, fit_bias, shares_by_em
 from sparsort.curriculum.demos.criteria.ranking import choose
 from sparsort.storage.files import write_json
 

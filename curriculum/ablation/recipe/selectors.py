@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
-from sparsort.curriculum.demos.select import SelectorEntry
-from sparsort.curriculum.demos.select.nearest import select_nearest
+from sparsort.curriculum.demos.select import DemoSelectorEntry
+from sparsort.curriculum.demos.select.by_similarity import select_nearest
 from sparsort.errors import SparsortError
 from sparsort.registry import Registry
 
@@ -19,7 +19,7 @@ ModelSelectorName = Literal["topk_cone", "topk_mdl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSelectorEntry(SelectorEntry):
+class ModelSelectorEntry(DemoSelectorEntry):
     """A selector that queries the model about the nearest neighbours of each query, which `function` gives.
 
     Attributes:
@@ -53,17 +53,17 @@ MODEL_SELECTORS = Registry(
 )
 
 
-def _draws_several(entry: SelectorEntry) -> bool:
+def _draws_several(entry: DemoSelectorEntry) -> bool:
     """Whether other sets come out of another seed or another half of the pool: not of ids or places in the file."""
     return entry.is_seeded or bool(entry.needs and not entry.names_rows)
 
 
-SELECTORS: Registry[SelectorEntry] = Registry(
+SELECTORS: Registry[DemoSelectorEntry] = Registry(
     "selector", (*(entry for entry in DEMO_SELECTORS.values() if _draws_several(entry)), *MODEL_SELECTORS.values())
 )
 
 
-def check_selector(name: str) -> SelectorEntry:
+def check_selector(name: str) -> DemoSelectorEntry:
     """The entry of a selector.
 
     Raises:

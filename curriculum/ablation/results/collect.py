@@ -24,7 +24,7 @@ from sparsort.curriculum.ablation.store.order_notes import orders_of, showing_of
 from sparsort.curriculum.ablation.store.outcomes import Outcomes
 from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.curriculum.demos.criteria import Evidence, criterion
-from sparsort.curriculum.demos.criteria.contextual import calibrated as calibrate_labels
+from sparsort.curriculum.demos.criteria.label_bias import calibrate_contextually
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.scoring.answers.judges import judge_of
@@ -424,8 +424,8 @@ def _scores(read: _Read, rule: bool) -> Floats:
     if not rule or read.content_free is None:
         return read.log_p
     if len(read.content_free) == 1:
-        return calibrate_labels(read.log_p, read.content_free[0])
-    return calibrate_labels(read.log_p[:, None], read.content_free)[:, 0]
+        return calibrate_contextually(read.log_p, read.content_free[0])
+    return calibrate_contextually(read.log_p[:, None], read.content_free)[:, 0]
 
 
 def _pick(name: str, kind: ArmKind, random: list[Arm], place_S: NDArray[Any], choosing: Floats) -> Arm:

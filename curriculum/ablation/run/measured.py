@@ -18,7 +18,7 @@ from sparsort.curriculum.ablation.recipe.ablation import SPARSITY, by_similarity
 from sparsort.curriculum.ablation.recipe.task_data import Showing, TaskData
 from sparsort.curriculum.ablation.run.model import Engine
 from sparsort.curriculum.demos.demonstrator import Demonstrator
-from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.pool.similarity import cosine, unit_rows
 
@@ -63,8 +63,8 @@ class PoolNumbers:
             positions: their positions in the task's pool.
         """
         # The same columns for every query, so that what is computed of them is computed once.
-        difficulty = Column(len(pool), lambda at: self.difficulty[positions[at]])
-        embeddings = Column(len(pool), lambda at: self.embeddings[positions[at]])
+        difficulty = RowNumbers(len(pool), lambda at: self.difficulty[positions[at]])
+        embeddings = RowNumbers(len(pool), lambda at: self.embeddings[positions[at]])
         return [
             Known(
                 pool,
@@ -97,7 +97,7 @@ class UnitNumbers:
         self._showing, self._pool = showing, pool
         self._task, self._engine = pool.data.task, pool.engine
         self._rows = DemoPool(showing.rows)
-        self._lengths = Column.of([len(self._task.demo_text(row)) for row in showing.rows])
+        self._lengths = RowNumbers.of([len(self._task.demo_text(row)) for row in showing.rows])
 
     def order(self, orderer: str, seed: int) -> NDArray[np.int64]:
         """(1, k), or (Q, k) where it depends on the query: the permutation of each query's demonstrations.
@@ -114,7 +114,7 @@ class UnitNumbers:
 
     def _known(self, orderer: str, query: int) -> Known:
         kind = kind_of(orderer)
-        difficulty = None if kind is None else Column.of(self._sparsity if kind == SPARSITY else self._loss)
+        difficulty = None if kind is None else RowNumbers.of(self._sparsity if kind == SPARSITY else self._loss)
         near = self._similarity[query] if by_similarity(orderer) else None
         return Known(self._rows, difficulty=difficulty, kind=kind, similarity=near, lengths=self._lengths)
 

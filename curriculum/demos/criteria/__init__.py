@@ -1,13 +1,12 @@
-"""The criteria by which an order of demonstrations, or a query's demonstrations, are chosen with the model in the loop.
+"""The criteria that choose an order of demonstrations, or the demonstrations of a query, by the predictions of the model.
 
-Contract: `CRITERIA` is the one place that lists them; higher is better for all. To add one, add an entry and its name to
-`CriterionName`. Nothing here imports NumPy or calls a model: whoever holds the model fills an `Evidence` and pays for it.
-`Criterion.choose` breaks ties as `ranking.choose` does and says how many there were. "a+b" names the mean rank of several.
+Contract: `CRITERIA` lists the criteria, and a higher score is better for all of them. To add one, add an entry and its name to
+`CriterionName`. This module neither imports NumPy nor runs a model: the caller runs the model and fills an `Evidence`.
+`Criterion.choose` breaks ties as `ranking.choose` does, and reports their number. "a+b" is the mean rank under several criteria.
 
-Formulas, costs and traps stand with the functions: `label_criteria`, `density`, `mdl_and_cone`.
+Formulas, costs and traps are documented at the functions: `label_criteria`, `density`, `mdl_and_cone`.
 
-Shapes: O candidate orders, P probe queries, L labels, F state metrics, C content-free inputs, Q queries, W candidates
-of a query.
+Shapes: O candidate orders, P probe queries, L labels, F state metrics, C content-free inputs, Q queries, W candidates of a query.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.registry import Entry, Registry, load
 
+# NumPy is imported when a criterion computes its scores, so that the command line lists the criteria without it.
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from sparsort.curriculum.demos.criteria.distributions import Floats
-    from sparsort.curriculum.demos.criteria.ranking import Choice
+    from sparsort.curriculum.demos.criteria.ranking import ChosenOrder
 
 CriterionName = Literal[
     "globale",
@@ -43,25 +43,27 @@ CriterionName = Literal[
     "mdl",
     "cone",
 ]
+# The fields of `Evidence`, in the order in which the functions take them, and "sampled", which is a condition on the probes.
 Need = Literal["log_p", "gold", "prior", "content_free", "features", "bare_features", "sampled", "loss"]
-# The fields that hold every metric of a state, with their axes.
+# The fields of `Evidence` that contain all metrics of a state → the axes before the metrics.
 _METRIC_AXES: dict[str, tuple[str, ...]] = {"features": ("orders", "probes"), "bare_features": ("probes",)}
 
 
+# eq=False: a comparison of arrays has no single truth value.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """What the model has been asked, for one set of demonstrations; a criterion reads what it needs of it.
+    """The predictions of the model for one set of demonstrations. A criterion reads only the fields that it needs.
 
     Attributes:
         log_p: (O, P, L) scores of the labels; for "mdl" (Q, W, L).
-        gold: (P,) positions of the right labels.
+        gold: (P,) indices of the right labels.
         prior: (L,) shares or counts of the labels.
         content_free: (O, C, L) scores of the labels on content-free inputs, uncalibrated.
         features: (O, P, F) metrics of the state from which the answer is predicted.
         bare_features: (P, F) the same without demonstrations.
-        metrics: F names.
-        metric: which of them the density criteria read.
-        denser_is_higher: its direction; by default that of the metric of this name in `METRICS`.
+        metrics: F names of metrics.
+        metric: the metric that the density criteria read.
+        denser_is_higher: the direction of this metric; by default that of the metric of this name in `METRICS`.
         loss: (Q, W) mean negative log-likelihood of a query's tokens after each candidate, for "cone".
     """
 
@@ -77,13 +79,13 @@ class Evidence:
     loss: Any = None
 
     def argument(self, name: Need) -> Any:
-        """A field as a criterion's function takes it: of `features` and `bare_features` the chosen metric alone."""
+        """A field as an argument of a criterion's function; `features` and `bare_features` are reduced to the chosen metric."""
         value = getattr(self, name)
         if name not in _METRIC_AXES:
             return value
         from sparsort.curriculum.demos.criteria.distributions import numbers
 
-        array = numbers(value, (*_METRIC_AXES[name], "metrics"), what=name)
+        array = numbers(value, (*_METRIC_AXES[name], "metrics"), argument=name)
         if len(self.metrics) != array.shape[-1]:
             raise SparsortError(f"{name} holds {array.shape[-1]} metrics, but {len(self.metrics)} names were given.")
         if self.metric not in self.metrics:
@@ -94,33 +96,35 @@ class Evidence:
         """Whether a higher value of the chosen metric means a denser state."""
         if self.denser_is_higher is not None:
             return self.denser_is_higher
+        # A caller's own metric has no entry from which its direction could be read.
         if self.metric not in METRICS:
             raise SparsortError(
-                f"whether a higher {self.metric!r} means a denser state is not known. Pass denser_is_higher=True or False."
+                f"it is not known whether a higher {self.metric!r} means a denser state. Pass denser_is_higher=True or False."
             )
         return not METRICS[self.metric].higher_is_sparser
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Criterion(Entry):
-    """A criterion by name. `needs` names the fields of `Evidence` that it reads; "sampled" says that the probes are to be
-    sampled from the model (`probes.probing_set`) and not drawn from the data.
+    """A criterion. `needs` names the fields of `Evidence` that it reads. "sampled" among them means that the probes are sampled
+    from the model (`ablation.run.probing`) and not drawn from the data.
 
     Attributes:
-        chooses: "order": one score for each of O orders. "demonstrations": (Q, W) scores, a choice for every query.
-        place: "module:function" in this package: from the fields that it needs, in the order of `Need`, to scores.
-        tiebreak: the same for the scores that decide between equals; None leaves them to the seed.
-        with_prior: the criterion that compares with a prior given, where this one compares with the uniform one.
+        chooses: "order": it gives one score to each of O orders. "demonstrations": it gives (Q, W) scores, and each query has a
+            choice of its own.
+        place: "module:function" in this package, which computes the scores from the needed fields, in the order of `Need`.
+        tiebreak: the same for scores that break ties; None leaves ties to the seed.
+        with_prior: the criterion that replaces this one if a prior is given; this one compares with the uniform prior.
         shared_set: whether all queries must share one set of demonstrations.
-        judged: whether it can do without labels, by judged answers.
-        members: the criteria whose mean rank it is, for one that joins several.
+        judged: whether judged answers can take the place of labels.
+        members: the criteria whose mean rank this one is, if it joins several.
     """
 
     needs: frozenset[Need]
     chooses: Literal["order", "demonstrations"] = "order"
     place: str = ""
     tiebreak: str | None = None
-    with_prior: str | None = None
+    with_prior: CriterionName | None = None
     shared_set: bool = True
     judged: bool = False
     members: tuple[Criterion, ...] = ()
@@ -129,26 +133,27 @@ class Criterion(Entry):
         """The scores, (O,) or (Q, W), higher is better.
 
         Raises:
-            SparsortError: something that is needed is missing, or does not fit.
+            SparsortError: a field that is needed is missing or invalid.
         """
         missing = sorted(need for need in self.needs - {"sampled"} if getattr(evidence, need) is None)
         if missing:
-            held = [need for need in get_args(Need) if getattr(evidence, need, None) is not None]
+            known = [need for need in get_args(Need) if getattr(evidence, need, None) is not None]
             raise SparsortError(
                 f"the criterion {self.name!r} needs {', '.join(missing)}, but the evidence holds "
-                f"{', '.join(held) or 'nothing'}. Ask the model for it, or choose another criterion."
+                f"{', '.join(known) or 'nothing'}. Compute it with the model, or choose another criterion."
             )
+        # Ranks, because the scores of different criteria have no common unit.
         if self.members:
             from sparsort.curriculum.demos.criteria.ranking import rank_average
 
             return rank_average([member.scores(evidence) for member in self.members])
         return self._call(self.place, evidence)
 
-    def choose(self, evidence: Evidence, *, seed: int = 0) -> Choice:
-        """The best order, with its ties; `seed` draws among those left.
+    def choose(self, evidence: Evidence, *, seed: int = 0) -> ChosenOrder:
+        """The best order, and the number of ties. The seed decides among the orders that still tie after the tiebreak.
 
         Raises:
-            SparsortError: as `scores`; the criterion chooses demonstrations for each query.
+            SparsortError: as `scores`, or the criterion chooses demonstrations for each query.
         """
         if self.chooses != "order":
             raise SparsortError(
@@ -161,10 +166,10 @@ class Criterion(Entry):
         return choose(scores, tiebreak=self._call(self.tiebreak, evidence) if self.tiebreak else None, seed=seed)
 
     def choose_by_query(self, evidence: Evidence) -> NDArray[np.int64]:
-        """For every query the best of its candidates, (Q,); ties go to the earliest.
+        """For each query, the index of the best of its candidates, (Q,); ties go to the earliest.
 
         Raises:
-            SparsortError: as `scores`; the criterion chooses an order.
+            SparsortError: as `scores`, or the criterion chooses an order.
         """
         if self.chooses == "order":
             raise SparsortError(
@@ -176,6 +181,7 @@ class Criterion(Entry):
         return first_of_best(self.scores(evidence))
 
     def _call(self, place: str, evidence: Evidence) -> Floats:
+        # Arguments are passed by position, in the order of `Need`, since a set has no order.
         values = [evidence.argument(name) for name in get_args(Need) if name in self.needs - {"sampled"}]
         options = {"denser_is_higher": evidence.denser_higher()} if self.needs & _METRIC_AXES.keys() else {}
         scores: Floats = load(place, __package__ or "")(*values, **options)
@@ -183,13 +189,14 @@ class Criterion(Entry):
 
 
 def criterion(name: str) -> Criterion:
-    """The criterion of a name, or of several joined by "+": the mean of their ranks, "density+locale".
+    """The criterion with this name, or the mean rank under several, such as "density+locale".
 
     Raises:
         SparsortError: an unknown name, or a sum with a criterion that chooses demonstrations.
     """
     if name in CRITERIA:
         return CRITERIA[name]
+    # A name without "+" that is not in the table is reported here too.
     members = [CRITERIA.check(part) for part in parts_of(name)]
     if any(member.chooses != "order" for member in members):
         raise SparsortError(f"{name!r} joins criteria, but only those that choose an order can be joined.")
@@ -203,7 +210,7 @@ def criterion(name: str) -> Criterion:
 
 
 def parts_of(name: str) -> list[str]:
-    """The names that "+" joins."""
+    """The names that are joined by "+"."""
     return [part.strip() for part in name.split("+")]
 
 
@@ -214,37 +221,39 @@ _LU, _XU, _LI, _OURS = "arXiv 2104.08786", "arXiv 2402.11447", "arXiv 2511.09700
 CRITERIA = Registry(
     "criterion",
     (
+        # Entropies of predicted labels, on probes that the model writes, or on the queries.
         Criterion(
             name="globale",
-            help="predicted labels are most evenly spread over probes sampled from the model",
+            help="the predicted labels are most evenly distributed over probes sampled from the model",
             source=_LU,
             needs=frozenset({"log_p", "sampled"}),
             place="label_criteria:globale",
         ),
         Criterion(
             name="locale",
-            help="each prediction for probes sampled from the model is least certain",
+            help="the predictions for probes sampled from the model are least certain",
             source=_LU,
             needs=frozenset({"log_p", "sampled"}),
             place="label_criteria:locale",
         ),
         Criterion(
             name="globale_unlabelled",
-            help="predicted labels are most evenly spread over the queries",
+            help="the predicted labels are most evenly distributed over the queries",
             source=_LU + ", on unlabelled queries",
             needs=_LABEL_SCORES,
             place="label_criteria:globale",
         ),
         Criterion(
             name="locale_unlabelled",
-            help="each prediction for the queries is least certain",
+            help="the predictions for the queries are least certain",
             source=_LU + ", on unlabelled queries",
             needs=_LABEL_SCORES,
             place="label_criteria:locale",
         ),
+        # Divergences of the mean prediction from a prior.
         Criterion(
             name="pdo",
-            help="the mean predicted distribution is nearest in KL to uniform, or to a prior that is given",
+            help="the mean predicted distribution is nearest in KL to the uniform one, or to a given prior",
             source=_XU,
             needs=_LABEL_SCORES,
             place="label_criteria:pdo",
@@ -259,14 +268,15 @@ CRITERIA = Registry(
         ),
         Criterion(
             name="pdo_null",
-            help="the mean predicted distribution on content-free inputs is nearest to uniform",
+            help="the mean predicted distribution on content-free inputs is nearest to the uniform one",
             source=_XU,
             needs=frozenset({"content_free"}),
             place="label_criteria:pdo",
         ),
+        # Labelled development rows.
         Criterion(
             name="best_on_dev",
-            help="accuracy is best; ties go to the higher likelihood of the right labels",
+            help="the accuracy is highest; ties go to the higher likelihood of the right labels",
             source=_LI,
             needs=_RIGHT_LABELS,
             place="label_criteria:best_on_dev",
@@ -280,6 +290,7 @@ CRITERIA = Registry(
             needs=_RIGHT_LABELS,
             place="label_criteria:gold_log_likelihood",
         ),
+        # Hidden states: neither labels nor predictions are read.
         Criterion(
             name="density",
             help="the queries' last states are densest",
@@ -289,7 +300,7 @@ CRITERIA = Registry(
         ),
         Criterion(
             name="density_gain",
-            help="the queries' last states are densest relative to the query alone",
+            help="the queries' last states are densest relative to those without demonstrations",
             source=_OURS,
             needs=frozenset({"features", "bare_features"}),
             place="density:density_gain",
@@ -301,9 +312,10 @@ CRITERIA = Registry(
             needs=frozenset({"features"}),
             place="density:density_rank",
         ),
+        # Demonstrations for each query, among candidate sets.
         Criterion(
             name="mdl",
-            help="the entropy of the label is least, query by query",
+            help="the entropy of the predicted label is lowest, for each query separately",
             source="arXiv 2212.10375",
             chooses="demonstrations",
             needs=_LABEL_SCORES,
@@ -312,7 +324,7 @@ CRITERIA = Registry(
         ),
         Criterion(
             name="cone",
-            help="the query's own text is least surprising, query by query",
+            help="the loss on the query's own text is lowest, for each query separately",
             source="arXiv 2401.12087",
             chooses="demonstrations",
             needs=frozenset({"loss"}),

@@ -1,9 +1,10 @@
-"""The best of several candidates by a score, with a stated rule for ties, and several scores as one.
+"""The best of several candidates by a score, with a stated rule for ties, and the mean rank under several scores.
 
-Contract: higher is better. Scores that differ by rounding count as equal. Ties are common, because GlobalE over P
-probes takes few values and the accuracy on P rows at most P + 1; to give them to the first candidate would favour
-whatever order happens to be listed first (often the given one), so they are broken by a second score where there is
-one and then drawn by a seeded generator.
+Contract: higher is better. Scores that differ only by rounding count as equal. Ties are common, because GlobalE over P probes
+has few values, and an accuracy on P rows at most P + 1. Giving them to the first candidate would favour the order that is
+listed first, often the given one. So a second score breaks ties if there is one, and a seeded generator breaks the rest.
+
+Shapes: O candidates, C scores.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from numpy.typing import NDArray
 from sparsort.curriculum.demos.criteria.distributions import Floats, numbers
 from sparsort.errors import SparsortError
 
+# Scores count as equal if their difference is at most _RELATIVE times the largest finite score, plus _ABSOLUTE.
 _RELATIVE, _ABSOLUTE = 1e-9, 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Choice:
-    """What was chosen.
+class ChosenOrder:
+    """The candidate with the best score.
 
     Attributes:
-        index: the chosen candidate.
-        ranking: (O,) all candidates, best first, ties broken by the same rule; `ranking[:4]` are the four over which
-            GlobalE's and PDO's authors report the mean.
-        tied: how many candidates share the best score, the chosen one included; 1 says that there was no tie.
-        drawn: among how many of them the seed decided, after the second score; 1 says that it did not.
+        index: index of the chosen candidate.
+        ranking: (O,) all candidates, the best first, with ties broken by the same rule; `ranking[:4]` are the four over which
+            the authors of GlobalE and PDO report the mean.
+        tied: number of candidates that share the best score, including the chosen one; 1 if there was no tie.
+        drawn: number of those among which the seed decided, after the second score; 1 if it decided nothing.
     """
 
     index: int
@@ -39,43 +41,38 @@ class Choice:
     drawn: int
 
 
-def choose(scores: Any, *, tiebreak: Any = None, seed: int = 0) -> Choice:
+def choose(scores: Any, *, tiebreak: Any = None, seed: int = 0) -> ChosenOrder:
     """The candidate with the highest score.
 
-    Ties go to the highest `tiebreak`, and what still ties is drawn by numpy's default generator from `seed`.
-
     Args:
-        scores: (O,) numbers; −inf is allowed and loses.
-        tiebreak: (O,) numbers that decide between candidates of equal score.
-        seed: of the draw.
+        scores: (O,) numbers; −inf is allowed and is the lowest.
+        tiebreak: (O,) numbers that decide between candidates of equal score, higher is better.
+        seed: seed of the draw among the candidates that still tie.
 
     Raises:
         SparsortError: no candidates, NaN, or a `tiebreak` of another length.
     """
-    level = _levels(_scores(scores, "scores"))
-    second = np.zeros_like(level)
+    level_O = _levels(_scores(scores, "scores"))
+    second_O = np.zeros_like(level_O)
     if tiebreak is not None:
-        second = _levels(_scores(tiebreak, "tiebreak", count=len(level)))
-    shuffled = np.random.default_rng(seed).permutation(len(level))
-    ranking = np.lexsort((shuffled, second, level)).astype(np.int64)
-    best = level == 0
-    return Choice(
+        second_O = _levels(_scores(tiebreak, "tiebreak", count=len(level_O)))
+    shuffled_O = np.random.default_rng(seed).permutation(len(level_O))
+    # `lexsort` sorts by its last key first.
+    ranking = np.lexsort((shuffled_O, second_O, level_O)).astype(np.int64)
+    is_best_O = level_O == 0
+    return ChosenOrder(
         index=int(ranking[0]),
         ranking=ranking,
-        tied=int(best.sum()),
-        drawn=int((best & (second == second[ranking[0]])).sum()),
+        tied=int(is_best_O.sum()),
+        drawn=int((is_best_O & (second_O == second_O[ranking[0]])).sum()),
     )
 
 
 def mean_ranks(scores: Floats) -> Floats:
-    """Ranks along the first axis from 0 (lowest) to 1 (highest), ties at their mean; ½ for a single candidate.
-
-    Args:
-        scores: (O, …) numbers.
-    """
+    """Ranks along the first axis of scores, (O, …), from 0 (lowest) to 1 (highest); ties have their mean. A single one has ½."""
     if len(scores) == 1:
         return np.full_like(scores, 0.5)
-    # One candidate at a time: all pairs at once would take the square of their number in memory.
+    # One candidate at a time, since an array of all pairs would need O times the memory.
     below = np.stack([(scores < own).sum(axis=0) for own in scores])
     equal = np.stack([(scores == own).sum(axis=0) for own in scores])
     ranks: Floats = (below + (equal - 1) / 2) / (len(scores) - 1)
@@ -83,47 +80,49 @@ def mean_ranks(scores: Floats) -> Floats:
 
 
 def rank_average(scores: Sequence[Any], weights: Sequence[float] | None = None) -> Floats:
-    """Several scores of the same candidates as one: the weighted mean of their ranks, (O,), in [0, 1].
+    """The weighted mean of the candidates' ranks under several scores, (O,), in [0, 1].
 
-    Ranks, because entropies, divergences and states have no common unit. A negative weight turns a score round.
+    Ranks are averaged because entropies, divergences and states have no common unit. A negative weight reverses a score.
 
     Args:
         scores: C scores of (O,) numbers each, higher is better.
-        weights: C numbers, not all 0; by default equal.
+        weights: (C,) numbers, not all 0; by default equal.
 
     Raises:
-        SparsortError: no scores, different lengths, NaN, or weights that do not fit.
+        SparsortError: no scores, different lengths, NaN, or invalid weights.
     """
     if not len(scores):
         raise SparsortError("rank_average was given no scores. Pass at least one list of numbers.")
     first = _scores(scores[0], "scores[0]")
     rows = [first, *(_scores(row, f"scores[{at}]", count=len(first)) for at, row in enumerate(scores[1:], 1))]
-    given = np.ones(len(rows)) if weights is None else numbers(weights, ("weights",), what="weights")
-    if len(given) != len(rows) or not np.isfinite(given).all() or not given.any():
+    weights_C = np.ones(len(rows)) if weights is None else numbers(weights, ("weights",), argument="weights")
+    if len(weights_C) != len(rows) or not np.isfinite(weights_C).all() or not weights_C.any():
         raise SparsortError(f"weights is {weights} for {len(rows)} scores. Give one finite number each, not all 0.")
-    ranks = np.stack([mean_ranks(-_levels(row).astype(np.float64)) for row in rows])
-    upright = np.where(given[:, None] < 0, 1.0 - ranks, ranks)
-    average: Floats = (np.abs(given)[:, None] * upright).sum(axis=0) / np.abs(given).sum()
+    # Ranks of levels, not of scores, so that scores that differ only by rounding have the same rank.
+    ranks_CO = np.stack([mean_ranks(-_levels(row).astype(np.float64)) for row in rows])
+    upright_CO = np.where(weights_C[:, None] < 0, 1.0 - ranks_CO, ranks_CO)
+    average: Floats = (np.abs(weights_C)[:, None] * upright_CO).sum(axis=0) / np.abs(weights_C).sum()
     return average
 
 
-def _scores(values: Any, what: str, count: int | None = None) -> Floats:
-    array = numbers(values, ("candidates",), what=what)
+def _scores(values: Any, argument: str, count: int | None = None) -> Floats:
+    array = numbers(values, ("candidates",), argument=argument)
     if count is not None and len(array) != count:
-        raise SparsortError(f"{what} has {len(array)} numbers for {count} candidates. Give one each.")
+        raise SparsortError(f"{argument} has {len(array)} numbers for {count} candidates. Give one each.")
     if np.isnan(array).any():
-        raise SparsortError(f"{what} is NaN for candidate {int(np.argmax(np.isnan(array)))} (from 0), so none is best.")
+        bad = int(np.argmax(np.isnan(array)))
+        raise SparsortError(f"{argument} is NaN for candidate {bad} (from 0), so the best one is not known.")
     return array
 
 
 def _levels(scores: Floats) -> NDArray[np.int64]:
-    """0 for the highest score, 1 for the next lower, and so on; scores that differ by rounding share a level."""
-    falling = np.argsort(-scores, kind="stable")
-    ordered = scores[falling]
-    finite = np.abs(ordered[np.isfinite(ordered)])
+    """0 for the highest score, 1 for the next lower one, and so on, (O,); scores that differ only by rounding share a level."""
+    by_score = np.argsort(-scores, kind="stable")
+    sorted_O = scores[by_score]
+    finite = np.abs(sorted_O[np.isfinite(sorted_O)])
     gap = _RELATIVE * float(finite.max(initial=0.0)) + _ABSOLUTE
-    # Not a difference of infinities, which would be NaN.
-    is_lower = (ordered[1:] != ordered[:-1]) & ~(ordered[1:] >= ordered[:-1] - gap)
+    # Compared without subtracting two scores, since a difference of infinities is NaN.
+    is_lower = (sorted_O[1:] != sorted_O[:-1]) & ~(sorted_O[1:] >= sorted_O[:-1] - gap)
     levels = np.empty(len(scores), dtype=np.int64)
-    levels[falling] = np.concatenate([[0], np.cumsum(is_lower)])
+    levels[by_score] = np.concatenate([[0], np.cumsum(is_lower)])
     return levels

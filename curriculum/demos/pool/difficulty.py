@@ -1,7 +1,9 @@
-"""How hard each demonstration is, whatever form the caller has it in.
+"""The difficulty of each demonstration, from any form in which the caller passes it.
 
-Contract: `resolve` turns a table of scores, a mapping from id to number, or numbers in the order of the rows into one
-fp64 array; higher is harder, and NaN marks a row without a score. Selection and ordering both read scores through it.
+Contract: `resolve` turns a table of scores, a mapping from id to number, or numbers in the order of the rows into one fp64 array;
+higher is harder, and NaN marks a row without a score. Selection and ordering both read scores through it.
+
+Shapes: N rows.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from sparsort.values import number_array
 
 @runtime_checkable
 class DifficultyTable(Protocol):
-    """A table of scores, as `sparsort.scoring.store.scores.Scores` is one."""
+    """The interface of a table of scores, which `sparsort.scoring.store.scores.Scores` implements."""
 
     @property
     def kind(self) -> str:
-        """What was scored: the name of a scorer (`sparsort.scoring.scorers.SCORERS`), or "calibrated"."""
+        """The kind of the scores: the name of a scorer (`sparsort.scoring.scorers.SCORERS`), or "calibrated"."""
 
     def difficulty_of(self, rows: Sequence[Row]) -> NDArray[np.float64]:
-        """The difficulty of each row, (N,), NaN where it could not be scored.
+        """The difficulty of each row, (N,), NaN if it could not be scored.
 
         Raises:
             SparsortError: a row is not in the table.
@@ -39,11 +41,11 @@ ScoresLike = DifficultyTable | Mapping[Any, float] | Sequence[float] | NDArray[A
 
 @dataclass(frozen=True, kw_only=True)
 class Difficulty:
-    """Difficulty by row.
+    """The difficulty of each row.
 
     Attributes:
         values: (N,) fp64, higher is harder, NaN where unknown.
-        kind: what was scored, or None where the caller passed bare numbers.
+        kind: the kind of the scores, or None if the caller passed bare numbers.
     """
 
     values: NDArray[np.float64]
@@ -54,13 +56,14 @@ def resolve(scores: ScoresLike, rows: Sequence[Row], *, argument: str = "scores"
     """The difficulty of each row.
 
     Args:
-        scores: a table of scores; a mapping from id to number; or one number a row, in the order of `rows`.
+        scores: a table of scores; a mapping from id to number; or one number for each row, in their order.
         rows: N rows.
-        argument: what the caller calls `scores`, for errors.
+        argument: the name of the caller's argument, for error messages.
 
     Raises:
         SparsortError: a row has no entry, the length differs from N, or something is not a number.
     """
+    # A table is recognised by its interface, since this package does not import the store of scores.
     if isinstance(scores, DifficultyTable):
         return Difficulty(values=_numbers(scores.difficulty_of(rows), len(rows), argument), kind=str(scores.kind))
     if isinstance(scores, Mapping):
@@ -69,13 +72,14 @@ def resolve(scores: ScoresLike, rows: Sequence[Row], *, argument: str = "scores"
 
 
 def _by_id(scores: Mapping[Any, float], rows: Sequence[Row], argument: str) -> list[float]:
+    # A caller may have integers as ids, while ids of rows are compared as text.
     by_text = {str(key): value for key, value in scores.items()}
     names = [id_of(row, position) for position, row in enumerate(rows)]
     absent = [name_of(row, position) for position, row in enumerate(rows) if names[position] not in by_text]
     if absent:
         raise SparsortError(
             f"{argument} has no entry for {listed(absent)}; it has {len(by_text)} entries, keyed by id. "
-            "Score those rows too, or leave them out."
+            "Score those rows too, or remove them."
         )
     return [by_text[name] for name in names]
 
@@ -85,7 +89,7 @@ def _numbers(values: Any, count: int, argument: str) -> NDArray[np.float64]:
         numbers = number_array(values)
     except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(
-            f"{argument} must be a table of scores, a mapping from id to number, or one number a demonstration; "
+            f"{argument} must be a table of scores, a mapping from id to number, or one number for each demonstration; "
             f"{type(values).__name__} was given ({error})."
         ) from error
     if numbers.shape != (count,):

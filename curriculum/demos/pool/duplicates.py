@@ -1,7 +1,7 @@
-"""Demonstrations that are in a prompt twice: reported, and kept, since a caller may want to weigh one so.
+"""Demonstrations that are in a prompt twice: they are reported and kept, since a caller may repeat one to give it more weight.
 
-Contract: two demonstrations are duplicates where their ids are equal, or what they show is. An id that is asked for twice by
-name is refused by `select.named.by_id`, because there one of the two is a slip.
+Contract: two demonstrations are duplicates if they have the same id or the same content. Only `select.named.select_ids` refuses
+an id that the caller lists twice, because one of the two is probably a typing error.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from sparsort.values import is_missing
 
 
 def duplicates(demos: Sequence[Row], contents: Sequence[Hashable] | None = None) -> list[str]:
-    """One sentence for each set of demonstrations with one id or one content; none where all differ.
+    """One sentence for each group of demonstrations with the same id or the same content; empty if all differ.
 
     Args:
         demos: K rows.
-        contents: what each of them shows, such as its text in the prompt; by default all its fields but the id.
+        contents: (K,) contents, such as the texts in the prompt; by default all fields except the id.
     """
-    shown = [_content(row) for row in demos] if contents is None else list(contents)
+    if contents is None:
+        contents = [tuple(sorted((str(name), repr(row[name])) for name in row if name != ID_FIELD)) for row in demos]
     names = [id_of(row, position) for position, row in enumerate(demos)]
-    # A row without an id is called by its position, which is no id of another.
+    # The name of a row without an id is its position. As a number, it differs from an id "3" of another row.
     ids: list[Hashable] = [
         position if is_missing(row.get(ID_FIELD)) else name
         for position, (row, name) in enumerate(zip(demos, names, strict=True))
@@ -33,18 +34,15 @@ def duplicates(demos: Sequence[Row], contents: Sequence[Hashable] | None = None)
     ]
     return notes + [
         f"{len(places)} demonstrations have the same content: {listed([repr(names[place]) for place in places])}."
-        for places in _repeated(shown)
+        for places in _repeated(contents)
+        # Rows that share both the id and the content are in the notes already.
         if len({ids[place] for place in places}) > 1
     ]
 
 
-def _content(row: Row) -> Hashable:
-    return tuple(sorted((str(name), repr(value)) for name, value in row.items() if name != ID_FIELD))
-
-
 def _repeated(keys: Sequence[Hashable]) -> list[list[int]]:
-    """The positions of each key that is there more than once, in the order of their first."""
-    places: dict[Hashable, list[int]] = {}
+    """The positions of each key that occurs more than once, ordered by its first occurrence."""
+    positions_of: dict[Hashable, list[int]] = {}
     for position, key in enumerate(keys):
-        places.setdefault(key, []).append(position)
-    return [found for found in places.values() if len(found) > 1]
+        positions_of.setdefault(key, []).append(position)
+    return [positions for positions in positions_of.values() if len(positions) > 1]

@@ -1,18 +1,21 @@
-"""A pool of demonstrations with what every query needs of it, made once: texts, fingerprints, the word index.
+"""A pool of demonstrations, with everything that all queries share and that is computed once: texts, fingerprints, word index.
 
-Contract: rows are copied at the start and do not change. What a query is compared by is its input: the fields of the
-prompt template where one is given; else a function of the row; else the text fields that the query and the pool share,
-without `id`, `label` and `answer`. The answer takes no part, so a query that carries its own cannot find its way by it.
+Contract: rows are copied at the start and do not change. A query is compared by its input: the fields of the prompt template if
+there is one; or else a function of the row; or else the text fields that the query and the pool share, without `id`, `label` and
+`answer`. The answer takes no part, so a query whose row contains its answer gains nothing from it.
 
-Leaks: of a template's fields every one must leak. Without a template nothing says which field is the question, so one
-is enough: a row is left out where any of its text fields is a bare query, or where a text field that it shares with a
-query is the same or nearly so. Not told apart by such a field, and so passed over unless all fields leak: a field that
-is the same in every row, and in a query with fields a value of under three words, such as a category.
+Leaks: if there is a template, all of its fields must leak. Without a template, nothing says which field is the question, so one
+field is enough: a row is excluded if one of its text fields is the bare query, or if it shares a text field with the query that
+is the same or nearly so. Some fields cannot identify a row and are ignored unless all fields leak: a field that is the same in
+every row, and, in a query with fields, a value of fewer than three words, such as a category.
+
+Shapes: N rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,22 +32,22 @@ Query = Mapping[str, Any] | str
 InputTexts = dict[str, str]
 T = TypeVar("T")
 
-# A function's result has no field name; no template can name this.
+# Used in place of a field's name for the whole text of a row. No template can name it.
 _WHOLE = ""
-# A value of fewer says what kind of row it is ("math", "grade 3"), not which.
-_TELLING_WORDS = 3
+# A value with fewer words says what kind of row it is ("math", "grade 3"), and not which row.
+_IDENTIFYING_WORDS = 3
 
 
 class DemoPool:
-    """Rows to choose demonstrations from. Keep one for many queries: `select_demos(pool, query, k)`.
+    """Rows from which demonstrations are chosen. Keep one for many queries: `select_demos(pool, query, k)`.
 
-    Embeddings and scores that are given again as the same object are read once, so do not change them in between.
+    Embeddings and scores that are passed again as the same object are read only once, so do not modify them in between.
 
     Args:
         rows: the rows, as a list or a dataset.
-        prompt: the prompt template; its fields are the input that a query is compared by.
-        text: instead, a function from a row to the text that it is compared by.
-        label: the field that holds the label, excluded from the comparison; a column, or a path as in a template.
+        prompt: the prompt template; its fields are the input by which a query is compared.
+        text: alternatively, a function from a row to the text by which it is compared.
+        label: the field that contains the label, excluded from the comparison; a column, or a path as in a template.
         ids: each row's id as text; by default its field "id", or else its position.
 
     Raises:
@@ -61,33 +64,28 @@ class DemoPool:
         ids: Sequence[str] | None = None,
     ) -> None:
         if prompt is not None and text is not None:
-            raise SparsortError("prompt= and text= both say what a query is compared by. Give one of them.")
+            raise SparsortError("prompt= and text= both say how a query is compared. Pass one of them.")
         self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
         self._has_ids = ids is not None
-        self.ids = [id_of(row, at) for at, row in enumerate(self.rows)] if ids is None else list(ids)
+        self.ids = [id_of(row, position) for position, row in enumerate(self.rows)] if ids is None else list(ids)
         self.label = label
         self._fields = None if prompt is None else input_fields(prompt)
         self._text = text
-        self._texts: dict[str, list[str]] = {}
-        self._prints: dict[str, Fingerprints] = {}
-        self._words: dict[tuple[str, ...], WordIndex] = {}
-        self._columns: dict[str, Fingerprints] | None = None
-        self._kept: dict[str, tuple[object, tuple[Hashable, ...], Any]] = {}
+        # Name → the source object, the options, and the result that they gave.
+        self._results: dict[Hashable, tuple[object, tuple[Hashable, ...], Any]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, position: int) -> str:
-        """What an error calls a row."""
-        if self._has_ids:
-            return f"demonstration {self.ids[position]!r}"
-        return name_of(self.rows[position], position)
+        """The name of a row in error messages."""
+        return f"demonstration {self.ids[position]!r}" if self._has_ids else name_of(self.rows[position], position)
 
     def input_of(self, query: Query) -> InputTexts:
-        """The texts of a query that are compared to the pool's, by field.
+        """The texts of a query that are compared with those of the pool, by field.
 
         Raises:
-            SparsortError: a field of the prompt is missing, or query and pool share no text field.
+            SparsortError: a field of the prompt is missing, or the query and the pool share no text field.
         """
         if isinstance(query, str):
             return {_WHOLE if self._fields is None else only_field(self._fields): query}
@@ -95,53 +93,59 @@ class DemoPool:
             return {_WHOLE: self._text(query)}
         fields = self._fields
         if fields is None:
-            names = text_fields(query, self._hidden())
+            # The first row represents the pool, so that a query can be checked without reading all rows.
+            names = text_fields(query, self._answer_columns)
             fields = [spell([name]) for name in names if not self.rows or name in self.rows[0]]
         if not fields:
-            has = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
+            columns = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
             raise SparsortError(
-                f"the query ({', '.join(map(str, query)) or 'no fields'}) and the pool ({has}) share no text field to "
-                "compare by. Give the prompt template as prompt=, or a function from a row to its text as text=."
+                f"the query ({', '.join(map(str, query)) or 'no fields'}) and the pool ({columns}) share no text field to "
+                "compare by. Pass the prompt template as prompt=, or a function from a row to its text as text=."
             )
         return {field: field_text(query, field, "the query") for field in fields}
 
     def leaks(self, inputs: InputTexts) -> list[Leak]:
-        """The rows that are the query itself or nearly so, or without a template one field of it."""
-        found = {leak.demo: leak for leak in self._leaks_of_all(inputs)}
+        """The rows that are the query itself or nearly so, or, without a template, that share an identifying field with it."""
+        whole = leaks_of([(fingerprints([text]), 0, self._fingerprints(field)) for field, text in inputs.items()])
+        by_row = {leak.demo: leak for leak in whole}
         if self._fields is None and self._text is None:
-            for field, text, prints in self._single_fields(inputs):
+            for field, text, prints in self._identifying_fields(inputs):
                 for leak in leaks_of([(fingerprints([text]), 0, prints)]):
-                    found.setdefault(leak.demo, dataclasses.replace(leak, field=field))
-        return [found[demo] for demo in sorted(found)]
+                    by_row.setdefault(leak.demo, dataclasses.replace(leak, field=field))
+        return [by_row[row] for row in sorted(by_row)]
 
-    def kept(self, name: str, source: object, make: Callable[[], T], *options: Hashable) -> T:
-        """What `make` gives for `source`, made again only for another object or other options; the last one is held."""
-        held = self._kept.get(name)
-        if held is None or held[0] is not source or held[1] != options:
-            held = self._kept[name] = (source, options, make())
-        value: T = held[2]
-        return value
+    def cached(self, name: Hashable, source: object, make: Callable[[], T], *options: Hashable) -> T:
+        """The result of `make`, which is called again only for another `source` object or other options.
+
+        Only the last result under each name is kept.
+        """
+        last = self._results.get(name)
+        # Compared by identity: a comparison of arrays would read all of their elements.
+        if last is None or last[0] is not source or last[1] != options:
+            last = self._results[name] = (source, options, make())
+        result: T = last[2]
+        return result
 
     def word_scores(self, inputs: InputTexts) -> Any:
-        """BM25 of every row for the query, (N,)."""
-        fields = tuple(inputs)
-        if fields not in self._words:
-            columns = [self._column(field) for field in fields]
-            self._words[fields] = WordIndex(["\n".join(parts) for parts in zip(*columns, strict=True)])
-        return self._words[fields].scores("\n".join(inputs.values()))
+        """The BM25 score of each row for the query, (N,)."""
 
-    def _leaks_of_all(self, inputs: InputTexts) -> list[Leak]:
-        return leaks_of([(fingerprints([text]), 0, self._fingerprints(field)) for field, text in inputs.items()])
+        def index() -> WordIndex:
+            columns = [self._texts(field) for field in inputs]
+            return WordIndex(["\n".join(texts) for texts in zip(*columns, strict=True)])
 
-    def _single_fields(self, inputs: InputTexts) -> list[tuple[str, str, Fingerprints]]:
-        """The fields that can give a query away alone: name, the query's text for it, the pool's fingerprints."""
+        # One index over all fields of the input, since a word of the query may occur in another field of a row.
+        return self.cached(("words", *inputs), None, index).scores("\n".join(inputs.values()))
+
+    def _identifying_fields(self, inputs: InputTexts) -> list[tuple[str, str, Fingerprints]]:
+        """The fields that can identify the query alone: name, the query's text for it, the fingerprints of the pool's texts."""
         if _WHOLE in inputs:
-            single = [(field, inputs[_WHOLE], prints) for field, prints in self._text_columns().items()]
+            # A bare query may be the value of any field.
+            single = [(field, inputs[_WHOLE], prints) for field, prints in self._text_columns.items()]
         else:
             single = [
                 (field, text, self._fingerprints(field))
                 for field, text in inputs.items()
-                if len(tokens(text)) >= _TELLING_WORDS
+                if len(tokens(text)) >= _IDENTIFYING_WORDS
             ]
         return [
             (field, text, prints)
@@ -149,39 +153,37 @@ class DemoPool:
             if len(prints) == 1 or (prints.exact != prints.exact[:1]).any()
         ]
 
+    @functools.cached_property
     def _text_columns(self) -> dict[str, Fingerprints]:
-        """The fingerprints of every text field that some row has, blank where a row has none."""
-        if self._columns is None:
-            texts = [{spell([name]): row[name] for name in text_fields(row, self._hidden())} for row in self.rows]
-            names = dict.fromkeys(field for fields in texts for field in fields)
-            self._columns = {name: fingerprints([fields.get(name, "") for fields in texts]) for name in names}
-        return self._columns
+        """The fingerprints of every text field that at least one row has; a row without the field has an empty text."""
+        texts = [{spell([name]): row[name] for name in text_fields(row, self._answer_columns)} for row in self.rows]
+        names = dict.fromkeys(field for fields in texts for field in fields)
+        return {name: fingerprints([fields.get(name, "") for fields in texts]) for name in names}
 
-    def _hidden(self) -> set[str]:
+    @functools.cached_property
+    def _answer_columns(self) -> set[str]:
         return {*ANSWER_FIELDS, *([column_of(self.label)] if self.label else [])}
 
-    def _column(self, field: str) -> list[str]:
-        if field not in self._texts:
-            if field != _WHOLE:
-                texts = [field_text(row, field, self.name(position)) for position, row in enumerate(self.rows)]
-            elif self._text is not None:
-                texts = [self._text(row) for row in self.rows]
-            else:
-                texts = [text_of(row, position, self._hidden()) for position, row in enumerate(self.rows)]
-            self._texts[field] = texts
-        return self._texts[field]
+    def _texts(self, field: str) -> list[str]:
+        return self.cached(("texts", field), None, lambda: self._read_texts(field))
+
+    def _read_texts(self, field: str) -> list[str]:
+        """The text of each row in a field, or its whole text."""
+        if field != _WHOLE:
+            return [field_text(row, field, self.name(position)) for position, row in enumerate(self.rows)]
+        if self._text is not None:
+            return [self._text(row) for row in self.rows]
+        return [text_of(row, position, self._answer_columns) for position, row in enumerate(self.rows)]
 
     def _fingerprints(self, field: str) -> Fingerprints:
-        if field not in self._prints:
-            self._prints[field] = fingerprints(self._column(field))
-        return self._prints[field]
+        return self.cached(("fingerprints", field), None, lambda: fingerprints(self._texts(field)))
 
 
 def input_fields(prompt: str) -> list[str]:
-    """The fields of a prompt template, which are a row's input.
+    """The fields of a prompt template, which are the input of a row.
 
     Raises:
-        SparsortError: the template names no field, so that every prompt would be the same.
+        SparsortError: the template names no field, so that all prompts would be the same.
     """
     fields = fields_of(prompt)
     if not fields:
@@ -193,29 +195,29 @@ def input_fields(prompt: str) -> list[str]:
 
 
 def only_field(fields: Sequence[str]) -> str:
-    """The field that a query given as bare text fills.
+    """The field into which a query that is bare text goes.
 
     Raises:
-        SparsortError: the prompt has several.
+        SparsortError: the prompt has several fields.
     """
     if len(fields) > 1:
         raise SparsortError(
             f"the query is bare text, but the prompt has the fields {', '.join(fields)}. "
-            "Pass the query as a mapping from field to value. Braces that are meant literally are doubled: {{ and }}."
+            "Pass the query as a mapping from field to value. Double braces that are meant literally: {{ and }}."
         )
     return fields[0]
 
 
 def field_text(row: Row, field: str, where: str) -> str:
-    """One field of a row as text.
+    """The text of one field of a row.
 
     Raises:
-        SparsortError: the row lacks it, or it has no text of its own.
+        SparsortError: the row lacks the field, or its value has no text of its own.
     """
     text = text_if_any(row, field, where=where)
     if text is None:
         raise SparsortError(
-            f"{where} has no value in the field {field!r}, which it is compared by; "
+            f"{where} has no value in the field {field!r}, by which it is compared; "
             f"it has: {', '.join(map(str, row)) or 'no fields'}."
         )
     return text
@@ -223,9 +225,8 @@ def field_text(row: Row, field: str, where: str) -> str:
 
 def leaking_rows(demos: Sequence[Row], query: Row, fields: Sequence[str]) -> list[Leak]:
     """The demonstrations that are the query itself or nearly so, by the given input fields."""
-    pool = [dict(row) for row in demos]
     pairs = []
     for field in fields:
-        texts = [field_text(row, field, name_of(row, position)) for position, row in enumerate(pool)]
+        texts = [field_text(row, field, name_of(row, position)) for position, row in enumerate(demos)]
         pairs.append((fingerprints([field_text(query, field, "the query")]), 0, fingerprints(texts)))
     return leaks_of(pairs)

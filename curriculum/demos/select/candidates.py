@@ -1,6 +1,8 @@
-"""What a selector is, and what it chooses from: the rows that may be chosen, with what is known about them.
+"""The entry of a selector, and the rows from which it chooses.
 
-Contract: `select_rows` has checked that what a selector needs is there, so a selector does not check it again.
+Contract: `select_rows` has checked that all inputs are known that a selector needs, so a selector does not check them again.
+
+Shapes: N pool rows, M of them that may be chosen, D embedding width.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from sparsort.curriculum.demos.known import Known
 from sparsort.curriculum.demos.pool import similarity
 from sparsort.registry import Entry
 
+# Indices of rows.
 Places = NDArray[np.int64]
 _OF_QUERY = frozenset({"query", "query_embedding", "query_difficulty"})
 
@@ -25,8 +28,8 @@ class SelectSettings:
     """The settings of a selection, as in `select_demos`.
 
     Attributes:
-        own_similarity: embeddings are read only where the selector needs them. By default they are read wherever they are
-            known, for the similarity of the rows chosen.
+        own_similarity: whether the caller computes similarities itself. If so, embeddings are read only for a selector that
+            needs them; by default they are read whenever they are known, to report the similarity of the chosen rows.
     """
 
     seed: int = 0
@@ -41,16 +44,16 @@ class SelectSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidates:
-    """The rows that may be chosen for one query, M of a pool.
+    """The rows that may be chosen for one query.
 
     Attributes:
-        known: the pool, the query, and their numbers.
-        rows: (M,) positions in the pool of the rows that may be chosen, ascending.
-        excluded: the other positions, with reasons.
-        k: how many to choose, 1 to M.
+        known: the inputs for the pool and the query.
+        rows: (M,) positions in the pool, ascending.
+        excluded: the other positions → why they may not be chosen.
+        k: number to choose, 1 to M.
         settings: the settings of the selection.
-        near: (M,) similarity to the query: BM25 for a selector that compares words, else cosine; empty where it is not known.
-        unit: (M, D) unit embeddings; empty where there are none.
+        near: (M,) similarity to the query: BM25 for a selector that compares words, or else the cosine; empty if not known.
+        unit: (M, D) embeddings of unit length; empty if there are none.
     """
 
     known: Known
@@ -63,21 +66,21 @@ class Candidates:
 
     @property
     def difficulty(self) -> NDArray[np.float64]:
-        """(M,) difficulty; empty where there is none."""
+        """The difficulty of the rows, (M,); empty if not known."""
         return np.empty(0) if self.known.difficulty is None else self.known.difficulty.at(self.rows.tolist())
 
     def nearest(self, fetch: int) -> Places:
-        """The rows among which a selector looks: the caller's number or the selector's own, never fewer than k."""
+        """The rows nearest to the query, the nearest first: as many as `settings.fetch` or else `fetch` says, and at least k."""
         return similarity.nearest(self.near, max(self.settings.fetch or fetch, self.k))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectorEntry(Entry):
-    """One selector. `needs` names the arguments of `select_demos` that it cannot do without, `reads` the settings that it reads.
+class DemoSelectorEntry(Entry):
+    """One selector of demonstrations. `needs` and `reads` name arguments of `select_demos`.
 
     Attributes:
-        function: from the rows that may be chosen to places among them.
-        is_seeded: whether a seed changes what it chooses.
+        function: returns indices into `Candidates.rows`, (k,).
+        is_seeded: whether the choice depends on the seed.
     """
 
     function: Callable[[Candidates], Places]
@@ -85,15 +88,15 @@ class SelectorEntry(Entry):
 
     @property
     def looks_at_query(self) -> bool:
-        """Whether it chooses for each query, rather than one set for all."""
+        """Whether it chooses for each query, rather than one set for all queries."""
         return not self.needs.isdisjoint(_OF_QUERY)
 
     @property
     def compares_words(self) -> bool:
-        """Whether similarity is that of words, and not of embeddings."""
+        """Whether it compares words, rather than embeddings."""
         return "query" in self.needs
 
     @property
     def names_rows(self) -> bool:
-        """Whether the caller names the rows, and with them how many."""
+        """Whether the caller lists the rows, and thereby their number."""
         return "ids" in self.needs

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from sparsort import assemble, order_demos, select_demos
-from sparsort.curriculum.demos.demonstrator import Demonstrator, PromptForm
-from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.demonstrator import Demonstrator
+from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import ORDERS
 from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.prompt import PromptForm
 from sparsort.curriculum.demos.select import SELECTORS
 from sparsort.errors import SparsortError
 
@@ -42,12 +43,12 @@ class Counted:
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[int]]] = []
 
-    def rows(self, name: str, values: Any) -> Column:
+    def rows(self, name: str, values: Any) -> RowNumbers:
         def compute(positions: list[int]) -> Any:
             self.calls.append((name, positions))
             return values[positions]
 
-        return Column(len(values), compute)
+        return RowNumbers(len(values), compute)
 
     def query(self, name: str, value: Any) -> Any:
         self.calls.append((name, []))
@@ -74,9 +75,9 @@ def test_a_column_computes_each_row_once_in_the_order_asked_for() -> None:
     assert column.all.dtype == np.float32
     assert counted.calls == [("x", [4, 1]), ("x", [5]), ("x", [0, 2, 3])]
     given = [[1.0], [2.0]]
-    assert Column.of(given).all is given
-    assert Column.of(given).at([1]).tolist() == [[2.0]]
-    assert Column(0, lambda positions: np.zeros(len(positions))).all.tolist() == []
+    assert RowNumbers.of(given).all is given
+    assert RowNumbers.of(given).at([1]).tolist() == [[2.0]]
+    assert RowNumbers(0, lambda positions: np.zeros(len(positions))).all.tolist() == []
 
 
 def _by_hand(selector: str, order: str) -> tuple[list[str], str]:

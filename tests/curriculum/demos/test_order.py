@@ -143,7 +143,7 @@ def test_missing_scores() -> None:
         (None, "needs scores="),
         ([1.0, 2.0], r"shape \(2,\).*4 demonstrations"),
         ({"a": 1.0}, "no entry for demonstration 'b'"),
-        (["x"] * 4, "one number a demonstration"),
+        (["x"] * 4, "one number for each demonstration"),
         (Table("sparsity", {"a": 1.0}), "no score for"),
     ],
 )

@@ -115,7 +115,7 @@ def test_budget_errors() -> None:
         build(max_tokens=0, tokenizer=words)
     with pytest.raises(SparsortError, match="Did you mean 'farthest'"):
         build(drop="furthest")
-    with pytest.raises(SparsortError, match="gave a list"):
+    with pytest.raises(SparsortError, match="returned a list"):
         build(max_tokens=9, tokenizer=str.split)
     with pytest.raises(SparsortError, match="the tokenizer is a int"):
         build(max_tokens=9, tokenizer=3)

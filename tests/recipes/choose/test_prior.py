@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sparsort
-from sparsort.curriculum.demos.criteria.label_shift import fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.label_bias import fit_bias, shares_by_em
 from sparsort.errors import SparsortError
 from sparsort.recipes.choose.choose import ChosenOrder
 from sparsort.recipes.choose.prior import LABELLED_ROWS, reads_prior, with_prior

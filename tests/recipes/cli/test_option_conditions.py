@@ -119,7 +119,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--allow-zero-shot", "", "nothing is dropped without --max-tokens"),
         ("--separator x", "--chat", "--chat makes a turn of every block"),
         ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
-        ("--missing drop", "--order length_ascending", "ranks by nothing that a row could lack"),
+        ("--missing drop", "--order length_ascending", "needs no number that could be missing"),
         ("--embedder e", "", "nothing here reads embeddings"),
         ("--separator x", "--messages m", "--messages m makes turns of every conversation"),
         ("--system x", "--messages m", "--messages m holds whole conversations"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos.criteria.contextual import calibrated, content_free_prior
+from sparsort.curriculum.demos.criteria.label_bias import calibrate_contextually, content_free_prior
 from sparsort.errors import SparsortError
 
 Floats = NDArray[np.float64]
@@ -40,7 +40,7 @@ def test_against_the_matrix(sizes: tuple[int, int, int, int], average: Any) -> N
     queries, inputs, n_labels, seed = sizes
     log_p, content_free = drawn(queries, n_labels, seed=seed), drawn(inputs, n_labels, seed=seed + 1)
     expected = by_matrix(log_p, content_free, average)
-    scores = calibrated(log_p, content_free, average=average)
+    scores = calibrate_contextually(log_p, content_free, average=average)
     assert np.exp(scores) == pytest.approx(expected, rel=1e-9)
     assert (scores.argmax(axis=1) == expected.argmax(axis=1)).all()
 
@@ -50,23 +50,27 @@ def test_against_the_matrix(sizes: tuple[int, int, int, int], average: Any) -> N
 def test_invariances(sizes: tuple[int, int, int, int]) -> None:
     queries, inputs, n_labels, seed = sizes
     log_p, content_free = drawn(queries, n_labels, seed=seed), drawn(inputs, n_labels, seed=seed + 1)
-    expected = calibrated(log_p, content_free)
+    expected = calibrate_contextually(log_p, content_free)
     generator = np.random.default_rng(seed)
-    moved = calibrated(
+    moved = calibrate_contextually(
         log_p + generator.normal(scale=50, size=(queries, 1)),
         content_free + generator.normal(scale=50, size=(inputs, 1)),
     )
     assert moved == pytest.approx(expected, abs=1e-9)
     other = generator.permutation(n_labels)
-    assert calibrated(log_p[:, other], content_free[:, other]) == pytest.approx(expected[:, other], abs=1e-12)
-    assert calibrated(log_p, content_free[generator.permutation(inputs)]) == pytest.approx(expected, abs=1e-12)
-    raw = calibrated(log_p, content_free[:1], average="raw")
-    assert raw == pytest.approx(calibrated(log_p, content_free[:1]), abs=1e-12)
+    assert calibrate_contextually(log_p[:, other], content_free[:, other]) == pytest.approx(
+        expected[:, other], abs=1e-12
+    )
+    assert calibrate_contextually(log_p, content_free[generator.permutation(inputs)]) == pytest.approx(
+        expected, abs=1e-12
+    )
+    raw = calibrate_contextually(log_p, content_free[:1], average="raw")
+    assert raw == pytest.approx(calibrate_contextually(log_p, content_free[:1]), abs=1e-12)
 
 
 def test_a_content_free_input_comes_out_even() -> None:
     alone = drawn(1, 4, seed=0)
-    assert calibrated(alone, alone) == pytest.approx(np.zeros((1, 4)), abs=1e-12)
+    assert calibrate_contextually(alone, alone) == pytest.approx(np.zeros((1, 4)), abs=1e-12)
     assert np.exp(content_free_prior(alone)).sum() == pytest.approx(1.0)
 
 
@@ -74,7 +78,7 @@ def test_the_paper_s_example() -> None:
     # Section 5: "N/A" scores 61.8 % positive; a query at 60 % is then negative, one at 63 % positive.
     content_free = np.log([[0.618, 0.382]])
     queries = np.log([[0.60, 0.40], [0.63, 0.37]])
-    assert calibrated(queries, content_free).argmax(axis=1).tolist() == [1, 0]
+    assert calibrate_contextually(queries, content_free).argmax(axis=1).tolist() == [1, 0]
 
 
 def test_the_two_averages_differ_where_an_input_makes_all_labels_improbable() -> None:
@@ -86,20 +90,20 @@ def test_the_two_averages_differ_where_an_input_makes_all_labels_improbable() ->
 
 def test_one_order_at_a_time_or_all_at_once() -> None:
     log_p, content_free = drawn(2, 3, 5, 4, seed=1), drawn(2, 3, 2, 4, seed=2)
-    together = calibrated(log_p, content_free)
+    together = calibrate_contextually(log_p, content_free)
     assert together.shape == log_p.shape
     for at in np.ndindex(2, 3):
-        assert together[at] == pytest.approx(calibrated(log_p[at], content_free[at]))
-    shared = calibrated(log_p, content_free[0, 0])
-    assert shared[1, 2] == pytest.approx(calibrated(log_p[1, 2], content_free[0, 0]))
+        assert together[at] == pytest.approx(calibrate_contextually(log_p[at], content_free[at]))
+    shared = calibrate_contextually(log_p, content_free[0, 0])
+    assert shared[1, 2] == pytest.approx(calibrate_contextually(log_p[1, 2], content_free[0, 0]))
 
 
 def test_far_from_zero() -> None:
-    scores = calibrated([[-1000.0, -1001.0]], [[-3000.0, -2000.0]])
+    scores = calibrate_contextually([[-1000.0, -1001.0]], [[-3000.0, -2000.0]])
     assert scores[0, 0] - scores[0, 1] == pytest.approx(1001.0)
-    scores = calibrated([[-1000.0, -1001.0]], [[-3000.0, -3000.0], [-9000.0, -9000.0]], average="raw")
+    scores = calibrate_contextually([[-1000.0, -1001.0]], [[-3000.0, -3000.0], [-9000.0, -9000.0]], average="raw")
     assert scores[0, 0] - scores[0, 1] == pytest.approx(1.0)
-    impossible = calibrated([[0.0, -math.inf]], [[0.0, 0.0], [0.0, -math.inf]])
+    impossible = calibrate_contextually([[0.0, -math.inf]], [[0.0, 0.0], [0.0, -math.inf]])
     assert impossible[0, 1] == -math.inf
     assert impossible[0, 0] == pytest.approx(-math.log(0.75))
 
@@ -120,9 +124,9 @@ def test_far_from_zero() -> None:
 )
 def test_bad_input(log_p: Any, content_free: Any, message: str) -> None:
     with pytest.raises(SparsortError, match=message):
-        calibrated(log_p, content_free)
+        calibrate_contextually(log_p, content_free)
 
 
 def test_unknown_average() -> None:
     with pytest.raises(SparsortError, match="Did you mean 'normalised'"):
-        calibrated(np.zeros((1, 2)), np.zeros((1, 2)), average="normalized")  # type: ignore[arg-type]
+        calibrate_contextually(np.zeros((1, 2)), np.zeros((1, 2)), average="normalized")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from sparsort.curriculum.demos.criteria.label_shift import Bias, evenly_by_label, fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.label_bias import Bias, evenly_by_label, fit_bias, shares_by_em
 from sparsort.errors import SparsortError
 
 Floats = NDArray[np.float64]

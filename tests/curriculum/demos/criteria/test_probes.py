@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.demos.criteria.probes import opening_of, parse_probe, probing_set
+from sparsort.curriculum.ablation.run.probing import opening_of, parse_probe, probing_set
 from sparsort.errors import SparsortError
 from sparsort.templates import fields_of, render
 

@@ -80,11 +80,11 @@ def test_the_commands_report_them_on_stderr_and_in_json(tmp_path: Path) -> None:
     assert len(found["demonstrations"]) == 4
     twice = CliRunner().invoke(app, [*asked, "--ids", "a,b,a"])
     assert twice.exit_code == 2
-    assert "the id 'a' is asked for 2 times; name each demonstration once" in twice.stderr
+    assert "the id 'a' is listed 2 times; list each demonstration once" in twice.stderr
 
 
 def test_an_id_that_is_named_twice_is_refused() -> None:
-    with pytest.raises(SparsortError, match="asked for 2 times"):
+    with pytest.raises(SparsortError, match="listed 2 times"):
         select_demos(ROWS, None, method="ids", ids=["b", "b"])
 
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsort.curriculum.demos.pool.fingerprints import fingerprints, tokens
-from sparsort.curriculum.demos.pool.leaks import find_leaks
-from sparsort.curriculum.demos.pool.minhash import signatures
+from sparsort.curriculum.demos.pool.leaks import find_leaks, signatures
 from sparsort.curriculum.demos.pool.pool import leaking_rows
 from sparsort.errors import SparsortError
 

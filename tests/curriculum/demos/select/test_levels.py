@@ -72,7 +72,7 @@ def test_levels_are_equal_and_a_pool_row_finds_its_own(values: list[int]) -> Non
 
 
 def test_too_few_rows_for_the_levels() -> None:
-    with pytest.raises(SparsortError, match="3 scored demonstrations cannot be cut into 5"):
+    with pytest.raises(SparsortError, match="3 scored demonstrations cannot be divided into 5"):
         levels.level_edges(np.arange(3.0), 5)
 
 

@@ -14,7 +14,7 @@ import pytest
 from sparsort.curriculum.demos.pool import similarity
 from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.pool.similarity import WordIndex, sentence_embeddings
-from sparsort.curriculum.demos.select import SELECTORS, diverse, select_demos
+from sparsort.curriculum.demos.select import SELECTORS, by_similarity, select_demos
 from sparsort.errors import SparsortError
 
 TEXTS = [
@@ -115,7 +115,7 @@ def test_the_query_is_never_its_own_demonstration(method: str) -> None:
     assert [(row.id, row.position) for row in selection.excluded] == [("q2", 2)]
     assert "query itself" in selection.excluded[0].reason
     with pytest.raises(
-        SparsortError, match=r"only 7 of the pool's 8 can be chosen \(1 left out because it is the query"
+        SparsortError, match=r"only 7 of the pool's 8 can be chosen \(1 excluded because it is the query"
     ):
         select_demos(POOL, query, 8, method=method, **needed)
     assert select_demos(POOL, query, 3, method=method, allow_leaks=True, **needed).excluded == []
@@ -132,7 +132,7 @@ def test_random_first_and_ids() -> None:
     ("ids", "message"),
     [
         (["q33"], "no row with the id 'q33'. Did you mean 'q3'"),
-        (["q1", "q1"], "asked for 2 times"),
+        (["q1", "q1"], "listed 2 times"),
     ],
 )
 def test_bad_ids(ids: list[str], message: str) -> None:
@@ -140,7 +140,7 @@ def test_bad_ids(ids: list[str], message: str) -> None:
         choose("ids", None, ids=ids)
     with pytest.raises(SparsortError, match="2 rows of the pool have the id 'q1'"):
         choose("ids", None, ids=["q1"], pool=[*POOL, {**POOL[1], "question": "other"}])
-    with pytest.raises(SparsortError, match="k is 2, but ids= names 1"):
+    with pytest.raises(SparsortError, match="k is 2, but ids= lists 1"):
         choose("ids", 2, ids=["q1"])
 
 
@@ -216,7 +216,7 @@ def test_prompt_fields_and_text_decide_what_is_compared() -> None:
         select_demos(POOL, {"answer": "x", "number": 3}, 1)
     with pytest.raises(SparsortError, match="bare text"):
         select_demos(POOL, "x", 1, prompt="{question} {answer}")
-    with pytest.raises(SparsortError, match="Give one of them"):
+    with pytest.raises(SparsortError, match="Pass one of them"):
         select_demos(POOL, QUERY, 1, prompt="{question}", text=str)
 
 
@@ -268,7 +268,7 @@ def test_a_pool_is_made_once_for_many_queries() -> None:
     for query in (QUERY, {"question": "What is the capital of Spain?"}, POOL[4]):
         for method in ("bm25", "random"):
             assert choose(method, pool=pool, query=query) == choose(method, query=query, prompt="{question}")
-    with pytest.raises(SparsortError, match="already knows"):
+    with pytest.raises(SparsortError, match="own way to compare"):
         choose("random", pool=pool, prompt="{question}")
 
 
@@ -343,7 +343,7 @@ def test_embeddings_and_scores_are_read_once_a_pool(monkeypatch: pytest.MonkeyPa
             return np.arange(float(len(rows)))
 
     counted(similarity, "unit_rows")
-    counted(diverse, "neighbour_graph")
+    counted(by_similarity, "neighbour_graph")
     pool, scores, other = DemoPool(POOL, prompt="{question}"), Table(), EMBEDDINGS[::-1].copy()
     for query in (QUERY, {"question": "What is the capital of Spain?"}, POOL[4]):
         for method in ("vote_k", "knn", "spread"):
