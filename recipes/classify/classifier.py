@@ -24,6 +24,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.curriculum.demos.criteria.distributions import Floats
+from sparsort.curriculum.demos.criteria.label_bias import evenly_by_label, fit_bias, shares_by_em
 from sparsort.curriculum.demos.criteria.label_calibration import (
     DEFAULT_LABEL_CALIBRATION,
     LABEL_CALIBRATIONS,
@@ -32,7 +33,6 @@ from sparsort.curriculum.demos.criteria.label_calibration import (
     LabelCalibrationName,
     combine_orders,
 )
-from sparsort.curriculum.demos.criteria.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.known import Known
 from sparsort.curriculum.demos.order import order_entry

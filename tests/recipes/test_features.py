@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from estimator_checks import failed_checks
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from estimator_checks import failed_checks
 
 from sparsort import SparsityFeatures, SparsityScorer, SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS

@@ -40,8 +40,8 @@ from prior_shift import KEPT, LABELLED, POOL, draw, shifted, shifts, thirds
 
 from sparsort.curriculum.ablation.statistics.estimates import estimate_sets
 from sparsort.curriculum.demos.criteria.distributions import log_softmax
+from sparsort.curriculum.demos.criteria.label_bias import evenly_by_label, fit_bias, shares_by_em
 from sparsort.curriculum.demos.criteria.label_calibration import LABEL_CALIBRATIONS, BiasEvidence, combine_orders
-from sparsort.curriculum.demos.criteria.label_shift import evenly_by_label, fit_bias, shares_by_em
 from sparsort.storage.files import write_json
 
 SAVED = Path(__file__).parents[2] / "results" / "calibration-choices.json"

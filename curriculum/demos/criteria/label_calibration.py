@@ -16,10 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparsort.curriculum.demos.criteria.contextual import content_free_prior
-from sparsort.curriculum.demos.criteria.distributions import Floats, label_scores, log_mean, log_softmax
-from sparsort.curriculum.demos.criteria.label_criteria import gold_labels
-from sparsort.curriculum.demos.criteria.label_shift import fit_bias
+from sparsort.curriculum.demos.criteria.distributions import Floats, gold_labels, label_scores, log_mean, log_softmax
+from sparsort.curriculum.demos.criteria.label_bias import content_free_prior, fit_bias
 from sparsort.errors import SparsortError
 from sparsort.registry import Entry, Registry
 
@@ -122,7 +120,7 @@ def _batch(evidence: BiasEvidence) -> LabelBias:
         return _unscaled(class_mean(evidence.labelled, evidence.gold))
     if evidence.unlabelled is None:
         raise SparsortError("batch calibration needs scores for rows other than the queries, and none were given.")
-    scores = label_scores(evidence.unlabelled, ("orders", "unlabelled rows"), what="unlabelled")
+    scores = label_scores(evidence.unlabelled, ("orders", "unlabelled rows"), argument="unlabelled")
     return _unscaled(log_mean(log_softmax(scores), axis=1))
 
 

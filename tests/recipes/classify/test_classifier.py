@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from estimator_checks import failed_checks
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
-from estimator_checks import failed_checks
 
 from sparsort import FewShotClassifier, SparsortError
 from sparsort.scoring.answers.reader import AnswerReader
