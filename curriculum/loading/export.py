@@ -1,9 +1,9 @@
 """A curriculum as a plain file: the rows in training order, for trainers that read data in the order in which it is stored.
 
 Contract: line i of the export is the i-th row that an epoch of the plan shows, with all its fields and three more: `order` and
-`stage` (both from 0) and `difficulty`. A row that the epoch shows twice is written twice. Memory does not grow with the number of
-rows apart from 16 bytes each: the rows are copied once into a temporary Arrow file next to the export, which is mapped and read in
-training order. The export appears whole or not at all.
+`stage` (both from 0) and `difficulty`. A row that the epoch shows twice is written twice. The rows are copied once into a
+temporary Arrow file next to the export, which is mapped and read in training order, so memory grows by 16 bytes a row. The
+export appears whole or not at all.
 """
 
 from __future__ import annotations
