@@ -24,7 +24,7 @@ from sparsort.curriculum.ablation.report.figures.style import Tips, blank, style
 from sparsort.curriculum.ablation.report.numbers import rows
 from sparsort.curriculum.ablation.report.numbers.shape import Difference, Report
 from sparsort.curriculum.ablation.report.numbers.summary import summarise
-from sparsort.curriculum.ablation.report.page import tables
+from sparsort.curriculum.ablation.report.page.html import arm_rows
 from sparsort.curriculum.ablation.report.page.markdown import markdown
 from sparsort.curriculum.ablation.report.write import write_report
 from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
@@ -36,8 +36,8 @@ Outcomes = NDArray[np.int64]
 
 # What is None by design and not for want of a number.
 NAMES = {"k", "task", "reason", "model"}
-# Words that a missing number would leave in a sentence; "None of the 2 orderers" is a sentence.
-HOLES = re.compile(r"(?i:\bnan\b|\binf\b|∞)|\bNone\b(?! of the \d)")
+# Words that a missing number would leave in a sentence.
+HOLES = re.compile(r"(?i:\bnan\b|\binf\b|∞)|\bNone\b")
 
 
 def arm(name: str, kind: ArmKind, predicted_SQ: Outcomes, gold_Q: Outcomes, labels: int) -> Arm:
@@ -187,10 +187,8 @@ def words(report: Report) -> list[str]:
     """All that is read of a report without its figures."""
     said = [sentence for finding in report["findings"] for sentence in (finding["title"], *finding["sentences"])]
     said += [*report["notes"], *(one["text"] for one in report["warnings"])]
-    said += [
-        str(cell[name]) for row in tables.arm_rows(report) for cell in row["cells"] for name in ("shown", "interval")
-    ]
-    said += [forest.told(shown["difference"]) for cell in report["cells"] for shown in cell["arms"]]
+    said += [str(cell[name]) for row in arm_rows(report) for cell in row["cells"] for name in ("shown", "interval")]
+    said += [forest.describe(shown["difference"]) for cell in report["cells"] for shown in cell["arms"]]
     return [*said, markdown(report, [])]
 
 
