@@ -229,12 +229,12 @@ def test_findings_tell_known_truth() -> None:
         assert "The other one shows no significant difference." in finding["sentences"][0]
     overall = summarise(results)["findings"][0]
     assert any(
-        "sparse_to_dense helps without reading more tokens than a random order." in said
-        for said in overall["sentences"]
+        "sparse_to_dense helps without reading more tokens than a random order." in sentence
+        for sentence in overall["sentences"]
     )
 
 
-def test_an_orderer_run_on_some_tasks_is_not_told_of_all() -> None:
+def test_an_orderer_run_on_some_tasks_is_reported_with_its_tasks() -> None:
     effects = {"sparse_to_dense": 0.2, "pdo": 0.2}
     results = simulate(
         ["mr", "sst5"], shots=(4,), sets=30, orders=8, items=60, effects=effects, arms=list(effects), seed=1
@@ -249,7 +249,7 @@ def test_an_orderer_run_on_some_tasks_is_not_told_of_all() -> None:
     assert "sparse_to_dense (+" in overall["sentences"][0]
 
 
-def test_a_null_is_told_as_a_null_with_what_could_have_been_seen() -> None:
+def test_a_null_result_is_reported_with_the_power_of_the_study() -> None:
     effects = dict.fromkeys(("sparse_to_dense", "pdo"), 0.0)
     results = simulate(
         ["mr", "rte"], shots=(4,), sets=10, items=60, effects=effects, arms=list(effects), calibrated=(False,)
@@ -277,12 +277,12 @@ def test_one_set_is_not_tested() -> None:
 
 
 def test_notes_say_what_is_uneven(report: Report, results: Results) -> None:
-    said = " ".join(report["notes"])
-    assert "7 to 9 demonstration sets" in said
-    assert "Fewer than 10 random orders" in said
-    assert "trec/balanced/2/plain (density)" in said
-    left_out = replace(results, provenance={"incomplete": ["mr, k = 2: cone", "mr, k = 2: cone"]})
-    assert "Unfinished, and therefore excluded: mr, k = 2: cone." in summarise(left_out)["notes"]
+    text = " ".join(report["notes"])
+    assert "7 to 9 demonstration sets" in text
+    assert "Fewer than 10 random orders" in text
+    assert "trec/balanced/2/plain (density)" in text
+    incomplete = replace(results, provenance={"incomplete": ["mr, k = 2: cone", "mr, k = 2: cone"]})
+    assert "Unfinished, and therefore excluded: mr, k = 2: cone." in summarise(incomplete)["notes"]
 
 
 @pytest.mark.parametrize(

@@ -185,25 +185,25 @@ def test_every_number_is_in_its_range_or_null_with_a_reason(results: Results) ->
 
 def words(report: Report) -> list[str]:
     """All that is read of a report without its figures."""
-    said = [sentence for finding in report["findings"] for sentence in (finding["title"], *finding["sentences"])]
-    said += [*report["notes"], *(one["text"] for one in report["warnings"])]
-    said += [str(cell[name]) for row in arm_rows(report) for cell in row["cells"] for name in ("shown", "interval")]
-    said += [forest.describe(shown["difference"]) for cell in report["cells"] for shown in cell["arms"]]
-    return [*said, markdown(report, [])]
+    texts = [sentence for finding in report["findings"] for sentence in (finding["title"], *finding["sentences"])]
+    texts += [*report["notes"], *(one["text"] for one in report["warnings"])]
+    texts += [str(cell[name]) for row in arm_rows(report) for cell in row["cells"] for name in ("shown", "interval")]
+    texts += [forest.describe(shown["difference"]) for cell in report["cells"] for shown in cell["arms"]]
+    return [*texts, markdown(report, [])]
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(studies())
 def test_no_word_of_a_number_that_is_none(results: Results) -> None:
     report = summarise(results)
-    for said in words(report):
-        assert not HOLES.search(said), said[:400]
+    for text in words(report):
+        assert not HOLES.search(text), text[:400]
     few = {cell["task"] for cell in report["cells"] if cell["sets"] < 3}
     for finding in report["findings"]:
         if finding["task"] in few:
-            said = " ".join(finding["sentences"])
-            assert "run sparsort ablate with --sets 3 or more (10 are better)" in said
-            assert not re.search(r"95 % interval|would have to exceed|\bp [=<]", said)
+            text = " ".join(finding["sentences"])
+            assert "run sparsort ablate with --sets 3 or more (10 are better)" in text
+            assert not re.search(r"95 % interval|would have to exceed|\bp [=<]", text)
 
 
 # By hand
@@ -227,7 +227,7 @@ def flat_study(sets: int, *, labels: int = 2, items: int = 20, lean: int | None 
         (4, "outcomes that do not differ between 4 demonstration sets allow no interval"),
     ],
 )
-def test_the_reason_and_the_way_out_stand_where_the_number_would(sets: int, says: str) -> None:
+def test_the_reason_and_the_next_step_replace_the_number(sets: int, says: str) -> None:
     report = summarise(flat_study(sets))
     (sentence, *_) = report["findings"][0]["sentences"]
     assert says.lower() in sentence.lower()
@@ -286,7 +286,7 @@ def test_a_task_without_spread_takes_part_in_the_mean_over_tasks() -> None:
 
 
 @pytest.mark.parametrize(("lean", "share"), [(None, 1.0), (10, 0.95), (9, 0.925)])
-def test_a_model_that_gives_one_label_is_the_first_thing_said(lean: int | None, share: float) -> None:
+def test_a_model_that_gives_one_label_is_reported_first(lean: int | None, share: float) -> None:
     report = summarise(flat_study(3, lean=lean))
     assert report["cells"][0]["random"]["label_share"][0] == pytest.approx(share)
     if share < 0.95:
@@ -302,7 +302,7 @@ def test_a_model_that_gives_one_label_is_the_first_thing_said(lean: int | None, 
     assert text.index("> **Warning.** films, k = 2") < text.index("| Model |")
 
 
-def test_one_sided_test_rows_are_told_apart_from_a_one_sided_model() -> None:
+def test_one_sided_test_rows_are_distinguished_from_a_one_sided_model() -> None:
     gold = np.array([0] * 19 + [1])
     outcomes = np.zeros((2 + len(ARMS), 3, 20), dtype=np.int64)
     report = summarise(Results(groups=[group("t", gold, outcomes[:2], outcomes[2:], 2, False)], provenance={}))
@@ -326,8 +326,8 @@ def test_a_report_without_variance_is_written_without_a_warning(tmp_path: Path) 
     assert "A mark without a line has no interval: " in text
     for file in ("report.md", "report.json"):
         assert not re.search(r"\bNaN\b|\bInfinity\b|\bnan\b", (tmp_path / file).read_text(encoding="utf-8"))
-    said = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
-    assert not re.search(r"\bnan\b|\binf\b|>None<", said)
+    text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\bnan\b|\binf\b|>None<", text)
 
 
 @pytest.mark.parametrize("numbers", [True, False])
@@ -343,7 +343,7 @@ def test_an_arm_without_an_interval_is_a_mark_without_a_line(numbers: bool) -> N
     assert len(marks.get_offsets()) == len(arms)
     written = [text.get_text() for text in axes.texts]
     assert written.count("no interval") == (len(arms) if numbers else 1)
-    assert next(said for said, _ in next(iter(tips.marks.values()))) == (
+    assert next(text for text, _ in next(iter(tips.marks.values()))) == (
         "given: 0.0 points; two demonstration sets allow no interval"
     )
     with styled(panels.SIZE):

@@ -205,7 +205,7 @@ def _what_was_done(facts: Mapping[str, Any], results: Results) -> str:
         "Words that nothing tells (facts when stated, names asked for) bear no loss; the loss of the text is over all other "
         f"words but the answers. In training the mean loss of the answers is added with weight {study['answer_weight']:g}.\n\n"
         f"Sparse kinds attend to {study['blocks']} blocks of {study['block_size']}, {kept} of {study['length']} words "
-        f"(N/{study['length'] / kept:g}) in every layer, chosen anew by every query and group; index width {study['index_dim']}. "
+        f"(N/{study['length'] / kept:g}) in every layer, chosen separately by every query and group; index width {study['index_dim']}. "
         f"The warm-up over every block takes {study['full_steps']} of the steps. Measured is always the sparse model, also "
         f"during the warm-up.\n\n{kinds}\n\n"
         "`plain` order shuffles all rows, epoch after epoch. `sparsity` draws from a growing share of the rows (pacing "
