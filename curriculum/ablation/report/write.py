@@ -31,6 +31,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 _LONG = re.compile(r"-?\d+\.\d{3,}")
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
 
+# In HTML, an SVG element must have no prefix.
 ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
@@ -132,12 +133,14 @@ def _tree(picture: Picture) -> ET.Element:
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     for element in root.iter():
+        # White space between elements has no meaning and takes room.
         element.tail = None
         if not (element.text or "").strip():
             element.text = None
         _shorten(element)
     _add_tips(root, picture.tips)
     used = {element.get(_LINK, "")[1:] for element in root.iter()}
+    # The value of clip-path is url(#id).
     used |= {element.get("clip-path", "")[5:-1] for element in root.iter()}
     for element in root.iter():
         if element.get("id", "") not in used:
@@ -150,6 +153,7 @@ def _shorten(element: ET.Element) -> None:
     if element.get("transform", "").startswith(("rotate(-0 ", "rotate(0 ")):
         del element.attrib["transform"]
     for name in ("d", "x", "y", "transform"):
+        # Coordinates are most of a file, and a hundredth of a point is invisible.
         if value := element.get(name):
             rounded = _LONG.sub(lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), value)
             element.set(name, " ".join(rounded.split()))

@@ -69,9 +69,11 @@ def draw_forest(
         notes: a text after the name, by arm.
     """
     y_of, bottom = y_positions(rows)
+    # All texts follow the size of the axis label, which `styled` sets.
     size = axes.xaxis.label.get_fontsize()
     wide = 100 * limit
     visible = [one["smallest_visible"] for one in arms.values() if one["smallest_visible"] is not None]
+    # Each arm has a limit of its own, but one band for all of them is easier to read.
     if visible:
         reach = min(100 * float(np.median(visible)), wide)
         axes.axvspan(-reach, reach, color=colour("band"), linewidth=0, zorder=0)
@@ -93,6 +95,7 @@ def draw_forest(
             for shade, (_, one, _) in zip(shades, present, strict=True)
         ],
         edge=shades,
+        # A mark at the edge of the axes is drawn whole.
         clip=False,
     )
     axes.set_yticks([])
@@ -113,6 +116,7 @@ def draw_forest(
 
 def _intervals(axes: Any, present: Sequence[tuple[str, Difference, float]], wide: float, tips: Tips) -> None:
     """Draw both intervals of every row, with an arrow at the end of one that exceeds the axes."""
+    # The thin line comes first, because the thick one covers its middle.
     for kind, width in (("adjusted_", 0.8), ("", 2.2)):
         low, high, y_N, shades, arms = [], [], [], [], []
         for name, one, y in present:
@@ -125,6 +129,7 @@ def _intervals(axes: Any, present: Sequence[tuple[str, Difference, float]], wide
                 arms.append(name)
         clipped = (np.clip(low, -wide, wide).tolist(), np.clip(high, -wide, wide).tolist())
         segments(axes, *clipped, y_N, shades, width, tips=tips, arms=arms)
+        # The plain interval is within the adjusted one, so arrows for the latter suffice.
         if kind:
             for sign, end, mark in ((-1, low, "<"), (1, high, ">")):
                 beyond = [(y, shade) for value, y, shade in zip(end, y_N, shades, strict=True) if sign * value > wide]

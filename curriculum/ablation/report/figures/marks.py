@@ -32,17 +32,12 @@ def marks(
     """Draw marks at (x, y).
 
     Args:
-        axes: of matplotlib.
+        axes: of matplotlib, as are `marker`, `alpha` and `zorder`.
         x, y: the coordinates of each mark.
         tips: the tooltips of the figure.
         texts: the tooltip of each mark.
-        marker: the shape.
-        size: the diameter in points.
-        face: the colour of the inside, or of the whole mark if the shape has no inside.
-        edge: the colour of the edge; None if the shape has no inside.
-        width: the width of the edge in points.
-        alpha: the opacity.
-        zorder: the position in the stack; higher is in front.
+        size, width: the diameter of a mark and the width of its edge, in points.
+        face, edge: the colours of the inside and of the edge; a shape without an inside has the colour `face` and no edge.
         clip: whether marks are cut at the axes.
     """
     if len(x):
@@ -74,6 +69,7 @@ def bars(
     """Draw horizontal bars from `left` to `right`, centred on `y`."""
     from matplotlib.collections import PolyCollection
 
+    # Rows are one unit apart, so 0.24 units remain between bars.
     half = 0.38
     corners = [
         [(start, at - half), (end, at - half), (end, at + half), (start, at + half)]
@@ -132,6 +128,7 @@ def names(
 def margin_text(axes: Any, y: float, text: str, size: float, *, side: str, shade: str, offset: float = 5.0) -> Any:
     """Write a text outside the axes at row `y`; its right end is `offset` points from the axes on either side."""
     left = side == "left"
+    # The transform takes x as a share of the width of the axes, and y in the units of the data.
     return axes.annotate(
         text,
         (0.0 if left else 1.0, y),

@@ -33,6 +33,7 @@ def limits_of(cells: Sequence[CalibrationCell]) -> tuple[float, float]:
         random = next(arm for arm in cell["arms"] if arm["kind"] == "random")
         for middle, sd in ((random["off"], cell["spread_off"]), (random["on"], cell["spread_on"])):
             values += [middle - (sd or 0), middle + (sd or 0)]
+    # The limits leave room for the mark of an accuracy of exactly 0 or 1.
     room = max(0.01, 0.06 * (max(values) - min(values)))
     return max(-0.01, min(values) - room), min(1.01, max(values) + room)
 
@@ -61,6 +62,7 @@ def draw_paired(
     y_of, bottom = y_positions(rows)
     size = axes.xaxis.label.get_fontsize()
     present = [(RANDOM if arm["kind"] == "random" else arm["name"], arm) for arm in cell["arms"]]
+    # Oracles have no row.
     present = [(name, arm) for name, arm in present if name in y_of]
     axes.grid(axis="x", zorder=0)
     axes.set_xlim(100 * limits[0], 100 * limits[1])

@@ -16,6 +16,7 @@ from sparsort.curriculum.ablation.report.numbers.rows import Blocks, blocks, tes
 from sparsort.curriculum.ablation.report.numbers.shape import CalibrationCell, CellNumbers, Pooled, Report
 
 Section = Literal["forest", "spread", "cost", "calibration", "labels"]
+AnyPanel = CellNumbers | Pooled | CalibrationCell
 
 # Widths and heights are in inches; SIZE is that of text, in points.
 WIDTH = 5.6
@@ -48,6 +49,7 @@ def panels(report: Report) -> Iterator[Panel]:
     rows = blocks(report)
     margin = _margin(rows)
     cells = report["cells"]
+    # Differences over tasks are smaller than those of single cells, so the two have different axes.
     for alike in (report["pooled"], cells):
         limit = shared_limit(alike)
         for panel in alike:
@@ -61,17 +63,8 @@ def panels(report: Report) -> Iterator[Panel]:
         if arms := pareto.points_of(panel):
             yield _panel("cost", panel, _cost(panel, arms))
     for pair in report["calibration"]:
-        alike_pairs = [other for other in report["calibration"] if other["task"] == pair["task"]]
-        picture = _calibration(pair, rows, paired.limits_of(alike_pairs), margin)
-        yield Panel(
-            section="calibration",
-            task=pair["task"],
-            selector=pair["selector"],
-            k=pair["k"],
-            calibrated=None,
-            title=f"{pair['task']}, k = {pair['k']}",
-            picture=picture,
-        )
+        limits = paired.limits_of([other for other in report["calibration"] if other["task"] == pair["task"]])
+        yield _panel("calibration", pair, _calibration(pair, rows, limits, margin))
     for cell in cells:
         if len(cell["labels"]) > 1:
             yield _panel("labels", cell, _labels(cell, rows, margin))
@@ -82,30 +75,30 @@ def shared_limit(alike: Sequence[CellNumbers] | Sequence[Pooled]) -> float:
     return forest.limit_of(difference for panel in alike for difference in tested_arms(panel).values())
 
 
-def title_of(panel: CellNumbers | Pooled) -> str:
-    """The title of a cell or of a pooled panel."""
+def title_of(panel: AnyPanel) -> str:
+    """The title of a panel."""
     return f"{_task_of(panel) or 'all tasks'}, {shots_of(panel)}"
 
 
-def shots_of(panel: CellNumbers | Pooled | CalibrationCell) -> str:
+def shots_of(panel: AnyPanel) -> str:
     """The number of shots of a panel as its titles write it."""
     return "every k" if panel["k"] is None else f"k = {panel['k']}"
 
 
-def _task_of(panel: CellNumbers | Pooled) -> str | None:
+def _task_of(panel: AnyPanel) -> str | None:
     # Not in one expression, so that mypy narrows the type of `panel`.
     if "task" in panel:
         return panel["task"]
     return None
 
 
-def _panel(section: Section, panel: CellNumbers | Pooled, picture: Picture) -> Panel:
+def _panel(section: Section, panel: AnyPanel, picture: Picture) -> Panel:
     return Panel(
         section=section,
         task=_task_of(panel),
         selector=panel["selector"],
         k=panel["k"],
-        calibrated=panel["calibrated"],
+        calibrated=None if "spread_off" in panel else panel["calibrated"],
         title=title_of(panel),
         picture=picture,
     )
@@ -114,6 +107,7 @@ def _panel(section: Section, panel: CellNumbers | Pooled, picture: Picture) -> P
 def _margin(rows: Blocks) -> float:
     """The width of the names, the same in every panel, so that axes line up."""
     names = [plain(name) for _, listed in rows for name in listed]
+    # Names are cut to a number of characters, and wide characters could still leave no room for the axes.
     return min(0.48 * WIDTH, text_width([*names, paired.RANDOM], SIZE) + 0.1)
 
 
@@ -176,7 +170,7 @@ def _calibration(pair: CalibrationCell, rows: Blocks, limits: tuple[float, float
     axes = _axes(figure, margin, 0.42, 0.5, 0.04)
     paired.draw_paired(axes, pair, present, tips, limits=limits)
     axes.set_xlabel("accuracy, %: without (open) and with (filled)")
-    caption = f"{pair['task']}, k = {pair['k']}: accuracy without and with contextual calibration"
+    caption = f"{title_of(pair)}: accuracy without and with contextual calibration"
     return Picture(name=_name("calibration", pair), caption=caption, figure=figure, tips=tips)
 
 

@@ -83,6 +83,7 @@ def draw_pareto(
     """
     front = frontier(arms)
     costs = [1.0, *(point.cost for point in arms)]
+    # On the right there is room for the name of the most expensive arm.
     low, high = min(costs) / 1.18, max(costs) * 1.7
     axes.set_xscale("log")
     axes.grid(axis="y", zorder=0)
@@ -105,6 +106,7 @@ def draw_pareto(
     # Names on the line are written first, so that they get the room.
     _write_names(axes, named[: len(front)], marked, lines)
     if every:
+        # The names of the arms that cost no more than a random order would crowd the left edge.
         on_line = {point.name for point in front}
         rest = [(point, mark) for point, mark in named if point.name not in on_line and point.cost > 1.02]
         _write_names(axes, rest, marked, [*lines, ((low, 0.0), (high, 0.0))])
@@ -131,6 +133,7 @@ def _set_ticks(axes: Any, low: float, high: float) -> None:
     choices = (1, 1.5, 2, 3, 5) if high / low < 8 else (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
     ticks = [tick for tick in choices if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    # A logarithmic axis has labelled minor ticks by default.
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(lambda tick, _place: points(tick / 100, 0 if tick == round(tick) else 1))
@@ -143,6 +146,7 @@ def _draw_arms(axes: Any, arms: Sequence[Point], x: Sequence[float], front: int,
         if low is not None and high is not None:
             shade = colour(KIND_COLOUR[point.kind])
             axes.vlines([at], [100 * low], [100 * high], colors=shade, linewidth=0.9, alpha=0.5, zorder=1.8)
+    # One artist has one shape of mark, so the kinds are drawn separately.
     for kind in ("named", "chosen"):
         of_kind = [(point, at) for point, at in zip(arms, x, strict=True) if point.kind == kind]
         marks(
@@ -178,6 +182,7 @@ def _apart(arms: Sequence[Point], span: float) -> list[float]:
     shifts = []
     for point in arms:
         at, value = float(np.log(point.cost)), point.difference["value"]
+        # If every place is taken, the last shift is used.
         for step in (0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0):
             shift = 0.018 * span * step
             if all(abs(at + shift - x) > 0.016 * span or abs(value - y) > 0.07 * height for x, y in taken):

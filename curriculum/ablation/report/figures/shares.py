@@ -79,6 +79,7 @@ def draw_entropy(axes: Any, cell: CellNumbers, rows: Blocks, tips: Tips) -> None
     spread = np.array(cell["random"]["entropy_by_set"]).ravel()
     # A fixed pattern in place of random jitter, so that equal numbers give equal figures.
     jitter = 0.3 * np.sin(np.arange(len(spread)) * 2.4)
+    # There may be hundreds of random orders, so they have one tooltip.
     dots = axes.scatter(spread, y_of[RANDOM] + jitter, s=5, color=colour("random"), alpha=0.6, linewidths=0, zorder=2)
     tips.add(dots, f"random orders: entropy {spread.min():.2f} to {spread.max():.2f}")
     axes.plot(
@@ -106,6 +107,7 @@ def draw_entropy(axes: Any, cell: CellNumbers, rows: Blocks, tips: Tips) -> None
         edge=None,
         width=1.6,
     )
+    # The axis begins just below the lowest entropy, because small differences near 1 matter.
     low = min([gold_entropy, *spread, *(value for arm in cell["arms"] for value in arm["label_entropy_by_set"])])
     axes.set_xlim(max(0.0, low - 0.05), 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))

@@ -152,6 +152,7 @@ class _Sheet:
         self.figure.text(
             middle, (self.foot - 0.34) / height, x_label, ha="center", va="bottom", fontsize=SIZE, color=colour("muted")
         )
+        # The legend has its own handles, since no single panel has marks of every kind.
         handles = [Line2D([], [], label=text, **{"linestyle": "none", **look}) for text, look in keys]
         if handles:
             # The legend is centred below the axes if it fits there, else below the whole sheet, in two rows if necessary.
@@ -218,6 +219,7 @@ def _forest(
     lines = _with_pooled(grid, pooled)
     height = _ROW * (sum(len(names) for _, names in rows) + 1.2 * len(rows))
     sheet = _Sheet(lines, [height] * len(lines), wide=1.12, left=margin, gap=0.14)
+    # The limit is that of the cells; differences over tasks, which share the axes, are usually smaller.
     limit = shared_limit([panel for line in grid for panel in line])
     differences = []
     for axes, panel, _, column in sheet.panels():

@@ -45,6 +45,7 @@ def draw_spread(
     by_set = np.array(cell["random"]["accuracy_by_set"]) * 100
     means = by_set.mean(axis=1)
     order = np.argsort(means, kind="stable").tolist()
+    # Row 0 has the means; the other rows are 0.6 units further down, below a line.
     rows = [row + 0.6 for row in range(1, len(order) + 1)]
     low_S, high_S = by_set.min(axis=1), by_set.max(axis=1)
     low, high, mean = float(low_S.mean()), float(high_S.mean()), float(means.mean())
@@ -68,6 +69,7 @@ def draw_spread(
     )
     for y, place in zip(rows, order, strict=True):
         height = y - _LANE - swarm(by_set[place], 0.07, 0.2)
+        # One tooltip for the set, since its random orders have no names.
         dots = axes.scatter(by_set[place], height, s=9, color=colour("random"), alpha=0.75, linewidths=0, zorder=2)
         set_range = f"{percent(low_S[place] / 100)} to {percent(high_S[place] / 100)} %"
         tips.add(dots, f"set {place + 1}: random orders {set_range}, mean {percent(means[place] / 100)} %")
@@ -89,6 +91,7 @@ def limits_of(cells: Sequence[CellNumbers]) -> tuple[float, float]:
     """The limits of an accuracy axis that has room for all orders and arms of these cells."""
     values = [value for cell in cells for values in cell["random"]["accuracy_by_set"] for value in values]
     values += [value for cell in cells for arm in cell["arms"] for value in arm["accuracy_by_set"]]
+    # The limits leave room for the mark of an accuracy of exactly 0 or 1.
     room = max(0.05, 0.05 * (max(values) - min(values)))
     return max(-0.01, min(values) - room), min(1.01, max(values) + room)
 

@@ -124,6 +124,7 @@ def styled(size: float = 8.5) -> Iterator[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
+        # A minus sign instead of a hyphen, as in the texts of the report.
         "axes.unicode_minus": True,
         "xtick.color": muted,
         "ytick.color": ink,
@@ -153,6 +154,7 @@ def blank(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # At 72 dots per inch, a pixel is a point.
     figure = Figure(figsize=(width, height), dpi=72)
     FigureCanvasAgg(figure)
     return figure

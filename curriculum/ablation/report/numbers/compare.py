@@ -156,6 +156,7 @@ def _difference(
     if missing := reason or _missing_over_sets(plain):
         return untested(plain.value, missing)
     reasons = {"sets_needed, items_needed": "computed for single cells only"} if needed is None else _unsized(needed)
+    # The power depends only on the ratio of the difference to the standard deviation between sets.
     visible = float(plain.per_set.std(ddof=1)) * _visible(len(plain.per_set), strict)
     if visible > 1:
         reasons["smallest_visible"] = f"with {len(plain.per_set)} {SET}s no difference would be detected reliably"
@@ -193,6 +194,7 @@ def _unsized(needed: sample_size.Needed) -> dict[str, str]:
 def _corrected(family: list[Difference]) -> list[Difference]:
     """Add Holm's p-values and the verdicts to a family, in place."""
     p = np.array([1.0 if one["p"] is None else one["p"] for one in family], dtype=np.float64)
+    # An untested arm keeps None, although it counts in m.
     for one, adjusted in zip(family, statistics.holm(p).tolist(), strict=True):
         if one["p"] is not None:
             one["p_adjusted"] = adjusted
@@ -203,6 +205,7 @@ def _corrected(family: list[Difference]) -> list[Difference]:
 @functools.lru_cache(maxsize=1024)
 def _visible(sets: int, alpha: float) -> float:
     """The difference, in standard deviations between sets, at which `power_of_sets` is POWER, found by bisection."""
+    # The power rises with the difference; doubling finds an upper end for the bisection.
     high = 1.0
     while sample_size.power_of_sets(high, 1.0, sets, alpha=alpha) < POWER:
         high *= 2

@@ -69,6 +69,7 @@ def _widest(report: Report, selector: str, calibrated: bool) -> Pooled | None:
 def _over_tasks(report: Report, pool: Pooled, cells: Sequence[CellNumbers], suffix: str) -> Finding:
     arms = tested_arms(pool)
     tasks = len(pool["tasks"])
+    # In sentences an arm has its tasks after its name; `helps` and `hurts` have the plain names.
     labelled = {_name_with_tasks(arm, pool["tasks"]): arm["difference"] for arm in pool["arms"]}
     sentences = [*_verdicts(labelled), *_untested(labelled), *_null_result(arms)]
     if helping := [arm for arm in pool["arms"] if arm["difference"]["verdict"] == "helps"]:
@@ -186,6 +187,7 @@ def _untested(arms: dict[str, Difference]) -> list[str]:
             by_reason.setdefault(difference["reason"] or "", []).append(name)
     sentences = []
     for reason, names in by_reason.items():
+        # More sets do not help if the outcomes of all sets are the same.
         advice = _MORE_ROWS if "do not differ" in reason else _MORE_SETS
         which = "No orderer could" if len(names) == len(arms) else f"{join_names(names)} could not"
         sentences.append(f"{which} be tested: {reason}; {advice}.")
@@ -219,6 +221,7 @@ def _null_result(arms: dict[str, Difference], *, short: bool = False) -> list[st
 
 
 def _cheapest(helping: Sequence[PooledArm]) -> str:
+    # Costs that are printed alike count as equal.
     ranked = sorted(helping, key=lambda arm: (round(arm["cost"], 2), -arm["difference"]["value"]))
     least = round(ranked[0]["cost"], 2)
     cheapest = [arm["name"] for arm in ranked if round(arm["cost"], 2) == least]
@@ -300,6 +303,7 @@ def notes(report: Report) -> list[str]:
         texts.append(
             f"Only two demonstration sets in {join_names(two)}: too few for an interval, a test or a sample size; {_MORE_SETS}."
         )
+    # From 7 sets on there are enough sign vectors for the bootstrap; with fewer, intervals are by t.
     if few := [cell["id"] for cell in cells if MIN_CLUSTERS <= cell["sets"] < 7]:
         texts.append(
             f"Fewer than 7 demonstration sets in {join_names(few)}: intervals there assume that the means of sets are close to "
@@ -315,6 +319,7 @@ def notes(report: Report) -> list[str]:
             f"Fewer than 10 random orders in {join_names(few)}: the mean random order, which every arm is compared with, is "
             "itself uncertain."
         )
+    # Only arms that some cell has can be missing from another.
     every = {arm["name"] for cell in cells for arm in cell["arms"]}
     missing = {cell["id"]: sorted(every - {arm["name"] for arm in cell["arms"]}) for cell in cells}
     if gaps := [f"{cell} ({join_names(names)})" for cell, names in missing.items() if names]:

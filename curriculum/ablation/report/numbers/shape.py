@@ -168,6 +168,7 @@ class CalibrationArm(TypedDict):
     change: Difference
 
 
+@final
 class CalibrationCell(TypedDict):
     """A cell without and with contextual calibration, over the sets that both share; `spread_off` and `spread_on` are the
     standard deviations over random orders."""

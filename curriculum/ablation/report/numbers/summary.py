@@ -81,6 +81,7 @@ def _cell(group: Group) -> CellNumbers:
     differences = {arm.name: difference for arm, difference in zip(compared, family, strict=True)}
     for arm in group.arms:
         value = float(arm.correct.mean()) - float(random_RSQ.mean())
+        # Only oracles are not in the family.
         differences.setdefault(arm.name, compare.untested(value, "an oracle is chosen by the test labels"))
     gold = np.array([group.labels.index(answer) for answer in group.gold]) if group.labels else np.empty(0, np.int64)
     return CellNumbers(
@@ -103,6 +104,7 @@ def _random_orders(group: Group, random_RSQ: NDArray[np.bool_]) -> RandomOrders:
     accuracy, low, high, missing = compare.accuracy(random_RSQ.mean(axis=0))
     parts, reasons = compare.spread_parts(random_RSQ)
     reasons = {"low, high": missing, "label_entropy": _no_entropy(group.labels), **reasons}
+    # The entropy is that of each order and set, because pooled predictions hide orders that lean to different labels.
     share_RSL = np.stack([_shares(arm.predicted, len(group.labels)) for arm in group.random])
     several = len(group.labels) > 1
     return RandomOrders(
@@ -222,6 +224,7 @@ def _clusters(name: str, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
 
 def _cost(group: Group, arm: Arm) -> float:
     """Tokens per answer as a multiple of those of a random order."""
+    # An order is chosen once per set, and all items of the set use it.
     own = arm.tokens.mean() + arm.choosing_tokens.mean() / len(group.items)
     return float(own / max(1e-9, np.mean([random.tokens.mean() for random in group.random])))
 
@@ -243,6 +246,7 @@ def _calibration_cell(off: Group, on: Group) -> CalibrationCell | None:
     if not sets_off or not items_off:
         return None
     shared_off, shared_on = np.ix_(sets_off, items_off), np.ix_(sets_on, items_on)
+    # If one cell has more random orders than the other, only the first ones are compared.
     orders = min(len(off.random), len(on.random))
     random_off = np.stack([arm.correct[shared_off] for arm in off.random[:orders]])
     random_on = np.stack([arm.correct[shared_on] for arm in on.random[:orders]])
@@ -304,6 +308,7 @@ def inspect(group: Group) -> dict[str, Any]:
             "seed": demo_set.seed,
             "demos": [
                 {"id": name, "label": label, "tokens": length}
+                # If each item has its own demonstrations, `demo_ids` is empty, and so is this list.
                 for name, label, length in zip(demo_set.demo_ids, labels, tokens, strict=False)
             ],
             "prompt": demo_set.prompt,
@@ -325,5 +330,6 @@ def _texts(groups: Sequence[Group]) -> dict[str, PromptTexts]:
     for group in groups:
         of_task = texts.setdefault(group.task, PromptTexts(demos={}, items={}))
         of_task["demos"].update(group.demo_texts)
+        # Results of older versions have no texts of items.
         of_task["items"].update(zip(group.items, group.item_texts, strict=False))
     return texts

@@ -57,6 +57,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 def rest_of(provenance: Mapping[str, Any]) -> str:
     """The provenance that `facts` omits or shortens, as indented JSON; empty if there is none."""
+    # A shortened value ends with an ellipsis.
     rest = {key: value for key, value in provenance.items() if key not in _NAMES or _value(key, value).endswith("…")}
     return json.dumps(rest, indent=2, ensure_ascii=False, default=str) if rest else ""
 
@@ -81,6 +82,7 @@ def _value(key: str, value: Any) -> str:
         return moment.strftime("%d %B %Y, %H:%M" if "T" in str(value) else "%d %B %Y").lstrip("0")
     if key == "tokens" and isinstance(value, int | float):
         return count(value)
+    # The beginning of a digest is enough to compare two reports by eye.
     if key == "weights" and re.fullmatch(r"(\w+:)?[0-9a-f]{20,}", str(value)):
         return f"{str(value)[:19]}…"
     if isinstance(value, Mapping):

@@ -58,6 +58,7 @@ def render(report: Report, drawn: Iterable[tuple[Panel, str]]) -> str:
     css = environment.from_string(_text("page.css")).render(palette=PALETTE)
     return environment.from_string(_text("page.html")).render(
         report=report,
+        # CSS and JavaScript are files of this package without text from data, so they are not escaped.
         css=Markup(css),
         js=Markup(_text("page.js")),
         facts=facts(report),
@@ -77,11 +78,13 @@ def render(report: Report, drawn: Iterable[tuple[Panel, str]]) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True,
+        # A misspelt name in the template is an error and not an empty text.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    # NaN is not JSON: a browser would refuse the whole report.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     # A number and its percent sign must not be on different lines.
     environment.filters["nobreak"] = lambda text: text.replace(" %", "\u00a0%")
@@ -112,6 +115,7 @@ def _filters(report: Report, selectors: list[str]) -> list[dict[str, Any]]:
         if len(values) > 1
     ]
     if len({cell["calibrated"] for cell in report["cells"]}) > 1:
+        # At first the page shows the cells without calibration, as all panels at once would be twice as many.
         choices = [("", "off and on"), ("0", "off"), ("1", "on")]
         filters.append({"name": "Calibration", "key": "calibrated", "chosen": "0", "choices": choices})
     if arms:

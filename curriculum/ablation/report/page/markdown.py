@@ -155,6 +155,7 @@ def _calibration(pair: CalibrationCell) -> list[str]:
 
 
 def _prompts(report: Report) -> list[str]:
+    # Cells that differ only in contextual calibration have the same prompts.
     prompts: dict[tuple[str, int], str] = {}
     for cell, view in zip(report["cells"], report["demonstrations"], strict=True):
         prompts.setdefault((cell["task"], cell["k"]), view["sets"][0]["prompt"])
