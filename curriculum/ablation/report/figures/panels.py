@@ -86,7 +86,7 @@ def shots_of(panel: AnyPanel) -> str:
 
 
 def _task_of(panel: AnyPanel) -> str | None:
-    # Not in one expression, so that mypy narrows the type of `panel`.
+    # `panel.get` has no type for a key that only some of these types have.
     if "task" in panel:
         return panel["task"]
     return None

@@ -23,7 +23,7 @@ from sparsort.curriculum.ablation.report.figures.style import (
     text_width,
 )
 from sparsort.curriculum.ablation.report.numbers.rows import Blocks, blocks, tested_arms
-from sparsort.curriculum.ablation.report.numbers.shape import CellNumbers, Pooled, Report
+from sparsort.curriculum.ablation.report.numbers.shape import CellNumbers, Difference, Pooled, Report
 
 # Widths and heights are in inches; SIZE is that of text, in points.
 SIZE = 7.0
@@ -221,11 +221,11 @@ def _forest(
     sheet = _Sheet(lines, [height] * len(lines), wide=1.12, left=margin, gap=0.14)
     # The limit is that of the cells; differences over tasks, which share the axes, are usually smaller.
     limit = shared_limit([panel for line in grid for panel in line])
-    differences = []
+    differences: list[Difference] = []
     for axes, panel, _, column in sheet.panels():
         arms = tested_arms(panel)
         forest.draw_forest(axes, arms, rows, sheet.tips, limit=limit, names=column == 0, numbers=False)
-        differences += arms.values()
+        differences.extend(arms.values())
     caption = f"{forest.CAPTION} of the same demonstration sets{ending}"
     caption += forest.without_interval(differences)
     return sheet.picture(f"forest{view}", caption, "points of accuracy against the mean random order", _INTERVALS)

@@ -78,7 +78,8 @@ def draw_spread(
         _name_outermost(axes, low, -_LANE - _ROOM, "worst orders", "right", "muted")
         _name_outermost(axes, high, -_LANE - _ROOM, "best orders", "left", "muted")
     if arms := _without_oracles(cell):
-        worst, best = (pick(arms, key=lambda arm: arm["accuracy"]) for pick in (min, max))
+        worst = min(arms, key=lambda arm: arm["accuracy"])
+        best = max(arms, key=lambda arm: arm["accuracy"])
         for arm, side in ((worst, "right"), (best, "left")):
             name = plain(arm["name"], 28)
             _name_outermost(axes, 100 * arm["accuracy"], _LANE + _ROOM, name, side, KIND_COLOUR[arm["kind"]])

@@ -106,7 +106,7 @@ def _selectors(report: Report) -> list[str]:
 
 def _filters(report: Report, selectors: list[str]) -> list[dict[str, Any]]:
     """The filters above the page; a filter with only one value is omitted."""
-    shots = dict.fromkeys(str(cell["k"]) for cell in report["cells"])
+    shots = list(dict.fromkeys(str(cell["k"]) for cell in report["cells"]))
     arms = {arm["name"] for cell in report["cells"] for arm in cell["arms"] if arm["kind"] != "oracle"}
     by_value = (("Task", "task", report["tasks"]), ("k", "k", shots), ("Selector", "selector", selectors))
     filters: list[dict[str, Any]] = [
