@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsort.conditions import Shown, Table, Values, When, always, among, excludes, needs, refuse_unread, under
+from sparsort.conditions import Format, Table, Values, When, always, among, excludes, needs, refuse_unread, under
 from sparsort.curriculum.ablation.recipe.options import DesignOptions
 from sparsort.curriculum.ablation.recipe.tasks import JUDGES, task_names
 from sparsort.curriculum.loading.plan.combine import COMBINATIONS
@@ -65,7 +65,7 @@ def check(context: Any) -> None:
     refuse_unread(command.table, values, given, _on_the_command_line(context))
 
 
-def _on_the_command_line(context: Any) -> Shown:
+def _on_the_command_line(context: Any) -> Format:
     parameters = {parameter.name: parameter for parameter in context.command.params}
 
     def shown(name: str, value: Any) -> str:

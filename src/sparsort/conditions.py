@@ -17,7 +17,8 @@ from sparsort.errors import SparsortError
 from sparsort.options import values_of
 
 Values = Mapping[str, Any]
-Shown = Callable[[str, Any], str]
+# Formats an option and its value as the caller would write them.
+Format = Callable[[str, Any], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ def among(name: str, read_by: Collection[Any], *, of: Collection[Any]) -> When:
         read_by: the choices that read the option; the first is suggested.
         of: all choices of `name`.
     """
+    # The complement, so that a misspelt choice is not among them and keeps its own error.
     ignored_by = frozenset(of) - frozenset(read_by)
     listed = " and ".join(map(str, read_by)) if len(read_by) <= 2 else ", ".join(map(str, read_by))
     return When(
@@ -84,14 +86,14 @@ def in_python(name: str, value: Any) -> str:
     return name if value is None else f"{name}={value!r}"
 
 
-def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Shown = in_python) -> None:
+def refuse_unread(table: Table, values: Values, given: Iterable[str], as_written: Format = in_python) -> None:
     """Refuse the first given option that has no effect.
 
     Args:
         table: the conditions of every option of this call.
         values: every option's value, the defaults included.
         given: the options that the caller passed.
-        shown: formats an option and its value as the caller would write them.
+        as_written: formats an option and its value for the message.
 
     Raises:
         SparsortError: an option has no effect; the message says why, and what to do instead.
@@ -100,10 +102,10 @@ def refuse_unread(table: Table, values: Values, given: Iterable[str], shown: Sho
         unmet = next((condition for condition in table[name] if not condition.holds(values)), None)
         if unmet is None:
             continue
-        why = unmet.why.format_map(_Shown(values, shown))
-        step = " ".join(shown(other, value) for other, value in unmet.instead.items())
+        why = unmet.why.format_map(_OptionTexts(values, as_written))
+        step = " ".join(as_written(other, value) for other, value in unmet.instead.items())
         raise SparsortError(
-            f"{shown(name, values[name])} has no effect: {why}. Omit it{f', or pass {step}' if step else ''}."
+            f"{as_written(name, values[name])} has no effect: {why}. Omit it{f', or pass {step}' if step else ''}."
         )
 
 
@@ -122,6 +124,7 @@ def refuse_unread_fields(config: Any, table: Table) -> None:
     Raises:
         SparsortError: see `refuse_unread`.
     """
+    # A default that was passed explicitly is not detected, which is harmless.
     values = {name: value for name, value, _ in values_of(config)}
     refuse_unread(table, values, [name for name in changed(config) if name in table])
 
@@ -142,15 +145,15 @@ def refuse_unread_arguments(function: Callable[..., Any], table: Table, values: 
     refuse_unread(table, values, differing)
 
 
-class _Shown(dict[str, str]):
+class _OptionTexts(dict[str, str]):
     """Option name → the option with its value as the caller would write it; only the names that a message uses are formatted."""
 
-    def __init__(self, values: Values, shown: Shown) -> None:
+    def __init__(self, values: Values, as_written: Format) -> None:
         super().__init__()
-        self._values, self._as = values, shown
+        self._values, self._as_written = values, as_written
 
     def __missing__(self, name: str) -> str:
-        return self._as(name, self._values[name])
+        return self._as_written(name, self._values[name])
 
 
 def _is_given(value: Any) -> bool:

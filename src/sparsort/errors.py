@@ -28,6 +28,7 @@ def unknown_choice(
         aliases: other name → choice, such as names from the literature; the other names are in lower case with underscores.
     """
     names = list(choices)
+    # Papers write such names with spaces, hyphens or capitals; the keys of `aliases` have one spelling.
     meant = (aliases or {}).get(str(given).strip().lower().replace("-", "_").replace(" ", "_"))
     if meant in names:
         return SparsortError(
@@ -45,6 +46,7 @@ def did_you_mean(given: object, names: Iterable[str], *, cutoff: float = 0.6) ->
         names: the valid names; upper and lower case count as equal.
         cutoff: how near a name must be, from 0 to 1 (`difflib.get_close_matches`).
     """
+    # Reversed, so that of two names that differ only in case the first one is suggested.
     by_lower = {name.lower(): name for name in reversed(list(names))}
     near = difflib.get_close_matches(str(given).lower(), list(by_lower), n=1, cutoff=cutoff)
     return f" Did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -70,6 +70,7 @@ def same_option(kind: type, name: str, *, default: Any = dataclasses.MISSING, he
         default: another default; by default that of the other field.
         help: another help text; None for that of the other field.
     """
+    # The metadata of a dataclass field is a read-only mapping, so the option is copied and not changed.
     field = next(one for one in dataclasses.fields(kind) if one.name == name)
     shown = dataclasses.replace(field.metadata[_KEY], **({"help": help} if help is not None else {}))
     return dataclasses.field(
@@ -97,6 +98,7 @@ def parameters_of(kind: type) -> tuple[str, ...]:
     """The names of all options of a dataclass in order, including those of nested dataclasses."""
     names: list[str] = []
     for field in dataclasses.fields(kind):
+        # A nested dataclass is recognised by its default, because annotations are only strings here.
         if has_options(type(field.default)):
             names += parameters_of(type(field.default))
         elif option_of(field) is not None:
@@ -121,10 +123,12 @@ def shares(flag: str) -> Callable[[Sequence[str] | None], dict[str, float] | Non
     def read(texts: Sequence[str] | None) -> dict[str, float] | None:
         share_of: dict[str, float] = {}
         for text in texts or ():
+            # The last equals sign separates the number, since a name may contain others.
             name, equals, value = text.rpartition("=")
             try:
                 number = float(value)
             except ValueError:
+                # Both mistakes, no equals sign and no number, lead to the same message below.
                 equals = ""
             if not equals or not name:
                 raise SparsortError(f"{flag} {text!r} is not NAME=NUMBER, as in {flag} {name or text or 'web'}=0.7.")

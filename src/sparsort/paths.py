@@ -52,6 +52,7 @@ def parse_field(field: str) -> tuple[str, ...]:
 
 def spell(parts: Iterable[str | int]) -> str:
     """The canonical spelling of a column and the steps into its value."""
+    # A name such as "a.b" gets brackets, so that parsing the result gives the same parts.
     column, *steps = parts
     return _spell_column(str(column)) + "".join(map(_spell_step, steps))
 

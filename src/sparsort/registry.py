@@ -73,6 +73,7 @@ class Registry(Mapping[str, E], Generic[E]):
         Raises:
             SparsortError: there is no such entry; the message suggests the nearest name and lists all names.
         """
+        # A value that is not hashable, such as a list from a JSON file, must not end in a TypeError.
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
         aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}

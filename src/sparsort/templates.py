@@ -75,6 +75,7 @@ def render(template: str, fields: Mapping[str, Any], *, where: str) -> str:
             continue
         if is_missing(value):
             raise missing_field(piece.field, fields, where, in_template=True)
+        # The common case, plain text, needs no formatting.
         parts.append(
             value
             if type(value) is str and not piece.spec and not piece.conversion
@@ -115,6 +116,7 @@ def pieces(template: str) -> tuple[Piece, ...]:
         if len(brace[0]) == 2:
             literal += brace[0][0]
             continue
+        # A single closing brace matches no field either, and gets the same message.
         field = _FIELD.match(template, brace.start())
         if field is None:
             raise SparsortError(
@@ -148,6 +150,7 @@ def _values(template: str, fields: Mapping[str, Any], where: str, way_out: str) 
         if piece.field is not None and column_of(piece.field) not in fields:
             raise missing_field(piece.field, fields, where, in_template=True)
         value = None if piece.field is None else value_at(fields, piece.field, where=where)
+        # A missing value is not an error here: `render` and `check_values` treat it differently.
         if type(value) is not str and not is_missing(value) and not _can_show(piece, value):
             raise not_text(value, field=str(piece.field), where=where, way_out=way_out)
         yield piece, value

@@ -33,6 +33,7 @@ def is_missing(value: Any) -> bool:
     """Whether a value is missing: None, NaN (Python, NumPy, Decimal, a 0-d tensor), NaT, `pandas.NA` or a masked element."""
     if value is None:
         return True
+    # Most values are text or whole numbers, which are never missing.
     if isinstance(value, (str, int)):
         return False
     if isinstance(value, Decimal):
@@ -181,6 +182,7 @@ def number_array(values: Any) -> NDArray[np.float64]:
     Raises:
         TypeError, ValueError: a value is not a number.
     """
+    # Such values may contain pandas.NA, which NumPy cannot convert to a number.
     if isinstance(values, (list, tuple)) or getattr(getattr(values, "dtype", None), "kind", "") == "O":
         values = [np.nan if is_missing(value) else value for value in values]
     return np.asarray(values, dtype=np.float64)
@@ -198,6 +200,7 @@ def row_of(texts: Mapping[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for field, text in texts.items():
         row = put(row, field, text)
+    # A later field may have replaced an earlier one, such as "a" and "a.b".
     for field, text in texts.items():
         if value_at(row, field, where="the row") != text:
             raise SparsortError(

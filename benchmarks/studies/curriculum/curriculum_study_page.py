@@ -156,7 +156,7 @@ def page(name: str, facts: Mapping[str, Any], results: Results, figures: Sequenc
         f"{len(results.orders) * len(results.schedules) * study['seeds']} runs. Made by `{command}`; the recipe is "
         "[benchmarks/studies/curriculum_study.toml](../../benchmarks/studies/curriculum_study.toml).",
         _what_was_done(facts),
-        "## What was found",
+        "## Findings",
         *(_found(results, schedule) for schedule in results.schedules),
         _interaction(results),
         *figures,
@@ -207,9 +207,9 @@ def _found(results: Results, schedule: str) -> str:
             if better:
                 parts.append(f"better: {', '.join(better)}")
             if worse:
-                parts.append(f"worse: {', '.join(worse)}")
-            if not parts:
-                parts.append("no order differs significantly from it")
+                said.append(f"worse: {', '.join(worse)}")
+            if not said:
+                said.append("no order differs significantly from it")
             elif nothing := len(found) - len(better) - len(worse):
                 parts.append(
                     f"no difference found for the other {nothing}" if nothing > 1 else "none found for the other"

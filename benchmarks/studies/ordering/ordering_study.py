@@ -1,16 +1,15 @@
-"""The ordering study: run it, or use its stored outcomes, and write docs/results/ordering-study.md with its figures.
+"""The ordering study: run it (or use the answers in its store), and write docs/results/ordering-study.md with its figures.
 
-One command repeats the study. It takes hours, and can be stopped and continued at any moment. Two simultaneous processes with one
-thread each (OMP_NUM_THREADS=1) take half the time:
+One command repeats the study. It takes hours, and can be stopped and resumed at any time. Two processes at once, with one thread
+each (OMP_NUM_THREADS=1), take half the time:
 
     python benchmarks/studies/ordering/ordering_study.py --data FOLDER --save
 
-FOLDER has icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. --study cone is a small study
-of ConE on one task with the same sets and orders. Both start from the model's answers in
-benchmarks/results/ordering-study-outcomes.parquet, and query the model for the rest; with --fresh, a new study starts without
-answers. With --no-run, the page is written from the stored outcomes, which may be incomplete; its head reports how many there
-are. The section "Which prior" is generated from the file that `prior_shift.py --save` writes. No part of the page is written by
-hand.
+FOLDER has icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl as prepared for arXiv 2104.08786. With --study cone it is a
+small study of ConE on one task, on the same sets and orders. Both begin with the model's answers that are in
+benchmarks/results/ordering-study-outcomes.parquet, and query the model for the others; with --fresh a study begins without
+answers. With --no-run the page is written from the answers that exist, and its head reports whether the study is finished. The
+section "Which prior" is made from the results of `prior_shift.py --save`. Nothing in the page is written by hand.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ PRIOR_SHIFT = ROOT / "benchmarks" / "results" / "prior-shift.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One page: its recipe in benchmarks/studies/, its name in docs/results/, its title and its introduction."""
+    """One page: its recipe in benchmarks/studies/, its name in docs/results/, its title, and an introduction."""
 
     recipe: str
     page: str
@@ -58,10 +57,10 @@ STUDIES = {
         page="ordering-study",
         title="Which orders of demonstrations help: a study on five tasks with Gemma 3 270M",
         about=(
-            "ConE is not among the choosers: it reads the whole vocabulary after every token of a query, several times the cost "
-            "of all else. It was run [only on trec with k = 4 and 64 test rows](ordering-study-cone.md). What was searched for "
-            "an orderer from sparsity: [the search](orderer-search.md). What PDO should compare predictions with where label "
-            "shares shift: [which prior](#which-prior)."
+            "ConE is not among the criteria, because it needs the whole vocabulary's probabilities after every token of a query, "
+            "which costs several times as much as everything else. It was run [on trec only, with k = 4 and 64 test "
+            "rows](ordering-study-cone.md). [A search](orderer-search.md) looked for an orderer based on sparsity. The section "
+            "[which prior](#which-prior) compares priors for PDO when label shares shift."
         ),
     ),
     "cone": Study(
@@ -69,30 +68,30 @@ STUDIES = {
         page="ordering-study-cone",
         title="Does ConE's choice of an order help: a study on trec with Gemma 3 270M",
         about=(
-            "ConE (arXiv 2401.12087) takes for every question the order after which the question is least surprising to the "
-            "model; its authors choose the demonstrations so, here it chooses among 16 orders of given ones. Sets, orders and "
-            "the 64 test rows are among those of [the study on five tasks](ordering-study.md), which has more orderers. Tokens "
-            "and time below count what those answers cost there, too."
+            "ConE (arXiv 2401.12087) chooses for every question the order after which the question is least surprising to the "
+            "model. Its authors choose demonstrations this way; here it chooses among 16 orders of given ones. Sets, orders and "
+            "the 64 test rows are among those of [the study on five tasks](ordering-study.md), which has more orderers. The "
+            "tokens and the time below include what those answers cost there."
         ),
     ),
 }
 
 
 def head(report: dict[str, Any], name: str, planned: int) -> str:
-    """The introduction of the page, before the numbers."""
+    """The introduction of the page: the state of the study, and how the page was made."""
     sets = [cell["sets"] for cell in report["cells"]]
     done = sum(sets) // len({cell["calibrated"] for cell in report["cells"]})
     state = f"All {planned} demonstration sets are done."
     if done < planned:
-        state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** The page covers these."
+        state = f"**The study is unfinished: {done} of {planned} demonstration sets are done.** This page covers those."
     elif report["provenance"]["incomplete"]:
-        state += " **Not yet under every orderer**: the notes list what is missing."
+        state += " **Not yet under every orderer**: the caveats list those that are missing."
     study, option = STUDIES[name], "" if name == "all" else f" --study {name}"
     return (
         f"{state} Made by `python benchmarks/studies/ordering/ordering_study.py --data FOLDER{option} --save`, "
-        "which queries the model only for what its store lacks; the recipe is "
+        "which queries the model only for answers that are not in its store; the recipe is "
         f"[benchmarks/studies/{study.recipe}](../../benchmarks/studies/{study.recipe}). "
-        f"How orders, choosers and intervals are defined: [ablation](../ablation.md).\n\n{study.about}"
+        f"Orders, criteria and intervals are defined in [ablation](../ablation.md).\n\n{study.about}"
     )
 
 
@@ -102,11 +101,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with icl/*.jsonl")
     parser.add_argument("--out", type=Path, help="folder of the study [default: by its name in runs/]")
     parser.add_argument("--study", choices=STUDIES, default="all", help="five tasks without ConE, or one with it")
-    parser.add_argument("--fresh", action="store_true", help="do not start from the saved answers")
-    parser.add_argument("--no-run", action="store_true", help="do not run the model")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="run the model without compiling it; needs no C++ compiler"
-    )
+    parser.add_argument("--fresh", action="store_true", help="do not begin with the stored answers")
+    parser.add_argument("--no-run", action="store_true", help="do not query the model")
+    parser.add_argument("--no-compile", action="store_true", help="run the model as it is, without a C++ compiler")
     parser.add_argument("--save", action="store_true", help="write the page, its figures and benchmarks/results/")
     args = parser.parse_args()
     study = STUDIES[args.study]
@@ -114,9 +111,9 @@ def main() -> None:
     out = args.out or ROOT / "runs" / study.page
     store = out / "store"
     if args.fresh and store.exists():
-        sys.exit(f"{store} already has a study. Remove it, or pass another folder (--out).")
+        sys.exit(f"{store} contains a study already. Remove it, or pass another folder (--out).")
     if KEPT.exists() and not store.exists() and not args.fresh:
-        print(f"continuing from the answers in {KEPT.name}", file=sys.stderr)
+        print(f"beginning with the answers in {KEPT.name}", file=sys.stderr)
         unpack(KEPT, store)
     done = ablate(
         recipe,

@@ -22,6 +22,7 @@ from sparsort.storage.files import write_json
 
 SEAL = "digest"
 _BITS = 128
+# Bytes that are read at a time.
 _PIECE = 1 << 20
 
 
@@ -175,6 +176,7 @@ def check_version(version: Any, readable: Sequence[int], name: Path | str, *, da
     Raises:
         SparsortError: the version is not one of `readable`.
     """
+    # `type` and not `isinstance`, because True is an instance of int.
     if type(version) is not int or version < 1:
         what = (
             "it has no format version"
@@ -204,6 +206,7 @@ def check_seal(values: Mapping[str, Any], path: Path, *, next_step: str) -> None
 
 def digest_of_values(values: Any) -> str:
     """A digest of JSON values that does not depend on the order of keys."""
+    # ASCII escapes and sorted keys make the text, and so the digest, the same for equal values.
     return digest_of_bytes(json.dumps(values, sort_keys=True).encode())
 
 

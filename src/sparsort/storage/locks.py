@@ -35,6 +35,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         SparsortError: the lock file cannot be written.
     """
     try:
+        # The file is not removed afterwards: a waiting process would then hold the lock of a file that no other can open.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise disk_error(path, error) from error

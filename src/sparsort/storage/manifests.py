@@ -22,6 +22,7 @@ from sparsort.storage.files import sync
 
 FILE = "sparsort-manifest.json"
 FORMAT, VERSION = "sparsort-manifest", 1
+# Threads are enough to read files in parallel, since reading and hashing release the interpreter lock.
 _AT_ONCE = 8
 _UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError)
 
@@ -41,6 +42,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             records = list(pool.map(_settled, paths))
+        # A new file is only durable once the entry in its folder is on the disk too.
         for inner in {path.parent for path in paths}:
             sync(inner)
     except OSError as error:

@@ -70,6 +70,7 @@ def add_seal(path: Path, facts: Mapping[str, Any], *, copy: bytes = b"") -> None
             handle.write(copy + tail)
             handle.flush()
         values["file"] = {"bytes": size + len(copy), "digest": digest_of_file(path)}
+        # The footer moves to the end of the file; its own length field stays valid, because it does not count the block.
         block = _MAGIC + json.dumps(seal(values), ensure_ascii=False).encode()
         handle.seek(footer + len(copy))
         handle.write(block + len(block).to_bytes(4, "little") + _MAGIC + tail)
@@ -138,6 +139,7 @@ def _find(handle: BinaryIO) -> tuple[dict[str, Any], int, int, int] | None:
     handle.seek(footer - _END)
     end = handle.read(_END)
     begin = footer - _END - int.from_bytes(end[:4], "little")
+    # A damaged length may point to before the beginning of the file.
     handle.seek(max(begin, 0))
     # One intact mark of two is enough to know that the file was sealed, and two are needed to trust the block.
     marks = handle.read(len(_MAGIC)), end[4:]

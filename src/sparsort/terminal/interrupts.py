@@ -55,6 +55,7 @@ def handle_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             _state.before[number] = signal.signal(number, _on_signal)
+    # A forked child would otherwise inherit these handlers together with the state.
     os.register_at_fork(after_in_child=_leave_to_parent)
     sys.unraisablehook = _without_interrupts(sys.unraisablehook)
 
@@ -72,6 +73,7 @@ def received() -> KeyboardInterrupt | None:
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Delay a signal that arrives inside the block until the end of the block, which should only write a few files."""
+    # Python runs signal handlers in the main thread only, so other threads are never interrupted.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,6 +105,7 @@ def asking(ask: Callable[[str], None]) -> Iterator[None]:
         return
 
     def once(number: int, _frame: object) -> None:
+        # The handler is restored first, so that a second signal acts even while `ask` runs.
         signal.signal(number, before)
         ask(signal.Signals(number).name)
 

@@ -115,10 +115,12 @@ def printable_messages() -> Iterator[None]:
 
     This is for the command line: it changes logging and warnings for the whole process, and restores both afterwards.
     """
+    # A record factory applies to the records of all loggers; a filter on a logger does not apply to those below it.
     factory, show_warning = logging.getLogRecordFactory(), warnings.showwarning
 
     def make_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = factory(*args, **kwargs)
+        # The arguments are already part of the message, and must not be inserted a second time.
         record.msg, record.args = printable(record.getMessage()), None
         return record
 

@@ -71,6 +71,7 @@ class Table:
             max(cell_len(cell) for cell in (column.name, *(row[at] for row in self._rows)))
             for at, column in enumerate(self.columns)
         ]
+        # The heading of a column is never shortened.
         smallest = [
             max(cell_len(column.name), min(size, _NARROWEST.get(column.kind, size)))
             for column, size in zip(self.columns, natural, strict=True)
@@ -107,6 +108,7 @@ def _blocks(smallest: Sequence[int], width: int) -> list[list[int]]:
     blocks, used = [[0]], smallest[0]
     for at in range(1, len(smallest)):
         used += _GAP + smallest[at]
+        # A block has at least one column besides the first, even if that is too wide.
         if used > width and blocks[-1] != [0]:
             blocks.append([0])
             used = smallest[0] + _GAP + smallest[at]
@@ -128,6 +130,7 @@ def _sizes(smallest: Sequence[int], natural: Sequence[int], width: int) -> list[
 
 def _row(cells: Sequence[str], columns: Sequence[Column], sizes: Sequence[int]) -> list[str]:
     parts = [_cell(cell, column.kind, size) for cell, column, size in zip(cells, columns, sizes, strict=True)]
+    # Wrapped cells have several lines; cells with fewer lines are filled with empty ones.
     lines = []
     for at in range(max(map(len, parts))):
         line = [part[at] if at < len(part) else "" for part in parts]

@@ -416,7 +416,7 @@ def test_no_message_computes_the_name_of_an_option() -> None:
         for definition in tree.definitions.values()
         # Names of CSS variables begin with two hyphens, too, and flags are made from the names of fields.
         if not definition.name.startswith(
-            ("sparsort.curriculum.ablation.report.figures.svg.", "sparsort.recipes.cli.options.")
+            ("sparsort.curriculum.ablation.report.write.", "sparsort.recipes.cli.options.")
         )
         for text, line in definition.texts
         if _COMPUTED.search(text)

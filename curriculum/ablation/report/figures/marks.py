@@ -1,6 +1,6 @@
-"""Many marks in one stroke: matplotlib pays by the artist, so a panel's marks, bars and names are drawn together.
+"""Many marks as one artist, because matplotlib's time grows with the number of artists.
 
-Contract: what these functions draw looks as if drawn one by one, and every mark keeps a tip of its own.
+Contract: the result looks as if the marks were drawn one by one, and each mark has its own tooltip.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsort.curriculum.ablation.report.figures.style import Tips, colour, plain
-
-Said = tuple[str, str]
+from sparsort.curriculum.ablation.report.figures.style import Tip, Tips, colour, plain
 
 
 def marks(
@@ -20,7 +18,7 @@ def marks(
     x: Sequence[float],
     y: Sequence[float],
     tips: Tips,
-    said: Sequence[Said],
+    texts: Sequence[Tip],
     *,
     marker: str = "o",
     size: float = 4.4,
@@ -31,10 +29,19 @@ def marks(
     zorder: float = 3,
     clip: bool = True,
 ) -> None:
-    """Marks at (x, y): `size` is the diameter and `width` the edge in points; `said` is the tip and the arm of
-    each. Markers without an inside take `face` and no `edge`.
+    """Draw marks at (x, y).
+
+    Args:
+        axes: of matplotlib, as are `marker`, `alpha` and `zorder`.
+        x, y: the coordinates of each mark.
+        tips: the tooltips of the figure.
+        texts: the tooltip of each mark.
+        size, width: the diameter of a mark and the width of its edge, in points.
+        face, edge: the colours of the inside and of the edge; a shape without an inside has the colour `face` and no edge.
+        clip: whether marks are cut at the axes.
     """
     if len(x):
+        # matplotlib takes the area of a mark, in points².
         drawn = axes.scatter(
             x,
             y,
@@ -47,7 +54,7 @@ def marks(
             zorder=zorder,
             clip_on=clip,
         )
-        tips.add_each(drawn, said)
+        tips.add_each(drawn, texts)
 
 
 def bars(
@@ -57,11 +64,12 @@ def bars(
     y: Sequence[float],
     shades: Sequence[str],
     tips: Tips,
-    said: Sequence[Said],
+    texts: Sequence[Tip],
 ) -> None:
-    """Horizontal bars from `left` to `right`, centred on `y`."""
+    """Draw horizontal bars from `left` to `right`, centred on `y`."""
     from matplotlib.collections import PolyCollection
 
+    # Rows are one unit apart, so 0.24 units remain between bars.
     half = 0.38
     corners = [
         [(start, at - half), (end, at - half), (end, at + half), (start, at + half)]
@@ -69,7 +77,7 @@ def bars(
     ]
     drawn = PolyCollection(corners, facecolors=list(shades), edgecolors=colour("paper"), linewidths=0.5)
     axes.add_collection(drawn)
-    tips.add_each(drawn, said)
+    tips.add_each(drawn, texts)
 
 
 def segments(
@@ -84,8 +92,9 @@ def segments(
     tips: Tips | None = None,
     arms: Sequence[str] = (),
 ) -> None:
-    """Horizontal lines from `low` to `high` at `y`, `width` points thick; each belongs to an arm where `arms` are given."""
+    """Draw horizontal lines from `low` to `high` at `y`, `width` points thick; with `tips`, each belongs to one of `arms`."""
     if len(y):
+        # Without "butt" the ends would reach half a line width beyond the values.
         drawn = axes.hlines(y, low, high, colors=shades, linewidth=width, zorder=zorder, capstyle="butt")
         if tips is not None:
             tips.add_each(drawn, [("", arm) for arm in arms])
@@ -93,23 +102,33 @@ def segments(
 
 def names(
     axes: Any,
-    at: Mapping[str, float],
+    y_of: Mapping[str, float],
     size: float,
     tips: Tips | None = None,
     notes: Mapping[str, str] | None = None,
     others: Sequence[str] = (),
 ) -> None:
-    """Names of rows to the left of `axes`, which loses its own ticks there; with `tips`, each but `others` belongs to its arm."""
+    """Write the names of rows to the left of `axes`, in place of its ticks.
+
+    Args:
+        axes: of matplotlib.
+        y_of: the row of each name.
+        size: of the text, in points.
+        tips: the tooltips of the figure; a name that is cut gets one with the whole name.
+        notes: a text after the name, by name.
+        others: the names that are not those of arms.
+    """
     axes.set_yticks([])
-    for name, y in at.items():
-        text = beside(axes, y, plain(name) + (notes or {}).get(name, ""), size, side="left", shade="ink")
+    for name, y in y_of.items():
+        text = margin_text(axes, y, plain(name) + (notes or {}).get(name, ""), size, side="left", shade="ink")
         if tips is not None:
             tips.add(text, name if plain(name) != name else "", "" if name in others else name)
 
 
-def beside(axes: Any, y: float, text: str, size: float, *, side: str, shade: str, offset: float = 5.0) -> Any:
-    """Text at row `y`: ending left of the axes, or ending `offset` points right of them; returns it."""
+def margin_text(axes: Any, y: float, text: str, size: float, *, side: str, shade: str, offset: float = 5.0) -> Any:
+    """Write a text outside the axes at row `y`; its right end is `offset` points from the axes on either side."""
     left = side == "left"
+    # The transform takes x as a share of the width of the axes, and y in the units of the data.
     return axes.annotate(
         text,
         (0.0 if left else 1.0, y),
@@ -125,7 +144,7 @@ def beside(axes: Any, y: float, text: str, size: float, *, side: str, shade: str
 
 
 def bare(axes: Any, *, rows: tuple[float, float]) -> None:
-    """Axes of rows: no spines, no ticks but the numbers below; `rows` are the lower and the upper end of y."""
+    """Remove everything from axes of rows except the numbers below them; `rows` are the lower and the upper end of y."""
     axes.set_ylim(*rows)
     for spine in ("left", "bottom"):
         axes.spines[spine].set_visible(False)
@@ -133,14 +152,21 @@ def bare(axes: Any, *, rows: tuple[float, float]) -> None:
 
 
 def swarm(values: Any, step: float, most: float) -> Any:
-    """Small offsets that keep (almost) equal values apart: the n-th of a bin moves by n half steps, up and down in turn."""
+    """Vertical offsets that separate marks of equal or almost equal values: the marks of one bin alternate up and down.
+
+    Args:
+        values: (N,) numbers.
+        step: the distance between neighbours in a bin.
+        most: the largest offset.
+    """
     values = np.asarray(values, dtype=float)
+    # Equal values have no range; any divisor then puts all of them into one bin.
     span = float(np.ptp(values)) or 1.0
     bins = np.round((values - values.min()) / span * 40).astype(int)
-    seen: dict[int, int] = {}
+    used: dict[int, int] = {}
     offsets = np.zeros(len(values))
     for index in np.argsort(values, kind="stable"):
-        turn = seen.get(int(bins[index]), 0)
-        seen[int(bins[index])] = turn + 1
+        turn = used.get(int(bins[index]), 0)
+        used[int(bins[index])] = turn + 1
         offsets[index] = step * ((turn + 1) // 2) * (1 if turn % 2 else -1)
     return np.clip(offsets, -most, most)

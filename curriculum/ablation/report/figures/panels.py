@@ -1,6 +1,7 @@
-"""One figure for every cell and question, of one width and with aligned axes: what the page shows, side by side.
+"""The figures of the page: one for every cell and question, all of one width and with aligned axes.
 
-Contract: a generator, so that a figure can be written and forgotten before the next is drawn; to be run inside `style.styled()`.
+Contract: `panels` is a generator, so that each figure can be written and freed before the next one is drawn. It must run inside
+`style.styled(SIZE)`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any, Literal
 
 from sparsort.curriculum.ablation.report.figures import forest, paired, pareto, shares, spread
 from sparsort.curriculum.ablation.report.figures.style import Picture, Tips, blank, plain, slug, text_width
-from sparsort.curriculum.ablation.report.numbers.rows import Blocks, blocks, kept
-from sparsort.curriculum.ablation.report.numbers.shape import Cell, Pooled, Report
+from sparsort.curriculum.ablation.report.numbers.rows import Blocks, blocks, tested_arms
+from sparsort.curriculum.ablation.report.numbers.shape import CalibrationCell, CellNumbers, Pooled, Report
 
 Section = Literal["forest", "spread", "cost", "calibration", "labels"]
+AnyPanel = CellNumbers | Pooled | CalibrationCell
 
+# Widths and heights are in inches; SIZE is that of text, in points.
 WIDTH = 5.6
 SIZE = 8.5
 _ROW = 0.178
@@ -24,7 +27,13 @@ _POINTS = "points of accuracy against the mean random order"
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A figure with what the page files it under. `task` None: all tasks; `k` None: every k; `calibrated` None: both."""
+    """A figure with the values that the page's filters compare.
+
+    Attributes:
+        task: None for all tasks.
+        k: None for all k.
+        calibrated: None for both.
+    """
 
     section: Section
     task: str | None
@@ -40,74 +49,70 @@ def panels(report: Report) -> Iterator[Panel]:
     rows = blocks(report)
     margin = _margin(rows)
     cells = report["cells"]
+    # Differences over tasks are smaller than those of single cells, so the two have different axes.
     for alike in (report["pooled"], cells):
         limit = shared_limit(alike)
         for panel in alike:
-            if not pareto.points_of(panel):
-                continue
-            yield _panel("forest", panel, forest_picture(panel, rows, limit, margin))
+            if tested_arms(panel):
+                yield _panel("forest", panel, forest_picture(panel, rows, limit, margin))
     for cell in cells:
         limits = spread.limits_of([other for other in cells if other["task"] == cell["task"]])
         yield _panel("spread", cell, _spread(cell, limits))
-    every: list[Cell | Pooled] = [*report["pooled"], *cells]
+    every: list[CellNumbers | Pooled] = [*report["pooled"], *cells]
     for panel in every:
-        if bought := pareto.points_of(panel):
-            yield _panel("cost", panel, _cost(panel, bought))
+        if arms := pareto.points_of(panel):
+            yield _panel("cost", panel, _cost(panel, arms))
     for pair in report["calibration"]:
-        alike_pairs = [other for other in report["calibration"] if other["task"] == pair["task"]]
-        picture = _calibration(pair, rows, paired.limits_of(alike_pairs), margin)
-        yield Panel(
-            section="calibration",
-            task=pair["task"],
-            selector=pair["selector"],
-            k=pair["k"],
-            calibrated=None,
-            title=f"{pair['task']}, k = {pair['k']}",
-            picture=picture,
-        )
+        limits = paired.limits_of([other for other in report["calibration"] if other["task"] == pair["task"]])
+        yield _panel("calibration", pair, _calibration(pair, rows, limits, margin))
     for cell in cells:
         if len(cell["labels"]) > 1:
             yield _panel("labels", cell, _labels(cell, rows, margin))
 
 
-def shared_limit(alike: Sequence[Cell] | Sequence[Pooled]) -> float:
+def shared_limit(alike: Sequence[CellNumbers] | Sequence[Pooled]) -> float:
     """Half the width of the axis of differences that these panels share."""
-    return forest.limit_of(arm["difference"] for panel in alike for arm in panel["arms"] if arm["kind"] != "oracle")
+    return forest.limit_of(difference for panel in alike for difference in tested_arms(panel).values())
 
 
-def title_of(panel: Cell | Pooled) -> str:
-    """A cell or a pooled panel in words."""
-    k = "every k" if panel["k"] is None else f"k = {panel['k']}"
-    return f"{task_of(panel) or 'all tasks'}, {k}"
+def title_of(panel: AnyPanel) -> str:
+    """The title of a panel."""
+    return f"{_task_of(panel) or 'all tasks'}, {shots_of(panel)}"
 
 
-def task_of(panel: Cell | Pooled) -> str | None:
-    """The task of a cell; None for a pooled panel."""
+def shots_of(panel: AnyPanel) -> str:
+    """The number of shots of a panel as its titles write it."""
+    return "every k" if panel["k"] is None else f"k = {panel['k']}"
+
+
+def _task_of(panel: AnyPanel) -> str | None:
+    # `panel.get` has no type for a key that only some of these types have.
     if "task" in panel:
         return panel["task"]
     return None
 
 
-def _panel(section: Section, panel: Cell | Pooled, picture: Picture) -> Panel:
+def _panel(section: Section, panel: AnyPanel, picture: Picture) -> Panel:
     return Panel(
         section=section,
-        task=task_of(panel),
+        task=_task_of(panel),
         selector=panel["selector"],
         k=panel["k"],
-        calibrated=panel["calibrated"],
+        calibrated=None if "spread_off" in panel else panel["calibrated"],
         title=title_of(panel),
         picture=picture,
     )
 
 
 def _margin(rows: Blocks) -> float:
-    """Room for the names, in inches: the same in every panel, so that axes line up."""
+    """The width of the names, the same in every panel, so that axes line up."""
     names = [plain(name) for _, listed in rows for name in listed]
+    # Names are cut to a number of characters, and wide characters could still leave no room for the axes.
     return min(0.48 * WIDTH, text_width([*names, paired.RANDOM], SIZE) + 0.1)
 
 
 def _axes(figure: Any, left: float, bottom: float, right: float, top: float) -> Any:
-    """Axes with these margins in inches."""
+    """New axes with these margins."""
     width, height = figure.get_size_inches()
     return figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
@@ -122,70 +127,70 @@ def _name(section: str, panel: Any) -> str:
     return f"{section}-{slug(panel['id'], 120)}"
 
 
-def forest_picture(panel: Cell | Pooled, rows: Blocks, limit: float, margin: float) -> Picture:
-    """One forest plot with its numbers; `limit` from `shared_limit`, `margin` for the names in inches."""
-    arms = {arm["name"]: arm["difference"] for arm in panel["arms"] if arm["kind"] != "oracle"}
+def forest_picture(panel: CellNumbers | Pooled, rows: Blocks, limit: float, margin: float) -> Picture:
+    """One forest plot with its numbers; `limit` is from `shared_limit`, and `margin` is the width of the names."""
+    arms = tested_arms(panel)
     figure, tips = blank(WIDTH, _height(rows) + 0.55), Tips()
     notes = {}
     if "tasks" in panel:
         total = len(panel["tasks"])
-        had = {arm["name"]: len(arm["tasks"]) for arm in panel["arms"]}
-        notes = {name: f" ({count}/{total})" for name, count in had.items() if count < total}
+        # An arm that was run on some of the tasks only has their number after its name.
+        notes = {a["name"]: f" ({len(a['tasks'])}/{total})" for a in panel["arms"] if len(a["tasks"]) < total}
     axes = _axes(figure, margin, 0.42, 1.45, 0.04)
     forest.draw_forest(axes, arms, rows, tips, limit=limit, notes=notes)
     axes.set_xlabel(_POINTS)
-    caption = f"{title_of(panel)}: difference of every orderer to the mean random order, with intervals"
+    caption = f"{title_of(panel)}: {forest.CAPTION.lower()}, with intervals"
     caption += forest.without_interval(arms.values())
     return Picture(name=_name("forest", panel), caption=caption, figure=figure, tips=tips)
 
 
-def _spread(cell: Cell, limits: tuple[float, float]) -> Picture:
+def _spread(cell: CellNumbers, limits: tuple[float, float]) -> Picture:
     figure, tips = blank(WIDTH, 0.27 * (cell["sets"] + 2) + 0.5), Tips()
     axes = _axes(figure, 0.6, 0.42, 0.08, 0.04)
     names = [f"set {number}" for number in range(1, cell["sets"] + 1)]
     spread.draw_spread(axes, cell, tips, limits=limits, names=names)
     axes.set_xlabel("accuracy, %")
-    caption = f"{title_of(cell)}: accuracy of every random order of every set, and of every orderer"
+    caption = f"{title_of(cell)}: accuracy of each random order of each set, and of each orderer"
     return Picture(name=_name("spread", cell), caption=caption, figure=figure, tips=tips)
 
 
-def _cost(panel: Cell | Pooled, listed: list[pareto.Point]) -> Picture:
+def _cost(panel: CellNumbers | Pooled, arms: list[pareto.Point]) -> Picture:
     figure, tips = blank(WIDTH, 3.3), Tips()
     axes = _axes(figure, 0.58, 0.42, 0.12, 0.1)
-    pareto.draw_pareto(axes, listed, tips)
+    pareto.draw_pareto(axes, arms, tips)
     axes.set_xlabel("tokens read for an answer, as a multiple of a random order's")
     axes.set_ylabel("points over the mean random order")
-    caption = f"{title_of(panel)}: difference to the mean random order against cost"
+    caption = f"{title_of(panel)}: difference from the mean random order against cost"
     return Picture(name=_name("cost", panel), caption=caption, figure=figure, tips=tips)
 
 
-def _calibration(pair: Any, rows: Blocks, limits: tuple[float, float], margin: float) -> Picture:
-    own = paired.rows_of(pair, rows)
-    figure, tips = blank(WIDTH, _height(own) + 0.45), Tips()
+def _calibration(pair: CalibrationCell, rows: Blocks, limits: tuple[float, float], margin: float) -> Picture:
+    present = paired.rows_of(pair, rows)
+    figure, tips = blank(WIDTH, _height(present) + 0.45), Tips()
     axes = _axes(figure, margin, 0.42, 0.5, 0.04)
-    paired.draw_paired(axes, pair, own, tips, limits=limits)
+    paired.draw_paired(axes, pair, present, tips, limits=limits)
     axes.set_xlabel("accuracy, %: without (open) and with (filled)")
-    caption = f"{pair['task']}, k = {pair['k']}: accuracy without and with contextual calibration"
+    caption = f"{title_of(pair)}: accuracy without and with contextual calibration"
     return Picture(name=_name("calibration", pair), caption=caption, figure=figure, tips=tips)
 
 
-def _labels(cell: Cell, rows: Blocks, margin: float) -> Picture:
-    own = shares.rows_of(cell, kept(rows, [arm["name"] for arm in cell["arms"]]))
+def _labels(cell: CellNumbers, rows: Blocks, margin: float) -> Picture:
+    present = shares.rows_of(cell, rows)
     columns, lines = shares.legend_shape(cell, SIZE - 0.5, WIDTH - margin)
-    strip, legend = 0.75, 0.04 + 0.155 * lines
-    main = _ROW * (sum(len(listed) for _, listed in own) + 0.5 * len(own))
+    # Heights of the orders below, of the legend above and of the rows, and the width of the entropies on the right.
+    strip, legend, entropy = 0.75, 0.04 + 0.155 * lines, 1.15
+    main = _ROW * (sum(len(names) for _, names in present) + 0.5 * len(present))
     figure, tips = blank(WIDTH, main + strip + legend + 0.85), Tips()
-    entropy = 1.15
     bars = _axes(figure, margin, strip + 0.75, entropy + 0.34, legend + 0.05)
-    shares.draw_shares(bars, cell, own, tips)
+    shares.draw_shares(bars, cell, present, tips)
     bars.set_xlabel("share of the predictions, %")
     shares.legend(bars, cell, SIZE - 0.5, columns)
-    beside = _axes(figure, WIDTH - entropy - 0.08, strip + 0.75, 0.08, legend + 0.05)
-    shares.draw_entropy(beside, cell, own, tips)
-    beside.set_xlabel("entropy")
+    entropies = _axes(figure, WIDTH - entropy - 0.08, strip + 0.75, 0.08, legend + 0.05)
+    shares.draw_entropy(entropies, cell, present, tips)
+    entropies.set_xlabel("entropy")
     below = _axes(figure, margin, 0.26, entropy + 0.34, main + legend + 0.85 - 0.24)
     shares.draw_orders(below, cell)
     below.set_ylabel("share, %", rotation=0, ha="right", va="center")
     below.set_xlabel("every random order, from the lowest entropy to the highest", labelpad=7)
-    caption = f"{title_of(cell)}: share of each label among the predictions of every orderer, against gold"
+    caption = f"{title_of(cell)}: share of each label among the predictions of each orderer, and among the gold labels"
     return Picture(name=_name("labels", cell), caption=caption, figure=figure, tips=tips)

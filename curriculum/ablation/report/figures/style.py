@@ -1,7 +1,7 @@
-"""How figures look: the palette for light and dark, matplotlib's settings, and what a drawn figure carries with it.
+"""The style of all figures: the palette for the light and the dark theme, matplotlib's settings, and the parts of a drawn figure.
 
-Contract: figures are drawn in the light theme's colours alone; `svg.themed` turns those into the page's variables. Text from data
-goes through `plain` and is never read as mathematics.
+Contract: figures are drawn only in the colours of the light theme, which `write.themed_svg` replaces by the page's variables.
+Text from data goes through `plain` and is never parsed as mathematics.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from sparsort.extras import need
 
-# Name -> light, dark. The labels' colours are Paul Tol's bright scheme; blue and orange, teal and purple stay apart for
-# every common colour blindness, and kinds of arms differ in shape too.
+# Name → light, dark. The colours of labels are Paul Tol's bright scheme. Blue and orange, and teal and purple, are
+# distinguishable with every common colour blindness, and the kinds of arms also differ in shape. No two light colours may be
+# equal, because `write.themed_svg` identifies a colour by its light value.
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1b1f24", "#e6e9ec"),
     "muted": ("#59636d", "#a4adb6"),
@@ -45,41 +46,47 @@ KIND_NAME = {"named": "rules", "chosen": "chosen with the model", "oracle": "ora
 
 
 def colour(name: str) -> str:
-    """The light theme's colour of that name."""
+    """The colour of that name in the light theme."""
     return PALETTE[name][0]
 
 
 def plain(text: object, limit: int = 34) -> str:
-    """Text from data as a figure can show it: on one line, without control characters, cut with an ellipsis."""
-    shown = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in str(text)).strip()
-    return shown if len(shown) <= limit else shown[: limit - 1].rstrip() + "…"
+    """Text from data on one line without control characters, cut with an ellipsis after `limit` characters."""
+    # The Unicode categories C and Z are control characters and separators.
+    line = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in str(text)).strip()
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
 def slug(text: str, limit: int = 40) -> str:
-    """Text from data as a part of a file name."""
+    """Text from data in a form that can be a part of a file name."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:limit]
+
+
+# The text of a mark's tooltip, and the arm that the mark belongs to, or "".
+Tip = tuple[str, str]
 
 
 @dataclass
 class Tips:
-    """What marks say when pointed at, and the arm that each belongs to. Add before the figure is written."""
+    """The tooltips of marks by the id of the mark in the SVG. They must be added before the figure is written."""
 
-    marks: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    marks: dict[str, list[Tip]] = field(default_factory=dict)
 
     def add(self, artist: Any, text: str, arm: str = "") -> None:
-        """Let `artist` as a whole say `text`."""
+        """Give one tooltip to the whole of an artist."""
         self.add_each(artist, [(text, arm)])
 
-    def add_each(self, artist: Any, said: Sequence[tuple[str, str]]) -> None:
-        """Let the parts of a collection say one text each; (text, arm) pairs in the order of the parts."""
+    def add_each(self, artist: Any, tips: Sequence[Tip]) -> None:
+        """Give a tooltip to each part of a collection, in the order of the parts."""
+        # matplotlib writes the gid of an artist as the id of its group in the SVG.
         name = f"mark-{len(self.marks)}"
         artist.set_gid(name)
-        self.marks[name] = list(said)
+        self.marks[name] = list(tips)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A drawn figure: its file name, what it shows in one sentence, and its marks' tips."""
+    """A drawn figure with its file name, a caption of one sentence, and the tooltips of its marks."""
 
     name: str
     caption: str
@@ -88,13 +95,13 @@ class Picture:
 
 
 def need_matplotlib() -> None:
-    """Raise the error that names the extra when figures cannot be drawn."""
+    """Raise an error that names the extra to install if matplotlib is missing."""
     need("matplotlib", "plots", "the figures of a report")
 
 
 @contextlib.contextmanager
 def styled(size: float = 8.5) -> Iterator[None]:
-    """Matplotlib's settings of the house, with text of `size` points, for drawing and writing alike."""
+    """Apply the settings for matplotlib, with text of `size` points; figures must be drawn and written inside the block."""
     matplotlib = need("matplotlib", "plots", "the figures of a report")
     ink, muted = colour("ink"), colour("muted")
     settings = {
@@ -105,6 +112,7 @@ def styled(size: float = 8.5) -> Iterator[None]:
         "axes.labelsize": size,
         "xtick.labelsize": size - 0.5,
         "ytick.labelsize": size,
+        # A name such as "$x$" is data and not mathematics.
         "text.parse_math": False,
         "text.color": ink,
         "axes.edgecolor": muted,
@@ -116,6 +124,7 @@ def styled(size: float = 8.5) -> Iterator[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
+        # A minus sign instead of a hyphen, as in the texts of the report.
         "axes.unicode_minus": True,
         "xtick.color": muted,
         "ytick.color": ink,
@@ -125,6 +134,7 @@ def styled(size: float = 8.5) -> Iterator[None]:
         "ytick.major.size": 0,
         "grid.color": colour("faint"),
         "grid.linewidth": 0.6,
+        # Text stays text in SVG, and the salt makes ids the same in every run; type 42 embeds fonts as TrueType in PDF.
         "svg.fonttype": "none",
         "svg.hashsalt": "sparsort",
         "pdf.fonttype": 42,
@@ -132,24 +142,26 @@ def styled(size: float = 8.5) -> Iterator[None]:
         "savefig.facecolor": colour("paper"),
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A label in a script that the bundled font lacks: the SVG's text is right all the same.
+        # The bundled font lacks some scripts. The text in the SVG is correct nevertheless.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
         yield
 
 
 def blank(width: float, height: float) -> Any:
-    """An empty figure of that size in inches, with a canvas that can measure text."""
-    need("matplotlib", "plots", "the figures of a report")
+    """An empty figure of `width` × `height` inches, with a canvas that can measure text."""
+    need_matplotlib()
+    # Not through pyplot, which keeps every figure alive and may open windows.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # At 72 dots per inch, a pixel is a point.
     figure = Figure(figsize=(width, height), dpi=72)
     FigureCanvasAgg(figure)
     return figure
 
 
 def text_width(texts: Iterable[str], size: float) -> float:
-    """Inches that the widest of some texts takes at `size` points."""
+    """The width in inches of the widest text at `size` points."""
     figure = blank(1, 1)
     renderer = figure.canvas.get_renderer()
     widths = [figure.text(0, 0, text, fontsize=size).get_window_extent(renderer).width for text in texts]

@@ -1,9 +1,12 @@
 """The shape of `report.json`: every number that the page, the Markdown and the figures show, and nothing else.
 
-Units: accuracies and shares from 0 to 1; differences likewise (0.01 is one point); tokens as counted by the model's tokenizer;
-entropies as a share of log L, so 1 is an even use of the L labels. A number that cannot be computed is None: fewer than three
-sets, outcomes that do not differ, an oracle, an answer that is generated. Every object with a number that is None says why in its
-`reason`: clauses, separated by semicolons, each beginning with the fields that it is about unless it is about all of them.
+Units: accuracies and shares are from 0 to 1, and so are differences (0.01 is one point); tokens are those of the model's
+tokenizer; entropies are divided by log L, so 1 means that the L labels are equally frequent. A number is None if it cannot be
+computed, which is the case with fewer than three sets, outcomes that do not differ, oracles, and generated answers. Every object
+that has such a number explains it in `reason`: clauses separated by semicolons, each of which begins with the fields that it
+applies to, unless it applies to all of them.
+
+Shapes: S demonstration sets, R random orders of each set, L labels.
 """
 
 from __future__ import annotations
@@ -13,20 +16,25 @@ from typing import Any, Literal, TypedDict, final
 FORMAT = "sparsort report 1"
 LEVEL = 0.95
 POWER = 0.8
-# A model that gives one label to this share of the rows is reported before everything else.
+# The report begins with a warning if the model predicts one label for at least this share of the rows.
 ONE_LABEL = 0.95
 
 Verdict = Literal["helps", "hurts", "nothing"]
 
 
 class Difference(TypedDict):
-    """A paired difference to the mean random order of the same sets (or, for calibration, of on to off).
+    """A paired difference from the mean random order of the same sets, or of calibration on from calibration off.
 
-    `low`, `high`: interval at LEVEL. `adjusted_low`, `adjusted_high`: at 1 − α/m, for the m comparisons of the family. `p`, and
-    `p_adjusted` by Holm over the family. `smallest_visible`: the smallest true difference that a study like this one finds,
-    after the correction, with POWER. `sets_needed`, `items_needed`: to find the difference seen, likewise; None where no
-    number suffices. Without an interval there is no p, verdict or sample size either, and `reason` says why. An arm that
-    cannot be tested still counts in m, as one that is never rejected: the claim is picked from all m.
+    Attributes:
+        low, high: the interval at LEVEL.
+        adjusted_low, adjusted_high: the interval at 1 − α/m for a family of m comparisons. An arm that cannot be tested counts
+            in m too, because the best arm is picked from all of them.
+        p: the p-value of the adjusted test.
+        p_adjusted: the p-value after Holm's correction over the family.
+        smallest_visible: the smallest true difference that a study like this one detects with POWER after the correction.
+        sets_needed, items_needed: the sample size that would detect the observed difference with POWER after the correction;
+            None if no number suffices.
+        reason: why numbers are None. Without an interval there is no p, verdict or sample size either.
     """
 
     value: float
@@ -43,11 +51,17 @@ class Difference(TypedDict):
     reason: str | None
 
 
-class Spread(TypedDict):
-    """What the random orders of one cell did; arrays are (S, R) and (S, R, L).
+class RandomOrders(TypedDict):
+    """The results of the random orders of one cell.
 
-    `sd_orders`: over orders of one set, as seen. `sd_noise`: the part that a finite number of items gives. `sd_orders_true`:
-    without it. `real_share`: its share of the variance. `sd_sets`: between sets. `reason`: why a number is None.
+    Attributes:
+        accuracy_by_set, entropy_by_set: (S, R).
+        sd_orders: the observed standard deviation over the orders of a set.
+        sd_noise: the part of it that is due to the finite number of items.
+        sd_orders_true: the standard deviation without that part.
+        real_share: the share of the observed variance that is not noise.
+        sd_sets: the standard deviation between sets.
+        label_share_by_set: (S, R, L).
     """
 
     accuracy: float
@@ -69,8 +83,15 @@ class Spread(TypedDict):
 
 @final
 class ArmNumbers(TypedDict):
-    """One arm in one cell. `percentile`: its mean place among the random orders of each set, 0 to 100. `reason`: why `low`
-    and `high`, or the entropy, are None."""
+    """One arm in one cell.
+
+    Attributes:
+        accuracy_by_set, label_entropy_by_set: (S,).
+        percentile: the mean rank among the random orders of the same set, 0 to 100.
+        choosing_tokens: tokens read to choose the order of one set.
+        tokens_per_answer: `tokens`, and the choosing tokens divided by the number of items.
+        by_query: whether the order depends on the query.
+    """
 
     name: str
     kind: str
@@ -91,8 +112,8 @@ class ArmNumbers(TypedDict):
 
 
 @final
-class Cell(TypedDict):
-    """One group: task × selector × k × contextual calibration."""
+class CellNumbers(TypedDict):
+    """The results of one cell: a task, a selector, a number of shots k, with or without contextual calibration."""
 
     id: str
     task: str
@@ -104,13 +125,18 @@ class Cell(TypedDict):
     items: int
     sets: int
     orders: int
-    random: Spread
+    random: RandomOrders
     arms: list[ArmNumbers]
 
 
 @final
 class PooledArm(TypedDict):
-    """One arm over several tasks. `cost`: tokens an answer, over those of a random order, mean over its cells."""
+    """One arm over several tasks.
+
+    Attributes:
+        clusters: number of demonstration sets over all tasks.
+        cost: tokens per answer as a multiple of those of a random order, as the mean over the arm's cells.
+    """
 
     name: str
     kind: str
@@ -122,7 +148,7 @@ class PooledArm(TypedDict):
 
 @final
 class Pooled(TypedDict):
-    """Tasks together, for one selector and calibration: every k apart, or all of them (`k` None)."""
+    """All tasks together for one selector, with or without contextual calibration, and for one k or all of them (`k` is None)."""
 
     id: str
     selector: str
@@ -133,7 +159,7 @@ class Pooled(TypedDict):
 
 
 class CalibrationArm(TypedDict):
-    """What contextual calibration changes for one arm; of kind "random" is the mean random order."""
+    """The accuracy of one arm without and with contextual calibration; the mean random order has the kind "random"."""
 
     name: str
     kind: str
@@ -142,9 +168,10 @@ class CalibrationArm(TypedDict):
     change: Difference
 
 
+@final
 class CalibrationCell(TypedDict):
-    """Contextual calibration off and on, over the sets that both cells share; `spread_off`, `spread_on`: sd over orders, or
-    None, and `reason` says why."""
+    """A cell without and with contextual calibration, over the sets that both share; `spread_off` and `spread_on` are the
+    standard deviations over random orders."""
 
     id: str
     task: str
@@ -158,7 +185,7 @@ class CalibrationCell(TypedDict):
 
 
 class Finding(TypedDict):
-    """What the numbers say in words, for one heading; `task` None: of all tasks. `tested`: some orderer had a p-value."""
+    """The text under one heading of the findings; `task` is None for all tasks, and `tested` is whether any arm has a p-value."""
 
     title: str
     task: str | None
@@ -171,8 +198,7 @@ class Finding(TypedDict):
 
 
 class OneLabel(TypedDict):
-    """A cell whose model gives one label to nearly every row, its random orders pooled, with the label's share of the gold
-    labels; `text` says it to a reader."""
+    """A warning that the model predicts one label for nearly every row of a cell, pooled over its random orders."""
 
     cell: str
     model: str | None
@@ -183,17 +209,21 @@ class OneLabel(TypedDict):
 
 
 class PromptTexts(TypedDict):
-    """What a task's prompts are made of, by id: demonstrations, question and answer, and test items."""
+    """The texts of a task's prompts by id: demonstrations (question and answer) and test items."""
 
     demos: dict[str, str]
     items: dict[str, str]
 
 
 class Report(TypedDict):
-    """Everything; `warnings` come before all else.
+    """The whole report.
 
-    `demonstrations` lists, for every cell, the sets, prompts and orders to inspect (`inspection.py`); `texts` has
-    their words by task."""
+    Attributes:
+        level: the level of the intervals.
+        power: the power of sample sizes and of the smallest visible difference.
+        demonstrations: the sets, prompts and orders of every cell (`summary.inspect`).
+        texts: the texts of demonstrations and items, by task.
+    """
 
     format: str
     title: str
@@ -204,7 +234,7 @@ class Report(TypedDict):
     warnings: list[OneLabel]
     notes: list[str]
     findings: list[Finding]
-    cells: list[Cell]
+    cells: list[CellNumbers]
     pooled: list[Pooled]
     calibration: list[CalibrationCell]
     demonstrations: list[dict[str, Any]]

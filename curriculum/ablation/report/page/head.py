@@ -1,7 +1,7 @@
-"""What was run, as pairs of a name and a value: the head of the page and of the Markdown.
+"""The description of what was run, as pairs of a name and a value: the head of the page and of the Markdown.
 
-Provenance that has a name here is shown under it; the rest, and what is shown short, stands in
-`rest_of`: nothing recorded is lost.
+Contract: nothing recorded is lost. `facts` shows the provenance that has a name here, and `rest_of` everything else, including
+the full form of values that `facts` shortens.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ _NAMES = {
     "sparsort": "sparsort",
     "versions": "Versions",
 }
+# The names above that come before the description of the study; the others come after it.
+_FIRST = ("model", "revision", "weights", "dtype")
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
-    """Name and value, in the order to be shown; values are text."""
-    cells, known = report["cells"], report["provenance"]
-    shown = [
-        (_NAMES[key], _value(key, known[key])) for key in ("model", "revision", "weights", "dtype") if known.get(key)
-    ]
-    arms = {arm["name"]: arm["kind"] for cell in cells for arm in cell["arms"]}
-    kinds = [sum(kind == one for kind in arms.values()) for one in ("named", "chosen", "oracle")]
-    calibrated = sorted({cell["calibrated"] for cell in cells})
-    shown += [
+    """Names and values in the order of the page."""
+    cells, provenance = report["cells"], report["provenance"]
+    kind_of = {arm["name"]: arm["kind"] for cell in cells for arm in cell["arms"]}
+    rules, chosen, oracles = (list(kind_of.values()).count(kind) for kind in ("named", "chosen", "oracle"))
+    calibrated = tuple(sorted({cell["calibrated"] for cell in cells}))
+    study = [
         ("Tasks", ", ".join(report["tasks"])),
         (
             "Demonstrations",
             f"k = {_values(cell['k'] for cell in cells)}, {_values(cell['selector'] for cell in cells)}",
         ),
-        ("Demonstration sets", _values(cell["sets"] for cell in cells) + " a cell"),
-        ("Random orders", _values(cell["orders"] for cell in cells) + " a set"),
-        ("Orderers", f"{kinds[0]} rules, {kinds[1]} chosen with the model, {kinds[2]} oracles"),
-        ("Test items", _values(cell["items"] for cell in cells) + " a cell"),
-        ("Contextual calibration", {(False,): "off", (True,): "on", (False, True): "off and on"}[tuple(calibrated)]),
+        ("Demonstration sets", _values(cell["sets"] for cell in cells) + " per cell"),
+        ("Random orders", _values(cell["orders"] for cell in cells) + " per set"),
+        ("Orderers", f"{rules} rules, {chosen} chosen with the model, {oracles} oracles"),
+        ("Test items", _values(cell["items"] for cell in cells) + " per cell"),
+        ("Contextual calibration", {(False,): "off", (True,): "on", (False, True): "off and on"}[calibrated]),
     ]
-    late = ("device", "machine", "tokens", "seconds", "date", "sparsort", "versions")
-    return shown + [(_NAMES[key], _value(key, known[key])) for key in late if known.get(key)]
+    recorded = {key: (name, _value(key, provenance[key])) for key, name in _NAMES.items() if provenance.get(key)}
+    first = [fact for key, fact in recorded.items() if key in _FIRST]
+    return [*first, *study, *(fact for key, fact in recorded.items() if key not in _FIRST)]
 
 
 def rest_of(provenance: Mapping[str, Any]) -> str:
-    """Everything recorded that `facts` does not show, as indented JSON; empty for nothing."""
+    """The provenance that `facts` omits or shortens, as indented JSON; empty if there is none."""
+    # A shortened value ends with an ellipsis.
     rest = {key: value for key, value in provenance.items() if key not in _NAMES or _value(key, value).endswith("…")}
     return json.dumps(rest, indent=2, ensure_ascii=False, default=str) if rest else ""
 
@@ -75,20 +76,25 @@ def _value(key: str, value: Any) -> str:
     if key == "date":
         try:
             moment = datetime.datetime.fromisoformat(str(value))
-            return moment.strftime("%d %B %Y, %H:%M" if "T" in str(value) else "%d %B %Y").lstrip("0")
         except ValueError:
             return str(value)
+        # A date without a time would be printed as midnight.
+        return moment.strftime("%d %B %Y, %H:%M" if "T" in str(value) else "%d %B %Y").lstrip("0")
     if key == "tokens" and isinstance(value, int | float):
         return count(value)
+    # The beginning of a digest is enough to compare two reports by eye.
     if key == "weights" and re.fullmatch(r"(\w+:)?[0-9a-f]{20,}", str(value)):
         return f"{str(value)[:19]}…"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {one}" for name, one in value.items())
+        return ", ".join(f"{name} {part}" for name, part in value.items())
     return str(value)
 
 
 def _values(values: Iterable[Any]) -> str:
-    found = list(dict.fromkeys(values))
-    if all(isinstance(one, int) for one in found) and len(found) > 2:
-        return f"{min(found)} to {max(found)}"
-    return " and ".join(str(one) for one in (sorted(found) if all(isinstance(one, int) for one in found) else found))
+    """The distinct values as one phrase; more than two numbers become a range."""
+    distinct = list(dict.fromkeys(values))
+    if all(isinstance(value, int) for value in distinct):
+        distinct.sort()
+        if len(distinct) > 2:
+            return f"{distinct[0]} to {distinct[-1]}"
+    return " and ".join(map(str, distinct))

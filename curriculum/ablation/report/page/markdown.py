@@ -1,6 +1,6 @@
-"""The report as Markdown: the same numbers, with the sheets as pictures beside it.
+"""The report as Markdown: the same numbers as on the page, with the sheets as linked pictures.
 
-Contract: made from `report.json` alone. Text from data is escaped, so that it shows as it is and makes neither markup nor HTML.
+Contract: made from `report.json` alone. Text from data is escaped, so it is displayed literally and is neither Markdown nor HTML.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from collections.abc import Iterable, Sequence
 from sparsort.curriculum.ablation.report.figures.panels import title_of
 from sparsort.curriculum.ablation.report.figures.style import KIND_NAME, plain
 from sparsort.curriculum.ablation.report.numbers.rows import count, percent, points, probability
-from sparsort.curriculum.ablation.report.numbers.shape import CalibrationCell, Cell, Difference, Pooled, Report
+from sparsort.curriculum.ablation.report.numbers.shape import (
+    CalibrationCell,
+    CellNumbers,
+    Difference,
+    Pooled,
+    Report,
+)
 from sparsort.curriculum.ablation.report.page.head import facts
 from sparsort.curriculum.ablation.report.page.words import METHOD, TABLE_LEAD
 
@@ -21,15 +27,15 @@ def markdown(report: Report, pictures: Sequence[tuple[str, str]]) -> str:
 
     Args:
         report: the numbers.
-        pictures: file name, without suffix, in `figures/`, and caption of every sheet.
+        pictures: the file name in `figures/`, without its suffix, and the caption of every sheet.
     """
-    parts = [f"# {escaped(report['title'])}", *(f"> **Warning.** {escaped(one['text'])}" for one in report["warnings"])]
-    parts += [_table(("", ""), facts(report), "ll"), "## What was found"]
+    parts = [f"# {escaped(report['title'])}", *(f"> **Warning.** {escaped(w['text'])}" for w in report["warnings"])]
+    parts += [_table(("", ""), facts(report), "ll"), "## Findings"]
     for finding in report["findings"]:
         parts.append(f"### {escaped(finding['title'])}")
         parts += [escaped(sentence) for sentence in finding["sentences"]]
     if report["notes"]:
-        parts += ["### To know before believing a number", "\n".join(f"- {escaped(note)}" for note in report["notes"])]
+        parts += ["### Caveats", "\n".join(f"- {escaped(note)}" for note in report["notes"])]
     parts.append("## Figures")
     parts += [f"![{escaped(caption)}](figures/{name}.png)\n\n{escaped(caption)}" for name, caption in pictures]
     if report["pooled"]:
@@ -44,19 +50,20 @@ def markdown(report: Report, pictures: Sequence[tuple[str, str]]) -> str:
         "The prompt of the first test item of each task under the first random order of the first set.",
     ]
     parts += _prompts(report)
-    parts.append("Every set, its demonstrations and the order that each orderer gave them stand in `report.json`.")
+    parts.append("`report.json` has every set, its demonstrations, and the order that each orderer gave them.")
     parts += ["## How the numbers are made", *(f"**{name}.** {text}" for name, text in METHOD)]
     return "\n\n".join(parts) + "\n"
 
 
 def escaped(text: object) -> str:
-    """Text from data, on one line, that Markdown shows as it is."""
-    shown = plain(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", shown)
+    """Text from data on one line, in a form that Markdown displays literally."""
+    # "&" comes first, otherwise it would escape the entities of the other two.
+    line = plain(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
 
 
 def fenced(text: str) -> str:
-    """Text as a code block that it cannot leave."""
+    """Text as a code block, with a fence longer than any in the text, which could otherwise end the block."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -68,16 +75,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> st
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _heading(panel: Cell | Pooled) -> str:
+def _heading(panel: CellNumbers | Pooled) -> str:
     return f"### {escaped(title_of(panel))}, {escaped(panel['selector'])}" + (
         ", with contextual calibration" if panel["calibrated"] else ""
     )
 
 
-def _tested(one: Difference) -> list[str]:
-    interval = "–" if one["low"] is None else f"{points(one['low'])} to {points(one['high'])}"
-    verdict = one["verdict"] or "–"
-    return [points(one["value"]), interval, probability(one["p"]), probability(one["p_adjusted"]), verdict]
+def _difference(difference: Difference) -> list[str]:
+    low, high = difference["low"], difference["high"]
+    interval = "–" if low is None else f"{points(low)} to {points(high)}"
+    p_values = probability(difference["p"]), probability(difference["p_adjusted"])
+    return [points(difference["value"]), interval, *p_values, difference["verdict"] or "–"]
 
 
 def _pooled(panel: Pooled) -> str:
@@ -87,7 +95,7 @@ def _pooled(panel: Pooled) -> str:
             arm["name"],
             KIND_NAME[arm["kind"]],
             str(len(arm["tasks"])),
-            *_tested(arm["difference"]),
+            *_difference(arm["difference"]),
             f"{arm['cost']:.2f}×",
         ]
         for arm in panel["arms"]
@@ -95,7 +103,7 @@ def _pooled(panel: Pooled) -> str:
     return _table(head, rows, "llrrlrrlr")
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: CellNumbers) -> str:
     random = cell["random"]
     head = (
         "orderer",
@@ -115,7 +123,7 @@ def _cell(cell: Cell) -> str:
         [
             arm["name"],
             percent(arm["accuracy"]),
-            *_tested(arm["difference"]),
+            *_difference(arm["difference"]),
             f"{arm['percentile']:.0f}",
             count(arm["tokens_per_answer"]),
             count(arm["difference"]["sets_needed"]),
@@ -132,25 +140,23 @@ def _calibration(pair: CalibrationCell) -> list[str]:
             "mean random order" if arm["kind"] == "random" else arm["name"],
             percent(arm["off"]),
             percent(arm["on"]),
-            *_tested(arm["change"])[:4],
+            *_difference(arm["change"])[:4],
         ]
         for arm in pair["arms"]
     ]
     head = ("orderer", "off", "on", "change", "95 %", "p", "p, Holm")
     title = f"### {escaped(pair['task'])}, k = {pair['k']}, {escaped(pair['selector'])}"
     spread = (
-        f"Over random orders, sd {percent(pair['spread_off'])} points without and {percent(pair['spread_on'])} with."
+        f"The sd over random orders is {percent(pair['spread_off'])} points without and {percent(pair['spread_on'])} with."
         if pair["spread_off"] is not None
-        else f"No spread over random orders: {pair['reason']}."
+        else f"The spread over random orders is unknown: {pair['reason']}."
     )
     return [title, spread, _table(head, rows, "lrrrlrr")]
 
 
 def _prompts(report: Report) -> list[str]:
-    shown: dict[tuple[str, int], str] = {}
+    # Cells that differ only in contextual calibration have the same prompts.
+    prompts: dict[tuple[str, int], str] = {}
     for cell, view in zip(report["cells"], report["demonstrations"], strict=True):
-        shown.setdefault((cell["task"], cell["k"]), view["sets"][0]["prompt"])
-    found = []
-    for (task, k), prompt in shown.items():
-        found += [f"### {escaped(task)}, k = {k}", fenced(prompt)]
-    return found
+        prompts.setdefault((cell["task"], cell["k"]), view["sets"][0]["prompt"])
+    return [part for (task, k), text in prompts.items() for part in (f"### {escaped(task)}, k = {k}", fenced(text))]

@@ -5,7 +5,7 @@
   const byId = (id) => document.getElementById(id);
   all(".live").forEach((part) => (part.hidden = false));
 
-  // Filters: what has no value for a filter is never hidden by it.
+  // Filters. An element without a value for a filter, such as a panel over all tasks, is never hidden by it.
   const form = byId("filters");
   const filtered = all("main [data-selector]");
   const oracles = byId("oracles");
@@ -13,12 +13,12 @@
   function filter() {
     let rows = 0;
     for (const part of filtered) {
-      const out = ["task", "selector", "k", "calibrated"].some((key) => {
+      const excluded = ["task", "selector", "k", "calibrated"].some((key) => {
         const wanted = chosen(key), own = part.dataset[key];
         return wanted !== "" && own !== undefined && own !== "" && own !== wanted;
       });
       const oracle = part.classList.contains("oracle") && !oracles.checked;
-      part.hidden = out || oracle;
+      part.hidden = excluded || oracle;
       if (part.tagName === "TR" && !part.hidden) rows += 1;
     }
     byId("rows").textContent = `${rows} rows`;
@@ -38,13 +38,14 @@
     filter();
   });
 
-  // Sorting: numbers by data-sort, texts as they are; what has no number goes last either way.
+  // Sorting: numbers by data-sort, texts alphabetically. Cells without a number are last in both directions.
   const table = byId("arms");
   all("th", table).forEach((head, column) => {
     head.addEventListener("click", () => {
-      const falling = head.getAttribute("aria-sort") === "ascending" || (!head.hasAttribute("aria-sort") && !head.classList.contains("text"));
+      // The first click on a column of numbers sorts in descending order, on a column of text in ascending order.
+      const descending = head.getAttribute("aria-sort") === "ascending" || (!head.hasAttribute("aria-sort") && !head.classList.contains("text"));
       all("th", table).forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+      head.setAttribute("aria-sort", descending ? "descending" : "ascending");
       const body = table.tBodies[0];
       const keyed = [...body.rows].map((row) => {
         const cell = row.cells[column];
@@ -54,30 +55,30 @@
       keyed.sort(([a], [b]) => {
         if (a === null || b === null) return (a === null) - (b === null);
         const order = typeof a === "string" ? a.localeCompare(b) : a - b;
-        return falling ? -order : order;
+        return descending ? -order : order;
       });
       body.append(...keyed.map(([, row]) => row));
     });
   });
 
-  // Demonstrations: everything from data becomes text, never markup.
+  // Demonstrations. Everything from data is inserted as text, never as markup.
   const shades = ["label0", "label1", "label2", "label3", "label4", "label5", "label6"];
   const element = (tag, text, kind) => {
-    const made = document.createElement(tag);
-    if (text !== undefined && text !== null) made.textContent = text;
-    if (kind) made.className = kind;
-    return made;
+    const node = document.createElement(tag);
+    if (text !== undefined && text !== null) node.textContent = text;
+    if (kind) node.className = kind;
+    return node;
   };
   const fill = (select, texts) => {
     select.replaceChildren(...texts.map((text, value) => Object.assign(element("option", text), { value })));
   };
   const row = (cells, tag = "td") => {
-    const made = element("tr");
-    made.append(...cells.map((cell) => {
+    const line = element("tr");
+    line.append(...cells.map((cell) => {
       if (cell instanceof Node) { const holder = element(tag, null, "text"); holder.append(cell); return holder; }
       return element(tag, cell, typeof cell === "number" ? "" : "text");
     }));
-    return made;
+    return line;
   };
   const views = report.demonstrations;
   const [cellPick, setPick, itemPick] = ["view-cell", "view-set", "view-item"].map(byId);
@@ -100,7 +101,7 @@
     if (!set.demo_ids_of_item) return set.demos;
     return set.demo_ids_of_item[item].map((id) => ({ id, label: null, tokens: null }));
   }
-  // The prompt in blocks: each demonstration of an order, then the item. Older results have no texts.
+  // The prompt in blocks: the demonstrations in order, then the test item. Results of older versions have no texts.
   let blocks = null;
   function drawPrompt(name, order, demos, cell, view, set, item) {
     const texts = report.texts[cell.task];
@@ -109,20 +110,21 @@
     const known = Boolean(words) && question !== undefined && words.every((text) => text !== undefined);
     if (known !== blocks) byId("view-whole").open = !known;
     blocks = known;
-    // What stands before the first demonstration, where the prompt is made of these very texts.
+    // The text before the first demonstration, such as instructions; empty if the prompt does not contain the demonstration verbatim.
     const first = known && set.random_orders[0] && demosOf(set, 0)[set.random_orders[0][0]];
     const place = first ? set.prompt.indexOf(texts.demos[first.id]) : -1;
     const lead = place > 0 ? set.prompt.slice(0, place).trim() : "";
     byId("view-shown").textContent = known ? `Prompt: ${name}, ${view.items[item]}` : "Prompt";
     byId("view-blocks").replaceChildren(...(known ? [...(lead ? [[lead, null]] : []), ...words.map((text, place) => [text, demos[order[place]]]), [question, null]] : []).map(([text, demo]) => {
-      const block = element("pre", text, demo ? "block" : "block asked");
+      const block = element("pre", text, demo ? "block" : "block query");
       const index = demo ? cell.labels.indexOf(demo.label) : -1;
       if (index >= 0) block.style.borderLeftColor = `var(--${shades[index] || "rest"})`;
       if (demo) block.title = demo.id;
       return block;
     }));
   }
-  let shown = null;
+  // The order whose prompt is displayed.
+  let selected = null;
   function draw() {
     const view = views[cellPick.value], cell = cells.get(view.cell);
     const set = view.sets[setPick.value], item = Number(itemPick.value) || 0;
@@ -136,25 +138,25 @@
       [name, order || (set.order_of_item && set.order_of_item[name] ? set.order_of_item[name][item] : null)]);
     const random = set.random_orders.map((order, number) => [`random order ${number + 1}`, order]);
     const every = new Map([...random, ...named]);
-    if (!every.has(shown)) shown = random[0][0];
-    const line = ([name, order]) => {
-      const made = row([name, drawOrder(order, demos, cell.labels)]);
+    if (!every.has(selected)) selected = random[0][0];
+    const orderRow = ([name, order]) => {
+      const line = row([name, drawOrder(order, demos, cell.labels)]);
       const button = element("button", name, "pick");
       button.type = "button";
       button.disabled = !order;
-      button.setAttribute("aria-pressed", String(name === shown));
+      button.setAttribute("aria-pressed", String(name === selected));
       button.addEventListener("click", () => {
-        shown = name;
+        selected = name;
         draw();
         all("#view-orders .pick, #view-random .pick").find((other) => other.textContent === name).focus();
       });
-      made.cells[0].replaceChildren(button);
-      if (kinds.get(name) && kinds.get(name).kind === "oracle") made.className = "oracle";
-      return made;
+      line.cells[0].replaceChildren(button);
+      if (kinds.get(name) && kinds.get(name).kind === "oracle") line.className = "oracle";
+      return line;
     };
-    byId("view-orders").replaceChildren(row(["orderer", "first to last"], "th"), ...named.map(line));
-    byId("view-random").replaceChildren(...random.map(line));
-    drawPrompt(shown, every.get(shown), demos, cell, view, set, item);
+    byId("view-orders").replaceChildren(row(["orderer", "first to last"], "th"), ...named.map(orderRow));
+    byId("view-random").replaceChildren(...random.map(orderRow));
+    drawPrompt(selected, every.get(selected), demos, cell, view, set, item);
   }
   function pickCell() {
     const view = views[cellPick.value];

@@ -1,4 +1,4 @@
-"""What the page and the Markdown say around the numbers: titles, leads, keys and the method."""
+"""The fixed texts of the page and the Markdown: titles, introductions, keys and the method."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ SHORT = {
 }
 TITLES = {
     "forest": "Does an orderer beat a random order?",
-    "spread": "How far random orders lie apart",
+    "spread": "How much random orders differ",
     "cost": "What a better order costs",
     "calibration": "What contextual calibration changes",
     "labels": "Which labels are predicted",
 }
 LEADS = {
     "forest": (
-        "Every orderer against the mean over the random orders of the same demonstration sets, item by item. Where "
-        "several tasks were run, the panels of all tasks come first: there a difference is the mean over tasks, and "
-        "the sample is the sets of all tasks."
+        "Each orderer compared with the mean over the random orders of the same demonstration sets, item by item. If "
+        "several tasks were run, the panels over all tasks come first: there, a difference is the mean over tasks, "
+        "and the sample is the sets of all tasks."
     ),
     "spread": (
-        "One row for every demonstration set, sorted by its mean. Grey: each of its random orders. Below them, where "
-        "every orderer stands under that set. At the top, the means over sets, and the mean of the worst and of the "
-        "best orders."
+        "One row for each demonstration set, sorted by mean accuracy. Grey: the random orders of the set. Below them: "
+        "each orderer on that set. The top row shows the means over sets, and its grey line reaches from the mean of "
+        "the worst orders to the mean of the best."
     ),
     "cost": (
-        "Gain over the mean random order against the tokens that the model reads for one answer, with the choosing of"
-        " the order shared out over the test items. The line joins the orderers that nothing cheaper matches; their "
-        "intervals are shown."
+        "Gain over the mean random order against the tokens that the model reads for one answer. The tokens read to "
+        "choose an order are divided among the test items. The line joins the orderers that no cheaper orderer "
+        "matches; their intervals are shown."
     ),
     "calibration": (
-        "Accuracy of every orderer without and with contextual calibration (arXiv 2102.09690), on the demonstration "
+        "Accuracy of each orderer without and with contextual calibration (arXiv 2102.09690), on the demonstration "
         "sets that were run both ways."
     ),
     "labels": (
-        "Share of each label among the predictions, against the gold labels (dashed). On the right the entropy of "
-        "these shares, 1 when all labels come equally often: one dot an order for the random ones, one a set for the "
-        "others, and their mean."
+        "Share of each label among the predictions, compared with the gold labels (dashed). On the right: the entropy "
+        "of these shares, which is 1 if all labels are equally frequent. Dots show each random order, and each set "
+        "for the other orderers; bars show their means."
     ),
 }
+# (CSS class of the swatch, text) for each section.
 KEYS: dict[str, list[tuple[str, str]]] = {
     "forest": [
         ("helps", "helps"),
         ("hurts", "hurts"),
-        ("dot", "shows nothing, after Holm’s correction"),
+        ("dot", "no significant difference after Holm’s correction"),
         ("thick", "95 % interval"),
-        ("thin", "corrected for the number of orderers"),
-        ("bandbox", "too small to be seen in four studies of five"),
+        ("thin", "interval corrected for the number of orderers"),
+        ("bandbox", "too small to detect with 80 % power"),
     ],
     "spread": [
         ("random", "random orders"),
@@ -60,59 +61,60 @@ KEYS: dict[str, list[tuple[str, str]]] = {
     "cost": [
         ("named", "orderers that are rules"),
         ("chosen", "orderers chosen with the model"),
-        ("thin", "best for the cost"),
+        ("thin", "best at its cost"),
     ],
     "calibration": [
         ("dot", "without"),
         ("dot fill", "with"),
-        ("helps", "raised"),
-        ("hurts", "lowered, after Holm’s correction"),
+        ("helps", "significantly higher"),
+        ("hurts", "significantly lower, after Holm’s correction"),
         ("grey", "one standard deviation over random orders"),
     ],
-    "labels": [("dashes", "gold")],
+    "labels": [("dashes", "gold labels")],
 }
 TABLE_LEAD = (
-    "Accuracies in per cent, differences in points. Percentile: mean place among the random orders of the same set. "
-    "Needed: how many sets, or items a set, would find the difference seen with 80 % power after the correction; – "
-    "where no number would."
+    "Accuracies are in per cent, differences in points. Percentile: mean rank among the random orders of the same "
+    "set. Needed: the number of sets, or of items per set, with which the observed difference would be detected with "
+    "80 % power after the correction; – if no number suffices."
 )
 METHOD = [
     (
         "Difference",
-        "For demonstration set s and test item q, whether the orderer was right minus the share of the random orders "
-        "of s that were right on q; averaged over items, then over sets. An orderer is never compared with one random"
-        " order.",
+        "For each demonstration set s and test item q: whether the orderer’s answer was right, minus the share of the "
+        "random orders of s whose answer to q was right. This is averaged over items, then over sets. An orderer is "
+        "never compared with a single random order.",
     ),
     (
         "Interval and p",
-        "Demonstration sets are the sample, so each is one observation however many items it was asked: wild cluster "
-        "bootstrap over sets, inverted, so that test and interval agree; Student’s t where there are too few sets for"
-        " it. They speak of other sets like these, asked these same items.",
+        "The sample consists of demonstration sets, so each set is one observation, however many items it has. The "
+        "test is a wild cluster bootstrap over sets, and the interval is its inversion, so the two agree; with too "
+        "few sets for it, both use Student’s t. The results apply to other sets like these with the same items.",
     ),
     (
         "Holm’s correction",
-        "Within one panel, over all orderers but the oracles. The thin line is the interval at level 1 − 0.05/m for m"
-        " orderers, which is a little wider than Holm’s procedure needs, so a filled mark may touch zero with it.",
+        "Applied within one panel, over all orderers except the oracles. The thin line is the interval at level 1 − "
+        "0.05/m for m orderers. It is slightly wider than Holm’s procedure requires, so the thin line of a filled "
+        "mark may touch zero.",
     ),
     (
         "All tasks",
-        "A cluster is one demonstration set of one task; with several k, its differences are averaged first. Sets are"
-        " weighted so that every task counts alike. Tasks are not a sample: the interval speaks of other sets on "
-        "these tasks.",
+        "A cluster is one demonstration set of one task; if a set was run with several k, its differences are "
+        "averaged first. Sets are weighted so that every task counts equally. Tasks are not a sample: the interval "
+        "generalises to other sets of these tasks.",
     ),
     (
-        "Too small to be seen",
-        "The smallest true difference that a study with as many sets, as varied as these, finds with 80 % power after"
-        " the correction: median over the orderers of the panel.",
+        "Too small to detect",
+        "The smallest true difference that a study with this many sets, which vary as much as these, detects with "
+        "80 % power after the correction: the median over the orderers of the panel.",
     ),
     (
         "Oracles",
-        "The best and the worst of the random orders, picked by the test labels: the height of the ceiling, not a "
-        "method. They beat the mean even where order means nothing, so they are not tested.",
+        "The best and the worst of the random orders by the test labels: a bound, not a method. They differ from the "
+        "mean even if order has no effect, so they are not tested.",
     ),
     (
         "Cost",
-        "Tokens that the model reads for one answer, prefixes shared by many queries counted once, and the tokens "
-        "read to choose the order divided by the number of test items. Fewer items make choosing dearer.",
+        "The tokens that the model reads for one answer, where a prefix that several queries share counts once, plus "
+        "the tokens read to choose the order per test item. With fewer items, choosing is more expensive per answer.",
     ),
 ]

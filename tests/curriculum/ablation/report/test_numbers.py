@@ -226,12 +226,15 @@ def test_findings_state_the_known_truth() -> None:
         assert finding["hurts"] == [f"u_shape{suffix}"]
         assert "2 help: " in finding["sentences"][0]
         assert "1 hurts: u_shape (−" in finding["sentences"][0]
-        assert "The other one shows nothing." in finding["sentences"][0]
+        assert "The other one shows no significant difference." in finding["sentences"][0]
     overall = summarise(results)["findings"][0]
-    assert any("sparse_to_dense helps at no further token read." in sentence for sentence in overall["sentences"])
+    assert any(
+        "sparse_to_dense helps without reading more tokens than a random order." in sentence
+        for sentence in overall["sentences"]
+    )
 
 
-def test_the_finding_on_an_orderer_of_some_tasks_does_not_claim_all_tasks() -> None:
+def test_an_orderer_run_on_some_tasks_is_reported_with_its_tasks() -> None:
     effects = {"sparse_to_dense": 0.2, "pdo": 0.2}
     results = simulate(
         ["mr", "sst5"], shots=(4,), sets=30, orders=8, items=60, effects=effects, arms=list(effects), seed=1
@@ -246,7 +249,7 @@ def test_the_finding_on_an_orderer_of_some_tasks_does_not_claim_all_tasks() -> N
     assert "sparse_to_dense (+" in overall["sentences"][0]
 
 
-def test_a_null_result_is_reported_with_the_effect_that_could_have_been_found() -> None:
+def test_a_null_result_is_reported_with_the_power_of_the_study() -> None:
     effects = dict.fromkeys(("sparse_to_dense", "pdo"), 0.0)
     results = simulate(
         ["mr", "rte"], shots=(4,), sets=10, items=60, effects=effects, arms=list(effects), calibrated=(False,)
@@ -254,9 +257,9 @@ def test_a_null_result_is_reported_with_the_effect_that_could_have_been_found() 
     report = summarise(results)
     overall, mr, _ = report["findings"]
     assert (overall["helps"], overall["hurts"]) == ([], [])
-    assert "None of the 2 orderers can be told from the mean random order" in overall["sentences"][0]
+    assert "No orderer of 2 differs significantly from the mean random order" in overall["sentences"][0]
     visible = float(np.median([arm["difference"]["smallest_visible"] or 0 for arm in report["pooled"][0]["arms"]]))
-    assert f"of true differences of {100 * visible:.1f} points" in overall["sentences"][1]
+    assert f"for a true difference of {100 * visible:.1f} points" in overall["sentences"][1]
     assert "this study has 80 % power for a true difference of" in mr["sentences"][0]
     assert "before Holm's correction" in mr["sentences"][0]
     cells = [cell["random"] for cell in report["cells"]]
@@ -269,17 +272,17 @@ def test_one_set_is_not_tested() -> None:
     report = summarise(results)
     difference = report["cells"][0]["arms"][0]["difference"]
     assert [difference[name] for name in ("low", "p", "verdict", "smallest_visible")] == [None] * 4  # type: ignore[literal-required]
-    assert "nothing can be said of other sets" in report["findings"][0]["sentences"][0]
-    assert any(note.startswith("One demonstration set only") for note in report["notes"])
+    assert "results do not generalise to other sets" in report["findings"][0]["sentences"][0]
+    assert any(note.startswith("Only one demonstration set") for note in report["notes"])
 
 
-def test_notes_report_uneven_sets(report: Report, results: Results) -> None:
-    notes = " ".join(report["notes"])
-    assert "7 to 9 demonstration sets" in notes
-    assert "Fewer than 10 random orders" in notes
-    assert "trec/balanced/2/plain (density)" in notes
-    unfinished = replace(results, provenance={"incomplete": ["mr, k = 2: cone", "mr, k = 2: cone"]})
-    assert "Unfinished and left out: mr, k = 2: cone." in summarise(unfinished)["notes"]
+def test_notes_say_what_is_uneven(report: Report, results: Results) -> None:
+    text = " ".join(report["notes"])
+    assert "7 to 9 demonstration sets" in text
+    assert "Fewer than 10 random orders" in text
+    assert "trec/balanced/2/plain (density)" in text
+    incomplete = replace(results, provenance={"incomplete": ["mr, k = 2: cone", "mr, k = 2: cone"]})
+    assert "Unfinished, and therefore excluded: mr, k = 2: cone." in summarise(incomplete)["notes"]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +302,6 @@ def test_the_head_describes_the_run(report: Report) -> None:
     shown = dict(facts(report))
     assert shown["Tasks"] == "mr, trec"
     assert shown["Demonstrations"] == "k = 2 and 3, balanced"
-    assert shown["Demonstration sets"] == "7 and 9 a cell"
+    assert shown["Demonstration sets"] == "7 and 9 per cell"
     assert shown["Orderers"] == "2 rules, 2 chosen with the model, 1 oracles"
     assert (shown["Time of all processes"], shown["Versions"], shown["Model"]) == ("1 h 2 min", "torch 2", "simulated")

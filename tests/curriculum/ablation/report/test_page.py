@@ -17,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_results import simulate
 
-from sparsort.curriculum.ablation.report.figures import forest, panels, pareto, sheets, svg
+from sparsort.curriculum.ablation.report.figures import forest, panels, pareto, sheets
 from sparsort.curriculum.ablation.report.figures.style import PALETTE, plain, styled
 from sparsort.curriculum.ablation.report.numbers.shape import Difference, Report
 from sparsort.curriculum.ablation.report.numbers.summary import summarise
-from sparsort.curriculum.ablation.report.page import tables
-from sparsort.curriculum.ablation.report.page.html import render
+from sparsort.curriculum.ablation.report.page.html import arm_rows, render
 from sparsort.curriculum.ablation.report.page.markdown import escaped, fenced, markdown
-from sparsort.curriculum.ablation.report.write import write_report
+from sparsort.curriculum.ablation.report.write import svg, themed_svg, write_report
 from sparsort.curriculum.ablation.results.cells import Arm
 from sparsort.curriculum.ablation.results.results import Results
 from sparsort.errors import SparsortError
@@ -102,7 +101,7 @@ class Page(html.parser.HTMLParser):
 
 def page_of(report: Report) -> str:
     with styled(panels.SIZE):
-        drawn = [(panel, svg.themed(panel.picture, f"f{number}")) for number, panel in enumerate(panels.panels(report))]
+        drawn = [(panel, themed_svg(panel.picture, f"f{number}")) for number, panel in enumerate(panels.panels(report))]
     return render(report, drawn)
 
 
@@ -163,7 +162,7 @@ def test_every_section_and_arm_is_on_the_page(small: Report, written: Path) -> N
     arms = {attributes.get("data-arm") for _, attributes in page.elements}
     assert {arm["name"] for cell in small["cells"] for arm in cell["arms"]} <= arms
     table = [attributes for tag, attributes in page.elements if tag == "tr" and "data-arm" in attributes]
-    assert len(table) == sum(1 + len(cell["arms"]) for cell in small["cells"]) == len(tables.arm_rows(small))
+    assert len(table) == sum(1 + len(cell["arms"]) for cell in small["cells"]) == len(arm_rows(small))
 
 
 # Markdown
@@ -217,7 +216,7 @@ def test_equal_numbers_give_equal_figures(small: Report, written: Path) -> None:
     with styled(sheets.SIZE):
         for picture in sheets.sheets(small):
             if picture.name in ("forest", "cost"):
-                assert svg.svg(picture) == (written / "figures" / f"{picture.name}.svg").read_text(encoding="utf-8")
+                assert svg(picture) == (written / "figures" / f"{picture.name}.svg").read_text(encoding="utf-8")
 
 
 def drawn_texts(figure: Any) -> list[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from sparsort.curriculum.ablation.report.figures.style import Tips, blank, style
 from sparsort.curriculum.ablation.report.numbers import rows
 from sparsort.curriculum.ablation.report.numbers.shape import Difference, Report
 from sparsort.curriculum.ablation.report.numbers.summary import summarise
-from sparsort.curriculum.ablation.report.page import tables
+from sparsort.curriculum.ablation.report.page.html import arm_rows
 from sparsort.curriculum.ablation.report.page.markdown import markdown
 from sparsort.curriculum.ablation.report.write import write_report
 from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
@@ -36,8 +36,8 @@ Outcomes = NDArray[np.int64]
 
 # What is None by design and not for want of a number.
 NAMES = {"k", "task", "reason", "model"}
-# Words that a missing number would put into a sentence. "None" at the start of a sentence is a word of its own.
-HOLES = re.compile(r"(?i:\bnan\b|\binf\b|∞)|\bNone\b(?! of the \d)")
+# Words that a missing number would leave in a sentence.
+HOLES = re.compile(r"(?i:\bnan\b|\binf\b|∞)|\bNone\b")
 
 
 def arm(name: str, kind: ArmKind, predicted_SQ: Outcomes, gold_Q: Outcomes, labels: int) -> Arm:
@@ -187,10 +187,8 @@ def words(report: Report) -> list[str]:
     """All that is read of a report without its figures."""
     texts = [sentence for finding in report["findings"] for sentence in (finding["title"], *finding["sentences"])]
     texts += [*report["notes"], *(one["text"] for one in report["warnings"])]
-    texts += [
-        str(cell[name]) for row in tables.arm_rows(report) for cell in row["cells"] for name in ("shown", "interval")
-    ]
-    texts += [forest.told(shown["difference"]) for cell in report["cells"] for shown in cell["arms"]]
+    texts += [str(cell[name]) for row in arm_rows(report) for cell in row["cells"] for name in ("shown", "interval")]
+    texts += [forest.describe(shown["difference"]) for cell in report["cells"] for shown in cell["arms"]]
     return [*texts, markdown(report, [])]
 
 
@@ -203,9 +201,9 @@ def test_no_sentence_mentions_a_missing_number(results: Results) -> None:
     few = {cell["task"] for cell in report["cells"] if cell["sets"] < 3}
     for finding in report["findings"]:
         if finding["task"] in few:
-            sentences = " ".join(finding["sentences"])
-            assert "run sparsort ablate with --sets 3 or more (10 are better)" in sentences
-            assert not re.search(r"95 % interval|would have to exceed|\bp [=<]", sentences)
+            text = " ".join(finding["sentences"])
+            assert "run sparsort ablate with --sets 3 or more (10 are better)" in text
+            assert not re.search(r"95 % interval|would have to exceed|\bp [=<]", text)
 
 
 # By hand
@@ -229,7 +227,7 @@ def flat_study(sets: int, *, labels: int = 2, items: int = 20, lean: int | None 
         (4, "outcomes that do not differ between 4 demonstration sets allow no interval"),
     ],
 )
-def test_the_reason_and_the_next_step_replace_a_missing_number(sets: int, says: str) -> None:
+def test_the_reason_and_the_next_step_replace_the_number(sets: int, says: str) -> None:
     report = summarise(flat_study(sets))
     (sentence, *_) = report["findings"][0]["sentences"]
     assert says.lower() in sentence.lower()
@@ -288,7 +286,7 @@ def test_a_task_without_spread_takes_part_in_the_mean_over_tasks() -> None:
 
 
 @pytest.mark.parametrize(("lean", "share"), [(None, 1.0), (10, 0.95), (9, 0.925)])
-def test_a_model_that_predicts_one_label_is_the_first_warning(lean: int | None, share: float) -> None:
+def test_a_model_that_gives_one_label_is_reported_first(lean: int | None, share: float) -> None:
     report = summarise(flat_study(3, lean=lean))
     assert report["cells"][0]["random"]["label_share"][0] == pytest.approx(share)
     if share < 0.95:
