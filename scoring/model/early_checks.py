@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsort.errors import SparsortError
 from sparsort.scoring.loading.demo_model import quiet_transformers, resolve_model
-from sparsort.scoring.loading.gguf_files import kept_folder
+from sparsort.scoring.loading.gguf_files import converted_folder
 from sparsort.scoring.loading.hub import cached_only
 from sparsort.scoring.model.spec import ModelSpec
 
@@ -112,7 +112,7 @@ def outline_of(model: ModelSpec | str) -> Outline | None:
         options["local_files_only"] = cached_only(resolved.folder_or_id, revision=model.revision)
     if resolved.gguf_file:
         # Reading the configuration from the GGUF file itself would take as long as converting its tokenizer.
-        folder = kept_folder(Path(resolved.folder_or_id) / resolved.gguf_file)
+        folder = converted_folder(Path(resolved.folder_or_id) / resolved.gguf_file)
     if folder is None:
         return None
     from transformers import AutoConfig

@@ -212,7 +212,7 @@ def test_a_model_larger_than_the_cache_or_the_disk_is_not_kept(
     assert [path.name.split("-")[1] for path in cache.iterdir()] == ["tokenizer"]
     monkeypatch.delenv("SPARSORT_CACHE_MODELS_GB")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000_000))
-    assert conversions.no_room_for(1_300_000_000) == f"converted it takes 1.3 GB, and {cache} has 1.2 GB free"
+    assert conversions.no_room_for(1_300_000_000) == f"the converted model takes 1.3 GB, and {cache} has 1.2 GB free"
     assert conversions.no_room_for(1_100_000_000) is None
 
 
