@@ -221,7 +221,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The weight files that transformers may read."""
     files = sorted(folder.glob("*.safetensors"))
     is_adapter = (folder / "adapter_config.json").is_file()
-    # transformers looks for these names first, and reads pickled weights only if there are none of them.
+    # transformers looks for these names first, and reads pickled weights only if it finds neither.
     names = ("adapter_model.safetensors",) if is_adapter else _SAFETENSORS
     if not any((folder / name).is_file() for name in names):
         files += sorted(folder.glob("*.bin"))

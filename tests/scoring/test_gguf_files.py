@@ -304,7 +304,7 @@ def test_a_template_that_is_lost_when_it_is_saved_is_not_kept(
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", without_template)
     assert load_tokenizer(str(file)).chat_template == template
-    assert "differs once saved" in caplog.text
+    assert "is different after it has been saved" in caplog.text
     assert not list(cache.iterdir())
 
 
@@ -357,7 +357,7 @@ def test_a_tokenizer_that_is_not_the_same_once_saved_is_not_kept(
     hashes = iter("ab")
     monkeypatch.setattr("sparsort.scoring.prompts.prompt.hash_tokenizer", lambda tokenizer: next(hashes))
     assert len(load_tokenizer(str(small_gguf)))
-    assert "differs once saved" in caplog.text
+    assert "is different after it has been saved" in caplog.text
     assert not list(cache.iterdir())
 
 

@@ -453,4 +453,4 @@ def test_code_that_ships_with_a_model_is_no_part_of_its_weights(model: str, cach
     assert row_cache.obstacle(backbone) is None
     backbone.loaded.model.add_module("own", type("Own", (torch.nn.Module,), {"__module__": "transformers_modules.x"})())
     backbone.mark_as_own()
-    assert "code of its own" in str(row_cache.obstacle(backbone))
+    assert "runs its own code" in str(row_cache.obstacle(backbone))

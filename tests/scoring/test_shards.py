@@ -94,7 +94,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     store = begin(tmp_path / "scores")
     store.write(0, TABLE, "d0")
     (tmp_path / "scores" / "manifest.json").unlink()
-    with pytest.raises(SparsortError, match=r"holds shard-00000.parquet, but no manifest"):
+    with pytest.raises(SparsortError, match=r"contains shard-00000.parquet, but no manifest"):
         begin(tmp_path / "scores")
 
 
