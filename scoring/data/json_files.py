@@ -22,11 +22,7 @@ _AS_LINES = "frame.to_json('rows.jsonl', orient='records', lines=True)"
 
 
 def json_reader(path: Path) -> Reader:
-    """The rows of a `.json` file.
-
-    Raises:
-        SparsortError: it is not JSON, or it is a single object that does not consist of columns.
-    """
+    """The rows of a `.json` file; a `SparsortError` if it is not JSON, or is one object that is neither a row nor columns."""
     lines = JsonLines(path)
     with lines.opened() as handle:
         units = lines.split(Lines(handle, lines.name, 0, 0))

@@ -120,6 +120,7 @@ class TextReader(ABC):
             lines = Lines(handle, self.name, offset, line)
             lines.skip()
             for position, unit in enumerate(self.split(lines), mark * STRIDE):
+                # The generator has just read the record before the next mark, so the next record begins at this offset.
                 if position + 1 == len(self._marks) * STRIDE:
                     self._marks.append((lines.offset, lines.number))
                 if position >= start:
@@ -319,11 +320,7 @@ class Delimited(TextReader):
 
 
 def decode_line(raw: bytes, name: str, line: int, offset: int) -> str:
-    """Decode line number `line`, which begins `offset` bytes into the file.
-
-    Raises:
-        SparsortError: it is not UTF-8, or contains NUL bytes.
-    """
+    """Decode line `line`, which begins `offset` bytes into the file; a `SparsortError` if it is not UTF-8 or contains NULs."""
     if b"\0" in raw:
         raise nul_bytes(name, line, raw, offset)
     try:

@@ -130,11 +130,7 @@ class RowSource:
         return [self._row(position, line, fields) for position, (line, fields) in records]
 
     def count(self) -> int:
-        """The number of rows. The first call checks the whole source.
-
-        Raises:
-            SparsortError: there are no rows, or a row is broken, has no id, or has the id of another row.
-        """
+        """The number of rows. The first call checks the whole source, and raises a `SparsortError` for a broken row or id."""
         if self._count is None:
             self._count = self._check()
         return self._count

@@ -84,11 +84,7 @@ def install(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[P
 
 
 def write_digests(folder: Path) -> None:
-    """List every file of a folder with its size and digest.
-
-    Raises:
-        OSError, SparsortError: the disk cannot be written.
-    """
+    """List every file of a folder with its size and digest."""
     # The files must be on the disk before the list that declares them complete.
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != DIGESTS)
     for path in (*files, folder):

@@ -211,6 +211,7 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(sha256_of(path))
+    # The configuration changes the results as well, for example through the scale of rotary embeddings.
     config = folder / "config.json"
     if config.is_file():
         digest.update(config.read_bytes())

@@ -113,11 +113,7 @@ class Backbone:
         return int(value) if value else None
 
     def site(self, name: str) -> Site:
-        """Find a site by its name (see `sites`), which may be `HEAD_INPUT`.
-
-        Raises:
-            SparsortError: there is no such site, or it does not have one state per token.
-        """
+        """Find a site by its name (see `sites`) or `HEAD_INPUT`; a `SparsortError` if it does not have one state per token."""
         if name == HEAD_INPUT:
             return self.head_site
         if name == "pre_norm" and not (self.final_norm or self._block_gives_states):
@@ -219,6 +215,8 @@ class Backbone:
         kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
         if not any(part.get("rope_type") in _LENGTH_DEPENDENT_ROPE for part in kinds):
             return None
+        # "longrope" changes its frequencies above the original context length, "dynamic" above the configured one. The smaller of
+        # the two is safe for both.
         lengths = [part.get("original_max_position_embeddings") for part in kinds]
         return min([int(length) for length in [*lengths, self.max_length] if length], default=0)
 
@@ -280,7 +278,7 @@ class Backbone:
         norms = [site.module for site in watched if _same(caught.get(site.name), whole_BTH)]
         shape = tuple(getattr(caught.get(last.name), "shape", ()))
         block_gives_states = shape in ((1, _PROBE, self.hidden_size), (_PROBE, self.hidden_size))
-        # In a causal model, a change of the second half leaves the states of the first half unchanged.
+        # In a causal model, reversing the second half leaves the states of the first half unchanged.
         half = _PROBE // 2
         changed = ids_BT.clone()
         changed[:, half:] = ids_BT[:, half:].flip(1)
@@ -334,11 +332,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def sizes_of(config: Any, name: str) -> tuple[int, int, int]:
-    """The hidden size, number of blocks and vocabulary size of a language model.
-
-    Raises:
-        SparsortError: the configuration lacks one of them.
-    """
+    """The hidden size, number of blocks and vocabulary size of a model; a `SparsortError` if its configuration lacks one."""
     sizes = {key: getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
     if missing := [key for key, size in sizes.items() if not isinstance(size, int)]:
         raise SparsortError(

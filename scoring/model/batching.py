@@ -141,6 +141,7 @@ def _cut(
 
     `kept_before` is the number of tokens per row whose keys and values are in memory already: those of its head.
     """
+    # In this order, the first row of a batch is its longest one, to whose length all others are padded.
     order = np.argsort(-lengths, kind="stable")
     batches: list[NDArray[np.int64]] = []
     start = longest = real = 0

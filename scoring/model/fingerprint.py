@@ -40,6 +40,7 @@ class ModelFingerprint:
 def _facts(model: Any) -> list[Any]:
     facts: list[Any] = [repr(model.config.to_dict())]
     facts += [tuple(getattr(torch_module, name)) for name in _GLOBAL_HOOKS]
+    # With duplicates, so that a module that is used in two places and is replaced in one of them changes the list.
     for name, module in model.named_modules(remove_duplicate=False):
         facts += [name, type(module), id(type(module).forward)]
         facts += [tuple(getattr(module, hooks)) for hooks in _HOOKS]

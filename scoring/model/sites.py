@@ -31,11 +31,7 @@ class Site:
 
 
 def blocks_of(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
-    """Find the decoder's list of blocks.
-
-    Raises:
-        SparsortError: there is none (an architecture that shares or nests its blocks).
-    """
+    """Find the decoder's list of blocks; a `SparsortError` if the architecture shares or nests its blocks."""
     # The first list of the configured length, otherwise the only list that is not inside another one. The configured length may
     # count something else, such as the blocks of the encoder, or attention layers, of which a block has two.
     lists = {path: each for path, each in decoder.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
@@ -99,6 +95,7 @@ def check_site(name: str) -> None:
 def _down_projection(block: nn.Module, name: str, hidden_size: int) -> nn.Module:
     """The last projection outside of attention whose output has the hidden size."""
     modules = dict(block.named_modules())
+    # The output projection of attention also has the hidden size. transformers names attention modules "attn" or "attention".
     attention = [path for path, module in modules.items() if path and "attn" in _label(path, module)]
     projections = {
         path: module

@@ -43,11 +43,7 @@ _NAMES = re.compile(r"(?:\[(?:[^\]]|\]\])*\]|[^,\[])+")
 
 
 def conversation_fields(messages: str) -> list[str]:
-    """Parse the comma-separated fields of a conversation into their canonical spelling.
-
-    Raises:
-        SparsortError: a field cannot be parsed, or there is none.
-    """
+    """Parse the comma-separated fields of a conversation to their canonical spelling, or raise a `SparsortError`."""
     names = [name.strip() for name in _NAMES.findall(messages)]
     if not any(names):
         raise SparsortError(

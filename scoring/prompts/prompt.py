@@ -359,6 +359,7 @@ class Encoder:
         return len(self.encode([Rendered(text=text, answer_start=len(text))])[0].ids)
 
     def _finish(self, item: Rendered, ids: list[int], start: int) -> Encoded:
+        # A plain text may begin with the special tokens already, for example "<bos>". They are not inserted twice.
         has_lead = bool(self._lead) and ids[: len(self._lead)] == self._lead
         lead = [] if has_lead or not self._prepend else self._lead
         ids, start = lead + ids, start + len(lead)
@@ -430,6 +431,7 @@ def leading_specials(tokenizer: Any) -> list[int]:
     """The special tokens that this tokenizer puts before a text; those that it appends are not returned."""
     body = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
+    # Tokenizers add special tokens by many rules, so the leading ones are found by encoding a text with and without them.
     for start in range(len(full) - len(body) + 1):
         if full[start : start + len(body)] == body:
             return list(full[:start])

@@ -110,11 +110,7 @@ class PromptSpec:
         return self.template
 
     def read(self) -> Prompt | None:
-        """The prompt; None if neither a template nor a column was given.
-
-        Raises:
-            SparsortError: see `Prompt.given`.
-        """
+        """The prompt, see `Prompt.given`; None if neither a template nor a column was given."""
         from sparsort.scoring.prompts.prompt import Prompt
 
         return Prompt.given(

@@ -69,11 +69,7 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 @held()
 def write_jsonl(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> None:
-    """Write one JSON object per row, then the provenance in a file next to it. NaN is written as null, infinities as text.
-
-    Raises:
-        SparsortError: the disk cannot be written.
-    """
+    """Write one JSON object per row, then the provenance in a file next to it. NaN is written as null, infinities as text."""
     with write_atomically(path) as temporary:
         with temporary.open("w", encoding="utf-8") as handle:
             for batch in table.to_batches(max_chunksize=1024):
@@ -159,11 +155,7 @@ def from_dataset(
 
 
 def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the provenance of a dataset of scores that `save_to_disk` wrote.
-
-    Raises:
-        SparsortError: it is damaged, or it is not a dataset of scores.
-    """
+    """Read a dataset of scores that `save_to_disk` wrote; a `SparsortError` if it is damaged or does not contain scores."""
     import datasets
 
     try:

@@ -178,11 +178,7 @@ class Scores:
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> Scores:
-        """Read a file that `to_parquet` wrote.
-
-        Raises:
-            SparsortError: the file is missing or damaged, or does not contain scores.
-        """
+        """Read a file that `to_parquet` wrote; a `SparsortError` if it is missing or damaged, or does not contain scores."""
         return cls(*score_files.read_parquet(Path(path)))
 
     def to_jsonl(self, path: str | Path) -> None:
@@ -191,11 +187,7 @@ class Scores:
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> Scores:
-        """Read a file that `to_jsonl` wrote.
-
-        Raises:
-            SparsortError: the file is missing or damaged, or does not belong to the provenance next to it.
-        """
+        """Read a file that `to_jsonl` wrote; a `SparsortError` if it is missing or damaged, or the provenance does not match."""
         with as_written(path, next_step="Score again (sparsort score)."):
             rows, provenance, is_whole = score_files.read_jsonl(Path(path))
         _need_columns(rows[0])
@@ -210,11 +202,7 @@ class Scores:
         return cls(table, provenance)
 
     def save(self, folder: str | Path) -> None:
-        """Write a new score folder, like `sparsort score --out`.
-
-        Raises:
-            SparsortError: the folder is not empty, or the disk cannot be written.
-        """
+        """Write a new score folder, like `sparsort score --out`; a `SparsortError` if the folder exists and is not empty."""
         from sparsort.scoring.store.shards import MANIFEST, ShardStore
 
         if (Path(folder) / MANIFEST).exists():

@@ -33,11 +33,7 @@ SCORE_AGAIN = "Run the command that made these scores again: it scores damaged s
 
 
 def write_shard(path: Path, table: pa.Table, facts: Mapping[str, Any]) -> None:
-    """Write a table and its seal to a file that no other process reads yet, such as a temporary one.
-
-    Raises:
-        OSError: the disk cannot be written.
-    """
+    """Write a table and its seal to a file that no other process reads yet; an `OSError` if the disk cannot be written."""
     table = table.replace_schema_metadata(None)
     is_small = table.nbytes <= MAX_COPY_BYTES
     # For a small file, dictionaries of columns and compression take more time than the saved bytes are worth.

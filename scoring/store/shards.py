@@ -220,6 +220,7 @@ class ShardStore:
         present = self.indices()
         if len(present) < -(-total // self.shard_rows):
             return False
+        # Another process may have finished the run in the meantime.
         manifest = read_manifest(self.folder)
         # A damaged shard counts as absent. If it belongs to another process, that process scores it again.
         entries = (self._checked.get(index) or self._entry(index, lambda _sentence: None) for index in present)
@@ -304,11 +305,8 @@ class ShardStore:
 
 
 def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance as it will be read from the manifest, where a tuple is a list.
-
-    Raises:
-        SparsortError: a value is not a JSON value, such as NaN or an object.
-    """
+    """Provenance as it will be read from the manifest; a `SparsortError` if a value is not a JSON value."""
+    # JSON turns a tuple into a list, so the provenance is converted before it is compared.
     try:
         return dict(json.loads(json.dumps(dict(provenance), allow_nan=False)))
     except (TypeError, ValueError) as error:
