@@ -1,1 +1,1 @@
-"""What a model says of an example."""
+"""Scoring: measures how difficult the rows of a data set are for a model."""

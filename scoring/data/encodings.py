@@ -1,8 +1,8 @@
-"""Text files as a stream of UTF-8 bytes: plain or gzipped, and converted where a byte order mark names another encoding.
+"""Text files as a stream of UTF-8 bytes: plain or gzipped, and converted if a byte order mark names another encoding.
 
-Contract: `open_utf8` yields a binary handle. A file with the mark of UTF-16 or UTF-32, which spreadsheets and PowerShell write,
-is converted while it is read, in bounded memory. Any other file is passed on byte by byte, its UTF-8 mark included. `skip`
-moves to an offset in that stream; a converted stream is read up to there, since its offsets are not those of the file.
+Contract: `open_utf8` returns a binary handle. A file with the mark of UTF-16 or UTF-32, such as spreadsheets and PowerShell
+write, is converted while it is read, in bounded memory. The bytes of any other file, including a UTF-8 mark, are unchanged.
+`skip` moves to an offset in that stream. A converted stream is read up to the offset, because the file has other offsets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import IO, Any, cast
 
 from sparsort.errors import SparsortError
 
-# What reading a text file raises when the file is damaged or the disk fails.
+# The errors of reading a text file if the file is damaged or the disk fails.
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
-_CHUNK = 1 << 16
-# The mark of UTF-32 begins with that of UTF-16, so it is looked for first.
+_CHUNK = 1 << 16  # bytes
+# UTF-32 is tested first, because its little-endian mark begins with the mark of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -30,10 +30,10 @@ _MARKS = (
 
 
 def open_utf8(path: Path) -> IO[bytes]:
-    """The file's text as UTF-8 bytes.
+    """Open a text file as a stream of UTF-8 bytes.
 
     Raises:
-        OSError, EOFError, zlib.error: the file cannot be read, or is not the gzip file that its suffix promises.
+        OSError, EOFError, zlib.error: the file cannot be read, or its suffix is .gz and it is not a gzip file.
     """
     packed = path.suffix.lower() == ".gz"
     handle = cast(IO[bytes], gzip.open(path, "rb") if packed else path.open("rb"))  # noqa: SIM115 (the caller closes it)
@@ -51,10 +51,11 @@ def open_utf8(path: Path) -> IO[bytes]:
 
 
 def skip(handle: IO[bytes], offset: int) -> None:
-    """Move a handle of `open_utf8` that is at its beginning to the byte `offset`."""
+    """Move a handle that `open_utf8` has just returned to the byte `offset`."""
     if handle.seekable():
         handle.seek(offset)
     while offset and not handle.seekable():
+        # At the end of the file nothing is read, which ends the loop.
         offset -= len(handle.read(min(offset, _CHUNK))) or offset
 
 
@@ -67,25 +68,24 @@ def wrong_encoding(name: str, line: int, offset: int, byte: int) -> SparsortErro
 
 
 def nul_bytes(name: str, line: int, raw: bytes, offset: int) -> SparsortError:
-    """The error for `raw`, text that begins `offset` bytes into the (decompressed) file and holds NUL bytes."""
-    # In UTF-16, an ASCII character is its own byte and a NUL: at odd offsets if the low byte comes first.
+    """The error for NUL bytes in `raw`, a text that begins `offset` bytes into the (decompressed) file."""
+    # In UTF-16, an ASCII character is its ASCII byte and a NUL. The NULs are at odd offsets if the low byte comes first.
     start = offset % 2
     at_odd, at_even = raw[1 - start :: 2].count(0), raw[start::2].count(0)
     encoding = "UTF-16BE" if at_even > at_odd else "UTF-16LE"
     return SparsortError(
-        f"{name}, line {line} holds NUL bytes, which text does not have. The file is damaged, or it is UTF-16 without a "
+        f"{name}, line {line} contains NUL bytes, which do not occur in text. The file is damaged, or it is UTF-16 without a "
         f"byte order mark. In the second case save it as UTF-8: {_as_utf8(Path(name), encoding)}"
     )
 
 
 def shell_command(path: Path, command: str, suffix: str) -> str:
-    """A shell command that applies `command`, which reads text, to a file.
+    """A shell command that converts a text file, plain or gzipped.
 
     Args:
         path: the file, as the user named it.
-        command: the command, such as "jq -c .".
-        suffix: the end of the name of the file that it writes, in the same folder: "-rows.jsonl" for "a.json.gz" is
-            "a-rows.jsonl".
+        command: the filter to apply, such as "jq -c .".
+        suffix: the end of the name of the output, in the same folder: "-rows.jsonl" turns "a.json.gz" into "a-rows.jsonl".
     """
     is_packed = path.suffix.lower() == ".gz"
     stem = Path(path.stem).stem if is_packed else path.stem
@@ -99,7 +99,7 @@ def _as_utf8(path: Path, encoding: str) -> str:
 
 
 class _Converted(io.RawIOBase):
-    """The rest of `handle`, decoded from `encoding` and encoded as UTF-8."""
+    """The remaining bytes of `handle`, converted from `encoding` to UTF-8."""
 
     def __init__(self, handle: IO[bytes], encoding: str) -> None:
         self._handle = handle
@@ -128,7 +128,7 @@ class _Converted(io.RawIOBase):
         try:
             return self._decoder.decode(chunk, final=self._at_end).encode()
         except UnicodeDecodeError as error:
-            # The text before the error is read first, so that the reader knows in which line the error is.
+            # The text before the error is returned first, so that the reader can count the lines up to the error.
             self._failure, self._at_end = error, False
             return error.object[: error.start].decode(self._encoding).encode()
 

@@ -1,9 +1,10 @@
-"""Converted models in the user's cache: each in a folder of its own that is whole or absent, and checked before it is used.
+"""Converted models in the user's cache. The folder of a model is complete or absent, and is checked before it is used.
 
-Contract: `install` fills a folder under another name, lists every file with its digest, and renames it, so that a folder under
-its own name is complete. One process converts at a time (a lock), and the others then find the folder done; where there are no
-locks several may convert, and one folder stays. `is_intact` compares every file with its digest before the first use in a
-process (about 1 GB/s), so a damaged folder is found and converted again. The cache is bounded (`sparsort.storage.cache`).
+Contract: `install` fills a folder under a temporary name, lists every file with its digest, and renames the folder, so that a
+folder under its final name is complete. A lock lets one process convert at a time; the others then use its folder. On a disk
+without locks several processes may convert, and one of the folders is kept. Before the first use in a process, `is_intact`
+compares every file with its digest (about 1 GB/s), so that a damaged folder is noticed and converted again. The size of the cache
+is bounded (`sparsort.storage.cache`).
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from sparsort.storage.integrity import damage, read_sealed, record_of, write_sea
 from sparsort.storage.locks import locked
 
 DIGESTS = "sparsort-digests.json"
-# Folders that this process has checked, with the sizes and times that their files had.
+# The folders that this process has checked, with the sizes and times of their files.
 _CHECKED: dict[Path, dict[str, tuple[int, int]]] = {}
 
 
 def models_folder() -> Path:
-    """Where converted models are."""
+    """The folder of the converted models."""
     return cache_folder() / "models"
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether the folder is complete, and every file in it is the one that was written."""
+    """Whether the folder is complete, and every file is unchanged since it was written."""
     try:
         stamps = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
         if stamps == _CHECKED.get(folder):
             return True
-        listed = read_sealed(folder / DIGESTS, next_step="")["files"]
-        if any(damage(folder / name, listed[name]) for name in listed):
+        records = read_sealed(folder / DIGESTS, next_step="")["files"]
+        if any(damage(folder / name, records[name]) for name in records):
             return False
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SparsortError):
         return False
@@ -46,11 +47,7 @@ def is_intact(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process converts into this folder.
-
-    Raises:
-        SparsortError: the cache cannot be written.
-    """
+    """Wait until no other process converts to this folder, or raise a `SparsortError` if the cache cannot be written."""
     locks = cache_folder() / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -61,15 +58,15 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def install(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[Path], bool] = is_intact) -> None:
-    """Make the folder, and remove others where the cache is too large then.
+    """Create a folder of converted files, and remove older folders if the cache is then too large.
 
     Args:
-        folder: in `models_folder()`; a damaged one of this name is replaced.
-        fill: writes the files into a folder that it is given.
-        is_whole: tells a folder that another process made from a damaged one.
+        folder: a path in `models_folder()`; a damaged folder of this name is replaced.
+        fill: writes the files to the folder that it is called with.
+        is_whole: distinguishes a complete folder, which another process has just installed, from a damaged one.
 
     Raises:
-        SparsortError: the disk refuses.
+        SparsortError: the disk cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +84,8 @@ def install(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[P
 
 
 def write_digests(folder: Path) -> None:
-    """List every file of a folder with size and digest; the files are on the disk (fsync) before the list is.
-
-    Raises:
-        OSError, SparsortError: the disk refuses.
-    """
+    """List every file of a folder with its size and digest."""
+    # The files must be on the disk before the list that declares them complete.
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != DIGESTS)
     for path in (*files, folder):
         sync(path)
@@ -99,23 +93,19 @@ def write_digests(folder: Path) -> None:
 
 
 def no_room_for(size: int) -> str | None:
-    """Why a converted model of `size` bytes cannot be kept, in words; None if it can."""
+    """The reason why a converted model of `size` bytes cannot be cached, as a clause; None if it can."""
     limit = limit_of("models")
+    needed = f"the converted model takes {size / 1e9:.1f} GB"
     if size > limit:
-        return (
-            f"converted it takes {size / 1e9:.1f} GB, and the cache holds at most {limit / 1e9:g} GB of models "
-            "(SPARSORT_CACHE_MODELS_GB)"
-        )
+        return f"{needed}, and the cache is limited to {limit / 1e9:g} GB of models (SPARSORT_CACHE_MODELS_GB)"
     folder = models_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    return (
-        None if size < free else f"converted it takes {size / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free"
-    )
+    return None if size < free else f"{needed}, and {existing} has {free / 1e9:.1f} GB free"
 
 
 def _put_in_place(temporary: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Rename `temporary` to `folder`; when another process was first, its folder stays."""
+    """Rename `temporary` to `folder`. If another process was faster, its folder is kept."""
     for _attempt in range(2):
         try:
             temporary.rename(folder)
@@ -124,11 +114,11 @@ def _put_in_place(temporary: Path, folder: Path, is_whole: Callable[[Path], bool
                 return
             if not folder.exists():
                 raise
-            # What is there is damaged.
+            # The existing folder is damaged.
             remove(folder)
         else:
             sync(folder.parent)
             return
     raise SparsortError(
-        f"cannot put the converted model at {folder}: something keeps writing there. Remove it and try again."
+        f"cannot move the converted model to {folder}: another program keeps writing there. Remove it and try again."
     )

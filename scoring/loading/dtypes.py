@@ -1,4 +1,4 @@
-"""The dtypes that a model can run in, by name: the one list for the checks, the messages and the help, without torch."""
+"""The names of the dtypes that a model can run in, for checks, messages and help texts, without importing torch."""
 
 from __future__ import annotations
 

@@ -1,27 +1,28 @@
-"""Whether the model hub can be reached, found out once and quickly.
+"""Finds out quickly, and once per process, whether the model hub can be reached.
 
-Contract: `cached_only` makes one request of a few seconds before the libraries of Hugging Face make theirs, which they repeat for
-half a minute without a word. Without a network, a model that is in the cache is read from there, and any other is refused.
+Contract: `cached_only` makes one request with a timeout of a few seconds. Without it, the libraries of Hugging Face would repeat
+their own requests for half a minute without any output. If there is no network, a model in the cache is read from there, and any
+other model is refused.
 """
 
 from __future__ import annotations
 
 from sparsort.errors import SparsortError
 
-_SECONDS = 5.0
-# Hubs that have answered this process.
+_TIMEOUT_SECONDS = 5.0
+# The addresses of the hubs that have answered this process.
 _REACHED: set[str] = set()
 
 
 def cached_only(model: str, *, revision: str | None = None) -> bool:
-    """Whether the files of a hub model are to be read from the cache alone, since the hub does not answer.
+    """Whether the files of a hub model must be read from the cache, because the hub does not answer.
 
     Args:
         model: a hub id.
         revision: the revision that will be loaded.
 
     Raises:
-        SparsortError: the hub does not answer, and the cache does not hold the model.
+        SparsortError: the hub does not answer, and the model is not in the cache.
     """
     from huggingface_hub import constants, get_session, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -29,13 +30,15 @@ def cached_only(model: str, *, revision: str | None = None) -> bool:
     if constants.is_offline_mode() or constants.ENDPOINT in _REACHED:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except Exception as error:  # of the transport, whose library changes with the version of huggingface_hub
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_SECONDS)
+    except (
+        Exception
+    ) as error:  # the class depends on the HTTP library, which changes with the version of huggingface_hub
         try:
-            held = try_to_load_from_cache(model, "config.json", revision=revision)
+            cached_path = try_to_load_from_cache(model, "config.json", revision=revision)
         except HFValidationError:
-            held = None
-        if isinstance(held, str):
+            cached_path = None
+        if isinstance(cached_path, str):
             return True
         raise SparsortError(
             f"the model {model!r} is not a folder, and the hub at {constants.ENDPOINT} cannot be reached to look for it there "

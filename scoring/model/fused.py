@@ -1,11 +1,11 @@
-"""Fuses what stands between the matrix products of a decoder: norms, rotary embeddings, activations, softmax weights.
+"""Compiles the steps between the matrix products of a decoder: norms, rotary embeddings, activations, softmax weights.
 
-Contract: the same numbers but for rounding, and less of that: a fused step rounds to the model's dtype once, at its end.
-The model is left as it was: blocks are replaced for the length of a pass only.
+Contract: the results are the same up to rounding, and they are rounded less often, because a fused step rounds to the dtype of
+the model only at its end. Blocks are replaced only during a pass, so the model is unchanged afterwards.
 
-The trade-off: the faster a processor multiplies matrices, the more of a pass is such steps, so that fusing them pays
-(`benchmarks/speed/ablation.py` with and without `--compile`); the compiler takes half a minute first, less where it has done it
-before. So it is for long runs, when asked for.
+Trade-off: the faster a processor multiplies matrices, the larger is the share of these steps in a pass, and the more time fusing
+saves (`benchmarks/speed/ablation.py` with and without `--compile`). The compiler first takes half a minute, or less if its cache
+has the result. Compiling is therefore optional, and meant for long runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from sparsort.errors import SparsortError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-# Forms of one block that differ in what is one (a row, a token, a prefix): each is compiled by itself.
-_FORMS = 64
+# The largest number of variants of one block. torch compiles a variant for each combination of dimensions of size 1 (one row, one
+# token, one prefix).
+_VARIANTS = 64
 
 
 def fused(function: _Function) -> _Function:
-    """`function` compiled once for all shapes; it may change its arguments in place as it stands."""
+    """Compile a function once for all shapes. It may change its arguments in place."""
     return _fused(function)  # type: ignore[return-value]
 
 
@@ -44,11 +45,7 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_compiler() -> None:
-    """Refuse to fuse where no C++ compiler is.
-
-    Raises:
-        SparsortError: there is none.
-    """
+    """Raise a `SparsortError` if there is no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -56,24 +53,20 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise SparsortError(
-            "compiling the model needs a C++ compiler, and none was found. Install g++ or clang (or set CXX), or leave "
-            "compile out."
+            "compiling the model needs a C++ compiler, and none was found. Install g++ or clang (or set CXX), or do not pass "
+            "compile."
         ) from None
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong in compiling, in a line: the first that is no heading."""
+    """The cause of a compiler error in one line: the first line that is not a heading such as "backend='inductor' raised:"."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.endswith("raised:")]
-    return told[0][:200].rstrip(".") if told else type(error).__name__
+    causes = [line for line in lines if line and not line.endswith("raised:")]
+    return causes[0][:200].rstrip(".") if causes else type(error).__name__
 
 
 class FusedBlocks:
-    """A decoder's blocks, compiled.
-
-    Args:
-        blocks: the blocks, alike but for their weights.
-    """
+    """The compiled blocks of a decoder. The blocks may differ only in their weights."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         check_compiler()
@@ -85,27 +78,27 @@ class FusedBlocks:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Run the blocks compiled within the block."""
+        """Replace the blocks of the model by the compiled ones inside the `with` block."""
         fast = _GeluTanh()
-        plain = [(parent, name, getattr(parent, name)) for parent, name in self._slow]
-        usual: list[Any] = [block._compiled_call_impl for block in self._blocks]
-        with ExitStack() as stack:
-            stack.enter_context(_settings())
+        originals = [(parent, name, getattr(parent, name)) for parent, name in self._slow]
+        # `nn.Module.__call__` calls `_compiled_call_impl` if it is set. `Module.compile` sets it too, so it is restored.
+        original_calls: list[Any] = [block._compiled_call_impl for block in self._blocks]
+        with _settings():
             try:
-                for parent, name, _ in plain:
+                for parent, name, _ in originals:
                     setattr(parent, name, fast)
                 for block, call in zip(self._blocks, self._calls, strict=True):
                     block._compiled_call_impl = call
                 yield
             finally:
-                for parent, name, activation in plain:
+                for parent, name, activation in originals:
                     setattr(parent, name, activation)
-                for block, call in zip(self._blocks, usual, strict=True):
+                for block, call in zip(self._blocks, original_calls, strict=True):
                     block._compiled_call_impl = call
 
 
 class _GeluTanh(nn.Module):
-    """x · σ(2z) with z = √(2/π)·(x + 0.044715·x³), which is x/2 · (1 + tanh z) with the cheaper of the two functions."""
+    """x · σ(2z) with z = √(2/π)·(x + 0.044715·x³), which equals x/2 · (1 + tanh z), but the sigmoid is cheaper."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x))
@@ -119,6 +112,6 @@ def _slow_activations(parent: nn.Module) -> list[str]:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    # A block's place among its like is a number in it, which would else make each block a program of its own.
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_FORMS):
+    # `layer_idx` is an int attribute of each block. Without the first flag, dynamo specialises on it and compiles every block.
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_VARIANTS):
         yield

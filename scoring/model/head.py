@@ -1,8 +1,10 @@
-"""Reads the language-model head at chosen positions only: losses of given tokens, entropy of the next.
+"""Applies the language-model head at chosen positions: losses of given tokens, and the entropy of the next token.
 
-Contract: logits are those of the model's own forward pass. The head's matrix alone does not make them for every model
-(Gemma caps them, Granite and Cohere scale them), so what follows the matrix is applied too and the result is checked
-against the model once; a model that does something else to its logits is refused.
+Contract: the logits equal those of the forward pass of the model. For some models the matrix of the head is not enough (Gemma
+caps its logits, Granite and Cohere scale them). These steps are therefore applied as well, and the result is compared with the
+model once. A model that transforms its logits in another way is refused.
+
+Shapes: N positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.model.backbone import decoder_of
 from sparsort.scoring.model.fused import fused
 
-# Positions whose logits stand in memory at once: 128 × 262144 × 4 bytes are 134 MB.
+# The number of positions whose logits are in memory at a time: 128 × 262144 × 4 bytes are 134 MB.
 _POSITIONS_AT_ONCE = 128
-# Rows of the head's matrix in one product: 512 positions × 8192 logits stay in the cache.
+# The number of rows of the matrix in one product: the logits of 512 positions × 8192 rows stay in the cache.
 _VOCABULARY_AT_ONCE = 8192
-# What configurations call a cap on the logits, cap · tanh(logit / cap), and how the names of caps within blocks begin.
+# Configuration keys of a cap on the logits, cap · tanh(logit / cap), and the prefixes of keys of caps inside blocks.
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _CAPS_WITHIN_BLOCKS = ("attn_", "gate_", "mlp_", "moe_", "router_")
-# exp of it is 0 in fp32.
+# A logit that is this far below the largest one has the weight exp(−10⁴) = 0 in fp32.
 _FAR_BELOW = -1e4
 
 
@@ -31,18 +33,18 @@ class Head:
     """The head of a causal language model, applied to `post_norm` states.
 
     Raises:
-        SparsortError: no output embedding, or logits that cannot be made from it.
+        SparsortError: the model has no output embedding, or its logits cannot be computed from it.
     """
 
     def __init__(self, model: Any, config: Any, name: str, *, compile: bool = False) -> None:
-        self._take_in = fused(_take_in) if compile else _take_in
+        self._accumulate = fused(_accumulate) if compile else _accumulate
         self._matrix = model.get_output_embeddings()
         if getattr(self._matrix, "weight", None) is None:
             raise SparsortError(
-                f"{name!r} has no language-model head of one matrix, so there are no losses, entropies and answers. "
+                f"{name!r} has no language-model head of one matrix, so there are no losses, entropies or answers. "
                 "Use a sparsity, length or compression scorer."
             )
-        # A cap hardly shows on the small logits of the check below, so one that is not known is refused by its name.
+        # A cap hardly changes the small logits of the check below, so an unknown cap is refused by its key.
         caps = [key for key, value in vars(config).items() if "softcap" in key.replace("_", "") and value]
         if unknown := [key for key in caps if key not in _CAPS and not key.startswith(_CAPS_WITHIN_BLOCKS)]:
             raise SparsortError(
@@ -55,12 +57,12 @@ class Head:
         self._check(model, name)
 
     def logits(self, states_NH: Tensor) -> Tensor:
-        """(N, vocabulary) fp32 logits."""
+        """(N, V) fp32 logits."""
         return self._finish(self._matrix(states_NH).float())
 
     @torch.inference_mode()
     def losses(self, states_NH: Tensor, targets_N: Tensor) -> Tensor:
-        """(N,) negative log-likelihood in nats of `targets_N`, each predicted from its state."""
+        """(N,) fp64 negative log-likelihood, in nats, of each target token given its state."""
         parts = zip(torch.split(states_NH, _POSITIONS_AT_ONCE), torch.split(targets_N, _POSITIONS_AT_ONCE), strict=True)
         losses = [
             torch.nn.functional.cross_entropy(self.logits(states), targets, reduction="none")
@@ -70,7 +72,8 @@ class Head:
 
     @torch.inference_mode()
     def of_tokens(self, states_NH: Tensor, targets_N: Tensor) -> Tensor:
-        """(N,) fp32 logits of one token each, computed in fp32: in bf16 half of the labels of a task would tie."""
+        """(N,) fp32 logits of one token per state."""
+        # The product is computed in fp32, because in bf16 half of the labels of a task would tie.
         weight = self._matrix.weight[targets_N].float()
         logits = (states_NH.float() * weight).sum(dim=1)
         bias = getattr(self._matrix, "bias", None)
@@ -78,7 +81,10 @@ class Head:
 
     @torch.inference_mode()
     def normalisers(self, states_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) log of the softmax's sum, and (N,) entropy in nats of the next token's distribution, both fp32."""
+        """(N,) log-sum-exp of the logits, and (N,) entropy of the next token in nats, both fp32.
+
+        The vocabulary is processed in parts, so that the (N, V) logits are never in memory.
+        """
         weight, bias = self._matrix.weight, getattr(self._matrix, "bias", None)
         plain = self._scale == 1.0 and not self._cap
         top = states_NH.new_full((len(states_NH),), -torch.inf, dtype=torch.float32)
@@ -86,7 +92,8 @@ class Head:
         for start in range(0, len(weight), _VOCABULARY_AT_ONCE):
             part = slice(start, start + _VOCABULARY_AT_ONCE)
             logits = torch.nn.functional.linear(states_NH, weight[part], None if bias is None else bias[part])
-            top, total, moment = self._take_in(logits if plain else self._finish(logits), top, total, moment)
+            top, total, moment = self._accumulate(logits if plain else self._finish(logits), top, total, moment)
+        # With p = w / total, the entropy −Σ p·log p is log total − Σ w·(l − top) / total.
         return top + total.log(), total.log() - moment / total
 
     def _finish(self, logits: Tensor) -> Tensor:
@@ -96,30 +103,31 @@ class Head:
 
     @torch.inference_mode()
     def entropies(self, states_NH: Tensor) -> Tensor:
-        """(N,) entropy in nats of the next token's distribution."""
+        """(N,) fp64 entropy of the next token, in nats."""
         entropies = []
         for states in torch.split(states_NH, _POSITIONS_AT_ONCE):
             log_p = self.logits(states).log_softmax(dim=-1)
+            # For a logit of −∞ the product is 0 · −∞, which is NaN; its contribution to the entropy is 0.
             entropies.append(-(log_p.exp() * log_p).nan_to_num().sum(dim=-1))
         return torch.cat(entropies).double()
 
     @torch.inference_mode()
     def _check(self, model: Any, name: str) -> None:
-        """Compare the logits of a few tokens with the model's own, from the states that `Backbone.head_site` gives."""
+        """Compare the logits of a few tokens with those of the model."""
         device = next(model.parameters()).device
         ids = torch.arange(3, device=device)[None]
         states: list[Tensor] = []
         hook = decoder_of(model).register_forward_hook(lambda _module, _args, output: states.append(output[0]))
         try:
             theirs = model(input_ids=ids, use_cache=False).logits
-        except Exception as error:  # its blocks run on token ids alone, but a class may want more for its logits
+        except Exception as error:  # the blocks run on token ids alone, but the logits may need more, with any error
             raise SparsortError(
                 f"{name!r} computes no logits from token ids alone ({first_line(error).rstrip('.')}). Use a sparsity, length or "
                 "compression scorer."
             ) from error
         finally:
             hook.remove()
-        # One rounding of the model's dtype at the logits' size is what a different order of the same steps may cost.
+        # The same steps in another order may differ by a few roundings of the dtype at the size of the largest logit.
         tolerance = 8 * torch.finfo(theirs.dtype).eps * max(1.0, float(theirs.abs().max()))
         fits = len(states) == 1 and states[0].shape[-1] == self._matrix.weight.shape[-1]
         ours = self.logits(states[0][0]) if fits else theirs.new_zeros(0)
@@ -131,15 +139,26 @@ class Head:
             )
 
 
-def _take_in(logits_NV: Tensor, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, Σ w and Σ w·(l − largest) with w = exp(l − largest), each (N,), with more of the vocabulary taken in."""
+def _accumulate(logits_NV: Tensor, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Update the sums of an online softmax by the logits of one part of the vocabulary.
+
+    Args:
+        logits_NV: the logits l of the part; V is its size.
+        top: (N,) the largest logit so far.
+        total: (N,) Σ w, with w = exp(l − top).
+        moment: (N,) Σ w·(l − top).
+
+    Returns:
+        The new `top`, `total` and `moment`.
+    """
     logits_NV = logits_NV.float()
     new_top = torch.maximum(top, logits_NV.amax(dim=1))
     old = torch.exp(top - new_top)
-    # A logit of −∞ weighs nothing, and 0 · ∞ would be NaN.
+    # A logit of −∞ has the weight 0, but 0 · −∞ would be NaN in the moment.
     shifted = (logits_NV - new_top[:, None]).clamp_(min=_FAR_BELOW)
     weights = shifted.exp()
-    # Σ w·(l − top) under a new top: the old sum's terms move by (old top − new top).
+    # Under a new top, each old term w·(l − top) changes by w·(top − new top) and is scaled by exp(top − new top). At the start
+    # `top` is −∞ and `total` is 0; without the condition their product would be NaN.
     move = torch.where(total > 0, top - new_top, 0.0)
     moment = (moment + total * move) * old + (weights * shifted).sum(dim=1)
     return new_top, total * old + weights.sum(dim=1), moment

@@ -1,8 +1,8 @@
-"""Keys and values that a model keeps: gathered for rows that share a head, and whether texts may be continued through them.
+"""The KV cache of a model: gathered for rows that share a head, and probed to find out whether it can continue a text.
 
-Contract: a probe of a few tokens compares text continued through the model's cache with the whole text. Sliding windows are
-shortened for it, in a copy of the modules that shares the weights: some models cut their cache to a window that whole texts
-do not have, which would show only in texts longer than the window.
+Contract: a probe of a few tokens continues a text through the cache, and compares the states with those of the whole text. Some
+models cut their cache to a window although they read whole texts without one. This would show only in texts longer than the
+window, so the probe shortens sliding windows, in a copy of the modules that shares the weights.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# The windows of a probe, in tokens; it continues after more.
+# The sliding window of a probe, in tokens. The first half of the probe is longer.
 _WINDOW = 3
-# Tokens that a probe writes one by one.
+# Tokens that a probe continues one by one.
 _STEPS = 2
-# What a model raises if its attention or cache is not of the kind that is continued or replaced here. RuntimeError includes
-# NotImplementedError.
+# The errors of a model whose attention or cache cannot be continued or replaced. RuntimeError includes NotImplementedError.
 CANNOT = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheUse:
-    """What a model's cache is good for.
+    """The ways in which the cache of a model can be used.
 
     Attributes:
-        gathers: rows may share a head and continue it, several tokens at once, and have the states of the whole text.
-        steps: so may a text that is written token by token; True too for a cache that is not of transformers' common kind.
+        gathers: rows can continue a shared head, several tokens at a time, with the same states as in the whole text.
+        steps: a text can be continued token by token, with the same states; this may be True for any class of cache.
     """
 
     gathers: bool
@@ -41,7 +40,12 @@ class CacheUse:
 
 
 class Heads:
-    """Keys and values of the shared heads, gathered for the rows of a batch."""
+    """The keys and values of the shared heads.
+
+    Args:
+        caches: the cache after each batch of heads.
+        batches: the numbers of the heads in each batch.
+    """
 
     def __init__(self, caches: list[Any], batches: list[NDArray[np.int64]]) -> None:
         self._cache = _copy(caches[0])
@@ -50,26 +54,27 @@ class Heads:
             if getattr(layer, "keys", None) is not None:
                 layer.keys = torch.cat([part.keys for part in parts])
                 layer.values = torch.cat([part.values for part in parts])
+        # Head number → its row in the concatenated tensors.
         self._place = np.argsort(np.concatenate(batches))
 
     def gather(self, heads: NDArray[np.int64], device: torch.device) -> Any:
-        """A cache whose row b holds the keys and values of head `heads[b]`; the one it is taken from stays as it is."""
+        """A new cache whose row b has the keys and values of head `heads[b]`."""
         cache = _copy(self._cache)
         cache.batch_select_indices(torch.from_numpy(self._place[heads]).to(device))
         return cache
 
 
 def rounding(states: Tensor) -> float:
-    """How far two ways to compute one state may lie apart: rounding of the dtype, well below what other context changes."""
+    """The tolerance for states that are computed in two ways. A change of context has a much larger effect."""
     return 16 * torch.finfo(states.dtype).eps * float(states.abs().amax())
 
 
 @torch.inference_mode()
 def probe_cache(decoder: Any, config: Any, ids_BT: Tensor) -> CacheUse:
-    """Continue the second half of a row after the first.
+    """Find out how a cache can be used, by continuing the second half of a row after the first.
 
     Args:
-        decoder: the stack of blocks; it is left as it is.
+        decoder: the stack of blocks; it is not changed.
         config: its configuration.
         ids_BT: one row of a few token ids.
     """
@@ -101,12 +106,13 @@ def probe_cache(decoder: Any, config: Any, ids_BT: Tensor) -> CacheUse:
         cache = getattr(decoder(input_ids=head, use_cache=True), "past_key_values", None)
     except CANNOT:
         return CacheUse(gathers=False, steps=False)
-    # Gathering copies, so the steps after it may change the cache.
+    # `one_by_one` changes the cache, so it must come last. `side_by_side` works on a copy.
     gathers = _can_be_gathered(cache) and agrees(side_by_side)
     return CacheUse(gathers=gathers, steps=cache is None or agrees(one_by_one))
 
 
 def _can_be_gathered(cache: Any) -> bool:
+    # `Heads` replaces the tensors of the layers. A subclass may keep other state, so the classes must match exactly.
     from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -114,13 +120,14 @@ def _can_be_gathered(cache: Any) -> bool:
 
 
 def _with_short_windows(decoder: Any, config: Any) -> Any:
-    """The decoder with sliding windows of `_WINDOW` tokens: a copy that shares the weights.
+    """A copy of the decoder with sliding windows of `_WINDOW` tokens, which shares the weights.
 
-    The decoder itself if it has no windows, or if its modules cannot be copied.
+    The decoder itself is returned if it has no windows, or if its modules cannot be copied.
     """
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int) or window <= _WINDOW:
         return decoder
+    # `deepcopy` takes objects in its memo for copied already, so the weights are shared.
     weights = itertools.chain(decoder.parameters(), decoder.buffers())
     shared: dict[int, Any] = {id(weight): weight for weight in weights}
     try:
@@ -138,7 +145,7 @@ def _with_short_windows(decoder: Any, config: Any) -> Any:
 
 
 def _copy(cache: Any) -> Any:
-    """A cache of the same tensors whose layers can be assigned to without touching the original."""
+    """A cache with the same tensors, whose layers can be assigned to without changing the original."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied

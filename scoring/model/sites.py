@@ -1,11 +1,11 @@
-"""Where in the model a state is read: the sites by name, found on a loaded model.
+"""The sites of a model where states are read, by name.
 
-| site | tensor |
+| site | tensor (H: hidden size) |
 | --- | --- |
-| `pre_norm` | input of the final norm, width H; without one the last block's output, or what the head reads if widths differ |
-| `post_norm` | output of the final norm, what the head reads, width H |
-| `layer:N` | output of block N, counted from 0, negative from the end, width H |
-| `mlp`, `mlp:N` | inner activation of the last block's MLP (of block N's): the input of its down projection, width of the MLP |
+| `pre_norm` | input of the final norm, width H; without one, output of the last block, or input of the head if widths differ |
+| `post_norm` | output of the final norm, which the head reads, width H |
+| `layer:N` | output of block N, counted from 0, or from the end if negative, width H |
+| `mlp`, `mlp:N` | inner activation of the MLP of the last block (of block N): the input of its down projection, MLP width |
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SITE = re.compile(r"(?P<kind>layer|mlp):(?P<number>-?\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """One place: the module to hook, and whether its input or its output is read."""
+    """The module to hook, and whether its input or its output is read."""
 
     name: str
     module: nn.Module
@@ -31,13 +31,9 @@ class Site:
 
 
 def blocks_of(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The decoder's list of blocks: the first module list of the configured length, else the only one within no other.
-
-    The configured length may count something else: the encoder's blocks, or attentions of which a block has two.
-
-    Raises:
-        SparsortError: there is none (an architecture that shares or nests its blocks).
-    """
+    """Find the decoder's list of blocks; a `SparsortError` if the architecture shares or nests its blocks."""
+    # The first list of the configured length, otherwise the only list that is not inside another one. The configured length may
+    # count something else, such as the blocks of the encoder, or attention layers, of which a block has two.
     lists = {path: each for path, each in decoder.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
     for module in lists.values():
         if len(module) == n_layers:
@@ -54,17 +50,17 @@ def blocks_of(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
 
 
 def norm_candidates(decoder: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
-    """Modules that may be the final norm: norms that stand outside the blocks. The caller probes which one it is."""
+    """The norms outside of the blocks, of which one may be the final norm. The caller finds out which by a forward pass."""
     inside = {id(module) for block in blocks for module in block.modules()}
     return [m for m in decoder.modules() if id(m) not in inside and "norm" in type(m).__name__.lower()]
 
 
 def find_site(name: str, *, blocks: nn.ModuleList, final_norm: nn.Module | None, hidden_size: int) -> Site:
-    """Resolve a site's name on a model.
+    """Find the site of this name in a model.
 
     Raises:
-        SparsortError: an unknown name (the nearest is suggested), a block that is not there, a model without a final
-            norm asked for `post_norm`, a block without a single MLP (mixture of experts).
+        SparsortError: the name is unknown (the message suggests the nearest one), the block does not exist, the site is
+            `post_norm` and there is no final norm, or the block does not have a single MLP (mixture of experts).
     """
     last = len(blocks) - 1
     if name == "pre_norm":
@@ -91,32 +87,28 @@ def find_site(name: str, *, blocks: nn.ModuleList, final_norm: nn.Module | None,
 
 
 def check_site(name: str) -> None:
-    """Catch a misspelt site before a model is loaded for it."""
+    """Refuse a misspelt site before a model is loaded."""
     if name not in ("pre_norm", "post_norm", "mlp") and not name.startswith(("layer:", "mlp:")):
         raise unknown_choice("site", name, ("pre_norm", "post_norm", "mlp", "mlp:N", "layer:N"))
 
 
 def _down_projection(block: nn.Module, name: str, hidden_size: int) -> nn.Module:
-    """The last projection outside attention that comes back to the model's width."""
-    attention = [path for path, module in block.named_modules() if path and "attn" in _label(path, module)]
-    found = [
-        (path, module)
-        for path, module in block.named_modules()
+    """The last projection outside of attention whose output has the hidden size."""
+    modules = dict(block.named_modules())
+    # The output projection of attention also has the hidden size. transformers names attention modules "attn" or "attention".
+    attention = [path for path, module in modules.items() if path and "attn" in _label(path, module)]
+    projections = {
+        path: module
+        for path, module in modules.items()
         if _out_features(module) == hidden_size
         and not any(path.startswith(f"{head}.") or path == head for head in attention)
-    ]
-    experts = sum("expert" in path for path, _ in found)
-    if not found or experts:
-        what = (
-            "a mixture of experts"
-            if experts or any("expert" in path for path, _ in block.named_modules())
-            else "no plain MLP"
-        )
+    }
+    if not projections or any("expert" in path for path in projections):
+        obstacle = "a mixture of experts" if any("expert" in path for path in modules) else "no plain MLP"
         raise SparsortError(
-            f"site {name!r}: this block has {what}, so there is no single inner activation. Use 'pre_norm' or 'post_norm'."
+            f"site {name!r}: this block has {obstacle}, so there is no single inner activation. Use 'pre_norm' or 'post_norm'."
         )
-    module: nn.Module = found[-1][1]
-    return module
+    return list(projections.values())[-1]
 
 
 def _label(path: str, module: nn.Module) -> str:
@@ -124,7 +116,7 @@ def _label(path: str, module: nn.Module) -> str:
 
 
 def _out_features(module: Any) -> int | None:
-    # transformers' Conv1D (GPT-2) calls it nf.
     if isinstance(module, nn.Linear):
         return module.out_features
+    # In the class Conv1D of transformers (GPT-2), the number of output features is called nf.
     return int(module.nf) if type(module).__name__ == "Conv1D" else None

@@ -1,6 +1,6 @@
-"""Which model, and how it is loaded and run: the one description that recipes, scorers and commands share.
+"""The settings that load and run a model (`ModelSpec`), which recipes, scorers and commands share.
 
-No torch: a command line reads the options of the fields before anything heavy is imported.
+This module does not import torch, because the command line makes its options from the fields before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL_PANEL = "Model"
 
 
 class ModelOptions(TypedDict, total=False):
-    """The fields of `ModelSpec` besides the name, where a function takes them as keywords of its own."""
+    """The fields of `ModelSpec` except the name, for functions that accept them as keywords."""
 
     dtype: Dtype
     device: str
@@ -31,17 +31,17 @@ class ModelOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model by name, with how to load and run it.
+    """A model, and the settings to load and run it.
 
     Attributes:
         name: hub id, folder, `.gguf` file, "demo" (the embedded model), a transformers model with its `tokenizer`, or a
-            `LoadedModel`, for which the other fields but `token_budget` have no meaning.
-        dtype: "auto" (bf16 where the hardware has it, else fp32) or a torch dtype's name.
+            `LoadedModel`, for which all other fields except `token_budget` are ignored.
+        dtype: "auto" (bf16 if the hardware has it, otherwise fp32) or the name of a torch dtype.
         device: "auto", "cpu", "cuda", "cuda:1", …
-        token_budget: tokens of one batch, padding included; None for the device's default. Changes speed, not results.
+        token_budget: tokens of one batch, including padding; None for the default of the device. It changes speed, not results.
         revision: hub revision.
-        trust_remote_code: run code that ships with the model; never without being asked.
-        tokenizer: a transformers tokenizer; None for the model's own.
+        trust_remote_code: run code that comes with the model.
+        tokenizer: a transformers tokenizer; None for that of the model.
     """
 
     name: Any = option(
@@ -57,15 +57,15 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: Any, **options: Unpack[ModelOptions]) -> ModelSpec:
-        """The model as a spec, with the options given as its fields.
+        """The model as a spec, with the given options as its fields.
 
         Args:
-            model: a `ModelSpec`, or anything that `name` takes.
+            model: a `ModelSpec`, or any value that `name` accepts.
             options: fields of the spec.
 
         Raises:
-            TypeError: an option that is not a field. The functions that pass their keywords on rely on this error, so it names
-                the keyword and not this class.
+            TypeError: an option is not a field. Public functions pass their keywords on to this one, so the message names the
+                keyword and not this class.
         """
         if unknown := sorted(options.keys() - ModelOptions.__annotations__.keys()):
             known = ", ".join(ModelOptions.__annotations__)
@@ -74,15 +74,11 @@ class ModelSpec:
 
     @property
     def is_named(self) -> bool:
-        """Whether the model is one to be loaded by its name, rather than an object in memory."""
+        """Whether the model is given by a name or path, and not as an object in memory."""
         return isinstance(self.name, (str, Path))
 
     def check(self) -> None:
-        """Refuse an unknown dtype, or a token budget below 1, before anything is loaded.
-
-        Raises:
-            SparsortError: there is one.
-        """
+        """Refuse an unknown dtype, or a token budget below 1, before anything is loaded."""
         from sparsort.scoring.loading.load import check_dtype
         from sparsort.scoring.model.batching import check_token_budget
 
@@ -90,11 +86,7 @@ class ModelSpec:
         check_token_budget(self.token_budget)
 
     def load(self) -> LoadedModel:
-        """The model and its tokenizer, ready to run.
-
-        Raises:
-            SparsortError: see `load_model`.
-        """
+        """Load the model and its tokenizer; see `load_model` for the errors."""
         from sparsort.scoring.loading.load import LoadedModel, load_model
 
         self.check()
@@ -110,11 +102,7 @@ class ModelSpec:
         )
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer alone: the one given, that of a model in memory, or the named model's own.
-
-        Raises:
-            SparsortError: see `demo_model.load_tokenizer`.
-        """
+        """Load only the tokenizer; see `demo_model.load_tokenizer` for the errors."""
         from sparsort.scoring.loading.demo_model import load_tokenizer
 
         if self.tokenizer is not None:

@@ -1,12 +1,12 @@
-"""Conversations as datasets store them, as chat turns: OpenAI and TRL (`role`, `content`), ShareGPT (`from`, `value`).
+"""Converts the conversations in data sets to chat turns: OpenAI and TRL (`role`, `content`), ShareGPT (`from`, `value`).
 
-Contract: a turn is `{"role": "system" | "user" | "assistant", "content": text}`, whatever the data calls them. The answer of a
-conversation is its last assistant turn; what comes before is its prompt, and what comes after is not read. A conversation
-that is missing or has no turns is the row's own lack, and so is a turn without content. Anything else that is not a text
-conversation, such as an image, a tool call or an unknown role, is refused with the name of the row.
+Contract: a turn is `{"role": "system" | "user" | "assistant", "content": text}`, whatever names the data uses. The answer of a
+conversation is its last assistant turn. The turns before it are the prompt, and the turns after it are not read. A row without a
+conversation or turns, or with a turn without content, gets no score. Anything else that is not a text conversation, such as an
+image, a tool call or an unknown role, is refused with the name of the row.
 
-Forms: a list of turns; a dictionary of equally long lists, as `datasets` stores a sequence of dictionaries; several columns
-one after the other (`prompt,completion` of TRL). A content may be a list of OpenAI's text parts, which are joined.
+Layouts: a list of turns; a dictionary of equally long lists, as `datasets` stores a sequence of dictionaries; several columns
+that are concatenated (`prompt,completion` of TRL). A content may be a list of OpenAI's text parts, which are joined.
 """
 
 from __future__ import annotations
@@ -32,21 +32,18 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-# Names of the two keys of a turn.
+# The names of the two keys of a turn, in both layouts.
 _KEYS = (("role", "content"), ("from", "value"))
+# Roles of the results of tools, and keys of calls of tools, in the data sets that have them.
 _TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Fields that are separated by commas; text in brackets may hold commas.
+# Fields are separated by commas. Text in brackets may contain commas; "]]" is a literal bracket.
 _NAMES = re.compile(r"(?:\[(?:[^\]]|\]\])*\]|[^,\[])+")
 
 
 def conversation_fields(messages: str) -> list[str]:
-    """The fields that make a conversation, in their canonical spelling: one, or several separated by commas.
-
-    Raises:
-        SparsortError: a field cannot be read, or there is none.
-    """
+    """Parse the comma-separated fields of a conversation to their canonical spelling, or raise a `SparsortError`."""
     names = [name.strip() for name in _NAMES.findall(messages)]
     if not any(names):
         raise SparsortError(
@@ -62,52 +59,52 @@ def conversation_columns(messages: str) -> list[str]:
 
 
 def turns_of(row: Mapping[str, Any], messages: str, *, where: str) -> list[Turn]:
-    """The turns of a row's conversation; [] where it is missing, or a turn of it has no content.
+    """The turns of the conversation in a row; [] if it is missing, or if one of its turns has no content.
 
     Args:
         row: the row.
-        messages: the fields of the conversation, see `conversation_fields`.
-        where: what the row is called in an error, such as "row 7 (id 'q7')".
+        messages: the fields of the conversation; see `conversation_fields`.
+        where: the name of the row in error messages, such as "row 7 (id 'q7')".
 
     Raises:
-        SparsortError: the row lacks a column; or there is something that is not a text conversation.
+        SparsortError: the row lacks a column, or a value is not a text conversation.
     """
     turns: list[Turn | None] = []
     for field in conversation_fields(messages):
         value = value_at(row, field, where=where)
         items = [] if is_missing(value) else _items(value, field, where)
         turns += [_turn(turn, f"{where}: turn {number} of {field!r}") for number, turn in enumerate(items)]
-    whole = [turn for turn in turns if turn is not None]
-    return whole if len(whole) == len(turns) else []
+    complete = [turn for turn in turns if turn is not None]
+    return complete if len(complete) == len(turns) else []
 
 
 def split_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:
-    """The prompt of a conversation, and its answer: the last assistant turn; None where there is no such turn."""
-    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    """Split a conversation into its prompt and the text of its last assistant turn, which is None if there is none."""
+    last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
     return (list(turns), None) if last is None else (list(turns[:last]), turns[last]["content"])
 
 
 def question_text(turns: Sequence[Turn]) -> str:
-    """The text of the turns before an answer, without system turns: what conversations are compared by."""
+    """The text by which conversations are compared: the turns before the answer, without system turns."""
     return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
 
 
 def _items(value: Any, field: str, where: str) -> Sequence[Any]:
     if isinstance(value, Mapping) and any(key in value for keys in _KEYS for key in keys):
-        columns = {key: held for key, held in value.items() if is_list(held)}
-        if len({len(held) for held in columns.values()}) == 1:
+        columns = {key: column for key, column in value.items() if is_list(column)}
+        if len({len(column) for column in columns.values()}) == 1:
             return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
     if is_list(value):
         return value  # type: ignore[no-any-return]
     raise SparsortError(
         f"{where} has {kind_of(value)} in the field {field!r}, where a conversation was expected: a list of turns such as "
         '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], or with "from" and "value". '
-        "Name the column that holds one with messages (--messages); for text, use a prompt template instead."
+        "Name the column of the conversations with messages (--messages). For text, use a prompt template instead."
     )
 
 
 def _turn(turn: Any, where: str) -> Turn | None:
-    """A turn as this module's contract has it; None where it has no content."""
+    """A turn in the form that the contract of this module defines; None if it has no content."""
     if not isinstance(turn, Mapping):
         raise SparsortError(
             f'{where} is {kind_of(turn)}; expected a dictionary such as {{"role": "user", "content": "…"}}.'
@@ -118,14 +115,13 @@ def _turn(turn: Any, where: str) -> Turn | None:
             f"{where} has the keys {', '.join(map(str, turn)) or 'none'}; expected role and content, or from and value."
         )
     role, content = turn[keys[0]], turn.get(keys[1])
-    if role in _TOOLS or any(_holds(turn.get(name)) for name in _CALLS):
+    if role in _TOOLS or any(_has_value(turn.get(name)) for name in _CALLS):
         raise SparsortError(
-            f"{where} holds a tool call or its result, and only turns of text are read. Leave the row out, or make the "
-            "conversation of its text turns."
+            f"{where} contains a tool call or its result, but only text turns can be read. Remove the row, or reduce the "
+            "conversation to its text turns."
         )
     if not isinstance(role, str) or role not in ROLES:
-        error = unknown_choice("role", str(role), ROLES)
-        raise SparsortError(f"{where}: {error}")
+        raise SparsortError(f"{where}: {unknown_choice('role', str(role), ROLES)}")
     return None if is_missing(content) else {"role": ROLES[role], "content": _content(content, where)}
 
 
@@ -134,7 +130,7 @@ def _content(content: Any, where: str) -> str:
         return content
     if is_list(content):
         return "".join(_part(part, where) for part in content)
-    raise SparsortError(f"{where} has {kind_of(content)} as its content; expected text, or a list of parts of text.")
+    raise SparsortError(f"{where} has {kind_of(content)} as its content; expected text, or a list of text parts.")
 
 
 def _part(part: Any, where: str) -> str:
@@ -144,12 +140,13 @@ def _part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) else None
     if kind in _TEXT_PARTS and isinstance(text, str):
         return text
-    what = f"a part of the type {kind!r}" if isinstance(kind, str) else kind_of(part)
+    description = f"a part of the type {kind!r}" if isinstance(kind, str) else kind_of(part)
     raise SparsortError(
-        f'{where} holds {what}, and only text is read: {{"type": "text", "text": "…"}}. Leave the row out, or make the '
-        "conversation of its text."
+        f'{where} contains {description}, but only text can be read: {{"type": "text", "text": "…"}}. Remove the row, or reduce '
+        "the conversation to its text."
     )
 
 
-def _holds(value: Any) -> bool:
+def _has_value(value: Any) -> bool:
+    # Some data sets give every turn an empty list of tool calls.
     return not is_missing(value) and not (is_list(value) and not len(value))

@@ -1,18 +1,18 @@
-"""Renders a Jinja chat template within a limit of work and of output.
+"""Renders a Jinja chat template with limits on its work and on its output.
 
 Contract: the text is that of `tokenizer.apply_chat_template`, or `TooMuchWorkError` is raised. A chat template is a program that
-comes with a model. The sandbox of transformers keeps it from files and from the interpreter, but not from memory and time. Here
-the same environment counts operators, filters, calls and loops:
+comes with a model. The sandbox of transformers denies it access to files and to the interpreter, but does not limit memory and
+time. Here, the same environment counts the work of operators, filters, calls and loops:
 
-- Each character or element that a step builds counts 1, and each iteration of a loop and each call of a macro counts `_STEP`. One
-  rendering may count `WORK`, and 64 for each character that it is given. The count is the same on every machine.
-- Repetition, powers, numbers that decide a size, widths in format strings, `replace` and `join` are checked before the step, so
-  that no template gets gigabytes from one such expression.
+- Each character or element that a step builds costs 1. Each iteration of a loop and each call of a macro costs `_STEP`. One
+  rendering may spend `WORK`, plus 64 for each character of its input. The count is the same on every machine.
+- Repetition, powers, arguments that determine a size, widths in format strings, `replace` and `join` are checked before the step,
+  so that no such expression can allocate gigabytes.
 - The output is counted piece by piece, as the template writes it.
 
-What remains: other functions are counted after they have returned, a list that holds one long text many times is counted by its
-elements until it is written, and a loop's condition (`for … if …`) is not counted. A template written to waste memory or time can
-therefore still do so. A guarantee needs a process of its own, with limits of the operating system.
+Limits of this method: other functions are counted after they have returned; a list that contains one long text many times is
+counted by its elements until it is written; the condition of a loop (`for … if …`) is not counted. A template that was written to
+waste memory or time can therefore still do so. A guarantee would need a separate process with limits of the operating system.
 """
 
 from __future__ import annotations
@@ -26,36 +26,38 @@ from contextvars import ContextVar
 from string import Formatter
 from typing import Any
 
-# Characters and elements that all steps of one rendering may build together: at most half a gigabyte of text.
+# The number of characters and elements that one rendering may build in all its steps: at most half a gigabyte of text.
 WORK = 2**27
-# Characters of a rendered text.
+# The maximum length of a rendered text, in characters.
 OUTPUT = 2**20
-# What is added to both for each character of the turns: real templates write it once or twice, and copy it a few times.
+# Both limits grow with each character of the turns, because templates write it once or twice, and copy it a few times.
 _WORK_EACH, _OUTPUT_EACH = 64, 16
-# At this price, loops end after 300,000 iterations, which take seconds.
+# At this cost, loops end after about 300,000 iterations, which take seconds.
 _STEP = 400
-# In format strings: what follows the % of a field, and a field within the specification of another one in braces.
+# The flags after the % of a field in a format string. After a key, as in "%(name)5d", they follow the bracket.
 _FLAGS, _FLAGS_AFTER_KEYS = re.compile(r"%([-#0 +.*\d]*)"), re.compile(r"[%)]([-#0 +.*\d]*)")
+# A field in the format specification of another field, as in "{:{width}}".
 _INNER_FIELD = re.compile(r"\{[^{}]*\}")
 _DIGITS = re.compile(r"\d+")
-# Of a text that may be a width.
+# The number of characters that are read of a text that may be a width.
 _WIDTH_CHARS = 64
-# Filters, methods and functions (by their own names) whose number arguments decide how much they build. A number is only a value
-# to all others, among them macros, `namespace`, `default` and `int`, and a limit to `truncate` and `wordwrap`.
+# Filters, methods and functions, by name, whose integer arguments determine the size of the result. For all others, an integer is
+# a plain value (macros, `namespace`, `default`, `int`) or an upper limit (`truncate`, `wordwrap`).
 _SIZED = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "tojson", "batch", "slice", "round"}
 _SIZED |= {"lipsum", "generate_lorem_ipsum"}
 _RANGES = ("range", "safe_range")
 _TEXT_OR_LIST = (str, bytes, list, tuple)
 
+# The remaining work of the current rendering. The list has one element, which is changed in place.
 _left: ContextVar[list[int]] = ContextVar("sparsort_template_work")
 
 
 class TooMuchWorkError(Exception):
-    """A template builds or writes more than it may."""
+    """A template exceeds its limit of work or of output."""
 
 
 def can_meter(tokenizer: Any) -> bool:
-    """Whether a tokenizer renders its chat template by the code of transformers whose environment is metered here."""
+    """Whether a tokenizer renders its chat template with the environment of transformers, which is metered here."""
     from transformers import PreTrainedTokenizerBase
 
     own = getattr(type(tokenizer), "apply_chat_template", None)
@@ -64,25 +66,21 @@ def can_meter(tokenizer: Any) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def compile_metered(source: str) -> Any:
-    """A template in the metered environment.
-
-    Raises:
-        jinja2.TemplateError: it cannot be read.
-    """
+    """Compile a template in the metered environment, or raise a `jinja2.TemplateError`."""
     return _environment().from_string(source)
 
 
 def render_metered(template: Any, values: Mapping[str, Any], *, n_chars: int) -> str:
-    """The text that a template of `compile_metered` writes.
+    """Render a template that `compile_metered` returned.
 
     Args:
         template: the compiled template.
         values: its variables.
-        n_chars: characters of the turns among them, with which the limits grow.
+        n_chars: number of characters of the turns among them; the limits grow with it.
 
     Raises:
-        TooMuchWorkError: the text is too long, or the steps that make it count too much.
-        Exception: whatever the template raises.
+        TooMuchWorkError: the text is too long, or its steps cost too much.
+        Exception: any error that the template raises.
     """
     token = _left.set([WORK + _WORK_EACH * n_chars])
     try:
@@ -97,18 +95,14 @@ def render_metered(template: Any, values: Mapping[str, Any], *, n_chars: int) ->
 
 
 def check_output(written: int, n_chars: int) -> None:
-    """Refuse a text of `written` characters that is rendered from turns of `n_chars`.
-
-    Raises:
-        TooMuchWorkError: it is too long.
-    """
-    most = OUTPUT + _OUTPUT_EACH * n_chars
-    if written > most:
-        raise TooMuchWorkError(f"it writes more than {most:,} characters for turns of {n_chars:,}")
+    """Raise a `TooMuchWorkError` if a text of `written` characters is too long for turns of `n_chars` characters."""
+    limit = OUTPUT + _OUTPUT_EACH * n_chars
+    if written > limit:
+        raise TooMuchWorkError(f"it writes more than {limit:,} characters for turns of {n_chars:,}")
 
 
 def _compiler() -> Any:
-    # Private, but nothing public has the filters, globals and extensions that chat templates may use.
+    # This function is private, but no public one has the filters, globals and extensions that chat templates may use.
     from transformers.utils import chat_template_utils
 
     return getattr(chat_template_utils, "_compile_jinja_template", None)
@@ -116,8 +110,9 @@ def _compiler() -> Any:
 
 @functools.cache
 def _environment() -> Any:
-    """The environment of transformers, with everything that can build or repeat much metered."""
+    """The environment of transformers, with meters on all operations that can build or repeat a lot."""
     environment = _compiler()("").environment.overlay()
+    # The compiler of the sandbox calls `binop_table` for these operators instead of writing them into the code.
     environment.intercepted_binops = frozenset({"*", "**", "%", "+"})
     environment.binop_table = {
         name: _metered(function, name=name) for name, function in environment.binop_table.items()
@@ -132,7 +127,7 @@ def _environment() -> Any:
 
 
 def _code_generator() -> Any:
-    """Jinja's compiler, which also counts iterations, calls of macros and what `~` joins."""
+    """The compiler of Jinja, extended to count iterations, calls of macros, and the texts that `~` joins."""
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator
 
@@ -158,8 +153,8 @@ def _code_generator() -> Any:
 
 
 def _metered(function: Callable[..., Any], *, name: str) -> Callable[..., Any]:
-    """An operator or a filter with its work counted."""
-    # Such filters take Jinja's context, evaluation context or environment first.
+    """Wrap an operator or a filter so that its work is counted."""
+    # The first argument of a filter with this mark is Jinja's context, evaluation context or environment.
     n_own = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -171,8 +166,9 @@ def _metered(function: Callable[..., Any], *, name: str) -> Callable[..., Any]:
 
 
 def _call(call: Callable[..., Any], context: Any, function: Any, /, *args: Any, **options: Any) -> Any:
-    """`environment.call` with its work counted."""
+    """Call a function or method of a template like `environment.call`, and count its work."""
     if function is not _step:
+        # The sandbox wraps the methods `format` and `format_map` of a text, so the text is found through the wrapped method.
         bound = getattr(function, "__wrapped__", function)
         subject = getattr(bound, "__self__", None)
         _check_before(str(getattr(bound, "__name__", "")), [subject, *args, *options.values()])
@@ -180,16 +176,16 @@ def _call(call: Callable[..., Any], context: Any, function: Any, /, *args: Any, 
 
 
 def _check_before(name: str, arguments: list[Any]) -> None:
-    """Refuse a step that would build more than is left; `arguments` begin with what it is applied to."""
+    """Refuse a step that would cost more than the remaining work; the first argument is the object it is applied to."""
     left = _left.get()[0]
     first, *others = arguments
     expected = 0
     if name in ("*", "**"):
         sizes = [len(value) if isinstance(value, _TEXT_OR_LIST) else value for value in arguments]
-        if sizes != arguments:
+        if sizes != arguments:  # a text or a list is repeated
             expected = sizes[0] * sizes[1]
         elif all(isinstance(value, int) for value in arguments):
-            # The time of arithmetic with long numbers grows faster than their length.
+            # The time of arithmetic with long numbers grows faster than their length, so each bit costs a whole step.
             bits = first.bit_length() * others[0] if name == "**" else sum(value.bit_length() for value in arguments)
             expected = bits * _STEP
     elif name in ("replace", "join"):
@@ -201,40 +197,40 @@ def _check_before(name: str, arguments: list[Any]) -> None:
     elif name in _SIZED:
         expected = max((value for value in others if isinstance(value, int)), default=0)
     if expected > left:
-        raise TooMuchWorkError("it builds a text or list of more than the memory it may use")
+        raise TooMuchWorkError("it builds a text or list that exceeds the memory limit of a chat template")
 
 
 def _expanded(name: str, values: list[Any]) -> int:
-    """The size of what `replace` or `join` gives, where it can be known before."""
+    """An upper bound of the length of the result of `replace` or `join`; 0 if it cannot be known beforehand."""
     if name == "replace" and len(values) >= 3 and all(isinstance(value, str) for value in values[:3]):
         text, old, new = values[:3]
         return len(text) + int(text.count(old)) * len(new)
     if name == "join":
-        # The filter has the separator last, if at all, and the method has it first; a text may be joined, too.
+        # The separator is the last argument of the filter and the first of the method, and the joined value may be a text as
+        # well. So either of the two values may be the separator: its length times the number of items is at most the product.
         pieces = (len(item) for value in values for item in value if isinstance(item, str))
-        return sum(pieces) + len(max(values, key=len, default="")) * len(min(values, key=len, default="")) * (
-            len(values) > 1
-        )
+        lengths = sorted(map(len, values))
+        return sum(pieces) + (lengths[0] * lengths[-1] if len(values) > 1 else 0)
     return 0
 
 
 def _widest(template: str, values: list[Any]) -> int:
-    """The largest width or precision that a format string writes or takes from its values, of % or of braces."""
+    """The largest width or precision in a format string of % or of braces, or in the values that it may take one from."""
     texts = (_FLAGS_AFTER_KEYS if "%(" in template else _FLAGS).findall(template)
     specs = []
-    with contextlib.suppress(ValueError):  # a broken field; those before it are formatted
+    with contextlib.suppress(ValueError):  # a field is invalid, but Python formats the fields before it
         for _, _, spec, _ in Formatter().parse(template):
             specs.append(spec or "")
     if any("*" in text for text in texts) or any("{" in spec for spec in specs):
-        # In braces, a part of a width can be a text, too.
-        given = [str(value)[:_WIDTH_CHARS] for value in _flat(values) if isinstance(value, (int, float, str))]
-        largest = max((digits for text in given for digits in _DIGITS.findall(text)), key=_number, default="")
+        # Between braces, a text can also be part of a width.
+        candidates = [str(value)[:_WIDTH_CHARS] for value in _flat(values) if isinstance(value, (int, float, str))]
+        largest = max((digits for text in candidates for digits in _DIGITS.findall(text)), key=_number, default="")
         specs = [_INNER_FIELD.sub(largest, spec) for spec in specs] + [largest]
     return max((_number(digits) for text in [*texts, *specs] for digits in _DIGITS.findall(text)), default=0)
 
 
 def _number(digits: str) -> int:
-    # Python refuses to convert more digits, and to format by any number that needs them; only zeros can be in front.
+    # Python refuses to convert longer texts, and to format with wider fields. A valid width can only have leading zeros there.
     return int(digits[-4000:] or 0)
 
 
@@ -243,12 +239,12 @@ def _length_of_range(values: list[Any]) -> int:
         return len(range(*values))
     except OverflowError:
         return sys.maxsize
-    except (TypeError, ValueError):  # raised again by the call
+    except (TypeError, ValueError):  # the call itself raises the same error
         return 0
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
-    """The values, with those of tuples, lists and mappings in the place of these."""
+    """The values, with tuples, lists and mappings replaced by their elements."""
     for value in values:
         if isinstance(value, Mapping):
             yield from value.values()
@@ -257,11 +253,12 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _spend(work: int) -> None:
-    # Without a rendering, Jinja's optimiser is computing a constant: it takes the error as a no, and the step is counted later.
+    # Outside of a rendering, Jinja's optimiser is evaluating a constant expression, and `get` raises a LookupError. The optimiser
+    # then keeps the expression as it is, so that it is counted in the rendering.
     left = _left.get()
     left[0] -= work
     if left[0] < 0:
-        raise TooMuchWorkError("it repeats or builds more than a chat template may")
+        raise TooMuchWorkError("it repeats or builds more than a chat template is allowed to")
 
 
 def _step() -> None:

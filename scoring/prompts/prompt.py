@@ -1,11 +1,11 @@
-"""From a row to token ids: a prompt is a format string, chat turns, or a conversation that the row holds.
+"""From a row to token ids. A prompt is a format string, chat turns, or the conversation in a column.
 
-Contract: `Prompt.render` makes text, `Encoder.encode` makes ids. The text is tokenised once, prompt and answer together, so
-the ids are those the model would see; a token that straddles the border belongs to the answer. This holds for a row's
-own answer, whose states and loss are read. Labels that are compared are scored by the rule in `token_tree`, which gives other
-tokens only where whitespace ends the prompt or a token before the border changes. Exactly the special tokens
-that the tokenizer puts in front are put in front (once), and none behind, so that the last token is the text's own.
-A row that cannot be encoded is returned with a `problem`; a mistake in the template, or a value that is not text, raises.
+Contract: `Prompt.render` makes the text, and `Encoder.encode` the ids. Prompt and answer are tokenised together, so the ids are
+those that the model would see; a token that straddles the border belongs to the answer. This holds for the answer of a row, whose
+states and loss are read. Labels that are compared are scored by the rule in `token_tree`, which gives other tokens only if
+whitespace ends the prompt or a token before the border changes. The ids begin with the special tokens that the tokenizer puts
+before a text (once). No special tokens are appended, so that the last token belongs to the text. A row that cannot be encoded is
+returned with a `problem`; a mistake in the template, or a value that is not text, raises an error.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from sparsort.templates import check_values, columns_of, fields_of, render
 from sparsort.values import is_list, is_missing, kind_of, missing_name, value_at
 
 _ROLES = ("system", "user", "assistant")
-# The role of the one turn of a prompt that is a conversation: its template is the name of the column.
+# The role of the only turn of a prompt whose conversations are in a column. The template of that turn is the column.
 _MESSAGES = "messages"
-# The answer of such a prompt; no format string.
+# The answer of such a prompt, which is not a format string.
 LAST_ASSISTANT = "last assistant turn"
+_USE_MESSAGES = "A column of conversations is read with messages= (--messages)."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class Rendered:
     Attributes:
         text: prompt and answer.
         answer_start: the character at which the answer starts.
-        problem: `(status, reason)` of a row that has no text to score, else None.
+        problem: `(status, reason)` if the row has no text to score, otherwise None.
     """
 
     text: str
@@ -51,11 +52,11 @@ class Encoded:
     """One row as token ids.
 
     Attributes:
-        ids: token ids, special tokens in front included.
-        n_lead: how many of them are the tokenizer's own special tokens in front (0 or 1 for most).
-        answer_start: index of the answer's first token; `len(ids)` without an answer.
-        n_dropped: tokens that truncation took away.
-        problem: `(status, reason)` of a row that cannot be scored, else None.
+        ids: token ids, including the leading special tokens.
+        n_lead: number of leading special tokens of the tokenizer (0 or 1 for most).
+        answer_start: index of the first token of the answer; `len(ids)` without an answer.
+        n_dropped: number of tokens that truncation removed.
+        problem: `(status, reason)` if the row cannot be scored, otherwise None.
     """
 
     ids: list[int]
@@ -67,13 +68,13 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What the model reads of a row.
+    """The text of a row that the model reads.
 
     Attributes:
-        turns: `(role, template)` pairs; one pair with the role "text" is a plain format string, one with the role "messages" is
-            the name of the column that holds whole conversations.
-        answer: format string of the answer that follows the prompt, or None to score the prompt alone; `LAST_ASSISTANT` for
-            a conversation.
+        turns: `(role, template)` pairs. A single pair with the role "text" is a plain format string. A single pair with the role
+            "messages" is the column of whole conversations.
+        answer: format string of the answer after the prompt; None to score the prompt alone; `LAST_ASSISTANT` for a
+            conversation.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -83,17 +84,19 @@ class Prompt:
     def of(
         cls, prompt: str | Turns, *, answer: str | None = None, system: str | None = None, chat: bool = False
     ) -> Prompt:
-        """Build a prompt from what a user passes.
+        """Build a prompt from templates.
 
         Args:
             prompt: a format string such as `"Question: {question}\\nAnswer:"`, or chat turns
                 `[{"role": "user", "content": "{question}"}, …]`, which imply `chat`.
-            answer: format string of the answer, joined to the prompt as it stands (begin it with a space where one belongs).
-            system: the system turn's template; chat only.
+            answer: format string of the answer. It is appended to the prompt without a separator, so begin it with a space if
+                one is needed.
+            system: template of the system turn; only with chat.
             chat: put `prompt` into the model's chat template as the user's turn.
 
         Raises:
-            SparsortError: no field in any template, an unknown role, a system turn without chat, a template that is no text.
+            SparsortError: no template has a field, a role is unknown, there is a system turn without chat, or a template is not
+                text.
         """
         if isinstance(prompt, str):
             turns = [("user" if chat else "text", prompt)]
@@ -111,20 +114,20 @@ class Prompt:
         if not is_missing(answer):
             _template(answer, "answer")
         if not any(fields_of(template) for _, template in turns):
-            shown = turns[-1][1] if turns else ""
+            last_template = turns[-1][1] if turns else ""
             raise SparsortError(
-                f"the prompt {shown!r} uses no field of the data, so every row would score alike. "
+                f"the prompt {last_template!r} uses no field of the data, so all rows would have the same score. "
                 "Put a column name in braces, for example 'Question: {question}\\nAnswer:'."
             )
         return cls(turns=tuple(turns), answer=None if is_missing(answer) else answer)
 
     @classmethod
     def of_messages(cls, messages: str, *, answer: bool = True) -> Prompt:
-        """A prompt that is the conversation which each row holds, in the model's chat template.
+        """A prompt that reads the conversation in a column, in the model's chat template.
 
         Args:
             messages: the column of the conversations; see `sparsort.scoring.prompts.conversations`.
-            answer: read the last assistant turn as the answer; False to read the prompt alone.
+            answer: whether the last assistant turn is the answer; if False, the prompt alone is read.
 
         Raises:
             SparsortError: `messages` names no column.
@@ -142,29 +145,29 @@ class Prompt:
         system: str | None = None,
         chat: bool = False,
     ) -> Prompt | None:
-        """The prompt that a caller described in one of the ways there are, or None.
+        """The prompt that a caller described by templates, by a column of conversations or by a `Prompt`; None for no prompt.
 
         Raises:
-            SparsortError: as `of`; or a conversation was given together with templates.
+            SparsortError: see `of`; or a column of conversations was given together with templates.
         """
-        others = {"prompt": prompt if messages is not None else None, "answer": answer, "system": system}
-        taken = next((name for name, value in others.items() if value is not None), None)
+        templates = {"prompt": prompt if messages is not None else None, "answer": answer, "system": system}
+        conflict = next((name for name, value in templates.items() if value is not None), None)
         if messages is not None:
-            if taken is not None:
+            if conflict is not None:
                 raise SparsortError(
-                    f"messages={messages!r} (--messages) and {taken} were given. A conversation brings its own "
+                    f"messages={messages!r} (--messages) and {conflict} were given. A conversation has its own "
                     "turns, and its last assistant turn is the answer. Pass one of the two."
                 )
             return cls.of_messages(messages)
         if isinstance(prompt, Prompt):
-            if taken is not None:
-                raise SparsortError(f"the prompt is a Prompt, which has its own {taken}. Leave {taken}= out.")
+            if conflict is not None:
+                raise SparsortError(f"the prompt is a Prompt, which has its own {conflict}. Do not pass {conflict}=.")
             return prompt
         return None if prompt is None else cls.of(prompt, answer=answer, system=system, chat=chat)
 
     @property
     def messages(self) -> str | None:
-        """The column of the conversations, where the prompt is one that each row holds."""
+        """The column of the conversations; None if the prompt consists of templates."""
         return self.turns[0][1] if self.turns[0][0] == _MESSAGES else None
 
     @property
@@ -174,7 +177,7 @@ class Prompt:
 
     @property
     def fields(self) -> list[str]:
-        """The columns that the prompt reads, in order of appearance."""
+        """The columns that the prompt reads, in the order of the templates."""
         if self.messages is not None:
             return conversation_columns(self.messages)
         return list(dict.fromkeys(column for template in self._templates for column in columns_of(template)))
@@ -185,7 +188,7 @@ class Prompt:
 
     @property
     def paths(self) -> set[str]:
-        """The fields that are paths into a column; a schema does not show whether they lead to a value."""
+        """The fields that are paths into a column. A schema does not show whether a path leads to a value."""
         if self.messages is not None:
             return set()
         return {
@@ -194,47 +197,46 @@ class Prompt:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one row of a table shows that all rows can be read; conversations differ from row to row."""
+        """Whether checking one row of a table is enough. It is not for conversations, which differ from row to row."""
         return self.messages is None
 
     def check(self, fields: Mapping[str, Any], *, where: str) -> set[str]:
-        """Refuse a row that the prompt cannot read, without rendering it.
+        """Check that the prompt can read a row, without rendering it.
 
         Returns:
             The fields that are missing in this row.
 
         Raises:
-            SparsortError: as `render`.
+            SparsortError: see `render`.
         """
         if self.messages is not None:
             return set() if turns_of(fields, self.messages, where=where) else {self.messages}
-        found = (check_values(template, fields, where=where, way_out=_WAY_OUT) for template in self._templates)
-        return set().union(*found)
+        missing = (check_values(template, fields, where=where, way_out=_USE_MESSAGES) for template in self._templates)
+        return set().union(*missing)
 
     def describe(self) -> dict[str, Any]:
         """The prompt as provenance."""
         return {"turns": [list(turn) for turn in self.turns], "answer": self.answer}
 
     def render(self, fields: Mapping[str, Any], *, where: str, tokenizer: Any = None) -> Rendered:
-        """Fill the templates with one row's fields.
+        """Fill the templates with the fields of one row.
 
         Args:
             fields: the row.
-            where: how to name the row in an error ("row 7 (id 'q7')").
-            tokenizer: needed for chat turns only.
+            where: the name of the row in error messages, such as "row 7 (id 'q7')".
+            tokenizer: needed only for chat turns.
 
         Raises:
-            SparsortError: a field is missing, or the model has no chat template.
+            SparsortError: a column does not exist, or the model has no chat template.
         """
         if self.messages is not None:
             return self._render_messages(fields, where, tokenizer)
-        asked = [field for _, template in self.turns for field in fields_of(template)]
-        values = [value_at(fields, field, where=where) for field in asked]
-        answers = fields_of(self.answer) if self.answer else []
-        lacking = any(is_missing(value_at(fields, field, where=where)) for field in answers)
-        # A missing value is a row's own lack, not a mistake in the call: the row stays, without a score.
+        values = [value_at(fields, name, where=where) for _, template in self.turns for name in fields_of(template)]
+        answer_fields = fields_of(self.answer) if self.answer else []
+        no_answer = any(is_missing(value_at(fields, field, where=where)) for field in answer_fields)
+        # A missing value is a property of this row and not a mistake in the call, so the row is kept, without a score.
         if (
-            lacking
+            no_answer
             or any(map(is_missing, values))
             or all(isinstance(value, str) and not value.strip() for value in values)
         ):
@@ -247,17 +249,17 @@ class Prompt:
     def _render_messages(self, fields: Mapping[str, Any], where: str, tokenizer: Any) -> Rendered:
         need_chat_template(tokenizer)
         turns = turns_of(fields, str(self.messages), where=where)
-        asked, answer = split_answer(turns)
+        prompt_turns, answer = split_answer(turns)
         if not turns:
-            return _without_text("empty", "the conversation is empty or null, or a turn of it has no content")
-        if not any(turn["content"].strip() for turn in asked):
+            return _without_text("empty", "the conversation is empty or null, or one of its turns has no content")
+        if not any(turn["content"].strip() for turn in prompt_turns):
             return _without_text("empty", "the conversation has no turn with text before its answer")
         if self.answer is not None and answer is None:
             return _without_text("empty", "the conversation has no assistant turn")
         try:
-            text = apply_chat_template(tokenizer, [(turn["role"], turn["content"]) for turn in asked])
+            text = apply_chat_template(tokenizer, [(turn["role"], turn["content"]) for turn in prompt_turns])
         except RefusedTurnsError as error:
-            # The turns are the row's own, so it is the row that cannot be read.
+            # The turns come from the row, so this is a problem of the row and not of the call.
             return _without_text("invalid", str(error))
         return _rendered(text, answer if self.answer is not None and answer is not None else "")
 
@@ -274,17 +276,15 @@ def _turn_templates(prompt: Any) -> list[tuple[str, str]]:
 
 def _template(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        what = missing_name(value) if is_missing(value) else kind_of(value)
-        raise SparsortError(f"{name} is {what}; expected a format string such as '{{{name}}}'.")
+        kind = missing_name(value) if is_missing(value) else kind_of(value)
+        raise SparsortError(f"{name} is {kind}; expected a format string such as '{{{name}}}'.")
     return value
 
 
-_WAY_OUT = "A column of conversations is read with messages= (--messages)."
-
-
 def _rendered(text: str, answer: str) -> Rendered:
+    # JSON can contain half of a surrogate pair. It cannot be encoded as UTF-8, so fast tokenizers refuse it.
     if any("\ud800" <= letter <= "\udfff" for letter in text + answer):
-        return _without_text("invalid", "the text holds half of a surrogate pair, which is no character")
+        return _without_text("invalid", "the text contains half of a surrogate pair, which is not a character")
     return Rendered(text=text + answer, answer_start=len(text))
 
 
@@ -293,14 +293,14 @@ def _without_text(status: str, reason: str) -> Rendered:
 
 
 class Encoder:
-    """Turns rendered rows into token ids under a length limit.
+    """Converts rendered rows to token ids under a length limit.
 
     Args:
         tokenizer: a transformers tokenizer.
-        max_length: most tokens of a row; None for no limit.
-        truncation: what happens to a longer row: "error" leaves it unscored with a reason, "left" and "right" cut that
-            end of the prompt (never the answer, never the special tokens in front) and count what was cut.
-        chat: the text comes from a chat template, which has put its special tokens itself.
+        max_length: the largest number of tokens of a row; None for no limit.
+        truncation: treatment of longer rows. "error" leaves a row unscored with a reason. "left" and "right" cut that end of the
+            prompt (never the answer or the leading special tokens), and count the tokens that were cut.
+        chat: the text comes from a chat template, which has already inserted the special tokens.
     """
 
     def __init__(
@@ -321,10 +321,10 @@ class Encoder:
         self._prepend = not chat
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
-        """Token ids of every row, in order."""
+        """Encode rows, and return them in the same order."""
         if not rendered:
             return []
-        # A text that cannot be scored may be one that the tokenizer cannot read either.
+        # The tokenizer may refuse the text of a row with a problem, so such a row is encoded as an empty text.
         rendered = [item if item.problem is None else replace(item, text="", answer_start=0) for item in rendered]
         texts = [item.text for item in rendered]
         fast = bool(getattr(self.tokenizer, "is_fast", False))
@@ -341,6 +341,8 @@ class Encoder:
             ids = list(batch["input_ids"][number])
             start = len(ids)
             if item.answer_start < len(item.text):
+                # The first token that extends past the border begins the answer, even if it starts before the border. Slow
+                # tokenizers give no offsets; there, the prompt is tokenised alone and the common tokens are counted.
                 if fast:
                     offsets = batch["offset_mapping"][number]
                     start = next((i for i, (_, end) in enumerate(offsets) if end > item.answer_start), len(ids))
@@ -353,10 +355,11 @@ class Encoder:
         return encoded
 
     def count(self, text: str) -> int:
-        """Tokens of one text, special tokens in front included."""
+        """Count the tokens of one text, including the leading special tokens."""
         return len(self.encode([Rendered(text=text, answer_start=len(text))])[0].ids)
 
     def _finish(self, item: Rendered, ids: list[int], start: int) -> Encoded:
+        # A plain text may begin with the special tokens already, for example "<bos>". They are not inserted twice.
         has_lead = bool(self._lead) and ids[: len(self._lead)] == self._lead
         lead = [] if has_lead or not self._prepend else self._lead
         ids, start = lead + ids, start + len(lead)
@@ -374,25 +377,26 @@ class Encoder:
         if start - n_lead <= over and start < len(ids):
             reason = f"the answer's {len(ids) - start} tokens leave no room for the prompt under the limit of {limit}"
             return Encoded(ids=ids, n_lead=n_lead, answer_start=start, problem=("too_long", reason))
+        # "right" cuts the end of the prompt, which is directly before the answer.
         cut = slice(n_lead, n_lead + over) if self.truncation == "left" else slice(start - over, start)
         del ids[cut]
         return Encoded(ids=ids, n_lead=n_lead, answer_start=start - over, n_dropped=over)
 
 
 def check_truncation(truncation: str) -> None:
-    """Refuse a name that is none of `Truncation`."""
+    """Refuse a name that is not in `Truncation`."""
     if truncation not in get_args(Truncation):
         raise unknown_choice("truncation", truncation, get_args(Truncation))
 
 
 def hash_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
-    """SHA-256 of what decides the tokens of a text; with `chat` also of the chat template, as it renders today."""
+    """The SHA-256 of everything that determines the tokens of a text; with `chat`, this includes the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     template = getattr(tokenizer, "chat_template", None) if chat else None
-    # Some templates insert the date: what they render is part of what is scored.
-    shown = apply_chat_template(tokenizer, [("user", "x")]) if isinstance(template, str) else ""
-    return f"sha256:{hashlib.sha256((body + json.dumps(template) + shown).encode()).hexdigest()}"
+    # Some templates insert the date. A text that they render is therefore hashed as well.
+    example = apply_chat_template(tokenizer, [("user", "x")]) if isinstance(template, str) else ""
+    return f"sha256:{hashlib.sha256((body + json.dumps(template) + example).encode()).hexdigest()}"
 
 
 def identify_tokenizer(tokenizer: Any, *, chat: bool, recorded: str | None = None) -> str:
@@ -401,20 +405,20 @@ def identify_tokenizer(tokenizer: Any, *, chat: bool, recorded: str | None = Non
     Args:
         tokenizer: the tokenizer.
         chat: whether its chat template is used.
-        recorded: the hash in a file that is to be compared or continued, or None. Version 0.1.0 included the chat template even
-            where it was not used. If that is the hash of this tokenizer, it is returned.
+        recorded: the hash in a file that is to be compared or continued; None for no file. Version 0.1.0 included the chat
+            template even if it was not used. If `recorded` is that hash of this tokenizer, it is returned.
 
     Raises:
-        SparsortError: `chat`, and the template cannot be rendered.
+        SparsortError: `chat` is true, and the template cannot be rendered.
     """
-    found = hash_tokenizer(tokenizer, chat=chat)
-    if recorded in (None, found):
-        return found
-    return recorded if earlier_hash(tokenizer, chat=chat) == recorded else found
+    current = hash_tokenizer(tokenizer, chat=chat)
+    if recorded in (None, current):
+        return current
+    return recorded if earlier_hash(tokenizer, chat=chat) == recorded else current
 
 
 def earlier_hash(tokenizer: Any, *, chat: bool) -> str | None:
-    """The hash of version 0.1.0, which included the chat template of plain prompts; None where it is not another one."""
+    """The hash of version 0.1.0, which included the chat template even for plain prompts; None if it is the current hash."""
     if chat or not getattr(tokenizer, "chat_template", None):
         return None
     try:
@@ -424,9 +428,10 @@ def earlier_hash(tokenizer: Any, *, chat: bool) -> str | None:
 
 
 def leading_specials(tokenizer: Any) -> list[int]:
-    """The special tokens that this tokenizer puts in front of a text (those it puts behind are left out)."""
+    """The special tokens that this tokenizer puts before a text; those that it appends are not returned."""
     body = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
+    # Tokenizers add special tokens by many rules, so the leading ones are found by encoding a text with and without them.
     for start in range(len(full) - len(body) + 1):
         if full[start : start + len(body)] == body:
             return list(full[:start])

@@ -1,6 +1,7 @@
-"""How a row becomes text, as a caller describes it, and how rows are read: what recipes, scorers and commands share.
+"""The settings that convert a row to a text (`PromptSpec`) and read the rows of a file (`DataSpec`).
 
-No torch: a command line reads the options of the fields before anything heavy is imported.
+Recipes, scorers and commands share these classes. This module does not import torch, because the command line makes its options
+from the fields before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TEXT_PANEL = "Text"
 
 
 class PromptOptions(TypedDict, total=False):
-    """The fields of `PromptSpec` besides the template, where a function takes them as keywords of its own."""
+    """The fields of `PromptSpec` except the template, for functions that accept them as keywords."""
 
     answer: str | None
     messages: str | None
@@ -33,19 +34,19 @@ class PromptOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What the model reads of a row.
+    """The text of a row that the model reads.
 
     Attributes:
         template: a format string over the columns such as `"Question: {question}\\nAnswer:"`, chat turns
             `[{"role": "user", "content": "{question}"}, …]`, or a `Prompt`.
-        answer: format string of the answer that follows the prompt; None to read the prompt alone.
-        messages: instead of a template, the column that holds whole conversations (see `prompts.conversations`): their
-            last assistant turn is the answer, and the model's chat template is applied.
-        system: system turn, with `chat`.
+        answer: format string of the answer after the prompt; None to read the prompt alone.
+        messages: instead of a template, the column of whole conversations (see `prompts.conversations`). The last assistant
+            turn is the answer, and the model's chat template is applied.
+        system: system turn; with `chat`.
         chat: put the prompt into the model's chat template.
-        truncation: what happens to a text over the limit: "error" leaves the row unscored with a reason; "left" and "right"
-            cut that end of the prompt and count what was cut.
-        max_length: limit in tokens; None for the model's own context.
+        truncation: treatment of a text over the limit. "error" leaves the row unscored with a reason; "left" and "right" cut
+            that end of the prompt and count the tokens that were cut.
+        max_length: limit in tokens; None for the context length of the model.
     """
 
     template: str | Turns | Prompt | None = option(
@@ -69,7 +70,7 @@ class PromptSpec:
     system: str | None = option(None, "System turn; with --chat.", panel=TEXT_PANEL, read=unescape)
     chat: bool = option(False, "Use the model's chat template.", panel=TEXT_PANEL)
     truncation: Truncation = option(
-        "error", "error, left or right: what happens to a text over the limit.", panel=TEXT_PANEL
+        "error", "Treatment of a text over the limit: error, left or right.", panel=TEXT_PANEL
     )
     max_length: int | None = option(None, "Limit in tokens [default: the model's context].", panel=TEXT_PANEL)
 
@@ -79,41 +80,37 @@ class PromptSpec:
 
         Args:
             prompt: a template, or a spec.
-            options: the other fields; with a spec, which has its own, none may differ from its default.
+            options: the other fields. If `prompt` is a spec, all of them must have their default values.
 
         Raises:
-            SparsortError: a spec was given together with another of its fields.
+            SparsortError: a spec was given together with one of its fields.
         """
         if not isinstance(prompt, PromptSpec):
             return cls(prompt, **options)
         defaults = {field.name: field.default for field in fields(cls)}
         if given := [name for name, value in options.items() if value != defaults[name]]:
-            raise SparsortError(f"the prompt is a PromptSpec, which has its own {given[0]}. Leave {given[0]}= out.")
+            raise SparsortError(f"the prompt is a PromptSpec, which has its own {given[0]}. Do not pass {given[0]}=.")
         return prompt
 
     @property
     def for_demonstrations(self) -> str:
-        """The template, for a prompt that is put together from demonstrations and a query.
+        """The template, for a prompt that consists of demonstrations and a query.
 
         Raises:
-            SparsortError: there is no format string, or a setting that such a prompt does not have.
+            SparsortError: the template is not a format string, or there is a setting that such a prompt does not have.
         """
-        own = {"messages": None, "truncation": "error", "max_length": None}
-        given = [name for name, value in own.items() if getattr(self, name) != value]
+        unsupported = {"messages": None, "truncation": "error", "max_length": None}
+        given = [name for name, default in unsupported.items() if getattr(self, name) != default]
         if given or not isinstance(self.template, str):
-            what = f"{given[0]} was given" if given else f"the prompt is {self.template!r:.80}"
+            problem = f"{given[0]} was given" if given else f"the prompt is {self.template!r:.80}"
             raise SparsortError(
-                f"{what}; demonstrations are put into a format string, such as 'Question: {{question}}\\nAnswer:', and a prompt "
-                "of them is never cut. Pass such a prompt alone."
+                f"{problem}; demonstrations are inserted into a format string, such as 'Question: {{question}}\\nAnswer:', and a "
+                "prompt with demonstrations is never cut. Pass only a format string."
             )
         return self.template
 
     def read(self) -> Prompt | None:
-        """The prompt, or None where neither a template nor a column was given.
-
-        Raises:
-            SparsortError: see `Prompt.given`.
-        """
+        """The prompt, see `Prompt.given`; None if neither a template nor a column was given."""
         from sparsort.scoring.prompts.prompt import Prompt
 
         return Prompt.given(
@@ -123,10 +120,10 @@ class PromptSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """How the rows of a file are read.
+    """The settings for reading the rows of a file.
 
     Attributes:
-        id_column: column that identifies a row; None for "id" if there is one, else the row's position.
+        id_column: the column with the ids of the rows. None: the column "id" if there is one, otherwise the position.
         columns: names of the columns of a CSV or TSV file without a header.
     """
 
@@ -142,7 +139,7 @@ class DataSpec:
     )
 
     def open(self, data: Any, *, content: Sequence[str] | None = None) -> RowSource:
-        """The rows of `data`; see `open_rows`."""
+        """Open `data` as rows; see `open_rows`."""
         from sparsort.scoring.data.rows import open_rows
 
         return open_rows(data, id_column=self.id_column, content=content, columns=self.columns)

@@ -1,4 +1,4 @@
-"""The types of a prompt's settings, for the modules that describe prompts and those that read them, without torch."""
+"""Types of the settings of a prompt. They are in a file of their own so that importing them imports nothing else."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.scoring.data.rows import SAMPLE_ROWS, Row, RowSource
-from sparsort.scoring.model.backbone import Piece
+from sparsort.scoring.model.backbone import StateChunk
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.model.head import Head
 from sparsort.scoring.model.sites import Site
@@ -195,7 +195,9 @@ class CandidateJob(ModelJob):
             advance(finished_rows(piece, prompts))
         return collector, losses
 
-    def _add_losses(self, head: Head, losses: NDArray[np.float64], readings: Sequence[Reading], piece: Piece) -> None:
+    def _add_losses(
+        self, head: Head, losses: NDArray[np.float64], readings: Sequence[Reading], piece: StateChunk
+    ) -> None:
         """Add each answer token's negative log-likelihood, read from the state before it."""
         spans = np.array([(readings[row].answer_start - 1, len(readings[row].ids) - 1) for row in piece.rows])
         positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))

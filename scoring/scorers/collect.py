@@ -30,7 +30,7 @@ from sparsort.kernels.backend import sparsity_implementation, sparsity_rows
 from sparsort.kernels.sparsity.checks import RowMetrics
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
-from sparsort.scoring.model.backbone import Piece
+from sparsort.scoring.model.backbone import StateChunk
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.prompts.prompt import Encoded
 from sparsort.scoring.scorers.pooling import OutlierFit, Pooling, fit_outliers
@@ -160,9 +160,9 @@ class StateCollector:
         }
         self._last: dict[str, Tensor] = {}
         self._squares: dict[tuple[str, str], SquareSum] = {}
-        self._waiting: list[tuple[Measurement, Piece, NDArray[np.int64], Tensor]] = []
+        self._waiting: list[tuple[Measurement, StateChunk, NDArray[np.int64], Tensor]] = []
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: StateChunk) -> None:
         """Take in one piece's states."""
         picked = {part: span.pick(piece) for part, span in self._spans.items()}
         for (site, part), group in self._groups.items():
@@ -231,14 +231,14 @@ class StateCollector:
             found[m] = (values, reasons)
         return found
 
-    def _add_last(self, site: str, piece: Piece, batch: NDArray[np.int64], token: NDArray[np.int64]) -> None:
+    def _add_last(self, site: str, piece: StateChunk, batch: NDArray[np.int64], token: NDArray[np.int64]) -> None:
         states_BTH = piece.states[site]
         if site not in self._last:
             self._last[site] = states_BTH.new_zeros((self._n_readings, states_BTH.shape[2]))
         rows = torch.from_numpy(piece.rows[batch]).to(states_BTH.device)
         self._last[site][rows] = states_at(states_BTH, batch, token)
 
-    def _add_states(self, site: str, piece: Piece, batch: NDArray[np.int64], token: NDArray[np.int64]) -> None:
+    def _add_states(self, site: str, piece: StateChunk, batch: NDArray[np.int64], token: NDArray[np.int64]) -> None:
         states_BTH, span = piece.states[site], self._state_means[site]
         if self._exact:
             wide_KH, finite_K = _finite(states_at(states_BTH, batch, token), exact=True)
@@ -255,7 +255,7 @@ class StateCollector:
         span.add(piece, read, sums_BH[read], reasons_B[read])
 
     def _measure_tokens(
-        self, m: Measurement, piece: Piece, batch: NDArray[np.int64], states: Tensor, index_K: Tensor | None
+        self, m: Measurement, piece: StateChunk, batch: NDArray[np.int64], states: Tensor, index_K: Tensor | None
     ) -> None:
         measured = self._measure(m, states, index_K, exact=self._exact)
         # Rows without metrics are known by their reason; a zero keeps them from spreading within the sum of another row.
@@ -291,7 +291,7 @@ class StateCollector:
         return np.full((self._n_readings, len(METRICS)), np.nan)
 
 
-def finished_rows(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
+def finished_rows(piece: StateChunk, ids: Sequence[Sequence[int]]) -> int:
     """How many rows end in this piece; a row without ids ends in none."""
     if piece.is_head:
         return 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.data.rows import Row, RowSource
-from sparsort.scoring.model.backbone import Piece
+from sparsort.scoring.model.backbone import StateChunk
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.model.head import Head
 from sparsort.scoring.model.spec import ModelOptions
@@ -142,7 +142,7 @@ class _HeadJob(ModelJob):
         self,
         picked_NH: torch.Tensor,
         ids: Sequence[Sequence[int]],
-        piece: Piece,
+        piece: StateChunk,
         batch: NDArray[np.int64],
         token: NDArray[np.int64],
     ) -> NDArray[np.float64]:

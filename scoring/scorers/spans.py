@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsort.scoring.model.backbone import Piece
+from sparsort.scoring.model.backbone import StateChunk
 from sparsort.scoring.model.batching import Plan
 
 
@@ -41,7 +41,7 @@ class Span:
         self._sums: dict[bool, Tensor] = {}
         self._reasons = {False: torch.zeros(len(first_N)).long(), True: torch.zeros(len(how.heads)).long()}
 
-    def pick(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pick(self, piece: StateChunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(batch index, token index) of the states in `piece` that lie in the span, row by row."""
         begin = (self._head_first if piece.is_head else self._first)[piece.rows]
         end = (self._head_end if piece.is_head else self._end)[piece.rows]
@@ -50,13 +50,13 @@ class Span:
         batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
         return batch, token
 
-    def shares(self, piece: Piece) -> NDArray[np.int64]:
+    def shares(self, piece: StateChunk) -> NDArray[np.int64]:
         """(B,) how many rows each row of a piece stands for: more than one in a shared head."""
         if not piece.is_head:
             return np.ones(len(piece.rows), dtype=np.int64)
         return np.bincount(self._heads_of[self._shares], minlength=len(self._head_first))[piece.rows]
 
-    def add(self, piece: Piece, batch: NDArray[np.int64], values_KW: Tensor, reasons_K: Tensor) -> None:
+    def add(self, piece: StateChunk, batch: NDArray[np.int64], values_KW: Tensor, reasons_K: Tensor) -> None:
         """Add K values, the k-th belonging to row `batch[k]` of the piece; a reason above 0 is the row's, the largest wins."""
         side = piece.is_head
         if side not in self._sums:

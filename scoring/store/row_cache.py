@@ -1,17 +1,17 @@
-"""A cache of what a model computed for rows, so that a second call runs the model only on rows that it has not read.
+"""A cache of the values that a model computed for rows, so that a second call runs the model only on new rows.
 
-Contract: a value is found again only for the same token ids under the same context, and it is the value that was computed when
-the row was first read, bit for bit. The key of a row is a digest of its token ids, with the borders of special tokens and
-answer. These are all that a model reads of a row, so a change of text, prompt, chat template, tokenizer, truncation or length
-limit that has any effect gives another key. The context is everything else that a value depends on: the weights, the dtype,
-the device by its name, the versions and implementations that compute, and what is measured (`Measured`). Batches are not part
-of it: as without a cache, a row that is read among other rows may differ by rounding.
+Contract: a value is reused only for the same token ids in the same context, and it is bit for bit the value that was computed
+when the row was first read. The key of a row is a digest of its token ids and of the borders between special tokens, prompt and
+answer. The model reads nothing else of a row, so any change of text, prompt, chat template, tokenizer, truncation or length
+limit that has an effect gives another key. The context is everything else that a value depends on: the weights, the dtype, the
+name of the device, the versions and implementations that compute, and the measurement. It does not include the batches: as
+without a cache, the value of a row may differ by rounding if the row is read together with other rows.
 
-On disk a context is a folder, named by a digest of it, of files that never change. A file holds the keys and values of one call
-as safetensors, and its name is a digest of the context and of its bytes: a damaged file is one whose name does not fit, which is
-removed, and its rows are read again. Files are written under a temporary name and renamed, without locks, so that processes on
-several machines can share a home folder. Small files are merged when there are many. Where two processes read the same row at
-once, one of the two values is used. The cache as a whole is bounded, see `sparsort.storage.cache`.
+On disk, a context is a folder of files that never change, and its name is a digest of the context. A file has the keys and values
+of one call as safetensors, and its name is a digest of the context and of its bytes. If the name does not match, the file is
+damaged; it is removed, and its rows are read again. Files are written under a temporary name and renamed, without locks, so that
+processes on several machines can share a home folder. Many small files are merged. If two processes read the same row at the same
+time, one of the two values is used. The size of the cache is bounded, see `sparsort.storage.cache`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from sparsort.scoring.model.backbone import Backbone
     from sparsort.scoring.prompts.prompt import Encoded
 
-# Raised when the code computes other values for the same ids, so that older values are not taken for them.
+# To be increased when the code computes other values for the same ids, so that older values are not reused.
 VERSION = 1
 
-# More files than this in one context are merged, except those that are large already.
-_MOST_FILES = 32
+# If a context has more small files than this, they are merged.
+_MAX_FILES = 32
 _LARGE_BYTES = 8 * 2**20
-# A merged file replaces others, which a process may be about to open: it lists the folder again.
-_LISTINGS = 5
+# Another process may merge files while this one reads them. The folder is then listed again, at most this often.
+_MAX_LISTINGS = 5
 _KEY_BYTES = 16
-# Where torch 2.9 and later keep the precision of float32, under torch.backends.
+# The modules of torch.backends that have the setting `fp32_precision`, in torch 2.9 and later.
 _BACKENDS = ("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv")
 _LOG = logging.getLogger("sparsort")
 
@@ -52,12 +52,12 @@ Read = Callable[[list[int]], tuple[Values, list[str]]]
 
 
 class RowCache:
-    """Values of rows in the user's cache folder.
+    """The values of rows in the user's cache folder.
 
     Attributes:
-        folder: where they are; `sparsort env` shows it, `sparsort cache --clear` empties it.
-        from_cache: how many values this object has found, copies of a row in one call included.
-        read: how many it did not find, so that the model read the rows.
+        folder: path of the cache; `sparsort env` prints it, and `sparsort cache --clear` empties it.
+        from_cache: number of values that came from the cache, including those of repeated rows in one call.
+        read: number of values that the model had to compute.
     """
 
     def __init__(self) -> None:
@@ -73,105 +73,104 @@ class RowCache:
     def through(
         self, context: Mapping[str, Any], keys: Sequence[bytes], read: Read, *, rows_of_key: int = 1
     ) -> tuple[Values, list[str]]:
-        """The values of rows, of which those are read that the cache does not hold.
+        """Return the values of rows, and compute those that are not in the cache.
 
         Args:
-            context: JSON values, all that the values depend on apart from the rows.
-            keys: a key for every row, such as `key_of` gives.
-            read: takes the numbers of the rows to be read and gives their (n, width) values and reasons; a row with a reason
-                has no values, and is not kept.
-            rows_of_key: how many rows one key stands for, for the counts.
+            context: JSON values: everything that the values depend on, except the rows.
+            keys: the key of every row; see `key_of`.
+            read: takes the numbers of the rows to read, and returns their (n, width) values and their reasons. A row with a
+                reason has no value, and is not cached.
+            rows_of_key: number of rows per key, for the counts.
 
         Returns:
-            The (N, width) values of all rows, and their reasons, "" for rows with values.
+            The (N, width) values of all rows, and their reasons, which are "" for rows with values.
         """
         name = digest_of_values(context)
-        held = self._held(name)
-        # Each key once: copies of a row, read in other batches, could differ from what is kept.
-        missing = {key: number for number, key in reversed(list(enumerate(keys))) if key not in held}
+        cached = self._values_of(name)
+        # Each key is read once, because the values of equal rows in other batches could differ from the cached one by rounding.
+        missing = {key: number for number, key in reversed(list(enumerate(keys))) if key not in cached}
         self.from_cache += rows_of_key * (len(keys) - len(missing))
         self.read += rows_of_key * len(missing)
         fresh: dict[bytes, Values] = {}
         reasons: dict[bytes, str] = {}
         if missing:
-            wanted = sorted(missing.values())
-            values, why = read(wanted)
-            fresh = {keys[number]: row for number, row in zip(wanted, values, strict=True)}
-            reasons = {keys[number]: reason for number, reason in zip(wanted, why, strict=True) if reason}
+            numbers = sorted(missing.values())
+            values, why = read(numbers)
+            fresh = {keys[number]: row for number, row in zip(numbers, values, strict=True)}
+            reasons = {keys[number]: reason for number, reason in zip(numbers, why, strict=True) if reason}
             self._add(name, {key: row for key, row in fresh.items() if key not in reasons})
-        rows = [fresh[key] if key in fresh else held[key] for key in keys]
+        rows = [fresh[key] if key in fresh else cached[key] for key in keys]
         return np.stack(rows), [reasons.get(key, "") for key in keys]
 
-    def _held(self, name: str) -> dict[bytes, Values]:
-        """All values of a context, read from its files at the first use."""
+    def _values_of(self, name: str) -> dict[bytes, Values]:
+        """All values of a context, which are read from its files on first use."""
         if name not in self._contexts:
-            self._contexts[name] = {}
             files, _ = _read_folder(self.folder / name)
             for path in files:
                 mark_used(path)
             self._contexts[name] = _joined(files.values())
         return self._contexts[name]
 
-    def _add(self, name: str, found: Mapping[bytes, Values]) -> None:
-        if not found:
+    def _add(self, name: str, values: Mapping[bytes, Values]) -> None:
+        if not values:
             return
-        self._contexts[name].update(found)
+        self._contexts[name].update(values)
         try:
-            path = _write(self.folder / name, found)
+            path = _write(self.folder / name, values)
             _merge(self.folder / name)
             make_room("rows", keep={path})
         except SparsortError as error:
-            # A cache that cannot be written costs time, and no result.
+            # If the cache cannot be written, the next call takes longer, but the results are the same.
             if not self._warned:
-                _LOG.warning("%s What was read is not kept for the next call.", error)
+                _LOG.warning("%s The computed values are not cached for the next call.", error)
             self._warned = True
 
 
-def is_kept() -> bool:
-    """Whether the cache keeps anything: its limit may be 0."""
+def is_enabled() -> bool:
+    """Whether values are cached at all; the user may have set the limit to 0."""
     return limit_of("rows") > 0
 
 
 def obstacle(backbone: Backbone) -> str | None:
-    """Why values of this model cannot be kept, in words; None if they can.
+    """The reason why values of this model cannot be cached, as a clause; None if they can.
 
-    The digest of the files says what a model computes only if it is as it was loaded. Values are therefore kept only for models
-    that sparsort loaded by name for this backbone (`Backbone.mark_as_own`) and that have the same fingerprint. A caller who
-    reaches into a scorer and edits its model in place through `.data` or `.numpy()` is not noticed, because torch counts no such
-    edits (`model_fingerprint`): pass the edited model as an object, which has no cache.
+    The digest of the weight files identifies the model only if it is unchanged since it was loaded. Values are therefore cached
+    only for a model that sparsort loaded by name for this backbone (`Backbone.mark_as_own`), and whose fingerprint is the same.
+    If a caller edits the model of a scorer in place through `.data` or `.numpy()`, this is not noticed, because torch does not
+    count such edits (see `fingerprint`). An edited model must be passed as an object, which is never cached.
     """
     loaded = backbone.loaded
     if backbone.fingerprint is None:
         return "the model was passed as an object, which may have been edited"
-    if any(getattr(holder, "sparse_attention", None) is not None for holder in (loaded.model, loaded.model.config)):
-        return "the model has an index branch, whose settings are no part of its weights"
+    if any(getattr(owner, "sparse_attention", None) is not None for owner in (loaded.model, loaded.model.config)):
+        return "the model has an index branch, whose settings are not part of its weights"
     if not backbone.fingerprint.fits(loaded.model):
         return "the model has changed since it was loaded"
     if any(type(module).__module__.startswith("transformers_modules") for module in loaded.model.modules()):
-        return "the model runs code of its own, which may change while its weights stay the same"
+        return "the model runs its own code, which may change while its weights stay the same"
     if getattr(loaded.model, "_hf_peft_config_loaded", False):
         return "the model is an adapter, whose base model may change"
     return None
 
 
 def context_of(backbone: Backbone, **measured: Any) -> dict[str, Any]:
-    """What the values of rows depend on apart from their token ids, as JSON values.
+    """Everything that the values of rows depend on, except their token ids, as JSON values.
 
     Args:
         backbone: the model.
-        measured: what is computed from its states.
+        measured: the settings of the measurement.
 
     Raises:
-        SparsortError: values of this model cannot be kept.
+        SparsortError: values of this model cannot be cached.
     """
     import torch
 
     from sparsort.kernels.backend import device_name
     from sparsort.scoring.scorers.base import versions
 
-    if (why := obstacle(backbone)) is not None:
+    if (reason := obstacle(backbone)) is not None:
         raise SparsortError(
-            f"what this model computes cannot be kept: {why}. Leave cache= out, or pass the name or folder of a saved model."
+            f"the values of this model cannot be cached: {reason}. Do not pass cache=, or pass the name or folder of a model."
         )
     loaded, kind = backbone.loaded, backbone.device.type
     return {
@@ -180,7 +179,7 @@ def context_of(backbone: Backbone, **measured: Any) -> dict[str, Any]:
         "dtype": str(loaded.dtype.value),
         "device": [kind, device_name(loaded.device.value)],
         "versions": versions(),
-        # Each of these changes more than the rounding of a sum, or may.
+        # Each of these settings may change a value by more than the rounding of a sum.
         "attention": str(getattr(backbone.config, "_attn_implementation", None)),
         "matmul": _precision(),
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
@@ -189,21 +188,21 @@ def context_of(backbone: Backbone, **measured: Any) -> dict[str, Any]:
 
 
 def _precision() -> dict[str, str | None]:
-    """How float32 is multiplied: what the backends of this torch say, and its older setting where that can be read."""
+    """The precision of float32 products: the settings of all backends and, if it can be read, the older global setting."""
     import torch
 
-    found: dict[str, str | None] = {}
+    settings: dict[str, str | None] = {}
     for name in _BACKENDS:
         backend: Any = torch.backends
         for part in name.split(".") if name else ():
             backend = getattr(backend, part, None)
-        found[name] = getattr(backend, "fp32_precision", None)
+        settings[name] = getattr(backend, "fp32_precision", None)
     try:
-        found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # torch refuses to read the older setting once the newer ones were used.
-        found["float32_matmul_precision"] = None
-    return found
+        # torch refuses to read the older setting once a newer one was used.
+        settings["float32_matmul_precision"] = None
+    return settings
 
 
 def key_of(item: Encoded) -> bytes:
@@ -213,24 +212,20 @@ def key_of(item: Encoded) -> bytes:
 
 
 def key_of_all(items: Sequence[Encoded]) -> bytes:
-    """The key of something that is computed from several rows together, in their order."""
+    """The key of a value that is computed from several rows together, in their order."""
     return hashlib.blake2b(b"".join(map(key_of, items)), digest_size=_KEY_BYTES, person=b"several rows").digest()
 
 
-def _write(folder: Path, found: Mapping[bytes, Values]) -> Path:
-    """Write one file, whose name fits its content.
-
-    Raises:
-        SparsortError: the disk refuses.
-    """
+def _write(folder: Path, values: Mapping[bytes, Values]) -> Path:
+    """Write one file under the digest of its content, or raise a `SparsortError` if the disk cannot be written."""
     from safetensors.numpy import save
 
-    keys = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, _KEY_BYTES)
-    content = save({"keys": keys, "values": np.stack(list(found.values()))})
+    keys = np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+    content = save({"keys": keys, "values": np.stack(list(values.values()))})
     path = folder / f"{_digest(folder, content)}{ROWS_SUFFIX}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # For its owner alone: the state of a text says something about the text.
+        # Readable only for its owner, because the state of a text reveals something about the text.
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise disk_error(folder, error) from error
@@ -240,21 +235,18 @@ def _write(folder: Path, found: Mapping[bytes, Values]) -> Path:
 
 
 def _merge(folder: Path) -> None:
-    """Join the small files of a folder that has many; a killed process leaves the old files, the new one, or both.
-
-    Raises:
-        SparsortError: the disk refuses.
-    """
+    """Merge the small files of a folder that has many, or raise a `SparsortError` if the disk cannot be written."""
     try:
         small = {path for path in _files(folder) if path.stat().st_size < _LARGE_BYTES}
-        if len(small) <= _MOST_FILES:
+        if len(small) <= _MAX_FILES:
             return
         files, complete = _read_folder(folder)
+        # The merged file is written before the others are removed, so a process that is killed in between loses no values.
         merged = _write(folder, _joined(files[path] for path in sorted(small & files.keys())))
         for path in small & files.keys() - {merged} if complete else ():
             path.unlink(missing_ok=True)
     except FileNotFoundError:
-        # Another process merges them.
+        # Another process is merging the same files.
         return
     except OSError as error:
         raise disk_error(folder, error) from error
@@ -265,15 +257,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read_folder(folder: Path) -> tuple[dict[Path, dict[bytes, Values]], bool]:
-    """The intact files of a folder, and whether it was read without one that went away."""
+    """The intact files of a folder, and whether no file disappeared while they were read."""
     files: dict[Path, dict[bytes, Values]] = {}
-    for _attempt in range(_LISTINGS):
+    for _attempt in range(_MAX_LISTINGS):
         try:
-            listed = _files(folder)
+            listing = _files(folder)
         except OSError:
             return {}, True
+        # Another process may replace files by a merged one, which is in the next listing.
         gone = False
-        for path in listed:
+        for path in listing:
             if path in files:
                 continue
             try:
@@ -283,8 +276,8 @@ def _read_folder(folder: Path) -> tuple[dict[Path, dict[bytes, Values]], bool]:
                 continue
             except OSError:
                 continue
-            if (found := _parsed(folder, path, content)) is not None:
-                files[path] = found
+            if (values := _parsed(folder, path, content)) is not None:
+                files[path] = values
             else:
                 _LOG.warning("%s is damaged; its rows are read again.", path)
                 _discard(path)
@@ -294,7 +287,7 @@ def _read_folder(folder: Path) -> tuple[dict[Path, dict[bytes, Values]], bool]:
 
 
 def _parsed(folder: Path, path: Path, content: bytes) -> dict[bytes, Values] | None:
-    """Key to values, or None for a file that is not as it was written."""
+    """The values of a file by key; None if the file is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -309,10 +302,10 @@ def _parsed(folder: Path, path: Path, content: bytes) -> dict[bytes, Values] | N
 
 
 def _joined(files: Iterable[Mapping[bytes, Values]]) -> dict[bytes, Values]:
-    """One mapping; of a row that is in several files the first counts."""
+    """Join the values of several files. If several files have the same key, the first one is used."""
     joined: dict[bytes, Values] = {}
-    for found in files:
-        for key, value in found.items():
+    for values in files:
+        for key, value in values.items():
             joined.setdefault(key, value)
     return joined
 

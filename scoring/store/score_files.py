@@ -1,12 +1,12 @@
-"""Scores as one file or one `datasets.Dataset`: written with a digest, and checked against it when they are read.
+"""Scores as one file or one `datasets.Dataset`, written with a digest that is checked when they are read.
 
-Contract: a Parquet file carries a seal (`parquet_seal`) and, in the metadata of its schema, the provenance. JSONL has
-`NAME.provenance.json` next to it, written last, with the size and digest of the rows. Files that were written before there were
-digests, or that another program wrote from ours, are checked against what they imply (`unsealed`).
+Contract: a Parquet file contains a seal (`parquet_seal`) and, in the metadata of its schema, the provenance. Next to a JSONL file
+there is `NAME.provenance.json`, written last, with the size and digest of the rows. Files without digests, from earlier versions
+or from other programs, are checked for consistency (`score_tables.find_problem`).
 
-A `Dataset` is written to disk by `datasets`, and `map` or `select` may change it before that. Its description carries the
-provenance with a digest of the table, and its fingerprint that digest: while the two agree the table has to have it. Once
-`map` or `select` gave it another fingerprint, only the provenance can be checked.
+`datasets` writes a `Dataset` to disk, possibly after `map` or `select` changed it. Its description contains the provenance and a
+digest of the table, and its fingerprint contains the same digest. While the two agree, the table must have this digest. After
+`map` or `select`, the fingerprint is another one, and only the provenance can be checked.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, first_line
 from sparsort.scoring.data.rows import open_rows
-from sparsort.scoring.store.unsealed import UNREADABLE, find_other_difficulty, find_problem
+from sparsort.scoring.store.score_tables import find_other_difficulty, find_problem
+from sparsort.scoring.store.shard_files import UNREADABLE
 from sparsort.storage.files import write_atomically
 from sparsort.storage.integrity import check_file, is_sealed, parse_json, record_of, seal, write_sealed
 from sparsort.storage.parquet_seal import add_seal, read_seal
@@ -39,11 +40,7 @@ _FINGERPRINT = "sparsort-"
 
 
 def write_parquet(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> None:
-    """Write one Parquet file, atomically.
-
-    Raises:
-        SparsortError: the disk refuses.
-    """
+    """Write one Parquet file, atomically; a `SparsortError` if the disk cannot be written."""
     metadata = {_METADATA: json.dumps(provenance, ensure_ascii=False).encode()}
     with write_atomically(path) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True)
@@ -51,11 +48,7 @@ def write_parquet(table: pa.Table, provenance: Mapping[str, Any], path: Path) ->
 
 
 def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """A table of scores and its provenance.
-
-    Raises:
-        SparsortError: the file is missing, damaged, or not Parquet.
-    """
+    """Read a table of scores and its provenance; a `SparsortError` if the file is missing, damaged, or not Parquet."""
     try:
         is_whole = read_seal(path) is not None
         table = pq.read_table(path, partitioning=None)
@@ -63,12 +56,12 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     except SparsortError as error:
         raise SparsortError(f"{error} {_AGAIN}") from error
     except UNREADABLE as error:
-        raise SparsortError(f"{path} cannot be read as Parquet: {_first_line(error)}.") from error
-    kept = (table.schema.metadata or {}).get(_METADATA)
+        raise SparsortError(f"{path} cannot be read as Parquet: {first_line(error).rstrip('.')}.") from error
+    stored = (table.schema.metadata or {}).get(_METADATA)
     table = table.replace_schema_metadata(None)
-    if kept is None:
-        return table, unknown_origin(f"{path.name}, a Parquet file that holds no provenance")
-    provenance = _parse(kept, path)
+    if stored is None:
+        return table, unknown_origin(f"{path.name}, a Parquet file without provenance")
+    provenance = _parse(stored, path)
     if not is_whole:
         refuse_implausible(table, provenance, path)
     return table, provenance
@@ -76,11 +69,7 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 @held()
 def write_jsonl(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> None:
-    """Write one JSON object a row, then the provenance next to it. NaN is null, an infinity is a text.
-
-    Raises:
-        SparsortError: the disk refuses.
-    """
+    """Write one JSON object per row, then the provenance in a file next to it. NaN is written as null, infinities as text."""
     with write_atomically(path) as temporary:
         with temporary.open("w", encoding="utf-8") as handle:
             for batch in table.to_batches(max_chunksize=1024):
@@ -92,40 +81,37 @@ def write_jsonl(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> N
 
 
 def read_jsonl(path: Path) -> tuple[list[Mapping[str, Any]], dict[str, Any], bool]:
-    """The rows, their provenance, and whether they are known to be those that were written.
+    """Read the rows, their provenance, and whether a digest shows that the rows are those that were written.
 
     Raises:
         SparsortError: the rows or the provenance are damaged, or they do not belong together.
     """
-    kept, is_whole = provenance_file(path), False
+    file, is_whole = provenance_file(path), False
     try:
-        found = _parse(kept.read_bytes(), kept)
+        provenance = _parse(file.read_bytes(), file)
     except FileNotFoundError:
-        found = unknown_origin(f"{path.name} without {kept.name}")
+        provenance = unknown_origin(f"{path.name} without {file.name}")
     except OSError as error:
-        raise SparsortError(f"cannot read {kept}: {error.strerror or error}.") from error
-    # Provenance of before there were digests has neither name; one flipped bit leaves the other.
-    if {"rows", "provenance"} & found.keys():
-        if not is_sealed(found):
-            raise SparsortError(f"{kept} is damaged: its content has changed since it was written. {_AGAIN}")
-        step = f"If you changed the rows on purpose, delete {kept.name}: they are then read as rows of unknown origin."
-        check_file(path, found["rows"], next_step=f"{_AGAIN} {step}")
-        found, is_whole = _as_provenance(found["provenance"], kept), True
-    return [row.fields for row in open_rows(path).rows()], found, is_whole
+        raise SparsortError(f"cannot read {file}: {error.strerror or error}.") from error
+    # Provenance of version 0.1, without digests, has neither of these keys. One key is enough to tell, because a flipped bit
+    # can change only one of them.
+    if {"rows", "provenance"} & provenance.keys():
+        if not is_sealed(provenance):
+            raise SparsortError(f"{file} is damaged: its content has changed since it was written. {_AGAIN}")
+        step = f"If you changed the rows on purpose, delete {file.name}: they are then read as rows of unknown origin."
+        check_file(path, provenance["rows"], next_step=f"{_AGAIN} {step}")
+        provenance, is_whole = _as_provenance(provenance["provenance"], file), True
+    return [row.fields for row in open_rows(path).rows()], provenance, is_whole
 
 
 def refuse_implausible(table: pa.Table, provenance: Mapping[str, Any], path: Path) -> None:
-    """Refuse a table without a digest that sparsort cannot have written with this provenance.
-
-    Raises:
-        SparsortError: they contradict each other.
-    """
+    """Raise a `SparsortError` for a table without a digest that sparsort cannot have written with this provenance."""
     if problem := find_problem(table, provenance) or find_other_difficulty(table, provenance):
         raise SparsortError(f"{path} is damaged: {problem}. {_AGAIN}")
 
 
 def to_dataset(table: pa.Table, provenance: Mapping[str, Any]) -> datasets.Dataset:
-    """A `datasets.Dataset` of the table."""
+    """Convert the table to a `datasets.Dataset`."""
     import datasets
 
     digest = table_digest(table)
@@ -137,59 +123,56 @@ def to_dataset(table: pa.Table, provenance: Mapping[str, Any]) -> datasets.Datas
 def from_dataset(
     dataset: datasets.Dataset, *, name: str = "the dataset", fingerprint: str | None = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the provenance of what `to_dataset` gave, also after `map`, `select` or `save_to_disk`.
+    """The table and the provenance of a dataset that `to_dataset` returned, also after `map`, `select` or `save_to_disk`.
 
     Args:
         dataset: the dataset.
-        name: what errors call it.
-        fingerprint: the one that it was saved with, since loading gives it another; None for its own.
+        name: the name of the dataset in error messages.
+        fingerprint: the fingerprint that it was saved with, because loading changes it; None for the current one.
 
     Raises:
-        SparsortError: the provenance is damaged, or the table is although it was not changed by `datasets`.
+        SparsortError: the provenance is damaged, or the table is damaged and was not changed by `datasets`.
     """
     table = dataset.with_format("arrow")[:]
     try:
-        found = parse_json(dataset.info.description)["sparsort"]
+        record = parse_json(dataset.info.description)["sparsort"]
     except (ValueError, KeyError, TypeError):
-        found = None
-    given = fingerprint or str(dataset._fingerprint)
-    unchanged = given.removeprefix(_FINGERPRINT)
-    is_ours = unchanged != given
-    if found is None and not is_ours:
-        return table, unknown_origin("a dataset whose description holds no provenance")
-    # Before there were digests, the provenance itself was kept under this name.
-    if isinstance(found, dict) and not {"table", "provenance"} & found.keys() and not is_ours:
-        return table, _as_provenance(found, name)
-    if not isinstance(found, dict) or not is_sealed(found):
+        record = None
+    full_fingerprint = fingerprint or str(dataset._fingerprint)
+    digest = full_fingerprint.removeprefix(_FINGERPRINT)
+    # The prefix is there as long as neither `map` nor `select` has changed the dataset.
+    is_unchanged = digest != full_fingerprint
+    if record is None and not is_unchanged:
+        return table, unknown_origin("a dataset whose description has no provenance")
+    # In version 0.1, without digests, the record was the provenance itself.
+    if isinstance(record, dict) and not {"table", "provenance"} & record.keys() and not is_unchanged:
+        return table, _as_provenance(record, name)
+    if not isinstance(record, dict) or not is_sealed(record):
         raise SparsortError(f"{name} is damaged: its description has changed since it was written. {_AGAIN}")
-    if is_ours and not unchanged == found.get("table") == table_digest(table):
+    if is_unchanged and not digest == record.get("table") == table_digest(table):
         raise SparsortError(f"{name} is damaged: its rows have changed since they were written. {_AGAIN}")
-    return table, _as_provenance(found.get("provenance"), name)
+    return table, _as_provenance(record.get("provenance"), name)
 
 
 def load_dataset(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the provenance of a dataset of scores that `save_to_disk` wrote.
-
-    Raises:
-        SparsortError: it is damaged, or it is not a dataset of scores.
-    """
+    """Read a dataset of scores that `save_to_disk` wrote; a `SparsortError` if it is damaged or does not contain scores."""
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(folder))
         if not isinstance(loaded, datasets.Dataset):
-            raise SparsortError(f"{folder} holds several datasets. Load one of its folders.")
+            raise SparsortError(f"{folder} contains several datasets. Load one of its folders.")
         loaded.data.table.validate(full=True)
         state = parse_json((folder / "state.json").read_bytes())
         return from_dataset(loaded, name=str(folder), fingerprint=str(state["_fingerprint"]))
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
         raise SparsortError(
-            f"{folder} cannot be read as a dataset of scores: {_first_line(error)}. {_AGAIN}"
+            f"{folder} cannot be read as a dataset of scores: {first_line(error).rstrip('.')}. {_AGAIN}"
         ) from error
 
 
 def table_digest(table: pa.Table) -> str:
-    """128 bits over the names and values of a table, as hexadecimal digits; NaN is one value."""
+    """A 128-bit hash of the names and values of a table, as hexadecimal digits. It does not depend on the chunks."""
     state = hashlib.blake2b(digest_size=16)
     for field, column in zip(table.schema, table.columns, strict=True):
         state.update(f"{field.name!r} {len(column)} {column.null_count}".encode())
@@ -202,36 +185,32 @@ def table_digest(table: pa.Table) -> str:
 
 
 def provenance_file(path: Path) -> Path:
-    """Where the provenance of a JSONL file is kept."""
+    """The file with the provenance of a JSONL file."""
     return path.with_name(f"{path.stem}.provenance.json")
 
 
-def unknown_origin(what: str) -> dict[str, Any]:
-    """The provenance of numbers that came without one."""
-    return {"scorer": "unknown", "note": f"read from {what}; how these numbers were made is not known"}
+def unknown_origin(source: str) -> dict[str, Any]:
+    """The provenance of numbers without provenance."""
+    return {"scorer": "unknown", "note": f"read from {source}; how these numbers were made is not known"}
 
 
 def from_json(value: Any) -> float:
-    """A number as `write_jsonl` wrote it."""
+    """Convert a number that `write_jsonl` wrote."""
     return math.nan if value is None else float(value)
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        found = parse_json(text)
+        provenance = parse_json(text)
     except ValueError as error:
         raise SparsortError(f"the provenance in {path} cannot be read ({error}). {_AGAIN}") from error
-    return _as_provenance(found, path)
+    return _as_provenance(provenance, path)
 
 
-def _as_provenance(found: Any, where: object) -> dict[str, Any]:
-    if not isinstance(found, dict) or not isinstance(found.get("orientation", {}), dict):
-        raise SparsortError(f"the provenance in {where} is not what sparsort writes. {_AGAIN}")
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def _as_provenance(value: Any, where: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("orientation", {}), dict):
+        raise SparsortError(f"the provenance in {where} was not written by sparsort. {_AGAIN}")
+    return value
 
 
 def _to_json(value: Any) -> Any:

@@ -1,14 +1,13 @@
-"""Scores: one row per example, and how every number in it came to be.
+"""Scores: one row per example, with the provenance of every number.
 
-Contract: a score is the pair (table, provenance). The table has the columns of `score_tables.scores_schema`: who the row is, its
-`difficulty` (rises with what the scorer holds to be harder; NaN where there is no score, with a `status` and a
-`reason`) and every metric that was measured. It survives Parquet, JSONL, `datasets.Dataset` and a score folder to the
-last bit.
+Contract: scores are a pair (table, provenance). The table has the columns of `score_tables.scores_schema`: the identity of the
+row, its `difficulty` (higher for rows that the scorer considers harder; NaN, with a `status` and a `reason`, if there is no
+score), and every metric that was measured. Parquet, JSONL, `datasets.Dataset` and a score folder preserve it to the last bit.
 
-Where provenance rides: Parquet, the schema metadata under `sparsort`; a folder, its manifest; JSONL, the file
-`NAME.provenance.json` beside it, so that every line of `NAME.jsonl` stays a row for other tools; `Dataset`, the text of
-`info.description`, which `map`, `select` and `save_to_disk` keep. Where it was lost, what is read says so. Every form is written
-with digests and checked against them when it is read (`score_files`, `shards`).
+The provenance is stored in the schema metadata of Parquet (under `sparsort`), in the manifest of a folder, in
+`NAME.provenance.json` next to JSONL (so that every line of `NAME.jsonl` is a row for other tools), and in `info.description` of a
+`Dataset` (which `map`, `select` and `save_to_disk` preserve). If it was lost, the scores that are read have an unknown origin.
+Every format is written with digests, which are checked when it is read (`score_files`, `shards`).
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from sparsort.values import as_text, is_missing
 if TYPE_CHECKING:
     import datasets
 
-_SHOWN = 5  # rows named in an error before it says "and n more"
+_MAX_NAMED = 5  # rows that an error names before "and n more"
 
 
 class Columns(Protocol):
-    """What `Scores` needs of a table; `pyarrow.Table` has it."""
+    """The methods of a table that `Scores` needs, such as those of `pyarrow.Table`."""
 
     @property
     def num_rows(self) -> int: ...
@@ -53,9 +52,9 @@ class Scores:
     """Scored rows, in the order of their source.
 
     Args:
-        table: columns of `scores_schema`; a complete `shards.ShardStore` does as well and is read a column at a time.
-        provenance: JSON values. Used here: `scorer` (the kind), `metric` (behind `difficulty`), `orientation`
-            ({metric: +1 where a higher value is harder, else -1}), `id_column` (None where ids are positions).
+        table: a table with the columns of `scores_schema`, or a complete `shards.ShardStore`, of which columns are read on use.
+        provenance: JSON values. Used here: `scorer` (the kind), `metric` (the source of `difficulty`), `orientation`
+            ({metric: +1 if a higher value is harder, otherwise -1}), `id_column` (None if ids are positions).
     """
 
     def __init__(self, table: pa.Table | Columns, provenance: Mapping[str, Any]) -> None:
@@ -65,12 +64,12 @@ class Scores:
 
     @cached_property
     def table(self) -> pa.Table:
-        """The whole table; one on disk is read on first use."""
+        """The whole table, which is read on first use if it is on disk."""
         return self._columns.select(self._columns.column_names)
 
     @property
     def kind(self) -> str:
-        """The scorer that made them: a name of `sparsort.scoring.scorers.SCORERS`, "calibrated" or "candidates"."""
+        """The scorer: a name in `sparsort.scoring.scorers.SCORERS`, "calibrated" or "candidates"."""
         return str(self.provenance.get("scorer", "unknown"))
 
     def __len__(self) -> int:
@@ -85,7 +84,7 @@ class Scores:
 
     @property
     def difficulty(self) -> NDArray[np.float64]:
-        """(N,) float64; NaN where `status` is not "ok"."""
+        """(N,) float64; NaN if `status` is not "ok"."""
         return self.column("difficulty")
 
     @property
@@ -101,11 +100,11 @@ class Scores:
         return np.asarray(column.to_pylist(), dtype=object) if pa.types.is_string(column.type) else _numbers(column)
 
     def counts(self, name: str) -> dict[str, int]:
-        """How often each value of a text column occurs."""
+        """The number of occurrences of each value of a text column."""
         return {item["values"]: item["counts"] for item in pc.value_counts(self._column(name)).to_pylist()}
 
     def by(self, metric: str) -> Scores:
-        """The same rows with `difficulty` taken from another metric, turned so that it rises with what is harder."""
+        """The same rows, with another metric as the `difficulty`, oriented so that a higher value is harder."""
         orientation = self.provenance.get("orientation", {})
         choices = [name for name in self.metrics if name in orientation]
         if metric not in choices:
@@ -117,86 +116,78 @@ class Scores:
         return Scores(table, {**self.provenance, "metric": metric})
 
     def difficulty_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """The difficulty of each of `rows`, (len(rows),) float64, NaN where it has no score.
+        """The difficulty of each row, (len(rows),) float64; NaN for a row whose status is not "ok".
 
-        A row is found by its id where it has the id field of the scored source, else by its content: the fields that
-        the scorer read.
+        A row that has the id field of the scored source is looked up by its id. Any other row is looked up by its content, which
+        is the fields that the scorer read.
 
         Raises:
-            SparsortError: some rows were not scored, or an id now stands for another content.
+            SparsortError: some rows were not scored, or a row has other content than the scored row of the same id.
         """
         column, content = self.provenance.get("id_column"), self.provenance.get("content")
-        found, difficulty, absent = np.full(len(rows), np.nan), self.difficulty, []
-        for place, row in enumerate(rows):
-            name = _id_of(row, column, place)
+        all_difficulty, difficulty, absent = self.difficulty, np.full(len(rows), np.nan), []
+        for number, row in enumerate(rows):
+            name = _id_of(row, column, number)
             digest = digest_of(row, content)
             index = self._by_digest.get(digest) if name is None else self._by_id.get(name)
             if index is not None and content is not None and self._digests[index] != digest:
                 raise SparsortError(
-                    f"row {place} ({column} {name!r}) is not the row that was scored under this id: "
+                    f"row {number} ({column} {name!r}) is not the row that was scored under this id: "
                     f"{', '.join(content)} differ. Score the rows that you have (sparsort score)."
                 )
             if index is None:
-                absent.append(f"row {place} ({'looked up by its content' if name is None else f'{column} {name!r}'})")
+                absent.append(f"row {number} ({'looked up by its content' if name is None else f'{column} {name!r}'})")
             else:
-                found[place] = difficulty[index]
+                difficulty[number] = all_difficulty[index]
         if absent:
-            more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+            more = f" and {len(absent) - _MAX_NAMED} more" if len(absent) > _MAX_NAMED else ""
             raise SparsortError(
-                f"{len(absent)} of {len(rows)} rows have no score: {', '.join(absent[:_SHOWN])}{more}. "
-                "Score the file that holds them (sparsort score), or pass the rows as they were when they were scored."
+                f"{len(absent)} of {len(rows)} rows have no score: {', '.join(absent[:_MAX_NAMED])}{more}. "
+                "Score the file that contains them (sparsort score), or pass the rows as they were when they were scored."
             )
-        return found
+        return difficulty
 
     def order(self, *, descending: bool = False) -> NDArray[np.int64]:
-        """Row numbers of the table by difficulty, (N,): ties by id, rows without a score last, either way."""
+        """Row numbers by difficulty, (N,), ties by id. Rows without a score are last, in both directions."""
         keys = pa.table({"difficulty": self._column("difficulty"), "id": self._column("id")})
         direction = "descending" if descending else "ascending"
-        # Arrow sorts NaN behind every number in both directions.
+        # Arrow sorts NaN after every number in both directions.
         indices = pc.sort_indices(keys, sort_keys=[("difficulty", direction), ("id", "ascending")])
         return np.asarray(indices.to_numpy(), dtype=np.int64)
 
     def ranked(self, *, descending: bool = False) -> list[str]:
-        """Ids by difficulty: see `order`."""
+        """The ids in the order of difficulty; see `order`."""
         return list(self._column("id").take(pa.array(self.order(descending=descending))).to_pylist())
 
     def to_dataset(self) -> datasets.Dataset:
-        """A `datasets.Dataset` with the columns of `scores_schema`."""
+        """Convert the scores to a `datasets.Dataset` with the columns of `scores_schema`."""
         return score_files.to_dataset(self.table, self.provenance)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset) -> Scores:
-        """What `to_dataset` gave, also after `map`, `select` or `save_to_disk`.
+        """Read a dataset that `to_dataset` returned, also after `map`, `select` or `save_to_disk`.
 
         Raises:
-            SparsortError: its provenance is damaged, or its rows are although `datasets` did not change them.
+            SparsortError: the provenance is damaged, or the rows are damaged and were not changed by `datasets`.
         """
         return cls(*score_files.from_dataset(dataset))
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write one Parquet file, atomically, with a digest of the whole file in it."""
+        """Write one Parquet file, atomically, which contains its own digest."""
         score_files.write_parquet(self.table, self.provenance, Path(path))
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> Scores:
-        """What `to_parquet` wrote.
-
-        Raises:
-            SparsortError: it is missing, damaged, or something else.
-        """
+        """Read a file that `to_parquet` wrote; a `SparsortError` if it is missing or damaged, or does not contain scores."""
         return cls(*score_files.read_parquet(Path(path)))
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write one JSON object per row, then the provenance with a digest of them. NaN is null, an infinity is text."""
+        """Write one JSON object per row, and a file with the provenance and a digest. NaN is null, an infinity is text."""
         score_files.write_jsonl(self.table, self.provenance, Path(path))
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> Scores:
-        """What `to_jsonl` wrote.
-
-        Raises:
-            SparsortError: it is missing or damaged, or does not belong to the provenance next to it.
-        """
+        """Read a file that `to_jsonl` wrote; a `SparsortError` if it is missing or damaged, or the provenance does not match."""
         with as_written(path, next_step="Score again (sparsort score)."):
             rows, provenance, is_whole = score_files.read_jsonl(Path(path))
         _need_columns(rows[0])
@@ -204,22 +195,18 @@ class Scores:
         try:
             columns = [_column_of(rows, field) for field in schema]
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise SparsortError(f"{path} does not hold scores: {error}. Score again (sparsort score).") from error
+            raise SparsortError(f"{path} does not contain scores: {error}. Score again (sparsort score).") from error
         table = pa.Table.from_arrays(columns, schema=schema)
         if not is_whole and provenance.get("scorer") != "unknown":
             score_files.refuse_implausible(table, provenance, Path(path))
         return cls(table, provenance)
 
     def save(self, folder: str | Path) -> None:
-        """Write a new score folder, such as `sparsort score --out` makes.
-
-        Raises:
-            SparsortError: the folder is not empty, or the disk refuses.
-        """
+        """Write a new score folder, like `sparsort score --out`; a `SparsortError` if the folder exists and is not empty."""
         from sparsort.scoring.store.shards import MANIFEST, ShardStore
 
         if (Path(folder) / MANIFEST).exists():
-            raise SparsortError(f"{folder} already holds scores. Choose another folder, or delete it.")
+            raise SparsortError(f"{folder} already contains scores. Choose another folder, or delete it.")
         store = ShardStore.open(Path(folder), provenance=self.provenance, shard_rows=max(1, len(self)))
         store.write(0, self.table, rows_digest(zip(self.ids, self.table["digest"].to_pylist(), strict=True)))
         store.finish(len(self))
@@ -249,21 +236,24 @@ class Scores:
 
     @cached_property
     def _by_digest(self) -> dict[str, int]:
-        return {digest: index for index, digest in reversed(list(enumerate(self._digests)))}  # the first of equal rows
+        # In reverse, so that the first of several equal rows is kept.
+        return {digest: index for index, digest in reversed(list(enumerate(self._digests)))}
 
     def _column(self, name: str) -> pa.ChunkedArray:
+        # One column of a folder on disk is read alone, unless the whole table is in memory already.
         return (self.table if "table" in self.__dict__ else self._columns.select([name])).column(name)
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A column of numbers as a new array, without `to_numpy`, which imports pandas."""
+    """Convert a column of numbers to a new array."""
+    # Not by `to_numpy`, because it imports pandas.
     if column.null_count or not column.num_chunks:
         return np.asarray(column.to_numpy())
     return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
 
 
 def _checked(table: pa.Table) -> pa.Table:
-    """The columns of the schema, in its order and types; other columns that are no numbers are left out."""
+    """The table with the columns, order and types of the schema; other columns are kept only if they are metrics."""
     _need_columns(table.column_names)
     extra = [field.name for field in table.schema if field.name not in BASE.names and pa.types.is_floating(field.type)]
     schema = scores_schema(extra)
@@ -273,15 +263,15 @@ def _checked(table: pa.Table) -> pa.Table:
 def _need_columns(names: Iterable[str]) -> None:
     if missing := set(BASE.names) - set(names):
         raise SparsortError(
-            f"this is not a table of scores, it lacks the column(s) {', '.join(sorted(missing))}. "
+            f"this is not a table of scores, because it lacks the column(s) {', '.join(sorted(missing))}. "
             "Make one with sparsort score."
         )
 
 
-def _id_of(row: Mapping[str, Any], column: str | None, place: int) -> str | None:
-    """The id of a row that is looked up; None where it has none and is found by its content."""
-    given = row.get(column) if column else None
-    return None if is_missing(given) else as_text(given, field=spell([str(column)]), where=f"row {place}")
+def _id_of(row: Mapping[str, Any], column: str | None, number: int) -> str | None:
+    """The id of a row; None if it has none and must be looked up by its content."""
+    value = row.get(column) if column else None
+    return None if is_missing(value) else as_text(value, field=spell([str(column)]), where=f"row {number}")
 
 
 def _column_of(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:

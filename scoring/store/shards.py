@@ -1,17 +1,16 @@
-"""The score folder: one Parquet file a shard, written whole or not at all, under a manifest of the settings.
+"""The score folder: one Parquet file per shard, which is complete or absent, and a manifest of the settings.
 
-Contract: shard k holds rows k * shard_rows onward. It is done when `shard-0000k.parquet` is the file that was written and the
-rows and settings that it was sealed with are the current ones; a damaged one is scored again. `manifest.json` holds what was
-asked (`provenance`, `shard_rows`) and is made before the first shard, by exactly one of the processes that begin at once; the
-others take up its run, or are refused where their settings differ. Which shards are done is read from the files, so that two
-processes that score disjoint shards never write the same file; `finish` adds the list of shards when all are there, and every
-process that gets to it writes the same list. Two processes on the same shard would do its work twice, but the file would be
-whole.
+Contract: shard k contains the rows from k * shard_rows. It is done if `shard-0000k.parquet` is unchanged since it was written,
+and its seal has the current rows and settings; a damaged shard is scored again. `manifest.json` contains the settings
+(`provenance`, `shard_rows`). Exactly one of the processes that start at the same time creates it, before the first shard; the
+others join that run, or are refused if their settings differ. The files show which shards are done, so two processes that score
+disjoint shards never write the same file. When all shards are done, `finish` adds the list of shards to the manifest; all
+processes write the same list. If two processes score the same shard, the work is done twice, but the file is complete.
 
-Digests: each shard carries one of itself (`parquet_seal`), which is what a run that resumes checks, without parsing Parquet. The
-manifest carries one of itself, and when the run is finished the size and digest of every shard; readers check these.
-Version 1 of the format has no digests. Its shards are checked against what they imply (`unsealed`), each time they are used
-until `finish` writes a manifest of version 2. Reading writes nothing.
+Digests: each shard contains its own digest (`parquet_seal`), which a resumed run checks without parsing Parquet. The manifest
+contains its own digest and, once the run is finished, the size and digest of every shard, which readers check. Version 1 of the
+format has no digests. Its shards are checked for consistency (`shard_files.check_unsealed_shard`) each time they are used, until
+`finish` writes a manifest of version 2. Reading never writes.
 """
 
 from __future__ import annotations
@@ -29,8 +28,13 @@ from typing import Any
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.store import unsealed
-from sparsort.scoring.store.shard_files import SCORE_AGAIN, column_names, read_shard, write_shard
+from sparsort.scoring.store.shard_files import (
+    SCORE_AGAIN,
+    check_unsealed_shard,
+    column_names,
+    read_shard,
+    write_shard,
+)
 from sparsort.storage.files import disk_error, write_atomically
 from sparsort.storage.integrity import (
     check_file,
@@ -49,21 +53,21 @@ MANIFEST = "manifest.json"
 FORMAT = "sparsort-scores"
 VERSION = 2
 _UNSEALED = 1
-# Recorded, but no reason to refuse: they do not change a score, or the digests of the rows guard what they stand for.
+# Recorded, but not compared: the environment does not change a score, and the digests of the rows identify the source.
 NOT_COMPARED = ("environment", "source")
 
 _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
-# The names that `write_atomically` and `_create` make.
+# The names of the temporary files of `write_atomically` and `_create`.
 _TEMPORARY = re.compile(r"\.(manifest\.json|shard-(\d{5,})\.parquet)\.(\d+)(?:\.[0-9a-f]{32})?\.tmp")
 
 
 class ShardStore:
-    """A score folder. Make one with `open` (to score into) or `complete` (to read).
+    """A score folder. Call `open` to score into it, or `complete` to read it.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         provenance: the settings in its manifest.
-        shard_rows: rows a shard.
+        shard_rows: number of rows per shard.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -73,26 +77,26 @@ class ShardStore:
         self._rows = int(manifest.get("rows", 0))
         self._sealed: bool = manifest["version"] != _UNSEALED
         self._listed: dict[int, dict[str, Any]] = {shard["index"]: shard for shard in manifest.get("shards", [])}
-        # Shards that this process has checked or written, as the manifest is to list them.
-        self._known: dict[int, dict[str, Any]] = {}
+        # The shards that this process has checked or written, as entries of the manifest.
+        self._checked: dict[int, dict[str, Any]] = {}
         self._whole: pa.Table | None = None
-        self._anew = f"Choose another folder for the changed data, or delete {folder} to score it anew."
+        self._start_over = f"Choose another folder for the changed data, or delete {folder} to score all of it again."
         self._settings = _settings_digest(self.provenance, self.shard_rows)
 
     @classmethod
     def open(
         cls, folder: Path, *, provenance: Mapping[str, Any], shard_rows: int, part: tuple[int, int] = (0, 1)
     ) -> ShardStore:
-        """Make the folder, or take up the run that began in it.
+        """Create the folder, or resume the run in it.
 
         Args:
-            folder: a folder that is new, empty, or holds a run with the same settings.
-            provenance: JSON values; all but the keys `NOT_COMPARED` have to be those of the run that began.
-            shard_rows: rows a shard, at least 1.
-            part: (k, n) where this process writes the shards k, k + n, …; leftovers of those alone are cleared away.
+            folder: a folder that does not exist, is empty, or contains a run with the same settings.
+            provenance: JSON values. All keys except `NOT_COMPARED` must equal those of the run in the folder.
+            shard_rows: number of rows per shard, at least 1.
+            part: (k, n) if this process writes the shards k, k + n, …; only their leftover temporary files are removed.
 
         Raises:
-            SparsortError: the settings differ, the folder is not ours, or it cannot be written.
+            SparsortError: the settings differ, the folder is not a score folder, or it cannot be written.
         """
         if shard_rows < 1:
             raise SparsortError(f"shard_rows is {shard_rows}; expected at least 1.")
@@ -109,18 +113,14 @@ class ShardStore:
             _clear(folder, part)
         except OSError as error:
             raise disk_error(folder, error) from error
-        # Read back even where this process meant to make it: another that began at once may have been first.
-        began = read_manifest(folder)
-        _refuse_other_settings(folder, began, manifest)
-        return cls(folder, began)
+        # The manifest is always read back, because another process may have created it at the same time.
+        existing = read_manifest(folder)
+        _refuse_other_settings(folder, existing, manifest)
+        return cls(folder, existing)
 
     @classmethod
     def complete(cls, folder: Path) -> ShardStore:
-        """The finished run in `folder`.
-
-        Raises:
-            SparsortError: there is none, or it is not finished.
-        """
+        """Open the finished run in `folder`; a `SparsortError` if there is none, or if it is damaged or not finished."""
         manifest = read_manifest(folder)
         store = cls(folder, manifest)
         if "shards" not in manifest:
@@ -128,6 +128,7 @@ class ShardStore:
             raise SparsortError(
                 f"the scores in {folder} are not complete ({done} shard(s) so far). Run the same command again."
             )
+        # Listing the folder once is much faster than testing each of many files.
         present = {file.name for file in os.scandir(folder)}
         if missing := [shard["file"] for shard in manifest["shards"] if shard["file"] not in present]:
             raise SparsortError(f"{folder} lacks {', '.join(missing[:5])}. Run the command that made them again.")
@@ -139,30 +140,26 @@ class ShardStore:
         return store
 
     def _check_unsealed(self) -> None:
-        """Check a finished folder of version 1 as a whole, and each of its shards.
-
-        Raises:
-            SparsortError: something in it contradicts the rest.
-        """
+        """Check each shard of a finished folder of version 1, and the folder as a whole; raise a `SparsortError` if damaged."""
         rows = []
         for number, (index, shard) in enumerate(self._listed.items()):
             path = self.path(index)
             try:
-                found = unsealed.check_shard(
+                facts = check_unsealed_shard(
                     path, settings=self._settings, shard_rows=self.shard_rows, provenance=self.provenance
                 )
             except DamagedError as error:
                 raise SparsortError(f"{error} {SCORE_AGAIN}") from error
             except FileNotFoundError as error:
                 raise SparsortError(f"{path} is damaged: it is missing. {SCORE_AGAIN}") from error
-            self._refuse_settings(path, found["settings"])
-            listed = (number, path.name, shard.get("rows"), shard.get("digest"))
-            if listed != (index, shard.get("file"), found["rows"], found["digest"]):
+            self._refuse_settings(path, facts["settings"])
+            expected = (number, path.name, shard.get("rows"), shard.get("digest"))
+            if expected != (index, shard.get("file"), facts["rows"], facts["digest"]):
                 raise SparsortError(f"{path} is not the shard that {MANIFEST} lists. {SCORE_AGAIN}")
-            rows.append(found["rows"])
+            rows.append(facts["rows"])
         if sum(rows) != self._rows or any(count != self.shard_rows for count in rows[:-1]):
             raise SparsortError(
-                f"{self.folder} is damaged: its shards hold {sum(rows)} rows, and {MANIFEST} says {self._rows}."
+                f"{self.folder} is damaged: its shards have {sum(rows)} rows, but {MANIFEST} says {self._rows}."
             )
 
     def path(self, index: int) -> Path:
@@ -170,15 +167,17 @@ class ShardStore:
         return self.folder / f"shard-{index:05d}.parquet"
 
     def indices(self) -> list[int]:
-        """The shards that have a file, in order."""
+        """The indices of the shards that have a file, in ascending order."""
         matches = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def is_done(self, index: int, digest: str, note: Callable[[str], None]) -> bool:
-        """Whether shard `index` is there, whole, and of the rows with this `rows_digest`; `note` is called with any damage.
+        """Whether shard `index` exists, is undamaged, and has the rows of this `rows_digest`.
+
+        `note` is called with a sentence about any damage.
 
         Raises:
-            SparsortError: it is whole, but of other rows or other settings; or the disk cannot read it.
+            SparsortError: the shard is undamaged but has other rows or settings, or the disk cannot read it.
         """
         entry = self._entry(index, note)
         if entry is None:
@@ -187,33 +186,32 @@ class ShardStore:
             begin = index * self.shard_rows
             raise SparsortError(
                 f"the data has changed since {self.path(index).name} was scored: rows {begin} to "
-                f"{begin + entry['rows'] - 1} are not the ones in it. {self._anew}"
+                f"{begin + entry['rows'] - 1} are not the ones in it. {self._start_over}"
             )
         return True
 
     def write(self, index: int, table: pa.Table, digest: str) -> None:
-        """Write shard `index`, durably: after this returns, no kill and no power cut loses it."""
+        """Write shard `index`. Once this returns, neither a killed process nor a power failure loses the shard."""
         facts = {"index": index, "rows": table.num_rows, "digest": digest, "settings": self._settings}
         with write_atomically(self.path(index)) as temporary:
             write_shard(temporary, table, facts)
             record = record_of(temporary)
-        self._known[index] = self._listing(facts, record)
+        self._checked[index] = self._listing(facts, record)
 
     def refuse_beyond(self, total: int) -> None:
-        """Refuse a folder with shards beyond the data.
-
-        Raises:
-            SparsortError: there are more shards than `total` rows fill.
-        """
+        """Raise a `SparsortError` if the folder has more shards than `total` rows fill."""
         expected, present = -(-total // self.shard_rows), self.indices()
         if present and present[-1] >= expected:
             raise SparsortError(
-                f"the data has become shorter: {self.folder} holds scores up to {self.path(present[-1]).name}, "
-                f"but {total} rows fill {expected} shard(s). {self._anew}"
+                f"the data has become shorter: {self.folder} contains scores up to {self.path(present[-1]).name}, "
+                f"but {total} rows fill {expected} shard(s). {self._start_over}"
             )
 
     def finish(self, total: int) -> bool:
-        """List the shards in the manifest if all those of `total` rows are there, and say whether they are.
+        """List the shards in the manifest, if all shards of `total` rows are done.
+
+        Returns:
+            Whether they are done.
 
         Raises:
             SparsortError: a shard has other settings than the manifest, or cannot be read; see also `refuse_beyond`.
@@ -222,9 +220,10 @@ class ShardStore:
         present = self.indices()
         if len(present) < -(-total // self.shard_rows):
             return False
+        # Another process may have finished the run in the meantime.
         manifest = read_manifest(self.folder)
-        # A damaged shard of another process counts as one that is not there: that process scores it again.
-        entries = (self._known.get(index) or self._entry(index, lambda _sentence: None) for index in present)
+        # A damaged shard counts as absent. If it belongs to another process, that process scores it again.
+        entries = (self._checked.get(index) or self._entry(index, lambda _sentence: None) for index in present)
         shards = [entry for entry in entries if entry is not None]
         if len(shards) < len(present):
             return False
@@ -234,7 +233,7 @@ class ShardStore:
 
     @property
     def num_rows(self) -> int:
-        """Rows in the finished run, 0 while it is not finished."""
+        """The number of rows of a finished run; 0 for an unfinished run."""
         return self._rows
 
     @property
@@ -243,34 +242,31 @@ class ShardStore:
         return column_names(self.path(self._to_read()[0]))
 
     def select(self, columns: list[str]) -> pa.Table:
-        """The named columns of all shards, in the order of the rows.
-
-        Up to `_MOST_HELD` rows are read once, whole, and kept: opening many shards takes longer than reading them. Of more
-        rows, only the named columns are read.
-        """
-        if self._whole is None and 0 < self._rows <= _MOST_HELD:
+        """The named columns of all shards, in the order of the rows."""
+        # Opening many shards takes longer than reading them, so a small run is read once, as a whole.
+        if self._whole is None and 0 < self._rows <= _MAX_WHOLE_ROWS:
             self._whole = pa.concat_tables(self.tables()).combine_chunks()
         return self._whole.select(columns) if self._whole is not None else pa.concat_tables(self.tables(columns))
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """The shards one after the other, without holding more than one."""
+        """Yield the table of each shard, with one in memory at a time."""
         for index in self._to_read():
             yield read_shard(self.path(index), columns)
 
     def _to_read(self) -> list[int]:
-        """The shards that the manifest lists; of a run that is not finished, those that have a file."""
+        """The indices of the shards in the manifest or, in an unfinished run, of those that have a file."""
         return sorted(self._listed) or self.indices()
 
     def _entry(self, index: int, note: Callable[[str], None]) -> dict[str, Any] | None:
-        """Shard `index` as the manifest lists it, once it is known to be the file that was written; None if it is not.
+        """Check shard `index`, and return its entry in the manifest; None if it is absent or damaged.
 
         Raises:
-            SparsortError: it is whole, but of other settings; or the disk cannot read it.
+            SparsortError: the shard is undamaged but has other settings, or the disk cannot read it.
         """
         path, listed = self.path(index), self._listed.get(index)
         try:
             if self._sealed and listed is not None and damage(path, listed["record"]) is None:
-                self._known[index] = listed
+                self._checked[index] = listed
                 return listed
             facts, record = read_seal_and_record(path)
             facts = facts or self._unsealed_facts(path)
@@ -282,28 +278,23 @@ class ShardStore:
         except OSError as error:
             raise SparsortError(f"cannot read {path}: {error.strerror or error}.") from error
         self._refuse_settings(path, facts["settings"])
+        # Somebody may have renamed or copied a file.
         if facts.get("index", index) != index:
-            note(f"{path.name} holds the rows of shard {facts['index']}; its own are scored again.")
+            note(f"{path.name} contains the rows of shard {facts['index']}; its own rows are scored again.")
             return None
-        self._known[index] = self._listing({**facts, "index": index}, record)
-        return self._known[index]
+        self._checked[index] = self._listing({**facts, "index": index}, record)
+        return self._checked[index]
 
     def _unsealed_facts(self, path: Path) -> dict[str, Any]:
         if self._sealed:
-            raise DamagedError(path, "it is not a shard of scores as sparsort writes them")
-        return unsealed.check_shard(
+            raise DamagedError(path, "it was not written by sparsort")
+        return check_unsealed_shard(
             path, settings=self._settings, shard_rows=self.shard_rows, provenance=self.provenance
         )
 
     def _listing(self, facts: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-        file = self.path(facts["index"]).name
-        return {
-            "index": facts["index"],
-            "file": file,
-            "rows": facts["rows"],
-            "digest": facts["digest"],
-            "record": dict(record),
-        }
+        index, rows, digest = facts["index"], facts["rows"], facts["digest"]
+        return {"index": index, "file": self.path(index).name, "rows": rows, "digest": digest, "record": dict(record)}
 
     def _refuse_settings(self, path: Path, settings: str) -> None:
         if settings != self._settings:
@@ -314,11 +305,8 @@ class ShardStore:
 
 
 def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance as the manifest gives it back, so that a tuple equals the list that it becomes.
-
-    Raises:
-        SparsortError: a value is none of JSON's, such as NaN or an object.
-    """
+    """Provenance as it will be read from the manifest; a `SparsortError` if a value is not a JSON value."""
+    # JSON turns a tuple into a list, so the provenance is converted before it is compared.
     try:
         return dict(json.loads(json.dumps(dict(provenance), allow_nan=False)))
     except (TypeError, ValueError) as error:
@@ -328,11 +316,7 @@ def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _create(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest unless there is one: of processes that do so at once, one makes it, whole, and the rest none.
-
-    Where the disk has no hard links, the file itself is opened exclusively: one process makes it there too, but a kill
-    in the middle leaves a part of it, which `read_manifest` refuses. The first shard's write syncs the folder.
-    """
+    """Write the manifest unless it exists. If several processes do so at the same time, exactly one of them creates it."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
@@ -340,10 +324,14 @@ def _create(path: Path, manifest: Mapping[str, Any]) -> None:
         _write_new(temporary, text)
         with contextlib.suppress(FileExistsError):
             try:
+                # A rename would replace the manifest of another process. A link to an existing name fails. The folder is synced
+                # when the first shard is written.
                 os.link(temporary, path)
             except FileExistsError:
                 raise
             except OSError:
+                # The disk has no hard links. Opening the file exclusively also lets one process create it, but a process that is
+                # killed here leaves an incomplete file, which `read_manifest` refuses.
                 _write_new(path, text)
     finally:
         temporary.unlink(missing_ok=True)
@@ -361,40 +349,37 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a score folder, finished or not.
+    """Read the manifest of a score folder, finished or not.
 
     Raises:
-        SparsortError: there is none, or it is damaged, of another version or of something else.
+        SparsortError: there is none, it is damaged, it has another version, or it is not the manifest of a score folder.
     """
     path = folder / MANIFEST
+    again = f"Delete {folder} to score again, or choose another folder."
     try:
         manifest = parse_own_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SparsortError(
-            f"{folder} is no score folder: it has no {MANIFEST}. Make one with 'sparsort score FILE --out {folder}'."
+            f"{folder} is not a score folder: it has no {MANIFEST}. Make one with 'sparsort score FILE --out {folder}'."
         ) from error
     except (OSError, ValueError) as error:
-        raise SparsortError(
-            f"{path} cannot be read ({error}). Delete {folder} to score anew, or choose another folder."
-        ) from error
+        raise SparsortError(f"{path} cannot be read ({error}). {again}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise SparsortError(f"{path} was not written by sparsort score. Choose another folder.")
-    again = f"Delete {folder} to score again, or choose another folder."
     newer = "Update sparsort, or choose another folder."
     check_version(manifest.get("version"), (_UNSEALED, VERSION), path, damaged=again, other=newer)
     if manifest["version"] == VERSION:
         check_seal(manifest, path, next_step=again)
     if not _is_whole(manifest):
-        raise SparsortError(
-            f"{path} lacks the settings of the run. Delete {folder} to score anew, or choose another folder."
-        )
+        raise SparsortError(f"{path} lacks the settings of the run. {again}")
     return manifest
 
 
 def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest holds what one must hold: version 1 has no digest, and a digest does not say who wrote the values."""
+    """Whether a manifest has all keys, with values of the right types."""
+    # The digest is not enough: version 1 has none, and any program can write one for other values.
     shards, numbers = manifest.get("shards", []), [manifest.get("shard_rows"), manifest.get("rows", 0)]
-    # What version 1 does not have is left to the checks of its shards.
+    # Version 1 need not list the rows and digests of its shards, which are checked one by one.
     kinds = {"index": int, "file": str} if manifest["version"] == _UNSEALED else _SHARD_KINDS
     return (
         isinstance(manifest.get("provenance"), dict)
@@ -407,41 +392,42 @@ def _is_whole(manifest: Mapping[str, Any]) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Shard files without a manifest count as foreign: nothing says what settings made them."""
+    """Raise a `SparsortError` if the folder contains files but no manifest."""
+    # This includes shard files, because nothing shows with which settings they were made.
     if folder.exists():
         names = sorted(child.name for child in folder.iterdir())
         foreign = [name for name in names if not _TEMPORARY.fullmatch(name)]
         if foreign and MANIFEST not in foreign:
-            held = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+            first_names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise SparsortError(
-                f"{folder} is no score folder: it holds {held}, but no {MANIFEST}. Choose a new folder."
+                f"{folder} is not a score folder: it contains {first_names}, but no {MANIFEST}. Choose a new folder."
             )
 
 
-def _refuse_other_settings(folder: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = ({"shard_rows": side["shard_rows"], **_compared(side["provenance"])} for side in (began, now))
+def _refuse_other_settings(folder: Path, existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    before, after = ({"shard_rows": side["shard_rows"], **_compared(side["provenance"])} for side in (existing, new))
     keys = dict.fromkeys([*before, *after])
     changed = [
-        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        f"{key}: {_value_text(before, key)} → {_value_text(after, key)}"
         for key in keys
         if before.get(key, _ABSENT) != after.get(key, _ABSENT)
     ]
     if changed:
         raise SparsortError(
-            f"{folder} holds scores made with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "Choose another folder (--out), run with the settings that began it, or delete it to score anew."
+            f"{folder} contains scores made with other settings:\n  " + "\n  ".join(changed) + "\n"
+            "Choose another folder (--out), use the settings of the existing scores, or delete the folder to score again."
         )
 
 
 def _probe(folder: Path) -> None:
-    """Find out before any work, not after the first shard, that the folder cannot be written."""
+    """Raise an `OSError` if the folder cannot be written, so that this does not happen after the first shard."""
     probe = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     probe.touch()
     probe.unlink()
 
 
 def _clear(folder: Path, part: tuple[int, int]) -> None:
-    """Remove what killed runs left half written, but nothing that another process may be writing now."""
+    """Remove the temporary files of killed runs, but none that another process may be writing."""
     for file in folder.iterdir():
         match = _TEMPORARY.fullmatch(file.name)
         if match is None or _alive(int(match[3])):
@@ -452,6 +438,7 @@ def _clear(folder: Path, part: tuple[int, int]) -> None:
 
 
 def _alive(process: int) -> bool:
+    # On Windows, `os.kill` with 0 would interrupt the process. A file with the number of this process is from an earlier process.
     if process == os.getpid() or sys.platform == "win32":
         return False
     try:
@@ -472,7 +459,7 @@ def _compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as `outliers.n`, so that a difference is named where it is."""
+    """Yield nested settings with names such as `outliers.n`, so that an error can name the exact difference."""
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
             yield from _flat(inner, f"{prefix}{key}.")
@@ -480,11 +467,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-def _shown(settings: Mapping[str, Any], key: str) -> str:
+def _value_text(settings: Mapping[str, Any], key: str) -> str:
     return json.dumps(settings[key], ensure_ascii=False) if key in settings else "absent"
 
 
 _ABSENT = object()
-# Some 15 MB, which is more rows than 10,000 shards of a few rows have.
-_MOST_HELD = 1 << 16
+# Runs of up to this number of rows (about 15 MB) are read as a whole. 10,000 shards of a few rows each have fewer.
+_MAX_WHOLE_ROWS = 1 << 16
 _SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}

@@ -46,11 +46,11 @@ def order(
 ) -> None:
     """Select demonstrations for a query, order them, and print the prompt."""
     from sparsort.recipes.order.order import order_file
-    from sparsort.scoring.store.row_cache import RowCache, is_kept
+    from sparsort.scoring.store.row_cache import RowCache, is_enabled
 
     if scorer.draws:
         scorer = dataclasses.replace(scorer, seed=config.seed)
-    rows = RowCache() if not no_cache and is_kept() else None
+    rows = RowCache() if not no_cache and is_enabled() else None
     result = order_file(file, query=query, config=config, scorer=scorer, scores=scores, cache=rows)
     if out is not None:
         from sparsort.storage.files import write_atomically

@@ -57,8 +57,8 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("sparsort.scoring.prompts.conversations._items", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt.Prompt.given", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt.Prompt.given", "choose"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts.prompt._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts.prompt._WAY_OUT", "choose"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.prompt._USE_MESSAGES", "ablate"): _NO_CONVERSATIONS,
+    ("sparsort.scoring.prompts.prompt._USE_MESSAGES", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt.Prompt.of", "train"): "train passes no system turn",
 }
 

@@ -80,7 +80,7 @@ def ablate(make_tiny_model: Callable[..., Path]) -> list[Any]:
 def test_duplicate_ids_of_an_ablation_are_left_by_id_column(tmp_path: Path, ablate: list[Any]) -> None:
     file = _write(tmp_path / "rows.jsonl", _rows(40, id=lambda at: at // 2, key=lambda at: f"k{at}"))
     output = _run("ablate", file, *ablate)
-    assert "'0' stands twice" in output
+    assert "'0' occurs twice" in output
     assert "name another one with id_column (--id-column)" in output
     _run("ablate", file, *ablate, "--id-column", "key", code=0)
 

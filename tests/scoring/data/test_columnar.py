@@ -75,7 +75,7 @@ def test_unusual_types_are_read_as_text_or_refused(tmp_path: Path) -> None:
 )
 def test_values_that_python_does_not_have_name_their_column(column: Any, suffix: str, tmp_path: Path) -> None:
     source = open_rows(save(pa.table({"n": [1, 2], "x": column}), tmp_path / f"a{suffix}"))
-    message = rf"a\{suffix}, column 'x' \({re.escape(str(column.type))}.*Convert the column to text, or leave it out"
+    message = rf"a\{suffix}, column 'x' \({re.escape(str(column.type))}.*Convert the column to text, or remove it"
     with pytest.raises(SparsortError, match=message):
         list(source.rows())
 
@@ -94,7 +94,7 @@ def test_a_file_that_is_cut_off_is_refused(suffix: str, tmp_path: Path) -> None:
     content = path.read_bytes()
     for size in (0, 3, 12, len(content) // 2, len(content) - 30):
         path.write_bytes(content[:size])
-        with pytest.raises(SparsortError, match=rf"a\{suffix} (cannot be read as|holds no rows)"):
+        with pytest.raises(SparsortError, match=rf"a\{suffix} (cannot be read as|has no rows)"):
             list(open_rows(path).rows())
 
 

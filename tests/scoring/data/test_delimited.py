@@ -41,7 +41,7 @@ def write(path: Path, text: str) -> Path:
 def test_the_delimiter_is_detected_where_it_is_certain(text: str, rows: list[dict[str, str]], tmp_path: Path) -> None:
     source = open_rows(write(tmp_path / "a.csv", text))
     if not rows:
-        with pytest.raises(SparsortError, match="holds no rows"):
+        with pytest.raises(SparsortError, match="has no rows"):
             source.count()
     else:
         assert [dict(row.fields) for row in source.rows()] == rows
@@ -50,8 +50,8 @@ def test_the_delimiter_is_detected_where_it_is_certain(text: str, rows: list[dic
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a;b\tc\n1;2\t3\n", "whether semicolons or tabs separate its cells cannot be told.*Save it with commas"),
-        ("a;b\n1;2;3\n4,5\n", "whether semicolons separate its cells cannot be told"),
+        ("a;b\tc\n1;2\t3\n", "do not show whether semicolons or tabs separate its cells.*Save it with commas"),
+        ("a;b\n1;2;3\n4,5\n", "do not show whether semicolons separate its cells"),
     ],
 )
 def test_an_uncertain_delimiter_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_named_columns_decide_the_delimiter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "columns", "message"),
     [
-        ("a.csv", "a,b\n1,2\n", ["a", "b"], r"its first line is the header a, b\. Leave out columns \(--columns\)"),
+        ("a.csv", "a,b\n1,2\n", ["a", "b"], r"its first line is the header a, b\. Do not pass columns \(--columns\)"),
         (
             "a.csv",
             "1,2\n1,2,3\n",
@@ -90,10 +90,10 @@ def test_named_columns_decide_the_delimiter(tmp_path: Path) -> None:
             r"line 2 has 3 values where columns \(--columns\) names 2 columns \(a, b\)",
         ),
         ("a.csv", "1,2\n", ["a"], "line 1 has 2 values"),
-        ("a.csv", "1,2\n", ["a", "a"], "expected different names"),
-        ("a.csv", "1,2\n", [], "expected different names"),
+        ("a.csv", "1,2\n", ["a", "a"], "expected different non-empty names"),
+        ("a.csv", "1,2\n", [], "expected different non-empty names"),
         ("a.csv", "1,2\n", "a,", "line 1 has 2 values"),
-        ("a.jsonl", '{"a": 1}\n', ["a"], r"a\.jsonl has names of its own\. Leave it out"),
+        ("a.jsonl", '{"a": 1}\n', ["a"], r"a\.jsonl already has column names\. Do not pass columns"),
         ("a.csv", None, ["a"], "there is no file"),
     ],
 )
@@ -107,13 +107,13 @@ def test_columns_that_do_not_fit_are_refused(
 
 
 def test_rows_in_memory_have_names() -> None:
-    with pytest.raises(SparsortError, match="list of 1 rows has names of its own"):
+    with pytest.raises(SparsortError, match="list of 1 rows already has column names"):
         open_rows([{"a": 1}], columns=["a"])
 
 
 def test_a_missing_column_of_a_file_without_a_header_is_explained(tmp_path: Path) -> None:
     source = open_rows(write(tmp_path / "a.csv", "1,hello\n2,you\n"))
-    with pytest.raises(SparsortError, match=r"It has: 1, hello\. If its first line is no header.*--columns a,b,c"):
+    with pytest.raises(SparsortError, match=r"It has: 1, hello\. If the first line is not a header.*--columns a,b,c"):
         source.require(["text"])
     with pytest.raises(SparsortError, match=r"names the column 'x' twice.*--columns a,b,c"):
         open_rows(write(tmp_path / "b.csv", "x,x\n1,2\n")).count()

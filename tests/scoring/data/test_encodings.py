@@ -54,8 +54,8 @@ def test_the_reported_file_is_read() -> None:
         (b"\xff\xfe\0\0\xff\xff\xff\xff", "line 1 is not valid UTF-32-LE"),
         (b"\xff\xfe\0", "line 1 is not valid UTF-16-LE .truncated data."),
         ("\ufeff{}\n{}\n{".encode("utf-16-be") + b"\xd8\0\0\n", "line 3 is not valid UTF-16-BE"),
-        (b'{"a": "\0"}', "line 1 holds NUL bytes.*UTF-16 without a byte order mark"),
-        ('{"a": 1}'.encode("utf-16-le"), "line 1 holds NUL bytes"),
+        (b'{"a": "\0"}', "line 1 contains NUL bytes.*UTF-16 without a byte order mark"),
+        ('{"a": 1}'.encode("utf-16-le"), "line 1 contains NUL bytes"),
     ],
 )
 def test_text_that_breaks_off_or_holds_nul_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_text_that_breaks_off_or_holds_nul_is_refused(content: bytes, message: s
 
 def test_nul_in_a_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("a,b\n1,2\n".encode("utf-16-be"))
-    with pytest.raises(SparsortError, match="line 1 holds NUL bytes"):
+    with pytest.raises(SparsortError, match="line 1 contains NUL bytes"):
         open_rows(tmp_path / "a.csv").count()
 
 
@@ -82,7 +82,7 @@ def test_the_advice_for_another_encoding_works(
     text = '{"b": "x"}\n{"a": "„ü“ 長文"}\n'.replace(" 長文" if encoding == "cp1252" else "", "")
     raw = (f"[{text.rstrip()}]".replace("\n", ",\n") if name.endswith(".json") else text).encode(encoding)
     Path(name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    with pytest.raises(SparsortError, match=r"is not valid UTF-8|line 1 holds NUL bytes") as caught:
+    with pytest.raises(SparsortError, match=r"is not valid UTF-8|line 1 contains NUL bytes") as caught:
         open_rows(name).count()
     if shutil.which("iconv") is None:
         pytest.skip("there is no iconv")

@@ -56,11 +56,11 @@ def test_the_reported_files() -> None:
         ({"0": {"text": "a"}, "1": {"text": "b", "y": 1}}, "the layout 'index' of pandas"),
         (
             json.loads(pd.DataFrame(ROWS).to_json(orient="table")),
-            r"Its list 'data' holds 2 objects.*jq -c '\.data\[\]'",
+            r"Its list 'data' contains 2 objects.*jq -c '\.data\[\]'",
         ),
-        ({"version": "1.1", "data": ROWS}, "Its list 'data' holds 2 objects"),
-        ({"train": ROWS, "test": ROWS[:1]}, "Its list 'train' holds 2 objects"),
-        ({"train": ROWS, "test": ROWS}, "holds 2 objects"),
+        ({"version": "1.1", "data": ROWS}, "Its list 'data' contains 2 objects"),
+        ({"train": ROWS, "test": ROWS[:1]}, "Its list 'train' contains 2 objects"),
+        ({"train": ROWS, "test": ROWS}, "contains 2 objects"),
         ({"a b": [ROWS[0]]}, r"""jq -c '\.\["a b"\]\[\]' \S*/a\.json"""),
     ],
 )
@@ -81,10 +81,10 @@ def test_one_object_on_one_line_is_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"id": ["a", "b"], "text": ["x"]}, r"different lengths \(index\): id has 2, text has 1\."),
-        ({"id": ["a"], "text": []}, r"different lengths \(index\): id has 1, text has 0\."),
-        ({"text": {"0": "a", "2": "b"}, "y": {"0": 1}}, r"different lengths \(index\): text has 2, y has 1\."),
-        ({"text": {"0": "a"}, "y": {}}, r"different lengths \(index\): text has 1, y has 0\."),
+        ({"id": ["a", "b"], "text": ["x"]}, r"different lengths: id has 2, text has 1\."),
+        ({"id": ["a"], "text": []}, r"different lengths: id has 1, text has 0\."),
+        ({"text": {"0": "a", "2": "b"}, "y": {"0": 1}}, r"different lengths: text has 2, y has 1\."),
+        ({"text": {"0": "a"}, "y": {}}, r"different lengths: text has 1, y has 0\."),
         ({"text": {"0": "a", "2": "b"}, "y": {"0": 1, "1": 2}}, r"different indices: y has no value for '2'\."),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
     whole = gzip.compress(json.dumps(ROWS * 500).encode(), mtime=0)
     for content in (b"[{}]", whole[:-30], whole[:6], b""):
         (tmp_path / "a.json.gz").write_bytes(content)
-        with pytest.raises(SparsortError, match=r"a\.json\.gz(, line \d+)? (cannot be read|holds no rows)"):
+        with pytest.raises(SparsortError, match=r"a\.json\.gz(, line \d+)? (cannot be read|has no rows)"):
             open_rows(tmp_path / "a.json.gz").count()
 
 
@@ -136,8 +136,8 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
             "line 1: not valid JSON.*over several lines.*jq -c . '/.*/my rows.jsonl' > '/.*/my rows-lines.jsonl'",
         ),
         ('{"a": 1}\n{"a": 2, "b"', "line 2: not valid JSON.*the file is cut off here"),
-        ('[{"a": 1}]', "line 1 holds a list.*A file that holds one array has the suffix .json"),
-        ('[\n{"a": 1}\n]', "line 1: not valid JSON.*A file that holds one array has the suffix .json"),
+        ('[{"a": 1}]', "line 1 contains a list.*use the suffix .json"),
+        ('[\n{"a": 1}\n]', "line 1: not valid JSON.*use the suffix .json"),
     ],
 )
 def test_json_lines_that_are_none_are_refused_with_what_they_are(text: str, message: str, tmp_path: Path) -> None:

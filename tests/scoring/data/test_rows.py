@@ -153,13 +153,13 @@ def test_ids_come_from_the_column_that_is_named_or_else_are_positions(tmp_path: 
     [
         ([{"id": "a"}, {"q": 1}], r"row 1: there is no field 'id' \(the first row has one"),
         ([{"id": "a"}, {"id": None}], "row 1: the id field 'id' is null"),
-        ([{"id": "a"}, {"id": [1]}], "row 1: the id field 'id' holds a list"),
+        ([{"id": "a"}, {"id": [1]}], "row 1: the id field 'id' contains a list"),
         ([{"id": "a"}, {"id": "\ud800"}], "is not valid text"),
-        ([{"id": "a"}, {"id": "b"}, {"id": "a"}, {"id": "b"}], "the id 'a' stands twice, at row 0 and row 2"),
-        ([{"id": 1}, {"id": "1"}], "the id '1' stands twice, at row 0 and row 1"),
+        ([{"id": "a"}, {"id": "b"}, {"id": "a"}, {"id": "b"}], "the id 'a' occurs twice, at row 0 and row 2"),
+        ([{"id": 1}, {"id": "1"}], "the id '1' occurs twice, at row 0 and row 1"),
         ([{"q": 1}, "text"], "item 1 is a text, not a dict"),
         ([{"q": 1}, {2: 1}], "item 1 is a dict, not a dict with text keys"),
-        ([], "holds no rows"),
+        ([], "has no rows"),
     ],
 )
 def test_bad_rows_are_named(rows: list[Any], message: str) -> None:
@@ -171,7 +171,7 @@ def test_bad_rows_are_named(rows: list[Any], message: str) -> None:
 def test_a_duplicate_id_is_found_before_the_first_row(kind: str, tmp_path: Path) -> None:
     rows = [*ROWS, {**ROWS[4], "answer": "other"}]
     place = {"jsonl": r"row 4 \(line 5\) and row 23 \(line 24\)", "csv": r"row 4 \(line 6\) and row 23 \(line 25\)"}
-    with pytest.raises(SparsortError, match=f"'q04' stands twice, at {place.get(kind, 'row 4 and row 23')}"):
+    with pytest.raises(SparsortError, match=f"'q04' occurs twice, at {place.get(kind, 'row 4 and row 23')}"):
         next(open_rows(make(kind, tmp_path, rows)).rows())
 
 
@@ -188,16 +188,16 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.Mon
         ("a.json", b'[{"q": 1},\n {"q": "\xe9"}]', r"line 2: byte 0xe9 at offset 19 is not valid UTF-8"),
         ("a.jsonl", b'{"q": 1}\n{"q": 2, oops}\n', r"line 2: not valid JSON .* at column 10\): .*oops"),
         ("a.jsonl", b'{"q": 1}\n{"q": "cut', r"line 2: not valid JSON .*Unterminated"),
-        ("a.jsonl", b'{"q": 1}\n[1, 2]\n', "line 2 holds a list, not a JSON object"),
-        ("a.jsonl", b'{"q": 1}\nnull\n', "line 2 holds null, not a JSON object"),
+        ("a.jsonl", b'{"q": 1}\n[1, 2]\n', "line 2 contains a list, not a JSON object"),
+        ("a.jsonl", b'{"q": 1}\nnull\n', "line 2 contains null, not a JSON object"),
         ("a.jsonl", b'{"q": 1}\n{"q": ' + b"1" * 5000 + b"}", "line 2: JSON that cannot be read"),
         ("a.jsonl", b'{"q": 1}\n{"q": ' + b"[" * 200000, "line 2: (JSON that cannot be read|not valid JSON)"),
-        ("a.jsonl", b"\n  \n", "holds no rows"),
-        ("a.jsonl", b"", "holds no rows"),
-        ("a.json", b"[]", "holds no rows"),
+        ("a.jsonl", b"\n  \n", "has no rows"),
+        ("a.jsonl", b"", "has no rows"),
+        ("a.json", b"[]", "has no rows"),
         ("a.json", b'[{"q": 1}, 3]', "item 1 is a number"),
         ("a.json", b'[{"q": 1},', "not valid JSON"),
-        ("a.csv", b"q,r\n", "holds no rows"),
+        ("a.csv", b"q,r\n", "has no rows"),
         ("a.csv", b"q,q\n1,2\n", "names the column 'q' twice"),
         ("a.csv", b"q,r\n1,2\n1,2,3\n", r"line 3 has 3 values where the header names 2 columns \(q, r\)"),
         ("a.csv", b'q,r\n1,2\n3,"open\n', "line 3: not valid delimited text"),
@@ -209,9 +209,9 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.Mon
         ("a.jsonl.gz", b'{"q": 1}\n', "cannot be read: Not a gzipped file"),
         ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("a.arrow", b"not really", "cannot be read as Arrow"),
-        ("a.xlsx", b"", r"'.xlsx' is none of .jsonl"),
-        ("rows", b"", "'' is none of .jsonl"),
-        ("a.parquet.gz", b"", "'.gz' is none of .jsonl"),
+        ("a.xlsx", b"", r"unsupported file extension '.xlsx'; expected one of .jsonl"),
+        ("rows", b"", "unsupported file extension ''; expected one of .jsonl"),
+        ("a.parquet.gz", b"", "unsupported file extension '.gz'; expected one of .jsonl"),
     ],
 )
 def test_a_bad_file_is_named_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_data_that_can_be_read_only_once_or_has_several_splits_is_refused(tmp_pa
     import datasets
 
     dataset = datasets.Dataset.from_list(ROWS)
-    with pytest.raises(SparsortError, match=r"DatasetDict.*one split of it: dataset\['train'\], dataset\['test'\]"):
+    with pytest.raises(SparsortError, match=r"DatasetDict.*one of its splits: dataset\['train'\], dataset\['test'\]"):
         open_rows(datasets.DatasetDict(train=dataset, test=dataset))
     datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "dict"))
     with pytest.raises(SparsortError, match=r"several splits. Pass one of them: .*dict/train"):

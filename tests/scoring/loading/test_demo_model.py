@@ -229,11 +229,11 @@ def test_a_path_that_does_not_exist_is_an_error(name: str, tmp_path: Path, monke
 
 
 def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(SparsortError, match=r"holds no model.*it holds nothing"):
+    with pytest.raises(SparsortError, match=r"contains no model.*it contains nothing"):
         resolve_model(str(tmp_path))
     for number in range(10):
         (tmp_path / f"notes-{number}.txt").touch()
-    with pytest.raises(SparsortError, match=r"holds no model.*notes-0\.txt, .* and 2 more"):
+    with pytest.raises(SparsortError, match=r"contains no model.*notes-0\.txt, .* and 2 more"):
         resolve_model(str(tmp_path))
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()

@@ -212,7 +212,7 @@ def test_a_model_larger_than_the_cache_or_the_disk_is_not_kept(
     assert [path.name.split("-")[1] for path in cache.iterdir()] == ["tokenizer"]
     monkeypatch.delenv("SPARSORT_CACHE_MODELS_GB")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000_000))
-    assert conversions.no_room_for(1_300_000_000) == f"converted it takes 1.3 GB, and {cache} has 1.2 GB free"
+    assert conversions.no_room_for(1_300_000_000) == f"the converted model takes 1.3 GB, and {cache} has 1.2 GB free"
     assert conversions.no_room_for(1_100_000_000) is None
 
 
@@ -304,7 +304,7 @@ def test_a_template_that_is_lost_when_it_is_saved_is_not_kept(
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", without_template)
     assert load_tokenizer(str(file)).chat_template == template
-    assert "differs once saved" in caplog.text
+    assert "is different after it has been saved" in caplog.text
     assert not list(cache.iterdir())
 
 
@@ -357,7 +357,7 @@ def test_a_tokenizer_that_is_not_the_same_once_saved_is_not_kept(
     hashes = iter("ab")
     monkeypatch.setattr("sparsort.scoring.prompts.prompt.hash_tokenizer", lambda tokenizer: next(hashes))
     assert len(load_tokenizer(str(small_gguf)))
-    assert "differs once saved" in caplog.text
+    assert "is different after it has been saved" in caplog.text
     assert not list(cache.iterdir())
 
 

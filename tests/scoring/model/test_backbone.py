@@ -214,7 +214,7 @@ def test_a_model_that_gives_its_blocks_more_than_the_token_ids_is_refused(make_t
 
     loaded = _load(make_tiny_model("llama"))
     _changed_forward(loaded, with_a_soft_prompt)
-    with pytest.raises(SparsortError, match="gives its blocks more than the token ids"):
+    with pytest.raises(SparsortError, match="passes more than the token ids to its blocks"):
         Backbone(loaded)
 
 
@@ -287,7 +287,7 @@ def test_a_site_that_holds_no_state_for_each_token_is_refused_when_it_is_named(
     layers[0], layers[1] = Streams(layers[0]), Joined(layers[1])
     body = Backbone(loaded)
     assert body.site("layer:1").name == "layer:1"
-    with pytest.raises(SparsortError, match=r"'layer:0' of .* holds states of shape \(2, 1, 2, 64\).* Use 'pre_norm'"):
+    with pytest.raises(SparsortError, match=r"'layer:0' of .* has states of shape \(2, 1, 2, 64\).* Use 'pre_norm'"):
         body.site("layer:0")
     layers[2].unused = _linear(128, 64)
     with pytest.raises(SparsortError, match=r"does not use the module of site 'mlp' \(Linear\)"):

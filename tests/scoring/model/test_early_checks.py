@@ -113,7 +113,9 @@ def test_the_context_is_known_without_weights(
     make_tiny_model: Callable[..., Path], without_weights: Callable[[Path], Path]
 ) -> None:
     folder = without_weights(make_tiny_model("gpt2"))
-    with pytest.raises(SparsortError, match=r"max_length is 1025, but .* was made for 1024 tokens\. Pass at most 1024"):
+    with pytest.raises(
+        SparsortError, match=r"max_length is 1025, but the context of .* has 1024 tokens\. Pass at most 1024"
+    ):
         check_model(folder, max_length=1025)
     check_model(folder, max_length=1024)
 
@@ -218,7 +220,7 @@ SCORE = ["score", "FILE", *TEXT]
     [
         ([*SCORE, "--site", "layer:999"], "the model has 3 blocks"),
         ([*SCORE, "--outliers", "drop:64"], "drops every one of the 64 dimensions"),
-        ([*SCORE, "--max-length", "4000"], "was made for 1024 tokens"),
+        ([*SCORE, "--max-length", "4000"], "has 1024 tokens"),
         ([*SCORE, "--chat"], "no chat template"),
         ([*QUERY, "--site", "layer:999"], "the model has 3 blocks"),
         ([*QUERY, "--chat"], "no chat template"),
@@ -228,7 +230,7 @@ SCORE = ["score", "FILE", *TEXT]
         ([*QUERY, "--pooling", "lst"], "unknown pooling"),
         ([*QUERY, "--outliers", "drop:64"], "drops every one of the 64 dimensions"),
         (["calibrate", "FILE", *TEXT, "-a", "{a}", "--sites", "layer:999"], "the model has 3 blocks"),
-        (["calibrate", "FILE", *TEXT, "-a", "{a}", "--max-length", "4000"], "was made for 1024 tokens"),
+        (["calibrate", "FILE", *TEXT, "-a", "{a}", "--max-length", "4000"], "has 1024 tokens"),
         ([*TRAIN, "--cut-length", "2000"], "the model .* takes 1024"),
     ],
 )

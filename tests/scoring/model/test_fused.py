@@ -134,7 +134,7 @@ def test_without_a_compiler_it_says_so(loaded: LoadedModel, monkeypatch: pytest.
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    with pytest.raises(SparsortError, match=r"C\+\+ compiler.*leave compile out"):
+    with pytest.raises(SparsortError, match=r"C\+\+ compiler.*do not pass compile"):
         AnswerReader(loaded, compile=True)
 
 

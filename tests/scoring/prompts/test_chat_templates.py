@@ -258,9 +258,7 @@ def test_every_rendering_is_this_one(make_tiny_model: Callable[..., Path]) -> No
 )
 def test_a_template_that_ignores_the_turns_is_refused(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
-    message = (
-        r"the model '.*llama.*' gives the same text for different turns, so every row would score alike\. Correct it"
-    )
+    message = r"the model '.*llama.*' gives the same text for different turns, so all rows would have the same score\. Correct it"
     for _ in range(2):  # what was found once is found again
         with pytest.raises(SparsortError, match=message):
             need_chat_template(tokenizer)

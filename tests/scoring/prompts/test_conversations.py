@@ -81,10 +81,10 @@ def test_a_conversation_that_is_missing_has_no_turns(nothing: Any) -> None:
         ([{"role": "user", "content": {"text": "x"}}], "has a dictionary as its content"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-            "'image_url', and only text",
+            "'image_url', but only text",
         ),
-        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "'text', and only text"),
-        ([{"role": "user", "content": [5]}], "a number, and only text"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "'text', but only text"),
+        ([{"role": "user", "content": [5]}], "a number, but only text"),
     ],
 )
 def test_a_conversation_with_other_content_than_text_is_refused_with_the_row(value: Any, message: str) -> None:
@@ -165,7 +165,7 @@ def test_the_scores_are_those_of_the_same_turns_as_templates(folder: str) -> Non
 
 def test_every_row_of_a_table_is_looked_at_before_a_model_runs(folder: str) -> None:
     turns = [TURNS, TURNS, [{"role": "tool", "content": "5"}]]
-    with pytest.raises(SparsortError, match=r"row 2: turn 0 of 'messages' holds a tool call"):
+    with pytest.raises(SparsortError, match=r"row 2: turn 0 of 'messages' contains a tool call"):
         sparsort.LengthScorer(model=folder).score(pa.table({"messages": turns}), messages="messages")
 
 

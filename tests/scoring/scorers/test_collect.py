@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sparsort.kernels.backend import sparsity_metrics
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
-from sparsort.scoring.model.backbone import Piece
+from sparsort.scoring.model.backbone import StateChunk
 from sparsort.scoring.model.batching import Limits, Plan, plan
 from sparsort.scoring.scorers.collect import Measurement, Reading, SquareSum, StateCollector, finished_rows
 from sparsort.scoring.scorers.pooling import OutlierFit
@@ -60,7 +60,7 @@ def _states(readings: Sequence[Reading], how: Plan, dtype: torch.dtype, bad: Seq
     return rows
 
 
-def _pieces(readings: Sequence[Reading], how: Plan, states: States, chunk: int) -> list[Piece]:
+def _pieces(readings: Sequence[Reading], how: Plan, states: States, chunk: int) -> list[StateChunk]:
     """The pieces of a walk, padded with what must not be read."""
     walks = [(rows, 0, np.full(len(rows), how.depth), True) for rows in how.head_batches]
     for rows in how.batches:
@@ -77,11 +77,13 @@ def _pieces(readings: Sequence[Reading], how: Plan, states: States, chunk: int) 
                 for site in WIDTHS:
                     padded[site] = padded[site].to(states[0][site].dtype)
                     padded[site][place, :length] = states[sources[number]][site][start : start + length]
-            pieces.append(Piece(rows=rows[live], start=start, lengths=lengths, states=padded, is_head=is_head))
+            pieces.append(StateChunk(rows=rows[live], start=start, lengths=lengths, states=padded, is_head=is_head))
     return pieces
 
 
-def _walk(dtype: torch.dtype, chunk: int, bad: Sequence[int] = ()) -> tuple[list[Reading], Plan, States, list[Piece]]:
+def _walk(
+    dtype: torch.dtype, chunk: int, bad: Sequence[int] = ()
+) -> tuple[list[Reading], Plan, States, list[StateChunk]]:
     readings = _readings(np.random.default_rng(5))
     ids = [list(reading.ids) for reading in readings]
     how = plan(ids, Limits(tokens=40, kept=400, depth=min(reading.prompt_end for reading in readings) + 2))
@@ -115,7 +117,7 @@ def _plain(m: Measurement, reading: Reading, rows: dict[str, torch.Tensor], scal
 
 
 def _collect(
-    measurements: Sequence[Measurement], readings: list[Reading], how: Plan, pieces: list[Piece], **options: Any
+    measurements: Sequence[Measurement], readings: list[Reading], how: Plan, pieces: list[StateChunk], **options: Any
 ) -> StateCollector:
     collector = StateCollector(readings, how, measurements, **options)
     for piece in pieces:

@@ -74,7 +74,7 @@ def test_memory_and_folder_give_the_same_scores(tmp_path: Path) -> None:
 def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = run(open_rows(ROWS), Lengths(), out=tmp_path / "out", shard_rows=100)
     read: list[Any] = []
-    monkeypatch.setattr(shards, "_MOST_HELD", 0)
+    monkeypatch.setattr(shards, "_MAX_WHOLE_ROWS", 0)
     monkeypatch.setattr(shards, "read_shard", lambda path, columns: read.append(columns) or read_shard(path, columns))
     assert len(scores) == 390
     assert scores.metrics == ["length", "minus"]

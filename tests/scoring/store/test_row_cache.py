@@ -295,11 +295,11 @@ def _key(number: int) -> bytes:
 
 
 def test_small_files_are_merged_and_nothing_is_lost(cache: Path) -> None:
-    for number in range(row_cache._MOST_FILES + 5):
+    for number in range(row_cache._MAX_FILES + 5):
         RowCache().through({"a": 1}, [_key(number)], _fill(number))
-    assert len(_files(cache)) <= row_cache._MOST_FILES
+    assert len(_files(cache)) <= row_cache._MAX_FILES
     counts = RowCache()
-    keys = [_key(number) for number in range(row_cache._MOST_FILES + 5)]
+    keys = [_key(number) for number in range(row_cache._MAX_FILES + 5)]
     values, _ = counts.through({"a": 1}, keys, _fill(-1))
     assert counts.read == 0
     assert values[:, 0].tolist() == list(range(len(keys)))
@@ -307,15 +307,15 @@ def test_small_files_are_merged_and_nothing_is_lost(cache: Path) -> None:
 
 def test_large_files_are_not_merged(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_cache, "_LARGE_BYTES", 100)
-    for number in range(row_cache._MOST_FILES + 5):
+    for number in range(row_cache._MAX_FILES + 5):
         RowCache().through({"a": 1}, [_key(number)], _fill(number))
-    assert len(_files(cache)) == row_cache._MOST_FILES + 5
+    assert len(_files(cache)) == row_cache._MAX_FILES + 5
 
 
 def test_a_reader_whose_files_are_merged_meanwhile_looks_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         RowCache().through({"a": 1}, [_key(number)], _fill(number))
-    monkeypatch.setattr(row_cache, "_MOST_FILES", 1)
+    monkeypatch.setattr(row_cache, "_MAX_FILES", 1)
     (folder,) = cache.iterdir()
     read_bytes = Path.read_bytes
     merged: list[bool] = []
@@ -361,7 +361,7 @@ import sys
 import numpy as np
 from sparsort.scoring.store import row_cache
 from sparsort.scoring.store.row_cache import RowCache
-row_cache._MOST_FILES = 3
+row_cache._MAX_FILES = 3
 start, n = int(sys.argv[1]), 40
 def read(numbers):
     return np.array([[float(start + i)] for i in numbers]), [""] * len(numbers)
@@ -453,4 +453,4 @@ def test_code_that_ships_with_a_model_is_no_part_of_its_weights(model: str, cach
     assert row_cache.obstacle(backbone) is None
     backbone.loaded.model.add_module("own", type("Own", (torch.nn.Module,), {"__module__": "transformers_modules.x"})())
     backbone.mark_as_own()
-    assert "code of its own" in str(row_cache.obstacle(backbone))
+    assert "runs its own code" in str(row_cache.obstacle(backbone))

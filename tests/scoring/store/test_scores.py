@@ -216,14 +216,14 @@ def test_a_table_that_has_no_scores_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(SparsortError, match="cannot be read as Parquet"):
         Scores.load(tmp_path / "a.parquet")
-    with pytest.raises(SparsortError, match="no score folder"):
+    with pytest.raises(SparsortError, match="is not a score folder"):
         Scores.load(tmp_path / "none")
-    with pytest.raises(SparsortError, match="no score folder"):
+    with pytest.raises(SparsortError, match="is not a score folder"):
         Scores.load(tmp_path)
 
 
 def test_save_does_not_write_over_other_scores(tmp_path: Path) -> None:
     make([1.0, 2.0]).save(tmp_path / "a")
-    with pytest.raises(SparsortError, match="already holds scores"):
+    with pytest.raises(SparsortError, match="already contains scores"):
         make([3.0, 2.0]).save(tmp_path / "a")
     assert Scores.load(tmp_path / "a").difficulty.tolist() == [1.0, 2.0]

@@ -98,7 +98,7 @@ def test_columns_of_many_shards_are_read_once(tmp_path: Path, monkeypatch: pytes
     assert scores.table.equals(_table(0, 10).combine_chunks())
     assert opened == [f"shard-{index:05d}.parquet" for index in range(5)]
     # Beyond the rows that are kept in memory, only the named columns are read.
-    monkeypatch.setattr(shards, "_MOST_HELD", 9)
+    monkeypatch.setattr(shards, "_MAX_WHOLE_ROWS", 9)
     scores = Scores.load(tmp_path)
     assert scores.ids == [f"q{row}" for row in range(10)]
     assert scores.column("n_tokens").tolist() == list(range(10))

@@ -88,13 +88,13 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(SparsortError, match=r"is no score folder: it holds thesis\.tex, but no manifest"):
+    with pytest.raises(SparsortError, match=r"is not a score folder: it contains thesis\.tex, but no manifest"):
         begin(tmp_path)
     assert names(tmp_path) == ["thesis.tex"]
     store = begin(tmp_path / "scores")
     store.write(0, TABLE, "d0")
     (tmp_path / "scores" / "manifest.json").unlink()
-    with pytest.raises(SparsortError, match=r"holds shard-00000.parquet, but no manifest"):
+    with pytest.raises(SparsortError, match=r"contains shard-00000.parquet, but no manifest"):
         begin(tmp_path / "scores")
 
 
@@ -154,7 +154,7 @@ def test_a_shard_of_other_rows_or_settings_is_refused(tmp_path: Path) -> None:
     pq.write_table(TABLE, store.path(2))
     notes: list[str] = []
     assert not store.is_done(2, "d2", notes.append)
-    assert "not a shard of scores as sparsort writes them" in notes[0]
+    assert "it was not written by sparsort" in notes[0]
 
 
 def test_shards_beyond_the_data_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`scoring.store.unsealed`: scores from before there were digests are read if intact, and refused or scored again if not.
+"""Scores of version 0.1, which have no digests, are read if intact, and refused or scored again if not.
 
 `tests/data/scores_version_1` is a folder as sparsort 0.1 wrote it: 50 rows, thirteen metrics, one shard. One flipped bit of its
 footer (byte 10255) makes Parquet readers give 34 rows without an error.
@@ -21,9 +21,9 @@ from sparsort.errors import SparsortError
 from sparsort.recipes.cli.app import app
 from sparsort.scoring.data.rows import RowSource, open_rows
 from sparsort.scoring.scorers.run_shards import run
+from sparsort.scoring.store.score_tables import find_other_difficulty, find_problem
 from sparsort.scoring.store.scores import Scores
 from sparsort.scoring.store.shards import ShardStore
-from sparsort.scoring.store.unsealed import find_other_difficulty, find_problem
 
 OLD = Path(__file__).parents[2] / "data" / "scores_version_1"
 BYTE, BIT = 10255, 5
@@ -175,11 +175,11 @@ def test_impossible_tables_of_scores_are_refused() -> None:
     difficulty = table["difficulty"].to_numpy().copy()
     difficulty[3] = np.nan
     changed: list[tuple[str, pa.Array, str]] = [
-        ("difficulty", pa.array(difficulty), "a difficulty without the status"),
-        ("status", pa.array(["okay"] * 50), "'okay' is no status"),
+        ("difficulty", pa.array(difficulty), "a difficulty but not the status"),
+        ("status", pa.array(["okay"] * 50), "'okay' is not a status"),
         ("n_tokens", pa.array([-1] * 50, pa.int32()), "is negative"),
         ("reason", pa.array([None] * 50, pa.string()), "values are missing"),
-        ("gini", pa.array(["a"] * 50), "not those of scores"),
+        ("gini", pa.array(["a"] * 50), "not those of a table of scores"),
     ]
     for name, column, problem in changed:
         place = table.schema.get_field_index(name)
