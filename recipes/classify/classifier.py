@@ -92,7 +92,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         demonstrations_: the rows in the prompt, with their label, in the first order.
         prior_: (L,) the label shares that predictions assume.
         gains_: what each ingredient gained on the calibration rows, cross-fitted, and its cost in tokens.
-        tokens_read_: tokens that the model has read, in `fit` and every `predict` since.
+        tokens_read_: tokens that the model read in `fit`.
         model_name_: the name of the model.
         n_features_in_, feature_names_in_: as in scikit-learn, for arrays and frames.
     """
@@ -183,18 +183,25 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises:
             SparsortError: rows without a field of the prompt, or a prompt longer than the model's context.
         """
+        return self.predict_with_cost(X)[0]
+
+    def predict_with_cost(self, X: Any) -> tuple[Floats, int]:
+        """`predict_log_proba`, and the number of tokens that the model read for it.
+
+        Raises:
+            SparsortError: as `predict_log_proba`.
+        """
         check_is_fitted(self, "classes_")
         rows = self._rows(X, reset=False)
         reader = self._reader()
         log_p = reader.scores(self._orders, [self.task_.query_text(row) for row in rows], title="rows")
-        self.tokens_read_ += reader.tokens_read
         bias, shares = self._bias, self.prior_
         if self.transductive:
             bias = self._calibration.estimate(replace(self._evidence, labelled=None, unlabelled=log_p))
             shares = self._estimate_shares(log_p) if self._prior_is_estimated else shares
         log_proba = combine_orders(bias.remove(log_p), np.log(shares))
         self._warn_about_shares(log_proba, shares)
-        return log_proba
+        return log_proba, reader.tokens_read
 
     def predict_proba(self, X: Any) -> Floats:
         """The probability of each class, (n, L)."""

@@ -262,20 +262,20 @@ def classify(
         started = time.monotonic()
         classifier.fit(rows, y, unlabelled=queries if settings.prior == "estimated" else None)
         fitted = time.monotonic()
-        proba = classifier.predict_proba(queries)
+        log_proba, tokens = classifier.predict_with_cost(queries)
         ended = time.monotonic()
     classes = [str(value) for value in classifier.classes_]
     return Classified(
         ids=[name for name, _ in named],
         texts=[classifier.task_.query_text(row) for row in queries],
         classes=classes,
-        proba=proba,
+        proba=np.exp(log_proba),
         gold=None if gold is None else _positions(gold, classes),
         gains=[asdict(gain) for gain in classifier.gains_],
         gains_table=classifier.gains_table(),
         notes=[str(one.message) for one in caught if issubclass(one.category, UserWarning)],
         seconds={"fit": round(fitted - started, 2), "predict": round(ended - fitted, 2)},
-        tokens=classifier.tokens_read_,
+        tokens=classifier.tokens_read_ + tokens,
         provenance={"model": classifier.model_name_, "task": classifier.task_.digest, **asdict(settings)},
     )
 

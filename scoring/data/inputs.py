@@ -39,11 +39,12 @@ def readable(source: Any) -> Any:
     if (convert := _CONVERTERS.get((package, type(source).__name__))) is not None:
         source = convert(source)
     if isinstance(source, Mapping):
-        return _from_columns(source)
+        # A dataset with several splits is a mapping too, whose values are not columns; `open_rows` lists the splits.
+        return source if type(source).__name__ in ("DatasetDict", "IterableDatasetDict") else _from_columns(source)
     if isinstance(source, (Iterator, _iterable_dataset())):
         source = list(source)
         _LOG.info("read %d rows into memory, because they can be read only once", len(source))
-    if isinstance(source, Sequence) and any(isinstance(row, str) for row in source):
+    if isinstance(source, Sequence) and len(source) and isinstance(source[0], str):
         return _from_texts(source)
     return source
 

@@ -27,6 +27,7 @@ import numpy as np
 from sparsort.errors import SparsortError, did_you_mean
 from sparsort.paths import spell
 from sparsort.scoring.data.columnar import arrow_reader, dataset_reader, folder_reader, parquet_reader, table_reader
+from sparsort.scoring.data.inputs import readable
 from sparsort.scoring.data.json_files import json_reader
 from sparsort.scoring.data.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader
 from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
@@ -42,17 +43,6 @@ Item = TypeVar("Item")
 
 # Suffix → delimiter of the cells; None if it is detected from the first records of the file.
 _DELIMITERS: Mapping[str, str | None] = {".csv": None, ".tsv": "\t"}
-
-_NEXT_STEP = {
-    "IterableDataset": "Save it first, as JSONL or with datasets.Dataset.from_generator(lambda: iter(stream)).",
-    "generator": "Make it a list, or a file of JSON lines.",
-    "DataFrame": "Pass frame.to_dict('records'), or datasets.Dataset.from_pandas(frame).",
-    "polars.DataFrame": "Pass frame.to_dicts(), or frame.to_arrow().",
-    "polars.LazyFrame": "Pass frame.collect().to_arrow().",
-    "RecordBatch": "Pass pyarrow.Table.from_batches([batch]).",
-    "RecordBatchReader": "Pass reader.read_all().",
-    "dict": "Pass a list of rows; for a dict of columns use datasets.Dataset.from_dict(columns).",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,12 +330,15 @@ def open_rows(
     Args:
         source: a path to `.jsonl`, `.ndjson`, `.json` (an array or columns, which are read into memory, or lines), `.csv`,
             `.tsv` (these also gzipped), `.parquet`, `.arrow`, a folder of Parquet files or one that `Dataset.save_to_disk`
-            wrote; a `datasets.Dataset`; a `pyarrow.Table`; a list of dicts; or a `RowSource`, which is returned unchanged.
+            wrote; "hub:owner/name:split" for a dataset of the hub; a list of dictionaries or of texts, which become the field
+            "text"; a dictionary of columns; a frame of pandas or polars; a table, batch or stream of Arrow; a
+            `datasets.Dataset`; a streamed dataset, generator or iterator, which is read into memory; or a `RowSource`,
+            which is returned unchanged.
         id_column, content: see `RowSource`.
         columns: names of the columns of a CSV or TSV file without a header.
 
     Raises:
-        SparsortError: the path does not exist, the format is unknown, the source cannot be read twice, or `columns` was given
+        SparsortError: the path does not exist, the format or the type is unknown, or `columns` was given
             for a source whose columns have names.
     """
     if isinstance(source, RowSource):
@@ -383,15 +376,12 @@ def _reader(source: Any) -> Reader:
     if arrow is not None and isinstance(source, arrow.Table):
         return table_reader(source, f"table of {source.num_rows} rows")
     kind = type(source).__name__
-    package = type(source).__module__.partition(".")[0]
-    step = _NEXT_STEP.get(f"{package}.{kind}") or _NEXT_STEP.get(
-        kind, "Pass a path, a datasets.Dataset or a list of dicts."
+    step = (
+        "Pass a path, a list of dictionaries or texts, a dictionary of columns, a frame, an Arrow table or a dataset."
     )
     if kind in ("DatasetDict", "IterableDatasetDict"):
         step = f"Pass one of its splits: {', '.join(f'dataset[{name!r}]' for name in source)}."
-    raise SparsortError(
-        f"cannot read rows from a {kind}, because rows are read more than once and from any position. {step}"
-    )
+    raise SparsortError(f"cannot read rows from a {kind}. {step}")
 
 
 def _path_reader(path: Path) -> Reader:

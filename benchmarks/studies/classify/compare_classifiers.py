@@ -83,8 +83,8 @@ def few_shot(data: Data, seed: int, **settings: Any) -> tuple[list[str], int]:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        predicted = classifier.fit(data.train, data.y).predict(data.test)
-    return predicted.tolist(), classifier.tokens_read_
+        log_proba, tokens = classifier.fit(data.train, data.y).predict_with_cost(data.test)
+    return classifier.classes_[log_proba.argmax(axis=1)].tolist(), classifier.tokens_read_ + tokens
 
 
 def full_prompts(data: Data, seed: int) -> tuple[list[str], int]:

@@ -229,5 +229,5 @@ def test_chat(make_tiny_model: Callable[..., Path]) -> None:
     assert model.predict(TEXTS[:2]).shape == (2,)
 
 
-def test_scikit_learns_failed_checks(tiny: ModelSpec) -> None:
+def test_scikit_learns_own_checks(tiny: ModelSpec) -> None:
     assert failed_checks(FewShotClassifier(tiny, k=2, calibration_rows=8)) == {}
