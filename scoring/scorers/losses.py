@@ -1,6 +1,6 @@
-"""Scorers that read the language-model head: the model's own loss, and its entropy.
+"""Scorers that read the language-model head: the model's own loss, and the entropy of its prediction.
 
-They are what a sparsity score is measured against: difficulty as the model itself has it.
+They measure difficulty directly from the model's predictions, and a sparsity score is compared with them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 
 
 class LossScorer(ModelScorer):
-    """Ranks examples by the model's own loss: mean negative log-likelihood in nats a token.
+    """Ranks examples by the model's own loss: mean negative log-likelihood in nats per token.
 
     Args:
         model: see `ModelScorer`, with its other arguments.
-        on: "answer" (its tokens given the prompt; needs `answer=`) or "prompt" (its tokens but the first; an answer behind it is
-            not read).
+        on: "answer" (the answer's tokens given the prompt; needs `answer=`) or "prompt" (all tokens of the prompt except the
+            first; an answer is ignored).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LossScorer(ModelScorer):
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         if self.on == "answer" and request.prompt.answer is None:
             raise SparsortError(
-                "the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'."
+                "the loss on the answer needs an answer. Pass answer='…' (--answer), for example ' {answer}'."
             )
         provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
         return _HeadJob(self, request, encoder, provenance, self.head, reads=self.on)
@@ -107,24 +107,26 @@ class _HeadJob(ModelJob):
         ]
 
     def plan(self, encoded: Sequence[Encoded]) -> Plan:
-        # The state that predicts the first wanted token must be computed in the row itself.
+        # The state that predicts the first scored token must be computed in the row: the head sees the next token of one row
+        # only, and rows that share their beginning may continue differently.
         first = min((self._span(item)[0] for item in encoded), default=0)
         return self.backbone.plan([item.ids for item in encoded], max_depth=first)
 
     def _span(self, item: Encoded) -> tuple[int, int]:
-        """Positions whose states are read, from and to (exclusive); each predicts the token behind it."""
+        """Return the first position whose state is read, and the exclusive end; each state predicts the token after it."""
         if self.reads == "next_token":
             return len(item.ids) - 1, len(item.ids)
         if self.reads == "answer":
             return max(item.answer_start - 1, 0), len(item.ids) - 1
         return max(item.n_lead - 1, 0), item.answer_start - 1
 
-    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+    def read(self, encoded: Sequence[Encoded], plan: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
         ids = [item.ids for item in encoded]
         spans = np.array([self._span(item) for item in encoded], dtype=np.int64)
         total = np.zeros(len(ids))
-        for piece in self.backbone.walk(ids, how, [self.site]):
+        for piece in self.backbone.walk(ids, plan, [self.site]):
             advance(finished_rows(piece, ids))
+            # No state of a shared head is read: see `plan`.
             if piece.is_head:
                 continue
             positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
