@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparsort.recipes.calibrate import calibrate as calibrate
     from sparsort.recipes.choose.choose import choose_order as choose_order
     from sparsort.recipes.report import write_report as write_report
-    from sparsort.scoring.calibration.calibrated import CalibratedScorer as CalibratedScorer
+    from sparsort.scoring.calibration.calibration import CalibratedScorer as CalibratedScorer
     from sparsort.scoring.calibration.calibration import Calibration as Calibration
     from sparsort.scoring.scorers.baselines import ColumnScorer as ColumnScorer
     from sparsort.scoring.scorers.baselines import CompressionScorer as CompressionScorer
@@ -64,7 +64,7 @@ _HOME = {
     "ablate": "recipes.ablate",
     "choose_order": "recipes.choose.choose",
     "Calibration": "scoring.calibration.calibration",
-    "CalibratedScorer": "scoring.calibration.calibrated",
+    "CalibratedScorer": "scoring.calibration.calibration",
     "Results": "curriculum.ablation.results.results",
     "calibrate": "recipes.calibrate",
     "write_report": "recipes.report",
