@@ -153,6 +153,7 @@ class Writer:
     def _ban(self, rows: Sequence[int], logits_BV: Tensor) -> None:
         for number, row in enumerate(rows):
             ngrams = self._rows[row].ngrams
+            # Words of a template repeat in every demonstration, and are exempt.
             banned = sorted(ngrams.would_repeat() - self._sampling.kept) if ngrams is not None else []
             if banned:
                 logits_BV[number, banned] = -torch.inf
@@ -184,6 +185,7 @@ class Writer:
             row.text.add(token)
         if row.ended or len(row.ids) >= self._most:
             row.text.finish()
+        # After `finish`, because the text of the last tokens may complete a stop string.
         row.ended = row.text.cut(self._stop) or row.ended
 
 
@@ -253,6 +255,7 @@ class _Text:
         if (now.endswith("\ufffd") and not final) or len(now) <= len(before):
             return
         self.text += now[len(before) :]
+        # The tokens just decoded are the context of the next ones: a decoder may drop a space before its first token.
         self._begin, self._end = self._end, len(self._ids)
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -99,6 +99,7 @@ def generate(
     shared = [token for segment in tree.segments for token in segment]
     writer = Writer(
         reader.loaded.tokenizer,
+        # A writer needs the whole prompt, for the n-grams that must not be repeated and for the context of the decoding.
         [[*([] if passage.whole else shared), *passage.stem] for passage in tree.passages],
         max_new_tokens=max_new_tokens,
         stop=stop,
@@ -215,6 +216,7 @@ class _Generation:
         # The last token of a row is never run, so it needs no room.
         room = len(self.passages[batch[0]].stem) + self.max_new_tokens - 1
         tails = Tails(self._first_passes(prefix, batch, rows), room, len(batch))
+        # The state of the last prompt token predicts the first new token.
         state_BH = torch.stack([self.states[last.name][row] for row in rows])
         while True:
             token_B = self.writer.write(rows, self.reader.head.logits(state_BH))
@@ -250,10 +252,10 @@ class _Generation:
         for row in batch:
             by_length.setdefault(len(self.passages[row].stem), []).append(row)
         for rows in by_length.values():
-            self._run_whole_of_one_length(rows)
+            self._transformers_generate(rows)
             yield len(rows)
 
-    def _run_whole_of_one_length(self, rows: Sequence[int]) -> None:
+    def _transformers_generate(self, rows: Sequence[int]) -> None:
         model = self.reader.loaded.model
         ids = torch.tensor([self.passages[row].stem for row in rows], device=self.reader.backbone.device)
         self.reader.reader.n_tokens += ids.numel()
@@ -290,6 +292,7 @@ class _WriterTokens:
                 self._generation.keep(row, {site: states[number] for site, states in ends.items()})
         writer = self._generation.writer
         live = [number for number, row in enumerate(self._rows) if not writer.is_done(row)]
+        # Complete rows stay in the batch and get token 0, which is not recorded.
         token_B = torch.zeros(len(self._rows), dtype=torch.long, device=scores_BV.device)
         token_B[live] = writer.write([self._rows[number] for number in live], scores_BV[live].float())
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B[:, None], 0.0)

@@ -113,11 +113,7 @@ JUDGES: dict[str, Callable[[str, str], Verdict]] = {"exact": judge_exact, "numbe
 
 
 def judge_of(name: str) -> Callable[[str, str], Verdict]:
-    """Return the judge of this name, after checking that what it needs is installed.
-
-    Raises:
-        SparsortError: there is no such judge, or math-verify is not installed.
-    """
+    """Return the judge of this name, or raise `SparsortError` if there is none or if math-verify is needed and missing."""
     if name not in JUDGES:
         raise unknown_choice("judge of generated answers", name, JUDGES)
     if name == "math":
@@ -126,20 +122,12 @@ def judge_of(name: str) -> Callable[[str, str], Verdict]:
 
 
 def check_gold(name: str, gold: str) -> None:
-    """Check that a judge can read a gold answer.
-
-    Raises:
-        SparsortError: it cannot, there is no such judge, or math-verify is not installed.
-    """
+    """Raise `SparsortError` if a judge cannot read a gold answer, or if `judge_of` would raise it."""
     judge_of(name)("", gold)
 
 
 def _math_verify() -> Any:
-    """Import math-verify.
-
-    Raises:
-        SparsortError: it is not; the message says how to install it.
-    """
+    """Import math-verify, or raise `SparsortError` with the command that installs it."""
     return need("math_verify", "eval", "judging mathematical answers")
 
 
@@ -153,6 +141,7 @@ def _read(match: re.Match[str] | None) -> tuple[Fraction, str] | None:
         if int(below) == 0:
             return None
         value, digits = value / int(below), f"{digits}/{below}"
+    # The second character is the minus sign of Unicode, which models write too.
     is_negative = (match["sign"] or match["sign_after"]) in ("-", "−")
     return (-value, f"-{digits}") if is_negative else (value, digits)
 
@@ -218,6 +207,7 @@ class _JudgeProcess:
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
             reply = process.stdout.readline()
+        # The end of the process closes its standard output, and `readline` returns an empty text.
         if not reply:
             raise SparsortError(
                 f"the process that judges mathematical answers ended with code {process.wait()}; it may have run out of "

@@ -143,6 +143,7 @@ class PrefixReader:
         ids = tuple(token for segment in segments for token in segment)
         ends = np.cumsum([len(segment) for segment in segments]).tolist()
         known: Prefix | None = None
+        # The longest known beginning is looked for first.
         for end in reversed(ends):
             if (known := self._kept.get(ids[:end])) is not None:
                 self._kept.move_to_end(ids[:end])
@@ -151,6 +152,7 @@ class PrefixReader:
         if len(known) < len(ids):
             while len(known) < len(ids):
                 known = self._extend(known, ids[: len(known) + _EXTENDED_AT_ONCE])
+            # Every border is a key of its own, so that another prefix can begin with any number of these segments.
             for end in ends:
                 self._kept.setdefault(ids[:end], known.head(end))
                 self._kept.move_to_end(ids[:end])
@@ -167,6 +169,7 @@ class PrefixReader:
             }
             return sum(stores.values())
 
+        # The last prefix is kept even if it is larger than the limit, because it is about to be used.
         while len(self._kept) > 1 and used_bytes() > self._kept_bytes:
             self._kept.popitem(last=False)
 
@@ -175,6 +178,7 @@ class PrefixReader:
         block = self.read(parent, own, sites=())
         layers = []
         for number in range(len(self.backbone.blocks)):
+            # The pass computed only the new tokens, which follow those of the parent.
             keys, values = block.layers[number]
             if len(parent):
                 before = parent.layers[number]
@@ -256,6 +260,7 @@ class PrefixReader:
             )
         self.n_tokens += ids_BT.numel()
         self.n_fused_tokens += ids_BT.numel() if current.fuse else 0
+        # Remembers the sliding windows that layers passed to `attend`, for `_unseen_window`.
         self._windows |= current.masks.keys()
         return caught
 
@@ -278,6 +283,7 @@ class PrefixReader:
             ours = self._read_twice(prefix, whole[:, cut:], site)
         except CANNOT as error:
             return f"its attention cannot be replaced ({type(error).__name__}: {first_line(error)[:120]})"
+        # Some modules see batch and tokens as one dimension, hence the view.
         theirs = caught[site.name].view(2, n, -1)[:, cut:].repeat(1, 2, 1)
         if (gap := _gap(ours.reshape(theirs.shape), theirs)) is not None:
             return f"states after a prefix differ from those of the whole text (by {gap:.1e} of their size)"
@@ -320,6 +326,7 @@ class PrefixReader:
         whole, cut = self._probe_ids()
         site, name = self.backbone.site("pre_norm"), self.backbone.loaded.name
         prefix = self._extend(Prefix(ids=(), layers=[]), tuple(whole[0, :cut].tolist()))
+        # As many copies as it takes to reach the size from which passes run compiled.
         rows = whole[:, cut:].repeat(-(-_LEAST_FUSED // (whole.numel() - 2 * cut)), 1)
         plain = self.read(prefix, rows, sites=[site]).states[site.name]
         self._fused = FusedBlocks(list(self.backbone.blocks))

@@ -96,6 +96,7 @@ class Tails:
         keys, values = (part[: self._n_rows] for part in self._layers[layer])
         keys[rows, :, self.lengths_B] = keys_BK1D[:, :, 0]
         values[rows, :, self.lengths_B] = values_BK1D[:, :, 0]
+        # Columns beyond the longest row are not passed on, so that the products grow only with the tokens that there are.
         return keys[:, :, : self.width], values[:, :, : self.width]
 
     def advance(self) -> None:
@@ -110,6 +111,7 @@ class Tails:
         """
         stays = set(rows)
         count = len(stays)
+        # A row below `count` that stays keeps its place; each hole below `count` is filled by a row from above it.
         order = list(range(count))
         holes = [place for place in order if place not in stays]
         movers = sorted(stays - set(order))
@@ -129,9 +131,7 @@ class PrefixPass:
     """The state of one forward pass after a prefix, which `attend` reads in every layer.
 
     Attributes:
-        prefix: the prefix.
-        query_BT: positions of the queries.
-        key_BS: positions of the rows' own keys.
+        query_BT, key_BS: positions of the queries and of the rows' own keys.
         visible_BTS: whether a query sees one of the rows' own keys, apart from a sliding window.
         tails: earlier tokens of the rows, for a pass over one more token; None for a pass over whole rows.
         fuse: whether the steps between matrix products run compiled.
@@ -149,11 +149,9 @@ class PrefixPass:
     masks: dict[int | None, tuple[Tensor | None, Tensor | None, int]] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> tuple[Tensor | None, Tensor | None, int]:
-        """Compute the masks under a sliding window.
+        """Return additive masks under a sliding window, and the first token P' of the prefix that any query sees.
 
-        Returns:
-            (B, T, P') and (B, T, S) additive masks for the prefix and the rows' own keys, where the first is None if every query
-            sees the whole part, and the index of the first prefix token in P'.
+        The masks are (B, T, P - P') for the prefix, None if all of it is visible, and (B, T, S) for the rows' own keys.
         """
         if window not in self.masks:
             own = self.visible_BTS
@@ -199,6 +197,7 @@ def attend(
     K = key_BKSD.shape[1]
     scale = D**-0.5 if scaling is None else scaling
     before, own, begin = current.mask(sliding_window)
+    # Heads that share keys are next to each other, so they can be split off as one dimension.
     grouped = query_BHTD.transpose(1, 2).reshape(B, T, K, H // K, D)
     out, top, total = _part(grouped, key_BKSD, value_BKSD, scale, own, current.fuse)
     if len(current.prefix) > begin:
@@ -206,6 +205,7 @@ def attend(
         shared = _part(grouped, keys[:, :, begin:], values[:, :, begin:], scale, before, current.fuse)
         out = (fused(_join) if current.fuse else _join)(out, top, total, *shared)
     else:
+        # No token of the prefix is within the window, or there is no prefix.
         out = out.div_(total.to(out.dtype))
     return out.reshape(B, T, H, D), None
 
@@ -223,10 +223,7 @@ def _join(out: Tensor, top: Tensor, total: Tensor, other_out: Tensor, other_top:
 def _weigh(scores: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the weights exp(score − largest score) in the dtype of the scores, and in fp32 the largest score and their sum.
 
-    Args:
-        scores: (rows, K, B / rows, T, G, S) products of queries and keys.
-        mask: (rows, 1, B / rows, T, 1, S) additive mask.
-        scale: factor of the scores.
+    The products `scores` are (rows, K, B / rows, T, G, S), and the additive `mask` is (rows, 1, B / rows, T, 1, S).
     """
     scaled = scores.float().mul_(scale)
     if mask is not None:
@@ -242,15 +239,8 @@ def _part(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to a part of the keys, without the softmax's division.
 
-    Args:
-        query_BTKGD: queries, grouped by their heads of keys.
-        key, value: (B, K, S, D), or (1, K, S, D) if all rows share them.
-        scale: factor of the scores.
-        mask: (B, T, S) additive mask; None for none.
-        fuse: run `_weigh` compiled.
-
-    Returns:
-        The sum of the values by their weights, (B, T, K, G, D), the largest score and the sum of the weights, (B, T, K, G, 1).
+    `key` and `value` are (B, K, S, D), or (1, K, S, D) if all rows share them, and `mask` is (B, T, S). Returns the weighted sum
+    of the values, (B, T, K, G, D), and the largest score and the sum of the weights, (B, T, K, G, 1) each.
     """
     B, T, K, G, D = query_BTKGD.shape
     S = key.shape[2]

@@ -89,6 +89,7 @@ class AnswerReader:
         self, loaded: LoadedModel, *, token_budget: int | None = None, chat: bool = False, compile: bool = False
     ) -> None:
         self.loaded = loaded
+        # A GPU has a larger default, which compiling does not change.
         if compile and token_budget is None and loaded.device.value.type == "cpu":
             token_budget = _COMPILED_BUDGET
         self.backbone = Backbone(loaded, token_budget=token_budget)
@@ -192,12 +193,9 @@ class AnswerReader:
         return tree
 
     def _bare_tree(self, chunks: Sequence[str], texts: Sequence[str]) -> TokenTree | None:
-        """Encode texts that directly follow a prefix.
+        """Encode texts that directly follow a prefix; None if there is no prefix, or if it cannot be tokenised in chunks.
 
         The last token of the prefix becomes the stem of every text, because its state predicts the first token of the text.
-
-        Returns:
-            None if there is no prefix, or if its chunks cannot be tokenised separately.
         """
         segments = self.trees.segments(chunks) if self.reader.why_not is None else None
         if not segments:
@@ -272,6 +270,7 @@ class AnswerReader:
         texts = []
         for row in places:
             stem, chains = passages[row].stem, passages[row].chains
+            # Passages number the tokens of all chains of a pass, and here each chain is in a text of its own.
             begins = itertools.accumulate(map(len, chains), initial=len(stem))
             run = [(row, begin, [*stem, *chain]) for begin, chain in zip(begins, chains, strict=False) if chain]
             texts += run or [(row, len(stem), [*stem])]
@@ -293,12 +292,14 @@ class AnswerReader:
 
     def _finish(self, gathered: _Gathered, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Apply the head and the metrics to the gathered states; returns log-probabilities, (Q, L), and features, (Q, F)."""
+        # One state can predict the first token of several answers, and goes through the head once.
         place = {key: number for number, key in enumerate(gathered.last)}
         last_NH = torch.stack(list(gathered.last.values()))
         normaliser_N, entropy_N = self._normalisers(last_NH)
         rows, answers, tokens, before = gathered.scored(place)
         log_p = np.zeros((len(gathered.ends), n_answers))
         if len(rows):
+            # log p of a token is its logit minus the normaliser of its position, log Σ exp(logits).
             np.add.at(log_p, (rows, answers), self._of_tokens(last_NH[before], tokens) - normaliser_N[before])
         ends = [place[row, end] for row, end in enumerate(gathered.ends)]
         states = {site: torch.stack(rows) for site, rows in gathered.sites.items()}

@@ -98,6 +98,7 @@ class TokenTree:
 
     def groups(self) -> Iterator[tuple[list[tuple[int, ...]], list[int]]]:
         """Yield (segments, places): the queries that follow the prefix, then those that include its text themselves."""
+        # Without segments there is no prefix, and every passage has its whole text in the stem.
         cut = [place for place, passage in enumerate(self.passages) if self.segments and not passage.whole]
         taken = set(cut)
         whole = [place for place in range(len(self.passages)) if place not in taken]
@@ -156,14 +157,7 @@ class TreeEncoder:
         self._trees: dict[tuple[str, str, tuple[str, ...], bool], Passage | None] = {}
 
     def segments(self, chunks: Sequence[str]) -> list[tuple[int, ...]] | None:
-        """Return the ids of each chunk of a prefix, with special tokens before the first.
-
-        Args:
-            chunks: consecutive texts.
-
-        Returns:
-            One tuple per chunk; None if tokens merge across the borders of chunks.
-        """
+        """Return the ids of each chunk of a prefix, special tokens before the first; None if tokens merge across a border."""
         if not chunks:
             return []
         if len(self._alone) + len(self._tails) > _KEPT:
@@ -204,6 +198,7 @@ class TreeEncoder:
             for query, passage in zip(part, self._cut(left, part, *key), strict=True):
                 kept[left, query, *key] = passage
         passages = [kept[left, query, *key] for query in queries]
+        # Queries that merge with the prefix are encoded again, as whole texts.
         uncut = [place for place, passage in enumerate(passages) if passage is None]
         if uncut:
             before = "".join(chunks)
@@ -229,6 +224,7 @@ class TreeEncoder:
         paths = self._encoded(
             [Rendered(text=text + a, answer_start=len(text if own else text + a)) for text in prompts for a in answers]
         )
+        # Stripped prompts decide where answers begin, because whitespace at the end of a prompt moves to the answer.
         texts = [] if own else list(dict.fromkeys([*prompts, *(text.rstrip() for text in prompts if answers)]))
         ids_of = {
             text: item.ids for text, item in zip(texts, self._encoded([_bare(text) for text in texts]), strict=True)
@@ -291,16 +287,9 @@ def moves_boundary(encoder: Encoder, query: str, answers: Sequence[str]) -> bool
 
 
 def _passage(before: list[int], query: list[int], paths: Sequence[list[int]], starts: Sequence[int]) -> Passage | None:
-    """Build a passage from the ids of whole texts.
+    """Build a passage from the ids of whole texts: `query` with the prefix `before` it, and each path with an answer after both.
 
-    Args:
-        before: ids of the prefix.
-        query: ids of prefix and query.
-        paths: ids of prefix, query and each answer.
-        starts: index in each path of its first scored token.
-
-    Returns:
-        The passage; None if a text does not begin with the ids of the prefix, or has nothing after them to predict from.
+    The result is None if a text does not begin with the ids of the prefix, or has no token after them to predict from.
     """
     rows, cut = [query, *paths], len(before)
     end = _common(rows)

@@ -280,34 +280,25 @@ class CalibratedScorer(SparsityScorer):
         return job
 
 
-def _check_types(values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+def _check_types(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
     """Check that a JSON object has these fields, with values of these types.
 
     Raises:
         LookupError, ValueError: it does not.
     """
-    for name, kinds in types.items():
-        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
-            expected = " or ".join(kind.__name__ for kind in kinds)
+    for name, kind in types.items():
+        # A boolean is an instance of int too, and no field is one.
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            expected = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{name} is of type {type(values[name]).__name__}, not {expected}")
 
 
 # The types in the file. A seal proves only that the values have not changed, not that they ever had these types.
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("definition", "settings"), (dict,)),
-    **dict.fromkeys(("candidates", "left_out"), (list,)),
-    **{"n_rows": (int,), "target": (str,)},
-}
-_DEFINITION_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "weights", "tokenizer", "dtype"), (str,)),
-    **dict.fromkeys(("answer", "revision"), (str, type(None))),
-    **{
-        "candidate": (dict,),
-        "fit": (dict,),
-        "l0_threshold": (int, float),
-        "orientation": (int,),
-        "turns": (list, tuple),
-    },
+_TYPES = {"definition": dict, "settings": dict, "candidates": list, "left_out": list, "n_rows": int, "target": str}
+_DEFINITION_TYPES = {
+    **dict.fromkeys(("model", "weights", "tokenizer", "dtype"), str),
+    **dict.fromkeys(("answer", "revision"), str | None),
+    **{"candidate": dict, "fit": dict, "l0_threshold": int | float, "orientation": int, "turns": list | tuple},
 }
 # The words for references in sentences.
 _NAMES = {"loss": "the model's own loss", "correct": "its errors", LENGTH: "length"}

@@ -35,12 +35,7 @@ _ENOUGH = 0.9
 class _Columns:
     """The candidates, lengths and references of all rows, NaN where there is no value.
 
-    Attributes:
-        names: names of the candidates.
-        x_NC: candidates.
-        lengths_NG: tokens of the prompt and, if there are answers, of the answer.
-        group_C: the column of `lengths_NG` that belongs to each candidate.
-        references: name → (N,) numbers.
+    `lengths_NG` has the tokens of the prompt and, if there are any, of the answer; `group_C` is each candidate's column of it.
     """
 
     names: list[str]
@@ -153,24 +148,15 @@ def _columns_of(scores: Scores, references: Mapping[str, Array]) -> _Columns:
 
 
 def _comparable(columns: _Columns, skipped: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64], list[str]]]:
-    """Group the references by the rows and candidates that they can be compared on.
+    """Return groups (rows, candidates, references) that can be compared together, with the same draws and permutations.
 
-    References of one group share their bootstrap draws and permutations.
-
-    Args:
-        columns: the data.
-        skipped: receives a sentence about everything that cannot be compared.
-
-    Returns:
-        (rows, candidates, names of references) of each group.
-
-    Raises:
-        SparsortError: a reference other than length cannot be compared.
+    A sentence about everything that cannot be compared is added to `skipped`; a reference other than length is an error.
     """
     groups: dict[tuple[bytes, bytes], tuple[NDArray[np.int64], NDArray[np.int64], list[str]]] = {}
     finite_NC = np.isfinite(columns.x_NC)
     for name, values in columns.references.items():
         known = np.isfinite(values)
+        # First the candidates with enough values, then the rows in which all of those have one.
         usable = finite_NC[known].sum(axis=0) >= _ENOUGH * max(1, known.sum())
         rows = np.flatnonzero(known & finite_NC[:, usable].all(axis=1))
         spread = np.ptp(columns.x_NC[rows], axis=0) if len(rows) else np.full(len(usable), np.nan)
@@ -191,6 +177,7 @@ def _comparable(columns: _Columns, skipped: list[str]) -> list[tuple[NDArray[np.
             reason = "does not vary" if usable[place] else "has no value in more than a tenth of the rows"
             if (sentence := f"{columns.names[place]} {reason}") not in skipped:
                 skipped.append(sentence)
+        # Arrays cannot be keys of a dictionary.
         key = (rows.tobytes(), candidates.tobytes())
         groups.setdefault(key, (rows, candidates, []))[2].append(name)
     return list(groups.values())

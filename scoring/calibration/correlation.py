@@ -187,6 +187,7 @@ class Design:
         for columns, length_N in zip(self._columns, self._lengths.under(weights).T, strict=True):
             if not len(columns):
                 continue
+            # Length has to be ranked and fitted again under the weights of every draw, as the scores are.
             basis = curve(length_N, weights)
             fixed_RC[:, columns] = _cosines(without(y_NR, basis, weights), x_NC[:, columns], weights, basis)
         return plain_RC, fixed_RC
@@ -298,6 +299,7 @@ def quantiles(draws: Array, level: float) -> tuple[Array, Array]:
     """Return the ends of the percentile interval along the first axis; NaN where there is none (see `missing_interval`)."""
     ends = np.full((2, *draws.shape[1:]), np.nan)
     finite = np.isfinite(draws)
+    # The range of the finite draws; −∞ if there is none, which counts as no interval.
     width = np.where(finite, draws, -np.inf).max(axis=0) - np.where(finite, draws, np.inf).min(axis=0)
     known = (finite.mean(axis=0) >= level) & (width > _EQUAL)
     ends[:, known] = np.nanquantile(draws[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)

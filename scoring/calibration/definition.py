@@ -50,6 +50,7 @@ class Definition:
     @property
     def digest(self) -> str:
         """A hash of everything that can change a score, 128 bits as hexadecimal digits."""
+        # The name and revision only locate the weights, whose hash is included.
         parts = asdict(self)
         for name in ("model", "revision", "dtype"):
             del parts[name]
@@ -65,6 +66,7 @@ class Definition:
             return spec
         if self.prompt.messages is not None:
             return replace(spec, template=self.prompt, messages=None)
+        # "text" is the role of a prompt that is one format string, without chat turns.
         if self.turns[0][0] == "text":
             return replace(spec, template=self.turns[0][1], answer=spec.answer or self.answer)
         if spec.system is not None:

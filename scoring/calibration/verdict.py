@@ -253,9 +253,11 @@ def hold_out(
         rho_2C = np.stack([pair[kind][0] for pair in observed])
         chosen, signs = zip(*(_largest(rho_C) for rho_C in rho_2C), strict=True)
         rho = float(np.mean([signs[0] * rho_2C[1, chosen[0]], signs[1] * rho_2C[0, chosen[1]]]))
+        # Where a candidate does not vary in a half, its permuted correlations are NaN; 0 cannot be chosen over another.
         null_P = _held_out_under(np.stack([np.nan_to_num(pair[kind][:, 0]) for pair in permuted]))
         # The observed order counts as one more permutation, so that p is never 0.
         p = (1 + int((null_P >= rho - 1e-12).sum())) / (1 + n_perm) if np.isfinite(rho) else np.nan
+        # The mean of the two halves' draws, each with its own choice kept.
         draws = np.zeros(n_boot)
         for other, candidate, sign in ((1, chosen[0], signs[0]), (0, chosen[1], signs[1])):
             part, columns = parts[other], [candidate]

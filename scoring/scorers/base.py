@@ -51,11 +51,7 @@ class Request:
         return self.prompt_or_none
 
     def need_prompt(self, source: RowSource) -> Prompt:
-        """Return the prompt.
-
-        Raises:
-            SparsortError: there is no prompt; the message lists the columns that one can be made of.
-        """
+        """Return the prompt, or raise `SparsortError` with the columns that a prompt can be made of."""
         if self.prompt_or_none is None:
             first = next(iter(source.rows()), None)
             columns = ", ".join(map(str, first.fields)) if first else "none"
@@ -127,8 +123,7 @@ class Scorer(ABC):
             answer: format string of the answer that follows the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
             chat: put the prompt into the model's chat template.
-            truncation: what happens to a text over the limit: "error" leaves the row unscored with a reason; "left" and
-                "right" cut that end of the prompt and count the tokens that were cut.
+            truncation: what happens to a text over the limit (see `PromptSpec`).
             max_length: limit in tokens; None for the model's own context.
             id_column: column that identifies a row; None for "id" if there is one, else the row's position.
             columns: names of the columns of a CSV or TSV file without a header.
@@ -153,6 +148,7 @@ class Scorer(ABC):
         spec = PromptSpec.of(prompt, **text, truncation=truncation, max_length=max_length)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
+        # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
         job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(folder))
         if like is not None:
             _refuse_other_settings(like.provenance, job.provenance)
@@ -163,6 +159,7 @@ class Scorer(ABC):
         self, data: Any, spec: PromptSpec, data_spec: DataSpec, cache: RowCache | None
     ) -> tuple[RowSource, Request]:
         prompt = self.read_prompt(spec)
+        # Only these fields enter the digests of the rows, so a change of another column does not invalidate a shard.
         source = data_spec.open(data, content=self.content(prompt))
         if prompt is not None:
             source.require(prompt.fields, prompt)

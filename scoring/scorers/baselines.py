@@ -111,12 +111,7 @@ class RowScorer(Scorer):
 
     @abstractmethod
     def value(self, row: Row, text: str | None) -> tuple[str, float]:
-        """Return (status, difficulty) of one row.
-
-        Args:
-            row: the row.
-            text: the rendered prompt and answer; None for a scorer that reads no text.
-        """
+        """Return (status, difficulty) of one row; `text` is the rendered prompt and answer, None if `reads_text` is false."""
 
 
 class LengthScorer(RowScorer):
@@ -152,6 +147,7 @@ class LengthScorer(RowScorer):
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
         if self.counts_tokens:
+            # An earlier version hashed tokenizers differently, and its folders can still be continued.
             recorded = (previous or {}).get("options", {}).get("tokenizer")
             chat = request.need_prompt(source).is_chat
             self._hash = identify_tokenizer(self.tokenizer, chat=chat, recorded=recorded)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
 from sparsort.scoring.data.rows import SAMPLE_ROWS, Row, RowSource
-from sparsort.scoring.model.backbone import Piece
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.model.head import Head
 from sparsort.scoring.model.sites import Site
@@ -25,7 +24,7 @@ from sparsort.scoring.prompts.prompt import Encoded, Encoder
 from sparsort.scoring.scorers.base import Advance, Request
 from sparsort.scoring.scorers.collect import Measurement, Reading, StateCollector, finished_rows
 from sparsort.scoring.scorers.pooling import OutlierFit, restore_outliers
-from sparsort.scoring.scorers.spans import states_at
+from sparsort.scoring.scorers.spans import RowSpans, states_at
 from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 from sparsort.terminal.progress import progress
 
@@ -87,6 +86,7 @@ class CandidateJob(ModelJob):
         last = self.backbone.head_site
         self._head_site = last.name
         self._measured = {site.name: self.backbone.width(site) for site in sites}
+        # The loss needs the states that the head reads, which may be at a site that is not measured.
         self._sites = [*sites, *([last] if head and last.name not in self._measured else [])]
         self._done: dict[int, tuple[NDArray[np.float64], str]] = {}
         self._fits: dict[Measurement, OutlierFit] = {}
@@ -110,6 +110,7 @@ class CandidateJob(ModelJob):
         for row, both, prompt in zip(rows, together, alone, strict=True):
             # If the prompt was cut to make room for its answer, the cut prompt is measured.
             ids = both.ids[: both.answer_start] if both.n_dropped else prompt.ids
+            # If no candidate and no loss reads the answer, it is not run at all.
             text, answer_at = (both.ids, both.answer_start) if self._reads_answer else (ids, len(ids))
             pairs.append(
                 _Pair(
@@ -138,6 +139,7 @@ class CandidateJob(ModelJob):
         values, reasons = self._table(encoded, readings, *self._walk(readings, plan, advance, self._fits))
         for number, pair in enumerate(_pairs(encoded)):
             if pair.position in self._done:
+                # A row of the sample is in one shard only, so its values are not needed again.
                 values[number], reasons[number] = self._done.pop(pair.position)
                 advance(1)
         return values, reasons
@@ -164,6 +166,7 @@ class CandidateJob(ModelJob):
             if pair.position in self._done:
                 continue
             end = len(pair.ids)
+            # True unless a token straddles the border of prompt and answer.
             joined = pair.text[:end] == pair.ids
             readings.append(
                 Reading(
@@ -191,25 +194,22 @@ class CandidateJob(ModelJob):
         # A row that is read twice counts as finished when its prompt is.
         prompts = [reading.ids if reading.reads_prompt else [] for reading in readings]
         losses = np.zeros(len(readings))
+        # Each token is predicted by the state of the token before it; without an answer the span is empty.
+        borders = [(reading.answer_start - 1, len(reading.ids) - 1) for reading in readings]
+        first_N, end_N = np.array(borders, dtype=np.int64).reshape(-1, 2).T
+        predicting = RowSpans(first_N, end_N, plan)
         for piece in self.backbone.walk([reading.ids for reading in readings], plan, self._sites):
             collector.add(piece)
-            if self._head is not None and not piece.is_head:
-                self._add_losses(self._head, losses, readings, piece)
+            batch, token = predicting.pick(piece)
+            if self._head is not None and len(batch):
+                picked = states_at(piece.states[self._head_site], batch, token)
+                rows = piece.rows[batch]
+                targets = [readings[row].ids[place + 1] for row, place in zip(rows, piece.start + token, strict=True)]
+                # With `+=`, a row that occurs several times in `rows` would be increased only once.
+                token_losses = self._head.losses(picked, torch.tensor(targets, device=picked.device))
+                np.add.at(losses, rows, token_losses.cpu().numpy())
             advance(finished_rows(piece, prompts))
         return collector, losses
-
-    def _add_losses(self, head: Head, losses: NDArray[np.float64], readings: Sequence[Reading], piece: Piece) -> None:
-        """Add the negative log-likelihood of every answer token, computed from the state of the token before it."""
-        spans = np.array([(readings[row].answer_start - 1, len(readings[row].ids) - 1) for row in piece.rows])
-        positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
-        end = np.minimum(spans[:, 1], piece.start + piece.lengths)
-        batch, token = np.nonzero((positions >= spans[:, :1]) & (positions < end[:, None]))
-        if not len(batch):
-            return
-        picked = states_at(piece.states[self._head_site], batch, token)
-        rows = piece.rows[batch]
-        targets = [readings[row].ids[place + 1] for row, place in zip(rows, piece.start + token, strict=True)]
-        np.add.at(losses, rows, head.losses(picked, torch.tensor(targets, device=picked.device)).cpu().numpy())
 
     def _table(
         self,
@@ -226,6 +226,7 @@ class CandidateJob(ModelJob):
         row_of = np.array([reading.row for reading in readings], dtype=np.int64)
         for place, (m, (metrics_NM, codes)) in enumerate(collector.values().items()):
             used = answers if m.pooling == "answer" else prompts
+            # `values` iterates in the order of the measurements, which is the order of the columns.
             columns = slice(place * len(METRICS), (place + 1) * len(METRICS))
             values[row_of[used], columns] = metrics_NM[used]
             if self.provenance["metric"].startswith("/".join(m)):

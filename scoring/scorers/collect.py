@@ -115,6 +115,7 @@ class SquareSum:
     def add(self, states_KH: Tensor, shares_K: NDArray[np.int64]) -> None:
         """Add K states, the k-th of which counts `shares_K[k]` times: a state of a shared head counts once per row."""
         wide_KH, finite_K = _finite(states_KH, exact=self._exact)
+        # States that are not finite have weight 0 and were replaced by 0, so they do not count.
         weights_K = finite_K * torch.from_numpy(shares_K).to(wide_KH.device)
         squares_KH = wide_KH.square()
         if self._exact:
@@ -227,6 +228,7 @@ class StateCollector:
         for m in self._measurements:
             if m.pooling in _PER_TOKEN:
                 values, reasons = self._token_means[m].means()
+                # Without any token the number of metrics is unknown to the means.
                 values = values if values.size else self._no_values()
             elif m.pooling == "last":
                 values, reasons = self._measure_rows(m, self._last.get(m.site), np.zeros(self._n_readings, np.int64))
@@ -277,6 +279,7 @@ class StateCollector:
         read = np.flatnonzero(self._spans[_PART[m.pooling]].counts > 0)
         if states_NH is not None and len(read):
             index = torch.from_numpy(read).to(states_NH.device)
+            # Always in float64: there is only one state per row.
             measured = self._measure(m, states_NH, index, exact=True)
             values[read] = measured.values_NM.double().cpu().numpy()
             reasons[read] = np.maximum(reasons[read], measured.reason_N.long().cpu().numpy())
@@ -308,12 +311,9 @@ def finished_rows(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
 
 
 def _finite(states: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-    """Widen states, and replace those that are not finite by zero.
+    """Return (..., H) states in float64, or at least float32 if not `exact`, and (...) whether each of them is finite.
 
-    A weight of zero cannot exclude such a state from a product: 0 · NaN and 0 · ∞ are NaN.
-
-    Returns:
-        (..., H) states, float64 if `exact` and float32 or wider otherwise, and (...) whether each state is finite.
+    States that are not finite become zero. A weight of zero cannot exclude them from a product: 0 · NaN and 0 · ∞ are NaN.
     """
     wide = states.double() if exact or states.dtype == torch.float64 else states.float()
     finite = torch.isfinite(wide.abs().amax(dim=-1))

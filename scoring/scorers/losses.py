@@ -22,7 +22,7 @@ from sparsort.scoring.model.spec import ModelOptions
 from sparsort.scoring.prompts.prompt import Encoded, Encoder
 from sparsort.scoring.scorers.base import Advance, Request
 from sparsort.scoring.scorers.collect import finished_rows
-from sparsort.scoring.scorers.spans import states_at
+from sparsort.scoring.scorers.spans import RowSpans, states_at
 from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 
 
@@ -122,20 +122,18 @@ class _HeadJob(ModelJob):
 
     def read(self, encoded: Sequence[Encoded], plan: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
         ids = [item.ids for item in encoded]
-        spans = np.array([self._span(item) for item in encoded], dtype=np.int64)
+        first_N, end_N = np.array([self._span(item) for item in encoded], dtype=np.int64).T
+        spans = RowSpans(first_N, end_N, plan)
         total = np.zeros(len(ids))
         for piece in self.backbone.walk(ids, plan, [self.site]):
             advance(finished_rows(piece, ids))
-            # No state of a shared head is read: see `plan`.
-            if piece.is_head:
-                continue
-            positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
-            begin, end = spans[piece.rows, 0], np.minimum(spans[piece.rows, 1], piece.start + piece.lengths)
-            batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
+            batch, token = spans.pick(piece)
+            # No state of a shared head is in a span: see `plan`.
             if len(batch):
                 picked = states_at(piece.states[self.site.name], batch, token)
+                # With `+=`, a row that occurs several times in `batch` would be increased only once.
                 np.add.at(total, piece.rows[batch], self._values(picked, ids, piece, batch, token))
-        means = total / np.maximum(spans[:, 1] - spans[:, 0], 1)
+        means = total / np.maximum(spans.counts, 1)
         reasons = ["" if math.isfinite(value) else "not_finite" for value in means]
         means[~np.isfinite(means)] = np.nan
         return means[:, None], reasons

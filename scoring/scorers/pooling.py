@@ -42,22 +42,14 @@ _OUTLIER_RULE = re.compile(r"none|rms|drop:[1-9]\d*")
 
 
 def check_pooling(pooling: str) -> Pooling:
-    """Return `pooling` if it is the name of a pooling.
-
-    Raises:
-        SparsortError: it is not.
-    """
+    """Return `pooling`, or raise `SparsortError` if it is not the name of a pooling."""
     if pooling not in get_args(Pooling):
         raise unknown_choice("pooling", pooling, get_args(Pooling))
     return pooling  # type: ignore[return-value]
 
 
 def check_answer(poolings: Sequence[str], answer: str | None) -> None:
-    """Refuse the pooling `answer` for a prompt without an answer.
-
-    Raises:
-        SparsortError: the pooling is among `poolings`, and `answer` is None.
-    """
+    """Raise `SparsortError` if the pooling `answer` is among `poolings`, but the prompt has no answer."""
     if "answer" in poolings and answer is None:
         raise SparsortError(
             "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
@@ -65,11 +57,7 @@ def check_answer(poolings: Sequence[str], answer: str | None) -> None:
 
 
 def check_outlier_rule(rule: str) -> str:
-    """Return `rule` if it is the name of an outlier rule.
-
-    Raises:
-        SparsortError: it is not.
-    """
+    """Return `rule`, or raise `SparsortError` if it is not the name of an outlier rule."""
     if not _OUTLIER_RULE.fullmatch(rule):
         raise SparsortError(
             f"unknown outlier rule {rule!r}. Choose 'none', 'rms' or 'drop:n' with n the number of dimensions."
@@ -114,17 +102,14 @@ def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -
         return OutlierFit(scale_H=torch.from_numpy(scale), record=record)
     check_dropped(rule, width)
     count = int(rule.partition(":")[2])
+    # A stable sort breaks ties by the lower dimension, on every machine.
     widest = [int(d) for d in np.argsort(-mean_square_H, kind="stable")[:count]]
     record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "dims": widest}
     return OutlierFit(scale_H=_without(widest, width), record=record)
 
 
 def check_dropped(rule: str, width: int) -> None:
-    """Refuse a rule `drop:n` that leaves nothing of a state of `width` dimensions.
-
-    Raises:
-        SparsortError: n is the width or more.
-    """
+    """Raise `SparsortError` if a rule `drop:n` would remove all of the `width` dimensions of a state."""
     if int(rule.partition(":")[2]) >= width:
         raise SparsortError(f"the outlier rule {rule!r} drops every one of the {width} dimensions. Drop fewer.")
 

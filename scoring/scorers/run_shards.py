@@ -109,6 +109,7 @@ def run_part(
             f"part is {part}; expected (k, n) with 0 <= k < n, such as (0, 4), the first of four processes."
         )
     store = ShardStore.open(out, provenance=_provenance(source, scorer), shard_rows=shard_rows, part=part)
+    # Counting also reads and checks the whole source before anything is scored.
     store.refuse_beyond(source.count())
     scored = kept = 0
     for index, rows in _shards(source, shard_rows, part):
@@ -138,6 +139,7 @@ def _shards(source: RowSource, shard_rows: int, part: tuple[int, int] = (0, 1)) 
 
 def _score(scorer: Job, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
     table = scorer.score_rows(rows, advance)
+    # A scorer may come from outside this package: a shard with other rows or columns must not reach the disk.
     same_rows = table["position"].to_pylist() == [row.position for row in rows]
     if not same_rows or not table.schema.equals(scores_schema(scorer.metrics)):
         raise SparsortError(

@@ -60,11 +60,13 @@ class ModelScorer(Scorer):
         spec = ModelSpec.of(model, **options)
         self.loaded = spec.load()
         self.backbone = Backbone(self.loaded, token_budget=spec.token_budget)
+        # A model in memory may be changed by its owner, so its values cannot be cached.
         if spec.is_named:
             self.backbone.mark_as_own()
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
         """Create the job that scores the shards of this source."""
+        # A limit above the model's own context is refused, not clipped.
         own = self.backbone.max_length
         check_max_length(request.max_length, own, self.loaded.name)
         limit = request.max_length if request.max_length is not None else own
@@ -143,6 +145,7 @@ class ModelJob(Job):
                 if code:
                     status[number], reason[number] = code, _SENTENCES[code]
         metric = self.provenance["metric"]
+        # The orientation is −1 for a metric that is lower for sparser states.
         difficulty = self.provenance["orientation"][metric] * values[:, self.metrics.index(metric)]
         for number in np.flatnonzero(np.isinf(difficulty)).tolist():
             # A sum such as L1 can overflow where the state itself is finite.
