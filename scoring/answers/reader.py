@@ -236,11 +236,7 @@ class AnswerReader:
         return self._finish(gathered, n_answers)
 
     def _read(
-        self,
-        segments: Sequence[Sequence[int]],
-        passages: Sequence[Passage],
-        places: Sequence[int],
-        gathered: _Gathered,
+        self, segments: Sequence[Sequence[int]], passages: Sequence[Passage], places: Sequence[int], gathered: _Gathered
     ) -> None:
         """Gather the states of the passages `places`, which all follow one prefix."""
         if self.reader.why_not is not None:

@@ -132,38 +132,26 @@ class Calibration:
             SparsortError: it is missing, damaged, of another version, or not a calibration.
         """
         path = Path(path).expanduser()
+        again = f"Make it again with sparsort calibrate … --out {path}."
         try:
             values = parse_own_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise SparsortError(
-                f"there is no calibration {path}. Make one with sparsort calibrate … --out {path}."
-            ) from None
+            make = f"Make one with sparsort calibrate … --out {path}."
+            raise SparsortError(f"there is no calibration {path}. {make}") from None
         except (OSError, ValueError) as error:
-            raise SparsortError(
-                f"{path} cannot be read as a calibration ({error}). Make it again with sparsort calibrate … --out {path}."
-            ) from error
-        with as_written(path, next_step=f"Make it again with sparsort calibrate … --out {path}."):
+            raise SparsortError(f"{path} cannot be read as a calibration ({error}). {again}") from error
+        with as_written(path, next_step=again):
             calibration = cls.from_dict(values, str(path))
         if values["version"] != _UNSEALED and not is_sealed(values):
-            raise SparsortError(
-                f"{path} is damaged: it has changed since it was written. Make it again with sparsort calibrate … --out {path}."
-            )
+            raise SparsortError(f"{path} is damaged: it has changed since it was written. {again}")
         return calibration
 
     def to_dict(self) -> dict[str, Any]:
         """Return the calibration as JSON values, with numbers to four digits and NaN as null."""
-        values: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "verdict": self.verdict,
-            "sentence": self.sentence(),
-        }
-        values |= {"target": self.target, "definition": asdict(self.definition), "n_rows": self.n_rows}
-        values |= {
-            "left_out": list(self.left_out),
-            "settings": dict(self.settings),
-            "candidates": list(self.candidates),
-        }
+        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "verdict": self.verdict}
+        values |= {"sentence": self.sentence(), "target": self.target, "definition": asdict(self.definition)}
+        values |= {"n_rows": self.n_rows, "left_out": list(self.left_out), "settings": dict(self.settings)}
+        values |= {"candidates": list(self.candidates)}
         # `save` writes one line per key, so each reference has a key of its own, and a person can read the file.
         return values | {f"reference {name}": _judgement_to_json(one) for name, one in self.judgements.items()}
 

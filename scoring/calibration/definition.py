@@ -67,12 +67,11 @@ class Definition:
         if self.prompt.messages is not None:
             return replace(spec, template=self.prompt, messages=None)
         # "text" is the role of a prompt that is one format string, without chat turns.
-        if self.turns[0][0] == "text":
-            return replace(spec, template=self.turns[0][1], answer=spec.answer or self.answer)
-        if spec.system is not None:
+        is_chat = self.turns[0][0] != "text"
+        if is_chat and spec.system is not None:
             raise SparsortError("the calibrated prompt has its own turns. Omit system (--system).")
         turns = [{"role": role, "content": text} for role, text in self.turns]
-        return replace(spec, template=turns, answer=spec.answer or self.answer)
+        return replace(spec, template=turns if is_chat else self.turns[0][1], answer=spec.answer or self.answer)
 
     def refuse_other_prompt(self, prompt: Prompt) -> None:
         """Refuse to score by a prompt that differs from the calibrated one.

@@ -200,17 +200,17 @@ def _associate(
     n_boot: int,
     n_perm: int,
     level: float,
-    streams: Sequence[np.random.Generator],
+    rngs: Sequence[np.random.Generator],
 ) -> list[Associations]:
     """Compute the associations with every reference, from draws and permutations that the references share."""
     plain_RC, fixed_RC = design.correlations()
     draws = []
     with progress("comparing", n_boot) as advance:
-        for draw in design.bootstrap(n_boot, streams[0]):
+        for draw in design.bootstrap(n_boot, rngs[0]):
             draws.append(np.stack(draw))
             advance(1)
     low, high = quantiles(np.stack(draws), level)
-    plain_PRC, fixed_PRC = design.permutations(orders(len(x_NC), n_perm, streams[1]))
+    plain_PRC, fixed_PRC = design.permutations(orders(len(x_NC), n_perm, rngs[1]))
     # The degrees of freedom of a correlation, and of one whose two sides lose a polynomial of `DEGREE` more.
     freedom = len(x_NC) - 2
     return [

@@ -73,10 +73,7 @@ class _RowJob(Job):
         return status, _REASONS[status], value
 
 
-_REASONS = {
-    "ok": "",
-    "missing": "the column holds no finite number",
-}
+_REASONS = {"ok": "", "missing": "the column holds no finite number"}
 
 
 class RowScorer(Scorer):

@@ -26,7 +26,25 @@ from sparsort.scoring.scorers.spans import RowSpans, states_at
 from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 
 
-class LossScorer(ModelScorer):
+class _HeadScorer(ModelScorer):
+    """A scorer with one number per row, which is computed from the model's predictions at the positions `reads`."""
+
+    reads: Literal["answer", "prompt", "next_token"]
+
+    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
+        super().__init__(model, **options)
+        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        if self.reads == "answer" and request.prompt.answer is None:
+            raise SparsortError(
+                "the loss on the answer needs an answer. Pass answer='…' (--answer), for example ' {answer}'."
+            )
+        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
+        return _HeadJob(self, request, encoder, provenance)
+
+
+class LossScorer(_HeadScorer):
     """Ranks examples by the model's own loss: mean negative log-likelihood in nats per token.
 
     Args:
@@ -40,25 +58,16 @@ class LossScorer(ModelScorer):
     ) -> None:
         if on not in ("answer", "prompt"):
             raise unknown_choice("part of the text", on, ("answer", "prompt"))
-        self.on = on
+        self.on = self.reads = on
         super().__init__(model, **options)
-        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     @property
     def kind(self) -> str:  # type: ignore[override]
         """`answer_loss` or `prompt_loss`."""
         return f"{self.on}_loss"
 
-    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        if self.on == "answer" and request.prompt.answer is None:
-            raise SparsortError(
-                "the loss on the answer needs an answer. Pass answer='…' (--answer), for example ' {answer}'."
-            )
-        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
-        return _HeadJob(self, request, encoder, provenance, self.head, reads=self.on)
 
-
-class EntropyScorer(ModelScorer):
+class EntropyScorer(_HeadScorer):
     """Ranks examples by the entropy in nats of the model's next-token distribution after the text.
 
     Args:
@@ -66,32 +75,16 @@ class EntropyScorer(ModelScorer):
     """
 
     kind: ClassVar[str] = "entropy"
-
-    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
-        super().__init__(model, **options)
-        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
-
-    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
-        return _HeadJob(self, request, encoder, provenance, self.head, reads="next_token")
+    reads = "next_token"
 
 
 class _HeadJob(ModelJob):
     """Reads the head at the positions that a loss or an entropy needs."""
 
-    def __init__(
-        self,
-        scorer: ModelScorer,
-        request: Request,
-        encoder: Encoder,
-        provenance: dict[str, Any],
-        head: Head,
-        *,
-        reads: Literal["answer", "prompt", "next_token"],
-    ) -> None:
+    def __init__(self, scorer: _HeadScorer, request: Request, encoder: Encoder, provenance: dict[str, Any]) -> None:
         super().__init__(scorer, request, encoder, provenance, [scorer.kind])
-        self.kind, self.head, self.reads = scorer.kind, head, reads
-        self.wants_answer = reads == "answer"
+        self.kind, self.head, self.reads = scorer.kind, scorer.head, scorer.reads
+        self.wants_answer = self.reads == "answer"
         self.site = scorer.backbone.head_site
 
     def measured(self) -> dict[str, Any]:
