@@ -32,7 +32,7 @@ _ENOUGH = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Columns:
+class _CandidateTable:
     """The candidates, lengths and references of all rows, NaN where there is no value.
 
     `lengths_NG` has the tokens of the prompt and, if there are any, of the answer; `group_C` is each candidate's column of it.
@@ -71,7 +71,7 @@ def compare(
         SparsortError: no reference, one that is constant or has too few rows, or no row that could be scored.
     """
     _check_numbers(n_boot, n_perm, level)
-    columns = _columns_of(scores, references)
+    columns = _table_of(scores, references)
     skipped = list(notes)
     target = _target_of([name for name in columns.references if name != LENGTH], target)
     judgements: dict[str, Judgement] = {}
@@ -116,7 +116,7 @@ def _target_of(names: Sequence[str], target: str | None) -> str:
     return target
 
 
-def _columns_of(scores: Scores, references: Mapping[str, Array]) -> _Columns:
+def _table_of(scores: Scores, references: Mapping[str, Array]) -> _CandidateTable:
     # Scores on disk read a column when it is first used. There are hundreds, so the whole table is read instead.
     scores = Scores(scores.table, scores.provenance)
     ok = np.array([status == "ok" for status in scores.column("status")], dtype=bool)
@@ -138,7 +138,7 @@ def _columns_of(scores: Scores, references: Mapping[str, Array]) -> _Columns:
             raise SparsortError(f"the reference {name!r} has {len(values)} values, and there are {len(scores)} rows.")
         known[name] = np.asarray(values, dtype=np.float64)
     known[LENGTH] = np.asarray(lengths[0], dtype=np.float64)
-    return _Columns(
+    return _CandidateTable(
         names=names,
         x_NC=np.stack([scores.column(name) for name in names], axis=1),
         lengths_NG=np.stack([np.asarray(length, dtype=np.float64) for length in lengths], axis=1),
@@ -147,7 +147,9 @@ def _columns_of(scores: Scores, references: Mapping[str, Array]) -> _Columns:
     )
 
 
-def _comparable(columns: _Columns, skipped: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64], list[str]]]:
+def _comparable(
+    columns: _CandidateTable, skipped: list[str]
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64], list[str]]]:
     """Return groups (rows, candidates, references) that can be compared together, with the same draws and permutations.
 
     A sentence about everything that cannot be compared is added to `skipped`; a reference other than length is an error.
