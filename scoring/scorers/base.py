@@ -114,8 +114,7 @@ class Scorer(ABC):
         """Score every row of `data`.
 
         Args:
-            data: a path (.jsonl, .json, .csv, .tsv, .parquet, a saved `datasets` folder), a `datasets.Dataset`, or a list of
-                dicts.
+            data: a path (see `open_rows`), a `datasets.Dataset`, or a list of dicts.
             prompt: format string over the columns, chat turns (see `Prompt.of`) or a `Prompt`; or a `PromptSpec`, which
                 replaces this argument and the six that follow.
             messages: instead of a prompt, the column that holds whole conversations (see `prompts.conversations`): their
