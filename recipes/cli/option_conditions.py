@@ -26,7 +26,7 @@ from sparsort.recipes.choose.choose import READS_QUERIES
 from sparsort.recipes.cli.options_curriculum import NOT_IN_TRAINING
 from sparsort.recipes.order.conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order.conditions import READ_BY as ORDER_READ_BY
-from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
+from sparsort.recipes.score.config import OPTIONS_READ_BY as SCORER_READ_BY
 from sparsort.recipes.score.config import read_by_scorers
 from sparsort.recipes.train.config import READ_BY as TRAIN_READ_BY
 from sparsort.recipes.train.recipe import read_recipe
@@ -84,16 +84,13 @@ def _on_the_command_line(context: Any) -> Format:
 
 
 _TEXT = read_by_scorers("answer", "system", "chat", "truncation", "max_length")
-# The command has no such option.
-_SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
-
 _MODEL = always(*parameters_of(ModelSpec))
 _DATA = always(*parameters_of(DataSpec))
 
 SCORE: Table = {
     **always("file", "prompt", "messages", "out", "shard_rows", "strict", "as_json"),
     **_DATA,
-    **_SCORER,
+    **SCORER_READ_BY,
     **_TEXT,
     "system": (*_TEXT["system"], NO_CONVERSATION, SYSTEM),
     "chat": (*_TEXT["chat"], NO_CONVERSATION),

@@ -12,14 +12,12 @@ from sparsort.conditions import Table, Values, When, always, among, excludes, ne
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
 from sparsort.curriculum.demos.order import ranks_by, reads_order
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
-from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, DemoSelectorEntry
-from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, SelectorEntry
+from sparsort.recipes.score.config import OPTIONS_READ_BY as SCORER_READ_BY
 from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 
 NO_CONVERSATION = excludes("messages", "{messages} holds whole conversations, with their own turns")
 SYSTEM = needs("chat", "a plain prompt has no system turn", chat=True)
-# Ordering has no such options.
-_SCORER = {name: own for name, own in SCORER_READ_BY.items() if name != "unit"}
 _READ_NOW = among("scorer", MODEL_SCORERS, of=SCORERS)
 
 
@@ -74,7 +72,9 @@ _NEEDS_TOKENIZER = (When(holds=_reads_model, why="nothing here reads a model"),)
 
 READ_BY: Table = {
     **always("prompt", "answer", "messages", "id_column", "columns", "k", "ids", "order", "max_tokens", "allow_leaks"),
-    **under(_RANKED, under(_NOT_SCORED_YET, _SCORER | dict.fromkeys(("truncation", "max_length"), (_READ_NOW,)))),
+    **under(
+        _RANKED, under(_NOT_SCORED_YET, SCORER_READ_BY | dict.fromkeys(("truncation", "max_length"), (_READ_NOW,)))
+    ),
     "scores": (_RANKED,),
     "system": (NO_CONVERSATION, _OWN_PROMPT, SYSTEM),
     "chat": (NO_CONVERSATION, _OWN_PROMPT),

@@ -29,7 +29,7 @@ SCORER_PANEL = "Scorer"
 class ScorerConfig:
     """Which scorer, with the options of each.
 
-    `calibration` is the file of one, which says model, site, pooling, metric, outlier rule and direction; see `calibrated`.
+    `calibration` is the file of one, which says model, site, pooling, metric, outlier rule and direction; see `CalibratedScorer`.
 
     Raises:
         SparsortError: an unknown scorer, or an option that differs from its default and that the scorer does not read
@@ -197,7 +197,7 @@ class ScorerConfig:
         if loaded is None and tokenizer is not None:
             model = replace(model, tokenizer=tokenizer)
         if self.found is not None:
-            from sparsort.scoring.calibration.calibrated import CalibratedScorer
+            from sparsort.scoring.calibration.calibration import CalibratedScorer
 
             return CalibratedScorer(self.found, model)
         if entry.runs_model:
@@ -218,3 +218,5 @@ def read_by_scorers(*settings: str) -> dict[str, Conditions]:
 
 # The scorers that read an option of `ScorerConfig`.
 READ_BY: Table = {**always("scorer"), **read_by_scorers("calibration", *_ARGUMENTS, *parameters_of(ModelSpec))}
+# The part of the table that commands have options for: a field without `option` can be set only in Python.
+OPTIONS_READ_BY: dict[str, Conditions] = {name: READ_BY[name] for name in parameters_of(ScorerConfig)}

@@ -1,10 +1,10 @@
-"""Rows of text as they are written: which token comes next, what it reads as, and where the text ends.
+"""Decoding of rows that are generated: chooses the next token, turns tokens into text, and detects where the text ends.
 
-Contract: a row's tokens follow from its own logits, the seed and its number, never from its batch mates. Its text is what the
-tokenizer makes of all its tokens behind the prompt's, special tokens left out, cut where the first stop string begins; a
-character that several tokens spell is read when it is whole. No model here.
+Contract: the tokens of a row depend on its own logits, the seed and its number, never on the other rows of the batch. Its text is
+the tokenizer's decoding of all tokens after the prompt, without special tokens, cut where the first stop string begins. A
+character that is spelled by several tokens is decoded when the last of them is there. This module runs no model.
 
-Shapes: B rows, V tokens of the vocabulary.
+Shape suffixes: B rows, V tokens of the vocabulary, K candidate tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sparsort.errors import SparsortError
 
-# Tokens of the prompt that a text is decoded behind: some tokenizers drop a space at the beginning of what they decode.
+# The number of prompt tokens that are decoded together with a text: some tokenizers drop a space at the beginning.
 _CONTEXT = 5
-# Rows whose probabilities stand in memory in float64 at once.
+# The number of rows whose probabilities are in memory in float64 at the same time.
 _DRAWN_AT_ONCE = 16
 
 
@@ -31,12 +31,13 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: only as many of the likeliest are drawn from; 0 for all.
-        no_repeat_ngram: no run of as many tokens occurs twice, prompt included; 0 for no such rule.
-        kept: ids that this rule spares, and that are not drawn but taken where one is the likeliest. With a template's words
-            here, a hot sample keeps to the template ("allowed tokens" in the code of arXiv 2104.08786).
-        seed: of the draws; every row has its own.
+        temperature: the logits are divided by it; 0 always takes the most likely token.
+        top_k: tokens are drawn from this many of the most likely ones; 0 for all.
+        no_repeat_ngram: no sequence of this many tokens occurs twice, prompt included; 0 for no such rule.
+        kept: ids that are exempt from `no_repeat_ngram`, and that are taken without a draw where one of them is the most
+            likely token. With the words of a template here, a sample at high temperature follows the template ("allowed
+            tokens" in the code of arXiv 2104.08786).
+        seed: seed of the draws; each row draws by (seed, number of the row).
 
     Raises:
         SparsortError: a number out of its range.
@@ -51,7 +52,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise SparsortError(
-                f"temperature is {self.temperature}; expected a finite number, 0 for the likeliest token or more."
+                f"temperature is {self.temperature}; expected a finite number of at least 0, which takes the most likely token."
             )
         for name in ("top_k", "no_repeat_ngram", "seed"):
             if getattr(self, name) < 0:
@@ -59,14 +60,14 @@ class Sampling:
 
 
 class Writer:
-    """Writes rows to their ends.
+    """Continues rows token by token, from the logits that a caller computes, until each of them ends.
 
     Args:
-        tokenizer: reads tokens as text.
+        tokenizer: decodes tokens to text.
         prompts: ids of each row's whole prompt.
-        max_new_tokens: a row ends after as many tokens.
-        stop: a row ends where one of these begins.
-        end_ids: a row ends at these tokens, which are no text.
+        max_new_tokens: a row ends after this many tokens.
+        stop: a row ends where one of these strings begins.
+        end_ids: a row ends at these tokens, which are not part of its text.
         sampling: how tokens are chosen.
 
     Raises:
@@ -86,18 +87,18 @@ class Writer:
         if max_new_tokens < 1:
             raise SparsortError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed.")
         if isinstance(stop, str):
-            raise SparsortError(f"stop is the text {stop!r}; give a list of stop strings, such as [{stop!r}].")
+            raise SparsortError(f"stop is the text {stop!r}; pass a list of stop strings, such as [{stop!r}].")
         if "" in stop:
-            raise SparsortError("a stop string is empty, which would end every text before it begins. Take it out.")
+            raise SparsortError("a stop string is empty, which would end every text before it begins. Remove it.")
         self._sampling = sampling or Sampling()
         self._stop, self._most = tuple(stop), max_new_tokens
-        special = {int(token): str(text) for token, text in _specials(tokenizer).items()}
+        special = {int(token): str(text) for token, text in _special_tokens(tokenizer).items()}
         self._silent = frozenset(special)
-        # A special token is no text, so a stop string that is one is looked for by its id.
+        # The text contains no special tokens, so a stop string that is one can only be detected by its id.
         self._ends = frozenset(end_ids) | {token for token, text in special.items() if text in self._stop}
         drawn = self._sampling.temperature > 0
         self._rows = [
-            _Row(
+            _WrittenRow(
                 text=_Text(tokenizer, prompt[-_CONTEXT:]),
                 ngrams=_Ngrams(prompt, self._sampling.no_repeat_ngram) if self._sampling.no_repeat_ngram else None,
                 uniform=np.random.default_rng([self._sampling.seed, row]).random(max_new_tokens) if drawn else None,
@@ -107,35 +108,36 @@ class Writer:
 
     @property
     def texts(self) -> list[str]:
-        """What each row reads as so far."""
+        """The text of each row so far."""
         return [row.text.text for row in self._rows]
 
     @property
     def ended(self) -> list[bool]:
-        """Whether each row came to an end by itself."""
+        """Whether each row ended at a stop string or an end token, and not at the limit."""
         return [row.ended for row in self._rows]
 
     @property
     def ids(self) -> list[list[int]]:
-        """The tokens of each row so far, those of its stop string or its end included."""
+        """The tokens of each row so far, including those of its stop string and its end token."""
         return [row.ids for row in self._rows]
 
     def is_done(self, row: int) -> bool:
-        """Whether nothing is to be written to a row any more."""
+        """Whether a row is complete."""
         return self._rows[row].ended or len(self._rows[row].ids) >= self._most
 
     def write(self, rows: Sequence[int], logits_BV: Tensor) -> Tensor:
-        """Choose the next token of each row and take it in; returns the tokens, (B,).
+        """Choose the next token of each row and append it; returns the tokens, (B,).
 
         Args:
-            rows: numbers of the rows, none of them done.
-            logits_BV: their fp32 logits; changed.
+            rows: numbers of the rows, all of them incomplete.
+            logits_BV: their fp32 logits, which are modified in place.
 
         Raises:
             SparsortError: logits that are not numbers.
         """
-        likeliest, token_B = logits_BV.max(dim=1)
-        if not torch.isfinite(likeliest).all():
+        # `max` propagates NaN, so the largest logit is finite only if no logit of the row is NaN or +∞.
+        largest_B, token_B = logits_BV.max(dim=1)
+        if not torch.isfinite(largest_B).all():
             raise SparsortError(
                 "the model computes logits that are not finite. Run it in bfloat16 or float32 (dtype='float32')."
             )
@@ -145,17 +147,19 @@ class Writer:
         if self._sampling.temperature:
             token_B = self._draw(rows, logits_BV, token_B)
         for row, token in zip(rows, token_B.tolist(), strict=True):
-            self._take(self._rows[row], token)
+            self._append(self._rows[row], token)
         return token_B
 
     def _ban(self, rows: Sequence[int], logits_BV: Tensor) -> None:
         for number, row in enumerate(rows):
             ngrams = self._rows[row].ngrams
+            # Words of a template repeat in every demonstration, and are exempt.
             banned = sorted(ngrams.would_repeat() - self._sampling.kept) if ngrams is not None else []
             if banned:
                 logits_BV[number, banned] = -torch.inf
 
     def _draw(self, rows: Sequence[int], logits_BV: Tensor, likeliest_B: Tensor) -> Tensor:
+        # The numbers of a row are drawn in advance and used by position, whatever batch the row is in.
         uniform = [float(self._rows[row].uniform[len(self._rows[row].ids)]) for row in rows]
         uniform_B = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
         token_B = torch.cat(
@@ -171,7 +175,7 @@ class Writer:
             token_B = torch.where(torch.isin(likeliest_B, kept), likeliest_B, token_B)
         return token_B
 
-    def _take(self, row: _Row, token: int) -> None:
+    def _append(self, row: _WrittenRow, token: int) -> None:
         row.ids.append(token)
         if row.ngrams is not None:
             row.ngrams.add(token)
@@ -181,30 +185,32 @@ class Writer:
             row.text.add(token)
         if row.ended or len(row.ids) >= self._most:
             row.text.finish()
+        # After `finish`, because the text of the last tokens may complete a stop string.
         row.ended = row.text.cut(self._stop) or row.ended
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, *, temperature: float, top_k: int = 0) -> Tensor:
-    """One token a row, (B,), by inverting the distribution function at `uniform_B`.
+    """Draw one token per row, (B,), by inverting the cumulative distribution at `uniform_B`.
 
     Args:
         logits_BV: logits.
         uniform_B: numbers in [0, 1).
-        temperature: above 0.
-        top_k: draw among as many of the likeliest; 0 for all.
+        temperature: a number above 0.
+        top_k: draw from this many of the most likely tokens; 0 for all.
     """
     ids_BK = None
     if 0 < top_k < logits_BV.shape[1]:
         logits_BV, ids_BK = logits_BV.topk(top_k, dim=1)
-    below_BV = (logits_BV.double() / temperature).softmax(dim=1).cumsum(dim=1)
-    # Strictly above: a token of probability 0 in front is never drawn.
-    place_B1 = torch.searchsorted(below_BV, uniform_B[:, None] * below_BV[:, -1:], right=True)
-    place_B1 = place_B1.clamp(max=below_BV.shape[1] - 1)
+    cumulative_BV = (logits_BV.double() / temperature).softmax(dim=1).cumsum(dim=1)
+    # Rounding leaves the last sum near 1, so the number is scaled by it. `right=True` searches for a sum strictly above the
+    # number: with ≥, a leading token of probability 0 would be drawn at 0.
+    place_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    place_B1 = place_B1.clamp(max=cumulative_BV.shape[1] - 1)
     return (place_B1 if ids_BK is None else ids_BK.gather(1, place_B1))[:, 0]
 
 
 @dataclass(kw_only=True)
-class _Row:
+class _WrittenRow:
     text: _Text
     ngrams: _Ngrams | None
     uniform: Any
@@ -213,40 +219,43 @@ class _Row:
 
 
 class _Text:
-    """Tokens as text, in steps: what a few tokens add to those before them, read once their last character is whole."""
+    """Incremental decoding: appends the text that new tokens add, as soon as their last character is complete."""
 
     def __init__(self, tokenizer: Any, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(context)
+        # The tokens before `_end` are decoded; those from `_begin` are decoded again as context of the next ones.
         self._begin, self._end = 0, len(self._ids)
-        self._looked = 0
+        self._searched = 0
         self.text = ""
 
     def add(self, token: int) -> None:
         self._ids.append(token)
-        self._read(whole=False)
+        self._decode_new(final=False)
 
     def finish(self) -> None:
-        """Read what is left, a broken character too."""
-        self._read(whole=True)
+        """Decode the remaining tokens, even if they end within a character."""
+        self._decode_new(final=True)
 
     def cut(self, stop: Sequence[str]) -> bool:
-        """Cut the text where a stop string begins; whether there was one."""
-        first = max(self._looked - max(map(len, stop), default=0) + 1, 0)
-        found = [place for text in stop if (place := self.text.find(text, first)) >= 0]
-        self._looked = len(self.text)
-        if found:
-            self.text = self.text[: min(found)]
-        return bool(found)
+        """Cut the text where the first stop string begins; returns whether there was one."""
+        # A stop string may have begun in the part that was searched before.
+        first = max(self._searched - max(map(len, stop), default=0) + 1, 0)
+        places = [place for text in stop if (place := self.text.find(text, first)) >= 0]
+        self._searched = len(self.text)
+        if places:
+            self.text = self.text[: min(places)]
+        return bool(places)
 
-    def _read(self, *, whole: bool) -> None:
+    def _decode_new(self, *, final: bool) -> None:
         if self._end == len(self._ids):
             return
         before, now = self._decode(self._ids[self._begin : self._end]), self._decode(self._ids[self._begin :])
-        # A replacement character at the end may be the beginning of a character that goes on.
-        if (now.endswith("\ufffd") and not whole) or len(now) <= len(before):
+        # A replacement character at the end may be the first bytes of a character that the next tokens complete.
+        if (now.endswith("\ufffd") and not final) or len(now) <= len(before):
             return
         self.text += now[len(before) :]
+        # The tokens just decoded are the context of the next ones: a decoder may drop a space before its first token.
         self._begin, self._end = self._end, len(self._ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -254,7 +263,7 @@ class _Text:
 
 
 class _Ngrams:
-    """Which tokens followed which n - 1 others in a row of tokens."""
+    """For every n - 1 consecutive tokens of a row, the tokens that have followed them."""
 
     def __init__(self, ids: Sequence[int], n: int) -> None:
         self._n = n
@@ -269,12 +278,12 @@ class _Ngrams:
         self._last = [*self._last, token][-(self._n - 1) :] if self._n > 1 else []
 
     def would_repeat(self) -> set[int]:
-        """The tokens that would make an n-gram that has been."""
+        """Return the next tokens that would repeat an n-gram."""
         return self._followers.get(tuple(self._last), set())
 
 
-def _specials(tokenizer: Any) -> dict[int, str]:
-    """Special tokens by id, those that were added to the vocabulary too."""
-    found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens by id, including those that were added to the vocabulary."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return found | {token: entry.content for token, entry in added.items() if entry.special}
+    return named | {token: entry.content for token, entry in added.items() if entry.special}

@@ -1,14 +1,14 @@
 """Whether a generated answer is right: exact match, GSM8K's number, mathematical equivalence.
 
-Contract: an answer is read as a whole and never by substring, so "12" is not right because the gold answer is "2". What
-is compared is told in `Verdict.extracted`; where nothing can be read the answer is wrong. A gold answer that cannot be
-read is an error: it would make every prediction wrong.
+Contract: a judge compares whole values and never searches for a substring, so "12" is wrong if the gold answer is "2".
+`Verdict.extracted` reports the value that was compared. An answer from which no value can be read is wrong. A gold answer that
+cannot be read is an error, because it would make every prediction wrong.
 
-| judge | right when |
+| judge | an answer is right if |
 | --- | --- |
-| `exact` | the texts are equal once outer spaces are gone and every run of spaces is one; case and punctuation count |
-| `number` | the number behind the first `####` equals the gold one; without `####` there is no answer, as in GSM8K |
-| `math` | math-verify finds the expressions equivalent: the boxed one, else the last in the text |
+| `exact` | the texts are equal after spaces are stripped at both ends and collapsed within; case and punctuation count |
+| `number` | the number after the first `####` equals the gold number; without `####` there is no answer, as in GSM8K |
+| `math` | math-verify finds the expressions equivalent: the boxed one, else the last one in the text |
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from typing import Any
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.extras import need
 
-# math-verify takes so many seconds at most to read one text, and as many to compare two.
+# The most seconds that math-verify may take to read one text, and to compare two.
 _SECONDS = 5
 
+# A number with a sign before or after the currency, digits with commas, and a fraction. The last line refuses a match that is
+# only the beginning of a longer number or of a formula.
 _NUMBER = r"""
     [* \t]* (?P<sign>[-−+]?) [ ]* (?:\\?[$£€])? [ ]* (?P<sign_after>[-−+]?)
     (?P<value> \d[\d,]*(?:\.\d+)? | \.\d+ )
     (?: [ ]* / [ ]* (?P<below>\d+) )?
     (?! \d | [.,]\d | [ ]*[*/^×x+=]+[ ]*[\d(] | [ ]*[-−][ ]*[\d(] )
 """
-# Stands before the number that answers, in GSM8K.
+# GSM8K writes this before the number that is the answer.
 MARK = "####"
 _MARK = re.compile(r"(?<!\#)\#{4}(?!\#)" + _NUMBER, re.VERBOSE | re.ASCII)
 _BARE = re.compile(_NUMBER + r"[*\s.%]*", re.VERBOSE | re.ASCII)
@@ -45,14 +47,14 @@ _BARE = re.compile(_NUMBER + r"[*\s.%]*", re.VERBOSE | re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether an answer is right, and what was read of it (None: nothing)."""
+    """Whether an answer is right, and the value that was read from it (None if there was none)."""
 
     correct: bool
     extracted: str | None
 
 
 def judge_exact(predicted: str, gold: str) -> Verdict:
-    """Exact match of whole texts; spaces are stripped and runs of them collapsed, nothing else is changed.
+    """Compare whole texts, in which spaces are stripped at both ends and collapsed; nothing else is changed.
 
     Raises:
         SparsortError: the gold answer is empty.
@@ -60,16 +62,15 @@ def judge_exact(predicted: str, gold: str) -> Verdict:
     wanted = " ".join(gold.split())
     if not wanted:
         raise _unreadable("exact", gold, "a text")
-    found = " ".join(predicted.split())
-    return Verdict(correct=found == wanted, extracted=found or None)
+    text = " ".join(predicted.split())
+    return Verdict(correct=text == wanted, extracted=text or None)
 
 
 def judge_number(predicted: str, gold: str) -> Verdict:
-    """GSM8K's number, behind the first "####" (arXiv 2110.14168).
+    """Compare the number after the first "####", as in GSM8K (arXiv 2110.14168).
 
-    Commas between digits, signs of currency and per cent, a trailing period and zeros behind the point make no
-    difference: "$1,234.50." is 1234.5. A fraction is its value. A number that goes on as a formula ("#### 3 * 4") is
-    not read.
+    Commas between digits, currency and percent signs, a final period and trailing zeros make no difference: "$1,234.50." is
+    1234.5. A fraction is read as its value. A number that begins a formula ("#### 3 * 4") is not read.
 
     Args:
         predicted: the generated text.
@@ -81,28 +82,28 @@ def judge_number(predicted: str, gold: str) -> Verdict:
     marked = _MARK.search(gold) or _BARE.fullmatch(gold)
     wanted = _read(marked)
     if wanted is None:
-        raise _unreadable("number", gold, "a number, alone or behind ####,")
+        raise _unreadable("number", gold, "a number, alone or after ####,")
     first = predicted.find(MARK)
-    found = _read(_MARK.match(predicted, first)) if first >= 0 else None
-    if found is None:
+    number = _read(_MARK.match(predicted, first)) if first >= 0 else None
+    if number is None:
         return Verdict(correct=False, extracted=None)
-    return Verdict(correct=found[0] == wanted[0], extracted=found[1])
+    return Verdict(correct=number[0] == wanted[0], extracted=number[1])
 
 
 def judge_math(predicted: str, gold: str) -> Verdict:
-    r"""Mathematical equivalence, by math-verify.
+    r"""Compare mathematical expressions with math-verify.
 
-    math-verify bounds its own time by a signal, which Python delivers to the main thread only; called from another
-    thread, this asks a process of its own, started once.
+    math-verify limits its own time by a signal, which Python delivers to the main thread only. Calls from other threads go to
+    the main thread of a separate process, which is started once.
 
     Args:
-        predicted: the generated text; its \boxed expressions are read, or the last expression where there is none.
+        predicted: the generated text; its \boxed expressions are read, or the last expression if there are none.
         gold: the expression in LaTeX, without dollar signs.
 
     Raises:
         SparsortError: math-verify is not installed, or it cannot read the gold answer.
     """
-    need_math()
+    _math_verify()
     if threading.current_thread() is threading.main_thread():
         return _verify(predicted, gold)
     return _PROCESS.ask(predicted, gold)
@@ -112,38 +113,26 @@ JUDGES: dict[str, Callable[[str, str], Verdict]] = {"exact": judge_exact, "numbe
 
 
 def judge_of(name: str) -> Callable[[str, str], Verdict]:
-    """The judge of that name, ready to be used: what it needs is installed.
-
-    Raises:
-        SparsortError: there is none, or math-verify is not installed.
-    """
+    """Return the judge of this name, or raise `SparsortError` if there is none or if math-verify is needed and missing."""
     if name not in JUDGES:
         raise unknown_choice("judge of generated answers", name, JUDGES)
     if name == "math":
-        need_math()
+        _math_verify()
     return JUDGES[name]
 
 
 def check_gold(name: str, gold: str) -> None:
-    """Make sure that a judge can read a gold answer.
-
-    Raises:
-        SparsortError: it cannot, there is no such judge, or math-verify is not installed.
-    """
+    """Raise `SparsortError` if a judge cannot read a gold answer, or if `judge_of` would raise it."""
     judge_of(name)("", gold)
 
 
-def need_math() -> None:
-    """Make sure that math-verify is installed.
-
-    Raises:
-        SparsortError: it is not; says how to install it.
-    """
-    need("math_verify", "eval", "judging mathematical answers")
+def _math_verify() -> Any:
+    """Import math-verify, or raise `SparsortError` with the command that installs it."""
+    return need("math_verify", "eval", "judging mathematical answers")
 
 
 def _read(match: re.Match[str] | None) -> tuple[Fraction, str] | None:
-    """A matched number's value and its plain spelling."""
+    """Return the value and the plain spelling of a matched number; None if there is none."""
     if match is None or (match["sign"] and match["sign_after"]):
         return None
     digits = match["value"].replace(",", "")
@@ -152,6 +141,7 @@ def _read(match: re.Match[str] | None) -> tuple[Fraction, str] | None:
         if int(below) == 0:
             return None
         value, digits = value / int(below), f"{digits}/{below}"
+    # The second character is the minus sign of Unicode, which models write too.
     is_negative = (match["sign"] or match["sign_after"]) in ("-", "−")
     return (-value, f"-{digits}") if is_negative else (value, digits)
 
@@ -164,20 +154,20 @@ def _unreadable(judge: str, gold: str, what: str) -> SparsortError:
 
 
 def _verify(predicted: str, gold: str) -> Verdict:
-    """Only in the main thread."""
-    library = need("math_verify", "eval", "judging mathematical answers")
+    """Compare with math-verify; must be called in the main thread."""
+    library = _math_verify()
     wanted = library.parse(f"\\boxed{{{gold}}}", parsing_timeout=_SECONDS) if gold.strip() else []
     if not wanted:
         raise _unreadable("math", gold, "a mathematical expression in LaTeX")
-    # A model's answer may be any text at all; one that cannot be read, or not in time, is a wrong answer.
-    found = library.parse(predicted, parsing_timeout=_SECONDS)
-    correct = bool(found) and bool(library.verify(wanted, found, timeout_seconds=_SECONDS))
-    # Beside the text that was found stands the expression that it was read as, which may be too large to write out.
-    return Verdict(correct=correct, extracted=next((item for item in found if isinstance(item, str)), None))
+    # The answer of a model may be any text. One that cannot be read, or not in time, is a wrong answer.
+    parsed = library.parse(predicted, parsing_timeout=_SECONDS)
+    correct = bool(parsed) and bool(library.verify(wanted, parsed, timeout_seconds=_SECONDS))
+    # The result lists an expression as an object and as its text. The object may be too large to print, so the text is kept.
+    return Verdict(correct=correct, extracted=next((item for item in parsed if isinstance(item, str)), None))
 
 
-class _Process:
-    """A process whose main thread judges, for callers that are in another thread. One question at a time."""
+class _JudgeProcess:
+    """A process whose main thread judges, for callers in other threads; it answers one question at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -185,6 +175,7 @@ class _Process:
 
     def ask(self, predicted: str, gold: str) -> Verdict:
         with self._lock:
+            # A process that has ended, for example for lack of memory, is replaced.
             if self._running is None or self._running.poll() is not None:
                 self.stop()
                 self._running = self._start()
@@ -194,7 +185,7 @@ class _Process:
         return Verdict(**reply)
 
     def stop(self) -> None:
-        """End the process, if there is one; without the lock, which a thread may hold for good when Python exits."""
+        """End the process if there is one. It does not take the lock, which a thread may never release when Python exits."""
         if self._running is not None:
             self._running.kill()
             self._running.communicate()
@@ -216,21 +207,22 @@ class _Process:
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
             reply = process.stdout.readline()
+        # The end of the process closes its standard output, and `readline` returns an empty text.
         if not reply:
             raise SparsortError(
                 f"the process that judges mathematical answers ended with code {process.wait()}; it may have run out of "
-                "memory. Judge in the main thread, or with fewer processes beside it."
+                "memory. Judge in the main thread, or while fewer other processes run."
             )
-        read: dict[str, Any] = json.loads(reply)
-        return read
+        parsed: dict[str, Any] = json.loads(reply)
+        return parsed
 
 
-_PROCESS = _Process()
+_PROCESS = _JudgeProcess()
 atexit.register(_PROCESS.stop)
 
 
 def serve() -> None:
-    """Judge what comes in on stdin, a JSON line [predicted, gold] at a time, until it is closed: `_Process`'s other end."""
+    """Answer the questions of `_JudgeProcess`: read JSON lines [predicted, gold] from stdin until it is closed."""
     for line in sys.stdin:
         try:
             reply: dict[str, Any] = vars(_verify(*json.loads(line)))

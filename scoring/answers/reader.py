@@ -1,12 +1,13 @@
-"""What a model answers: log-probabilities of given answers behind a prompt, and what the query's last state looks like.
+"""Computes log-probabilities of given answers after a prompt, and features of the state of the prompt's last token.
 
-Contract: `log_p[q, l]` is the sum of the log-probabilities, in nats, of the tokens of answer l after prompt and query q, as a
-plain forward pass over the whole text gives it (to 1e-3 in fp32). Which tokens are the answer's follows the rule "continuation"
-(`token_tree`) from the prompt and that answer, so neither the other answers nor the other queries of a call change a number;
-the features are those of the prompt's own last token. The prefix's keys and values are computed once, all answers of a query
-share one stem, and the head runs at their positions alone.
+Contract: `log_p[q, l]` is the sum of the log-probabilities, in nats, of the tokens of answer l after the prefix and query q. It
+equals that of a plain forward pass over the whole text (to 1e-3 in fp32). The rule "continuation" (`token_tree`) determines the
+tokens of an answer from the prompt and that answer, so no number depends on the other answers or queries of a call. The features
+are those of the last token of the prompt. The keys and values of the prefix are computed once, all answers of a query share one
+stem, and the head runs only at the positions that predict scored tokens. A query thus costs its own tokens, where OpenICL's
+perplexity inferencer runs |L| whole prompts per query.
 
-Sources of the cost: OpenICL's perplexity inferencer runs |L| whole prompts a query; here a query costs its own tokens.
+Shape suffixes: Q queries, L answers, F features, N states, B rows and T tokens of a batch, H width.
 """
 
 from __future__ import annotations
@@ -23,35 +24,37 @@ from torch import Tensor
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_rows
 from sparsort.kernels.sparsity.metrics import METRICS
-from sparsort.scoring.answers.prefix import Block, Prefix, PrefixReader
-from sparsort.scoring.answers.token_tree import Layout, Passage, TreeEncoder
+from sparsort.scoring.answers.prefix import Block, PrefixReader
+from sparsort.scoring.answers.prefix_attention import Prefix
+from sparsort.scoring.answers.token_tree import Passage, TokenTree, TreeEncoder
 from sparsort.scoring.loading.load import LoadedModel
 from sparsort.scoring.model.backbone import Backbone
 from sparsort.scoring.model.head import Head
 from sparsort.scoring.prompts.prompt import Encoder
 
-# Positions whose states go through the head together.
+# The number of positions whose states go through the head together.
 _POSITIONS_AT_ONCE = 512
 
-# Tokens of one batch of a compiled model on a CPU: it leaves less between the products for the cache to hold.
+# The default token budget of a compiled model on a CPU. It is larger than without compiling, because fused steps have fewer
+# intermediate results that must fit into the processor's cache.
 _COMPILED_BUDGET = 2048
 
 SITES = ("pre_norm", "post_norm")
-# Where the metrics of the state after the final norm stand among the features.
+# The columns of `FEATURES` with the metrics of the state after the final norm.
 POST_NORM = slice(len(METRICS), 2 * len(METRICS))
 FEATURES: tuple[str, ...] = (*(f"{site}/{metric}" for site in SITES for metric in METRICS), "entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What was read for Q queries and L answers.
+    """The results for Q queries and L answers.
 
     Attributes:
         log_p: (Q, L) summed log-probabilities in nats.
         n_tokens: (Q, L) scored tokens of each answer.
-        features: (Q, F) of the query's last state, in the order of `FEATURES`: the metrics of sparsity at each site, and
-            the entropy in nats of the next token; NaN where a state has no metric.
-        tokens_read: tokens that were run for it, padding left out.
+        features: (Q, F) features of each query's last state, in the order of `FEATURES`: the sparsity metrics at each site,
+            NaN where a state has none, and the entropy in nats of the next token.
+        tokens_read: the number of tokens that were run, without padding.
     """
 
     log_p: NDArray[np.float64]
@@ -62,7 +65,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Passages as one padded block: ids, positions behind the prefix, and who sees whom (None: all that stands before)."""
+    """Passages as one padded block; for the attributes see `PrefixReader.read`."""
 
     ids_BT: Tensor
     offset_BT: Tensor | None
@@ -70,13 +73,13 @@ class _Batch:
 
 
 class AnswerReader:
-    """Reads answers with one loaded model.
+    """Scores answers with one loaded model.
 
     Args:
         loaded: the model.
         token_budget: tokens of one batch; None for the device's default.
-        chat: texts come from a chat template, which puts the special tokens itself.
-        compile: fuse the steps between matrix products (`fused`): faster, after half a minute of compiling.
+        chat: whether texts come from a chat template, which adds the special tokens itself.
+        compile: fuse the steps between matrix products (`fused`), which is faster after half a minute of compiling.
 
     Raises:
         SparsortError: the model cannot be compiled here.
@@ -86,6 +89,7 @@ class AnswerReader:
         self, loaded: LoadedModel, *, token_budget: int | None = None, chat: bool = False, compile: bool = False
     ) -> None:
         self.loaded = loaded
+        # A GPU has a larger default, which compiling does not change.
         if compile and token_budget is None and loaded.device.value.type == "cpu":
             token_budget = _COMPILED_BUDGET
         self.backbone = Backbone(loaded, token_budget=token_budget)
@@ -96,37 +100,37 @@ class AnswerReader:
 
     @property
     def implementation(self) -> str:
-        """How prompts are run, with the reason."""
+        """How prompts are run, and the reason if they are run whole."""
         why_not = self.reader.why_not
         return f"whole prompts: {why_not}" if why_not else "queries after shared prefixes"
 
     def answers(self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str]) -> Answers:
-        """Log-probabilities of every answer behind every query.
+        """Compute the log-probability of every answer after every query.
 
         Args:
-            chunks: what stands in front of every query, in parts at whose borders other prefixes may part from it
-                (instruction, demonstrations, each with its separator); none for no prefix.
-            queries: Q texts, each joined to the prefix as it stands.
-            answers: L texts, each joined to the query as it stands (begin it with a space where one belongs). Whitespace that
-                ends a query is scored with the answer.
+            chunks: the prefix, the text before every query, split where other prefixes may diverge from it (instruction and
+                demonstrations, each with its separator); empty for no prefix.
+            queries: Q texts, each appended to the prefix unchanged.
+            answers: L texts, each appended to the query unchanged; include the space at the beginning. Whitespace at the end of
+                a query is scored with the answer.
 
         Raises:
             SparsortError: an empty answer, no queries, or a prompt longer than the model's context.
         """
         if not queries:
             raise SparsortError("there are no queries to answer. Give at least one.")
-        layout = self.lay_out(chunks, queries, answers).shared()
+        tree = self.token_tree(chunks, queries, answers).shared()
         before = self.reader.n_tokens
         if self.backbone.depends_on_length:
-            # Of one stem the states differ with what follows it: the query and each of its answers are read by themselves.
-            nothing, features = self._score(layout.of_queries(), 0)
-            columns = [self._score(layout.of_answer(number), 1)[0] for number in range(len(answers))]
-            log_p = np.concatenate([nothing, *columns], axis=1)
+            # The states of a stem depend on the length of the text, so the query and each answer are read separately.
+            no_answers, features = self._score(tree.of_queries(), 0)
+            columns = [self._score(tree.of_answer(number), 1)[0] for number in range(len(answers))]
+            log_p = np.concatenate([no_answers, *columns], axis=1)
         else:
-            log_p, features = self._score(layout, len(answers))
+            log_p, features = self._score(tree, len(answers))
         return Answers(
             log_p=log_p,
-            n_tokens=layout.answer_lengths(len(answers)),
+            n_tokens=tree.answer_lengths(len(answers)),
             features=features,
             tokens_read=self.reader.n_tokens - before,
         )
@@ -134,62 +138,65 @@ class AnswerReader:
     def continuations(
         self, chunks: Sequence[str], openings: Sequence[str], texts: Sequence[str]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Loss on each query's own text after a prefix, as ConE takes it (arXiv 2401.12087).
+        """Compute the loss on each query's own text after a prefix, as ConE does (arXiv 2401.12087).
 
-        Scored is every token that holds a character of the text, and no whitespace in front of it.
+        Every token that contains a character of the text is scored, and no whitespace before the text.
 
         Args:
-            chunks: as `answers`.
-            openings: Q texts that stand between the prefix and what is scored: the template's words, or "" for none.
-            texts: Q texts to score, each joined to its opening as it stands.
+            chunks: see `answers`.
+            openings: Q texts between the prefix and the scored text: the words of the template, or "" for none.
+            texts: Q texts to score, each appended to its opening unchanged.
 
         Returns:
-            (Q,) summed negative log-likelihoods in nats, and (Q,) tokens.
+            (Q,) summed negative log-likelihoods in nats, and (Q,) numbers of scored tokens.
 
         Raises:
-            SparsortError: as `answers`; or nothing stands before a text, so that its first token is predicted from nothing.
+            SparsortError: see `answers`; or there is no token before a text, from which its first token could be predicted.
         """
         if len(openings) != len(texts):
             raise SparsortError(f"there are {len(openings)} openings and {len(texts)} texts; give one for each.")
         if not texts:
             raise SparsortError("there are no texts to score. Give at least one.")
-        layout = None if any(openings) else self._lay_out_bare(chunks, texts)
-        if layout is None:
-            # The first token needs one before it: where no opening gives it, the last demonstration does.
+        tree = None if any(openings) else self._bare_tree(chunks, texts)
+        if tree is None:
+            # The first scored token needs one before it. Without an opening, that is the last token of the last chunk.
             lead = "" if all(openings) or not chunks else chunks[-1]
             shared = chunks[: len(chunks) - bool(lead)]
-            layout = self.lay_out(shared, [lead + opening for opening in openings], texts, own=True)
-        return -self._score(layout, 1)[0][:, 0], layout.answer_lengths(1)[:, 0]
+            tree = self.token_tree(shared, [lead + opening for opening in openings], texts, own=True)
+        return -self._score(tree, 1)[0][:, 0], tree.answer_lengths(1)[:, 0]
 
-    def lay_out(
+    def token_tree(
         self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False, room: int = 0
-    ) -> Layout:
-        """Texts as ids: what queries share in front, and each one's own.
+    ) -> TokenTree:
+        """Encode a prefix, queries and answers.
 
         Args:
-            chunks, queries, answers: as `answers`; no answers for stems alone.
-            own: there is one answer for each query, its own text.
-            room: tokens that are to be written behind each query.
+            chunks, queries, answers: see `answers`; no answers for stems alone.
+            own: whether there is one answer per query, the query's own text.
+            room: tokens that will be generated after each query.
 
         Raises:
-            SparsortError: as `answers`.
+            SparsortError: see `answers`.
         """
         segments = self.trees.segments(chunks) if self.reader.why_not is None else None
         shared = list(chunks) if segments else []
         texts = list(queries) if segments or not chunks else ["".join(chunks) + query for query in queries]
         if own:
             passages = [
-                self.trees.passages(shared, [text], [mine], own=True)[0]
-                for text, mine in zip(texts, answers, strict=True)
+                self.trees.passages(shared, [text], [own_text], own=True)[0]
+                for text, own_text in zip(texts, answers, strict=True)
             ]
         else:
             passages = self.trees.passages(shared, texts, answers)
-        layout = Layout(segments=segments or [], passages=passages)
-        self._check_length(layout, room)
-        return layout
+        tree = TokenTree(segments=segments or [], passages=passages)
+        self._check_length(tree, room)
+        return tree
 
-    def _lay_out_bare(self, chunks: Sequence[str], texts: Sequence[str]) -> Layout | None:
-        """Texts right after a prefix, whose last token is every stem; None where there is no prefix that can be cut."""
+    def _bare_tree(self, chunks: Sequence[str], texts: Sequence[str]) -> TokenTree | None:
+        """Encode texts that directly follow a prefix; None if there is no prefix, or if it cannot be tokenised in chunks.
+
+        The last token of the prefix becomes the stem of every text, because its state predicts the first token of the text.
+        """
         segments = self.trees.segments(chunks) if self.reader.why_not is None else None
         if not segments:
             return None
@@ -201,16 +208,16 @@ class AnswerReader:
                 passages.append(replace(cut, whole=True))
             else:
                 passages.append(Passage(stem=(last,), branches=(passage.stem,), starts=(1,)))
-        layout = Layout(segments=[*before, *([tuple(most)] if most else [])], passages=passages)
-        self._check_length(layout, 0)
-        return layout
+        tree = TokenTree(segments=[*before, *([tuple(most)] if most else [])], passages=passages)
+        self._check_length(tree, 0)
+        return tree
 
-    def _check_length(self, layout: Layout, room: int) -> None:
+    def _check_length(self, tree: TokenTree, room: int) -> None:
         limit = self.backbone.max_length
         if limit is None:
             return
-        n_prefix = sum(map(len, layout.segments))
-        for passage in layout.passages:
+        n_prefix = sum(map(len, tree.segments))
+        for passage in tree.passages:
             length = (0 if passage.whole else n_prefix) + len(passage.stem) + room
             length += max(map(len, (passage.rest, *passage.branches)))
             if length > limit:
@@ -221,21 +228,17 @@ class AnswerReader:
                     f"made for {limit}. Use fewer shots or shorter demonstrations{fewer}."
                 )
 
-    def _score(self, layout: Layout, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(Q, L) log-probabilities and (Q, F) features."""
-        gathered = _Gathered(layout.passages, self.backbone.head_site.name)
-        for segments, places in layout.groups():
-            self._read(segments, layout.passages, places, gathered)
+    def _score(self, tree: TokenTree, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Run the queries and answers; returns log-probabilities, (Q, L), and features, (Q, F)."""
+        gathered = _Gathered(tree.passages, self.backbone.head_site.name)
+        for segments, places in tree.groups():
+            self._read(segments, tree.passages, places, gathered)
         return self._finish(gathered, n_answers)
 
     def _read(
-        self,
-        segments: Sequence[Sequence[int]],
-        passages: Sequence[Passage],
-        places: Sequence[int],
-        gathered: _Gathered,
+        self, segments: Sequence[Sequence[int]], passages: Sequence[Passage], places: Sequence[int], gathered: _Gathered
     ) -> None:
-        """Gather the states of the rows `places`, all behind one prefix."""
+        """Gather the states of the passages `places`, which all follow one prefix."""
         if self.reader.why_not is not None:
             self._read_whole(passages, places, gathered)
             return
@@ -245,28 +248,30 @@ class AnswerReader:
     def blocks(
         self, prefix: Prefix, passages: Sequence[Passage], places: Sequence[int]
     ) -> Iterator[tuple[list[int], Block]]:
-        """Run the passages `places` after a prefix, the longest first: which they are, and what the pass made of them."""
+        """Run the passages `places` after a prefix, the longest first; yields the places of a batch and its `Block`."""
         order = sorted(places, key=lambda place: -passages[place].n_tokens)
         begin = 0
         while begin < len(order):
             rows = order[begin : begin + max(self.backbone.token_budget // passages[order[begin]].n_tokens, 1)]
-            batch = _tree([passages[row] for row in rows], self.backbone.device)
+            batch = _padded_batch([passages[row] for row in rows], self.backbone.device)
             block = self.reader.read(prefix, batch.ids_BT, offset_BT=batch.offset_BT, visible_BTT=batch.visible_BTT)
-            # Padding is not counted.
+            # `read` counts padding too, which is subtracted.
             self.reader.n_tokens -= batch.ids_BT.numel() - sum(passages[row].n_tokens for row in rows)
             yield rows, block
             begin += len(rows)
 
     def _read_whole(self, passages: Sequence[Passage], places: Sequence[int], gathered: _Gathered) -> None:
-        """The same for a model that reads whole texts only: every answer is a text of its own."""
+        """Gather the states with a model that reads whole texts only, where every answer is a separate text."""
+        # (passage, index of the chain's first token among those of a pass, ids of stem and chain), one per text.
         texts = []
         for row in places:
             stem, chains = passages[row].stem, passages[row].chains
+            # Passages number the tokens of all chains of a pass, and here each chain is in a text of its own.
             begins = itertools.accumulate(map(len, chains), initial=len(stem))
             run = [(row, begin, [*stem, *chain]) for begin, chain in zip(begins, chains, strict=False) if chain]
             texts += run or [(row, len(stem), [*stem])]
         ids = [text for _, _, text in texts]
-        # No shared head is cut into the tokens whose states are read.
+        # A shared head must end before the first token whose state is read.
         plan = self.backbone.plan(ids, max_depth=min(passages[row].first for row in places))
         for piece in self.backbone.walk(ids, plan, self.reader.sites):
             self.reader.n_tokens += int(piece.lengths.sum())
@@ -276,32 +281,35 @@ class AnswerReader:
                 row, chain, _ = texts[text]
                 length = len(passages[row].stem)
                 for token in gathered.wanted[row]:
-                    # Tokens of other chains are read in other texts.
+                    # A token after the stem is in this text only if it is in this text's chain.
                     at = (token if token < length else token - chain + length) - piece.start
                     if (token < length or token >= chain) and 0 <= at < piece.lengths[number]:
                         gathered.put(row, token, {site: block[number, at] for site, block in piece.states.items()})
 
     def _finish(self, gathered: _Gathered, n_answers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(Q, L) log-probabilities and (Q, F) features."""
+        """Apply the head and the metrics to the gathered states; returns log-probabilities, (Q, L), and features, (Q, F)."""
+        # One state can predict the first token of several answers, and goes through the head once.
         place = {key: number for number, key in enumerate(gathered.last)}
         last_NH = torch.stack(list(gathered.last.values()))
         normaliser_N, entropy_N = self._normalisers(last_NH)
         rows, answers, tokens, before = gathered.scored(place)
         log_p = np.zeros((len(gathered.ends), n_answers))
         if len(rows):
+            # log p of a token is its logit minus the normaliser of its position, log Σ exp(logits).
             np.add.at(log_p, (rows, answers), self._of_tokens(last_NH[before], tokens) - normaliser_N[before])
         ends = [place[row, end] for row, end in enumerate(gathered.ends)]
-        states = {site: torch.stack(held) for site, held in gathered.sites.items()}
+        states = {site: torch.stack(rows) for site, rows in gathered.sites.items()}
         return log_p, self._features(states, entropy_N[ends])
 
     def features(self, states: dict[str, Tensor]) -> NDArray[np.float64]:
-        """(Q, F) features of states, site → (Q, width), in the order of `FEATURES`."""
+        """Compute the features of states, site → (Q, H); returns (Q, F) in the order of `FEATURES`."""
         return self._features(states, self._normalisers(states[self.backbone.head_site.name])[1])
 
     def _features(self, states: dict[str, Tensor], entropy_Q: NDArray[np.float64]) -> NDArray[np.float64]:
         features = np.full((len(entropy_Q), len(FEATURES)), np.nan)
         for site, states_QH in states.items():
-            if site not in SITES:  # what the head reads, in a model without a final norm
+            # In a model without a final norm, the states that the head reads have another site and no metrics.
+            if site not in SITES:
                 continue
             start = SITES.index(site) * len(METRICS)
             features[:, start : start + len(METRICS)] = sparsity_rows(states_QH).values_NM.double().cpu().numpy()
@@ -320,13 +328,15 @@ class AnswerReader:
 
 
 class _Gathered:
-    """States that the head and the metrics are to read: those before scored tokens, and those at the ends of queries.
+    """Collects the states for the head and the metrics: those of tokens before scored tokens, and of the ends of queries.
 
-    A state is known by its row and by which of the row's tokens it belongs to, in the order in which a pass runs them.
+    A state is identified by (row, token): the number of its passage, and the index of its token among those of a pass.
 
     Attributes:
         ends: each row's last token of the query.
-        wanted: each row's tokens whose states are read.
+        wanted: each row's tokens whose states are needed, ascending.
+        sites: site → each row's state of the last token of the query.
+        last: (row, token) → the state that the head reads.
     """
 
     def __init__(self, passages: Sequence[Passage], head_site: str) -> None:
@@ -341,15 +351,15 @@ class _Gathered:
         self.last: dict[tuple[int, int], Tensor] = {}
 
     def put(self, row: int, token: int, states: dict[str, Tensor]) -> None:
-        """Take copies of the states of one token."""
-        # Copies: a view would keep the states of its whole batch.
+        """Copy the states of one token."""
+        # A view would keep the states of its whole batch in memory.
         if token == self.ends[row]:
             for site, state in states.items():
                 self.sites.setdefault(site, [state] * len(self.ends))[row] = state.clone()
         self.last[row, token] = states[self._head_site].clone()
 
     def take(self, rows: Sequence[int], states: dict[str, Tensor]) -> None:
-        """Take what is wanted from a block of `_tree`."""
+        """Copy the wanted states of a batch that `_padded_batch` made."""
         for number, row in enumerate(rows):
             for token in self.wanted[row]:
                 self.put(row, token, {site: block[number, token] for site, block in states.items()})
@@ -357,7 +367,7 @@ class _Gathered:
     def scored(
         self, place: dict[tuple[int, int], int]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Rows, answers and tokens of all that is scored, and the places of the states that predict them."""
+        """Return row, answer and id of every scored token, and the place of the state that predicts it, (N,) each."""
         columns = [
             (row, answer, token, place[row, before])
             for row, scored in enumerate(self._scored)
@@ -367,27 +377,28 @@ class _Gathered:
         return array[:, 0], array[:, 1], array[:, 2], array[:, 3]
 
 
-def _tree(chosen: Sequence[Passage], device: torch.device) -> _Batch:
-    """Stems, each with its chains after it, as rows of one block."""
-    width = max(passage.n_tokens for passage in chosen)
-    # Padded with the row's own last token: a padding token's embedding may be NaN, and 0 · NaN is NaN in attention.
-    ids = np.array([passage.stem[-1] for passage in chosen], dtype=np.int64)[:, None].repeat(width, axis=1)
-    # One chain a row needs no mask.
-    plain = all(sum(map(bool, passage.chains)) <= 1 for passage in chosen)
-    for number, passage in enumerate(chosen):
+def _padded_batch(passages: Sequence[Passage], device: torch.device) -> _Batch:
+    """Make one row per passage: its stem, followed by all of its chains."""
+    width = max(passage.n_tokens for passage in passages)
+    # The padding repeats a token of the row: the embedding of a padding token may be NaN, and 0 · NaN is NaN in attention.
+    ids = np.array([passage.stem[-1] for passage in passages], dtype=np.int64)[:, None].repeat(width, axis=1)
+    # With at most one chain per row, causality alone is the right mask.
+    plain = all(sum(map(bool, passage.chains)) <= 1 for passage in passages)
+    for number, passage in enumerate(passages):
         flat = [*passage.stem, *(token for chain in passage.chains for token in chain)]
         ids[number, : len(flat)] = flat
     if plain:
         return _Batch(ids_BT=torch.from_numpy(ids).to(device), offset_BT=None, visible_BTT=None)
-    offset = np.arange(width)[None].repeat(len(chosen), axis=0)
-    visible = np.tril(np.ones((width, width), dtype=bool))[None].repeat(len(chosen), axis=0)
-    for number, passage in enumerate(chosen):
+    offset = np.arange(width)[None].repeat(len(passages), axis=0)
+    visible = np.tril(np.ones((width, width), dtype=bool))[None].repeat(len(passages), axis=0)
+    for number, passage in enumerate(passages):
         stem = len(passage.stem)
-        at = stem
+        begin = stem
         for length in map(len, passage.chains):
-            offset[number, at : at + length] = np.arange(stem, stem + length)
-            visible[number, at : at + length, stem:at] = False
-            at += length
+            # Every chain has the positions right after the stem, and does not see the chains before it.
+            offset[number, begin : begin + length] = np.arange(stem, stem + length)
+            visible[number, begin : begin + length, stem:begin] = False
+            begin += length
     return _Batch(
         ids_BT=torch.from_numpy(ids).to(device),
         offset_BT=torch.from_numpy(offset).to(device),

@@ -1,15 +1,15 @@
-"""From text to a token tree: what queries share in front (segments), the query itself (a stem), and an answer a branch.
+"""Encodes queries as token trees: the texts before all queries are segments, a query is a stem, and each answer is a branch.
 
-Contract: the ids along a path are those of the whole text, tokenised once. Pieces are tokenised apart only where that gives
-the very same ids, which is checked at every border; where it does not (a tokenizer that merges across it) the text is
-taken whole, which is slower and as right.
+Contract: the ids along a path are those of the whole text, tokenised at once. Parts of a text are tokenised separately only if
+that gives exactly the same ids, which is checked at every border. If it does not, because the tokenizer merges across the border,
+the text is encoded as a whole, which is slower and equally correct.
 
-The rule "continuation" says which tokens are an answer's. Whitespace at the end of the prompt moves to the answer; prompt and
-prompt + answer are tokenised, and the answer's tokens are those of the second from the first one in which it differs from the
-first. Where no token merges across the boundary, this is `_encode_pair` of lm-evaluation-harness. An answer's tokens thus
-depend on the prompt and on that answer alone: answers may part from the prompt at different places and still share one pass.
+The rule "continuation" defines the tokens of an answer. Whitespace at the end of the prompt moves to the answer. The prompt and
+prompt + answer are tokenised, and the tokens of the answer are those of the second text from the first token that differs. Where
+no token merges across the boundary, this equals `_encode_pair` of lm-evaluation-harness. The tokens of an answer thus depend only
+on the prompt and that answer: answers may diverge from the prompt at different tokens and still share one pass.
 
-A query's own text (`own=True`) is scored from the first token that holds one of its characters, as in `prompts.Encoder`.
+A query's own text (`own=True`) is scored from the first token that contains one of its characters, as in `prompts.Encoder`.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from numpy.typing import NDArray
 from sparsort.errors import SparsortError
 from sparsort.scoring.prompts.prompt import Encoded, Encoder, Rendered
 
-# The name of the rule above; stored outcomes of queries for which it matters are filed under it.
+# The name of the rule above. It is part of the key of stored outcomes, for queries to which the rule makes a difference.
 RULE = "continuation"
-# Characters of the prefix, in whole chunks, with which a query is tokenised: a chunk may be a part of a word ("x'" + "v" before
-# "ed"), and the text before that part decides how the word is cut.
+# The least number of characters of the prefix, in whole chunks, that a query is tokenised with. A chunk may be a part of a word
+# ("x'" + "v" before "ed"), and the text before that part determines how the word is split into tokens.
 _CONTEXT = 32
-# Texts tokenised at once.
+# The number of texts that are tokenised in one call.
 _AT_ONCE = 1024
-# Queries that are kept with their ids.
+# The most texts, and the most queries, whose ids are kept.
 _KEPT = 2**14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passage:
-    """A query and its possible answers as ids. A pass runs the stem, then chains that see the stem and themselves.
+    """The ids of a query and its possible answers. A pass runs the stem, then chains that each see the stem and themselves.
 
     Attributes:
-        stem: ids after the shared prefix that the query and all of its answers begin with; never empty.
-        branches: L tuples of ids, what each answer's text adds to the stem; never empty.
-        starts: L indices into stem + branch, at least 1: the first token of each answer that is scored.
-        rest: what the query alone adds to the stem, where an answer merges with the query's last tokens.
-        whole: the stem holds the whole text in front too, because it cannot be cut at the prefix's end.
+        stem: the ids after the shared prefix that are common to the query and all of its answers; never empty.
+        branches: L tuples of ids that follow the stem in the text of each answer; none is empty.
+        starts: L indices into stem + branch, at least 1: the first scored token of each answer.
+        rest: the ids that follow the stem in the query alone, which exist if an answer merges with the query's last tokens.
+        whole: whether the stem includes the text of the prefix, because the text cannot be split at the end of the prefix.
     """
 
     stem: tuple[int, ...]
@@ -55,40 +55,41 @@ class Passage:
 
     @property
     def chains(self) -> list[tuple[int, ...]]:
-        """What a pass runs after the stem: the rest of the query, then each answer without its last token."""
+        """The ids that a pass runs after the stem: the rest of the query, then each branch without its last token."""
         return [self.rest, *(branch[:-1] for branch in self.branches)]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that a pass must run: no answer's last token."""
+        """The number of tokens that a pass runs. Nothing is predicted from an answer's last token, so it is not run."""
         return len(self.stem) + sum(map(len, self.chains))
 
     @property
     def end(self) -> int:
-        """Which of the tokens that a pass runs, in their order, is the query's last."""
+        """The index of the query's last token among the tokens that a pass runs."""
         return len(self.stem) + len(self.rest) - 1
 
     @property
     def first(self) -> int:
-        """The first of these tokens whose state is read."""
+        """The index of the first token whose state is read."""
         return min([len(self.stem) - 1, *(start - 1 for start in self.starts)])
 
     def scored(self) -> Iterator[tuple[int, int, int]]:
-        """(answer, which of the tokens that a pass runs predicts, the token it predicts), for every scored token."""
+        """Yield (number of the answer, index of the predicting token among those of the pass, predicted id) per scored token."""
         stem, begin = len(self.stem), len(self.stem) + len(self.rest)
         for answer, (branch, start) in enumerate(zip(self.branches, self.starts, strict=True)):
             for index in range(start, stem + len(branch)):
+                # The token before is in the stem, or in this answer's chain, which begins at `begin` in the pass.
                 before = index - 1 if index <= stem else begin + index - 1 - stem
                 yield answer, before, self.stem[index] if index < stem else branch[index - stem]
             begin += len(branch) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Queries as ids.
+class TokenTree:
+    """Queries after a shared prefix, encoded.
 
     Attributes:
-        segments: ids of the parts of the prefix; empty where texts are taken whole.
+        segments: ids of the parts of the prefix; empty if every passage includes its whole text.
         passages: each query with its answers.
     """
 
@@ -96,39 +97,40 @@ class Layout:
     passages: list[Passage]
 
     def groups(self) -> Iterator[tuple[list[tuple[int, ...]], list[int]]]:
-        """(segments, places): the queries behind the prefix, and those that hold it themselves."""
+        """Yield (segments, places): the queries that follow the prefix, then those that include its text themselves."""
+        # Without segments there is no prefix, and every passage has its whole text in the stem.
         cut = [place for place, passage in enumerate(self.passages) if self.segments and not passage.whole]
         taken = set(cut)
         whole = [place for place in range(len(self.passages)) if place not in taken]
         yield from (group for group in ((self.segments, cut), (list[tuple[int, ...]](), whole)) if group[1])
 
-    def shared(self) -> Layout:
-        """The same with what all queries behind the prefix begin with (a template's first words) made part of the prefix."""
+    def shared(self) -> TokenTree:
+        """Move the tokens that all queries begin with, such as a template's first words, to the end of the prefix."""
         cut = [place for place, passage in enumerate(self.passages) if not passage.whole]
         if not self.segments or len(cut) < 2:
             return self
         stems = [self.passages[place].stem for place in cut]
-        # A stem keeps the tokens whose states are read.
+        # A prefix stores keys and values but no states, so a stem keeps all tokens whose states are read.
         length = min(_common(stems), *(self.passages[place].first for place in cut))
         if length < 1:
             return self
         passages = [passage if passage.whole else _without(passage, length) for passage in self.passages]
-        return Layout(segments=[*self.segments, stems[0][:length]], passages=passages)
+        return TokenTree(segments=[*self.segments, stems[0][:length]], passages=passages)
 
-    def of_queries(self) -> Layout:
-        """The queries without their answers."""
+    def of_queries(self) -> TokenTree:
+        """Return the queries without their answers."""
         passages = [replace(p, stem=p.stem + p.rest, rest=(), branches=(), starts=()) for p in self.passages]
         return replace(self, passages=passages)
 
-    def of_answer(self, answer: int) -> Layout:
-        """One answer of each query, without what the query alone adds to the stem."""
+    def of_answer(self, answer: int) -> TokenTree:
+        """Return the queries with one answer each, and without `Passage.rest`."""
         passages = [
             replace(p, rest=(), branches=(p.branches[answer],), starts=(p.starts[answer],)) for p in self.passages
         ]
         return replace(self, passages=passages)
 
     def answer_lengths(self, count: int) -> NDArray[np.int64]:
-        """(Q, count) scored tokens of each answer."""
+        """Return the number of scored tokens of each answer, (Q, count)."""
         lengths = [
             [
                 len(passage.stem) + len(branch) - start
@@ -140,12 +142,12 @@ class Layout:
 
 
 class TreeEncoder:
-    """Cuts prompts into segments, stems and branches.
+    """Encodes prompts as segments, stems and branches.
+
+    The ids of recent texts are kept, so that an ablation does not tokenise its queries again for every order.
 
     Args:
-        encoder: tokenises, and puts the special tokens in front.
-
-    Tokenised borders are kept, up to a number, so that the queries of an ablation are not tokenised again under every order.
+        encoder: tokenises texts and adds the special tokens at the beginning.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -155,11 +157,7 @@ class TreeEncoder:
         self._trees: dict[tuple[str, str, tuple[str, ...], bool], Passage | None] = {}
 
     def segments(self, chunks: Sequence[str]) -> list[tuple[int, ...]] | None:
-        """Ids of each chunk of a prefix, special tokens in front of the first; None when it cannot be cut so.
-
-        Args:
-            chunks: texts that stand one behind the other.
-        """
+        """Return the ids of each chunk of a prefix, special tokens before the first; None if tokens merge across a border."""
         if not chunks:
             return []
         if len(self._alone) + len(self._tails) > _KEPT:
@@ -170,19 +168,20 @@ class TreeEncoder:
             if tail is None:
                 return None
             segments.append(tail)
+        # Each border was checked with its two neighbours alone, so the text as a whole is checked once too.
         whole = self._encode("".join(chunks))
         return segments if [token for segment in segments for token in segment] == whole else None
 
     def passages(
         self, chunks: Sequence[str], queries: Sequence[str], answers: Sequence[str], *, own: bool = False
     ) -> list[Passage]:
-        """Each query and its answers after a prefix.
+        """Encode each query and its answers after a prefix.
 
         Args:
-            chunks: the prefix, as given to `segments`, which must not have returned None; or none, to take texts whole.
+            chunks: the prefix, for which `segments` must not have returned None; empty to encode whole texts.
             queries: Q texts.
-            answers: L texts; none for a stem alone.
-            own: the answers are the queries' own texts, of which every token that holds a character is scored and no other.
+            answers: L texts; empty for stems alone.
+            own: whether an answer is the query's own text, of which exactly the tokens that contain its characters are scored.
 
         Raises:
             SparsortError: a query without tokens, an answer that adds none, or a text that is not Unicode.
@@ -191,15 +190,16 @@ class TreeEncoder:
         key = (tuple(answers), own)
         if len(self._trees) > _KEPT:
             self._trees.clear()
-        # Whole prompts do not come again, and they are long.
+        # Whole prompts are long, and the same one rarely comes again, so they are not kept.
         kept = self._trees if chunks else {}
         unknown = [query for query in dict.fromkeys(queries) if (left, query, *key) not in kept]
         for start in range(0, len(unknown), _AT_ONCE):
             part = unknown[start : start + _AT_ONCE]
             for query, passage in zip(part, self._cut(left, part, *key), strict=True):
                 kept[left, query, *key] = passage
-        found = [kept[left, query, *key] for query in queries]
-        uncut = [place for place, passage in enumerate(found) if passage is None]
+        passages = [kept[left, query, *key] for query in queries]
+        # Queries that merge with the prefix are encoded again, as whole texts.
+        uncut = [place for place, passage in enumerate(passages) if passage is None]
         if uncut:
             before = "".join(chunks)
             whole = self._cut("", [before + queries[place] for place in uncut], *key)
@@ -209,21 +209,22 @@ class TreeEncoder:
                         f"the query {queries[place][:80]!r} has no tokens of its own, so nothing predicts what follows. "
                         "Put some text before the answer."
                     )
-                found[place] = replace(passage, whole=True)
-        return [passage for passage in found if passage is not None]
+                passages[place] = replace(passage, whole=True)
+        return [passage for passage in passages if passage is not None]
 
     def forget(self) -> None:
-        """Drop what is kept of prompts, whose demonstrations will not come again."""
+        """Drop the ids that are kept, for example when other demonstrations follow."""
         self._alone.clear()
         self._tails.clear()
         self._trees.clear()
 
     def _cut(self, left: str, queries: Sequence[str], answers: tuple[str, ...], own: bool) -> list[Passage | None]:
-        """Stems and branches behind the ids of `left`; None for a query that does not part from it cleanly."""
+        """Encode queries after the text `left`; None for a query whose tokens merge with it."""
         prompts = [left + query for query in queries]
         paths = self._encoded(
             [Rendered(text=text + a, answer_start=len(text if own else text + a)) for text in prompts for a in answers]
         )
+        # Stripped prompts decide where answers begin, because whitespace at the end of a prompt moves to the answer.
         texts = [] if own else list(dict.fromkeys([*prompts, *(text.rstrip() for text in prompts if answers)]))
         ids_of = {
             text: item.ids for text, item in zip(texts, self._encoded([_bare(text) for text in texts]), strict=True)
@@ -231,21 +232,21 @@ class TreeEncoder:
         before = self._ids(left) if left else []
         cut: list[Passage | None] = []
         for number, (query, text) in enumerate(zip(queries, prompts, strict=True)):
-            mine = paths[number * len(answers) : (number + 1) * len(answers)]
+            branches = paths[number * len(answers) : (number + 1) * len(answers)]
             if own:
-                starts = [path.answer_start for path in mine]
-                asked = mine[0].ids[: starts[0]]
+                starts = [branch.answer_start for branch in branches]
+                query_ids = branches[0].ids[: starts[0]]
             else:
-                starts = [_common([ids_of[text.rstrip()], path.ids]) for path in mine]
-                asked = ids_of[text]
-            for path, start, answer in zip(mine, starts, answers, strict=True):
-                if start >= len(path.ids) or path.ids == asked[: len(path.ids)]:
+                starts = [_common([ids_of[text.rstrip()], branch.ids]) for branch in branches]
+                query_ids = ids_of[text]
+            for branch, start, answer in zip(branches, starts, answers, strict=True):
+                if start >= len(branch.ids) or branch.ids == query_ids[: len(branch.ids)]:
                     raise SparsortError(f"the answer {answer!r} adds no token to the query {query[:80]!r}.")
-            cut.append(_passage(before, asked, [path.ids for path in mine], starts))
+            cut.append(_passage(before, query_ids, [branch.ids for branch in branches], starts))
         return cut
 
     def _tail(self, left: str, right: str) -> tuple[int, ...] | None:
-        """Ids that `right` adds behind `left`, None when they do not part cleanly or there are none."""
+        """Return the ids that `right` adds after `left`; None if there are none, or if tokens merge across the border."""
         if (left, right) not in self._tails:
             both, before = self._encode(left + right), self._ids(left)
             clean = both[: len(before)] == before and len(both) > len(before)
@@ -267,17 +268,17 @@ class TreeEncoder:
             for item in rendered:
                 if any("\ud800" <= letter <= "\udfff" for letter in item.text):
                     raise SparsortError(
-                        f"the prompt that ends in {item.text[-80:]!r} holds half of a surrogate pair, which is no character. "
-                        "Leave that row out, or repair its text."
+                        f"the prompt that ends in {item.text[-80:]!r} contains half of a surrogate pair, which is not a "
+                        "character. Remove that row, or repair its text."
                     ) from error
             raise
 
 
 def moves_boundary(encoder: Encoder, query: str, answers: Sequence[str]) -> bool:
-    """Whether the rule matters for a query: whitespace ends it, or an answer merges with its last tokens.
+    """Whether the rule "continuation" makes a difference for a query.
 
-    Everywhere else an answer's tokens are those that follow the query's own, under any rule. Decided from the query's own text,
-    whatever the prefix.
+    It does if the query ends in whitespace, or if an answer merges with its last tokens. Otherwise the tokens of an answer are
+    those after the query's own, under any rule. The decision depends on the text of the query alone, not on the prefix.
     """
     if not query or query != query.rstrip():
         return True
@@ -286,10 +287,13 @@ def moves_boundary(encoder: Encoder, query: str, answers: Sequence[str]) -> bool
 
 
 def _passage(before: list[int], query: list[int], paths: Sequence[list[int]], starts: Sequence[int]) -> Passage | None:
-    """A passage of whole texts' ids, of which `before` are the prefix's; None where something is not the prefix's to predict."""
+    """Build a passage from the ids of whole texts: `query` with the prefix `before` it, and each path with an answer after both.
+
+    The result is None if a text does not begin with the ids of the prefix, or has no token after them to predict from.
+    """
     rows, cut = [query, *paths], len(before)
     end = _common(rows)
-    # The state before the first scored token must be the row's own: a prefix keeps keys and values alone.
+    # A prefix stores keys and values but no states, so the token before the first scored one must be in the stem.
     if any(row[:cut] != before for row in rows) or min([end, *starts]) <= cut:
         return None
     return Passage(
@@ -301,13 +305,13 @@ def _passage(before: list[int], query: list[int], paths: Sequence[list[int]], st
 
 
 def _without(passage: Passage, length: int) -> Passage:
-    """A passage whose stem's first tokens have become part of the prefix."""
+    """Return the passage without the first tokens of its stem, which have become part of the prefix."""
     starts = tuple(start - length for start in passage.starts)
     return replace(passage, stem=passage.stem[length:], starts=starts)
 
 
 def _end_of(chunks: Sequence[str]) -> str:
-    """The last chunks, as many as hold `_CONTEXT` characters."""
+    """Return the text of the last chunks: as few as have `_CONTEXT` characters together."""
     end = ""
     for chunk in reversed(chunks):
         end = chunk + end
@@ -321,6 +325,6 @@ def _bare(text: str) -> Rendered:
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading ids all rows share."""
+    """Return the number of leading ids that all rows share."""
     shortest = min(len(row) for row in rows)
     return next((place for place in range(shortest) if len({row[place] for row in rows}) > 1), shortest)

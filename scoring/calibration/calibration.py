@@ -1,38 +1,45 @@
-"""Which candidate score follows which reference, for one model, prompt and data: what `sparsort.calibrate` finds, and its file.
+"""Calibrations: which candidate score follows which reference, for one model, prompt and data; their file, and their scorer.
 
-Contract: `compare.compare` makes a `Calibration` and `calibrated.CalibratedScorer` applies it. The file is one JSON object of a
-stated version that holds the whole definition of the score (model, weights, prompt, site, pooling, metric, fitted outlier rule,
-orientation), the verdicts, every candidate's numbers, to four digits, and a digest of all of it. A file of version 1 has no
-digest: it is taken if the parts that repeat one another (verdict, sentence, definition) agree.
+Contract: `compare.compare` makes a `Calibration`, and `CalibratedScorer` scores rows with it. The file is one versioned JSON
+object with the complete definition of the score (model, weights, prompt, site, pooling, metric, fitted outlier rule,
+orientation), the verdicts, the numbers of every candidate to four digits, and a digest of all of this. A file of version 1 has
+no digest; it is accepted if its redundant parts (verdict, sentence, definition) agree.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, Unpack, get_args
 
 import numpy as np
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.scoring.calibration.resampling import Array
+from sparsort.scoring.calibration.correlation import Array
+from sparsort.scoring.calibration.definition import Definition
 from sparsort.scoring.calibration.verdict import Associations, HeldOut, Judgement, Verdict
-from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.data.rows import RowSource
+from sparsort.scoring.model.spec import ModelOptions, ModelSpec
+from sparsort.scoring.prompts.prompt import Encoder, Prompt, identify_tokenizer
 from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.scoring.scorers.base import Request
 from sparsort.scoring.scorers.candidates import Candidate
+from sparsort.scoring.scorers.sparsity import ModelJob, SparsityScorer
 from sparsort.storage.files import write_atomically
 from sparsort.storage.integrity import as_written, check_version, is_sealed, parse_own_json, seal
+
+_LOG = logging.getLogger("sparsort")
 
 FORMAT = "sparsort-calibration"
 VERSION = 2
 _UNSEALED = 1
 LENGTH = "length"
-# Written next to the numbers of all candidates, if some are null.
+# The reason in the file next to the numbers of the candidates, if some of them are null.
 _NULLS = (
     "null: the candidate was not compared with this reference, does not vary (in fixed_…: once length is held fixed), varies in "
     "too few draws for an interval, or the reference has fewer than three levels"
@@ -40,109 +47,23 @@ _NULLS = (
 
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _COLUMNS = tuple(Associations.__dataclass_fields__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Definition:
-    """One score, entirely: what has to be the same for its numbers to mean the same.
-
-    Attributes:
-        candidate: site, pooling, outlier rule and metric.
-        orientation: +1 where a higher value was found harder, else -1.
-        fit: the outlier rule as fitted (`pooling.OutlierFit.record`).
-        l0_threshold: threshold of `l0_absolute`.
-        turns: the prompt's (role, template) pairs; `answer` its answer's template, None where the score reads none.
-        model: the name it was loaded by, at `revision`; `weights` and `tokenizer` are their hashes.
-        dtype: what it was computed in: recorded, not compared, since ranks agree across dtypes.
-    """
-
-    candidate: Candidate
-    orientation: int
-    fit: Mapping[str, Any]
-    l0_threshold: float
-    turns: tuple[tuple[str, str], ...]
-    answer: str | None
-    model: str
-    revision: str | None
-    weights: str
-    tokenizer: str
-    dtype: str
-
-    @property
-    def prompt(self) -> Prompt:
-        """What the score reads."""
-        return Prompt(turns=self.turns, answer=self.answer)
-
-    @property
-    def digest(self) -> str:
-        """128 bits over everything that changes a number, as hexadecimal digits."""
-        parts = asdict(self)
-        for name in ("model", "revision", "dtype"):
-            del parts[name]
-        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-    def complete(self, spec: PromptSpec) -> PromptSpec:
-        """The prompt that a caller described; where it has no template and no other column, the calibrated one.
-
-        Raises:
-            SparsortError: a system turn was given for the calibrated prompt, which has its own turns.
-        """
-        if spec.template is not None or (spec.messages is not None and spec.messages != self.prompt.messages):
-            return spec
-        if self.prompt.messages is not None:
-            return replace(spec, template=self.prompt, messages=None)
-        if self.turns[0][0] == "text":
-            return replace(spec, template=self.turns[0][1], answer=spec.answer or self.answer)
-        if spec.system is not None:
-            raise SparsortError("the calibrated prompt has its own turns. Leave system (--system) away.")
-        turns = [{"role": role, "content": text} for role, text in self.turns]
-        return replace(spec, template=turns, answer=spec.answer or self.answer)
-
-    def refuse_other_prompt(self, asked: Prompt) -> None:
-        """Refuse to score by another prompt than the one that was calibrated.
-
-        Raises:
-            SparsortError: the prompt differs, or an answer is to be read where none was, or the other way round.
-        """
-        if asked.turns != self.turns:
-            raise SparsortError(
-                f"this calibration is of the prompt {_shown(self.turns)}, and {_shown(asked.turns)} was asked for. What a score "
-                "says changes with the prompt: leave prompt (--prompt) and messages (--messages) out for the calibrated one, or "
-                "calibrate this one."
-            )
-        if asked.answer != self.answer:
-            what = f"reads the answer {self.answer!r}" if self.answer is not None else "reads the prompt alone"
-            step = "pass that answer (--answer)" if self.answer is not None else "leave the answer (--answer) away"
-            raise SparsortError(f"this calibration {what}, and the answer {asked.answer!r} was asked for: {step}.")
-
-    def refuse_other_model(self, name: str, weights: str, tokenizer: str) -> None:
-        """Refuse a model whose weights or tokenizer are not those that were calibrated.
-
-        Raises:
-            SparsortError: they differ.
-        """
-        for what, wanted, found in (("weights", self.weights, weights), ("tokenizer", self.tokenizer, tokenizer)):
-            if wanted != found:
-                at = f" at revision {self.revision}" if self.revision else ""
-                raise SparsortError(
-                    f"this calibration is of the model {self.model!r}{at}, and the {what} of {name!r} are others "
-                    f"({wanted[:19]}… against {found[:19]}…). Pass that model (--model, --revision), or calibrate this one."
-                )
+# The fields of a `Judgement` that the file holds unchanged.
+_FIELDS = ("verdict", "n_rows", "n_levels", "best", "orientation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was found.
+    """The result of comparing candidate scores with references.
 
     Attributes:
-        definition: the score to use: the candidate that follows `target` best with length held fixed, turned so that it rises
-            with difficulty.
-        target: the reference that it was chosen by.
-        candidates: the names of all that were tried, C of them.
-        judgements: reference → what the candidates are to it; arrays are (C,), indices count in `candidates`.
-        left_out: what was not compared, and why.
-        n_rows: rows of the data; each judgement has the number of those that could be compared.
-        settings: draws, permutations, level and seed; `source` and the environment.
+        definition: the score to use: the candidate that follows `target` best with length held fixed, with the sign that makes
+            it rise with difficulty.
+        target: the reference by which the score was chosen.
+        candidates: the names of all C candidates.
+        judgements: reference → the candidates' relation to it; arrays are (C,), and indices refer to `candidates`.
+        left_out: sentences about what was not compared, with the reason.
+        n_rows: rows of the data; each judgement has the number of rows that could be compared.
+        settings: draws, permutations, level, seed, `source` and the environment.
     """
 
     definition: Definition
@@ -159,33 +80,34 @@ class Calibration:
         return self.judgements[self.target].verdict
 
     def sentence(self, reference: str | None = None) -> str:
-        """The verdict on one reference, by default the target, in words with its numbers."""
+        """Return the verdict on one reference, by default the target, as a sentence with its numbers."""
+        # Files of version 1 hold this sentence, and loading compares it (`_check_repeated`): a changed text would refuse them.
         name = reference or self.target
-        found = self.judgements[name]
+        judgement = self.judgements[name]
         percent = f"{100 * float(self.settings.get('level', 0.95)):g} %"
-        held = f"length held fixed {_interval(found.fixed)}, plain {_interval(found.plain)}"
-        numbers = f"held-out ρ with {_NAMES.get(name, name)}: {held}; {percent} intervals, {found.n_rows} rows"
-        best = self.candidates[found.best]
-        if found.verdict == "carries difficulty":
-            way = "a higher value is harder" if found.orientation > 0 else "a lower value is harder"
-            return f"Carries difficulty: {best}, {way} ({numbers})."
-        if found.verdict == "carries length only":
+        both = f"length held fixed {_interval(judgement.fixed)}, plain {_interval(judgement.plain)}"
+        numbers = f"held-out ρ with {_NAMES.get(name, name)}: {both}; {percent} intervals, {judgement.n_rows} rows"
+        best = self.candidates[judgement.best]
+        if judgement.verdict == "carries difficulty":
+            direction = "a higher value is harder" if judgement.orientation > 0 else "a lower value is harder"
+            return f"Carries difficulty: {best}, {direction} ({numbers})."
+        if judgement.verdict == "carries length only":
             return f"Carries length only: what follows {_NAMES.get(name, name)} goes when length is held fixed ({numbers})."
         return f"Carries nothing here: no candidate follows {_NAMES.get(name, name)} on rows that did not choose it ({numbers})."
 
     def best(self, reference: str, count: int = 5) -> list[dict[str, Any]]:
-        """The candidates that follow a reference most closely, by |ρ| with length held fixed where there is one.
+        """Return the candidates that follow a reference most closely, by |ρ| with length held fixed (plain |ρ| for length).
 
         Raises:
             SparsortError: there is no such reference.
         """
         if reference not in self.judgements:
             raise unknown_choice("reference", reference, self.judgements)
-        found = self.judgements[reference].associations
-        key = np.abs(found.rho if reference == LENGTH else found.fixed_rho)
+        numbers = self.judgements[reference].associations
+        key = np.abs(numbers.rho if reference == LENGTH else numbers.fixed_rho)
         order = np.argsort(-np.nan_to_num(key, nan=-1.0), kind="stable")[:count]
         return [
-            {"candidate": self.candidates[place], **{name: _number(getattr(found, name)[place]) for name in _COLUMNS}}
+            {"candidate": self.candidates[place], **{name: _number(getattr(numbers, name)[place]) for name in _COLUMNS}}
             for place in order.tolist()
         ]
 
@@ -193,7 +115,7 @@ class Calibration:
         """Write the file, atomically.
 
         Raises:
-            SparsortError: the disk refuses.
+            SparsortError: the file cannot be written.
         """
         text = ",\n".join(
             f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
@@ -207,146 +129,184 @@ class Calibration:
         """Read a file that `save` wrote.
 
         Raises:
-            SparsortError: it is missing, damaged, of another version, or something else.
+            SparsortError: it is missing, damaged, of another version, or not a calibration.
         """
         path = Path(path).expanduser()
+        again = f"Make it again with sparsort calibrate … --out {path}."
         try:
-            found = parse_own_json(path.read_text(encoding="utf-8"))
+            values = parse_own_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise SparsortError(
-                f"there is no calibration {path}. Make one with sparsort calibrate … --out {path}."
-            ) from None
+            make = f"Make one with sparsort calibrate … --out {path}."
+            raise SparsortError(f"there is no calibration {path}. {make}") from None
         except (OSError, ValueError) as error:
-            raise SparsortError(
-                f"{path} cannot be read as a calibration ({error}). Make it again with sparsort calibrate … --out {path}."
-            ) from error
-        with as_written(path, next_step=f"Make it again with sparsort calibrate … --out {path}."):
-            made = cls.from_dict(found, str(path))
-        if found["version"] != _UNSEALED and not is_sealed(found):
-            raise SparsortError(
-                f"{path} is damaged: it has changed since it was written. Make it again with sparsort calibrate … --out {path}."
-            )
-        return made
+            raise SparsortError(f"{path} cannot be read as a calibration ({error}). {again}") from error
+        with as_written(path, next_step=again):
+            calibration = cls.from_dict(values, str(path))
+        if values["version"] != _UNSEALED and not is_sealed(values):
+            raise SparsortError(f"{path} is damaged: it has changed since it was written. {again}")
+        return calibration
 
     def to_dict(self) -> dict[str, Any]:
-        """The calibration as JSON values; numbers to four digits, NaN as null."""
-        made: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "verdict": self.verdict,
-            "sentence": self.sentence(),
-        }
-        made |= {"target": self.target, "definition": asdict(self.definition), "n_rows": self.n_rows}
-        made |= {"left_out": list(self.left_out), "settings": dict(self.settings), "candidates": list(self.candidates)}
-        # A line a reference, so that a person can find the way about the file.
-        return made | {f"reference {name}": _judgement_to_json(found) for name, found in self.judgements.items()}
+        """Return the calibration as JSON values, with numbers to four digits and NaN as null."""
+        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "verdict": self.verdict}
+        values |= {"sentence": self.sentence(), "target": self.target, "definition": asdict(self.definition)}
+        values |= {"n_rows": self.n_rows, "left_out": list(self.left_out), "settings": dict(self.settings)}
+        values |= {"candidates": list(self.candidates)}
+        # `save` writes one line per key, so each reference has a key of its own, and a person can read the file.
+        return values | {f"reference {name}": _judgement_to_json(one) for name, one in self.judgements.items()}
 
     @classmethod
-    def from_dict(cls, found: Any, name: str = "this") -> Calibration:
-        """What `to_dict` gave.
+    def from_dict(cls, values: Any, name: str = "this") -> Calibration:
+        """Restore what `to_dict` returned; `name` is its name in messages.
 
         Raises:
-            SparsortError: it is of another version, or not whole.
+            SparsortError: it is of another version, or damaged.
         """
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise SparsortError(f"{name} is no calibration of sparsort. Make one with sparsort calibrate … --out FILE.")
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise SparsortError(
+                f"{name} is not a calibration of sparsort. Make one with sparsort calibrate … --out FILE."
+            )
         newer = "Update sparsort, or calibrate again."
-        check_version(found.get("version"), (_UNSEALED, VERSION), name, damaged="Calibrate again.", other=newer)
+        check_version(values.get("version"), (_UNSEALED, VERSION), name, damaged="Calibrate again.", other=newer)
         try:
-            _check_types(found, _TYPES)
-            _check_types(found["definition"], _DEFINITION_TYPES)
-            definition = {**found["definition"], "candidate": Candidate(**found["definition"]["candidate"])}
+            _check_types(values, _TYPES)
+            _check_types(values["definition"], _DEFINITION_TYPES)
+            definition = {**values["definition"], "candidate": Candidate(**values["definition"]["candidate"])}
             definition["turns"] = tuple((str(role), str(text)) for role, text in definition["turns"])
-            made = cls(
+            calibration = cls(
                 definition=Definition(**definition),
-                target=found["target"],
-                candidates=tuple(found["candidates"]),
+                target=values["target"],
+                candidates=tuple(values["candidates"]),
                 judgements={
-                    key.removeprefix("reference "): _judgement_from_json(value, len(found["candidates"]))
-                    for key, value in found.items()
+                    key.removeprefix("reference "): _judgement_from_json(value, len(values["candidates"]))
+                    for key, value in values.items()
                     if key.startswith("reference ")
                 },
-                left_out=found["left_out"],
-                n_rows=found["n_rows"],
-                settings=found["settings"],
+                left_out=values["left_out"],
+                n_rows=values["n_rows"],
+                settings=values["settings"],
             )
-            made._check_repeated(found)
+            calibration._check_repeated(values)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise SparsortError(f"{name} is not whole: {error!r}. Make it again with sparsort calibrate.") from error
-        return made
+            raise SparsortError(f"{name} is damaged: {error!r}. Make it again with sparsort calibrate.") from error
+        return calibration
 
-    def _check_repeated(self, found: Mapping[str, Any]) -> None:
-        """Check that the parts of the JSON that repeat one another agree; a file of version 1 has no other guard.
+    def _check_repeated(self, values: Mapping[str, Any]) -> None:
+        """Check that the redundant parts of the JSON agree, which is the only protection of a file of version 1.
 
         Raises:
-            ValueError: it does not.
+            ValueError: they do not.
         """
-        chosen = self.judgements[self.target]
-        if found["verdict"] != self.verdict:
+        target = self.judgements[self.target]
+        if values["verdict"] != self.verdict:
             raise ValueError("its verdict is not the one of its numbers")
-        numbers = [value for held in (chosen.plain, chosen.fixed) for value in (held.rho, held.low, held.high)]
-        # Version 1 did not say why a number is absent, so its sentence can be compared only where all are there.
-        if all(map(math.isfinite, numbers)) and not _alike(found["sentence"], self.sentence()):
+        numbers = [value for part in (target.plain, target.fixed) for value in (part.rho, part.low, part.high)]
+        # Version 1 did not state why a number is missing, so its sentence can be compared only if none is.
+        if all(map(math.isfinite, numbers)) and not _alike(values["sentence"], self.sentence()):
             raise ValueError("its sentence is not the one of its numbers")
-        # Site, pooling, rule and metric are in the definition and in the candidate's name.
+        # Site, pooling, rule and metric are both in the definition and in the name of the candidate.
         if (self.definition.candidate.name, self.definition.orientation) != (
-            self.candidates[chosen.best],
-            chosen.orientation,
+            self.candidates[target.best],
+            target.orientation,
         ):
             raise ValueError("its definition is not the candidate that was chosen")
 
 
-def _check_types(values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
-    """Refuse a JSON object without some of its fields, or with a field of another type.
+class CalibratedScorer(SparsityScorer):
+    """Ranks examples by a calibrated score, with the sign that makes `difficulty` rise with the reference.
+
+    Its scores are of the kind "calibrated". They can be used with the orders `easy_to_hard` and `hard_to_easy`, but not with
+    those by sparsity, because a calibration may find that denser states are harder. The outlier rule is the fitted one.
+
+    Args:
+        calibration: a `Calibration`, or the path of its file.
+        model: None for the calibrated model, loaded by its name; else a model with the same weights. For other arguments see
+            `ModelScorer`.
 
     Raises:
-        LookupError, ValueError: the object is not as it was written.
+        SparsortError: the weights or the tokenizer of the model differ from the calibrated ones.
     """
-    for name, kinds in types.items():
-        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
-            expected = " or ".join(kind.__name__ for kind in kinds)
+
+    kind: ClassVar[str] = "calibrated"
+
+    def __init__(
+        self, calibration: Calibration | str | Path, model: Any = None, **options: Unpack[ModelOptions]
+    ) -> None:
+        self.calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+        definition = self.definition = self.calibration.definition
+        spec = ModelSpec.of(definition.model if model is None else model, **options)
+        if model is None:
+            spec = replace(spec, revision=spec.revision or definition.revision)
+        super().__init__(spec, **vars(definition.candidate), l0_threshold=definition.l0_threshold)
+        recorded = definition.tokenizer
+        tokenizer = identify_tokenizer(self.loaded.tokenizer, chat=definition.prompt.is_chat, recorded=recorded)
+        definition.refuse_other_model(self.loaded.name, self.loaded.weights, tokenizer)
+        if self.calibration.verdict != "carries difficulty":
+            _LOG.warning(
+                "the score of this calibration is not known to carry difficulty. %s", self.calibration.sentence()
+            )
+
+    def read_prompt(self, spec: PromptSpec) -> Prompt | None:
+        """Return the prompt that a caller described, or the calibrated one if the caller described none.
+
+        Raises:
+            SparsortError: a system turn was given for the calibrated prompt.
+        """
+        return self.definition.complete(spec).read()
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        definition = self.definition
+        definition.refuse_other_prompt(request.prompt)
+        # Passed in place of the previous run's provenance, so that the job restores the fitted outlier rule.
+        fitted: dict[str, Any] = {"weights": definition.weights, "site": self.site.name, "pooling": self.pooling}
+        fitted |= {"outliers": dict(definition.fit), "tokenizer": (previous or {}).get("tokenizer")}
+        job = super()._job(source, request, encoder, fitted)
+        # Only the calibrated metric has a known direction.
+        job.provenance["orientation"] = {self.metric: definition.orientation}
+        job.provenance["calibration"] = definition.digest
+        job.provenance["environment"]["calibration"] = self.calibration.sentence()
+        return job
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Check that a JSON object has these fields, with values of these types.
+
+    Raises:
+        LookupError, ValueError: it does not.
+    """
+    for name, kind in types.items():
+        # A boolean is an instance of int too, and no field is one.
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            expected = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{name} is of type {type(values[name]).__name__}, not {expected}")
 
 
-# The types in the file. A seal shows that values have not changed, not that they were ever of these types.
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("definition", "settings"), (dict,)),
-    **dict.fromkeys(("candidates", "left_out"), (list,)),
-    **{"n_rows": (int,), "target": (str,)},
+# The types in the file. A seal proves only that the values have not changed, not that they ever had these types.
+_TYPES = {"definition": dict, "settings": dict, "candidates": list, "left_out": list, "n_rows": int, "target": str}
+_DEFINITION_TYPES = {
+    **dict.fromkeys(("model", "weights", "tokenizer", "dtype"), str),
+    **dict.fromkeys(("answer", "revision"), str | None),
+    **{"candidate": dict, "fit": dict, "l0_threshold": int | float, "orientation": int, "turns": list | tuple},
 }
-_DEFINITION_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "weights", "tokenizer", "dtype"), (str,)),
-    **dict.fromkeys(("answer", "revision"), (str, type(None))),
-    **{
-        "candidate": (dict,),
-        "fit": (dict,),
-        "l0_threshold": (int, float),
-        "orientation": (int,),
-        "turns": (list, tuple),
-    },
-}
-# How references are called in sentences.
+# The words for references in sentences.
 _NAMES = {"loss": "the model's own loss", "correct": "its errors", LENGTH: "length"}
 
 
-def _interval(held: HeldOut) -> str:
-    if not math.isfinite(held.rho):
-        return f"unknown ({held.reason})"
-    if held.reason:
-        return f"{held.rho:+.2f} (no interval: {held.reason}), p = {held.p:.3f}"
-    return f"{held.rho:+.2f} [{held.low:+.2f}, {held.high:+.2f}], p = {held.p:.3f}"
+def _interval(part: HeldOut) -> str:
+    if not math.isfinite(part.rho):
+        return f"unknown ({part.reason})"
+    if part.reason:
+        return f"{part.rho:+.2f} (no interval: {part.reason}), p = {part.p:.3f}"
+    return f"{part.rho:+.2f} [{part.low:+.2f}, {part.high:+.2f}], p = {part.p:.3f}"
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two sentences differ by no more than what rounding the numbers in the file does to those in the sentence."""
+    """Whether two sentences are equal, apart from differences in numbers that rounding in the file explains."""
     if _NUMBER.sub("", one) != _NUMBER.sub("", other):
         return False
     pairs = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True)
+    # Sentences have two digits after the point, which may differ by one in the last.
     return all(abs(float(a) - float(b)) < 0.011 for a, b in pairs)
-
-
-def _shown(turns: Sequence[tuple[str, str]]) -> str:
-    return " / ".join(repr(text) if role == "text" else f"{role}: {text!r}" for role, text in turns)
 
 
 def _number(value: Any) -> float | None:
@@ -354,47 +314,44 @@ def _number(value: Any) -> float | None:
     return round(number, 4) if math.isfinite(number) else None
 
 
-def _judgement_to_json(found: Judgement) -> dict[str, Any]:
-    def held(part: HeldOut) -> dict[str, Any]:
-        made = {name: _number(value) if isinstance(value, float) else value for name, value in asdict(part).items()}
-        return made | {"reason": part.reason or None}
+def _judgement_to_json(judgement: Judgement) -> dict[str, Any]:
+    def held_out(part: HeldOut) -> dict[str, Any]:
+        values = {name: _number(value) if isinstance(value, float) else value for name, value in asdict(part).items()}
+        return values | {"reason": part.reason or None}
 
     columns: dict[str, Any] = {
-        name: [_number(value) for value in getattr(found.associations, name)] for name in _COLUMNS
+        name: [_number(value) for value in getattr(judgement.associations, name)] for name in _COLUMNS
     }
     if any(None in values for values in columns.values()):
         columns["reason"] = _NULLS
-    plain = {name: getattr(found, name) for name in ("verdict", "n_rows", "n_levels", "best", "orientation")}
-    return plain | {"plain": held(found.plain), "fixed": held(found.fixed), "associations": columns}
+    fields = {name: getattr(judgement, name) for name in _FIELDS}
+    parts = {"plain": held_out(judgement.plain), "fixed": held_out(judgement.fixed)}
+    return fields | parts | {"associations": columns}
 
 
-def _judgement_from_json(found: Mapping[str, Any], count: int) -> Judgement:
+def _judgement_from_json(fields: Mapping[str, Any], count: int) -> Judgement:
     def numbers(values: Sequence[float | None]) -> Array:
         if len(values) != count:
             raise ValueError(f"{len(values)} numbers for {count} candidates")
         return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
-    def held(part: Mapping[str, Any]) -> HeldOut:
-        rho, low, high, p = (
-            math.nan if part[name] is None else float(part[name]) for name in ("rho", "low", "high", "p")
-        )
+    def held_out(part: Mapping[str, Any]) -> HeldOut:
+        measured = {name: math.nan if part[name] is None else float(part[name]) for name in ("rho", "low", "high", "p")}
         (one, other), (sign, other_sign) = part["chosen"], part["orientation"]
         return HeldOut(
-            rho=rho,
-            low=low,
-            high=high,
-            p=p,
+            **measured,
             chosen=(one, other),
             orientation=(sign, other_sign),
             holds=bool(part["holds"]),
+            # A file of version 1 has no reasons.
             reason=part.get("reason") or "",
         )
 
-    if found["verdict"] not in get_args(Verdict) or not 0 <= found["best"] < count:
-        raise ValueError(f"the verdict {found['verdict']!r} on candidate {found['best']}")
+    if fields["verdict"] not in get_args(Verdict) or not 0 <= fields["best"] < count:
+        raise ValueError(f"the verdict {fields['verdict']!r} on candidate {fields['best']}")
     return Judgement(
-        **{name: found[name] for name in ("verdict", "n_rows", "n_levels", "best", "orientation")},
-        plain=held(found["plain"]),
-        fixed=held(found["fixed"]),
-        associations=Associations(**{name: numbers(found["associations"][name]) for name in _COLUMNS}),
+        **{name: fields[name] for name in _FIELDS},
+        plain=held_out(fields["plain"]),
+        fixed=held_out(fields["fixed"]),
+        associations=Associations(**{name: numbers(fields["associations"][name]) for name in _COLUMNS}),
     )

@@ -1,8 +1,8 @@
-"""What ranks examples by difficulty: the table of scorers.
+"""The table of scorers, which rank examples by difficulty.
 
-Contract: `SCORERS` is the one place that lists them. An entry names the class, which is imported when a scorer is built:
-nothing here imports torch, so that a command line can be read and refused before anything heavy is loaded. To add a scorer,
-write a class with the interface of `scoring.scorers.base.Scorer`, and add an entry here and its name to `ScorerName`.
+Contract: `SCORERS` is the only list of scorers. An entry names its class, which is imported when a scorer is built. Nothing here
+imports torch, so a command line can be checked before anything heavy is loaded. To add a scorer, write a class with the
+interface of `scoring.scorers.base.Scorer`, and add an entry here and its name to `ScorerName`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _TEXT = frozenset({"text"})
 class ScorerEntry(Entry):
     """One scorer.
 
-    `needs` names what it cannot do without: "text" (a prompt), "answer" (an answer in it) or "column" (the name of a column).
-    `reads` names the settings of the scorer and of the text that it reads.
+    `needs` names the inputs that it requires: "text" (a prompt), "answer" (an answer in the prompt) or "column" (the name of a
+    column). `reads` names the settings that it reads, both its own and those of the text.
 
     Attributes:
         place: "module:class" of its class, in this package.
         runs_model: whether scoring runs a forward pass.
-        arguments: what the class is constructed with besides its settings, where several scorers share it.
+        arguments: fixed arguments of the class, where several entries share one class.
     """
 
     place: str
@@ -42,7 +42,7 @@ class ScorerEntry(Entry):
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def build(self, settings: Mapping[str, Any]) -> Scorer:
-        """The scorer with these settings."""
+        """Construct the scorer with these settings."""
         scorer: Scorer = load(self.place, "sparsort.scoring.scorers")(**settings, **self.arguments)
         return scorer
 

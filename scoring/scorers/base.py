@@ -1,4 +1,4 @@
-"""What every scorer shares: the request, the job that scores shards, and `score`, which runs the one over the other."""
+"""The interface of all scorers: `Request` describes one call, and `Scorer.score` runs the scorer's job over the rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import sparsort
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.rows import SAMPLING, RowSource
 from sparsort.scoring.prompts.prompt import Prompt
-from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
+from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
 from sparsort.scoring.prompts.types import Truncation, Turns
 from sparsort.scoring.scorers import run_shards as engine
 from sparsort.scoring.store.shards import MANIFEST, read_manifest
@@ -34,7 +34,7 @@ _LOG = logging.getLogger("sparsort")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a caller asks to have scored, apart from the data."""
+    """The settings of one call of `Scorer.score`, apart from the data."""
 
     prompt_or_none: Prompt | None
     truncation: Truncation
@@ -43,7 +43,7 @@ class Request:
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt; `need_prompt` has made sure that there is one."""
+        """The prompt, for code that runs after `need_prompt`."""
         if self.prompt_or_none is None:
             raise SparsortError(
                 "this scorer reads text. Pass prompt='…' (--prompt), for example 'Question: {question}\\nAnswer:'."
@@ -51,7 +51,7 @@ class Request:
         return self.prompt_or_none
 
     def need_prompt(self, source: RowSource) -> Prompt:
-        """The prompt, or an error that shows which columns there are to put into one."""
+        """Return the prompt, or raise `SparsortError` with the columns that a prompt can be made of."""
         if self.prompt_or_none is None:
             first = next(iter(source.rows()), None)
             columns = ", ".join(map(str, first.fields)) if first else "none"
@@ -77,14 +77,20 @@ class Scorer(ABC):
 
     @abstractmethod
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> engine.Job:
-        """The job for this source. `previous` is the provenance of a run that `out` holds already."""
+        """Create the job that scores this source.
+
+        Args:
+            source: the rows.
+            request: the settings of the call.
+            previous: provenance of a run that `out` already holds, or of the scores passed as `like`; None without either.
+        """
 
     def read_prompt(self, spec: PromptSpec) -> Prompt | None:
-        """The prompt that a caller described; None where the scorer was given none."""
+        """Return the prompt that a caller described; None if the caller described none."""
         return spec.read()
 
     def content(self, prompt: Prompt | None) -> Sequence[str] | None:
-        """The fields whose values decide a row's score; None where all of them count."""
+        """Return the names of the fields that determine a row's score; None if all of them do."""
         return prompt.fields if prompt is not None else None
 
     def score(
@@ -108,79 +114,79 @@ class Scorer(ABC):
         """Score every row of `data`.
 
         Args:
-            data: a path (.jsonl, .json, .csv, .tsv, .parquet, a saved `datasets` folder), a `datasets.Dataset`, or a list of
-                dicts.
-            prompt: format string over the columns, or chat turns (see `Prompt.of`); or a `Prompt`. A `PromptSpec` holds this
-                and the six arguments that follow, which are left out then.
-            messages: instead, the column that holds whole conversations (see `prompts.conversations`): their last
-                assistant turn is the answer, and the model's chat template is applied.
-            answer: format string of the answer behind the prompt; None to read the prompt alone.
+            data: a path (see `open_rows`), a `datasets.Dataset`, or a list of dicts.
+            prompt: format string over the columns, chat turns (see `Prompt.of`) or a `Prompt`; or a `PromptSpec`, which
+                replaces this argument and the six that follow.
+            messages: instead of a prompt, the column that holds whole conversations (see `prompts.conversations`): their
+                last assistant turn is the answer, and the model's chat template is applied.
+            answer: format string of the answer that follows the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
             chat: put the prompt into the model's chat template.
-            truncation: what happens to a text over the limit: "error" leaves the row unscored with a reason; "left" and
-                "right" cut that end of the prompt and count what was cut.
+            truncation: what happens to a text over the limit (see `PromptSpec`).
             max_length: limit in tokens; None for the model's own context.
             id_column: column that identifies a row; None for "id" if there is one, else the row's position.
             columns: names of the columns of a CSV or TSV file without a header.
-            out: folder for durable shards; run again after a kill it goes on where it was. None keeps all in memory.
-            shard_rows: rows of one shard, the unit that is kept or redone. Does not change a score beyond rounding.
-            like: scores made before, to be comparable with: what was fitted for them (an outlier rule) is used again,
-                and a setting that differs from theirs is refused.
-            cache: where to look for what the model has computed for these rows before, and to keep what it computes now;
-                None to read every row, and to write nothing. Not together with `out`, which keeps the scores themselves.
+            out: folder for durable shards; a run that was killed resumes there. None keeps everything in memory.
+            shard_rows: rows per shard, the unit that is kept or redone. It changes no score beyond rounding.
+            like: earlier scores that the new ones must be comparable with. An outlier rule that was fitted for them is
+                reused, and a setting that differs from theirs is refused.
+            cache: a cache of values that the model computed for these rows before, to which new values are added; None
+                to read every row and write nothing. Not together with `out`, which keeps the scores themselves.
 
         Returns:
-            One row an id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
+            One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
 
         Raises:
             SparsortError: bad input; the message says what to do.
         """
         if cache is not None and out is not None:
             raise SparsortError(
-                "out= and cache= were given. A score folder keeps the scores of every row: leave cache= out."
+                "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
             )
-        spec = PromptSpec.of(
-            prompt,
-            messages=messages,
-            answer=answer,
-            system=system,
-            chat=chat,
-            truncation=truncation,
-            max_length=max_length,
-        )
-        asked = self.read_prompt(spec)
-        source = DataSpec(id_column=id_column, columns=columns).open(data, content=self.content(asked))
-        if asked is not None:
-            source.require(asked.fields, asked)
-        request = Request(prompt_or_none=asked, truncation=spec.truncation, max_length=spec.max_length, cache=cache)
+        text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
+        spec = PromptSpec.of(prompt, **text, truncation=truncation, max_length=max_length)
+        source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
-        job = self.prepare(source, request, like.provenance if like is not None else _previous(folder))
+        # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
+        job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(folder))
         if like is not None:
-            _refuse_unlike(like.provenance, job.provenance)
+            _refuse_other_settings(like.provenance, job.provenance)
         with progress("scoring", source.count()) as advance:
             return engine.run(source, job, out=folder, shard_rows=shard_rows, advance=advance, note=_LOG.warning)
 
+    def _open(
+        self, data: Any, spec: PromptSpec, data_spec: DataSpec, cache: RowCache | None
+    ) -> tuple[RowSource, Request]:
+        prompt = self.read_prompt(spec)
+        # Only these fields enter the digests of the rows, so a change of another column does not invalidate a shard.
+        source = data_spec.open(data, content=self.content(prompt))
+        if prompt is not None:
+            source.require(prompt.fields, prompt)
+        return source, Request(
+            prompt_or_none=prompt, truncation=spec.truncation, max_length=spec.max_length, cache=cache
+        )
+
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a score."""
-    found = {"sparsort": sparsort.__version__, "python": platform.python_version()}
+    """The versions of the software that scores depend on, by name; packages that are not installed are absent."""
+    installed = {"sparsort": sparsort.__version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "numpy"):
         with contextlib.suppress(ModuleNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
-def _refuse_unlike(before: dict[str, Any], now: dict[str, Any]) -> None:
-    # As JSON, the form in which the former have been kept.
+def _refuse_other_settings(before: dict[str, Any], now: dict[str, Any]) -> None:
+    # The earlier provenance has been through JSON, which turns tuples into lists: compare in that form.
     settings = {key: json.loads(json.dumps(value)) for key, value in now.items() if key != "environment"}
     differing = sorted(key for key, value in settings.items() if before.get(key) != value)
     if differing:
-        shown = ", ".join(f"{key}: {before.get(key)!r} → {settings[key]!r}" for key in differing)
-        raise SparsortError(f"these scores would not compare with those given: {shown}. Score both alike.")
+        changes = ", ".join(f"{key}: {before.get(key)!r} → {settings[key]!r}" for key in differing)
+        raise SparsortError(f"these scores would not compare with those given: {changes}. Score both alike.")
 
 
-def _previous(out: Path | None) -> dict[str, Any] | None:
-    """Provenance of the run that a folder holds, if it can be read; the store reports what is wrong with one that cannot.
+def _previous_provenance(out: Path | None) -> dict[str, Any] | None:
+    """Return the provenance of the run that a folder holds; None if there is none, or none that can be read.
 
     Raises:
         SparsortError: the run is not finished, and its outlier rule depends on the order of the rows.
@@ -188,16 +194,18 @@ def _previous(out: Path | None) -> dict[str, Any] | None:
     if out is None or not (out / MANIFEST).is_file():
         return None
     try:
-        held = read_manifest(out)
+        manifest = read_manifest(out)
     except SparsortError:
+        # The store reads the manifest again and reports what is wrong with it.
         return None
-    if "shards" not in held:
-        _refuse_sampling_by_position(held["provenance"], out)
-    return dict(held["provenance"])
+    # Only the manifest of a finished run lists its shards.
+    if "shards" not in manifest:
+        _refuse_sampling_by_position(manifest["provenance"], out)
+    return dict(manifest["provenance"])
 
 
 def _refuse_sampling_by_position(provenance: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run of an earlier version, whose outlier rules were fitted on rows at even distances.
+    """Refuse to continue a run of an earlier version, whose outlier rules were fitted on evenly spaced rows.
 
     A finished run keeps its rule, and so does a calibration, which is fitted once for all data.
     """

@@ -1,15 +1,14 @@
-"""Every candidate score of every row from one forward pass: sites × poolings × metrics × outlier rules, and the model's own loss.
+"""Computes every candidate score in one forward pass: sites × poolings × metrics × outlier rules, and the model's own loss.
 
-Contract: `CandidateScorer` is a scorer, so its table is durable, resumable and refused under other settings as any other; it
-has a column a candidate, named `site/pooling/rule/metric`, and with an answer also `answer_loss` (mean negative
-log-likelihood in nats of the answer's tokens) and `answer_tokens`. `n_tokens` counts the prompt. A candidate's column is what
-`SparsityScorer` with its options gives: poolings `last`, `mean_metric` and `mean_state` read the prompt alone, `answer` the
-answer behind it.
+Contract: `CandidateScorer` is a scorer, so its folder is durable, can be resumed, and is refused under other settings. The table
+has one column per candidate, named `site/pooling/rule/metric`. With an answer it also has `answer_loss` (mean negative
+log-likelihood of the answer's tokens, in nats) and `answer_tokens`. `n_tokens` counts the tokens of the prompt. A candidate's
+column equals the one of `SparsityScorer` with the same options: the poolings `last`, `mean_metric` and `mean_state` read the
+prompt alone, and `answer` reads the answer after it.
 
-One pass: prompt and answer run as one text, since the prompt's states cannot see the answer. Where tokenising them together
-changes the prompt's own tokens (a token straddles the border) that row is read twice, alone and with its answer. The outlier
-rules are fitted on a sample of the source, which is scored in the same pass (`candidate_job`); the fits are in the
-provenance.
+Prompt and answer run as one text, since the states of the prompt cannot see the answer. If tokenising them together changes the
+prompt's own tokens (a token straddles the border), the row is read twice: once without its answer and once with it. The outlier
+rules are fitted on a sample of the source, which is scored in the same pass (`candidate_job`). The fits are in the provenance.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ OUTLIERS = ("none", "drop:3", "rms")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One score by its definition, apart from model and prompt."""
+    """The definition of one score, apart from the model and the prompt."""
 
     site: str
     pooling: str
@@ -49,24 +48,24 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The column that holds it."""
+        """The name of its column."""
         return f"{self.site}/{self.pooling}/{self.outliers}/{self.metric}"
 
     @property
     def reads_answer(self) -> bool:
-        """Whether it is one of the answer's tokens."""
+        """Whether it reads the tokens of the answer."""
         return self.pooling == "answer"
 
     @classmethod
     def of(cls, name: str) -> Candidate:
-        """The candidate of a column.
+        """Return the candidate whose column has this name.
 
         Raises:
-            SparsortError: the name is not that of a candidate.
+            SparsortError: it is not the name of a candidate.
         """
         parts = name.split("/")
         if len(parts) != 4 or parts[3] not in METRICS:
-            raise SparsortError(f"{name!r} names no candidate; expected site/pooling/rule/metric.")
+            raise SparsortError(f"{name!r} is not the name of a candidate; expected site/pooling/rule/metric.")
         return cls(site=parts[0], pooling=parts[1], outliers=parts[2], metric=parts[3])
 
 
@@ -75,10 +74,10 @@ class CandidateScorer(ModelScorer):
 
     Args:
         model: see `ModelScorer`, with its other arguments.
-        sites: where to read; None for those of `SITES` that this model has.
-        poolings: None for all, `answer` only where the request has one.
+        sites: the sites to measure; None for those of `SITES` that this model has.
+        poolings: the poolings; None for all, including `answer` if the request has an answer.
         outliers: the outlier rules.
-        own_loss: read the model's loss on the answer, where the request has one.
+        own_loss: also compute the model's loss on the answer, if the request has an answer.
         l0_threshold: threshold of `l0_absolute`, in the units of the state.
 
     Raises:
@@ -111,16 +110,16 @@ class CandidateScorer(ModelScorer):
     def check_cache(self) -> None:
         raise SparsortError("cache= has no effect on candidates, which are kept in a score folder. Pass out= instead.")
 
-    def _names(self, asked: Sequence[str] | None) -> list[str]:
-        if asked is not None:
-            return _distinct(asked)
-        found = []
+    def _names(self, requested: Sequence[str] | None) -> list[str]:
+        if requested is not None:
+            return _distinct(requested)
+        available = []
         for name in SITES:
             try:
-                found.append(self.backbone.site(name).name)
+                available.append(self.backbone.site(name).name)
             except SparsortError as error:
-                self.notes.append(f"left out: {error}")
-        return found
+                self.notes.append(f"skipped: {error}")
+        return available
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         has_answer = request.prompt.answer is not None
@@ -139,7 +138,7 @@ class CandidateScorer(ModelScorer):
             "l0_threshold": self.l0_threshold,
         }
         provenance["environment"]["sparsity"] = str(sparsity_implementation(self.backbone.device).value)
-        # What was fitted for a run that stands in the folder already is what its shards were scored with.
+        # The shards that are already in the folder were scored with the recorded fits, so the rest must use them too.
         same = all((previous or {}).get(key) == provenance[key] for key in provenance if key != "environment")
         return CandidateJob(
             self,
@@ -156,14 +155,14 @@ class CandidateScorer(ModelScorer):
 
 
 def check_grid(sites: Sequence[str] | None, poolings: Sequence[str] | None, outliers: Sequence[str]) -> None:
-    """Find a misspelt name before a model is loaded for it.
+    """Refuse a misspelt name before a model is loaded.
 
     Raises:
         SparsortError: an unknown name, or an empty list.
     """
-    for what, names in (("site", sites), ("pooling", poolings), ("outlier rule", outliers)):
+    for kind, names in (("site", sites), ("pooling", poolings), ("outlier rule", outliers)):
         if names is not None and (isinstance(names, str) or not names):
-            raise SparsortError(f"the {what}s are {names!r}; expected a list of at least one name.")
+            raise SparsortError(f"the {kind}s are {names!r}; expected a list of at least one name.")
     for name in sites or ():
         check_site(name)
     for name in poolings or ():

@@ -1,18 +1,18 @@
-"""From the states of every token to the metrics of every row: one collector, for one measurement or for five hundred.
+"""Computes the metrics of every row from the states of its tokens: one collector, for one measurement or for hundreds.
 
-Contract: `Reading`s go in (a row's ids, with the borders of prompt and answer), the pieces of one walk are added, and the metrics
-of every reading come out for each measurement, a (site, pooling, outlier rule). Measurements do not affect each other. What
-several of them need is computed once: the state of the last token and the sum of the states are kept per row, and measured
-under every rule at the end; only `mean_metric` and `answer` measure every token.
+Contract: a collector is created for `Reading`s (a row's ids, with the borders of prompt and answer). The pieces of one walk are
+added to it, and it returns the metrics of every reading for each measurement, a (site, pooling, outlier rule). Measurements do
+not affect each other. Values that several of them need are computed once: the state of the last token and the sum of the states
+are kept per row and measured under every rule at the end, and only `mean_metric` and `answer` measure every token.
 
-The scorer of one measurement asks for `exact` arithmetic: float64 throughout. The scorer of all candidates does without it:
-states are summed in float32 within a piece, and on a CPU the metrics of `mean_metric` and `answer` are computed in float32,
-in a third of the time. That moves a mean of them by 1e-6.
+The scorer of one measurement uses `exact` arithmetic, float64 throughout. The scorer of all candidates does not: states are
+summed in float32 within a piece, and on a CPU the metrics of `mean_metric` and `answer` are computed in float32, in a third of
+the time. This changes a mean of them by 1e-6.
 
-The outlier rules can be fitted without a second pass. A collector made without fits keeps the states of the tokens that it has
-to measure under a rule, and measures them once `fit` has fitted the rules on everything that was added.
+The outlier rules can be fitted without a second pass. A collector without fits keeps the states of the tokens that it must
+measure under a rule, and measures them after `fit` has fitted the rules on everything that was added.
 
-Shape suffixes: B rows of a piece, T its tokens, K picked tokens, N readings, M metrics, H width.
+Shape suffixes: B rows of a piece, T its tokens, K selected tokens, N readings, M metrics, H width.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from sparsort.scoring.model.backbone import StateChunk
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.prompts.prompt import Encoded
 from sparsort.scoring.scorers.pooling import OutlierFit, Pooling, fit_outliers
-from sparsort.scoring.scorers.spans import Span, states_at
+from sparsort.scoring.scorers.spans import RowSpans, states_at
 
 _NOT_FINITE = ROW_REASONS.index("not_finite")
-# Most token rows that one call of the metrics takes, which bounds the float64 copies of the CPU path.
+# The most states that one call of the metrics takes, which bounds the float64 copies of the CPU path.
 _ROWS_AT_ONCE = 4096
-# The part of a row whose states a pooling reads.
+# Pooling → the part of a row whose states it reads. Poolings of one part share the selection of its tokens.
 _PART = {"last": "last", "mean_metric": "prompt", "mean_state": "prompt", "answer": "answer"}
 _PER_TOKEN = ("mean_metric", "answer")
 
 
 class Measurement(NamedTuple):
-    """What is measured of a row, apart from the metric."""
+    """A measurement of a row, apart from the metric."""
 
     site: str
     pooling: Pooling
@@ -54,14 +54,14 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """One row as it is read: its prompt, its answer, or both in one text.
+    """One text that the model reads for a row: its prompt, its answer, or both.
 
     Attributes:
-        row: the row's number among those of the shard.
+        row: the row's number within the shard.
         ids: token ids.
         first: the first token of the text, after the tokenizer's special tokens.
-        prompt_end: the token after the prompt's last; `first` where the prompt is read elsewhere.
-        answer_start: the answer's first token; `len(ids)` where there is none.
+        prompt_end: the token after the last one of the prompt; `first` if the prompt is measured in another reading.
+        answer_start: the first token of the answer; `len(ids)` if there is none.
     """
 
     row: int
@@ -72,35 +72,40 @@ class Reading:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the measurements of the prompt come from this reading."""
+        """Whether the prompt is measured in this reading."""
         return self.prompt_end > self.first
 
 
 def whole_texts(encoded: Sequence[Encoded]) -> list[Reading]:
-    """Readings of rows whose prompt is all of the text, whatever answer is in it."""
+    """Return one reading per row, which measures the whole text as the prompt, an answer included."""
     return [
         Reading(row=number, ids=row.ids, first=row.n_lead, prompt_end=len(row.ids), answer_start=row.answer_start)
         for number, row in enumerate(encoded)
     ]
 
 
-def span_of(pooling: Pooling, readings: Sequence[Reading], how: Plan) -> Span:
-    """The tokens that a pooling reads.
+def spans_of(pooling: Pooling, readings: Sequence[Reading], plan: Plan) -> RowSpans:
+    """Return the tokens that a pooling reads, in every reading.
 
     Args:
-        pooling: which tokens.
-        readings: in the order of the plan.
-        how: the plan. Its shared heads end before the answer with pooling `answer`, before the last token with `last`.
+        pooling: the pooling.
+        readings: readings in the order of the plan.
+        plan: the plan. Its shared heads must end before the answer for the pooling `answer`, and before the last token for
+            `last`.
     """
     borders = [(r.first, r.prompt_end, r.answer_start, len(r.ids)) for r in readings]
     first, prompt_end, answer, end = np.array(borders, dtype=np.int64).reshape(-1, 4).T
     if _PART[pooling] == "answer":
-        return Span(answer, end, how)
-    return Span(np.maximum(first, prompt_end - 1) if pooling == "last" else first, prompt_end, how)
+        return RowSpans(answer, end, plan)
+    return RowSpans(np.maximum(first, prompt_end - 1) if pooling == "last" else first, prompt_end, plan)
 
 
 class SquareSum:
-    """The sum of the squares of every dimension over finite states, which the outlier rules are fitted on."""
+    """Sums the squares of every dimension over the finite states, for fitting an outlier rule.
+
+    Attributes:
+        count: states that were added.
+    """
 
     def __init__(self, *, exact: bool) -> None:
         self._exact = exact
@@ -108,8 +113,9 @@ class SquareSum:
         self.count = 0
 
     def add(self, states_KH: Tensor, shares_K: NDArray[np.int64]) -> None:
-        """Add K states, the k-th of which counts `shares_K[k]` times: a state of a shared head, once for each of its rows."""
+        """Add K states, the k-th of which counts `shares_K[k]` times: a state of a shared head counts once per row."""
         wide_KH, finite_K = _finite(states_KH, exact=self._exact)
+        # States that are not finite have weight 0 and were replaced by 0, so they do not count.
         weights_K = finite_K * torch.from_numpy(shares_K).to(wide_KH.device)
         squares_KH = wide_KH.square()
         if self._exact:
@@ -120,17 +126,17 @@ class SquareSum:
         self.count += int(weights_K.sum())
 
     def mean_H(self) -> NDArray[np.float64]:
-        """(width,) the mean square; empty when no state was added."""
+        """Return the mean square of every dimension, (H,); empty if no state was added."""
         return self._sum_H.cpu().numpy() / max(self.count, 1) if self._sum_H is not None else np.zeros(0)
 
 
 class StateCollector:
-    """Gathers the pieces of one walk.
+    """Collects the states of one walk and measures them.
 
     Args:
         readings: N readings, in the order of the plan.
-        how: the plan (see `span_of`).
-        measurements: what to measure.
+        plan: the plan (see `spans_of`).
+        measurements: the measurements to make.
         fits: the fits of the outlier rules; None to fit them on these readings (see `fit`).
         l0_threshold: threshold of `l0_absolute`.
         exact: compute in float64 (see the contract).
@@ -139,7 +145,7 @@ class StateCollector:
     def __init__(
         self,
         readings: Sequence[Reading],
-        how: Plan,
+        plan: Plan,
         measurements: Sequence[Measurement],
         *,
         fits: Mapping[Measurement, OutlierFit] | None,
@@ -149,21 +155,21 @@ class StateCollector:
         self._measurements, self._fits = list(measurements), fits
         self._threshold, self._exact = l0_threshold, exact
         self._n_readings = len(readings)
-        self._spans = {_PART[m.pooling]: span_of(m.pooling, readings, how) for m in measurements}
-        # The measurements of each site and part, which the pieces are taken apart by.
+        self._spans = {_PART[m.pooling]: spans_of(m.pooling, readings, plan) for m in measurements}
+        # (site, part) → its measurements, which share the states that are selected from a piece.
         self._groups: dict[tuple[str, str], list[Measurement]] = {}
         for m in measurements:
             self._groups.setdefault((m.site, _PART[m.pooling]), []).append(m)
-        self._token_means = {m: span_of(m.pooling, readings, how) for m in measurements if m.pooling in _PER_TOKEN}
+        self._token_means = {m: spans_of(m.pooling, readings, plan) for m in measurements if m.pooling in _PER_TOKEN}
         self._state_means = {
-            m.site: span_of("mean_state", readings, how) for m in measurements if m.pooling == "mean_state"
+            m.site: spans_of("mean_state", readings, plan) for m in measurements if m.pooling == "mean_state"
         }
         self._last: dict[str, Tensor] = {}
         self._squares: dict[tuple[str, str], SquareSum] = {}
         self._waiting: list[tuple[Measurement, StateChunk, NDArray[np.int64], Tensor]] = []
 
-    def add(self, piece: StateChunk) -> None:
-        """Take in one piece's states."""
+    def add(self, piece: Piece) -> None:
+        """Add the states of one piece."""
         picked = {part: span.pick(piece) for part, span in self._spans.items()}
         for (site, part), group in self._groups.items():
             batch, token = picked[part]
@@ -181,21 +187,22 @@ class StateCollector:
                 squares = self._squares.setdefault((site, part), SquareSum(exact=self._exact))
                 squares.add(states_KH, self._spans[part].shares(piece)[batch])
                 ruled = [m for m in per_token if m.outliers != "none"]
-                # Without its states, all of which the piece would keep in memory.
-                bare = replace(piece, states={})
-                self._waiting += [(m, bare, batch, states_KH) for m in ruled]
+                # A piece with its states would keep all tokens of all sites in memory, not only the selected ones.
+                without_states = replace(piece, states={})
+                self._waiting += [(m, without_states, batch, states_KH) for m in ruled]
             index_K = torch.from_numpy(batch * states_BTH.shape[1] + token).to(states_BTH.device)
             for m in per_token:
                 if m not in ruled:
                     self._measure_tokens(m, piece, batch, states_BTH, index_K)
 
     def fit(self) -> dict[Measurement, OutlierFit]:
-        """Fit the outlier rules on all that was added, measure what waited for them, and return the fits.
+        """Fit the outlier rules on all pieces that were added, measure the states that waited for them, and return the fits.
 
         Raises:
             SparsortError: see `pooling.fit_outliers`.
         """
         for site, last_NH in self._last.items():
+            # A reading whose prompt is measured elsewhere has a row of zeros here, which is no state.
             read = np.flatnonzero(self._spans["last"].counts > 0)
             squares = self._squares[site, "last"] = SquareSum(exact=True)
             squares.add(last_NH[torch.from_numpy(read).to(last_NH.device)], np.ones(len(read), dtype=np.int64))
@@ -211,16 +218,17 @@ class StateCollector:
         return fits
 
     def mean_states(self, site: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """(N, H) what pooling `mean_state` measures, NaN for an empty text, and (N,) reason codes."""
+        """Return the states that the pooling `mean_state` measures, (N, H), NaN for an empty text, and (N,) reason codes."""
         return self._state_means[site].means()
 
     def values(self) -> dict[Measurement, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        """Measurement → (N, M) metrics in the order of `METRICS`, NaN where there is none, and (N,) reason codes."""
-        found = {}
+        """Return measurement → (N, M) metrics in the order of `METRICS`, NaN where there is none, and (N,) reason codes."""
+        results = {}
         means = {site: self.mean_states(site) for site in self._state_means}
         for m in self._measurements:
             if m.pooling in _PER_TOKEN:
                 values, reasons = self._token_means[m].means()
+                # Without any token the number of metrics is unknown to the means.
                 values = values if values.size else self._no_values()
             elif m.pooling == "last":
                 values, reasons = self._measure_rows(m, self._last.get(m.site), np.zeros(self._n_readings, np.int64))
@@ -228,8 +236,8 @@ class StateCollector:
                 mean_NH, reasons = means[m.site]
                 values, reasons = self._measure_rows(m, torch.from_numpy(mean_NH) if mean_NH.size else None, reasons)
             values[reasons > 0] = np.nan
-            found[m] = (values, reasons)
-        return found
+            results[m] = (values, reasons)
+        return results
 
     def _add_last(self, site: str, piece: StateChunk, batch: NDArray[np.int64], token: NDArray[np.int64]) -> None:
         states_BTH = piece.states[site]
@@ -244,7 +252,7 @@ class StateCollector:
             wide_KH, finite_K = _finite(states_at(states_BTH, batch, token), exact=True)
             span.add(piece, batch, wide_KH, (~finite_K).long() * _NOT_FINITE)
             return
-        # One matrix product sums the states of every row, which a GPU and a CPU both do well.
+        # One batched matrix product with a mask of zeros and ones sums the states of every row, fast on both CPU and GPU.
         inside = np.zeros(states_BTH.shape[:2], dtype=bool)
         inside[batch, token] = True
         mask_BT = torch.from_numpy(inside).to(states_BTH.device)
@@ -258,18 +266,20 @@ class StateCollector:
         self, m: Measurement, piece: StateChunk, batch: NDArray[np.int64], states: Tensor, index_K: Tensor | None
     ) -> None:
         measured = self._measure(m, states, index_K, exact=self._exact)
-        # Rows without metrics are known by their reason; a zero keeps them from spreading within the sum of another row.
+        # A state without metrics is known by its reason, and its NaN becomes 0, which does not spread in a sum. Infinity
+        # stays: it is a metric that overflowed.
         values = measured.values_NM.double().nan_to_num(nan=0.0, posinf=torch.inf)
         self._token_means[m].add(piece, batch, values, measured.reason_N)
 
     def _measure_rows(
         self, m: Measurement, states_NH: Tensor | None, reasons: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """The metrics of one state per reading; those without the part that is read have none."""
+        """Measure one state per reading; a reading without the part that the pooling reads has no metrics."""
         values, reasons = self._no_values(), reasons.copy()
         read = np.flatnonzero(self._spans[_PART[m.pooling]].counts > 0)
         if states_NH is not None and len(read):
             index = torch.from_numpy(read).to(states_NH.device)
+            # Always in float64: there is only one state per row.
             measured = self._measure(m, states_NH, index, exact=True)
             values[read] = measured.values_NM.double().cpu().numpy()
             reasons[read] = np.maximum(reasons[read], measured.reason_N.long().cpu().numpy())
@@ -280,6 +290,7 @@ class StateCollector:
         scale = fit.scale_H.to(device) if fit is not None and fit.scale_H is not None else None
         options: dict[str, Any] = {"dim_scale": scale, "l0_threshold": self._threshold}
         run = sparsity_rows
+        # Only the CPU implementation computes in float64 unless another dtype is requested.
         if not exact and states.dtype != torch.float64 and sparsity_implementation(device).value == "torch":
             run, options = sparsity_rows_ref, options | {"compute_dtype": torch.float32}
         if index_K is None:
@@ -291,8 +302,8 @@ class StateCollector:
         return np.full((self._n_readings, len(METRICS)), np.nan)
 
 
-def finished_rows(piece: StateChunk, ids: Sequence[Sequence[int]]) -> int:
-    """How many rows end in this piece; a row without ids ends in none."""
+def finished_rows(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
+    """Return the number of rows that end in this piece; a row without ids ends in no piece."""
     if piece.is_head:
         return 0
     ends = piece.start + piece.lengths
@@ -300,9 +311,9 @@ def finished_rows(piece: StateChunk, ids: Sequence[Sequence[int]]) -> int:
 
 
 def _finite(states: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-    """(..., H) states in float64 (else float32 or wider), zero where one is not finite, and (...) whether it is.
+    """Return (..., H) states in float64, or at least float32 if not `exact`, and (...) whether each of them is finite.
 
-    A product with zero would spread NaN and infinity over the row.
+    States that are not finite become zero. A weight of zero cannot exclude them from a product: 0 · NaN and 0 · ∞ are NaN.
     """
     wide = states.double() if exact or states.dtype == torch.float64 else states.float()
     finite = torch.isfinite(wide.abs().amax(dim=-1))

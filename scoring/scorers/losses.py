@@ -1,6 +1,6 @@
-"""Scorers that read the language-model head: the model's own loss, and its entropy.
+"""Scorers that read the language-model head: the model's own loss, and the entropy of its prediction.
 
-They are what a sparsity score is measured against: difficulty as the model itself has it.
+They measure difficulty directly from the model's predictions, and a sparsity score is compared with them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,35 @@ from sparsort.scoring.model.spec import ModelOptions
 from sparsort.scoring.prompts.prompt import Encoded, Encoder
 from sparsort.scoring.scorers.base import Advance, Request
 from sparsort.scoring.scorers.collect import finished_rows
-from sparsort.scoring.scorers.spans import states_at
+from sparsort.scoring.scorers.spans import RowSpans, states_at
 from sparsort.scoring.scorers.sparsity import ModelJob, ModelScorer
 
 
-class LossScorer(ModelScorer):
-    """Ranks examples by the model's own loss: mean negative log-likelihood in nats a token.
+class _HeadScorer(ModelScorer):
+    """A scorer with one number per row, which is computed from the model's predictions at the positions `reads`."""
+
+    reads: Literal["answer", "prompt", "next_token"]
+
+    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
+        super().__init__(model, **options)
+        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
+
+    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
+        if self.reads == "answer" and request.prompt.answer is None:
+            raise SparsortError(
+                "the loss on the answer needs an answer. Pass answer='…' (--answer), for example ' {answer}'."
+            )
+        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
+        return _HeadJob(self, request, encoder, provenance)
+
+
+class LossScorer(_HeadScorer):
+    """Ranks examples by the model's own loss: mean negative log-likelihood in nats per token.
 
     Args:
         model: see `ModelScorer`, with its other arguments.
-        on: "answer" (its tokens given the prompt; needs `answer=`) or "prompt" (its tokens but the first; an answer behind it is
-            not read).
+        on: "answer" (the answer's tokens given the prompt; needs `answer=`) or "prompt" (all tokens of the prompt except the
+            first; an answer is ignored).
     """
 
     def __init__(
@@ -40,25 +58,16 @@ class LossScorer(ModelScorer):
     ) -> None:
         if on not in ("answer", "prompt"):
             raise unknown_choice("part of the text", on, ("answer", "prompt"))
-        self.on = on
+        self.on = self.reads = on
         super().__init__(model, **options)
-        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
 
     @property
     def kind(self) -> str:  # type: ignore[override]
         """`answer_loss` or `prompt_loss`."""
         return f"{self.on}_loss"
 
-    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        if self.on == "answer" and request.prompt.answer is None:
-            raise SparsortError(
-                "the loss on the answer needs one. Pass answer='…' (--answer), for example ' {answer}'."
-            )
-        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
-        return _HeadJob(self, request, encoder, provenance, self.head, reads=self.on)
 
-
-class EntropyScorer(ModelScorer):
+class EntropyScorer(_HeadScorer):
     """Ranks examples by the entropy in nats of the model's next-token distribution after the text.
 
     Args:
@@ -66,32 +75,16 @@ class EntropyScorer(ModelScorer):
     """
 
     kind: ClassVar[str] = "entropy"
-
-    def __init__(self, model: Any = "demo", **options: Unpack[ModelOptions]) -> None:
-        super().__init__(model, **options)
-        self.head = Head(self.loaded.model, self.backbone.config, self.loaded.name)
-
-    def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
-        provenance = self._provenance(request, encoder, {self.kind: 1}, previous) | {"metric": self.kind}
-        return _HeadJob(self, request, encoder, provenance, self.head, reads="next_token")
+    reads = "next_token"
 
 
 class _HeadJob(ModelJob):
     """Reads the head at the positions that a loss or an entropy needs."""
 
-    def __init__(
-        self,
-        scorer: ModelScorer,
-        request: Request,
-        encoder: Encoder,
-        provenance: dict[str, Any],
-        head: Head,
-        *,
-        reads: Literal["answer", "prompt", "next_token"],
-    ) -> None:
+    def __init__(self, scorer: _HeadScorer, request: Request, encoder: Encoder, provenance: dict[str, Any]) -> None:
         super().__init__(scorer, request, encoder, provenance, [scorer.kind])
-        self.kind, self.head, self.reads = scorer.kind, head, reads
-        self.wants_answer = reads == "answer"
+        self.kind, self.head, self.reads = scorer.kind, scorer.head, scorer.reads
+        self.wants_answer = self.reads == "answer"
         self.site = scorer.backbone.head_site
 
     def measured(self) -> dict[str, Any]:
@@ -107,33 +100,33 @@ class _HeadJob(ModelJob):
         ]
 
     def plan(self, encoded: Sequence[Encoded]) -> Plan:
-        # The state that predicts the first wanted token must be computed in the row itself.
+        # The state that predicts the first scored token must be computed in the row: the head sees the next token of one row
+        # only, and rows that share their beginning may continue differently.
         first = min((self._span(item)[0] for item in encoded), default=0)
         return self.backbone.plan([item.ids for item in encoded], max_depth=first)
 
     def _span(self, item: Encoded) -> tuple[int, int]:
-        """Positions whose states are read, from and to (exclusive); each predicts the token behind it."""
+        """Return the first position whose state is read, and the exclusive end; each state predicts the token after it."""
         if self.reads == "next_token":
             return len(item.ids) - 1, len(item.ids)
         if self.reads == "answer":
             return max(item.answer_start - 1, 0), len(item.ids) - 1
         return max(item.n_lead - 1, 0), item.answer_start - 1
 
-    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+    def read(self, encoded: Sequence[Encoded], plan: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
         ids = [item.ids for item in encoded]
-        spans = np.array([self._span(item) for item in encoded], dtype=np.int64)
+        first_N, end_N = np.array([self._span(item) for item in encoded], dtype=np.int64).T
+        spans = RowSpans(first_N, end_N, plan)
         total = np.zeros(len(ids))
-        for piece in self.backbone.walk(ids, how, [self.site]):
+        for piece in self.backbone.walk(ids, plan, [self.site]):
             advance(finished_rows(piece, ids))
-            if piece.is_head:
-                continue
-            positions = piece.start + np.arange(int(piece.lengths.max(initial=0)))
-            begin, end = spans[piece.rows, 0], np.minimum(spans[piece.rows, 1], piece.start + piece.lengths)
-            batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
+            batch, token = spans.pick(piece)
+            # No state of a shared head is in a span: see `plan`.
             if len(batch):
                 picked = states_at(piece.states[self.site.name], batch, token)
+                # With `+=`, a row that occurs several times in `batch` would be increased only once.
                 np.add.at(total, piece.rows[batch], self._values(picked, ids, piece, batch, token))
-        means = total / np.maximum(spans[:, 1] - spans[:, 0], 1)
+        means = total / np.maximum(spans.counts, 1)
         reasons = ["" if math.isfinite(value) else "not_finite" for value in means]
         means[~np.isfinite(means)] = np.nan
         return means[:, None], reasons

@@ -1,4 +1,4 @@
-"""From the states of every token to one number a metric and row: the poolings, and the outlier rules fitted on a sample.
+"""The poolings, which reduce the states of a row's tokens to one number per metric, and the outlier rules, which correct states.
 
 | pooling | value |
 | --- | --- |
@@ -7,16 +7,18 @@
 | `mean_state` | metrics of the mean of the text's states |
 | `answer` | `mean_metric` over the answer's tokens |
 
-The tokenizer's own special tokens in front are left out of every mean: their state is the same for every row and carries
-the model's massive activations.
+Every mean skips the special tokens that the tokenizer puts first: their states are the same for every row and contain the
+model's massive activations.
 
-| outlier rule | what is done to a state before its metrics |
+| outlier rule | correction of a state before its metrics are computed |
 | --- | --- |
-| `none` | nothing |
-| `drop:n` | the n dimensions of largest RMS over a sample are left out; the width counts without them |
+| `none` | none |
+| `drop:n` | the n dimensions with the largest RMS over a sample are removed, and the width counts without them |
 | `rms` | every dimension is divided by its RMS over a sample |
 
-The sample is `RowSource.sample`: rows chosen by their digests, so that a score is a function of the set of rows.
+The sample is `RowSource.sample`: rows are chosen by their digests, so a score does not depend on the order of the rows.
+
+Shape suffix: H width of the state.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ _OUTLIER_RULE = re.compile(r"none|rms|drop:[1-9]\d*")
 
 
 def check_pooling(pooling: str) -> Pooling:
-    """`pooling`, if there is one of that name."""
+    """Return `pooling`, or raise `SparsortError` if it is not the name of a pooling."""
     if pooling not in get_args(Pooling):
         raise unknown_choice("pooling", pooling, get_args(Pooling))
     return pooling  # type: ignore[return-value]
 
 
 def check_answer(poolings: Sequence[str], answer: str | None) -> None:
-    """Refuse pooling `answer` under a prompt that has no answer."""
+    """Raise `SparsortError` if the pooling `answer` is among `poolings`, but the prompt has no answer."""
     if "answer" in poolings and answer is None:
         raise SparsortError(
             "pooling 'answer' reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
@@ -55,7 +57,7 @@ def check_answer(poolings: Sequence[str], answer: str | None) -> None:
 
 
 def check_outlier_rule(rule: str) -> str:
-    """`rule`, if it reads as one."""
+    """Return `rule`, or raise `SparsortError` if it is not the name of an outlier rule."""
     if not _OUTLIER_RULE.fullmatch(rule):
         raise SparsortError(
             f"unknown outlier rule {rule!r}. Choose 'none', 'rms' or 'drop:n' with n the number of dimensions."
@@ -65,14 +67,24 @@ def check_outlier_rule(rule: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierFit:
-    """A fitted outlier rule: a factor for every dimension (0 leaves it out), and what to record of it."""
+    """A fitted outlier rule.
+
+    Attributes:
+        scale_H: a factor for every dimension, where 0 removes the dimension; None for the rule "none".
+        record: the rule and its fit as JSON values, for the provenance.
+    """
 
     scale_H: Tensor | None
     record: dict[str, object]
 
 
 def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -> OutlierFit:
-    """Fit `drop:n` or `rms` on the mean square of every dimension over a sample of states.
+    """Fit `drop:n` or `rms` on a sample of states.
+
+    Args:
+        rule: the rule.
+        mean_square_H: mean square of every dimension over the sample.
+        n_states: number of states in the sample.
 
     Raises:
         SparsortError: more dimensions to drop than there are, or a sample without a state.
@@ -84,29 +96,26 @@ def fit_outliers(rule: str, mean_square_H: NDArray[np.float64], n_states: int) -
     width = len(mean_square_H)
     if rule == "rms":
         rms = np.sqrt(mean_square_H)
-        # A dimension that is zero all over the sample says nothing of spread: it is left out.
+        # A dimension that is zero in the whole sample has no scale, so it is removed instead of divided by zero.
         scale = np.divide(1.0, rms, out=np.zeros(width), where=rms > 0).astype(np.float32)
         record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "scale": [float(value) for value in scale]}
         return OutlierFit(scale_H=torch.from_numpy(scale), record=record)
     check_dropped(rule, width)
     count = int(rule.partition(":")[2])
+    # A stable sort breaks ties by the lower dimension, on every machine.
     widest = [int(d) for d in np.argsort(-mean_square_H, kind="stable")[:count]]
     record = {"rule": rule, "sampling": SAMPLING, "n_states": n_states, "dims": widest}
     return OutlierFit(scale_H=_without(widest, width), record=record)
 
 
 def check_dropped(rule: str, width: int) -> None:
-    """Refuse a rule `drop:n` that leaves nothing of a state of `width` dimensions.
-
-    Raises:
-        SparsortError: n is the width or more.
-    """
+    """Raise `SparsortError` if a rule `drop:n` would remove all of the `width` dimensions of a state."""
     if int(rule.partition(":")[2]) >= width:
         raise SparsortError(f"the outlier rule {rule!r} drops every one of the {width} dimensions. Drop fewer.")
 
 
 def restore_outliers(record: dict[str, object], width: int) -> OutlierFit:
-    """A fit as it was recorded, so that a resumed run uses the very same."""
+    """Restore a fit from its record, so that a resumed run uses exactly the same rule."""
     if record["rule"] == "rms":
         scale = torch.tensor(record["scale"], dtype=torch.float32)
         return OutlierFit(scale_H=scale, record=record)

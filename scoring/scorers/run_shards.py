@@ -1,12 +1,12 @@
 """Run a scorer over a source, a shard at a time, in this process.
 
-Contract: the shard (`shard_rows` consecutive rows) is the unit of work and all that is held in memory, whatever the
-size of the source. With a folder, every shard is on disk before the next is begun: killed at any moment and started
-again, nothing is lost, doubled or done twice. Checking what is done reads the source again, because the digest of its
-rows is what proves that they are the same.
+Contract: the shard (`shard_rows` consecutive rows) is the unit of work. With a folder, memory holds one shard at a time, and
+every shard is on disk before the next one begins: a run that is killed at any moment and started again loses nothing, writes
+nothing twice and scores no finished shard again. A run that resumes reads the source from the beginning, because only the
+digests of the rows prove that they have not changed.
 
-Several machines: `run_part(…, part=(k, n))` in process k of n (an array job; torchrun's rank and world size), all with
-one `out` on a shared disk; the process that ends last, or any later `run`, finishes the folder.
+For several machines, call `run_part(…, part=(k, n))` in process k of n (an array job, or torchrun's rank and world size), all
+with the same `out` on a shared disk. The process that ends last, or any later `run`, completes the folder.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ SHARD_ROWS = 2048
 
 
 class Job(Protocol):
-    """What can be run: it scores shards of one source under one request.
+    """Scores shards of one source under one request.
 
-    `provenance` holds JSON values: all that changes a number, and under "environment" what is only worth knowing.
+    Attributes:
+        provenance: JSON values: everything that can change a score, and under "environment" facts that are recorded but
+            never compared.
+        metrics: the names of the table's metric columns.
     """
 
     provenance: dict[str, Any]
@@ -40,13 +43,13 @@ class Job(Protocol):
 
     @abstractmethod
     def score_rows(self, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
-        """The `scores.score_table` of these rows, in their order; calls `advance(n)` as rows are scored."""
+        """Return the `score_table` of these rows, in their order; call `advance(n)` whenever n more rows are scored."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """What one process has done: shards scored now, shards kept from before, and whether the folder is complete."""
+    """The work of one process: shards scored now, shards kept from an earlier run, and whether the folder is complete."""
 
     scored: int
     kept: int
@@ -66,14 +69,15 @@ def run(
 
     Args:
         source: the rows.
-        scorer: what scores them.
+        scorer: the job that scores them.
         out: the score folder, new or begun; None keeps the table in memory.
-        shard_rows: rows a shard.
-        advance: told the number of rows as they are done, those found done included.
-        note: told, in a sentence, of what a user should know and that is no error, such as a damaged shard.
+        shard_rows: rows per shard.
+        advance: called with a number of rows whenever they are done, including rows that were already on disk.
+        note: called with a sentence about an event that the user should know of but that is no error, such as a damaged
+            shard.
 
     Returns:
-        The scores; with `out`, read from there a column at a time when asked for.
+        The scores; with `out`, columns are read from the folder when they are first used.
 
     Raises:
         SparsortError: see `ShardStore.open` and `ShardStore.is_done`.
@@ -95,16 +99,17 @@ def run_part(
     advance: Callable[[int], None] = lambda _count: None,
     note: Callable[[str], None] = lambda _sentence: None,
 ) -> Coverage:
-    """Score the shards k, k + n, k + 2n, … of `source` into `out`, for `part` = (k, n).
+    """Score the shards k, k + n, k + 2n, … of `source` into `out`, for `part` = (k, n); other arguments as for `run`.
 
     Raises:
-        SparsortError: as `run`; or `part` is not 0 <= k < n.
+        SparsortError: see `run`; or `part` is not 0 <= k < n.
     """
     if not 0 <= part[0] < part[1]:
         raise SparsortError(
             f"part is {part}; expected (k, n) with 0 <= k < n, such as (0, 4), the first of four processes."
         )
     store = ShardStore.open(out, provenance=_provenance(source, scorer), shard_rows=shard_rows, part=part)
+    # Counting also reads and checks the whole source before anything is scored.
     store.refuse_beyond(source.count())
     scored = kept = 0
     for index, rows in _shards(source, shard_rows, part):
@@ -122,6 +127,7 @@ def _shards(source: RowSource, shard_rows: int, part: tuple[int, int] = (0, 1)) 
     if shard_rows < 1:
         raise SparsortError(f"shard_rows is {shard_rows}; expected at least 1.")
     if part[1] == 1:
+        # A single process streams the source once, instead of seeking to the beginning of every shard.
         rows = source.rows()
         for index in itertools.count():
             if not (shard := list(itertools.islice(rows, shard_rows))):
@@ -133,6 +139,7 @@ def _shards(source: RowSource, shard_rows: int, part: tuple[int, int] = (0, 1)) 
 
 def _score(scorer: Job, rows: Sequence[Row], advance: Callable[[int], None]) -> pa.Table:
     table = scorer.score_rows(rows, advance)
+    # A scorer may come from outside this package: a shard with other rows or columns must not reach the disk.
     same_rows = table["position"].to_pylist() == [row.position for row in rows]
     if not same_rows or not table.schema.equals(scores_schema(scorer.metrics)):
         raise SparsortError(

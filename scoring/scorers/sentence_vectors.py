@@ -1,8 +1,8 @@
-"""Sentence vectors from the model at hand: the mean of a text's final states, for nearest-neighbour selection.
+"""Sentence vectors from the loaded model: the mean of a text's final states, for nearest-neighbour selection.
 
-Contract: one forward pass a text, no second model, and no pass for a text whose vector a cache holds. The states
-are those after the final norm (before it for a model without one), averaged over the text's tokens without the tokenizer's
-special tokens in front.
+Contract: a text takes one forward pass of the same model that scores rows, and none if a cache holds its vector. The states are
+those after the final norm (before it, for a model without one), averaged over the tokens of the text, without the special
+tokens that the tokenizer puts first.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from sparsort.scoring.store.row_cache import RowCache, context_of, key_of
 def embed_rows(
     backbone: Backbone, rows: Sequence[Mapping[str, Any]], prompt: Prompt, *, cache: RowCache | None = None
 ) -> NDArray[np.float32]:
-    """(n, H) mean-pooled states of every row's prompt.
+    """Compute the mean-pooled states of every row's prompt, (n, width).
 
     Args:
         backbone: the model.
         rows: fields of each row.
-        prompt: what is read of a row; a text over the model's context is cut on the left, but not in chat.
-        cache: where to look for the vectors first, and to keep new ones; None to run the model on every row.
+        prompt: the prompt that each row is rendered with. A text over the model's context is cut on the left, and refused
+            in chat.
+        cache: a cache of vectors, to which new ones are added; None to run the model on every row.
 
     Raises:
-        SparsortError: a row has no text, or in chat too much of it; or its states are not finite.
+        SparsortError: a row has no text, its chat is longer than the model's context, or its states are not finite.
     """
     tokenizer = backbone.loaded.tokenizer
-    # Markers of a chat template are not cut.
-    cut: Truncation = "error" if prompt.is_chat else "left"
-    encoder = Encoder(tokenizer, max_length=backbone.max_length, truncation=cut, chat=prompt.is_chat)
+    # Cutting a chat would remove the markers of the template that begin a turn.
+    truncation: Truncation = "error" if prompt.is_chat else "left"
+    encoder = Encoder(tokenizer, max_length=backbone.max_length, truncation=truncation, chat=prompt.is_chat)
     rendered = [prompt.render(row, where=_name(number, row), tokenizer=tokenizer) for number, row in enumerate(rows)]
     encoded = encoder.encode(rendered)
     for number, item in enumerate(encoded):
         if item.problem is not None:
             raise SparsortError(
-                f"{_name(number, rows[number])} cannot be embedded: {item.problem[1]}. Leave it out of the pool."
+                f"{_name(number, rows[number])} cannot be embedded: {item.problem[1]}. Remove it from the pool."
             )
     if not encoded:
         return np.zeros((0, backbone.hidden_size), dtype=np.float32)
@@ -67,13 +68,13 @@ def embed_rows(
 
 
 def _means(backbone: Backbone, encoded: Sequence[Encoded], site: Site) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(n, H) mean states, and the reason codes of rows without one."""
+    """Compute the mean states, (n, width), and (n,) reason codes, which are 0 where there is a mean."""
     ids = [item.ids for item in encoded]
-    how = backbone.plan(ids)
+    plan = backbone.plan(ids)
     collector = StateCollector(
-        whole_texts(encoded), how, [Measurement(site.name, "mean_state", "none")], fits={}, exact=True
+        whole_texts(encoded), plan, [Measurement(site.name, "mean_state", "none")], fits={}, exact=True
     )
-    for piece in backbone.walk(ids, how, [site]):
+    for piece in backbone.walk(ids, plan, [site]):
         collector.add(piece)
     means, codes = collector.mean_states(site.name)
     return means.astype(np.float32), codes

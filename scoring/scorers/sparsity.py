@@ -1,7 +1,8 @@
-"""Scorers that run a language model: activation sparsity, and the losses and entropy that it is measured against.
+"""The base of all scorers that run a language model, and the scorer of activation sparsity.
 
-Contract: `score` takes data and a prompt and gives `Scores`; `difficulty` rises with what the scorer calls hard (sparser,
-higher loss, higher entropy). The table keeps every metric of the pass; another one is a column away (`Scores.by`).
+Contract: `score` takes data and a prompt and returns `Scores`. Their `difficulty` rises with the scorer's notion of hard:
+sparser, higher loss, higher entropy. The table holds every metric of the forward pass, so the difficulty can be taken from
+another one without a second pass (`Scores.by`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sparsort.scoring.scorers.collect import (
     SquareSum,
     StateCollector,
     finished_rows,
-    span_of,
+    spans_of,
     whole_texts,
 )
 from sparsort.scoring.scorers.pooling import (
@@ -47,10 +48,10 @@ from sparsort.scoring.store.score_tables import score_table
 
 
 class ModelScorer(Scorer):
-    """What the model scorers share: the model, loaded once at construction.
+    """A scorer that runs a model, which is loaded once, at construction.
 
     Args:
-        model: a `ModelSpec`; or what its `name` takes: a hub id, a folder, a `.gguf` file, "demo" (the embedded model), a
+        model: a `ModelSpec`; or a value of its `name`: a hub id, a folder, a `.gguf` file, "demo" (the embedded model), or a
             transformers model with its `tokenizer`.
         options: fields of `ModelSpec`: `tokenizer`, `dtype`, `device`, `token_budget`, `revision`, `trust_remote_code`.
     """
@@ -59,11 +60,13 @@ class ModelScorer(Scorer):
         spec = ModelSpec.of(model, **options)
         self.loaded = spec.load()
         self.backbone = Backbone(self.loaded, token_budget=spec.token_budget)
+        # A model in memory may be changed by its owner, so its values cannot be cached.
         if spec.is_named:
             self.backbone.mark_as_own()
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> ModelJob:
-        """The job that scores this source's shards."""
+        """Create the job that scores the shards of this source."""
+        # A limit above the model's own context is refused, not clipped.
         own = self.backbone.max_length
         check_max_length(request.max_length, own, self.loaded.name)
         limit = request.max_length if request.max_length is not None else own
@@ -78,7 +81,7 @@ class ModelScorer(Scorer):
         return self._job(source, request, encoder, previous)
 
     def check_cache(self) -> None:
-        """Refuse a model, or a scorer, whose values cannot be kept, before any row is read."""
+        """Refuse a model, or a scorer, whose values cannot be cached, before any row is read."""
         context_of(self.backbone)
 
     @abstractmethod
@@ -109,7 +112,10 @@ class ModelScorer(Scorer):
 
 
 class ModelJob(Job):
-    """Scores shards of rows with a model: text, ids, plan, forward passes, a table."""
+    """Scores shards of rows with a model: renders and encodes the rows, plans and runs the passes, and makes the table."""
+
+    # Whether a row with an empty answer has a problem.
+    wants_answer = False
 
     def __init__(
         self,
@@ -126,7 +132,7 @@ class ModelJob(Job):
         self.metrics = tuple(metrics)
 
     def score_rows(self, rows: Sequence[Row], advance: Advance) -> pa.Table:
-        """One table row a row, in order, whatever became of it."""
+        """Return a table with one row for each of `rows`, in order, including rows that could not be scored."""
         encoded = self.encode(rows)
         todo = [number for number, item in enumerate(encoded) if item.problem is None]
         values = np.full((len(rows), len(self.metrics)), np.nan)
@@ -134,13 +140,12 @@ class ModelJob(Job):
         reason = [item.problem[1] if item.problem else "" for item in encoded]
         advance(len(rows) - len(todo))
         if todo:
-            kept = [encoded[number] for number in todo]
-            found, reasons = self._cached_or_read(kept, advance)
-            values[todo] = found
-            for number, why in zip(todo, reasons, strict=True):
-                if why:
-                    status[number], reason[number] = why, _SENTENCES[why]
+            values[todo], codes = self._cached_or_read([encoded[number] for number in todo], advance)
+            for number, code in zip(todo, codes, strict=True):
+                if code:
+                    status[number], reason[number] = code, _SENTENCES[code]
         metric = self.provenance["metric"]
+        # The orientation is −1 for a metric that is lower for sparser states.
         difficulty = self.provenance["orientation"][metric] * values[:, self.metrics.index(metric)]
         for number in np.flatnonzero(np.isinf(difficulty)).tolist():
             # A sum such as L1 can overflow where the state itself is finite.
@@ -157,7 +162,7 @@ class ModelJob(Job):
         )
 
     def _cached_or_read(self, encoded: Sequence[Encoded], advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
-        """What `read` gives, of which only what the cache does not hold is read."""
+        """Return what `read` returns; rows whose values the cache holds are not read."""
         cache = self.request.cache
         if cache is None:
             return self.read(encoded, self.plan(encoded), advance)
@@ -169,18 +174,18 @@ class ModelJob(Job):
         before = cache.from_cache
         context = context_of(self.backbone, **self.measured())
         values, reasons = cache.through(context, [key_of(item) for item in encoded], read)
-        found = cache.from_cache - before
-        advance(found)
+        n_cached = cache.from_cache - before
+        advance(n_cached)
         environment = self.provenance["environment"]
-        environment["rows_from_cache"] = environment.get("rows_from_cache", 0) + found
+        environment["rows_from_cache"] = environment.get("rows_from_cache", 0) + n_cached
         return values, reasons
 
     def measured(self) -> dict[str, Any]:
-        """What `read` measures, as JSON values: all that its values depend on besides the model and the token ids."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its values depend on")
+        """Return everything that the values of `read` depend on, besides the model and the token ids, as JSON values."""
+        raise NotImplementedError(f"{type(self).__name__} does not state what its values depend on")
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Token ids of the rows; an answer that is wanted and empty is a problem of the row."""
+        """Render the rows and return their token ids; an empty answer is a problem of its row if `wants_answer`."""
         prompt = self.request.prompt
         rendered = [prompt.render(row.fields, where=row.name, tokenizer=self.encoder.tokenizer) for row in rows]
         encoded = self.encoder.encode(rendered)
@@ -193,17 +198,16 @@ class ModelJob(Job):
             for e in encoded
         ]
 
-    wants_answer = False
-
     def plan(self, encoded: Sequence[Encoded]) -> Plan:
-        """The plan of a shard's rows; every token is computed somewhere, in a shared head or in the row."""
+        """Plan the batches of a shard's rows."""
         return self.backbone.plan([item.ids for item in encoded])
 
     @abstractmethod
-    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
-        """(n, metrics) values and each row's reason code name ("" for ok)."""
+    def read(self, encoded: Sequence[Encoded], plan: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+        """Run the model; returns values, (n, metrics), and the name of each row's reason, "" for a row with values."""
 
 
+# The name of a reason → the sentence in the table's column "reason".
 _SENTENCES = {
     "zero": "every coordinate of the state is zero, so it has no sparsity",
     "not_finite": "the model's state or loss is NaN or infinite",
@@ -217,8 +221,9 @@ class SparsityScorer(ModelScorer):
         model: see `ModelScorer`, with its other arguments.
         site: "pre_norm", "post_norm", "mlp", "mlp:N" or "layer:N" (see `sparsort.scoring.model.sites`).
         pooling: "last", "mean_metric", "mean_state" or "answer" (see `sparsort.scoring.scorers.pooling`).
-        metric: the metric behind `difficulty`, one of `sparsort.kernels.sparsity.metrics.METRICS`.
-        outliers: "none", "drop:n" (leave out the n widest dimensions) or "rms" (standardise each), fitted on a sample.
+        metric: the metric that `difficulty` is made of, one of `sparsort.kernels.sparsity.metrics.METRICS`.
+        outliers: "none", "drop:n" (remove the n dimensions of largest RMS) or "rms" (divide each by its RMS), fitted on a
+            sample.
         l0_threshold: threshold of `l0_absolute`, in the units of the state.
 
     Example:
@@ -264,42 +269,44 @@ class SparsityScorer(ModelScorer):
         provenance["environment"]["sparsity"] = str(sparsity_implementation(self.backbone.device).value)
         job = _SparsityJob(self, request, encoder, provenance)
         if self.outliers != "none":
+            # A recorded fit holds for the same states only, whatever else has changed since.
             same = all((previous or {}).get(key) == provenance[key] for key in ("weights", "site", "pooling"))
             job.outliers = self._fit(job, source, previous["outliers"] if previous and same else None)
             provenance["outliers"] = job.outliers.record
         return job
 
     def _fit(self, job: _SparsityJob, source: RowSource, recorded: dict[str, Any] | None) -> OutlierFit:
-        """The outlier rule as a run in the same folder or `like` has recorded it, or fitted on a sample of the source."""
+        """Return the outlier rule that an earlier run or `like` recorded; without one, fit it on a sample of the source."""
         if recorded and recorded.get("rule") == self.outliers:
             return restore_outliers(recorded, self.backbone.width(self.site))
-        kept = [item for item in job.encode(source.sample(SAMPLE_ROWS)) if item.problem is None]
+        sample = [item for item in job.encode(source.sample(SAMPLE_ROWS)) if item.problem is None]
         cache = job.request.cache
-        if cache is None or not kept:
-            count, mean_square_H = self._mean_square(job, kept)
+        if cache is None or not sample:
+            count, mean_square_H = self._mean_square(job, sample)
             return fit_outliers(self.outliers, mean_square_H, count)
 
+        # The cache holds rows of numbers: the whole sample is one row, of the number of states and their mean square.
         def read(_numbers: list[int]) -> tuple[NDArray[np.float64], list[str]]:
-            count, mean_square_H = self._mean_square(job, kept)
+            count, mean_square_H = self._mean_square(job, sample)
             return np.concatenate([[count], mean_square_H])[None], ["" if count else "no state"]
 
         context = context_of(self.backbone, mean_square=True, site=self.site.name, pooling=self.pooling)
-        (values,), _ = cache.through(context, [key_of_all(kept)], read, rows_of_key=len(kept))
+        (values,), _ = cache.through(context, [key_of_all(sample)], read, rows_of_key=len(sample))
         return fit_outliers(self.outliers, values[1:], int(values[0]))
 
-    def _mean_square(self, job: _SparsityJob, kept: Sequence[Encoded]) -> tuple[int, NDArray[np.float64]]:
-        """How many states these rows have where the site is read, and the (width,) mean square of those."""
-        how = job.plan(kept)
-        squares, span = SquareSum(exact=True), span_of(self.pooling, whole_texts(kept), how)
-        for piece in self.backbone.walk([item.ids for item in kept], how, [self.site]):
-            batch, token = span.pick(piece)
+    def _mean_square(self, job: _SparsityJob, sample: Sequence[Encoded]) -> tuple[int, NDArray[np.float64]]:
+        """Return the number of states that the pooling reads in these rows, and their mean square, (width,)."""
+        plan = job.plan(sample)
+        squares, spans = SquareSum(exact=True), spans_of(self.pooling, whole_texts(sample), plan)
+        for piece in self.backbone.walk([item.ids for item in sample], plan, [self.site]):
+            batch, token = spans.pick(piece)
             if len(batch):
-                squares.add(states_at(piece.states[self.site.name], batch, token), span.shares(piece)[batch])
+                squares.add(states_at(piece.states[self.site.name], batch, token), spans.shares(piece)[batch])
         return squares.count, squares.mean_H()
 
 
 class _SparsityJob(ModelJob):
-    """Reads the sparsity metrics of one site."""
+    """Measures the sparsity of one site under one pooling and outlier rule."""
 
     def __init__(self, scorer: SparsityScorer, request: Request, encoder: Encoder, provenance: dict[str, Any]) -> None:
         super().__init__(scorer, request, encoder, provenance, METRIC_NAMES)
@@ -318,22 +325,22 @@ class _SparsityJob(ModelJob):
         }
 
     def plan(self, encoded: Sequence[Encoded]) -> Plan:
-        # A shared head must not reach into an answer, whose tokens are read row by row.
+        # A shared head must end before every answer, because rows that share it may begin their answers at different tokens.
         depth = min((item.answer_start for item in encoded), default=0) if self.wants_answer else None
         return self.backbone.plan([item.ids for item in encoded], max_depth=depth)
 
-    def read(self, encoded: Sequence[Encoded], how: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
+    def read(self, encoded: Sequence[Encoded], plan: Plan, advance: Advance) -> tuple[NDArray[np.float64], list[str]]:
         measurement = Measurement(self.site.name, self.pooling, str(self.outliers.record["rule"]))
         collector = StateCollector(
             whole_texts(encoded),
-            how,
+            plan,
             [measurement],
             fits={measurement: self.outliers},
             l0_threshold=self.threshold,
             exact=True,
         )
         ids = [item.ids for item in encoded]
-        for piece in self.backbone.walk(ids, how, [self.site]):
+        for piece in self.backbone.walk(ids, plan, [self.site]):
             collector.add(piece)
             advance(finished_rows(piece, ids))
         values, codes = collector.values()[measurement]

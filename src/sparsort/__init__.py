@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sparsort.recipes.classify.classifier import FewShotClassifier as FewShotClassifier
     from sparsort.recipes.features import SparsityFeatures as SparsityFeatures
     from sparsort.recipes.report import write_report as write_report
-    from sparsort.scoring.calibration.calibrated import CalibratedScorer as CalibratedScorer
+    from sparsort.scoring.calibration.calibration import CalibratedScorer as CalibratedScorer
     from sparsort.scoring.calibration.calibration import Calibration as Calibration
     from sparsort.scoring.scorers.baselines import ColumnScorer as ColumnScorer
     from sparsort.scoring.scorers.baselines import CompressionScorer as CompressionScorer
@@ -66,7 +66,7 @@ _HOME = {
     "ablate": "recipes.ablate",
     "choose_order": "recipes.choose.choose",
     "Calibration": "scoring.calibration.calibration",
-    "CalibratedScorer": "scoring.calibration.calibrated",
+    "CalibratedScorer": "scoring.calibration.calibration",
     "Results": "curriculum.ablation.results.results",
     "FewShotClassifier": "recipes.classify.classifier",
     "SparsityFeatures": "recipes.features",

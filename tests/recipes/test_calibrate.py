@@ -20,8 +20,7 @@ from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.order.order import order_file
 from sparsort.recipes.score.config import ScorerConfig
 from sparsort.recipes.score.score import score_file
-from sparsort.scoring.calibration.calibrated import CalibratedScorer
-from sparsort.scoring.calibration.calibration import Calibration
+from sparsort.scoring.calibration.calibration import CalibratedScorer, Calibration
 from sparsort.scoring.model import backbone as backbone_module
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import PromptSpec
@@ -157,7 +156,7 @@ def test_score_and_order_take_the_file(saved: Path, file: Path, rows: list[dict[
     assert len(matched.demonstrations) == 2
     with pytest.raises(SparsortError, match="hard_to_easy"):
         order_file(few, query="How many pears?", config=OrderConfig(order="sparse_to_dense"), scorer=config)
-    with pytest.raises(SparsortError, match="calibration is of the prompt"):
+    with pytest.raises(SparsortError, match="calibration is for the prompt"):
         order_file(few, query="How many pears?", config=OrderConfig(prompt=PromptSpec("{question}")), scorer=config)
 
 
@@ -165,13 +164,13 @@ def test_another_prompt_model_or_option_is_refused(
     saved: Path, file: Path, make_tiny_model: Callable[..., Path], rows: list[dict[str, Any]]
 ) -> None:
     config = ScorerConfig(calibration=saved)
-    with pytest.raises(SparsortError, match="calibration is of the prompt"):
+    with pytest.raises(SparsortError, match="calibration is for the prompt"):
         score_file(file, scorer=config, prompt=PromptSpec("{question}"))
     with pytest.raises(SparsortError, match="reads the prompt alone"):
         score_file(file, scorer=config, prompt=PromptSpec(answer=" {answer}"))
     with pytest.raises(SparsortError, match="reads the prompt alone"):
         CalibratedScorer(saved, dtype="float32").score(rows, PROMPT, answer=" {answer}")
-    with pytest.raises(SparsortError, match="weights of"):
+    with pytest.raises(SparsortError, match="different weights"):
         CalibratedScorer(saved, str(make_tiny_model("llama", rms_norm_eps=1e-3)))
     with pytest.raises(SparsortError, match=r"metric is 'l1'.*of 'hoyer'"):
         score_file(file, scorer=ScorerConfig(calibration=saved, metric="l1"))

@@ -162,7 +162,7 @@ def test_a_calibration_of_conversations_is_applied_to_conversations(model: str, 
     assert plain["status"] == {"ok": 48}
     assert plain["difficulty_quantiles"] == named["difficulty_quantiles"]
     refused = run("score", data, "--calibration", out, "--prompt", "{messages[0].content}", "-m", model, code=2)
-    assert "this calibration is of the prompt" in refused.stderr
+    assert "this calibration is for the prompt" in refused.stderr
 
 
 def test_train_learns_what_the_chat_template_makes_of_each_conversation(file: Path, model: str, tmp_path: Path) -> None:

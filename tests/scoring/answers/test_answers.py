@@ -13,6 +13,7 @@ import torch
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import sparsity_metrics
 from sparsort.scoring.answers import prefix as prefixes
+from sparsort.scoring.answers import prefix_attention
 from sparsort.scoring.answers import token_tree as branches
 from sparsort.scoring.answers.reader import FEATURES, AnswerReader
 from sparsort.scoring.loading.load import load_model
@@ -104,7 +105,7 @@ def test_a_prefix_longer_than_one_pass(
     reader = reader_of(family)
     reader.reader._kept.clear()
     monkeypatch.setattr(prefixes, "_EXTENDED_AT_ONCE", 7)
-    monkeypatch.setattr(prefixes, "_SCORES_AT_ONCE", 100)
+    monkeypatch.setattr(prefix_attention, "_SCORES_AT_ONCE", 100)
     before = reader.reader.n_tokens
     found = reader.answers(DEMOS, QUERIES[:1], LABELS)
     reader.reader._kept.clear()
@@ -159,8 +160,8 @@ def test_another_attention_is_noticed_in_every_dtype(
 ) -> None:
     loaded = load_model(str(make_tiny_model("llama")), dtype=dtype)
     assert AnswerReader(loaded).reader.why_not is None
-    part = prefixes._part
-    monkeypatch.setattr(prefixes, "_part", lambda q, k, v, scale, *rest: part(q, k, v, 0.2 * scale, *rest))
+    part = prefix_attention._part
+    monkeypatch.setattr(prefix_attention, "_part", lambda q, k, v, scale, *rest: part(q, k, v, 0.2 * scale, *rest))
     assert "differ" in (AnswerReader(loaded).reader.why_not or "")
 
 

@@ -204,7 +204,7 @@ class _Letters:
     [
         ({"max_new_tokens": 0}, "at least 1 is needed"),
         ({"stop": ["\n", ""]}, "a stop string is empty"),
-        ({"stop": "\n"}, "give a list of stop strings"),
+        ({"stop": "\n"}, "pass a list of stop strings"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

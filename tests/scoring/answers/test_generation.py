@@ -193,7 +193,7 @@ def test_a_query_that_merges_with_the_prefix_is_read_whole(reader_of: Callable[.
     reader = reader_of("llama")
     # " answer" is one token.
     chunks, queries = [*DEMOS, " an"], [" apple ?", "swer ?", " x"]
-    assert [passage.whole for passage in reader.lay_out(chunks, queries, ()).passages] == [False, True, False]
+    assert [passage.whole for passage in reader.token_tree(chunks, queries, ()).passages] == [False, True, False]
     found = generate(reader, chunks, queries, max_new_tokens=LONG, no_repeat_ngram=2)
     assert found.ids == [plain(reader, "".join(chunks) + query, no_repeat_ngram_size=2) for query in queries]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsort.scoring.answers.growing_kv import Tails
+from sparsort.scoring.answers.prefix_attention import Tails
 
 HEADS, WIDTH, LAYERS = 2, 3, 2
 

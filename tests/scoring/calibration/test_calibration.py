@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.calibration.calibration import Calibration, Definition
+from sparsort.scoring.calibration.calibration import Calibration
 from sparsort.scoring.calibration.compare import compare
+from sparsort.scoring.calibration.definition import Definition
 from sparsort.scoring.calibration.verdict import judge
 from sparsort.scoring.data.rows import Row
 from sparsort.scoring.prompts.prompt import Prompt
@@ -254,18 +255,18 @@ def test_files_that_are_not_a_calibration_are_refused(found: Calibration, tmp_pa
     held = json.loads(whole)
     reference = held["reference loss"]
     broken: list[tuple[Any, str]] = [
-        ([], "no calibration of sparsort"),
-        ({"format": "sparsort-scores"}, "no calibration of sparsort"),
+        ([], "not a calibration of sparsort"),
+        ({"format": "sparsort-scores"}, "not a calibration of sparsort"),
         (held | {"version": 3}, "has format version 3; this sparsort reads 1 and 2"),
         (_without(held, "version"), "is damaged: it has no format version. Calibrate again"),
         (held | {"n_rows": held["n_rows"] + 1}, "has changed since it was written"),
         (_without(held, "digest"), "has changed since it was written"),
-        (held | {"verdict": "carries nothing here"}, "not whole"),
-        (_without(held, "definition"), "not whole"),
-        (_without(held, "reference loss"), "not whole"),
-        (held | {"definition": _without(held["definition"], "weights")}, "not whole"),
-        (held | {"definition": held["definition"] | {"candidate": "gini"}}, "not whole"),
-        (held | {"candidates": held["candidates"][:-1]}, "not whole"),
+        (held | {"verdict": "carries nothing here"}, "is damaged"),
+        (_without(held, "definition"), "is damaged"),
+        (_without(held, "reference loss"), "is damaged"),
+        (held | {"definition": _without(held["definition"], "weights")}, "is damaged"),
+        (held | {"definition": held["definition"] | {"candidate": "gini"}}, "is damaged"),
+        (held | {"candidates": held["candidates"][:-1]}, "is damaged"),
         (held | {"left_out": None}, "left_out is of type NoneType, not list"),
         (held | {"n_rows": True}, "n_rows is of type bool, not int"),
         *(
@@ -275,9 +276,9 @@ def test_files_that_are_not_a_calibration_are_refused(found: Calibration, tmp_pa
             )
             for name, value in (("l0_threshold", "x"), ("model", 5), ("answer", 5), ("fit", [1]), ("tokenizer", None))
         ),
-        (held | {"reference loss": reference | {"verdict": "yes"}}, "not whole"),
-        (held | {"reference loss": reference | {"best": 99}}, "not whole"),
-        (held | {"reference loss": reference | {"fixed": {"rho": 1}}}, "not whole"),
+        (held | {"reference loss": reference | {"verdict": "yes"}}, "is damaged"),
+        (held | {"reference loss": reference | {"best": 99}}, "is damaged"),
+        (held | {"reference loss": reference | {"fixed": {"rho": 1}}}, "is damaged"),
     ]
     for value, message in broken:
         path.write_text(json.dumps(value))
@@ -324,17 +325,17 @@ def test_another_prompt_or_model_is_refused_with_what_to_do() -> None:
     made = _definition()
     made.refuse_other_prompt(Prompt.of("Q: {q}"))
     with pytest.raises(
-        SparsortError, match=r"'Q: \{q\}'.*'Question: \{q\}'.*leave prompt \(--prompt\) and messages \(--messages\) out"
+        SparsortError, match=r"'Q: \{q\}'.*'Question: \{q\}'.*omit prompt \(--prompt\) and messages \(--messages\)"
     ):
         made.refuse_other_prompt(Prompt.of("Question: {q}"))
-    with pytest.raises(SparsortError, match="of the prompt 'Q"):
+    with pytest.raises(SparsortError, match="for the prompt 'Q"):
         made.refuse_other_prompt(Prompt.of("Q: {q}", chat=True))
-    with pytest.raises(SparsortError, match=r"reads the prompt alone.*leave the answer"):
+    with pytest.raises(SparsortError, match=r"reads the prompt alone.*omit the answer"):
         made.refuse_other_prompt(Prompt.of("Q: {q}", answer=" {a}"))
     with pytest.raises(SparsortError, match="pass that answer"):
         _definition(answer=" {a}").refuse_other_prompt(Prompt.of("Q: {q}"))
     made.refuse_other_model("a copy", "sha256:1", "sha256:2")
-    with pytest.raises(SparsortError, match=r"of the model 'some/model'.*weights of 'x'.*--model"):
+    with pytest.raises(SparsortError, match=r"for the model 'some/model'.*'x' has different weights.*--model"):
         made.refuse_other_model("x", "sha256:9", "sha256:2")
     with pytest.raises(SparsortError, match=r"at revision main.*tokenizer"):
         _definition(revision="main").refuse_other_model("x", "sha256:1", "sha256:9")

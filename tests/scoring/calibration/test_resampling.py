@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from sparsort.scoring.calibration.correlation import spearman
-from sparsort.scoring.calibration.resampling import (
+from sparsort.scoring.calibration.correlation import (
     DEGREE,
     Design,
     Ranks,
@@ -20,6 +19,7 @@ from sparsort.scoring.calibration.resampling import (
     holm,
     orders,
     quantiles,
+    spearman,
     step_down,
     without,
 )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.calibration.resampling import Design
+from sparsort.scoring.calibration.correlation import Design
 from sparsort.scoring.calibration.verdict import Judgement, check_reference, halve, hold_out, judge, levels
 
 Array = NDArray[np.float64]

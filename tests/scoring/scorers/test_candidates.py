@@ -263,5 +263,5 @@ def test_the_name_of_a_candidate_is_read_back() -> None:
     made = Candidate(site="layer:-1", pooling="last", outliers="drop:3", metric="gini")
     assert Candidate.of(made.name) == made
     for name in ("gini", "pre_norm/last/none/ginni", "a/b/c/d/e"):
-        with pytest.raises(SparsortError, match="names no candidate"):
+        with pytest.raises(SparsortError, match="is not the name of a candidate"):
             Candidate.of(name)
