@@ -426,7 +426,7 @@ def _nearest(path: Path) -> str:
         return f" Did you mean {folder / near[0]}?"
     if not folder.is_dir():
         return f" There is no folder {folder} either."
-    return " To use a dataset of the hub, load it first: datasets.load_dataset(…)."
+    return " To read a dataset of the hub, write hub:owner/name:split."
 
 
 def _place(position: int, line: int) -> str:

@@ -207,9 +207,9 @@ def _found(results: Results, schedule: str) -> str:
             if better:
                 parts.append(f"better: {', '.join(better)}")
             if worse:
-                said.append(f"worse: {', '.join(worse)}")
-            if not said:
-                said.append("no order differs significantly from it")
+                parts.append(f"worse: {', '.join(worse)}")
+            if not parts:
+                parts.append("no order differs significantly from it")
             elif nothing := len(found) - len(better) - len(worse):
                 parts.append(
                     f"no difference found for the other {nothing}" if nothing > 1 else "none found for the other"
