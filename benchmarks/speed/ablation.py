@@ -44,14 +44,14 @@ from common import Comparison, Report, add_output_options, wall_seconds
 from numpy.typing import NDArray
 from scoring import matrix_peak
 
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, Unit
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, DemoSet
 from sparsort.curriculum.ablation.recipe.task_data import TaskData
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.ablation.run import cost
 from sparsort.curriculum.ablation.run.model import Engine
-from sparsort.curriculum.ablation.run.run import Run
-from sparsort.curriculum.ablation.store.keys import group_name
+from sparsort.curriculum.ablation.run.run import AblationRunner
+from sparsort.curriculum.ablation.store.order_notes import group_name
 from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import default_device
@@ -104,11 +104,11 @@ class Grid:
         (task,) = recipe.load_tasks()
         self.recipe, self.task, self.texts = recipe, task, Texts(task, tokenizer)
         data = TaskData(task, recipe)
-        self.unit = Unit(task=task.name, selector="random", k=K, seed=recipe.first_seed)
+        self.unit = DemoSet(task=task.name, selector="random", k=K, seed=recipe.first_seed)
         self.queries = data.test_texts
         self.labels = task.label_texts()
         self.orders = recipe.orders(K, recipe.first_seed)
-        showing = data.show(self.unit)
+        showing = data.draw(self.unit)
         self.prefixes = [self.texts.prefix(showing.demos(0, order)) for order in self.orders]
 
     def sample(self, orders: range, batches: int, generator: np.random.Generator) -> list[tuple[int, range]]:
@@ -217,7 +217,7 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
         for number in range(sizes.rounds):
             orders = range(number * sizes.orders, (number + 1) * sizes.orders)
             # A recipe with more orders asks for the new ones alone.
-            run = Run(dataclasses.replace(grid.recipe, random_orders=orders.stop), engine, store)
+            run = AblationRunner(dataclasses.replace(grid.recipe, random_orders=orders.stop), engine, store)
             few, many = (grid.sample(orders, n, generator) for n in (sizes.label_batches, sizes.prompt_batches))
             sides: list[Callable[[], None]] = [
                 lambda r=run, o=orders: ours.run(
@@ -325,10 +325,10 @@ def _speeds(
     ask = functools.partial(reader.answers, answers=task.label_texts())
     one, many, write = [], [], []
     # What a compiler does for new shapes is no part of a token's time.
-    other = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + sizes.speed_sets))
+    other = data.draw(DemoSet(task=task.name, selector="random", k=k, seed=recipe.first_seed + sizes.speed_sets))
     ask(texts.prefix(other.demos(0, range(k))), queries)
     for seed in range(sizes.speed_sets):
-        showing = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
+        showing = data.draw(DemoSet(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
         chunks = texts.prefix(showing.demos(0, range(k)))
         ask([], queries[:1])
         one.append(wall_seconds(functools.partial(ask, chunks, queries[:1])))
@@ -343,7 +343,7 @@ def _warm_up(grid: Grid, engine: Engine, store: OutcomeStore, baselines: Baselin
     """Run every side once, ours on other demonstrations than those that will be timed."""
     other = grid.recipe.first_seed + 1
     small = dataclasses.replace(grid.recipe, first_seed=other, random_orders=2, test_rows=BATCH)
-    Run(small, engine, store).unit(dataclasses.replace(grid.unit, seed=other))
+    AblationRunner(small, engine, store).run_set(dataclasses.replace(grid.unit, seed=other))
     prompts = grid.prompts([(0, range(BATCH))])
     baselines.prompt_by_prompt(prompts)
     baselines.label_by_label(prompts[:1])
@@ -371,8 +371,8 @@ def _compared(baseline: Sequence[float], ours: Sequence[float]) -> Comparison:
     )
 
 
-def _run(run: Run, unit: Unit) -> None:
-    if not run.unit(unit):
+def _run(run: AblationRunner, unit: DemoSet) -> None:
+    if not run.run_set(unit):
         raise SparsortError("the benchmark's own store is held by another process.")
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsort.curriculum.ablation.report.numbers.shape import PromptTexts
-from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.cells import Arm, Cell
 
 
-def inspect(group: Group, cell: str) -> dict[str, Any]:
+def inspect(group: Cell, cell: str) -> dict[str, Any]:
     """One cell's sets, prompts and orders.
 
     Args:
@@ -48,7 +48,7 @@ def inspect(group: Group, cell: str) -> dict[str, Any]:
     return {"cell": cell, "items": group.items, "gold": group.gold, "sets": sets}
 
 
-def texts_of(groups: Sequence[Group]) -> dict[str, PromptTexts]:
+def texts_of(groups: Sequence[Cell]) -> dict[str, PromptTexts]:
     """The words of every demonstration and test item, once a task: its cells show many of the same."""
     found: dict[str, PromptTexts] = {}
     for group in groups:

@@ -30,7 +30,8 @@ from sparsort.curriculum.ablation.report.numbers.shape import (
     Report,
     Spread,
 )
-from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.cells import Arm
+from sparsort.curriculum.ablation.results.cells import Cell as Group
 from sparsort.curriculum.ablation.results.results import Results
 
 
@@ -39,22 +40,22 @@ def summarise(results: Results, *, title: str = "Does the order of demonstration
     from sparsort.curriculum.ablation.report.numbers.findings import findings, notes
     from sparsort.curriculum.ablation.report.numbers.warnings import one_label
 
-    cells = [_cell(group) for group in results.groups]
+    cells = [_cell(group) for group in results.cells]
     report = Report(
         format=FORMAT,
         title=title,
         level=LEVEL,
         power=POWER,
         provenance=results.provenance,
-        tasks=_distinct(group.task for group in results.groups),
+        tasks=_distinct(group.task for group in results.cells),
         warnings=one_label(cells, results.provenance.get("model")),
         notes=[],
         findings=[],
         cells=cells,
-        pooled=_pooled(results.groups),
-        calibration=_calibration(results.groups),
-        demonstrations=[inspect(group, cell_id(group)) for group in results.groups],
-        texts=texts_of(results.groups),
+        pooled=_pooled(results.cells),
+        calibration=_calibration(results.cells),
+        demonstrations=[inspect(group, cell_id(group)) for group in results.cells],
+        texts=texts_of(results.cells),
     )
     report["notes"] = notes(report)
     report["findings"] = findings(report)
@@ -63,7 +64,7 @@ def summarise(results: Results, *, title: str = "Does the order of demonstration
 
 def cell_id(group: Group) -> str:
     """The cell's name in `report.json` and in the page."""
-    return f"{group.task}/{group.selector}/{group.k}/{'calibrated' if group.calibrated else 'plain'}"
+    return f"{group.task}/{group.selector}/{group.k}/{'calibrated' if group.contextual else 'plain'}"
 
 
 def _cell(group: Group) -> Cell:
@@ -86,7 +87,7 @@ def _cell(group: Group) -> Cell:
         task=group.task,
         selector=group.selector,
         k=group.k,
-        calibrated=group.calibrated,
+        calibrated=group.contextual,
         labels=group.labels,
         gold_share=_shares(gold, len(group.labels)).tolist(),
         items=len(group.items),
@@ -178,8 +179,8 @@ def _distinct(values: Any) -> list[Any]:
 def _pooled(groups: Sequence[Group]) -> list[Pooled]:
     """Panels over tasks: for every selector and calibration, each k with at least two tasks, and every k together."""
     made = []
-    for selector, calibrated in _distinct((group.selector, group.calibrated) for group in groups):
-        alike = [group for group in groups if (group.selector, group.calibrated) == (selector, calibrated)]
+    for selector, calibrated in _distinct((group.selector, group.contextual) for group in groups):
+        alike = [group for group in groups if (group.selector, group.contextual) == (selector, calibrated)]
         shots = _distinct(group.k for group in alike)
         panels: list[tuple[int | None, list[Group]]] = [(None, alike)] if len(shots) > 1 else []
         panels += [(k, [group for group in alike if group.k == k]) for k in shots]
