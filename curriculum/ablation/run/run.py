@@ -244,7 +244,7 @@ class AblationRunner:
     def _draw(self, demo_set: DemoSet, group: str) -> SetDemos | None:
         """The set's demonstrations; None if another process is computing what they are chosen by.
 
-        Outcomes about neighbours are stored, so a set that is resumed computes none of them twice.
+        Outcomes about neighbours are stored, so a set that is resumed does not compute them again.
         """
         data, numbers = self.tasks[demo_set.task], self._numbers[demo_set.task]
         if demo_set.selector not in MODEL_SELECTORS:
