@@ -144,6 +144,7 @@ class Ablation(DesignOptions):
                     f"the selector {selector!r} chooses among {NEIGHBOURS} neighbours; {max(self.shots)} shots are more. Use "
                     "fewer, or another selector."
                 )
+        # `base_order` refuses an unknown orderer.
         for orderer in self.orderers:
             base_order(orderer)
         needs_dev = [name for name in self.choosers if probes_of(name, sampled=self.sampled_probes) == "dev"]
@@ -171,6 +172,7 @@ class Ablation(DesignOptions):
         """
         file = Path(path).expanduser()
         recipe = cls.from_table(tables.read(file), where=file.name)
+        # A task without the suffix is the name of a built-in one, which is no path.
         tasks = tuple(
             str(file.parent / Path(task).expanduser()) if isinstance(task, str) and task.endswith(".toml") else task
             for task in recipe.tasks

@@ -78,6 +78,7 @@ def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | Non
         return None
     base = Path() if folder is None else folder.expanduser()
     path = base / name
+    # Built-in tasks name files in subfolders, which a user may have put directly into the data folder.
     if not path.exists() and (base / path.name).exists():
         path = base / path.name
     source = open_rows(path, id_column=task.id_column, columns=task.columns)
@@ -115,6 +116,7 @@ def split_rows(
         raise SparsortError(f"n_test is {n_test} and n_dev {n_dev}; at least 1 test row and 0 dev rows are needed.")
     if max_demo_chars is not None and max_demo_chars < 1:
         raise SparsortError(f"max_demo_chars is {max_demo_chars}; at least 1 is needed, or None for no limit.")
+    # The generator draws the training rows first, so that the test rows do not change the pool.
     generator = np.random.default_rng(seed)
     shuffled = [_identified(train[place], place, "train") for place in generator.permutation(len(train)).tolist()]
     notes = []

@@ -153,6 +153,7 @@ class TaskData:
             embeddings=None if numbers is None or "embeddings" not in entry.needs else numbers.embeddings,
             scores=None if numbers is None or "scores" not in entry.needs else numbers.difficulty,
         )
+        # Copies, because all sets share the rows of the pool.
         rows = [dict(self.pool.rows[position]) for position in positions]
         return SetDemos(rows=rows, of_query=np.arange(demo_set.k)[None])
 
@@ -195,6 +196,7 @@ def _check_unicode(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
     """Refuse rows that no tokenizer can read, before any model runs."""
     for row in rows:
         try:
+            # A demonstration contains everything that is shown of a row.
             task.demo_text(row).encode()
         except UnicodeEncodeError as error:
             raise SparsortError(

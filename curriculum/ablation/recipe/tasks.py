@@ -290,6 +290,7 @@ def load_task(name: str | Path | Task) -> Task:
     if path.suffix != ".toml":
         raise unknown_choice("task", str(name), [*task_names(), "<a file>.toml"])
     table = tables.read(path)
+    # A task file may omit the name.
     return tables.build(Task, {"name": path.stem, **table}, kind="task", where=path.name)
 
 
@@ -334,6 +335,7 @@ def task_from_flags(
         "judge": judge,
     }
     if judge in _WORKED:
+        # The words before the first field begin the next question, should the model write one.
         opening = prompt.partition("{")[0].strip()
         # In chat the model ends its own turn. The separator is no stop string there, because worked answers have empty lines.
         stop = () if options.get("chat") else (f"\n{opening}" if opening else options.get("separator", "\n\n"),)

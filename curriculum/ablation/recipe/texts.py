@@ -78,6 +78,7 @@ class Texts:
         if not self.task.chat:
             return text
         prompt = self._rendered([*self._turns(demos), {"role": "user", "content": text}], ask=True)
+        # `_chat_prefix` has checked that prompts begin with the prefix.
         return prompt[len("".join(self.prefix(demos))) :]
 
     def pair(self, chunks: Sequence[str], query: str) -> tuple[str, str]:

@@ -237,6 +237,7 @@ class Cell:
                 raise SparsortError(
                     f"{where}: arm {arm.name!r} has {arm.log_p.shape} outcomes, expected {shape} (sets, items, labels)."
                 )
+            # An order that depends on the query may be unknown, in which case there is nothing to check.
             orders = [len(order) for order in arm.order or []]
             orders += [arm.order_of_item.shape[2]] if arm.order_of_item is not None else []
             if any(length != self.k for length in orders):

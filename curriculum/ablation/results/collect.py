@@ -17,14 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.recipe.ablation import (
-    Ablation,
-    DemoSet,
-    applies,
-    demo_sets,
-    probes_of,
-    reads_losses,
-)
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, DemoSet, applies, demo_sets, probes_of, reads_losses
 from sparsort.curriculum.ablation.recipe.task_data import TaskData
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Cell, SetInfo
@@ -98,7 +91,6 @@ class _StoredSet:
         # One probe is sampled after each random order, so those of a recipe with another number of orders are different.
         self.probes: Mapping[str, Any] = probes if probes.get("orders") == len(self.random) else {}
         self._outcomes: Outcomes = store.read(group)
-        self._row_of = {pair: row for row, pair in enumerate(self._outcomes.pairs())}
         self.under_random: list[_Predictions] = []
         # The note of the lengths is written last. If it does not fit the note of the orders, the set was interrupted under
         # another recipe.
@@ -131,6 +123,7 @@ class _StoredSet:
         for query, text in enumerate(self.data.test_texts):
             demos = self.set_demos.demos(query, order[0 if len(order) == 1 else query])
             chunks = self.texts.prefix(demos)
+            # Queries that share a prefix also share its content-free pairs.
             if query == 0 or not shares_prefix:
                 free = [self.texts.query(demos, free_text) for free_text in self.data.content_free_texts]
                 content_free_pairs.append([self.texts.pair(chunks, free_query) for free_query in free])
@@ -149,10 +142,11 @@ class _StoredSet:
         return self._look_up([self.texts.pair(chunks, self.texts.query(demos, text)) for text in queries])
 
     def _look_up(self, pairs: Sequence[Pair]) -> _Predictions | None:
-        rows = [self._row_of.get(pair, -1) for pair in pairs]
+        outcomes = self._outcomes
+        rows = [outcomes.row_of.get(pair, -1) for pair in pairs]
         if min(rows, default=-1) < 0:
             return None
-        outcomes = self._outcomes
+        # Outcomes are stored in float32, but sums and differences are computed in float64.
         log_p = outcomes.log_p[rows].astype(np.float64)
         if self._ablation.label_score == "mean" and log_p.size:
             log_p = log_p / outcomes.n_tokens[rows]
@@ -207,6 +201,7 @@ class Collector:
         groups += [zero_shot_group(data.task) for data in self._tasks.values()]
         spent = [self._store.get_note(group, "spent") or {} for group in groups]
         cost = {name: round(sum(note.get(name, 0) for note in spent), 1) for name in ("tokens", "seconds")}
+        # Costs noted by an earlier version have no machine.
         machines = sorted({name for note in spent if note for name in note.get("machines", ["not noted"])})
         known = {"machine": ", ".join(machines)} if machines else {}
         return Results(cells=cells, provenance={**provenance, **known, **cost, "incomplete": self.incomplete})
@@ -249,6 +244,7 @@ class Collector:
             *self._orderer_arms(f"{name}, {selector}, k = {k}", contextual, sets),
             *self._criterion_arms(f"{name}, {selector}, k = {k}", selector, contextual, sets, random),
         ]
+        # Ties go to the first random order, for both oracles.
         correct_RS = np.stack([arm.accuracy for arm in random])
         no_cost = np.zeros(len(sets))
         arms.append(_pick("oracle_best", "oracle", random, correct_RS.argmax(axis=0), no_cost))
@@ -373,6 +369,7 @@ class Collector:
                 choosing_tokens=len(random) * (prefix_S + n_items * query_S),
             )
         if criterion(name).chooses != "order":
+            # (Q, R, L) for each set: the random orders are the candidates of each query.
             by_set = [np.stack([one.scores(contextual) for one in stored.under_random], axis=1) for stored in sets]
             choice_SQ = np.stack([criterion(name).choose_by_query(Evidence(log_p=log_p)) for log_p in by_set])
             return _pick_by_query(name, sets, random, choice_SQ)
@@ -419,6 +416,7 @@ class Collector:
             gold=None if sampled else gold,
             prior=None if data.task.is_generation else data.label_counts,
             content_free=content_free,
+            # Features begin with the metrics of both sites; criteria read the state after the final norm.
             features=np.stack([one.features[:, POST_NORM] for one in probes]),
             bare_features=None if sampled else self._zero_shot_features(data),
             metrics=METRIC_NAMES,
@@ -431,9 +429,9 @@ class Collector:
     def _zero_shot_features(self, data: TaskData) -> Floats | None:
         """(N, F) features of the dev rows without demonstrations; None if some are not stored."""
         outcomes = self._store.read(zero_shot_group(data.task))
-        row_of = {pair: row for row, pair in enumerate(outcomes.pairs())}
         texts = self._texts[data.task.name]
-        rows = [row_of.get(texts.pair(texts.prefix([]), texts.query([], text)), -1) for text in data.dev_texts]
+        pairs = [texts.pair(texts.prefix([]), texts.query([], text)) for text in data.dev_texts]
+        rows = [outcomes.row_of.get(pair, -1) for pair in pairs]
         if min(rows, default=-1) < 0:
             return None
         return outcomes.features[rows].astype(np.float64)[:, POST_NORM]
@@ -441,13 +439,12 @@ class Collector:
     def _losses(self, stored: _StoredSet) -> Floats | None:
         """(Q, R) loss of each test query's own tokens under every random order; None if some are not stored."""
         outcomes = self._store.read(loss_group(stored.data.task, stored.demo_set))
-        row_of = {pair: row for row, pair in enumerate(outcomes.pairs())}
         rows_QR = np.empty((len(stored.data.test_texts), len(stored.random)), dtype=np.int64)
         for query, text in enumerate(stored.data.test_texts):
             for r, order in enumerate(stored.random):
                 demos = stored.set_demos.demos(query, order)
                 pair = stored.texts.own_pair(stored.texts.prefix(demos), stored.texts.query(demos, text))
-                rows_QR[query, r] = row_of.get(pair, -1)
+                rows_QR[query, r] = outcomes.row_of.get(pair, -1)
         return -outcomes.log_p[rows_QR, 0].astype(np.float64) if rows_QR.min() >= 0 else None
 
 

@@ -99,6 +99,7 @@ class Results:
             name: array.astype(_STORED.get(name.rpartition("/")[2], array.dtype), copy=False)
             for name, array in arrays.items()
         }
+        # The JSON file comes last and names these arrays. Until it is written, the old one refuses the new arrays.
         with write_atomically(folder / ARRAYS) as temporary:
             with temporary.open("wb") as handle:
                 np.savez_compressed(handle, **stored)  # type: ignore[arg-type]
@@ -185,6 +186,7 @@ def _describe(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, ND
         for part in ("random", "arms"):
             arms: list[Arm] = getattr(cell, part)
             if arms:
+                # All arms of a cell have the same shapes, so one array per field is enough.
                 arrays.update({f"{number}/{part}/{name}": array for name, array in arrays_of(arms).items()})
             # Only some arms have this array, so it is not stacked.
             for place, arm in enumerate(arms):

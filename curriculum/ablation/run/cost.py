@@ -236,6 +236,7 @@ def _count(ablation: Ablation, lengths: Lengths, selector: str, k: int, criteria
             every, n_trees = np.concatenate([random_RK, fixed, own]), 1
             distinct = len(np.unique(every, axis=0))
             for_all = len(np.unique(np.concatenate([random_RK, fixed]), axis=0))
+            # Both terms are upper bounds: orders may coincide, within a query and between queries.
             counts.test += min(for_all * lengths.n_test + len(own), distinct * lengths.n_test)
         counts.prefixes += distinct * n_trees
         counts.nodes += shared_nodes(every) * n_trees
@@ -262,6 +263,7 @@ def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow
     pairs = counts.test + counts.dev + counts.probes + counts.prefixes * len(content_free)
     query_tokens = (counts.test + counts.probes) * lengths.query + counts.dev * lengths.dev
     query_tokens += counts.prefixes * sum(content_free)
+    # Every pair but those of losses is read with all labels, as branches after the query.
     label_tokens = pairs * sum(lengths.labels)
     loss_tokens = counts.losses * lengths.query
     # A sampled probe is a further demonstration, and the prompt before it is read as a whole.
@@ -309,6 +311,7 @@ def _score_tokens(ablation: Ablation, lengths: Lengths, selector: str, k: int) -
     if k == ablation.shots[0]:
         embeds_queries = has_similarity or embeds_pool
         total += lengths.n_pool * lengths.demo * embeds_pool + lengths.n_test * lengths.query * embeds_queries
+        # The zero-shot queries of a task are read once, so they are counted in its first row.
         if selector == ablation.selectors[0]:
             total += _zero_shot_tokens(ablation, lengths)
     return total

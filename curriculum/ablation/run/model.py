@@ -58,6 +58,7 @@ class Engine:
 
     def __init__(self, ablation: Ablation, loaded: LoadedModel | None = None, *, compile: bool = False) -> None:
         self._ablation, self._compile = ablation, compile
+        # The configuration is checked first, because loading the weights takes long.
         if loaded is None:
             check_model(ablation.spec, sites=[ablation.site], outliers=[ablation.outliers])
         self.loaded = loaded or ablation.spec.load()
@@ -106,6 +107,8 @@ class Engine:
         """(N,) difficulty by sparsity. An outlier rule is fitted on a sample of `pool`, which is independent of its order."""
         options = self._prompt(task)
         like = None
+        # Rows of a single set are too few for an outlier rule, so it is fitted on the pool and then applied to
+        # them.
         if self._ablation.outliers != "none":
             fields = Prompt.of(**options).fields
             sample = sample_by_digest(((digest_of(row, fields), row) for row in pool), SAMPLE_ROWS)

@@ -104,6 +104,7 @@ class AblationRunner:
     def run_all(self, advance: Advance | None = None) -> list[DemoSet]:
         """Run every set that no other process has claimed, and return the others."""
         claimed = []
+        # Zero-shot outcomes come first, so that a study that is stopped early has them.
         for name in self.tasks:
             self.run_zero_shot(name)
         for demo_set in demo_sets(self._ablation):
@@ -298,8 +299,7 @@ class AblationRunner:
     ) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
         """Each pair's log-probabilities and lengths of the labels, (L,) each, from the store."""
         outcomes = self._store.read(group)
-        row_of = {pair: row for row, pair in enumerate(outcomes.pairs())}
-        rows = [row_of[pair] for pair in pairs]
+        rows = [outcomes.row_of[pair] for pair in pairs]
         return [(outcomes.log_p[row].astype(np.float64), outcomes.n_tokens[row]) for row in rows]
 
     def _run_losses(self, name: str, group: str, prompts: Sequence[tuple[int, list[Any]]]) -> list[Pair]:
@@ -324,6 +324,7 @@ class AblationRunner:
         """Write the waiting outcomes as one block, and clear the list."""
         if not waiting:
             return
+        # One block per call. `held` delays an interrupt, so that outcomes are not cleared without being written.
         merged = Outcomes(
             **{
                 name: np.concatenate([getattr(outcomes, name) for outcomes in waiting])
@@ -399,6 +400,7 @@ def _outcomes(
     features_PF: NDArray[np.float64],
     text: list[str] | None = None,
 ) -> Outcomes:
+    # Generated answers have L = 0, so the empty array has no values.
     n_tokens = np.empty(log_p_PL.shape, np.int32) if n_tokens_PL is None else n_tokens_PL.astype(np.int32)
     return Outcomes(
         prefix=np.array([prefix for prefix, _ in pairs]),

@@ -268,10 +268,12 @@ def holm(p_M: ArrayLike) -> Floats:
     p = np.asarray(p_M, dtype=np.float64)
     if p.ndim != 1 or bool(((p < 0) | (p > 1)).any()):
         raise SparsortError(f"holm was given {p.tolist()}; expected a list of p-values in [0, 1] (NaN for no test).")
+    # NaN means that there was no test.
     tested = np.flatnonzero(~np.isnan(p))
     ascending = tested[np.argsort(p[tested], kind="stable")]
     adjusted = np.full(p.shape, np.nan)
     steps = np.arange(len(tested), 0, -1)
+    # The running maximum keeps the adjusted values in the order of the p-values.
     adjusted[ascending] = np.minimum(1.0, np.maximum.accumulate(steps * p[ascending]))
     return adjusted
 

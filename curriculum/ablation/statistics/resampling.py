@@ -93,6 +93,7 @@ def wild(values_CN: Floats, *, level: float = 0.95, null: float = 0.0, draws: in
         )
     tie_N = _TIE * np.maximum(np.abs(spread_CN).max(axis=0), np.abs(null_N))
     p_N = 2.0 * np.minimum((below <= null_N + tie_N).sum(axis=0), (above >= null_N - tie_N).sum(axis=0)) / total
+    # Order statistics, without sorting all of the means.
     low_N = np.partition(below, rank, axis=0)[rank]
     high_N = np.partition(above, total - 1 - rank, axis=0)[total - 1 - rank]
     # An end that equals the null up to rounding is set to it, so that interval and p-value agree.
@@ -132,6 +133,7 @@ def bootstrap_t(
     se_N = spread_CN.std(axis=0, ddof=1) / np.sqrt(clusters)
     lower_N = np.partition(t_TN, rank - 1, axis=0)[rank - 1]
     upper_N = np.partition(t_TN, draws - rank, axis=0)[draws - rank]
+    # The t of the sample itself, which counts as one more resample below.
     seen_N = _ratio(centre_N - null, se_N)
     tails = np.minimum((t_TN <= seen_N).sum(axis=0), (t_TN >= seen_N).sum(axis=0))
     p_N = np.minimum(1.0, 2.0 * (tails + 1) / (draws + 1))
@@ -177,6 +179,7 @@ def two_way(values_SQ: Floats, *, level: float = 0.95, null: float = 0.0) -> tup
     squares = np.array([items * (by_set_S**2).sum(), sets * (by_item_Q**2).sum(), (rest_SQ**2).sum()])
     degrees_each = np.array([sets - 1, items - 1, (sets - 1) * (items - 1)])
     mean_squares = squares / degrees_each
+    # The first sum is unbiased but may be negative; the variance of the mean is at least the part of the interaction.
     total = max(mean_squares[0] + mean_squares[1] - mean_squares[2], mean_squares[2])
     degrees = float(np.clip(total**2 / (mean_squares**2 / degrees_each).sum(), 1.0, degrees_each[2]))
     se = float(np.sqrt(total / (sets * items)))

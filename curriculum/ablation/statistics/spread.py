@@ -113,8 +113,10 @@ def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spr
     mean_RS = values.mean(axis=2)
     mean_S, mean_SQ = mean_RS.mean(axis=0), values.mean(axis=0)
     sd_S = mean_RS.std(axis=0, ddof=1)
+    # Residuals of the two-way layout of orders and items within each set.
     rest = values - mean_RS[:, :, None] - mean_SQ + mean_S[:, None]
     rest_S = (rest**2).sum(axis=(0, 2)) / ((orders - 1) * (items - 1))
+    # The observed variance minus the item noise. This is unbiased, so it may be negative.
     order_S = sd_S**2 - rest_S / items
     observed, order, noise = float((sd_S**2).mean()), float(order_S.mean()), float(rest_S.mean()) / items
     # Equal means differ by rounding, so their variance is compared with the scale of the values and not with 0.

@@ -111,6 +111,7 @@ def make_folder(folder: Path) -> None:
     try:
         if folder.is_dir():
             return
+        # `mkdir(parents=True)` would not sync the entries of the parents, which a power cut could then lose.
         if folder.parent != folder:
             make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -211,6 +212,7 @@ def open_note(content: Any, group: str, name: str, *, must_be_sealed: bool) -> A
 
 def _create(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Create a store, unless another process does so first."""
+    # Another process may be creating the store at this moment, so its lock and temporary files are accepted.
     names = sorted(name for name in listed(folder) if name != LOCK and not _TEMPORARY.fullmatch(name))
     if names and not (folder / MANIFEST).exists():
         contents = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -177,6 +177,7 @@ def demos_of(
         queries: texts of the Q test queries.
     """
     of_query = np.asarray(note["of_query"], dtype=np.int64)
+    # The pool has changed since the set was run.
     if any(name not in rows for name in note["ids"]):
         return None
     if looks_at_query(demo_set.selector):

@@ -8,6 +8,7 @@ Shapes: N pairs, L labels, F features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,11 @@ class Outcomes:
     def shape(self) -> Shape:
         """What all outcomes of a group have in common."""
         return Shape(labels=self.log_p.shape[1], text=self.text is not None)
+
+    @functools.cached_property
+    def row_of(self) -> dict[Pair, int]:
+        """The row of each pair."""
+        return {pair: row for row, pair in enumerate(self.pairs())}
 
     def pairs(self) -> list[Pair]:
         """The N (prefix, query) pairs."""

@@ -94,6 +94,7 @@ class OutcomeStore:
         Raises:
             SparsortError: there is no store.
         """
+        # `__init__` would compare the identity, and create a store if there is none.
         store = cls.__new__(cls)
         store._adopt(folder, read_manifest(folder))
         return store
@@ -103,6 +104,7 @@ class OutcomeStore:
         self.identity: dict[str, Any] = manifest["identity"]
         self.feature_names: tuple[str, ...] = tuple(manifest["feature_names"])
         self._has_seals: bool = "digest" in manifest
+        # Each block contains this digest, so that a block moved here from another store is refused.
         text = json.dumps([self.identity, self.feature_names], sort_keys=True)
         self._digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self._claimed: set[str] = set()
@@ -153,6 +155,7 @@ class OutcomeStore:
                 f"the outcomes have {outcomes.shape}; those of group {group!r} have {expected}. Name a new group."
             )
         blocks = self._blocks(group)
+        # Two processes may take the same number. The random part of the name keeps their blocks apart.
         sequence = _sequence(blocks[-1].name) + 1 if blocks else 0
         self._add(group, sequence, outcomes)
         self._shapes[group] = outcomes.shape
@@ -302,6 +305,7 @@ class OutcomeStore:
     def _add(self, group: str, sequence: int, outcomes: Outcomes) -> None:
         table = to_table(outcomes, {"sparsort.store": self._digest, "sparsort.group": group})
         make_folder(self._folder(group))
+        # Write to memory first, because the file name contains a hash of the content.
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", use_dictionary=["prefix", "query"])
         content = sink.getvalue().to_pybytes()
