@@ -59,7 +59,7 @@ from sparsort.terminal.interrupts import held
 _ROWS_OF_BLOCK = 64
 
 # The two parts of a prompt: the chunks of its prefix, and the query.
-Prompt = tuple[tuple[str, ...], str]
+PrefixAndQuery = tuple[tuple[str, ...], str]
 Predict = Callable[[Task, Sequence[str], Sequence[str], Sequence[Pair]], Outcomes]
 Advance = Callable[[int], None]
 
@@ -155,7 +155,7 @@ class AblationRunner:
 
     def _required_pairs(
         self, data: TaskData, set_demos: SetDemos, orders: Orders, sampled: Sequence[str]
-    ) -> Iterator[Prompt]:
+    ) -> Iterator[PrefixAndQuery]:
         """Every prompt that the arms of a set read."""
         for order in orders.random:
             # Criteria read further queries only if all queries share the set.
@@ -166,7 +166,7 @@ class AblationRunner:
 
     def _pairs_under_order(
         self, data: TaskData, set_demos: SetDemos, order: NDArray[np.int64], others: Sequence[str]
-    ) -> Iterator[Prompt]:
+    ) -> Iterator[PrefixAndQuery]:
         """The test queries under an order, (1, k) or (Q, k), and `others` if all queries share one prefix."""
         texts = self._texts[data.task.name]
         shares_prefix = set_demos.fixed and len(order) == 1
@@ -182,7 +182,9 @@ class AblationRunner:
             for text in others:
                 yield chunks, texts.query(demos, text)
 
-    def _run_missing(self, name: str, group: str, prompts: Iterable[Prompt], predict: Predict | None = None) -> None:
+    def _run_missing(
+        self, name: str, group: str, prompts: Iterable[PrefixAndQuery], predict: Predict | None = None
+    ) -> None:
         """Query the model for the prompts whose outcomes the group lacks, prefix by prefix."""
         data, texts = self.tasks[name], self._texts[name]
         pair_of = texts.pair if predict is None else texts.own_pair
