@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from sparsort.curriculum.ablation.recipe import tables
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, AblationOptions, left_out, units
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, AblationOptions, demo_sets, skipped_criteria
 from sparsort.curriculum.ablation.recipe.tasks import (
     Task,
     check_row,
@@ -138,24 +138,24 @@ def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     """Ask the model what the store lacks."""
     from sparsort.curriculum.ablation.results.collect import Collector
     from sparsort.curriculum.ablation.run.model import Engine
-    from sparsort.curriculum.ablation.run.run import Run
+    from sparsort.curriculum.ablation.run.run import AblationRunner
     from sparsort.curriculum.ablation.store.folder import recorded_identity
     from sparsort.curriculum.ablation.store.store import OutcomeStore
 
     engine = Engine(ablation, loaded, compile=compile)
     identity = engine.identity_as(recorded_identity(folder / "store"))
     store = OutcomeStore(folder / "store", identity, feature_names=engine.feature_names)
-    run = Run(ablation, engine, store)
+    run = AblationRunner(ablation, engine, store)
     notes = _notes(ablation, run.tasks)
     write_json(folder / "recipe.json", ablation.to_table())
-    with progress("demonstration sets", len(list(units(ablation)))) as advance:
-        left = run.all(advance)
+    with progress("demonstration sets", len(list(demo_sets(ablation)))) as advance:
+        left = run.run_all(advance)
     if left:
         _LOG.warning("%d sets are being run by another process; waiting for them.", len(left))
-    while left or not all(run.bare(name) for name in run.tasks):
+    while left or not all(run.run_zero_shot(name) for name in run.tasks):
         # Held by another process: when it is done, or dead, nothing or the rest is left to ask.
         time.sleep(_PATIENCE)
-        left = [unit for unit in left if not run.unit(unit)]
+        left = [unit for unit in left if not run.run_set(unit)]
     told = {"model": engine.loaded.name, "device": str(engine.loaded.device.value)}
     return _Asked(
         collector=Collector(ablation, store, run.tasks, engine.loaded.tokenizer),
@@ -194,7 +194,7 @@ def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Aske
 
 
 def _notes(ablation: Ablation, tasks: Mapping[str, TaskData]) -> list[str]:
-    notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes] + left_out(ablation)
+    notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes] + skipped_criteria(ablation)
     for note in notes:
         _LOG.warning("%s", note)
     return notes
@@ -222,7 +222,7 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
         SparsortError: files, rows or a tokenizer that do not fit.
     """
     from sparsort.curriculum.ablation.recipe.task_data import TaskData
-    from sparsort.curriculum.ablation.run.answer_checks import check_answers
+    from sparsort.curriculum.ablation.run.checks import check_answers
     from sparsort.curriculum.ablation.run.cost import estimate, measure
 
     tokenizer = ablation.spec.load_tokenizer()
@@ -234,7 +234,7 @@ def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
     for data in tasks:
         if data.task.is_generation:
             data.notes += check_answers(data.task, data.splits, ablation)
-    notes = [f"{data.task.name}: {note}" for data in tasks for note in data.notes] + left_out(ablation)
+    notes = [f"{data.task.name}: {note}" for data in tasks for note in data.notes] + skipped_criteria(ablation)
     return estimate(ablation, [measure(data.task, data.splits, count) for data in tasks]), notes
 
 

@@ -68,8 +68,7 @@ def make_report(
     from sparsort.curriculum.ablation.report.figures.style import need_matplotlib
     from sparsort.curriculum.ablation.report.numbers.summary import summarise
     from sparsort.curriculum.ablation.report.write import write_report as write
-    from sparsort.curriculum.ablation.results.file import find_results
-    from sparsort.curriculum.ablation.results.results import Results
+    from sparsort.curriculum.ablation.results.results import Results, find_results
 
     # Before minutes of reading and computing.
     need_matplotlib()

@@ -45,14 +45,14 @@ from common import Comparison, Report, add_output_options, wall_seconds
 from numpy.typing import NDArray
 from scoring import matrix_peak
 
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, Unit
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, DemoSet
 from sparsort.curriculum.ablation.recipe.task_data import TaskData
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.ablation.run import cost
 from sparsort.curriculum.ablation.run.model import Engine
-from sparsort.curriculum.ablation.run.run import Run
-from sparsort.curriculum.ablation.store.keys import group_name
+from sparsort.curriculum.ablation.run.run import AblationRunner
+from sparsort.curriculum.ablation.store.order_notes import group_name
 from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.errors import SparsortError
 from sparsort.kernels.backend import default_device
@@ -105,11 +105,11 @@ class Grid:
         (task,) = recipe.load_tasks()
         self.recipe, self.task, self.texts = recipe, task, Texts(task, tokenizer)
         data = TaskData(task, recipe)
-        self.unit = Unit(task=task.name, selector="random", k=K, seed=recipe.first_seed)
+        self.unit = DemoSet(task=task.name, selector="random", k=K, seed=recipe.first_seed)
         self.queries = data.test_texts
         self.labels = task.label_texts()
         self.orders = recipe.orders(K, recipe.first_seed)
-        showing = data.show(self.unit)
+        showing = data.draw(self.unit)
         self.prefixes = [self.texts.prefix(showing.demos(0, order)) for order in self.orders]
 
     def sample(self, orders: range, batches: int, generator: np.random.Generator) -> list[tuple[int, range]]:
@@ -224,8 +224,8 @@ def measure_speed(report: Report, grid: Grid, engine: Engine, sizes: Sizes, floo
         _warm_up(grid, engine, store, baselines)
         for number in range(sizes.rounds):
             orders = range(number * sizes.orders, (number + 1) * sizes.orders)
-            # The store has the orders of earlier rounds, so a recipe with more orders runs only the new ones.
-            run = Run(dataclasses.replace(grid.recipe, random_orders=orders.stop), engine, store)
+            # A recipe with more orders asks for the new ones alone.
+            run = AblationRunner(dataclasses.replace(grid.recipe, random_orders=orders.stop), engine, store)
             few, many = (grid.sample(orders, n, generator) for n in (sizes.label_batches, sizes.prompt_batches))
             sides: list[Callable[[], None]] = [
                 lambda r=run, o=orders: ours.run(
@@ -337,11 +337,11 @@ def _speeds(
     texts, queries = Texts(task, engine.loaded.tokenizer), data.test_texts[: sizes.speed_queries]
     ask = functools.partial(reader.answers, answers=task.label_texts())
     one, many, write = [], [], []
-    # The time that the compiler takes for new shapes does not belong to the time of a token.
-    other = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + sizes.speed_sets))
+    # What a compiler does for new shapes is no part of a token's time.
+    other = data.draw(DemoSet(task=task.name, selector="random", k=k, seed=recipe.first_seed + sizes.speed_sets))
     ask(texts.prefix(other.demos(0, range(k))), queries)
     for seed in range(sizes.speed_sets):
-        showing = data.show(Unit(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
+        showing = data.draw(DemoSet(task=task.name, selector="random", k=k, seed=recipe.first_seed + seed))
         chunks = texts.prefix(showing.demos(0, range(k)))
         # An unrelated prefix, so that the reader has no cached keys of the timed prefix.
         ask([], queries[:1])
@@ -357,7 +357,7 @@ def _warm_up(grid: Grid, engine: Engine, store: OutcomeStore, baselines: Baselin
     """Run every side once, ours with other demonstrations than the timed ones."""
     other = grid.recipe.first_seed + 1
     small = dataclasses.replace(grid.recipe, first_seed=other, random_orders=2, test_rows=BATCH)
-    Run(small, engine, store).unit(dataclasses.replace(grid.unit, seed=other))
+    AblationRunner(small, engine, store).run_set(dataclasses.replace(grid.unit, seed=other))
     prompts = grid.prompts([(0, range(BATCH))])
     baselines.prompt_by_prompt(prompts)
     baselines.label_by_label(prompts[:1])
@@ -385,9 +385,9 @@ def _compared(baseline: Sequence[float], ours: Sequence[float]) -> Comparison:
     )
 
 
-def _run(run: Run, unit: Unit) -> None:
-    if not run.unit(unit):
-        raise SparsortError("another process holds the benchmark's own store.")
+def _run(run: AblationRunner, unit: DemoSet) -> None:
+    if not run.run_set(unit):
+        raise SparsortError("the benchmark's own store is held by another process.")
 
 
 def _items(sample: Sequence[tuple[int, range]]) -> list[tuple[int, int]]:

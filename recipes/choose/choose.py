@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.recipe.ablation import probes_of
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
-from sparsort.curriculum.ablation.recipe.task_data import Showing
+from sparsort.curriculum.ablation.recipe.task_data import SetDemos
 from sparsort.curriculum.ablation.recipe.tasks import MOST_LABELS, Task, check_row, parse_labels, task_from_flags
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
@@ -349,7 +349,7 @@ class _Asking:
         self._task, self._orders = task, orders_RK
         self._reader = AnswerReader(loaded, chat=task.chat, token_budget=token_budget)
         self._texts = Texts(task, loaded.tokenizer)
-        self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
+        self._showing = SetDemos(rows=demos, of_query=np.arange(len(demos))[None])
         self.tokens_read = 0
 
     def sampled(self, seed: int) -> list[str]:

@@ -12,7 +12,7 @@ from sparsort.conditions import Table, Values, When, always, among, excludes, ne
 from sparsort.curriculum.demos.order import READ_BY as ORDERS_READ_BY
 from sparsort.curriculum.demos.order import ranks_by, reads_order
 from sparsort.curriculum.demos.prompt import READ_BY as PROMPT_READ_BY
-from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, SelectorEntry
+from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, SELECTORS, DemoSelectorEntry
 from sparsort.recipes.score.config import OPTIONS_READ_BY as SCORER_READ_BY
 from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 

@@ -168,7 +168,7 @@ class StateCollector:
         self._squares: dict[tuple[str, str], SquareSum] = {}
         self._waiting: list[tuple[Measurement, StateChunk, NDArray[np.int64], Tensor]] = []
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: StateChunk) -> None:
         """Add the states of one piece."""
         picked = {part: span.pick(piece) for part, span in self._spans.items()}
         for (site, part), group in self._groups.items():
@@ -302,7 +302,7 @@ class StateCollector:
         return np.full((self._n_readings, len(METRICS)), np.nan)
 
 
-def finished_rows(piece: Piece, ids: Sequence[Sequence[int]]) -> int:
+def finished_rows(piece: StateChunk, ids: Sequence[Sequence[int]]) -> int:
     """Return the number of rows that end in this piece; a row without ids ends in no piece."""
     if piece.is_head:
         return 0

@@ -44,11 +44,11 @@ class RowSpans:
         # Rows of one head write the same numbers to the same place, because they agree on the tokens within the head.
         self._head_first[self._heads_of[self._shares]] = np.minimum(first_N, plan.depth)[self._shares]
         self._head_end[self._heads_of[self._shares]] = np.minimum(end_N, plan.depth)[self._shares]
-        # Both by `Piece.is_head`: sums over the rows' own tokens, and over the tokens of the shared heads.
+        # Both by `StateChunk.is_head`: sums over the rows' own tokens, and over the tokens of the shared heads.
         self._sums: dict[bool, Tensor] = {}
         self._reasons = {False: torch.zeros(len(first_N)).long(), True: torch.zeros(len(plan.heads)).long()}
 
-    def pick(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pick(self, piece: StateChunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (batch index, token index), each (K,), of the states in `piece` that are in the span, row by row."""
         begin = (self._head_first if piece.is_head else self._first)[piece.rows]
         end = (self._head_end if piece.is_head else self._end)[piece.rows]
@@ -57,13 +57,13 @@ class RowSpans:
         batch, token = np.nonzero((positions >= begin[:, None]) & (positions < end[:, None]))
         return batch, token
 
-    def shares(self, piece: Piece) -> NDArray[np.int64]:
+    def shares(self, piece: StateChunk) -> NDArray[np.int64]:
         """Return the number of rows that each row of a piece counts for, (B,): more than one in a shared head."""
         if not piece.is_head:
             return np.ones(len(piece.rows), dtype=np.int64)
         return np.bincount(self._heads_of[self._shares], minlength=len(self._head_first))[piece.rows]
 
-    def add(self, piece: Piece, batch: NDArray[np.int64], values_KW: Tensor, reasons_K: Tensor) -> None:
+    def add(self, piece: StateChunk, batch: NDArray[np.int64], values_KW: Tensor, reasons_K: Tensor) -> None:
         """Add the values of K tokens, the k-th of which is in row `batch[k]` of the piece.
 
         A row's reason code is the largest of its tokens' codes, and 0 if all of them have a value.

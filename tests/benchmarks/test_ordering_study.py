@@ -45,8 +45,8 @@ def filled(folder: Path, recipe: Ablation) -> tuple[OutcomeStore, set[str], set[
     data = TaskData(recipe.load_tasks()[0], recipe)
     texts = Texts(data.task, None)
     # Every other test query is one whose labels the rule of scoring concerns.
-    test = [texts.query_names(texts.query([], text))[place % 2] for place, text in enumerate(data.test_texts)]
-    dev = [texts.query_names(texts.query([], text))[0] for text in data.dev_texts]
+    test = [texts.query_digests(texts.query([], text))[place % 2] for place, text in enumerate(data.test_texts)]
+    dev = [texts.query_digests(texts.query([], text))[0] for text in data.dev_texts]
     rng = np.random.default_rng(0)
     store = OutcomeStore(folder, {"weights": "ab"}, feature_names=("hoyer", "entropy"))
     for group, prefix in (("films/random/k4/seed0", "p"), ("films/none", "none")):

@@ -12,7 +12,7 @@ from sparsort.errors import SparsortError
 def test_an_arm_gains_its_stated_effect() -> None:
     effects = {"globale": 0.1, "u_shape": -0.05, "random_scores": 0.0}
     results = simulate(["sst5", "trec"], shots=(4,), sets=150, orders=6, items=600, arms=list(effects), effects=effects)
-    for group in results.groups:
+    for group in results.cells:
         base_SQ = group.random_correct.mean(axis=0)
         for arm in group.arms:
             gain_SQ = arm.correct - base_SQ
@@ -24,7 +24,7 @@ def test_an_arm_gains_its_stated_effect() -> None:
 
 
 def test_oracles_are_the_best_and_the_worst_of_the_random_orders() -> None:
-    (group,) = simulate(["mr"], shots=(2,), sets=4, orders=5, items=20, calibrated=(False,)).groups
+    (group,) = simulate(["mr"], shots=(2,), sets=4, orders=5, items=20, calibrated=(False,)).cells
     accuracy_RS = group.random_correct.mean(axis=2)
     np.testing.assert_array_equal(group.arm("oracle_best").accuracy, accuracy_RS.max(axis=0))
     np.testing.assert_array_equal(group.arm("oracle_worst").accuracy, accuracy_RS.min(axis=0))
@@ -34,15 +34,15 @@ def test_equal_arguments_give_equal_results_and_calibration_shares_sets_and_item
     one, two, other = (
         simulate(["cb"], shots=(2,), sets=2, orders=2, items=99, arms=["pdo"], seed=seed) for seed in (1, 1, 2)
     )
-    np.testing.assert_array_equal(one.groups[0].arms[0].log_p, two.groups[0].arms[0].log_p)
-    assert not np.array_equal(one.groups[0].arms[0].log_p, other.groups[0].arms[0].log_p)
-    off, on = one.groups
+    np.testing.assert_array_equal(one.cells[0].arms[0].log_p, two.cells[0].arms[0].log_p)
+    assert not np.array_equal(one.cells[0].arms[0].log_p, other.cells[0].arms[0].log_p)
+    off, on = one.cells
     assert (off.sets, off.items, off.gold) == (on.sets, on.items, on.gold)
     assert len(off.items) == 56
 
 
 def test_predictions_are_the_labels_of_highest_score() -> None:
-    (group,) = simulate(["trec"], shots=(2,), sets=2, orders=2, items=30, arms=list(ARMS), calibrated=(True,)).groups
+    (group,) = simulate(["trec"], shots=(2,), sets=2, orders=2, items=30, arms=list(ARMS), calibrated=(True,)).cells
     for arm in (*group.random, *group.arms):
         np.testing.assert_array_equal(arm.predicted, arm.log_p.argmax(axis=2))
         np.testing.assert_allclose(np.exp(arm.log_p).sum(axis=2), 1.0)

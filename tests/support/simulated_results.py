@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, ndtr
 
-from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
+from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Cell, SetInfo
 from sparsort.curriculum.ablation.results.results import Results
 from sparsort.errors import SparsortError, unknown_choice
 
@@ -139,7 +139,7 @@ def simulate(
         "seed": seed,
         "true_effects": effect,
     }
-    return Results(groups=groups, provenance=provenance)
+    return Results(cells=groups, provenance=provenance)
 
 
 class _Cell:
@@ -161,7 +161,7 @@ class _Cell:
         share_L = np.array(list(self.task.labels.values()))
         return np.asarray(share_L / share_L.sum(), dtype=np.float64)
 
-    def group(self, effect: Mapping[str, float]) -> Group:
+    def group(self, effect: Mapping[str, float]) -> Cell:
         random = [self._arm("random", "random", 0.0, 0.0) for _ in range(self.R)]
         score_RS = np.stack([arm.accuracy for arm in random])
         arms = []
@@ -172,11 +172,11 @@ class _Cell:
                 arms.append(self._picked(name, random, best_S))
             else:
                 arms.append(self._arm(name, kind, gain * self.task.scale, price))
-        return Group(
+        return Cell(
             task=self.name,
             selector="balanced",
             k=self.k,
-            calibrated=self.calibrated,
+            contextual=self.calibrated,
             labels=self.labels,
             items=[f"{self.name}-{index}" for index in range(self.Q)],
             gold=[self.labels[index] for index in self.gold_Q],

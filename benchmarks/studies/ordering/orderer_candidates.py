@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, Unit
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, DemoSet
 from sparsort.curriculum.ablation.recipe.task_data import TaskData
 from sparsort.curriculum.ablation.recipe.texts import Texts
-from sparsort.curriculum.ablation.store.keys import bare_group, group_name
+from sparsort.curriculum.ablation.store.order_notes import group_name, zero_shot_group
 from sparsort.curriculum.ablation.store.store import Outcomes, OutcomeStore
 from sparsort.curriculum.demos.criteria import label_criteria as labels
 from sparsort.curriculum.demos.criteria.distributions import entropy, log_mean, log_softmax
@@ -107,7 +107,7 @@ class Loader:
         for task in self.ablation.load_tasks():
             data: TaskData | None = None
             for seed, k in itertools.product(self.ablation.seeds, SHOTS):
-                group = group_name(task, Unit(task=task.name, selector="random", k=k, seed=seed))
+                group = group_name(task, DemoSet(task=task.name, selector="random", k=k, seed=seed))
                 if self.store.get_note(group, "tokens") is not None:
                     data = data or TaskData(task, self.ablation)
                     case = self._case(data, group, k, seed)
@@ -119,7 +119,7 @@ class Loader:
         rows = {str(row["id"]): dict(row) for row in data.splits.pool}
         shown = [rows[name] for name in note["ids"]]
         orders = self.ablation.orders(k, seed)
-        found, bare = (_Lookup(self.store.read(name)) for name in (group, bare_group(task)))
+        found, bare = (_Lookup(self.store.read(name)) for name in (group, zero_shot_group(task)))
         chunks = [texts.prefix([shown[place] for place in order]) for order in orders]
         free = task.content_free_texts()
         every = [*data.test_texts, *data.dev_texts, *free]

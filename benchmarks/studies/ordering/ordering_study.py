@@ -25,7 +25,7 @@ from typing import Any
 from ordering_study_outcomes import pack, unpack
 from prior_shift_page import section
 
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, units
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, demo_sets
 from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.recipes.ablate import ablate
 from sparsort.recipes.report import make_report
@@ -124,7 +124,7 @@ def main() -> None:
     )
     written = make_report(done.results, out / "report", title=study.title)
     report: dict[str, Any] = dict(written.report)
-    planned = len(list(units(recipe)))
+    planned = len(list(demo_sets(recipe)))
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
     text = text.replace(f"# {study.title}\n", f"# {study.title}\n\n{head(report, args.study, planned)}\n", 1)
     if args.study == "all" and PRIOR_SHIFT.exists():

@@ -118,7 +118,7 @@ def _test_queries(recipe: Ablation) -> set[str]:
     for task in recipe.load_tasks():
         # Plain prompts of labels need no tokenizer. A query may be stored under either of its names.
         data, texts = TaskData(task, recipe), Texts(task, None)
-        found |= {name for text in data.test_texts for name in texts.query_names(texts.query([], text))}
+        found |= {name for text in data.test_texts for name in texts.query_digests(texts.query([], text))}
     return found
 
 

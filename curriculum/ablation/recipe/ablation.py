@@ -1,8 +1,8 @@
-"""The recipe of an ablation: what is compared, on what, how often; and the plan, unit by unit.
+"""The recipe of an ablation, and its plan: the demonstration sets in the order in which they are run.
 
-Contract: pure; no model. A recipe is checked when it is made, from Python or TOML, and written back without loss. The
-plan is breadth-first: every task and shot count under the first seed, then the second, so that a study that is stopped
-early is balanced. Random orders grow from the same beginning: the first 16 of 24 are the 16.
+Contract: pure; no model. A recipe is checked when it is created, from Python or TOML, and is written back without loss. The
+plan covers every task and number of shots with the first seed, then with the second, so a study that is stopped early is
+balanced. A recipe with more random orders keeps the earlier ones: the first 16 of 24 are those of a recipe with 16.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ from sparsort.scoring.model.spec import ModelSpec
 
 Probes = Literal["sampled", "dev", "none"]
 
-# The kind of the scores by which an ablation orders wherever an order accepts it.
+# The kind of score that an orderer by difficulty reads, unless its entry accepts only other kinds.
 SPARSITY = "sparsity"
-# One more random order, drawn as if by scores that mean nothing: what an orderer that knows nothing looks like.
+# A null control: the order by scores drawn at random, which carry no information about the demonstrations.
 RANDOM_SCORES = "random_scores"
-# Random orders always run, so that no orderer draws another.
+# Seeded orders are no orderers, because R random orders are part of every ablation.
 ORDERERS: tuple[str, ...] = (*ORDERS.names(lambda entry: not entry.is_seeded), RANDOM_SCORES)
-# Up to here all permutations are listed and shuffled; above, orders are drawn until they differ.
-_LISTED = 8
+# Up to this k, all k! permutations are enumerated and shuffled. For larger k, distinct orders are drawn one by one.
+_MOST_ENUMERATED = 8
+# The smallest valid value of each number in a recipe.
+_MINIMA = {"sets": 1, "first_seed": 0, "random_orders": 2, "test_rows": 1, "dev_rows": 0, "split_seed": 0}
+# Inputs of a criterion that exist only if the task has labels.
+_LABEL_SCORES = frozenset({"log_p", "content_free"})
 
 
 class AblationOptions(TypedDict, total=False):
@@ -77,27 +81,30 @@ class AblationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(DesignOptions):
-    """The recipe.
+    """The recipe of an ablation: what is compared, on which data, and how often.
 
     Attributes:
-        tasks: names of ready tasks, task files, or tasks.
-        data: the folder that the tasks' files lie in; None: this folder.
-        model, dtype, device, revision, trust_remote_code, token_budget: as `ModelSpec`, of which `model` is the name.
-        sets: how many demonstration sets for each task, selector and number of shots.
-        first_seed: the first set's seed; the others follow.
-        shots: numbers of demonstrations, k.
-        selectors: how a set is drawn, see `ablation.recipe.selectors.SELECTORS`.
-        orderers: rules of `curriculum.demos.order`, "reverse:X", or "random_scores".
-        choosers: criteria of `curriculum.demos.criteria`, which choose among the random orders with the model in the loop.
-        random_orders: R, how many random orders a set; all k! where there are no more.
-        test_rows, dev_rows: how many rows are asked, and how many choose an order.
-        sampled_probes: whether GlobalE and LocalE read probes sampled from the model (arXiv 2104.08786), one a random
-            order, rather than the dev rows without their labels.
-        calibrated: scoring rules: without contextual calibration (arXiv 2102.09690), with it, or both.
-        label_score: a label's score: the sum of its tokens' log-probabilities, or their mean.
-        site, pooling, metric, outliers: the sparsity that orders demonstrations, as `SparsityScorer`.
-        max_demo_chars: longer demonstrations are not shown; None for no limit.
-        split_seed: of the split into test, dev and pool.
+        tasks: names of built-in tasks, paths of task files, or tasks.
+        data: the folder of the tasks' files; None for the current folder.
+        model, dtype, device, revision, trust_remote_code, token_budget: as in `ModelSpec`; `model` is its name.
+        sets: the number of demonstration sets for each task, selector and number of shots.
+        first_seed: the seed of the first set; each further set has the next seed.
+        shots: numbers of demonstrations k.
+        selectors: selectors of `ablation.recipe.selectors.SELECTORS`.
+        orderers: entries of `curriculum.demos.order.ORDERS`, "reverse:NAME", or "random_scores".
+        choosers: criteria of `curriculum.demos.criteria.CRITERIA`; each chooses one of the random orders with the model's help.
+        random_orders: R, the number of random orders of each set, or all k! if there are no more.
+        test_rows, dev_rows: the number of rows that every arm answers, and of those that criteria may read.
+        sampled_probes: whether GlobalE and LocalE read probes sampled from the model (arXiv 2104.08786), one for each random
+            order, instead of the dev rows without their labels.
+        calibrated: whether contextual calibration (arXiv 2102.09690) is off, on, or both.
+        label_score: the score of a label: the sum of its tokens' log-probabilities, or their mean.
+        site, pooling, metric, outliers: the sparsity by which demonstrations are ordered, as in `SparsityScorer`.
+        max_demo_chars: longer demonstrations are excluded from the pool; None for no limit.
+        split_seed: the seed of the split into test, dev and pool.
+
+    Raises:
+        SparsortError: a value has the wrong type or is out of range, a name is unknown, or two settings exclude each other.
     """
 
     tasks: tuple[str | Task, ...]
@@ -122,8 +129,7 @@ class Ablation(DesignOptions):
                 raise SparsortError(f"the ablation has no {name}. Name at least one.")
         for name in ("tasks", "shots", "selectors", "orderers", "choosers", "calibrated"):
             _no_repeats(name, [item.name if isinstance(item, Task) else item for item in getattr(self, name)])
-        least = {"sets": 1, "first_seed": 0, "random_orders": 2, "test_rows": 1, "dev_rows": 0, "split_seed": 0}
-        for name, minimum in least.items():
+        for name, minimum in _MINIMA.items():
             if getattr(self, name) < minimum:
                 raise SparsortError(f"the ablation has {name} = {getattr(self, name)}; at least {minimum} is needed.")
         for k in self.shots:
@@ -135,42 +141,44 @@ class Ablation(DesignOptions):
             check_selector(selector)
             if selector in MODEL_SELECTORS and max(self.shots) > NEIGHBOURS:
                 raise SparsortError(
-                    f"the selector {selector!r} chooses among {NEIGHBOURS} neighbours; {max(self.shots)} shots are more. Ask for "
-                    "fewer, or take another selector."
+                    f"the selector {selector!r} chooses among {NEIGHBOURS} neighbours; {max(self.shots)} shots are more. Use "
+                    "fewer, or another selector."
                 )
+        # `base_order` refuses an unknown orderer.
         for orderer in self.orderers:
             base_order(orderer)
         needs_dev = [name for name in self.choosers if probes_of(name, sampled=self.sampled_probes) == "dev"]
         METRICS.check(self.metric)
         if needs_dev and self.dev_rows == 0:
             raise SparsortError(
-                f"{', '.join(needs_dev)} choose by dev rows, but dev_rows is 0. Give some, or leave them out."
+                f"{', '.join(needs_dev)} choose by dev rows, but dev_rows is 0. Use dev rows, or omit these criteria."
             )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], *, where: str = "the recipe") -> Ablation:
-        """An ablation from plain values, as TOML or JSON give them.
+        """Create an ablation from the plain values of a TOML or JSON file.
 
         Raises:
-            SparsortError: an unknown key (with the nearest one), a wrong type or value.
+            SparsortError: a key is unknown (the message suggests the nearest one), or a value is wrong.
         """
         return tables.build(cls, table, kind="ablation", where=where)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Ablation:
-        """An ablation from a TOML file; its data folder and task files are relative to the file's folder.
+        """Read an ablation from a TOML file. Its data folder and task files are relative to the file's own folder.
 
         Raises:
-            SparsortError: as `from_table`; or the file cannot be read.
+            SparsortError: as `from_table`, or the file cannot be read.
         """
         file = Path(path).expanduser()
-        made = cls.from_table(tables.read(file), where=file.name)
+        recipe = cls.from_table(tables.read(file), where=file.name)
+        # A task without the suffix is the name of a built-in one, which is no path.
         tasks = tuple(
             str(file.parent / Path(task).expanduser()) if isinstance(task, str) and task.endswith(".toml") else task
-            for task in made.tasks
+            for task in recipe.tasks
         )
-        data = None if made.data is None else file.parent / made.data.expanduser()
-        return dataclasses.replace(made, tasks=tasks, data=data)
+        data = None if recipe.data is None else file.parent / recipe.data.expanduser()
+        return dataclasses.replace(recipe, tasks=tasks, data=data)
 
     def to_table(self) -> dict[str, Any]:
         """The recipe as JSON values; `from_table` reads them back."""
@@ -178,20 +186,20 @@ class Ablation(DesignOptions):
         return table
 
     def load_tasks(self) -> list[Task]:
-        """The tasks themselves, in their order.
+        """Load the tasks, in the order of the recipe.
 
         Raises:
-            SparsortError: a task is unknown or broken, or two have one name.
+            SparsortError: a task is unknown or invalid, or two tasks share a name.
         """
-        found = [load_task(task) for task in self.tasks]
-        _no_repeats("tasks", [task.name for task in found])
-        return found
+        loaded = [load_task(task) for task in self.tasks]
+        _no_repeats("tasks", [task.name for task in loaded])
+        return loaded
 
     def check(self) -> None:
-        """Check what only the scoring modules know (they import torch): the site, pooling, outlier rule and dtype.
+        """Check the settings that only scoring modules can check, which import torch: site, pooling, outlier rule and dtype.
 
         Raises:
-            SparsortError: an unknown one.
+            SparsortError: one of them is unknown.
         """
         from sparsort.scoring.model.sites import check_site
         from sparsort.scoring.scorers.pooling import check_outlier_rule, check_pooling
@@ -219,13 +227,14 @@ class Ablation(DesignOptions):
         return range(self.first_seed, self.first_seed + self.sets)
 
     def orders(self, k: int, seed: int) -> NDArray[np.int64]:
-        """The random orders of a set, (min(R, k!), k); all of them, shuffled, where k! is at most R."""
+        """The random orders of the set with this seed, (min(R, k!), k)."""
+        # 20! is the largest factorial in 64 bits, and far above any R.
         return _shuffled_orders(k, seed, min(self.random_orders, math.factorial(min(k, 20))))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What is run at a time: one demonstration set."""
+class DemoSet:
+    """A demonstration set, by what determines it. The sets are the units of work of an ablation."""
 
     task: str
     selector: str
@@ -233,29 +242,31 @@ class Unit:
     seed: int
 
 
-def units(ablation: Ablation) -> Iterator[Unit]:
-    """The plan, seed by seed, then shots, tasks and selectors."""
+def demo_sets(ablation: Ablation) -> Iterator[DemoSet]:
+    """The plan: the demonstration sets by seed, then by shots, task and selector."""
     names = [task.name for task in ablation.load_tasks()]
-    every = itertools.product(ablation.seeds, ablation.shots, names, ablation.selectors)
-    return (Unit(task=task, selector=selector, k=k, seed=seed) for seed, k, task, selector in every)
+    product = itertools.product(ablation.seeds, ablation.shots, names, ablation.selectors)
+    return (DemoSet(task=task, selector=selector, k=k, seed=seed) for seed, k, task, selector in product)
 
 
 def base_order(orderer: str) -> str:
-    """An orderer without its "reverse:".
+    """The orderer's name without "reverse:".
 
     Raises:
-        SparsortError: there is none of that name.
+        SparsortError: there is no such orderer.
     """
     base = base_name(orderer)
     if base in ORDERS and ORDERS[base].is_seeded:
-        raise SparsortError(f"{base!r} is no orderer here: random orders always run, random_orders of them a set.")
+        raise SparsortError(
+            f"{base!r} is no orderer here: random orders always run, random_orders of them for each set."
+        )
     if base not in ORDERERS:
         raise unknown_choice("orderer", orderer, (*ORDERERS, "reverse:<any of these>"))
     return base
 
 
 def order_of(orderer: str) -> OrderEntry | None:
-    """The entry of the order by which an orderer goes; None for drawn scores."""
+    """The orderer's entry in `ORDERS`; None for `RANDOM_SCORES`."""
     return ORDERS.get(base_order(orderer))
 
 
@@ -266,7 +277,7 @@ def by_similarity(orderer: str) -> bool:
 
 
 def kind_of(orderer: str) -> str | None:
-    """The kind of score by which an orderer ranks, sparsity where the order accepts it; None for one that reads no score."""
+    """The kind of score by which an orderer ranks: sparsity if its entry accepts that; None if it reads no score."""
     entry = order_of(orderer)
     if entry is None or entry.ranks_by != "difficulty":
         return None
@@ -274,70 +285,79 @@ def kind_of(orderer: str) -> str | None:
 
 
 def depends_on_query(orderer: str, selector: str = DEFAULT_SELECTOR) -> bool:
-    """Whether an orderer's order of one set differs from query to query."""
+    """Whether an orderer may arrange the same set differently for each query."""
     return by_similarity(orderer) or looks_at_query(selector)
 
 
-def applies(chooser: str, task: Task, selector: str = DEFAULT_SELECTOR) -> bool:
-    """Whether a chooser can be used: most need labels, or judged answers, and one set that all queries share."""
-    entry = criterion(chooser)
+def applies(criterion_name: str, task: Task, selector: str = DEFAULT_SELECTOR) -> bool:
+    """Whether a criterion can be used for a task and a selector.
+
+    Most criteria need labels or judged answers, and one set that all queries share.
+    """
+    entry = criterion(criterion_name)
     if looks_at_query(selector) and entry.shared_set:
         return False
-    return not task.is_generation or entry.judged or not entry.needs & {"log_p", "content_free"}
+    return not task.is_generation or entry.judged or not entry.needs & _LABEL_SCORES
 
 
-def reads_losses(choosers: Iterable[str]) -> bool:
-    """Whether one of these choosers reads the loss of each test query under every random order."""
-    return any("loss" in criterion(chooser).needs for chooser in choosers)
+def reads_losses(criterion_names: Iterable[str]) -> bool:
+    """Whether one of these criteria reads the loss of each test query under every random order."""
+    return any("loss" in criterion(name).needs for name in criterion_names)
 
 
-def left_out(ablation: Ablation) -> list[str]:
-    """Which choosers are left out of which cells, and why, one sentence each."""
-    said = []
+def skipped_criteria(ablation: Ablation) -> list[str]:
+    """The criteria that are skipped in some cells, with the reason, one sentence each."""
+    sentences = []
     for task in ablation.load_tasks():
-        if lacking := [name for name in ablation.choosers if not applies(name, task)]:
-            said.append(f"{task.name}: {', '.join(lacking)} left out: labels are read, and answers here are written.")
+        if needs_labels := [name for name in ablation.choosers if not applies(name, task)]:
+            sentences.append(
+                f"{task.name}: {', '.join(needs_labels)} skipped: they read label scores, but this task's answers are generated."
+            )
         for selector in ablation.selectors:
-            names = [c for c in ablation.choosers if applies(c, task) and not applies(c, task, selector)]
-            by_query = [name for name in names if criterion(name).chooses != "order"]
-            if by_query:
-                listed = ", ".join(by_query)
-                said.append(f"{task.name}, {selector}: {listed} left out: sets that all queries share are read.")
-            if by_order := [name for name in names if name not in by_query]:
-                said.append(
-                    f"{task.name}, {selector}: {', '.join(by_order)} left out: one order for all queries is chosen, and here "
-                    "every query has demonstrations of its own."
+            names = [name for name in ablation.choosers if applies(name, task) and not applies(name, task, selector)]
+            if by_query := [name for name in names if criterion(name).chooses != "order"]:
+                sentences.append(
+                    f"{task.name}, {selector}: {', '.join(by_query)} skipped: they read sets that all queries share, but this "
+                    "selector gives each query its own demonstrations."
                 )
-    return said
+            if by_order := [name for name in names if name not in by_query]:
+                sentences.append(
+                    f"{task.name}, {selector}: {', '.join(by_order)} skipped: these criteria choose one order for all queries, "
+                    "but this selector gives each query its own demonstrations."
+                )
+    return sentences
 
 
-def probes_of(chooser: str, *, sampled: bool) -> Probes:
-    """The queries that a chooser reads under every random order, beside those that are asked anyway.
+def probes_of(criterion_name: str, *, sampled: bool) -> Probes:
+    """The queries that a criterion reads under every random order, in addition to the test queries.
 
-    "sampled" from the model where the criterion wants such and `sampled` allows it; else the "dev" rows, whose labels
-    only a criterion that needs "gold" sees; "none" where it reads the test queries alone or content-free inputs.
+    Returns:
+        "sampled" if the criterion reads probes sampled from the model and `sampled` allows it; otherwise "dev" for the dev
+        rows, whose labels are visible only to a criterion that needs "gold"; "none" if it reads only test queries or
+        content-free inputs.
 
     Raises:
         SparsortError: there is no such criterion.
     """
-    chosen_by = criterion(chooser)
-    if chosen_by.chooses != "order":
+    entry = criterion(criterion_name)
+    if entry.chooses != "order":
         return "none"
-    if sampled and "sampled" in chosen_by.needs:
+    if sampled and "sampled" in entry.needs:
         return "sampled"
-    return "dev" if chosen_by.needs & {"log_p", "features"} else "none"
+    return "dev" if entry.needs & {"log_p", "features"} else "none"
 
 
 @functools.lru_cache(maxsize=1024)
 def _shuffled_orders(k: int, seed: int, count: int) -> NDArray[np.int64]:
-    # Asking for all of them makes the first `count` the same for every count; beyond the listed, drawing does so itself.
-    every = random_permutations(k, math.factorial(k) if k <= _LISTED else count, seed)
-    orders = every[:count].copy()
+    # With all k! orders requested, the first `count` are the same for every count. When orders are drawn one by one, a larger
+    # count continues the same sequence of draws.
+    orders = random_permutations(k, math.factorial(k) if k <= _MOST_ENUMERATED else count, seed)[:count].copy()
+    # The cache hands out the same array to every caller.
     orders.setflags(write=False)
     return orders
 
 
 def _no_repeats(name: str, items: Sequence[Any]) -> None:
-    twice = next((item for item in items if items.count(item) > 1), None)
-    if twice is not None:
-        raise SparsortError(f"the ablation names {twice!r} twice among its {name}. Name it once.")
+    repeated = next((item for item in items if items.count(item) > 1), None)
+    if repeated is not None:
+        raise SparsortError(f"the ablation names {repeated!r} twice among its {name}. Name it once.")

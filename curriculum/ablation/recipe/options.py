@@ -1,6 +1,6 @@
-"""The settings of an ablation's design that the command line has, too.
+"""The fields of a recipe that are also options of the command line.
 
-No torch and no NumPy: the command line reads the options of the fields before anything heavy is imported.
+Contract: importing this module imports neither torch nor NumPy, because `--help` reads the options.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sparsort.errors import unknown_choice
 from sparsort.options import option, parts, whole_numbers
 
 _PANEL = "Design"
-# Each with its reverse: by name where it has one, else "reverse:…".
+# Each order is followed by its reverse, which is an entry of its own or "reverse:NAME".
 DEFAULT_ORDERERS: tuple[str, ...] = (
     "sparse_to_dense",
     "dense_to_sparse",
@@ -39,7 +39,7 @@ def _contextual(text: str) -> tuple[bool, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class DesignOptions:
-    """What an ablation compares, and how often; `Ablation` says what each setting means."""
+    """The design of an ablation: what is compared, and how often. `Ablation` documents the fields."""
 
     shots: tuple[int, ...] = option(
         (4, 8),
@@ -49,7 +49,7 @@ class DesignOptions:
         kind=str | None,
         read=whole_numbers("--shots"),
     )
-    sets: int = option(10, "Demonstration sets.", panel=_PANEL)
+    sets: int = option(10, "Number of demonstration sets.", panel=_PANEL)
     first_seed: int = option(0, "Seed of the first set.", panel=_PANEL)
     selectors: tuple[str, ...] = option(
         ("random",), "How sets are drawn [default: random].", panel=_PANEL, kind=str | None, read=parts
@@ -63,15 +63,16 @@ class DesignOptions:
     )
     choosers: tuple[str, ...] = option(
         ("globale", "locale", "pdo", "pdo_prior", "best_on_dev", "density"),
-        "Criteria that choose an order by the model [default: globale, locale, pdo, pdo_prior, best_on_dev, density].",
+        "Criteria that choose an order with the model's help "
+        "[default: globale, locale, pdo, pdo_prior, best_on_dev, density].",
         panel=_PANEL,
         kind=str | None,
         read=parts,
     )
-    random_orders: int = option(16, "Random orders of each set.", panel=_PANEL)
-    test_rows: int = option(256, "Test rows.", panel=_PANEL)
-    dev_rows: int = option(32, "Rows that choose an order.", panel=_PANEL)
-    label_score: Literal["sum", "mean"] = option("sum", "sum or mean of a label's tokens.", panel=_PANEL)
+    random_orders: int = option(16, "Number of random orders of each set.", panel=_PANEL)
+    test_rows: int = option(256, "Number of test rows.", panel=_PANEL)
+    dev_rows: int = option(32, "Rows by which criteria choose an order.", panel=_PANEL)
+    label_score: Literal["sum", "mean"] = option("sum", "sum or mean over a label's tokens.", panel=_PANEL)
     calibrated: tuple[bool, ...] = option(
         (False, True),
         "Contextual calibration: off, on or both [default: both].",
@@ -80,4 +81,4 @@ class DesignOptions:
         kind=str | None,
         read=_contextual,
     )
-    max_demo_chars: int | None = option(None, "Leave out longer demonstrations.", panel=_PANEL)
+    max_demo_chars: int | None = option(None, "Exclude longer demonstrations.", panel=_PANEL)

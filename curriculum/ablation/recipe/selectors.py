@@ -1,7 +1,7 @@
-"""The selectors of an ablation: those of `demos.select` by which several sets can be drawn, and two that query the model.
+"""The selectors of an ablation: those of `demos.select` that can draw several sets, and two that query the model.
 
-Contract: `SELECTORS` is the one place that lists them. A selector that a seed changes draws a set for each seed. Any other
-chooses from a half of the pool that the seed draws, or else all sets would be the same.
+Contract: `SELECTORS` is the one place that lists them. A selector that has a seed draws one set for each seed. Any other chooses
+from half of the pool, which the seed draws (`splits.draw_half`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ ModelSelectorName = Literal["topk_cone", "topk_mdl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSelectorEntry(DemoSelectorEntry):
-    """A selector that queries the model about the nearest neighbours of each query, which `function` gives.
+class ModelSelectorEntry(SelectorEntry):
+    """A selector that queries the model about the nearest neighbours of each query, which `function` finds.
 
     Attributes:
-        model_scores: what the model scores: the query's own text after each neighbour alone, or the labels after sets of
-            neighbours.
+        model_scores: "query" if the model scores the query's own text after each neighbour alone; "labels" if it scores the
+            labels after several sets of neighbours.
     """
 
+    name: ModelSelectorName
     model_scores: Literal["query", "labels"]
 
 
@@ -53,8 +54,9 @@ MODEL_SELECTORS = Registry(
 )
 
 
-def _draws_several(entry: DemoSelectorEntry) -> bool:
-    """Whether other sets come out of another seed or another half of the pool: not of ids or places in the file."""
+def _draws_several(entry: SelectorEntry) -> bool:
+    """Whether another seed, or another half of the pool, gives another set."""
+    # A selector that needs nothing takes the first rows of the file, and `names_rows` means that the caller lists the rows.
     return entry.is_seeded or bool(entry.needs and not entry.names_rows)
 
 
@@ -67,7 +69,7 @@ def check_selector(name: str) -> DemoSelectorEntry:
     """The entry of a selector.
 
     Raises:
-        SparsortError: there is none of that name, or it is one by which an ablation cannot draw several sets.
+        SparsortError: there is no such selector, or it cannot draw several sets.
     """
     if name in DEMO_SELECTORS and name not in SELECTORS:
         raise SparsortError(
@@ -78,5 +80,5 @@ def check_selector(name: str) -> DemoSelectorEntry:
 
 
 def looks_at_query(name: str) -> bool:
-    """Whether a selector of the table shows every query a set of its own."""
+    """Whether a selector of the table gives each query its own demonstrations."""
     return SELECTORS[name].looks_at_query

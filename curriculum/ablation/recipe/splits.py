@@ -1,9 +1,9 @@
-"""Which rows are asked (test), which choose an order (dev), and which may be shown (pool); and the sets that are drawn.
+"""The split of a task's rows into test, dev and pool, and the demonstration sets drawn from the pool.
 
-Contract: pure and seeded; draws go by the position of a row, so the same rows in another order are split otherwise. No row of
-the pool is, or nearly is, a test or dev row (`demos.pool.leaks`), and no dev row is a test row; excluded rows are reported. The
-pool and the dev rows do not change with the number of test rows, and more test rows are the fewer ones and some more behind
-them, so a study can grow without asking again what it has asked.
+Contract: pure and seeded. Draws depend on the positions of the rows, so the same rows in another order are split differently. No
+row of the pool is, or nearly is, a test or dev row (`demos.pool.leaks`), and no dev row is a test row; excluded rows are
+reported. Pool and dev rows do not depend on the number of test rows. A larger number of test rows only appends further ones,
+so a study can grow while its stored outcomes stay valid.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """A training row that is neither shown nor asked: its id and a sentence."""
+    """A training row that is in no part of the split: its id, and the reason as a sentence."""
 
     id: str
     reason: str
@@ -44,11 +44,11 @@ class Splits:
     """The rows of a task, each with its id in the field "id".
 
     Attributes:
-        test: the rows that are asked, labels known to the judge only.
-        dev: the rows that choose an order, where an orderer asks for such.
-        pool: the rows that demonstrations are drawn from.
-        dropped: training rows in none of these.
-        notes: what a reader should know, one sentence each.
+        test: the rows that every arm answers; only the judge sees their labels.
+        dev: the rows that criteria may read.
+        pool: the rows from which demonstrations are drawn.
+        dropped: the training rows that are in no part.
+        notes: facts about the split that a reader should know, one sentence each.
     """
 
     test: list[Fields]
@@ -59,17 +59,17 @@ class Splits:
 
 
 def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | None:
-    """The rows of a task's file, with their ids; None where the task names no such file.
+    """Read the rows of a task's file, with their ids; None if the task names no such file.
 
-    A row without an id of its own gets its position's, "train:17" or "test:17".
+    A row without an id gets one from its position, such as "train:17".
 
     Args:
         task: the task.
-        folder: the data folder; a file is looked for under its path, then under its bare name. None: this folder.
+        folder: the data folder, or None for the current folder. The file is looked up by its path, then by its name alone.
         which: "train" or "test".
 
     Raises:
-        SparsortError: the file is missing or broken, or a row has no text in a field of the prompt or in its label.
+        SparsortError: the file is missing or invalid, or a row has no text in its label or in a field of the prompt.
     """
     from sparsort.scoring.data.rows import open_rows
 
@@ -78,6 +78,7 @@ def read_rows(task: Task, folder: Path | None, which: str) -> list[Fields] | Non
         return None
     base = Path() if folder is None else folder.expanduser()
     path = base / name
+    # Built-in tasks name files in subfolders, which a user may have put directly into the data folder.
     if not path.exists() and (base / path.name).exists():
         path = base / path.name
     source = open_rows(path, id_column=task.id_column, columns=task.columns)
@@ -100,33 +101,36 @@ def split_rows(
     """Split a task's rows into test, dev and pool.
 
     Args:
-        task: says what a row's question is; only that is compared.
-        train: the rows with known labels; one without a field "id" gets its position's, "train:17".
-        test: the test rows. None: half of `train`, drawn by the seed, is set aside, and test rows come from there.
-        n_test: how many test rows, drawn by the seed; all, with a note, where there are fewer.
-        n_dev: how many dev rows.
-        max_demo_chars: longer demonstrations, in characters, leave the pool.
-        seed: of the draws.
+        task: the task; rows are compared by the fields of its prompt.
+        train: the rows with known labels. One without a field "id" gets its position as the id, "train:17".
+        test: the test rows, or None to take them from a half of `train` that the seed draws.
+        n_test: the number of test rows, drawn by the seed. If there are fewer, all of them are used, with a note.
+        n_dev: the number of dev rows.
+        max_demo_chars: the maximum length of a demonstration in the pool, in characters.
+        seed: the seed of every draw.
 
     Raises:
-        SparsortError: a row lacks a field, or nothing is left for the pool.
+        SparsortError: a row lacks a field, or no row is left for the pool.
     """
     if n_test < 1 or n_dev < 0:
         raise SparsortError(f"n_test is {n_test} and n_dev {n_dev}; at least 1 test row and 0 dev rows are needed.")
     if max_demo_chars is not None and max_demo_chars < 1:
         raise SparsortError(f"max_demo_chars is {max_demo_chars}; at least 1 is needed, or None for no limit.")
+    # The generator draws the training rows first, so that the test rows do not change the pool.
     generator = np.random.default_rng(seed)
     shuffled = [_identified(train[place], place, "train") for place in generator.permutation(len(train)).tolist()]
     notes = []
     if test is None:
-        asked, shuffled = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
-        notes.append(f"there is no test file, so {len(asked)} of the {len(train)} training rows were set aside for it.")
+        test_rows, shuffled = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
+        notes.append(
+            f"there is no test file, so {len(test_rows)} of the {len(train)} training rows were set aside for it."
+        )
     else:
-        asked = [_identified(test[place], place, "test") for place in generator.permutation(len(test)).tolist()]
-    if n_test > len(asked):
-        notes.append(f"{n_test} test rows were asked for; there are {len(asked)}.")
-    # All that could be asked, whatever n_test is: else the pool would change with it.
-    free, leaked = _without_leaks(task, shuffled, asked, "a test row")
+        test_rows = [_identified(test[place], place, "test") for place in generator.permutation(len(test)).tolist()]
+    if n_test > len(test_rows):
+        notes.append(f"{n_test} test rows were asked for; there are {len(test_rows)}.")
+    # Compare with all potential test rows, not only the first n_test. Otherwise the pool would depend on n_test.
+    free, leaked = _without_leaks(task, shuffled, test_rows, "a test row")
     dev, rest = free[:n_dev], free[n_dev:]
     pool, leaked_dev = _without_leaks(task, rest, dev, "a dev row")
     limit = math.inf if max_demo_chars is None else max_demo_chars
@@ -134,21 +138,22 @@ def split_rows(
     pool = [row for row in pool if len(task.demo_text(row)) <= limit]
     reason = f"it is longer than {max_demo_chars} characters as a demonstration"
     dropped = [*leaked, *leaked_dev, *(Dropped(id=str(row[ID_FIELD]), reason=reason) for row in too_long)]
+    # Reasons are counted without the parentheses, which name the individual row.
     reasons = Counter(item.reason.partition(" (")[0] for item in dropped)
-    if len(dev) < n_dev or not pool or not asked:
+    if len(dev) < n_dev or not pool or not test_rows:
         why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
         raise SparsortError(
-            f"the task {task.name!r} has {len(train)} training rows, of which {len(asked) if test is None else 0} were "
-            f"set aside for the test and {len(dropped)} left out{why and f' ({why})'}; {len(dev)} of {n_dev} dev rows and "
-            f"{len(pool)} rows to show are left. {_more_rows(leaked, too_long, n_free=len(free))}"
+            f"the task {task.name!r} has {len(train)} training rows, of which {len(test_rows) if test is None else 0} were "
+            f"set aside for the test and {len(dropped)} excluded{why and f' ({why})'}; {len(dev)} of {n_dev} dev rows and "
+            f"{len(pool)} rows for the pool are left. {_more_rows(leaked, too_long, n_free=len(free))}"
         )
     for why, count in reasons.items():
-        notes.append(f"{count} training row{' was' if count == 1 else 's were'} left out: {why}.")
-    return Splits(test=asked[:n_test], dev=dev, pool=pool, dropped=dropped, notes=notes)
+        notes.append(f"{count} training row{' was' if count == 1 else 's were'} excluded: {why}.")
+    return Splits(test=test_rows[:n_test], dev=dev, pool=pool, dropped=dropped, notes=notes)
 
 
 def _more_rows(leaked: list[Dropped], too_long: list[Fields], *, n_free: int) -> str:
-    """What leaves more rows to show, by what took them."""
+    """The next steps that would leave more rows for the pool, as a sentence."""
     steps = ["give more training rows"]
     if leaked:
         steps = ["give more training rows that do not repeat each other or the test rows"]
@@ -170,33 +175,33 @@ def draw_sets(
     embeddings: Any = None,
     scores: NDArray[Any] | None = None,
 ) -> list[list[int]]:
-    """One set of demonstrations per seed: positions in the pool, in the selector's order.
+    """One demonstration set per seed, as k positions in the pool, in the selector's order.
 
-    A selector without a seed chooses from a half of the pool that the seed draws; otherwise all sets would be the same.
+    A selector without a seed chooses from half of the pool, see `draw_half`.
 
     Args:
         task: the task.
-        pool: the rows that may be shown, or a `DemoPool` of them.
+        pool: the N rows of the pool, or a `DemoPool` of them.
         selector: a selector of `ablation.recipe.selectors.SELECTORS` that does not look at the query.
-        k: number of demonstrations per set.
-        seeds: one per set.
-        embeddings: (N, D), read by a selector that needs them.
-        scores: (N,) difficulty, read by a selector that needs it.
+        k: the number of demonstrations in a set.
+        seeds: the seed of each set.
+        embeddings: (N, D) embeddings of the rows, for a selector that needs them.
+        scores: (N,) difficulties of the rows, for a selector that needs them.
 
     Raises:
-        SparsortError: the selector is unknown or looks at the query, lacks its input, or the pool is too small.
+        SparsortError: the selector is unknown, looks at the query, or lacks its input; or the pool is too small.
     """
     entry = check_selector(selector)
     if entry.looks_at_query:
         raise SparsortError(
             f"the selector {selector!r} chooses for each query; one set for all queries is drawn by "
-            f"{', '.join(SELECTORS.names(lambda one: not one.looks_at_query))}."
+            f"{', '.join(SELECTORS.names(lambda other: not other.looks_at_query))}."
         )
     if k < 1:
         raise SparsortError(f"k is {k}; a set needs at least 1 demonstration.")
-    shop = pool if isinstance(pool, DemoPool) else DemoPool(pool, prompt=task.prompt, label=task.label)
+    pool = pool if isinstance(pool, DemoPool) else DemoPool(pool, prompt=task.prompt, label=task.label)
     if "embeddings" in entry.needs and embeddings is None:
-        raise SparsortError(f"the selector {selector!r} needs embeddings=, one a row of the pool.")
+        raise SparsortError(f"the selector {selector!r} needs embeddings=, one for each row of the pool.")
     if "embeddings" not in entry.needs:
         embeddings = None
     if "scores" not in entry.needs:
@@ -204,12 +209,12 @@ def draw_sets(
     sets = []
     for seed in seeds:
         if entry.is_seeded:
-            chosen = select_demos(shop, None, k, method=selector, seed=seed, scores=scores, embeddings=embeddings)
+            chosen = select_demos(pool, None, k, method=selector, seed=seed, scores=scores, embeddings=embeddings)
             sets.append(chosen.indices)
             continue
-        half = np.sort(np.random.default_rng(seed).permutation(len(shop))[: max(k, (len(shop) + 1) // 2)])
+        half = draw_half(len(pool), k, seed)
         chosen = select_demos(
-            [shop.rows[place] for place in half.tolist()],
+            [pool.rows[place] for place in half.tolist()],
             None,
             k,
             method=selector,
@@ -222,7 +227,16 @@ def draw_sets(
     return sets
 
 
+def draw_half(n_rows: int, k: int, seed: int) -> NDArray[np.int64]:
+    """The ascending positions of the half of a pool from which a selector without a seed chooses the set of this seed.
+
+    Such a selector would choose the same set from the whole pool every time. At least k rows are drawn.
+    """
+    return np.sort(np.random.default_rng(seed).permutation(n_rows)[: max(k, (n_rows + 1) // 2)])
+
+
 def _identified(row: Mapping[str, Any], position: int, which: str) -> Fields:
+    """The row's fields, with an id."""
     given = row.get(ID_FIELD)
     if is_missing(given):
         return dict(row) | {ID_FIELD: f"{which}:{position}"}
@@ -232,35 +246,41 @@ def _identified(row: Mapping[str, Any], position: int, which: str) -> Fields:
 
 
 def _without_leaks(
-    task: Task, rows: Sequence[Fields], asked: Sequence[Fields], what: str
+    task: Task, rows: Sequence[Fields], queries: Sequence[Fields], kind: str
 ) -> tuple[list[Fields], list[Dropped]]:
-    """The rows whose question is none of those asked, nor nearly one, and the others."""
-    leaks = alike_rows(task.fields, rows, asked)
-    kept = [row for place, row in enumerate(rows) if place not in leaks]
+    """The rows that are no query or near-duplicate of one, and the others; `kind` names the queries in the reason."""
+    leaks = alike_rows(task.fields, rows, queries)
+    distinct = [row for place, row in enumerate(rows) if place not in leaks]
     dropped = [
         Dropped(
             id=str(rows[place][ID_FIELD]),
-            reason=f"it is, or nearly is, {what} ({asked[query][ID_FIELD]}, similarity {similarity:.2f})",
+            reason=f"it is, or nearly is, {kind} ({queries[query][ID_FIELD]}, similarity {similarity:.2f})",
         )
         for place, (query, similarity) in sorted(leaks.items())
     ]
-    return kept, dropped
+    return distinct, dropped
 
 
-def alike_rows(fields: Sequence[str], rows: Sequence[Fields], asked: Sequence[Fields]) -> dict[int, tuple[int, float]]:
-    """The rows that are nearly a query: place to (query, similarity). Of several fields every one must leak."""
-    if not rows or not asked:
+def alike_rows(
+    fields: Sequence[str], rows: Sequence[Fields], queries: Sequence[Fields]
+) -> dict[int, tuple[int, float]]:
+    """The rows that are near-duplicates of a query in every field, as position → (position of the query, similarity)."""
+    if not rows or not queries:
         return {}
     by_field = []
     for field in fields:
-        shown, questions = _texts(rows, field), _texts(asked, field)
-        found = {(leak.demo, leak.query): leak.similarity for leak in find_leaks(questions, shown)}
-        by_field.append((found, _blank(shown), _blank(questions)))
+        row_texts, query_texts = _texts(rows, field), _texts(queries, field)
+        similar = {(leak.demo, leak.query): leak.similarity for leak in find_leaks(query_texts, row_texts)}
+        by_field.append((similar, _blank(row_texts), _blank(query_texts)))
     leaks: dict[int, tuple[int, float]] = {}
-    for pair in sorted({pair for found, _, _ in by_field for pair in found}):
+    for pair in sorted({pair for similar, _, _ in by_field for pair in similar}):
         row, query = pair
-        if all(pair in found or (row in no_text and query in no_question) for found, no_text, no_question in by_field):
-            leaks.setdefault(row, (query, min(found[pair] for found, _, _ in by_field if pair in found)))
+        # `find_leaks` cannot compare texts without words. In such a field, two blank texts count as equal.
+        if all(
+            pair in similar or (row in blank_rows and query in blank_queries)
+            for similar, blank_rows, blank_queries in by_field
+        ):
+            leaks.setdefault(row, (query, min(similar[pair] for similar, _, _ in by_field if pair in similar)))
     return leaks
 
 
@@ -269,4 +289,5 @@ def _texts(rows: Sequence[Fields], field: str) -> list[str]:
 
 
 def _blank(texts: Sequence[str]) -> set[int]:
+    """The positions of the texts that have no words."""
     return {place for place, text in enumerate(texts) if not tokens(text)}

@@ -1,8 +1,7 @@
-"""TOML tables and the frozen dataclasses they stand for: names and types checked on the way in, plain text on the way out.
+"""Conversion between TOML or JSON tables and frozen dataclasses.
 
-Contract: `build` refuses a key that the dataclass lacks, with the nearest name, a required one that is absent, and a
-value of another type, each by name; what the values mean is checked by the dataclass itself. `dump` writes TOML that
-`tomllib` reads back to the same values; None is left out, as TOML has none.
+Contract: `build` refuses an unknown key (and suggests the nearest one), a missing required key, and a value of the wrong type.
+The dataclass itself checks what the values mean. `plain` is the inverse: `build` accepts its result.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from sparsort.errors import SparsortError, did_you_mean, unknown_choice
 
 T = TypeVar("T")
+# Not None, which is a valid value of optional fields.
 _MISMATCH = object()
 _NAMES = {
     str: "text",
@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
     """The contents of a TOML file.
 
     Raises:
-        SparsortError: it is missing, not UTF-8, not TOML, or holds what Python does not read (deep nesting, huge numbers).
+        SparsortError: it is missing, not UTF-8 or not TOML, or exceeds Python's limits (deep nesting, huge numbers).
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -44,21 +44,22 @@ def read(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise SparsortError(f"{path} is not valid TOML: {error}.") from error
     except (ValueError, RecursionError) as error:
-        raise SparsortError(f"{path} holds a number with too many digits, or is nested too deeply.") from error
+        # `tomllib` does not wrap these two errors of Python.
+        raise SparsortError(f"{path} contains a number with too many digits, or is nested too deeply.") from error
 
 
 def build(cls: type[T], table: Mapping[str, Any], *, kind: str, where: str) -> T:
-    """An object of the dataclass `cls` from a table.
+    """Create an object of the dataclass `cls` from a table.
 
     Args:
-        cls: a keyword-only dataclass whose annotations are built of text, numbers, paths, literals, tuples, mappings
-            of text and dataclasses; a list in the table becomes the tuple.
-        table: key to value, as TOML or JSON gives them.
-        kind: what the object is, for errors ("task", "ablation").
-        where: where the table comes from, for errors.
+        cls: a keyword-only dataclass whose annotations consist of text, numbers, paths, literals, tuples, mappings of text, and
+            dataclasses. A list in the table becomes a tuple.
+        table: key to value, as read from TOML or JSON.
+        kind: a noun for the object in error messages ("task", "ablation").
+        where: the origin of the table in error messages.
 
     Raises:
-        SparsortError: an unknown or missing key, or a value of another type.
+        SparsortError: a key is unknown or missing, or a value has the wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -75,19 +76,20 @@ def build(cls: type[T], table: Mapping[str, Any], *, kind: str, where: str) -> T
 
 
 def coerce(instance: Any, where: str) -> None:
-    """Check the types of a frozen dataclass's fields, from its `__post_init__`; lists become tuples.
+    """Check the types of a frozen dataclass's fields, in its `__post_init__`. Lists become tuples.
 
     Raises:
-        SparsortError: a value of another type.
+        SparsortError: a value has the wrong type.
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
         value = _checked(field.name, getattr(instance, field.name), hints[field.name], where)
+        # A frozen dataclass can be changed only like this, even by its own `__post_init__`.
         object.__setattr__(instance, field.name, value)
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what JSON and TOML have for them."""
+    """Convert dataclasses, tuples and paths into the types that JSON and TOML have."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -107,12 +109,13 @@ def _checked(name: str, given: Any, hint: Any, where: str) -> Any:
 
 
 def _convert(given: Any, hint: Any) -> Any:
-    """`given` as the annotation has it, or `_MISMATCH`."""
+    """`given` converted to the annotated type, or `_MISMATCH`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        found = (_convert(given, option) for option in arguments)
-        return next((value for value in found if value is not _MISMATCH), _MISMATCH)
+        converted = (_convert(given, option) for option in arguments)
+        return next((value for value in converted if value is not _MISMATCH), _MISMATCH)
     if origin is Literal:
+        # Comparing types too keeps True from matching 1.
         return given if any(given == choice and type(given) is type(choice) for choice in arguments) else _MISMATCH
     if origin is tuple:
         if not isinstance(given, (list, tuple)):
@@ -120,6 +123,7 @@ def _convert(given: Any, hint: Any) -> Any:
         items = [_convert(item, arguments[0]) for item in given]
         return _MISMATCH if any(item is _MISMATCH for item in items) else tuple(items)
     if origin is not None:
+        # The only other generic annotation is a mapping of text.
         is_text = isinstance(given, Mapping) and all(isinstance(value, str) for value in given.values())
         return {str(key): value for key, value in given.items()} if is_text else _MISMATCH
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -132,7 +136,7 @@ def _convert(given: Any, hint: Any) -> Any:
     if hint is Path:
         return Path(given) if isinstance(given, (str, Path)) else _MISMATCH
     if hint is float:
-        # A whole number beyond the range of floats is none of them.
+        # `float` raises OverflowError for an integer beyond its range.
         return float(given) if type(given) is float or (type(given) is int and abs(given) < 2**1024) else _MISMATCH
     return given if type(given) is hint else _MISMATCH
 

@@ -1,11 +1,11 @@
-"""Tasks: what a row's question and answer look like in a prompt, which answers there are, and who judges them.
+"""Tasks: the templates of question and answer, the labels, and the judge of an answer.
 
-Contract: a task is data, read from a TOML file (ready ones stand in `task_files/`) or made from flags. A demonstration
-is `query_text` and, directly behind it, the answer template filled with the row, its label in the words of `labels`; a
-query is `query_text` alone. Everything that can be wrong with a task is said when it is made, and everything that can
-be wrong between a task and its data by `check_rows`, before any model runs.
+Contract: a task is plain data, read from a TOML file (the built-in ones are in `task_files/`) or created from options. A query is
+`query_text`. A demonstration is `query_text` followed directly by the answer template, filled with the row and with its label in
+the words of `labels`. Mistakes within a task are reported when it is created, and mistakes between a task and its data by
+`check_rows`, before any model runs.
 
-A label whose text begins another's ("number", "number of") is allowed: what follows it decides, see `texts.Texts`.
+A label whose text is the beginning of another's ("number", "number of") is allowed; see `Texts.answers`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ JUDGES: tuple[str, ...] = get_args(Judge)
 
 _LABEL_COLUMN = "The column of the label or answer is named by label (--label; in a task file, label = …)."
 _LABEL_PATH = "A label (--label; in a task file, label = …) is written without braces."
-_READY = Path(__file__).parent / "task_files"
-# More different values than this in a label column are answers, not labels.
+_TASK_FILES = Path(__file__).parent / "task_files"
+# A column with more distinct values than this contains free answers, not labels.
 MOST_LABELS = 64
-# Judges of answers that show their work, and the most tokens of such an answer.
+# The judges of answers that show their work, with the default of `max_new_tokens`.
 _WORKED = {"number": 256, "math": 512}
-# Where the data lies and what it is called there change no outcome.
+# Fields that change no outcome: names, and where the data is.
 _NOT_IN_DIGEST = ("name", "train", "test", "id_column", "columns")
 
 
 class TaskOptions(TypedDict, total=False):
-    """The fields of `Task` that `task_from_flags` passes on as they are."""
+    """The fields of `Task` that `task_from_flags` passes on unchanged."""
 
     separator: str
     instruction: str
@@ -61,24 +61,27 @@ class Task:
     """A few-shot task.
 
     Attributes:
-        name: what reports call it.
-        prompt: format string of a row's question, such as "Question: {sentence}\\nType:".
-        answer: format string of what follows it, such as " {label}". The field named by `label` is filled with the
-            label's words; a generation task may show another field here (worked steps) than the one that is judged.
-        label: the field that holds the gold label, or the gold answer: a column, or a path as in a template ("meta.label").
-        labels: value in the data to words in the prompt, in the order of the label indices; None for generation.
-        judge: "labels" (the most probable one is the answer), or how generated text is compared with the gold answer:
-            "exact", "number" (GSM8K's, behind ####) or "math" (equivalence).
-        separator: what stands between the instruction, the demonstrations and the query.
-        instruction: the first block of the prompt; none where it is empty.
-        chat: make user and assistant turns of it, by the model's chat template.
-        system: the system turn; in chat only.
-        train, test: files below the data folder; without `test` a part of `train` is set aside.
-        id_column: the field of a row's id; None for "id" where there is one, else the position.
-        columns: names of the columns of the files, if these are CSV or TSV without a header.
-        stop: generation ends where one of these begins, and it is cut off.
-        max_new_tokens: generation ends after as many.
+        name: the name in reports.
+        prompt: template of the question, such as "Question: {sentence}\\nType:".
+        answer: template of the answer that follows it, such as " {label}". The field that `label` names is filled with the
+            label's words. A generation task may use another field here (worked steps) than the one that is judged.
+        label: the field of the gold label or gold answer: a column, or a path as in a template ("meta.label").
+        labels: value in the data → words in the prompt, in the order of the label indices; None for generation.
+        judge: "labels" if the most probable label is the answer; otherwise how generated text is compared with the gold
+            answer: "exact", "number" (the number after ####, as in GSM8K) or "math" (mathematical equivalence).
+        separator: the text between the instruction, the demonstrations and the query.
+        instruction: the first block of the prompt, unless it is empty.
+        chat: whether the prompt consists of user and assistant turns, rendered by the model's chat template.
+        system: the system turn, for chat only.
+        train, test: paths relative to the data folder. Without `test`, part of `train` is set aside.
+        id_column: the field of a row's id; None for "id" if the rows have it, else the position.
+        columns: the column names of CSV or TSV files without a header.
+        stop: strings that end a generated answer and are cut off.
+        max_new_tokens: the maximum number of generated tokens.
         content_free: inputs without content, for contextual calibration (arXiv 2102.09690).
+
+    Raises:
+        SparsortError: a template, a label or a number is invalid, or two settings exclude each other.
     """
 
     name: str
@@ -106,42 +109,44 @@ class Task:
         if self.system is not None and not self.chat:
             raise self._error("has a system turn, but chat is off. Turn chat on, or write it as the instruction.")
         if self.instruction and self.chat:
-            raise self._error("has an instruction, but chat is on, where it is the system turn. Write it as system.")
+            raise self._error("has an instruction, but chat is on, where this is the system turn. Write it as system.")
         if self.max_new_tokens < 1:
             raise self._error(f"has max_new_tokens = {self.max_new_tokens}; at least 1 is needed.")
         if "" in self.stop:
             raise self._error("has an empty stop string, which would end every answer before it begins. Take it out.")
 
     def __hash__(self) -> int:
+        # The generated hash would fail, because a mapping of labels is not hashable.
         return hash((self.name, self.prompt, self.answer))
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of the question, in the order of their use."""
+        """The fields of the prompt, in the order of their use."""
         return tuple(fields_of(self.prompt))
 
     @property
     def is_generation(self) -> bool:
-        """Whether answers are generated text rather than one of some labels."""
+        """Whether answers are generated, rather than chosen among labels."""
         return self.labels is None
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that changes an outcome: not the name, nor where the data lies."""
-        told = {name: value for name, value in tables.plain(self).items() if name not in _NOT_IN_DIGEST}
-        told["labels"] = None if self.labels is None else list(self.labels.items())
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of every field that can change an outcome."""
+        hashed = {name: value for name, value in tables.plain(self).items() if name not in _NOT_IN_DIGEST}
+        # `sort_keys` would discard the order of the labels, which is that of their indices.
+        hashed["labels"] = None if self.labels is None else list(self.labels.items())
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def label_names(self) -> list[str]:
         """The words of each label, (L,); empty for generation."""
         return [] if self.labels is None else list(self.labels.values())
 
     def label_texts(self) -> list[str]:
-        """What stands behind the query for each label, (L,), such as " description"; empty for generation."""
+        """The text that follows the query for each label, (L,), such as " description"; empty for generation."""
         return [self._answer({}, words, "the label") for words in self.label_names()]
 
     def query_text(self, row: Row) -> str:
-        """The question of a row, up to where its answer begins.
+        """The text of a row up to its answer.
 
         Raises:
             SparsortError: the row lacks a field of the prompt.
@@ -149,7 +154,7 @@ class Task:
         return render(self.prompt, row, where=_name(row))
 
     def answer_text(self, row: Row) -> str:
-        """What a demonstration of this row shows behind its question."""
+        """The answer in a demonstration of this row."""
         return self._answer(row, self.gold_text(row), _name(row))
 
     def demo_text(self, row: Row) -> str:
@@ -177,9 +182,8 @@ class Task:
         if value not in self.labels:
             hint = did_you_mean(value, values)
             raise SparsortError(
-                f"{_name(row)} has {value!r} in the field {self.label!r}, which is none of the values that the task "
-                f"{self.name!r} gives words to: {', '.join(map(repr, values))}.{hint} "
-                "Add it to the labels, or leave the row out."
+                f"{_name(row)} has {value!r} in the field {self.label!r}, but the labels of the task {self.name!r} are: "
+                f"{', '.join(map(repr, values))}.{hint} Add it to the labels, or remove the row."
             )
         return values.index(value)
 
@@ -188,53 +192,54 @@ class Task:
 
         Args:
             row: the row.
-            where: what the row is called in an error, such as "data.jsonl: row 0 (line 1)".
+            where: the row's name in an error, such as "data.jsonl: row 0 (line 1)".
 
         Raises:
-            SparsortError: a field of the prompt, or the label, is missing or has no text of its own.
+            SparsortError: a field of the prompt, or the label, is missing or has no text.
         """
         check_row(row, where, prompt=self.prompt, label=self.label)
 
     def content_free_texts(self) -> list[str]:
-        """The question with every field filled with each content-free input."""
+        """The queries of contextual calibration: for each content-free input, the prompt with this input in every field."""
         return [
             render(self.prompt, row_of(dict.fromkeys(self.fields, text)), where=f"the content-free input {text!r}")
             for text in self.content_free
         ]
 
     def _answer(self, row: Row, words: str, where: str) -> str:
-        # Generation shows the row's own field, which the judge may read otherwise than it stands there.
         if self.labels is None:
+            # A demonstration of a generation task shows the row's own text; `words` is the part that the judge compares.
             _check_label_column(row, self.label, where)
-        filled = row if self.labels is None else put(row, self.label, words)
-        return render(self.answer, filled, where=where)
+            return render(self.answer, row, where=where)
+        return render(self.answer, put(row, self.label, words), where=where)
 
     def _gold(self, row: Row) -> str:
         return _label_text(row, self.label, _name(row))
 
     def _check_templates(self) -> None:
-        asked, shown, label = fields_of(self.prompt), fields_of(self.answer), canonical(self.label)
-        if not asked:
+        in_prompt, in_answer, label = fields_of(self.prompt), fields_of(self.answer), canonical(self.label)
+        if not in_prompt:
             raise self._error(
-                f"has the prompt {self.prompt!r}, which names no field of the data, so every query would read alike. "
+                f"has the prompt {self.prompt!r}, which names no field of the data, so all queries would be the same. "
                 "Put a field's name in braces, for example 'Question: {question}\\nAnswer:'."
             )
-        if label in asked:
+        if label in in_prompt:
             raise self._error(
                 f"has the label field {self.label!r} in its prompt {self.prompt!r}, which gives the answer away. "
                 "Name it in the answer only."
             )
-        if not shown or (self.judge == "labels" and label not in shown):
+        if not in_answer or (self.judge == "labels" and label not in in_answer):
             raise self._error(
-                f"has the answer template {self.answer!r} without its field: write {{{label}}} where the answer "
-                f"stands, for example ' {{{label}}}'."
+                f"has the answer template {self.answer!r} without its field: write {{{label}}} in place of the answer, "
+                f"for example ' {{{label}}}'."
             )
-        if self.judge == "labels" and len(shown) > 1:
-            others = ", ".join(repr(name) for name in shown if name != label)
+        if self.judge == "labels" and len(in_answer) > 1:
+            others = ", ".join(repr(name) for name in in_answer if name != label)
             raise self._error(
-                f"has {others} in its answer template {self.answer!r}; a label is scored with nothing beside it but "
-                f"fixed words. Leave {{{label}}} only."
+                f"has {others} in its answer template {self.answer!r}. The scored text may depend on the label only: keep "
+                f"{{{label}}} and fixed words."
             )
+        # Rendering reports fields that a content-free text cannot fill.
         self.content_free_texts()
 
     def _check_labels(self) -> None:
@@ -251,40 +256,41 @@ class Task:
                 f"has the single label {next(iter(self.labels))!r}, and a classification needs at least two. Give rows of "
                 "every label, or name the labels (labels=, --labels)."
             )
-        first: dict[str, str] = {}
+        value_of: dict[str, str] = {}
         for value, words in self.labels.items():
             if not words.strip():
                 raise self._error(
-                    f"gives the value {value!r} an empty text. Give it the words that stand in the prompt."
+                    f"gives the value {value!r} an empty text. Give it the words that the prompt should contain."
                 )
-            if words.strip() in first:
+            if words.strip() in value_of:
                 raise self._error(
-                    f"gives the values {first[words.strip()]!r} and {value!r} the same text {words.strip()!r}, so no "
+                    f"gives the values {value_of[words.strip()]!r} and {value!r} the same text {words.strip()!r}, so no "
                     "prediction could tell them apart. Give each its own."
                 )
-            first[words.strip()] = value
+            value_of[words.strip()] = value
 
-    def _error(self, what: str) -> SparsortError:
-        return SparsortError(f"the task {self.name!r} {what}")
+    def _error(self, mistake: str) -> SparsortError:
+        return SparsortError(f"the task {self.name!r} {mistake}")
 
 
 def task_names() -> list[str]:
-    """The names of the ready tasks."""
-    return sorted(path.stem for path in _READY.glob("*.toml"))
+    """The names of the built-in tasks."""
+    return sorted(path.stem for path in _TASK_FILES.glob("*.toml"))
 
 
 def load_task(name: str | Path | Task) -> Task:
-    """A ready task by its name, or one from a TOML file.
+    """Load a built-in task by its name, or a task from a TOML file.
 
     Raises:
-        SparsortError: no such task or file, or a mistake in it.
+        SparsortError: there is no such task or file, or it is invalid.
     """
     if isinstance(name, Task):
         return name
-    path = _READY / f"{name}.toml" if str(name) in task_names() else Path(name).expanduser()
+    path = _TASK_FILES / f"{name}.toml" if str(name) in task_names() else Path(name).expanduser()
     if path.suffix != ".toml":
         raise unknown_choice("task", str(name), [*task_names(), "<a file>.toml"])
     table = tables.read(path)
+    # A task file may omit the name.
     return tables.build(Task, {"name": path.stem, **table}, kind="task", where=path.name)
 
 
@@ -299,23 +305,23 @@ def task_from_flags(
     name: str = "data",
     **options: Unpack[TaskOptions],
 ) -> Task:
-    """A task for any dataset.
+    """Create a task for any dataset.
 
     Args:
-        rows: the training rows, from which the labels are taken where none are given.
-        prompt: format string of the question.
-        answer: format string of what follows it; by default a space and the label.
-        label: the field of the gold label or answer.
-        labels: "0=negative,1=positive", or a mapping from value to words; None: every value that the data has, in its
-            own words, numbers in their order and texts in the alphabet's. Only for the judge "labels".
+        rows: the training rows, from which labels are taken if none are given.
+        prompt: template of the question.
+        answer: template of the answer; by default a space and the label.
+        label: the field of the gold label or gold answer.
+        labels: "0=negative,1=positive", or a mapping from value to words. None uses every value of the data as its own words,
+            sorted as numbers if all are whole numbers, else as text. Only for the judge "labels".
         judge: as `Task.judge`.
-        name: what reports call it.
-        options: the other fields of `Task`. For the judges "number" and "math", whose answers are worked ones of several
-            lines, the stop is by default the next question's first words (the separator, where it has none; nothing in
-            chat), and up to 256 and 512 tokens are written.
+        name: the name in reports.
+        options: the other fields of `Task`. Answers for the judges "number" and "math" have several lines. Their default stop
+            string is therefore the beginning of the next question (the separator if the prompt begins with a field; none in
+            chat), and the default of `max_new_tokens` is 256 and 512.
 
     Raises:
-        SparsortError: as `Task`; or the label field is missing or has too many values for labels.
+        SparsortError: as `Task`, or the label field is missing or has too many values for labels.
     """
     if isinstance(labels, str):
         labels = parse_labels(labels)
@@ -329,15 +335,16 @@ def task_from_flags(
         "judge": judge,
     }
     if judge in _WORKED:
+        # The words before the first field begin the next question, should the model write one.
         opening = prompt.partition("{")[0].strip()
-        # In chat the turn's own end is enough, and worked answers hold empty lines.
+        # In chat the model ends its own turn. The separator is no stop string there, because worked answers have empty lines.
         stop = () if options.get("chat") else (f"\n{opening}" if opening else options.get("separator", "\n\n"),)
         table |= {"max_new_tokens": _WORKED[judge], "stop": stop}
     return tables.build(Task, {**table, "labels": labels, **options}, kind="task", where="the flags")
 
 
 def parse_labels(text: str) -> dict[str, str]:
-    """Labels written as "0=negative,1=positive", as a mapping; a value without "=" stands for itself.
+    """Parse labels written as "0=negative,1=positive". A value without "=" is its own words.
 
     Raises:
         SparsortError: a value is given twice, or one side is empty.
@@ -348,7 +355,7 @@ def parse_labels(text: str) -> dict[str, str]:
         words = words if equals else value
         if not value or not words:
             raise SparsortError(
-                f"the labels {text!r} hold {part!r}, where a value or its words are empty. "
+                f"the labels {text!r} contain {part!r}, in which the value or its words are empty. "
                 "Write value=words, separated by commas: 0=negative,1=positive."
             )
         if value in labels:
@@ -358,58 +365,58 @@ def parse_labels(text: str) -> dict[str, str]:
 
 
 def check_row(row: Row, where: str, *, prompt: str, label: str) -> None:
-    """As `Task.check_row`, before there is a task."""
+    """The same as `Task.check_row`, for callers that have no task yet."""
     _label_text(row, label, where)
     render(prompt, row, where=where)
 
 
-def check_rows(task: Task, rows: Sequence[Row], what: str = "the data") -> list[str]:
-    """Check that every row fits the task, and say what is odd about them.
+def check_rows(task: Task, rows: Sequence[Row], noun: str = "the data") -> list[str]:
+    """Check that every row fits the task, and that the labels are plausible.
 
     Args:
         task: the task.
         rows: its rows.
-        what: what they are, for the warnings ("the test rows").
+        noun: a name for the rows in messages ("the test rows").
 
     Returns:
-        Warnings, one sentence each: only one label occurs; some label never does.
+        Warnings, one sentence each: only one label occurs, or some label never does.
 
     Raises:
-        SparsortError: there are no rows; a row lacks a field, its gold value is not among the labels, or is empty.
+        SparsortError: there are no rows, a row lacks a field, or its gold value is empty or not among the labels.
     """
     if not rows:
-        raise SparsortError(f"{what} of the task {task.name!r} hold no rows. Give at least one.")
+        raise SparsortError(f"{noun} of the task {task.name!r} are empty. Give at least one row.")
     counts: Counter[str] = Counter()
     for row in rows:
+        # Rendering is the check that every field is there.
         task.demo_text(row)
         gold = task.gold_text(row)
         if not gold.strip():
-            raise SparsortError(f"{_name(row)} has an empty answer in the field {task.label!r}. Leave the row out.")
+            raise SparsortError(f"{_name(row)} has an empty answer in the field {task.label!r}. Remove the row.")
         counts[gold] += 1
     if task.is_generation:
         return []
     if len(counts) == 1:
         only = next(iter(counts))
         return [
-            f"{what} of the task {task.name!r} have one label only, {only!r}, so that a prompt that always says it is "
-            "right every time. Some public copies of test splits, SST-2's among them, carry a placeholder for labels."
+            f"{noun} of the task {task.name!r} have only the label {only!r}, so a model that always predicts it is always right. "
+            "Some public copies of test splits, SST-2's among them, have a placeholder instead of labels."
         ]
     absent = [repr(words) for words in task.label_names() if words not in counts]
-    return [f"{what} of the task {task.name!r} have no row of the label {', '.join(absent)}."] if absent else []
+    return [f"{noun} of the task {task.name!r} have no row of the label {', '.join(absent)}."] if absent else []
 
 
 def _discover(rows: Iterable[Row], label: str) -> list[str]:
-    found: dict[str, None] = {}
+    """The distinct values of the label field, in ascending order."""
+    values: dict[str, None] = {}
     for position, row in enumerate(rows):
-        found.setdefault(_label_text(row, label, _name(row, position)))
-        if len(found) > MOST_LABELS:
+        values.setdefault(_label_text(row, label, _name(row, position)))
+        if len(values) > MOST_LABELS:
             raise SparsortError(
                 f"the field {label!r} has more than {MOST_LABELS} different values, so it does not look like a label. "
                 "For free answers choose the judge 'exact', 'number' or 'math'; for labels name each of them."
             )
-    if all(value.removeprefix("-").isdecimal() for value in found):
-        return sorted(found, key=int)
-    return sorted(found)
+    return sorted(values, key=int if all(value.removeprefix("-").isdecimal() for value in values) else None)
 
 
 def _label_text(row: Row, label: str, where: str) -> str:

@@ -1,9 +1,10 @@
-"""The cells of an ablation: for every order tried, on every demonstration set, the outcome on every test item.
+"""The cells of an ablation: the outcome of every arm, on every demonstration set, for every test item.
 
-Contract: a `Group` is one cell of task × selector × k × contextual calibration; everything inside it shares demonstrations and
-items, so its arms can be compared pairwise. All of it is checked on construction and knows no model.
+Contract: a `Cell` is the results of one task, selector and k, with or without contextual calibration. All of its arms have the
+same demonstrations and items, so they can be compared pairwise. Everything is checked on construction. No model is needed.
 
-Shapes: S demonstration sets, Q test items, L labels (0 for generated answers), R random orders of every set, k demonstrations.
+Shapes: S demonstration sets, Q test items, L labels (0 for generated answers), R random orders of every set, k demonstrations,
+A arms.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ _ARRAYS = ("log_p", "predicted", "correct", "tokens", "choosing_tokens")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arm:
-    """One way to order the demonstrations, and what came of it.
+    """One way to order the demonstrations, with its outcomes.
 
     Args:
-        name: of the orderer; random orders may share one.
-        kind: "random": one of the R random orders; "named": a rule on the demonstrations, or on them and the query;
-            "chosen": picked with the model in the loop; "oracle": picked with the test labels.
-        order: (S, k), a permutation of the set's demonstrations, first to last; None when it depends on the query.
-        log_p: (S, Q, L) score of each label, in nats, contextual calibration included where the group has it.
+        name: the name of the orderer, criterion or oracle. Random orders may share a name.
+        kind: "random" for one of the R random orders; "named" for an orderer; "chosen" for a criterion, which chooses a random
+            order with the model's help; "oracle" for a choice by the test labels.
+        order: (S, k), the permutation of each set's demonstrations, first to last; None if it depends on the query.
+        log_p: (S, Q, L) score of each label, in nats, after contextual calibration if the cell has it.
         predicted: (S, Q) index of the predicted label; -1 for generated answers.
         correct: (S, Q) whether the answer was right.
-        tokens: (S,) tokens that the model read to answer one query, shared prefixes counted once.
-        choosing_tokens: (S,) further tokens read to choose the set's order; 0 for a rule.
-        order_of_item: (S, Q, k) the order that each item saw, where `order` is None and this is known.
+        tokens: (S,) tokens that the model reads to answer one query; shared prefixes are divided among their queries.
+        choosing_tokens: (S,) further tokens that the model reads to choose the set's order; 0 for an orderer.
+        order_of_item: (S, Q, k) the order for each item, if `order` is None and this is known.
 
     Raises:
-        SparsortError: a shape, an order or a number that does not fit.
+        SparsortError: a shape, an order or a number is invalid.
     """
 
     name: str
@@ -59,22 +60,24 @@ class Arm:
         where = f"arm {self.name!r}"
         if not self.name:
             raise SparsortError("an arm has no name. Give it the name of its orderer.")
+        # A frozen dataclass can be changed only like this, even by its own `__post_init__`.
         object.__setattr__(self, "log_p", _array(self.log_p, np.float64, where, "log_p"))
         if self.log_p.ndim != 3:
             raise SparsortError(f"{where}: log_p has the shape {self.log_p.shape}, expected (sets, items, labels).")
         sets, items, labels = self.log_p.shape
         if np.isnan(self.log_p).any():
-            raise SparsortError(f"{where}: log_p has NaN. Score every label of every item, or leave the arm out.")
+            raise SparsortError(f"{where}: log_p has NaN. Score every label of every item, or omit the arm.")
         for name, kind, shape in (
             ("predicted", np.int64, (sets, items)),
             ("correct", np.bool_, (sets, items)),
             ("tokens", np.float64, (sets,)),
             ("choosing_tokens", np.float64, (sets,)),
         ):
-            found = _array(getattr(self, name), kind, where, name)
-            if found.shape != shape:
-                raise SparsortError(f"{where}: {name} has the shape {found.shape}, expected {shape} as log_p says.")
-            object.__setattr__(self, name, found)
+            array = _array(getattr(self, name), kind, where, name)
+            if array.shape != shape:
+                raise SparsortError(f"{where}: {name} has the shape {array.shape}, expected {shape} as in log_p.")
+            object.__setattr__(self, name, array)
+        # Without labels, the only valid prediction is -1.
         low, high = (0, labels) if labels else (-1, 0)
         if self.predicted.size and not (low <= self.predicted.min() and self.predicted.max() < high):
             raise SparsortError(
@@ -82,9 +85,9 @@ class Arm:
                 + (f"0 to {labels - 1}, a label's index." if labels else "-1 throughout, as answers are generated.")
             )
         for name in ("tokens", "choosing_tokens"):
-            found = getattr(self, name)
-            if not (np.isfinite(found).all() and (found >= 0).all()):
-                raise SparsortError(f"{where}: {name} must be finite and not negative, got {found.tolist()}.")
+            counts_S = getattr(self, name)
+            if not (np.isfinite(counts_S).all() and (counts_S >= 0).all()):
+                raise SparsortError(f"{where}: {name} must be finite and not negative, got {counts_S.tolist()}.")
         self._check_orders(where, sets, items)
 
     def _check_orders(self, where: str, sets: int, items: int) -> None:
@@ -92,20 +95,21 @@ class Arm:
             if len(self.order) != sets or any(sorted(order) != list(range(len(order))) for order in self.order):
                 raise SparsortError(f"{where}: order must be one permutation of 0 … k-1 for each of the {sets} sets.")
             if self.order_of_item is not None:
-                raise SparsortError(f"{where}: give order (one a set) or order_of_item (one an item), not both.")
+                raise SparsortError(f"{where}: give order (one per set) or order_of_item (one per item), not both.")
         if self.order_of_item is not None:
-            found = _array(self.order_of_item, np.int64, where, "order_of_item")
-            if found.ndim != 3 or found.shape[:2] != (sets, items):
+            orders_SQk = _array(self.order_of_item, np.int64, where, "order_of_item")
+            if orders_SQk.ndim != 3 or orders_SQk.shape[:2] != (sets, items):
                 raise SparsortError(
-                    f"{where}: order_of_item has the shape {found.shape}, expected ({sets}, {items}, k)."
+                    f"{where}: order_of_item has the shape {orders_SQk.shape}, expected ({sets}, {items}, k)."
                 )
-            if not np.array_equal(np.sort(found, axis=2), np.broadcast_to(np.arange(found.shape[2]), found.shape)):
-                raise SparsortError(f"{where}: order_of_item must hold permutations of 0 … k-1.")
-            object.__setattr__(self, "order_of_item", found)
+            identity = np.broadcast_to(np.arange(orders_SQk.shape[2]), orders_SQk.shape)
+            if not np.array_equal(np.sort(orders_SQk, axis=2), identity):
+                raise SparsortError(f"{where}: order_of_item must contain permutations of 0 … k-1.")
+            object.__setattr__(self, "order_of_item", orders_SQk)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
-        """(S,) share of the items answered right, by demonstration set."""
+        """(S,) share of the items that are answered correctly."""
         return np.asarray(self.correct.mean(axis=1), dtype=np.float64)
 
 
@@ -114,11 +118,11 @@ class SetInfo:
     """One demonstration set.
 
     Args:
-        seed: that it was drawn with.
-        demo_ids: k ids in the given order, which an arm's `order` counts from; empty where demonstrations differ by item.
+        seed: the seed with which it was drawn.
+        demo_ids: k ids in the selector's order, which an arm's `order` permutes; empty if demonstrations differ by item.
         demo_labels: k labels or answers, or empty.
         demo_tokens: k lengths in tokens, or empty.
-        prompt: the whole prompt of the first test item under the first random order, to inspect.
+        prompt: the whole prompt of the first test item under the first random order, for inspection.
     """
 
     seed: int
@@ -129,31 +133,31 @@ class SetInfo:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Group:
-    """One cell of task × selector × k × contextual calibration (arXiv 2102.09690).
+class Cell:
+    """The results of one task, selector and k, with or without contextual calibration (arXiv 2102.09690).
 
     Args:
         task, selector: names.
-        k: demonstrations in a prompt.
-        calibrated: whether contextual calibration is in log_p.
+        k: the number of demonstrations in a prompt.
+        contextual: whether log_p is contextually calibrated.
         labels: L label names; empty for generated answers.
         items: Q ids of the test rows.
         gold: Q labels or answers.
         sets: S demonstration sets.
-        random: R arms of kind "random"; arm r holds every set's r-th random order.
-        arms: every other arm, oracles included; names differ.
+        random: R arms of kind "random"; arm r has the r-th random order of every set.
+        arms: all other arms, including oracles; their names are distinct.
         demo_ids_of_item: (S, Q, k) ids, for selectors that choose demonstrations by the query.
-        demo_texts: id to text of every demonstration, question and answer, to inspect; empty where it is not kept.
+        demo_texts: id → text of each demonstration, question and answer, for inspection; may be empty.
         item_texts: Q questions, or empty.
 
     Raises:
-        SparsortError: parts that do not fit together.
+        SparsortError: the parts do not fit together.
     """
 
     task: str
     selector: str
     k: int
-    calibrated: bool
+    contextual: bool
     labels: list[str]
     items: list[str]
     gold: list[str]
@@ -168,9 +172,9 @@ class Group:
         where = f"results of {self.title}"
         if self.k < 1:
             raise SparsortError(f"{where}: k is {self.k}, expected at least 1 demonstration.")
-        for name, listed in (("labels", self.labels), ("items", self.items)):
-            if len(set(listed)) != len(listed):
-                raise SparsortError(f"{where}: {name} are not distinct; two of them could not be told apart.")
+        for name, values in (("labels", self.labels), ("items", self.items)):
+            if len(set(values)) != len(values):
+                raise SparsortError(f"{where}: {name} are not distinct.")
         if not self.items or len(self.gold) != len(self.items):
             raise SparsortError(
                 f"{where}: {len(self.items)} items with {len(self.gold)} gold answers; one each is expected."
@@ -189,17 +193,16 @@ class Group:
 
     def _check_sets(self, where: str) -> None:
         by_item = self.demo_ids_of_item is not None
-        for number, one in enumerate(self.sets):
-            expected = {0} if by_item else {self.k}
-            if len(one.demo_ids) not in expected:
+        for number, info in enumerate(self.sets):
+            if len(info.demo_ids) != (0 if by_item else self.k):
                 raise SparsortError(
-                    f"{where}: set {number} names {len(one.demo_ids)} demonstrations, expected {self.k}"
+                    f"{where}: set {number} names {len(info.demo_ids)} demonstrations, expected {self.k}"
                     + (" by item in demo_ids_of_item, and none in the set." if by_item else ".")
                 )
             for name in ("demo_labels", "demo_tokens"):
-                if len(getattr(one, name)) not in (0, self.k):
+                if len(getattr(info, name)) not in (0, self.k):
                     raise SparsortError(
-                        f"{where}: set {number} has {len(getattr(one, name))} {name}, expected {self.k} or none."
+                        f"{where}: set {number} has {len(getattr(info, name))} {name}, expected {self.k} or none."
                     )
         if self.demo_ids_of_item is not None:
             shape = (len(self.sets), len(self.items))
@@ -215,68 +218,69 @@ class Group:
     def _check_arms(self, where: str) -> None:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise SparsortError(f"{where}: two arms bear the same name ({', '.join(twice)}); give each its own.")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise SparsortError(f"{where}: two arms have the same name ({', '.join(repeated)}); give each its own.")
         if any(arm.kind != "random" for arm in self.random) or any(arm.kind == "random" for arm in self.arms):
             raise SparsortError(f"{where}: arms of kind 'random' belong in `random`, all others in `arms`.")
         shape = (len(self.sets), len(self.items), len(self.labels))
         gold = None
         if self.labels:
-            place = {label: index for index, label in enumerate(self.labels)}
-            unknown = sorted({answer for answer in self.gold if answer not in place})
+            index_of = {label: index for index, label in enumerate(self.labels)}
+            unknown = sorted({answer for answer in self.gold if answer not in index_of})
             if unknown:
                 raise SparsortError(
-                    f"{where}: gold answers {unknown[:5]} are none of the labels {self.labels}. Name gold answers as the labels."
+                    f"{where}: gold answers {unknown[:5]} are not among the labels {self.labels}. Use the names of the labels."
                 )
-            gold = np.array([place[answer] for answer in self.gold])
+            gold = np.array([index_of[answer] for answer in self.gold])
         for arm in (*self.random, *self.arms):
             if arm.log_p.shape != shape:
                 raise SparsortError(
-                    f"{where}: arm {arm.name!r} holds {arm.log_p.shape} outcomes, expected {shape} (sets, items, labels)."
+                    f"{where}: arm {arm.name!r} has {arm.log_p.shape} outcomes, expected {shape} (sets, items, labels)."
                 )
+            # An order that depends on the query may be unknown, in which case there is nothing to check.
             orders = [len(order) for order in arm.order or []]
             orders += [arm.order_of_item.shape[2]] if arm.order_of_item is not None else []
             if any(length != self.k for length in orders):
                 raise SparsortError(f"{where}: arm {arm.name!r} orders {orders[0]} demonstrations, expected {self.k}.")
+            # Generated answers are judged as text, so only predictions of labels can be compared with gold.
             if gold is not None and not np.array_equal(arm.correct, arm.predicted == gold):
-                raise SparsortError(
-                    f"{where}: arm {arm.name!r} calls answers right that differ from gold, or the other way round."
-                )
+                raise SparsortError(f"{where}: in arm {arm.name!r}, correct differs from predicted == gold.")
 
     @property
     def key(self) -> tuple[str, str, int, bool]:
-        """What tells this cell from every other: task, selector, k, calibrated."""
-        return (self.task, self.selector, self.k, self.calibrated)
+        """Task, selector, k and contextual calibration, which identify the cell."""
+        return (self.task, self.selector, self.k, self.contextual)
 
     @property
     def title(self) -> str:
-        """The cell in words, as errors name it."""
-        return f"{self.task}, {self.selector}, k = {self.k}{', contextually calibrated' if self.calibrated else ''}"
+        """A name for the cell in messages."""
+        return f"{self.task}, {self.selector}, k = {self.k}{', contextually calibrated' if self.contextual else ''}"
 
     @property
     def random_correct(self) -> NDArray[np.bool_]:
-        """(R, S, Q) outcomes of the random orders."""
+        """(R, S, Q) whether each answer under each random order was right."""
         return np.stack([arm.correct for arm in self.random])
 
     def arm(self, name: str) -> Arm:
-        """The arm of that name.
+        """The arm with this name.
 
         Raises:
-            SparsortError: there is none.
+            SparsortError: there is no such arm.
         """
-        for one in self.arms:
-            if one.name == name:
-                return one
-        raise unknown_choice("arm", name, [one.name for one in self.arms])
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise unknown_choice("arm", name, [arm.name for arm in self.arms])
 
 
 def _array(value: Any, kind: type[np.generic], where: str, name: str) -> NDArray[Any]:
-    found = np.asarray(value)
-    if not (found.dtype == kind or found.size == 0 or np.can_cast(found.dtype, kind, casting="same_kind")):
-        raise SparsortError(f"{where}: {name} is {found.dtype}, expected {kind.__name__}.")
-    return found.astype(kind, copy=False)
+    array = np.asarray(value)
+    # An empty list has the dtype float64, whatever it is a list of.
+    if not (array.dtype == kind or array.size == 0 or np.can_cast(array.dtype, kind, casting="same_kind")):
+        raise SparsortError(f"{where}: {name} is {array.dtype}, expected {kind.__name__}.")
+    return array.astype(kind, copy=False)
 
 
 def arrays_of(arms: Sequence[Arm]) -> dict[str, NDArray[Any]]:
-    """The arrays of arms of one group, stacked over arms: (A, S, Q, L), (A, S, Q), (A, S)."""
+    """The arrays of some arms of one cell, stacked over arms: (A, S, Q, L), (A, S, Q), (A, S)."""
     return {name: np.stack([getattr(arm, name) for arm in arms]) for name in _ARRAYS}

@@ -1,8 +1,11 @@
-"""From the store to results: every arm of every cell as look-ups of (prefix, query) pairs, choosers and oracles included.
+"""From the store to results: every arm of every cell, including criteria and oracles, as look-ups of (prefix, query) pairs.
 
-Contract: no model. A set counts once all of its random orders are in the store, and an arm where it is complete on every set
-that counts; what is left out is said in the provenance ("incomplete"). Choosers see the dev rows or the sampled probes,
-never a test label; "mdl" sees the test queries themselves, one by one, without their labels.
+Contract: no model. A set counts if the outcomes of all its random orders are stored, and an arm if its outcomes are stored for
+every set that counts. Everything else is listed in the provenance as "incomplete". Criteria read the dev rows or the sampled
+probes, and never a test label. "mdl" and "cone" read the test queries themselves, one by one, without their labels.
+
+Shapes: S demonstration sets, Q test items, N queries, L labels, F features, C content-free queries, R random orders, k
+demonstrations.
 """
 
 from __future__ import annotations
@@ -14,14 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, Unit, applies, probes_of, reads_losses, units
-from sparsort.curriculum.ablation.recipe.task_data import Showing, TaskData
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, DemoSet, applies, demo_sets, probes_of, reads_losses
+from sparsort.curriculum.ablation.recipe.task_data import TaskData
 from sparsort.curriculum.ablation.recipe.texts import Texts
-from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
+from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Cell, SetInfo
 from sparsort.curriculum.ablation.results.results import Results
-from sparsort.curriculum.ablation.store.keys import bare_group, group_name, loss_group
-from sparsort.curriculum.ablation.store.order_notes import orders_of, showing_of, stored_orders
-from sparsort.curriculum.ablation.store.outcomes import Outcomes
+from sparsort.curriculum.ablation.store.order_notes import (
+    demos_of,
+    group_name,
+    loss_group,
+    orders_of,
+    stored_orders,
+    zero_shot_group,
+)
+from sparsort.curriculum.ablation.store.outcomes import Outcomes, Pair
 from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.curriculum.demos.criteria import Evidence, criterion
 from sparsort.curriculum.demos.criteria.label_bias import calibrate_contextually
@@ -35,90 +44,137 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Read:
-    """What one order said on a panel: (N, L) label scores, (N, F) features, N texts; (1 or N, C, L) on content-free inputs."""
+class _Predictions:
+    """The outcomes of N queries under one order.
+
+    Attributes:
+        log_p: (N, L) label scores, without contextual calibration.
+        features: (N, F).
+        text: N generated answers, or None.
+        content_free: (1, C, L) label scores of content-free queries if all queries share a prefix, else (N, C, L); None if some
+            are not stored.
+    """
 
     log_p: Floats
     features: Floats
     text: list[str] | None
-    content_free: Floats | None
+    content_free: Floats | None = None
+
+    def scores(self, contextual: bool) -> Floats:
+        """(N, L) label scores, with or without contextual calibration."""
+        if not contextual or self.content_free is None:
+            return self.log_p
+        if len(self.content_free) == 1:
+            return calibrate_labels(self.log_p, self.content_free[0])
+        return calibrate_labels(self.log_p[:, None], self.content_free)[:, 0]
 
 
-class _Set:
-    """One demonstration set as the store has it."""
+class _StoredSet:
+    """One demonstration set with its stored outcomes.
 
-    def __init__(self, data: TaskData, texts: Texts, unit: Unit, store: OutcomeStore, ablation: Ablation) -> None:
-        self.data, self.texts, self.unit = data, texts, unit
+    Attributes:
+        random: (R, k) random orders.
+        under_random: the predictions of the test queries under each random order; empty if the set is incomplete.
+        set_demos, named: the demonstrations, and the orderers' orders; only present if the set is complete.
+    """
+
+    def __init__(
+        self, data: TaskData, texts: Texts, demo_set: DemoSet, store: OutcomeStore, ablation: Ablation
+    ) -> None:
+        self.data, self.texts, self.demo_set = data, texts, demo_set
         self._ablation = ablation
-        group = group_name(data.task, unit)
-        note = stored_orders(store, group)
-        self.note: Mapping[str, Any] = note or {}
+        group = group_name(data.task, demo_set)
+        self.random = ablation.orders(demo_set.k, demo_set.seed)
+        self.note: Mapping[str, Any] = stored_orders(store, group) or {}
         self.tokens: Mapping[str, Any] = store.get_note(group, "tokens") or {}
         probes = store.get_note(group, "probes") or {}
-        # One is sampled behind every random order: those of a recipe with more or fewer orders are others.
-        self.random = ablation.orders(unit.k, unit.seed)
+        # One probe is sampled after each random order, so those of a recipe with another number of orders are different.
         self.probes: Mapping[str, Any] = probes if probes.get("orders") == len(self.random) else {}
         self._outcomes: Outcomes = store.read(group)
-        self._row = {pair: row for row, pair in enumerate(self._outcomes.pairs())}
-        shown: Showing | None = None
-        # Lengths are noted last: until then those in the store may be of another recipe.
-        if note and len(self.tokens.get("demos", ())) == len(note["ids"]):
-            shown = showing_of(note, data.pool_by_id, unit, data.test_texts)
-        self.known = shown is not None
-        if shown is not None:
-            self.showing = shown
-            self.named = orders_of(self.note, ablation, unit, data.test_texts)
+        self.under_random: list[_Predictions] = []
+        # The note of the lengths is written last. If it does not fit the note of the orders, the set was interrupted under
+        # another recipe.
+        if not self.note or len(self.tokens.get("demos", ())) != len(self.note["ids"]):
+            return
+        set_demos = demos_of(self.note, data.pool_by_id, demo_set, data.test_texts)
+        if set_demos is None:
+            return
+        self.set_demos = set_demos
+        self.named = orders_of(self.note, ablation, demo_set, data.test_texts)
+        predictions = [self.test_predictions(order[None]) for order in self.random]
+        stored = [one for one in predictions if one is not None]
+        self.under_random = stored if len(stored) == len(predictions) else []
 
-    def test(self, order: Ints) -> _Read | None:
-        """What was said to the test queries under an order, (1, k) or (Q, k); None when it is not all there."""
-        free = self.data.task.content_free_texts() if not self.data.task.is_generation else []
-        same = self.showing.fixed and len(order) == 1
-        wanted, wanted_free = [], []
+    @property
+    def query_tokens(self) -> float:
+        """The mean length of the test queries, in tokens."""
+        return float(self.tokens["test"])
+
+    @property
+    def prefix_tokens(self) -> float:
+        """The mean length of the demonstrations of a query together, in tokens."""
+        lengths = np.asarray(self.tokens["demos"], dtype=np.float64)
+        return float(lengths[self.set_demos.of_query].sum(axis=1).mean())
+
+    def test_predictions(self, order: Ints) -> _Predictions | None:
+        """The outcomes of the test queries under an order, (1, k) or (Q, k); None if some are not stored."""
+        shares_prefix = self.set_demos.fixed and len(order) == 1
+        pairs, content_free_pairs = [], []
         for query, text in enumerate(self.data.test_texts):
-            demos = self.showing.demos(query, order[0 if len(order) == 1 else query])
-            if query == 0 or not same:
-                chunks = self.texts.prefix(demos)
-                wanted_free.append([self.texts.pair(chunks, self.texts.query(demos, asked)) for asked in free])
-            wanted.append(self.texts.pair(chunks, self.texts.query(demos, text)))
-        read = self._take(wanted)
-        if read is None or not free:
-            return read
-        content_free = [self._take(pairs) for pairs in wanted_free]
-        if any(one is None for one in content_free):
-            return replace(read, content_free=None)
-        return replace(read, content_free=np.stack([one.log_p for one in content_free if one is not None]))
+            demos = self.set_demos.demos(query, order[0 if len(order) == 1 else query])
+            chunks = self.texts.prefix(demos)
+            # Queries that share a prefix also share its content-free pairs.
+            if query == 0 or not shares_prefix:
+                free = [self.texts.query(demos, free_text) for free_text in self.data.content_free_texts]
+                content_free_pairs.append([self.texts.pair(chunks, free_query) for free_query in free])
+            pairs.append(self.texts.pair(chunks, self.texts.query(demos, text)))
+        predictions = self._look_up(pairs)
+        if predictions is None or not self.data.content_free_texts:
+            return predictions
+        content_free = [self._look_up(of_prefix) for of_prefix in content_free_pairs]
+        stored = [one.log_p for one in content_free if one is not None]
+        return replace(predictions, content_free=np.stack(stored) if len(stored) == len(content_free) else None)
 
-    def panel(self, order: Ints, queries: Sequence[str]) -> _Read | None:
-        """The same for other queries behind one order (k,) of a fixed set."""
-        demos = self.showing.demos(0, order)
+    def predictions(self, order: Ints, queries: Sequence[str]) -> _Predictions | None:
+        """The outcomes of any queries under an order (k,) of a set that all queries share; None if some are not stored."""
+        demos = self.set_demos.demos(0, order)
         chunks = self.texts.prefix(demos)
-        return self._take([self.texts.pair(chunks, self.texts.query(demos, text)) for text in queries])
+        return self._look_up([self.texts.pair(chunks, self.texts.query(demos, text)) for text in queries])
 
-    def _take(self, pairs: Sequence[tuple[str, str]]) -> _Read | None:
-        rows = [self._row.get(pair, -1) for pair in pairs]
+    def _look_up(self, pairs: Sequence[Pair]) -> _Predictions | None:
+        outcomes = self._outcomes
+        rows = [outcomes.row_of.get(pair, -1) for pair in pairs]
         if min(rows, default=-1) < 0:
             return None
-        found = self._outcomes
-        log_p = found.log_p[rows].astype(np.float64)
+        # Outcomes are stored in float32, but sums and differences are computed in float64.
+        log_p = outcomes.log_p[rows].astype(np.float64)
         if self._ablation.label_score == "mean" and log_p.size:
-            log_p = log_p / found.n_tokens[rows]
-        text = [found.text[row] for row in rows] if found.text is not None else None
-        return _Read(log_p=log_p, features=found.features[rows].astype(np.float64), text=text, content_free=None)
+            log_p = log_p / outcomes.n_tokens[rows]
+        text = None if outcomes.text is None else [outcomes.text[row] for row in rows]
+        return _Predictions(log_p=log_p, features=outcomes.features[rows].astype(np.float64), text=text)
 
-    def prefix_tokens(self) -> float:
-        """Mean length of the demonstrations together, in tokens."""
-        lengths = np.asarray(self.tokens["demos"], dtype=np.float64)
-        return float(lengths[self.showing.of_query].sum(axis=1).mean())
+    def info(self) -> SetInfo:
+        """The description of the set in the results."""
+        demos = self.set_demos.demos(0, self.random[0])
+        prompt = "".join(self.texts.prefix(demos)) + self.texts.query(demos, self.data.test_texts[0])
+        fixed = self.set_demos.fixed
+        return SetInfo(
+            seed=self.demo_set.seed,
+            demo_ids=list(self.note["ids"]) if fixed else [],
+            demo_labels=list(self.note["labels"]) if fixed else [],
+            demo_tokens=list(self.tokens["demos"]) if fixed else [],
+            prompt=prompt,
+        )
 
 
 class Collector:
-    """Makes results of what a store holds for a recipe.
+    """Computes the results of a recipe from a store.
 
     Args:
         ablation: the recipe.
-        store: its outcomes.
+        store: the outcomes.
         tasks: the recipe's tasks with their rows, by name.
-        tokenizer: that of the model whose outcomes they are.
+        tokenizer: the tokenizer of the model whose outcomes are in the store.
     """
 
     def __init__(self, ablation: Ablation, store: OutcomeStore, tasks: Mapping[str, TaskData], tokenizer: Any) -> None:
@@ -130,320 +186,311 @@ class Collector:
         """All cells that have at least one complete set.
 
         Raises:
-            SparsortError: there is none.
+            SparsortError: there is no such cell.
         """
-        groups = []
+        cells = []
         for name in self._tasks:
             for selector in self._ablation.selectors:
                 for k in self._ablation.shots:
-                    groups += self._cells(name, selector, k)
-        if not groups:
+                    cells += self._cells(name, selector, k)
+        if not cells:
             raise SparsortError(
-                "the store holds no complete demonstration set of this recipe. Run 'sparsort ablate' with it until one is done."
+                "the store has no complete demonstration set of this recipe. Run 'sparsort ablate' with it until one is done."
             )
-        read = [*self._units(), *(bare_group(data.task) for data in self._tasks.values())]
-        spent = [self._store.get_note(group, "spent") or {} for group in read]
+        groups = [group_name(self._tasks[demo_set.task].task, demo_set) for demo_set in demo_sets(self._ablation)]
+        groups += [zero_shot_group(data.task) for data in self._tasks.values()]
+        spent = [self._store.get_note(group, "spent") or {} for group in groups]
         cost = {name: round(sum(note.get(name, 0) for note in spent), 1) for name in ("tokens", "seconds")}
+        # Costs noted by an earlier version have no machine.
         machines = sorted({name for note in spent if note for name in note.get("machines", ["not noted"])})
         known = {"machine": ", ".join(machines)} if machines else {}
-        return Results(groups=groups, provenance={**provenance, **known, **cost, "incomplete": self.incomplete})
+        return Results(cells=cells, provenance={**provenance, **known, **cost, "incomplete": self.incomplete})
 
-    def _units(self) -> list[str]:
-        return [group_name(self._tasks[unit.task].task, unit) for unit in units(self._ablation)]
-
-    def _cells(self, name: str, selector: str, k: int) -> list[Group]:
-        """The cells of a task, selector and k: one a scoring rule."""
+    def _cells(self, name: str, selector: str, k: int) -> list[Cell]:
+        """The cells of a task, selector and k, without and with contextual calibration."""
         sets = []
         for seed in self._ablation.seeds:
-            unit = Unit(task=name, selector=selector, k=k, seed=seed)
-            one = _Set(self._tasks[name], self._texts[name], unit, self._store, self._ablation)
-            reads = [one.test(order[None]) for order in one.random] if one.known else []
-            if reads and all(read is not None for read in reads):
-                sets.append((one, [read for read in reads if read is not None]))
+            demo_set = DemoSet(task=name, selector=selector, k=k, seed=seed)
+            stored = _StoredSet(self._tasks[name], self._texts[name], demo_set, self._store, self._ablation)
+            if stored.under_random:
+                sets.append(stored)
             else:
                 self.incomplete.append(f"{name}, {selector}, k = {k}, set {seed}")
         if not sets:
             return []
         cells = []
-        # Contextual calibration has nothing to divide out of what is written.
-        rules = (False,) if self._tasks[name].task.is_generation else self._ablation.calibrated
-        for rule in rules:
-            if rule and not all(read.content_free is not None for _, reads in sets for read in reads):
+        # Contextual calibration corrects label scores, which generated answers do not have.
+        for contextual in (False,) if self._tasks[name].task.is_generation else self._ablation.calibrated:
+            if contextual and any(one.content_free is None for stored in sets for one in stored.under_random):
                 self.incomplete.append(f"{name}, {selector}, k = {k}: contextual calibration")
                 continue
-            cells.append(self._group(name, selector, k, rule, sets))
+            cells.append(self._cell(name, selector, k, contextual, sets))
         return cells
 
-    def _group(self, name: str, selector: str, k: int, rule: bool, sets: list[tuple[_Set, list[_Read]]]) -> Group:
+    def _cell(self, name: str, selector: str, k: int, contextual: bool, sets: Sequence[_StoredSet]) -> Cell:
         data = self._tasks[name]
         random = [
             self._arm(
                 "random",
                 "random",
                 sets,
-                [reads[r] for _, reads in sets],
-                [one.random[r][None] for one, _ in sets],
-                rule,
+                [stored.under_random[r] for stored in sets],
+                [stored.random[r][None] for stored in sets],
+                contextual,
             )
-            for r in range(len(sets[0][1]))
+            for r in range(len(sets[0].random))
         ]
-        arms = []
-        for orderer in self._ablation.orderers:
-            orders = [one.named[orderer] for one, _ in sets if orderer in one.named]
-            ordered = [one for one, _ in sets if orderer in one.named]
-            reads = [one.test(order) for one, order in zip(ordered, orders, strict=True)]
-            found = [read for read in reads if read is not None and (read.content_free is not None or not rule)]
-            if len(found) == len(sets):
-                arms.append(self._arm(orderer, "named", sets, found, orders, rule))
-            else:
-                self.incomplete.append(f"{name}, {selector}, k = {k}: {orderer} on {len(found)} of {len(sets)} sets")
-        for chooser in self._ablation.choosers:
-            if applies(chooser, data.task, selector):
-                try:
-                    arm = self._chosen(chooser, data, sets, random, rule)
-                except SparsortError as error:
-                    # One criterion that cannot judge here must not cost the study its results.
-                    self.incomplete.append(f"{name}, {selector}, k = {k}: {chooser} ({error})")
-                    continue
-                if arm is not None:
-                    arms.append(arm)
-                else:
-                    self.incomplete.append(f"{name}, {selector}, k = {k}: {chooser}")
+        arms = [
+            *self._orderer_arms(f"{name}, {selector}, k = {k}", contextual, sets),
+            *self._criterion_arms(f"{name}, {selector}, k = {k}", selector, contextual, sets, random),
+        ]
+        # Ties go to the first random order, for both oracles.
         correct_RS = np.stack([arm.accuracy for arm in random])
-        for label, place in (("oracle_best", correct_RS.argmax(axis=0)), ("oracle_worst", correct_RS.argmin(axis=0))):
-            arms.append(_pick(label, "oracle", random, place, np.zeros(len(sets))))
-        infos = [self._info(one) for one, _ in sets]
+        no_cost = np.zeros(len(sets))
+        arms.append(_pick("oracle_best", "oracle", random, correct_RS.argmax(axis=0), no_cost))
+        arms.append(_pick("oracle_worst", "oracle", random, correct_RS.argmin(axis=0), no_cost))
         by_item = None
-        if not sets[0][0].showing.fixed:
+        if not sets[0].set_demos.fixed:
             by_item = [
-                [[str(one.showing.rows[place]["id"]) for place in of_query] for of_query in one.showing.of_query]
-                for one, _ in sets
+                [[str(demos.rows[place]["id"]) for place in places] for places in demos.of_query]
+                for demos in (stored.set_demos for stored in sets)
             ]
-        return Group(
+        return Cell(
             task=name,
             selector=selector,
             k=k,
-            calibrated=rule,
+            contextual=contextual,
             labels=data.task.label_names(),
             items=[str(row["id"]) for row in data.splits.test],
             gold=data.gold,
-            sets=infos,
+            sets=[stored.info() for stored in sets],
             random=random,
             arms=arms,
             demo_ids_of_item=by_item,
-            demo_texts={str(row["id"]): data.task.demo_text(row) for one, _ in sets for row in one.showing.rows},
+            demo_texts={str(row["id"]): data.task.demo_text(row) for stored in sets for row in stored.set_demos.rows},
             item_texts=data.test_texts,
         )
+
+    def _orderer_arms(self, where: str, contextual: bool, sets: Sequence[_StoredSet]) -> list[Arm]:
+        """The arms of the orderers that are complete on every set."""
+        arms = []
+        for orderer in self._ablation.orderers:
+            ordered = [stored for stored in sets if orderer in stored.named]
+            orders = [stored.named[orderer] for stored in ordered]
+            predictions = [stored.test_predictions(order) for stored, order in zip(ordered, orders, strict=True)]
+            usable = [
+                one for one in predictions if one is not None and (one.content_free is not None or not contextual)
+            ]
+            if len(usable) == len(sets):
+                arms.append(self._arm(orderer, "named", sets, usable, orders, contextual))
+            else:
+                self.incomplete.append(f"{where}: {orderer} on {len(usable)} of {len(sets)} sets")
+        return arms
+
+    def _criterion_arms(
+        self, where: str, selector: str, contextual: bool, sets: Sequence[_StoredSet], random: list[Arm]
+    ) -> list[Arm]:
+        """The arms of the criteria whose evidence is complete on every set."""
+        arms = []
+        for name in self._ablation.choosers:
+            if not applies(name, sets[0].data.task, selector):
+                continue
+            try:
+                arm = self._criterion_arm(name, sets, random, contextual)
+            except SparsortError as error:
+                # A criterion that fails on this data must not cost the study its other results.
+                self.incomplete.append(f"{where}: {name} ({error})")
+                continue
+            if arm is None:
+                self.incomplete.append(f"{where}: {name}")
+            else:
+                arms.append(arm)
+        return arms
 
     def _arm(
         self,
         name: str,
         kind: ArmKind,
-        sets: list[tuple[_Set, list[_Read]]],
-        reads: Sequence[_Read],
+        sets: Sequence[_StoredSet],
+        predictions: Sequence[_Predictions],
         orders: Sequence[Ints],
-        rule: bool,
+        contextual: bool,
     ) -> Arm:
-        data = sets[0][0].data
-        log_p = np.stack([_scores(read, rule) for read in reads])
+        data = sets[0].data
+        log_p = np.stack([one.scores(contextual) for one in predictions])
         if data.task.is_generation:
-            correct = np.stack([self._judged(data, read) for read in reads])
+            correct = np.stack([_judge(data, one.text, data.gold) for one in predictions])
             predicted = np.full(correct.shape, -1, dtype=np.int64)
         else:
             predicted = log_p.argmax(axis=2)
             correct = predicted == data.gold_index
-        fixed = all(len(order) == 1 and one.showing.fixed for order, (one, _) in zip(orders, sets, strict=True))
-        n = len(data.test_texts)
-        # Content-free queries, each about as long as a query, are read once behind every prefix.
-        free = next(len(read.content_free[0]) for read in reads if read.content_free is not None) if rule else 0
+        n_items = len(data.test_texts)
+        shares_order = all(len(order) == 1 for order in orders)
+        shares_prefix = shares_order and all(stored.set_demos.fixed for stored in sets)
+        n_content_free = len(data.content_free_texts) if contextual else 0
+        # A content-free query is about as long as a test query. Both it and the prefix are read once per prefix.
         tokens = [
-            (one.prefix_tokens() + free * one.tokens["test"]) / (n if fixed else 1) + one.tokens["test"]
-            for one, _ in sets
+            (stored.prefix_tokens + n_content_free * stored.query_tokens) / (n_items if shares_prefix else 1)
+            + stored.query_tokens
+            for stored in sets
         ]
-        same = all(len(order) == 1 for order in orders)
+        by_item = None
+        if not shares_order:
+            by_item = np.stack([np.broadcast_to(order, (n_items, order.shape[1])) for order in orders])
         return Arm(
             name=name,
             kind=kind,
-            order=[order[0].tolist() for order in orders] if same else None,
+            order=[order[0].tolist() for order in orders] if shares_order else None,
             log_p=log_p,
             predicted=predicted,
             correct=correct,
             tokens=np.array(tokens),
             choosing_tokens=np.zeros(len(sets)),
-            order_of_item=None
-            if same
-            else np.stack([np.broadcast_to(order, (n, order.shape[1])) for order in orders]).astype(np.int64),
+            order_of_item=by_item,
         )
 
-    def _judged(self, data: TaskData, read: _Read) -> NDArray[np.bool_]:
-        judge = judge_of(data.task.judge)
-        return np.array([judge(text, gold).correct for text, gold in zip(read.text or [], data.gold, strict=True)])
-
-    def _chosen(
-        self, name: str, data: TaskData, sets: list[tuple[_Set, list[_Read]]], random: list[Arm], rule: bool
-    ) -> Arm | None:
-        """The arm of a criterion: for each set the random order that it takes."""
+    def _criterion_arm(self, name: str, sets: Sequence[_StoredSet], random: list[Arm], contextual: bool) -> Arm | None:
+        """The arm of a criterion, which takes one of the random orders of each set; None if its evidence is incomplete."""
         if reads_losses([name]):
-            losses = [self._losses(one) for one, _ in sets]
-            cheapest = [criterion(name).choose_by_query(Evidence(loss=loss)) for loss in losses if loss is not None]
-            if len(cheapest) < len(sets):
+            losses = [self._losses(stored) for stored in sets]
+            choices = [criterion(name).choose_by_query(Evidence(loss=loss)) for loss in losses if loss is not None]
+            if len(choices) < len(sets):
                 return None
-            arm = self._chosen_by_query(name, sets, random, np.stack(cheapest))
-            n = len(data.test_texts)
-            prefix_S = np.array([one.prefix_tokens() for one, _ in sets])
-            query_S = np.array([float(one.tokens["test"]) for one, _ in sets])
-            # The losses are read once under every order; then each query is answered behind one of those that were chosen.
-            chosen_S = np.array([len(np.unique(places)) for places in cheapest])
-            free = len(sets[0][1][0].content_free[0]) if rule and sets[0][1][0].content_free is not None else 0
+            arm = _pick_by_query(name, sets, random, np.stack(choices))
+            n_items = len(sets[0].data.test_texts)
+            prefix_S = np.array([stored.prefix_tokens for stored in sets])
+            query_S = np.array([stored.query_tokens for stored in sets])
+            # The losses are read under every random order. Answers are then read only under those that some query chose.
+            n_orders_S = np.array([len(np.unique(choice)) for choice in choices])
+            n_content_free = len(sets[0].data.content_free_texts) if contextual else 0
             return replace(
                 arm,
-                tokens=chosen_S * (prefix_S + free * query_S) / n + query_S,
-                choosing_tokens=len(random) * (prefix_S + n * query_S),
+                tokens=n_orders_S * (prefix_S + n_content_free * query_S) / n_items + query_S,
+                choosing_tokens=len(random) * (prefix_S + n_items * query_S),
             )
         if criterion(name).chooses != "order":
-            asked = [Evidence(log_p=np.stack([_scores(read, rule) for read in reads], axis=1)) for _, reads in sets]
-            return self._chosen_by_query(
-                name, sets, random, np.stack(list(map(criterion(name).choose_by_query, asked)))
-            )
+            # (Q, R, L) for each set: the random orders are the candidates of each query.
+            by_set = [np.stack([one.scores(contextual) for one in stored.under_random], axis=1) for stored in sets]
+            choice_SQ = np.stack([criterion(name).choose_by_query(Evidence(log_p=log_p)) for log_p in by_set])
+            return _pick_by_query(name, sets, random, choice_SQ)
         places, costs = [], []
-        for one, reads in sets:
-            found = self._evidence(name, one, reads, rule)
-            if found is None:
+        for stored in sets:
+            gathered = self._evidence(name, stored, contextual)
+            if gathered is None:
                 return None
-            evidence, cost = found
-            places.append(criterion(name).choose(evidence, seed=one.unit.seed).index)
+            evidence, cost = gathered
+            places.append(criterion(name).choose(evidence, seed=stored.demo_set.seed).index)
             costs.append(cost)
         return _pick(name, "chosen", random, np.array(places), np.array(costs))
 
-    def _evidence(self, name: str, one: _Set, reads: list[_Read], rule: bool) -> tuple[Evidence, float] | None:
-        """What a criterion reads of a set, and the tokens that it costs."""
+    def _evidence(self, name: str, stored: _StoredSet, contextual: bool) -> tuple[Evidence, float] | None:
+        """What a criterion reads of a set, and its cost in tokens; None if something is not stored."""
         kind = probes_of(name, sampled=self._ablation.sampled_probes)
-        found = [read.content_free[0] for read in reads if read.content_free is not None]
-        free = np.stack(found) if len(found) == len(reads) else None
+        scores = [one.content_free[0] for one in stored.under_random if one.content_free is not None]
+        content_free = np.stack(scores) if len(scores) == len(stored.random) else None
         if kind == "none":
-            # Content-free inputs alone, each about as long as a query.
-            each = 0.0 if free is None else one.prefix_tokens() + free.shape[1] * float(one.tokens["test"])
-            return Evidence(content_free=free), len(reads) * each
-        sampled = kind == "sampled"
-        queries = list(one.probes.get("texts", [])) if sampled else one.data.dev_texts
-        panel = [one.panel(order, queries) for order in one.random] if queries else []
-        if not panel or any(read is None for read in panel):
-            return None
-        asked = [
-            replace(read, content_free=of_test.content_free)
-            for read, of_test in zip(panel, reads, strict=True)
-            if read is not None
+            # The criterion reads content-free queries only, each about as long as a test query.
+            cost = 0.0 if content_free is None else stored.prefix_tokens + content_free.shape[1] * stored.query_tokens
+            return Evidence(content_free=content_free), len(stored.random) * cost
+        data, sampled = stored.data, kind == "sampled"
+        queries = list(stored.probes.get("texts", [])) if sampled else data.dev_texts
+        predictions = [stored.predictions(order, queries) for order in stored.random] if queries else []
+        probes = [
+            replace(one, content_free=of_test.content_free)
+            for one, of_test in zip(predictions, stored.under_random, strict=False)
+            if one is not None
         ]
-        bare = None if sampled else self._bare(one.data)
-        generated = one.data.task.is_generation
-        gold = one.data.dev_gold
-        log_p = np.stack([_scores(read, rule) for read in asked])
-        if generated and not sampled:
-            # Two pseudo-labels, wrong and right, so that "best on dev" reads what the judge said.
-            judge = judge_of(one.data.task.judge)
-            golds = [one.data.task.gold_text(row) for row in one.data.splits.dev]
-            right = np.array(
-                [[judge(text, g).correct for text, g in zip(read.text or [], golds, strict=True)] for read in asked]
-            )
-            log_p = np.log(np.stack([1.0 - 0.98 * right - 0.01, 0.98 * right + 0.01], axis=2))
+        if len(probes) < len(stored.random):
+            return None
+        gold = data.dev_gold
+        log_p_RNL = np.stack([one.scores(contextual) for one in probes])
+        if data.task.is_generation and not sampled:
+            # Generated answers become two pseudo-labels, wrong and right, so "best_on_dev" can read the judge's verdicts. The
+            # probabilities 0.01 and 0.99 keep the logarithms finite.
+            golds = [data.task.gold_text(row) for row in data.splits.dev]
+            right_RN = np.array([_judge(data, one.text, golds) for one in probes])
+            log_p_RNL = np.log(np.stack([1.0 - 0.98 * right_RN - 0.01, 0.98 * right_RN + 0.01], axis=2))
             gold = np.ones(len(golds), dtype=np.int64)
         evidence = Evidence(
-            log_p=log_p,
+            log_p=log_p_RNL,
             gold=None if sampled else gold,
-            prior=None if generated else one.data.label_counts,
-            content_free=free,
-            # Both sites' metrics stand before the entropy; those after the final norm are the later ones.
-            features=np.stack([read.features[:, POST_NORM] for read in asked]),
-            bare_features=bare,
+            prior=None if data.task.is_generation else data.label_counts,
+            content_free=content_free,
+            # Features begin with the metrics of both sites; criteria read the state after the final norm.
+            features=np.stack([one.features[:, POST_NORM] for one in probes]),
+            bare_features=None if sampled else self._zero_shot_features(data),
             metrics=METRIC_NAMES,
         )
-        length = one.probes.get("tokens", one.tokens["dev"]) if sampled else one.tokens["dev"]
-        cost = len(one.random) * (one.prefix_tokens() + len(queries) * float(length))
-        return evidence, cost + float(one.probes.get("sampling_tokens", 0.0) if sampled else 0.0)
+        dev_tokens = float(stored.tokens["dev"])
+        query_tokens = float(stored.probes.get("tokens", dev_tokens)) if sampled else dev_tokens
+        cost = len(stored.random) * (stored.prefix_tokens + len(queries) * query_tokens)
+        return evidence, cost + float(stored.probes.get("sampling_tokens", 0.0) if sampled else 0.0)
 
-    def _bare(self, data: TaskData) -> Floats | None:
-        outcomes = self._store.read(bare_group(data.task))
-        row = {pair: place for place, pair in enumerate(outcomes.pairs())}
+    def _zero_shot_features(self, data: TaskData) -> Floats | None:
+        """(N, F) features of the dev rows without demonstrations; None if some are not stored."""
+        outcomes = self._store.read(zero_shot_group(data.task))
         texts = self._texts[data.task.name]
-        places = [row.get(texts.pair(texts.prefix([]), texts.query([], text)), -1) for text in data.dev_texts]
-        if min(places, default=-1) < 0:
+        pairs = [texts.pair(texts.prefix([]), texts.query([], text)) for text in data.dev_texts]
+        rows = [outcomes.row_of.get(pair, -1) for pair in pairs]
+        if min(rows, default=-1) < 0:
             return None
-        return outcomes.features[places].astype(np.float64)[:, POST_NORM]
+        return outcomes.features[rows].astype(np.float64)[:, POST_NORM]
 
-    def _losses(self, one: _Set) -> Floats | None:
-        """(Q, R) loss on each test query's own tokens behind every random order."""
-        outcomes = self._store.read(loss_group(one.data.task, one.unit))
-        row = {pair: place for place, pair in enumerate(outcomes.pairs())}
-        places = np.empty((len(one.data.test_texts), len(one.random)), dtype=np.int64)
-        for query, text in enumerate(one.data.test_texts):
-            for r, order in enumerate(one.random):
-                demos = one.showing.demos(query, order)
-                places[query, r] = row.get(
-                    one.texts.own_pair(one.texts.prefix(demos), one.texts.query(demos, text)), -1
-                )
-        return -outcomes.log_p[places, 0].astype(np.float64) if places.min() >= 0 else None
-
-    def _chosen_by_query(self, name: str, sets: list[tuple[_Set, list[_Read]]], random: list[Arm], choice: Ints) -> Arm:
-        """Each test query takes a random order of its own, (S, Q)."""
-        n = np.arange(choice.shape[1])
-        orders = np.stack([one.random[choice[s]] for s, (one, _) in enumerate(sets)])
-        # Under a random order a query costs what it costs its arm: all of them are asked.
-        every = np.sum([arm.tokens for arm in random], axis=0)
-
-        def of(name: str) -> NDArray[Any]:
-            stacked = np.stack([getattr(arm, name) for arm in random])
-            return np.stack([stacked[choice[s], s, n] for s in range(len(sets))])
-
-        return Arm(
-            name=name,
-            kind="chosen",
-            order=None,
-            log_p=of("log_p"),
-            predicted=of("predicted"),
-            correct=of("correct"),
-            tokens=every,
-            choosing_tokens=np.zeros(len(sets)),
-            order_of_item=orders,
-        )
-
-    def _info(self, one: _Set) -> SetInfo:
-        demos = one.showing.demos(0, one.random[0])
-        prompt = "".join(one.texts.prefix(demos)) + one.texts.query(demos, one.data.test_texts[0])
-        fixed = one.showing.fixed
-        return SetInfo(
-            seed=one.unit.seed,
-            demo_ids=list(one.note["ids"]) if fixed else [],
-            demo_labels=list(one.note["labels"]) if fixed else [],
-            demo_tokens=list(one.tokens["demos"]) if fixed else [],
-            prompt=prompt,
-        )
+    def _losses(self, stored: _StoredSet) -> Floats | None:
+        """(Q, R) loss of each test query's own tokens under every random order; None if some are not stored."""
+        outcomes = self._store.read(loss_group(stored.data.task, stored.demo_set))
+        rows_QR = np.empty((len(stored.data.test_texts), len(stored.random)), dtype=np.int64)
+        for query, text in enumerate(stored.data.test_texts):
+            for r, order in enumerate(stored.random):
+                demos = stored.set_demos.demos(query, order)
+                pair = stored.texts.own_pair(stored.texts.prefix(demos), stored.texts.query(demos, text))
+                rows_QR[query, r] = outcomes.row_of.get(pair, -1)
+        return -outcomes.log_p[rows_QR, 0].astype(np.float64) if rows_QR.min() >= 0 else None
 
 
-def _scores(read: _Read, rule: bool) -> Floats:
-    """(N, L) scores of the labels under the group's rule."""
-    if not rule or read.content_free is None:
-        return read.log_p
-    if len(read.content_free) == 1:
-        return calibrate_contextually(read.log_p, read.content_free[0])
-    return calibrate_contextually(read.log_p[:, None], read.content_free)[:, 0]
+def _judge(data: TaskData, answers: Sequence[str] | None, golds: Sequence[str]) -> NDArray[np.bool_]:
+    """(N,) whether each generated answer is right."""
+    judge = judge_of(data.task.judge)
+    return np.array([judge(answer, gold).correct for answer, gold in zip(answers or [], golds, strict=True)])
 
 
-def _pick(name: str, kind: ArmKind, random: list[Arm], place_S: NDArray[Any], choosing: Floats) -> Arm:
-    """The arm that takes random order `place_S[s]` under set s."""
-    sets = range(len(place_S))
+def _pick(name: str, kind: ArmKind, random: list[Arm], place_S: NDArray[Any], choosing_tokens: Floats) -> Arm:
+    """The arm that takes the random order `place_S[s]` of each set s."""
 
-    def of(attribute: str) -> NDArray[Any]:
-        return np.stack([getattr(random[place_S[s]], attribute)[s] for s in sets])
+    def pick(attribute: str) -> NDArray[Any]:
+        return np.stack([getattr(arm, attribute) for arm in random])[place_S, np.arange(len(place_S))]
 
-    orders = [random[place_S[s]].order for s in sets]
+    orders = [random[place].order for place in place_S]
     return Arm(
         name=name,
         kind=kind,
         order=None if any(order is None for order in orders) else [order[s] for s, order in enumerate(orders) if order],
-        log_p=of("log_p"),
-        predicted=of("predicted"),
-        correct=of("correct"),
-        tokens=of("tokens"),
-        choosing_tokens=choosing,
-        order_of_item=None if random[0].order_of_item is None else of("order_of_item"),
+        log_p=pick("log_p"),
+        predicted=pick("predicted"),
+        correct=pick("correct"),
+        tokens=pick("tokens"),
+        choosing_tokens=choosing_tokens,
+        order_of_item=None if random[0].order_of_item is None else pick("order_of_item"),
+    )
+
+
+def _pick_by_query(name: str, sets: Sequence[_StoredSet], random: list[Arm], choice_SQ: Ints) -> Arm:
+    """The arm that takes the random order `choice_SQ[s, q]` of set s for each test query q."""
+    n_sets, n_items = choice_SQ.shape
+
+    def pick(attribute: str) -> NDArray[Any]:
+        values = np.stack([getattr(arm, attribute) for arm in random])
+        return values[choice_SQ, np.arange(n_sets)[:, None], np.arange(n_items)]
+
+    return Arm(
+        name=name,
+        kind="chosen",
+        order=None,
+        log_p=pick("log_p"),
+        predicted=pick("predicted"),
+        correct=pick("correct"),
+        # To choose, the query is answered under every random order.
+        tokens=np.sum([arm.tokens for arm in random], axis=0),
+        choosing_tokens=np.zeros(n_sets),
+        order_of_item=np.stack([stored.random[choice_SQ[s]] for s, stored in enumerate(sets)]),
     )

@@ -1,49 +1,76 @@
-"""What an ablation found: the list of its cells, and how they came to be.
+"""The results of an ablation: its cells and their provenance, in memory and on disk.
 
-Contract: `Results` is checked on construction and goes to disk without loss but for log-probabilities, which are kept in fp32.
+Contract: `Results` is checked on construction. On disk, `results.json` has what a person may read, and `arrays.npz` the outcomes.
+The JSON file is written last, and contains the size and digest of its arrays as well as a digest of itself. If a kill between
+the two writes leaves files that do not belong together, they are refused. Log-probabilities are stored in float32 and
+predictions in 16 bits; everything else is read back without loss. Neither file uses pickle.
+
+JSON of format 1 has no digest of itself. It is read if its arrays have the digest that it names.
+
+Shapes: A arms, S demonstration sets, Q test items, L labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsort.curriculum.ablation.results import file as results_file
-from sparsort.curriculum.ablation.results.cells import Group
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsort.curriculum.ablation.results.cells import Arm, Cell, SetInfo, arrays_of
 from sparsort.errors import SparsortError
+from sparsort.storage.files import write_atomically
+from sparsort.storage.integrity import check_seal, damage, parse_own_json, record_of, write_sealed
+from sparsort.terminal.interrupts import held
+
+RESULTS = "results.json"
+ARRAYS = "arrays.npz"
+_FORMAT, _UNSEALED = "sparsort results 2", "sparsort results 1"
+_AGAIN = "Run sparsort ablate again: it makes the results from its store."
+# The dtypes on disk of arrays that are stored in fewer bits than in memory.
+_STORED = {"log_p": np.float32, "predicted": np.int16, "order_of_item": np.int16}
+# The fields of a cell that are JSON values as they are, by their keys in the JSON file.
+_FIELDS = {
+    **{name: name for name in ("task", "selector", "k")},
+    "calibrated": "contextual",
+    **{name: name for name in ("labels", "items", "gold", "demo_ids_of_item", "demo_texts", "item_texts")},
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
-    """The cells of an ablation and how they came to be.
+    """The cells of an ablation and their provenance.
 
     Args:
-        groups: cells; no two of the same task, selector, k and calibration. Not every one needs the same arms or sets.
-        provenance: model, weights, dtype, device, machine, versions, recipe, date, seconds, tokens; values of JSON.
+        cells: the cells. No two have the same key, but they may differ in their arms and sets.
+        provenance: model, weights, dtype, device, machine, versions, recipe, date, seconds and tokens, as JSON values.
 
     Raises:
-        SparsortError: no cell, or two of the same.
+        SparsortError: there is no cell, or two cells have the same key.
     """
 
-    groups: list[Group]
+    cells: list[Cell]
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
-        keys = [group.key for group in self.groups]
+        keys = [cell.key for cell in self.cells]
         if not keys:
             raise SparsortError("an ablation without a single finished cell has no results. Run it until one is done.")
-        for group in self.groups:
-            if keys.count(group.key) > 1:
-                raise SparsortError(f"two cells of {group.title}; merge them before they become results.")
+        for cell in self.cells:
+            if keys.count(cell.key) > 1:
+                raise SparsortError(f"two cells of {cell.title}; merge them before they become results.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as values of JSON, arrays as nested lists. For a whole study use `save`: log_p has millions of entries."""
-        groups, arrays = results_file.describe(self.groups)
+        """Everything as JSON values, with arrays as nested lists. Use `save` for a large study, which has millions of numbers."""
+        described, arrays = _describe(self.cells)
         return {
             "provenance": self.provenance,
-            "groups": groups,
+            "groups": described,
             "arrays": {name: array.tolist() for name, array in arrays.items()},
         }
 
@@ -52,29 +79,170 @@ class Results:
         """The inverse of `to_dict`.
 
         Raises:
-            SparsortError: something is missing or does not fit.
+            SparsortError: a part is missing or does not fit.
         """
         try:
-            return cls(
-                groups=results_file.rebuild(value["groups"], value["arrays"]), provenance=dict(value["provenance"])
-            )
+            return cls(cells=_rebuild(value["groups"], value["arrays"]), provenance=dict(value["provenance"]))
         except KeyError as error:
-            raise SparsortError(f"results without {error}; expected what Results.to_dict gives.") from error
+            raise SparsortError(f"results without {error}; expected the value of Results.to_dict.") from error
 
+    @held()
     def save(self, folder: Path | str) -> None:
-        """Write `results.json` and `arrays.npz` into `folder`, replacing what was there.
+        """Write `results.json` and `arrays.npz` into `folder`, and replace those that are there.
 
         Raises:
             SparsortError: the folder cannot be written.
         """
-        results_file.save(self.groups, self.provenance, Path(folder))
+        folder = Path(folder)
+        described, arrays = _describe(self.cells)
+        stored = {
+            name: array.astype(_STORED.get(name.rpartition("/")[2], array.dtype), copy=False)
+            for name, array in arrays.items()
+        }
+        # The JSON file comes last and names these arrays. Until it is written, the old one refuses the new arrays.
+        with write_atomically(folder / ARRAYS) as temporary:
+            with temporary.open("wb") as handle:
+                np.savez_compressed(handle, **stored)  # type: ignore[arg-type]
+            record = record_of(temporary)
+        write_sealed(
+            folder / RESULTS,
+            {"format": _FORMAT, "arrays": record, "provenance": dict(self.provenance), "groups": described},
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> Results:
-        """Read what `save` wrote.
+        """Read the results in `folder`, or in `results` inside it.
 
         Raises:
-            SparsortError: no results there, or files that do not belong together.
+            SparsortError: there are none, their format is unknown, a file is damaged, or the files do not belong together.
         """
-        groups, provenance = results_file.load(Path(folder))
-        return cls(groups=groups, provenance=provenance)
+        folder = find_results(Path(folder))
+        content = _read_json(folder / RESULTS)
+        arrays_path = folder / ARRAYS
+        if not arrays_path.is_file():
+            raise SparsortError(
+                f"{ARRAYS} is missing next to {folder / RESULTS}; the two belong together. Copy both, or make them again."
+            )
+        if not _is_recorded(arrays_path, content["arrays"]):
+            raise SparsortError(
+                f"{arrays_path} is not the file that {RESULTS} was written with: it is damaged, or a run was stopped between the "
+                f"two, or is writing now. Wait for it. {_AGAIN}"
+            )
+        try:
+            with np.load(arrays_path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise SparsortError(f"{arrays_path} cannot be read ({error}). {_AGAIN}") from error
+        return cls(cells=_rebuild(content["groups"], arrays), provenance=content["provenance"])
+
+
+def find_results(folder: Path) -> Path:
+    """The folder of the results: `folder` itself, or `results` inside it, where `sparsort ablate` puts them.
+
+    Raises:
+        SparsortError: there are no results.
+    """
+    if folder.is_file() and folder.name == RESULTS:
+        return folder.parent
+    for candidate in (folder, folder / "results"):
+        if (candidate / RESULTS).is_file():
+            return candidate
+    raise SparsortError(
+        f"no results in {folder}: there is no {RESULTS}. Expected the folder of sparsort ablate --out, or the folder "
+        "'results' in it. An ablation that was stopped writes its results when it is run again to its end."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of `results.json`, checked as far as its own parts."""
+    try:
+        content = parse_own_json(path.read_bytes())
+    except ValueError as error:
+        raise SparsortError(f"{path} is not JSON ({error}). {_AGAIN}") from error
+    if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _UNSEALED):
+        name = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise SparsortError(f"{path} is of the format {name!r}, expected {_FORMAT!r}. {_AGAIN}")
+    if content["format"] == _FORMAT:
+        check_seal(content, path, next_step=_AGAIN)
+    parts = (("arrays", dict), ("provenance", dict), ("groups", list))
+    if not all(isinstance(content.get(name), kind) for name, kind in parts):
+        raise SparsortError(f"{path} was not written completely. {_AGAIN}")
+    return content
+
+
+def _is_recorded(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the file has the size and digest that were recorded when it was written."""
+    if "sha256" not in record:
+        return damage(path, record) is None
+    # Format 1 recorded the SHA-256 alone.
+    with path.open("rb") as handle:
+        return bool(hashlib.file_digest(handle, "sha256").hexdigest() == record["sha256"])
+
+
+def _describe(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, NDArray[Any]]]:
+    """The cells as JSON values, and their arrays by name: `<cell>/<random or arms>/<field>`, stacked over arms."""
+    described, arrays = [], {}
+    for number, cell in enumerate(cells):
+        for part in ("random", "arms"):
+            arms: list[Arm] = getattr(cell, part)
+            if arms:
+                # All arms of a cell have the same shapes, so one array per field is enough.
+                arrays.update({f"{number}/{part}/{name}": array for name, array in arrays_of(arms).items()})
+            # Only some arms have this array, so it is not stacked.
+            for place, arm in enumerate(arms):
+                if arm.order_of_item is not None:
+                    arrays[f"{number}/{part}/{place}/order_of_item"] = arm.order_of_item
+        fields = {key: getattr(cell, name) for key, name in _FIELDS.items()}
+        fields["sets"] = [dict(vars(info)) for info in cell.sets]
+        for part in ("random", "arms"):
+            fields[part] = [{"name": arm.name, "kind": arm.kind, "order": arm.order} for arm in getattr(cell, part)]
+        described.append(fields)
+    return described, arrays
+
+
+def _rebuild(described: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]) -> list[Cell]:
+    """The inverse of `_describe`; arrays may be nested lists.
+
+    Raises:
+        SparsortError: a part is missing or does not fit.
+    """
+    try:
+        return [_rebuild_cell(number, cell, arrays) for number, cell in enumerate(described)]
+    except (LookupError, RecursionError) as error:
+        raise SparsortError(f"results without {error}; they were not written completely. Make them again.") from error
+    except (ArithmeticError, TypeError, ValueError, AttributeError) as error:
+        raise SparsortError(f"results with a part that does not fit ({error}). Make them again.") from error
+
+
+def _rebuild_cell(number: int, cell: Mapping[str, Any], arrays: Mapping[str, Any]) -> Cell:
+    # Results of earlier versions have no texts.
+    complete = {"demo_texts": {}, "item_texts": [], **cell}
+    return Cell(
+        **{name: complete[key] for key, name in _FIELDS.items()},
+        sets=[SetInfo(**info) for info in cell["sets"]],
+        random=_rebuild_arms(number, "random", cell, arrays),
+        arms=_rebuild_arms(number, "arms", cell, arrays),
+    )
+
+
+def _rebuild_arms(number: int, part: str, cell: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[Arm]:
+    if not cell[part]:
+        return []
+    prefix = f"{number}/{part}"
+    stacked = {name: np.asarray(arrays[f"{prefix}/{name}"]) for name in ("predicted", "correct")}
+    stacked |= {name: np.asarray(arrays[f"{prefix}/{name}"], float) for name in ("tokens", "choosing_tokens")}
+    # An empty axis hides those after it in a nested list, and generated answers have L = 0.
+    shape_SQL = (len(cell["sets"]), len(cell["items"]), len(cell["labels"]))
+    log_p = np.asarray(arrays[f"{prefix}/log_p"], dtype=np.float64)
+    stacked["log_p"] = log_p.reshape(len(cell[part]), *shape_SQL)
+    arms = []
+    for place, arm in enumerate(cell[part]):
+        by_item = arrays.get(f"{prefix}/{place}/order_of_item")
+        arms.append(
+            Arm(
+                **arm,
+                **{name: array[place] for name, array in stacked.items()},
+                order_of_item=None if by_item is None else np.asarray(by_item, dtype=np.int64),
+            )
+        )
+    return arms

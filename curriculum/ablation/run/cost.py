@@ -1,9 +1,12 @@
-"""What an ablation will cost in tokens, before any model runs: for `--dry-run`, and to choose sets and shots by.
+"""The cost of an ablation in tokens, estimated before any model runs.
 
-Contract: pure. Lengths are means over the rows, so a total is an estimate; where a number hangs on the outcome (how soon
-an answer stops, how many orders coincide) it is the most that it can be. A demonstration prefix is read once and shared
-by every query behind it and by every order that begins with it; a pair of prefix and query costs the query's own
-tokens and its labels'. `plain_tokens` is the same work without sharing: every label of every pair a full prompt.
+Contract: pure. Lengths are means over rows, so a total is an estimate. Where a number depends on outcomes (how soon an answer
+ends, how many orders coincide), it is the maximum. A prefix is read once and shared by all queries after it, and by every
+order with the same beginning. A pair of prefix and query costs the tokens of the query and of all labels. `plain_tokens` is
+the same work without
+any sharing: a full prompt for every label of every pair.
+
+Shapes: R random orders of a set, P orders, k demonstrations.
 """
 
 from __future__ import annotations
@@ -31,23 +34,23 @@ from sparsort.curriculum.demos.criteria import criterion
 from sparsort.curriculum.demos.criteria.mdl_and_cone import NEIGHBOURS, ORGANISATIONS
 from sparsort.errors import SparsortError
 
-# Rows of a split whose tokens are counted.
+# The number of rows of each part of the split whose tokens are counted.
 _SAMPLE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """A task in tokens.
+    """The lengths of a task's texts, in tokens.
 
     Attributes:
         task: the task.
-        n_test, n_dev, n_pool: rows.
-        head: the instruction with its separator.
-        demo, query, dev: means: a demonstration with its separator, a test query, a dev query.
-        longest_demo, longest_query: of those counted.
-        labels: each label's tokens.
-        content_free: each content-free query's tokens.
-        generated: the most tokens of an answer; 0 where labels are scored.
+        n_test, n_dev, n_pool: numbers of rows.
+        head: the instruction or system turn with its separator.
+        demo, query, dev: mean lengths of a demonstration with its separator, a test query, and a dev query.
+        longest_demo, longest_query: the maxima over the counted rows.
+        labels: the length of each label.
+        content_free: the length of each content-free query.
+        generated: the maximum length of a generated answer; 0 if labels are scored.
     """
 
     task: Task
@@ -70,17 +73,17 @@ class CostRow:
     """The cost of one task, selector and number of shots, over all of its sets.
 
     Attributes:
-        task, selector, k: which.
+        task, selector, k: the cells whose cost this is.
         sets: demonstration sets.
-        prefixes: different ordered sets of demonstrations.
-        pairs: (prefix, query) pairs, each a row of a forward pass.
-        score_tokens: read to score, embed and choose demonstrations.
-        prefix_tokens: of the prefixes, shared beginnings once.
-        query_tokens: of the queries, content-free ones and probes among them.
-        label_tokens: of all labels behind all queries.
-        generated_tokens: at most, of answers and sampled probes.
-        plain_tokens: with nothing shared.
-        longest_prompt: tokens of the longest prompt that can arise, for the model's context.
+        prefixes: distinct ordered sets of demonstrations.
+        pairs: (prefix, query) pairs, each of which is a row of a forward pass.
+        score_tokens: tokens read to score, embed and select demonstrations.
+        prefix_tokens: tokens of the prefixes; shared beginnings count once.
+        query_tokens: tokens of the queries, including content-free queries and probes.
+        label_tokens: tokens of all labels after all queries.
+        generated_tokens: the maximum for answers and sampled probes.
+        plain_tokens: all tokens if nothing were shared.
+        longest_prompt: the longest possible prompt in tokens, to compare with the model's context.
     """
 
     task: str
@@ -106,13 +109,13 @@ class CostRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The cost of an ablation, a row for each task, selector and number of shots."""
+    """The cost of an ablation: a row for each task, selector and number of shots, and the totals over the rows."""
 
     rows: tuple[CostRow, ...]
 
     @property
     def sets(self) -> int:
-        """Demonstration sets, each a unit of the plan."""
+        """Demonstration sets."""
         return sum(row.sets for row in self.rows)
 
     @property
@@ -127,7 +130,7 @@ class Cost:
 
     @property
     def plain_tokens(self) -> int:
-        """The same without sharing."""
+        """All tokens if nothing were shared."""
         return sum(row.plain_tokens for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,12 +140,12 @@ class Cost:
 
 
 def measure(task: Task, splits: Splits, count: Callable[[str], int]) -> Lengths:
-    """A task's lengths in tokens.
+    """Measure the lengths of a task's texts.
 
     Args:
         task: the task.
-        splits: its rows; 512 of each split, in their shuffled order, are counted.
-        count: a text's number of tokens, without special tokens.
+        splits: its rows. The first 512 of each part are counted; they are in random order.
+        count: the number of tokens of a text, without special tokens.
     """
     gap = count(task.separator)
     demos = [count(task.demo_text(row)) + gap for row in splits.pool[:_SAMPLE]]
@@ -167,14 +170,10 @@ def measure(task: Task, splits: Splits, count: Callable[[str], int]) -> Lengths:
 
 
 def estimate(ablation: Ablation, lengths: Sequence[Lengths]) -> Cost:
-    """The cost of an ablation.
-
-    Args:
-        ablation: the recipe.
-        lengths: a task's each, in any order.
+    """Estimate the cost of an ablation from the lengths of its tasks, in any order.
 
     Raises:
-        SparsortError: a task of the recipe has no lengths.
+        SparsortError: the lengths of a task are missing.
     """
     by_name: Mapping[str, Lengths] = {item.task.name: item for item in lengths}
     rows = []
@@ -189,140 +188,162 @@ def estimate(ablation: Ablation, lengths: Sequence[Lengths]) -> Cost:
 
 
 def shared_nodes(orders_PK: NDArray[np.int64]) -> int:
-    """How many demonstrations are read for P orders of one set when equal beginnings are read once: the trie's nodes."""
+    """The number of demonstrations that are read for P orders of one set: the nodes of the trie of the orders."""
     depths = range(1, orders_PK.shape[1] + 1)
     return sum(len(np.unique(orders_PK[:, :depth], axis=0)) for depth in depths) if len(orders_PK) else 0
 
 
-def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow:
-    task, scored = lengths.task, not lengths.generated
-    by_query = [name for name in ablation.orderers if depends_on_query(name, selector)]
-    choosers = [name for name in ablation.choosers if applies(name, task, selector)]
-    probes = {probes_of(name, sampled=ablation.sampled_probes) for name in choosers}
-    needs_free = any("content_free" in criterion(name).needs for name in choosers)
-    free = lengths.content_free if scored and (needs_free or True in ablation.calibrated) else ()
+@dataclass(kw_only=True)
+class _Counts:
+    """What the sets of one row read, summed over the sets.
 
-    prefixes = nodes = pairs = losses = sampled = heads = 0
-    query_tokens = generated = 0.0
+    Attributes:
+        prefixes: distinct ordered sets of demonstrations.
+        nodes: demonstrations read, shared beginnings once.
+        test, dev, probes: pairs with a test query, a dev query, or a probe sampled from the model.
+        losses: pairs whose query's own text is scored, in a pass without labels.
+        loss_passes: sets that have such a pass, which reads the instruction again.
+        sampled: probes to sample.
+    """
+
+    prefixes: int = 0
+    nodes: int = 0
+    test: int = 0
+    dev: int = 0
+    probes: int = 0
+    losses: int = 0
+    loss_passes: int = 0
+    sampled: int = 0
+
+
+def _count(ablation: Ablation, lengths: Lengths, selector: str, k: int, criteria: Sequence[str]) -> _Counts:
+    by_query = [name for name in ablation.orderers if depends_on_query(name, selector)]
+    kinds = {probes_of(name, sampled=ablation.sampled_probes) for name in criteria}
+    counts = _Counts()
     for seed in ablation.seeds:
         random_RK = ablation.orders(k, seed)
         generator = np.random.default_rng(seed)
         if looks_at_query(selector):
-            # Another set for every query: its orders share their beginnings, queries share nothing.
-            every = np.concatenate([random_RK, _stand_ins(generator, k, len(by_query))])
-            distinct, n_trees = len(np.unique(every, axis=0)), lengths.n_test
-            asked = distinct * n_trees
-        else:
-            fixed = _stand_ins(generator, k, len(ablation.orderers) - len(by_query))
-            moving = _stand_ins(generator, k, len(by_query) * lengths.n_test)
-            every, n_trees = np.concatenate([random_RK, fixed, moving]), 1
+            # Each query has its own set. The orders of one set share beginnings, but no two sets share anything.
+            every = np.concatenate([random_RK, _placeholder_orders(generator, k, len(by_query))])
+            n_trees = lengths.n_test
             distinct = len(np.unique(every, axis=0))
-            whole = len(np.unique(np.concatenate([random_RK, fixed]), axis=0))
-            asked = min(whole * lengths.n_test + len(moving), distinct * lengths.n_test)
-        n_dev = len(random_RK) * lengths.n_dev if "dev" in probes else 0
-        n_probes = len(random_RK) ** 2 if "sampled" in probes else 0
-        n_free = distinct * n_trees * len(free)
-        if reads_losses(choosers):
-            # A pass of its own, without labels.
-            losses += len(random_RK) * lengths.n_test
-            nodes += shared_nodes(random_RK)
-            heads += 1
-        # A probe is written behind a prompt that is read whole.
-        sampled += len(random_RK) if "sampled" in probes else 0
-        prefixes += distinct * n_trees
-        nodes += shared_nodes(every) * n_trees
-        pairs += asked + n_dev + n_probes + n_free
-        query_tokens += asked * lengths.query + n_dev * lengths.dev + n_probes * lengths.query
-        query_tokens += distinct * n_trees * sum(free)
-        generated += (asked + n_dev) * lengths.generated + (
-            len(random_RK) * lengths.demo if "sampled" in probes else 0.0
-        )
+            counts.test += distinct * n_trees
+        else:
+            # Orders for all queries are paired with each of them; those of one query only with that query.
+            fixed = _placeholder_orders(generator, k, len(ablation.orderers) - len(by_query))
+            own = _placeholder_orders(generator, k, len(by_query) * lengths.n_test)
+            every, n_trees = np.concatenate([random_RK, fixed, own]), 1
+            distinct = len(np.unique(every, axis=0))
+            for_all = len(np.unique(np.concatenate([random_RK, fixed]), axis=0))
+            # Both terms are upper bounds: orders may coincide, within a query and between queries.
+            counts.test += min(for_all * lengths.n_test + len(own), distinct * lengths.n_test)
+        counts.prefixes += distinct * n_trees
+        counts.nodes += shared_nodes(every) * n_trees
+        if "dev" in kinds:
+            counts.dev += len(random_RK) * lengths.n_dev
+        if "sampled" in kinds:
+            # One probe is sampled after each order, and every order is scored on all probes.
+            counts.sampled += len(random_RK)
+            counts.probes += len(random_RK) ** 2
+        if reads_losses(criteria):
+            counts.losses += len(random_RK) * lengths.n_test
+            counts.nodes += shared_nodes(random_RK)
+            counts.loss_passes += 1
+    return counts
+
+
+def _row(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> CostRow:
+    criteria = [name for name in ablation.choosers if applies(name, lengths.task, selector)]
+    needs_free = True in ablation.calibrated or any("content_free" in criterion(name).needs for name in criteria)
+    content_free = lengths.content_free if needs_free and not lengths.generated else ()
+
+    counts = _count(ablation, lengths, selector, k, criteria)
+    selecting = _selecting(ablation, lengths, selector, k)
+    pairs = counts.test + counts.dev + counts.probes + counts.prefixes * len(content_free)
+    query_tokens = (counts.test + counts.probes) * lengths.query + counts.dev * lengths.dev
+    query_tokens += counts.prefixes * sum(content_free)
+    # Every pair but those of losses is read with all labels, as branches after the query.
+    label_tokens = pairs * sum(lengths.labels)
+    loss_tokens = counts.losses * lengths.query
+    # A sampled probe is a further demonstration, and the prompt before it is read as a whole.
+    generated = (counts.test + counts.dev) * lengths.generated + counts.sampled * lengths.demo
     prompt = lengths.head + k * lengths.demo
-    labels = sum(lengths.labels)
-    repeats = max(len(lengths.labels), 1)
-    label_tokens = pairs * labels
-    choosing = _choosing(ablation, lengths, selector, k)
-    loss_tokens = losses * lengths.query
+    n_trees = ablation.sets * (lengths.n_test if looks_at_query(selector) else 1)
+    prefix_tokens = (
+        (n_trees + counts.loss_passes) * lengths.head + counts.nodes * lengths.demo + counts.sampled * prompt
+    )
+    # Without sharing, every label is a prompt of its own, and so is every loss and every sampled probe.
+    plain = max(len(lengths.labels), 1) * (pairs * prompt + query_tokens) + (counts.losses + counts.sampled) * prompt
+    answer = lengths.generated or max(lengths.labels)
     return CostRow(
-        task=task.name,
+        task=lengths.task.name,
         selector=selector,
         k=k,
         sets=ablation.sets,
-        prefixes=prefixes,
-        pairs=pairs + losses + choosing.pairs,
-        score_tokens=round(_score_tokens(ablation, lengths, selector, k) + choosing.tokens),
-        prefix_tokens=round(
-            lengths.head * (_heads(ablation, lengths, selector) + heads) + nodes * lengths.demo + sampled * prompt
-        ),
+        prefixes=counts.prefixes,
+        pairs=pairs + counts.losses + selecting.pairs,
+        score_tokens=round(_score_tokens(ablation, lengths, selector, k) + selecting.tokens),
+        prefix_tokens=round(prefix_tokens),
         query_tokens=round(query_tokens + loss_tokens),
         label_tokens=label_tokens,
         generated_tokens=round(generated),
-        plain_tokens=round(
-            repeats * (pairs * prompt + query_tokens)
-            + (losses + sampled) * prompt
-            + loss_tokens
-            + label_tokens
-            + generated
-            + choosing.plain
-        ),
-        longest_prompt=lengths.head
-        + k * lengths.longest_demo
-        + lengths.longest_query
-        + (lengths.generated or max(lengths.labels)),
+        plain_tokens=round(plain + loss_tokens + label_tokens + generated + selecting.plain),
+        longest_prompt=lengths.head + k * lengths.longest_demo + lengths.longest_query + answer,
     )
 
 
-def _stand_ins(generator: np.random.Generator, k: int, count: int) -> NDArray[np.int64]:
-    """Orders in place of those that a rule will give: which ones is known only with the scores."""
+def _placeholder_orders(generator: np.random.Generator, k: int, count: int) -> NDArray[np.int64]:
+    """Random orders in place of those of orderers, which are known only with the scores."""
     return generator.permuted(np.tile(np.arange(k, dtype=np.int64), (count, 1)), axis=1)
 
 
-def _heads(ablation: Ablation, lengths: Lengths, selector: str) -> int:
-    return ablation.sets * (lengths.n_test if looks_at_query(selector) else 1)
-
-
 def _score_tokens(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> float:
-    """Demonstrations read by themselves for sparsity, loss or an embedding; whole pools once, counted with the first k."""
+    """Tokens of demonstrations that are read alone, for sparsity, loss or an embedding, and of queries without demonstrations.
+
+    Numbers of the whole pool are computed once, and counted with the first number of shots.
+    """
     passes = len({kind_of(name) for name in ablation.orderers} - {None})
-    near = any(map(by_similarity, ablation.orderers))
-    chooses_by_model = "embeddings" in SELECTORS[selector].needs
-    shown = ablation.sets * k * (lengths.n_test if looks_at_query(selector) else 1)
-    total = min(shown, lengths.n_pool) * lengths.demo * (passes + (near and not chooses_by_model))
+    has_similarity = any(map(by_similarity, ablation.orderers))
+    embeds_pool = "embeddings" in SELECTORS[selector].needs
+    in_sets = ablation.sets * k * (lengths.n_test if looks_at_query(selector) else 1)
+    total = min(in_sets, lengths.n_pool) * lengths.demo * (passes + (has_similarity and not embeds_pool))
     if k == ablation.shots[0]:
-        embedded = near or chooses_by_model
-        total += lengths.n_pool * lengths.demo * chooses_by_model + lengths.n_test * lengths.query * embedded
+        embeds_queries = has_similarity or embeds_pool
+        total += lengths.n_pool * lengths.demo * embeds_pool + lengths.n_test * lengths.query * embeds_queries
+        # The zero-shot queries of a task are read once, so they are counted in its first row.
         if selector == ablation.selectors[0]:
-            total += _bare_tokens(ablation, lengths)
+            total += _zero_shot_tokens(ablation, lengths)
     return total
 
 
-class _Choosing(NamedTuple):
-    """What choosing sets by the model reads: pairs, tokens, and tokens with nothing shared."""
+class _Selecting(NamedTuple):
+    """The cost of selecting sets with the model's help: pairs, tokens, and tokens if nothing were shared."""
 
     pairs: int
     tokens: float
     plain: float
 
 
-def _choosing(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> _Choosing:
+def _selecting(ablation: Ablation, lengths: Lengths, selector: str, k: int) -> _Selecting:
     scores = MODEL_SELECTORS[selector].model_scores if selector in MODEL_SELECTORS else None
     if scores == "query" and k == ablation.shots[0]:
-        # Single neighbours from half of the pool, each behind which some queries are read; the same for every k.
+        # Queries after single neighbours from half of the pool, which are the same for every k.
         half = (lengths.n_pool + 1) // 2
         pairs = ablation.sets * lengths.n_test * min(NEIGHBOURS, half)
         alone = ablation.sets * min(lengths.n_test * NEIGHBOURS, half)
         tokens = pairs * lengths.query + alone * (lengths.head + lengths.demo)
-        return _Choosing(pairs, tokens, pairs * (lengths.head + lengths.demo + lengths.query))
+        return _Selecting(pairs, tokens, pairs * (lengths.head + lengths.demo + lengths.query))
     if scores == "labels":
-        # Every query's sets, of which no two share anything.
+        # The candidate sets of each query, no two of which share a beginning.
         pairs = ablation.sets * lengths.n_test * ORGANISATIONS
         prompt, labels = lengths.head + k * lengths.demo + lengths.query, sum(lengths.labels)
-        return _Choosing(pairs, pairs * (prompt + labels), pairs * (len(lengths.labels) * prompt + labels))
-    return _Choosing(0, 0.0, 0.0)
+        return _Selecting(pairs, pairs * (prompt + labels), pairs * (len(lengths.labels) * prompt + labels))
+    return _Selecting(0, 0.0, 0.0)
 
 
-def _bare_tokens(ablation: Ablation, lengths: Lengths) -> float:
-    """Queries without demonstrations, once a task: of a task with labels all of them, else the dev rows where they are read."""
+def _zero_shot_tokens(ablation: Ablation, lengths: Lengths) -> float:
+    """Tokens of a task's queries without demonstrations: all of them if it has labels, else dev rows that a criterion reads."""
     dev = lengths.n_dev * lengths.dev
     if lengths.generated:
         return dev * any("bare_features" in criterion(name).needs for name in ablation.choosers)

@@ -1,7 +1,11 @@
-"""The model's side of an ablation: it is asked, and says by which numbers demonstrations are ordered.
+"""The model of an ablation, and the numbers by which demonstrations are selected and ordered.
 
-Contract: the model is loaded once. Difficulties are those of the demonstration as the task puts it, without any other in front.
-What is read here depends on the rows given alone, so a unit that is run again gets the same orders.
+Contract: the model is loaded once, and each number is computed when it is first read. A demonstration's difficulty is measured on
+its own text, without other demonstrations before it. All rows of a number are computed together, so their batches, and with them
+the rounding, depend on these rows alone: a set that is run again gets the same orders, bit for bit. Selection and ordering
+themselves are those of `curriculum.demos`.
+
+Shapes: N rows (of a list or of the pool), Q test queries, U distinct rows of a set, k demonstrations, D embedding width.
 """
 
 from __future__ import annotations
@@ -14,8 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.recipe.ablation import Ablation
+from sparsort.curriculum.ablation.recipe.ablation import SPARSITY, Ablation, by_similarity, kind_of
+from sparsort.curriculum.ablation.recipe.task_data import SetDemos, TaskData
 from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.demos.demonstrator import Demonstrator
+from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.pool.similarity import cosine, unit_rows
 from sparsort.kernels.backend import device_name
 from sparsort.scoring.answers.reader import FEATURES, AnswerReader
 from sparsort.scoring.data.rows import SAMPLE_ROWS, digest_of, sample_by_digest
@@ -28,23 +37,28 @@ from sparsort.scoring.scorers.sentence_vectors import embed_rows
 from sparsort.scoring.scorers.sparsity import SparsityScorer
 from sparsort.values import put
 
-# Raised when what is computed for a pair changes, so that older outcomes are not taken for it.
+# Increase this when the outcome of a pair changes, so that stores of earlier versions are refused.
 VERSION = 1
 
+Floats = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Engine:
-    """A loaded model, and what an ablation asks of it.
+    """The loaded model of an ablation.
 
     Args:
-        ablation: names the model, and the sparsity that orders demonstrations.
-        loaded: the model, where it is loaded already.
-        compile: read answers with the compiled model (`scoring.model.fused`); outcomes differ by rounding alone.
+        ablation: names the model, and the sparsity by which demonstrations are ordered.
+        loaded: the model, if it is already loaded.
+        compile: read answers with the compiled model (`scoring.model.fused`). Outcomes differ by rounding only.
     """
+
+    # The names of the features of an outcome.
+    feature_names: tuple[str, ...] = FEATURES
 
     def __init__(self, ablation: Ablation, loaded: LoadedModel | None = None, *, compile: bool = False) -> None:
         self._ablation, self._compile = ablation, compile
+        # The configuration is checked first, because loading the weights takes long.
         if loaded is None:
             check_model(ablation.spec, sites=[ablation.site], outliers=[ablation.outliers])
         self.loaded = loaded or ablation.spec.load()
@@ -57,9 +71,9 @@ class Engine:
         return self.identity_as({})
 
     def identity_as(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """What outcomes depend on besides the texts, in the form in which a store recorded it.
+        """What outcomes depend on besides the texts, in the form that a store recorded.
 
-        A chat template is not part of it, because outcomes are found by the texts that it made.
+        The chat template is not included, because outcomes are found by the texts that it rendered.
 
         Args:
             recorded: the identity in the store, or an empty mapping.
@@ -74,17 +88,12 @@ class Engine:
 
     @property
     def machine(self) -> str:
-        """What the model runs on, by its maker's name, and how."""
+        """The name of the device, with the number of threads on a CPU, and whether the model is compiled."""
         device = self.loaded.device.value
         threads = torch.get_num_threads()
-        how = [f"{threads} thread{'' if threads == 1 else 's'}"] if device.type == "cpu" else []
-        how += ["compiled"] if self._compile else []
-        return device_name(device) + (f" ({', '.join(how)})" if how else "")
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """What stands in the features of an outcome."""
-        return FEATURES
+        details = [f"{threads} thread{'' if threads == 1 else 's'}"] if device.type == "cpu" else []
+        details += ["compiled"] if self._compile else []
+        return device_name(device) + (f" ({', '.join(details)})" if details else "")
 
     def reader(self, task: Task) -> AnswerReader:
         """The reader of a task's prompts."""
@@ -94,10 +103,12 @@ class Engine:
             )
         return self._readers[task.chat]
 
-    def sparsity(self, task: Task, rows: Rows, pool: Rows) -> NDArray[np.float64]:
-        """(N,) difficulty by sparsity; an outlier rule is fitted on a sample of `pool`, whatever the order of its rows."""
+    def sparsity(self, task: Task, rows: Rows, pool: Rows) -> Floats:
+        """(N,) difficulty by sparsity. An outlier rule is fitted on a sample of `pool`, which is independent of its order."""
         options = self._prompt(task)
         like = None
+        # Rows of a single set are too few for an outlier rule, so it is fitted on the pool and then applied to
+        # them.
         if self._ablation.outliers != "none":
             fields = Prompt.of(**options).fields
             sample = sample_by_digest(((digest_of(row, fields), row) for row in pool), SAMPLE_ROWS)
@@ -105,10 +116,11 @@ class Engine:
         scores = self._sparsity_scorer.score([dict(row) for row in rows], like=like, **options)
         return np.asarray(scores.difficulty, dtype=np.float64)
 
-    def loss(self, task: Task, rows: Rows) -> NDArray[np.float64]:
-        """(N,) mean negative log-likelihood of each row's answer in nats a token."""
-        shown = [dict(row) if task.is_generation else put(row, task.label, task.gold_text(row)) for row in rows]
-        scores = self._loss_scorer.score(shown, answer=task.answer, **self._prompt(task))
+    def loss(self, task: Task, rows: Rows) -> Floats:
+        """(N,) mean negative log-likelihood per token of each row's answer, in nats."""
+        # The model reads the label's words, as in a demonstration, and not its value in the data.
+        worded = [dict(row) if task.is_generation else put(row, task.label, task.gold_text(row)) for row in rows]
+        scores = self._loss_scorer.score(worded, answer=task.answer, **self._prompt(task))
         return np.asarray(scores.difficulty, dtype=np.float64)
 
     def embeddings(self, task: Task, rows: Rows) -> NDArray[np.float32]:
@@ -117,20 +129,13 @@ class Engine:
 
     @functools.cached_property
     def _backbone(self) -> Backbone:
-        # Not the reader's: with other batches, as a compiled one has, states differ by rounding and near ties fall otherwise.
+        # Not the reader's backbone: a compiled one has other batches, whose rounding would change the order of near ties.
         return Backbone(self.loaded, token_budget=self._budget)
 
     @functools.cached_property
     def _sparsity_scorer(self) -> SparsityScorer:
-        a = self._ablation
-        return SparsityScorer(
-            self.loaded,
-            site=a.site,
-            pooling=a.pooling,
-            metric=a.metric,
-            outliers=a.outliers,
-            token_budget=self._budget,
-        )
+        settings = {name: getattr(self._ablation, name) for name in ("site", "pooling", "metric", "outliers")}
+        return SparsityScorer(self.loaded, token_budget=self._budget, **settings)
 
     @functools.cached_property
     def _loss_scorer(self) -> LossScorer:
@@ -139,3 +144,112 @@ class Engine:
     @staticmethod
     def _prompt(task: Task) -> dict[str, Any]:
         return {"prompt": task.prompt, "system": task.system, "chat": task.chat}
+
+
+class PoolNumbers:
+    """Embeddings and sparsity of a task's pool and test rows, for selectors."""
+
+    def __init__(self, data: TaskData, engine: Engine) -> None:
+        self.data, self.engine = data, engine
+
+    @functools.cached_property
+    def embeddings(self) -> NDArray[np.float32]:
+        """(N, D) of the pool."""
+        return self.engine.embeddings(self.data.task, self.data.splits.pool)
+
+    @functools.cached_property
+    def query_embeddings(self) -> NDArray[np.float32]:
+        """(Q, D)."""
+        return self.engine.embeddings(self.data.task, self.data.splits.test)
+
+    @functools.cached_property
+    def difficulty(self) -> Floats:
+        """(N,) of the pool."""
+        pool = self.data.splits.pool
+        return self.engine.sparsity(self.data.task, pool, pool)
+
+    @functools.cached_property
+    def query_difficulty(self) -> Floats:
+        """(Q,)."""
+        return self.engine.sparsity(self.data.task, self.data.splits.test, self.data.splits.pool)
+
+    def known(self, pool: DemoPool, positions: NDArray[np.int64]) -> list[Known]:
+        """What is known about part of the pool and each of the Q test queries.
+
+        Args:
+            pool: the part, created once for all queries.
+            positions: the positions of its rows in the task's pool.
+        """
+        # All queries share these columns, so a value that depends on the pool alone is computed once.
+        difficulty = Column(len(pool), lambda at: self.difficulty[positions[at]])
+        embeddings = Column(len(pool), lambda at: self.embeddings[positions[at]])
+        return [
+            Known(
+                pool,
+                question,
+                difficulty=difficulty,
+                embeddings=embeddings,
+                query_difficulty=functools.partial(self._query_difficulty_of, query),
+                query_embedding=functools.partial(self._query_embedding_of, query),
+            )
+            for query, question in enumerate(self.data.questions)
+        ]
+
+    # Methods, so that the numbers are computed only if a selector reads them.
+    def _query_difficulty_of(self, query: int) -> float:
+        return float(self.query_difficulty[query])
+
+    def _query_embedding_of(self, query: int) -> NDArray[np.float32]:
+        embedding: NDArray[np.float32] = self.query_embeddings[query]
+        return embedding
+
+
+class SetNumbers:
+    """Difficulty, similarity and length of the demonstrations of one set, for orderers.
+
+    Args:
+        set_demos: the demonstrations.
+        pool: the numbers of the set's task.
+    """
+
+    def __init__(self, set_demos: SetDemos, pool: PoolNumbers) -> None:
+        self._set_demos, self._pool = set_demos, pool
+        self._task, self._engine = pool.data.task, pool.engine
+        self._rows = DemoPool(set_demos.rows)
+        self._lengths = Column.of([len(self._task.demo_text(row)) for row in set_demos.rows])
+
+    def order(self, orderer: str, seed: int) -> NDArray[np.int64]:
+        """(1, k), or (Q, k) if the order depends on the query: the permutation of each query's demonstrations.
+
+        Args:
+            orderer: an entry of `ORDERS`, or "reverse:NAME".
+            seed: the seed of every draw.
+        """
+        demonstrator, fixed = Demonstrator(order=orderer, seed=seed), self._set_demos.fixed
+        n_queries = len(self._pool.data.test_texts) if by_similarity(orderer) or not fixed else 1
+        orders = []
+        for query in range(n_queries):
+            positions = self._set_demos.of_query[0 if fixed else query].tolist()
+            orders.append(demonstrator.arrange(self._known(orderer, query), positions))
+        return np.array(orders)
+
+    def _known(self, orderer: str, query: int) -> Known:
+        kind = kind_of(orderer)
+        difficulty = None if kind is None else Column.of(self._sparsity if kind == SPARSITY else self._loss)
+        similarity = self._similarity[query] if by_similarity(orderer) else None
+        return Known(self._rows, difficulty=difficulty, kind=kind, similarity=similarity, lengths=self._lengths)
+
+    @functools.cached_property
+    def _sparsity(self) -> Floats:
+        return self._engine.sparsity(self._task, self._set_demos.rows, self._pool.data.splits.pool)
+
+    @functools.cached_property
+    def _loss(self) -> Floats:
+        return self._engine.loss(self._task, self._set_demos.rows)
+
+    @functools.cached_property
+    def _similarity(self) -> Floats:
+        """(Q, U) cosine between every test query and every row of the set."""
+        embeddings: Any = self._engine.embeddings(self._task, self._set_demos.rows)
+        normalised_UD = unit_rows(embeddings)
+        return np.array([cosine(query_D, normalised_UD) for query_D in self._pool.query_embeddings], dtype=np.float64)

@@ -1,14 +1,7 @@
-"""Probes of a set, sampled from the model behind each of its random orders (arXiv 2104.08786), as they are noted in the store.
+"""Probes for criteria, sampled from the model after each random order of a set (arXiv 2104.08786).
 
-Contract: seeded; the probes of all orders are one set, on which the orders are compared. Texts that do not read as a query,
-repeat one, or copy a demonstration are left out and counted.
-
-A text becomes a query only if it matches the prompt's template in exactly one way. A text that is cut off or garbled is never
-guessed. The label that the model wrote after the query is discarded, as in the paper, because it may be wrong.
-
-The paper samples once for each candidate order (the demonstrations alone as the prompt, at most 128 tokens, temperature 2, no
-repeated n-grams) and joins the probes of all orders, so that orders are compared on the same probes. At temperature 2 over its
-whole vocabulary, a small model writes no text that is a query; at 1, nearly all of its texts are.
+Contract: seeded. The probes of all orders form one list, and the orders are compared on the whole of it. A sampled text that
+is no valid query, repeats another, or copies a demonstration is excluded and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.recipe.task_data import Showing
+from sparsort.curriculum.ablation.recipe.task_data import SetDemos
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.demos.pool.rows import Row
 from sparsort.errors import SparsortError
@@ -31,35 +24,34 @@ from sparsort.values import row_of, text_if_any
 
 
 def probes(
-    reader: AnswerReader, texts: Texts, showing: Showing, orders_RK: NDArray[np.int64], seed: int
+    reader: AnswerReader, texts: Texts, set_demos: SetDemos, orders_RK: NDArray[np.int64], seed: int
 ) -> dict[str, Any]:
-    """Sample a probe behind every random order of a fixed set.
+    """Sample one probe after each of the R random orders of a set that all queries share.
 
     Returns:
-        texts: the queries; tokens: their mean length; sampling_tokens: read and written for them; sampled, unparsed, repeated,
-        copied: counts, as `ProbingSet`.
+        A note for the store. texts: the queries; tokens: their mean length; sampling_tokens: tokens read and generated to sample
+        them; sampled, unparsed, repeated, copied: counts, see `ProbingSet`.
     """
     task = texts.task
-    prefixes = [texts.prefix(showing.demos(0, order)) for order in orders_RK]
+    prefixes = [texts.prefix(set_demos.demos(0, order)) for order in orders_RK]
     samples = sample_probes(
         reader,
         prefixes,
         opening=opening_of(task.prompt),
         separator=task.separator,
+        # Every probe has these words, so the ban on repeated runs of tokens must not apply to them.
         words=_fixed_words(task.prompt) + task.separator + " ".join(task.label_texts()),
         seed=seed,
     )
-    found = probing_set(samples, task.prompt, task.separator, demos=showing.rows)
-    queries = [task.query_text(row_of(row)) for row in found.rows]
+    parsed = probing_set(samples, task.prompt, task.separator, demos=set_demos.rows)
+    queries = [task.query_text(row_of(row)) for row in parsed.rows]
     count = reader.encoder.count
+    counts = {name: getattr(parsed, name) for name in ("sampled", "unparsed", "repeated", "copied")}
     return {
         "texts": queries,
         "tokens": float(np.mean([count(text) for text in queries])) if queries else 0.0,
         "sampling_tokens": sum(count("".join(chunks)) for chunks in prefixes) + sum(count(text) for text in samples),
-        "sampled": found.sampled,
-        "unparsed": found.unparsed,
-        "repeated": found.repeated,
-        "copied": found.copied,
+        **counts,
     }
 
 

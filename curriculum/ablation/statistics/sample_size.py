@@ -1,11 +1,11 @@
-"""How many items, or how many demonstration sets, it would take to see a difference.
+"""The number of items, or of demonstration sets, that is needed to detect a difference.
 
-Contract: pure. Answers are whole numbers as floats, `inf` where no number suffices, NaN where the outcomes do not determine it:
-fewer than three sets, or outcomes without spread. No answer is below the three sets that an interval takes.
+Contract: pure. Results are whole numbers as floats; `inf` if no number suffices; NaN if the outcomes do not determine it, because
+there are fewer than three sets or no spread. At least the three sets that an interval needs are always required.
 
-A plan, not a second test: computed from the difference just found, "power" restates its p-value and says nothing new about
-it (Hoenig and Heisey 2001), and a difference that was picked for being large is larger than the truth, so the numbers come
-out too small. For the smallest difference that would matter, pass that one. For one of m arms under Holm's correction, pass
+This is for planning, and not a second test. If power is computed from the difference just found, it restates the p-value and adds
+nothing (Hoenig and Heisey 2001). If that difference was selected for being large, it overestimates the truth, and the numbers are
+too small. It is better to pass the smallest difference that would matter. For one of m arms under Holm's correction, pass
 alpha / m.
 
 Shapes: S demonstration sets, Q test items.
@@ -24,25 +24,25 @@ from sparsort.curriculum.ablation.statistics.estimates import ITEM, SET, check_f
 from sparsort.curriculum.ablation.statistics.resampling import MIN_CLUSTERS, Floats, flat, missing_interval
 from sparsort.errors import SparsortError
 
-# From here on t is the normal distribution to all digits that matter.
+# With more sets than this, Student's t and the normal distribution agree to all relevant digits.
 _NORMAL = 100_000
 
 
 def items_needed(difference: float, mean_square: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Items to see a paired difference on ONE demonstration set, two-sided (Connor 1987).
+    """Items needed to detect a paired difference on ONE demonstration set, two-sided (Connor 1987).
 
-    n = (z_{1−α/2} √ψ + z_power √(ψ − δ²))² / δ², for McNemar's test without continuity correction, which its mid-p follows:
-    δ the difference in accuracy, ψ the share of discordant items. ψ is the mean square of the paired difference, so the
-    formula holds for the difference to a mean over random orders as well, where that is no longer a share.
+    n = (z_{1−α/2} √ψ + z_power √(ψ − δ²))² / δ², for McNemar's test without continuity correction, to which its mid-p is close.
+    δ is the difference in accuracy, and ψ the share of discordant items. Since ψ is the mean square of the paired difference, the
+    formula also holds for the difference from a mean over random orders, where ψ is no share.
 
     Args:
         difference: δ, for two arms (b − c) / Q.
         mean_square: ψ, for two arms (b + c) / Q; at least δ².
-        power: chance to see it.
+        power: probability of detecting the difference.
         alpha: two-sided level.
 
     Raises:
-        SparsortError: ψ < δ² (no such data), or a power or level outside (0, 1).
+        SparsortError: ψ < δ², which no data have, or a power or level is outside (0, 1).
     """
     _check(power, alpha)
     if not (math.isfinite(difference) and math.isfinite(mean_square)) or mean_square < difference**2 * (1 - 1e-12):
@@ -58,10 +58,10 @@ def items_needed(difference: float, mean_square: float, *, power: float = 0.8, a
 
 
 def power_of_sets(difference: float, sd: float, sets: int, *, alpha: float = 0.05) -> float:
-    """Chance that a two-sided t test over set means sees `difference`: noncentral t with S − 1 degrees, centred at δ√S / sd.
+    """The power of a two-sided t test over set means: noncentral t with S − 1 degrees of freedom, centred at δ√S / sd.
 
-    The default test, `resampling.wild`, has no closed form; at a power of 80 % it was 4 points short of this with 7 sets, 2 with
-    8, and less than 1 from 10 on.
+    The default test, `resampling.wild`, has no closed form. In simulations at a power of 80 %, its power was lower by 4 points
+    with 7 sets, by 2 with 8, and by less than 1 with 10 or more.
     """
     check_fraction("alpha", alpha)
     _check_sd(difference, sd)
@@ -74,27 +74,29 @@ def power_of_sets(difference: float, sd: float, sets: int, *, alpha: float = 0.0
 
 
 def sets_needed(difference: float, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Demonstration sets to see a difference, each with the same items as before: the least S whose `power_of_sets` suffices.
+    """Demonstration sets with the same items that are needed to detect a difference: the least S with enough `power_of_sets`.
 
     Args:
-        difference: δ to be seen.
-        sd: between sets of the paired difference d_s (their sampling of items included); `Estimate.per_set.std(ddof=1)`.
-        power: chance to see it.
+        difference: δ, the difference to detect.
+        sd: standard deviation between sets of the paired difference d_s, which includes the sampling of items:
+            `Estimate.per_set.std(ddof=1)`.
+        power: probability of detecting the difference.
         alpha: two-sided level.
 
     Raises:
-        SparsortError: numbers that are not finite, an sd that is not above 0, or a power or level outside (0, 1).
+        SparsortError: a number is not finite, the sd is not positive, or a power or level is outside (0, 1).
     """
     _check(power, alpha)
     _check_sd(difference, sd)
     if difference == 0:
         return math.inf
     z = float(ndtri(1 - alpha / 2) + ndtri(power))
-    if (nearly := (z * sd / difference) ** 2) > _NORMAL:
-        return float(math.ceil(nearly))
+    if (normal_sets := (z * sd / difference) ** 2) > _NORMAL:
+        return float(math.ceil(normal_sets))
     high = MIN_CLUSTERS
     if power_of_sets(difference, sd, high, alpha=alpha) >= power:
         return float(high)
+    # Power rises with the number of sets: double it until it is enough, then bisect.
     while power_of_sets(difference, sd, high, alpha=alpha) < power:
         high *= 2
     low = high // 2
@@ -106,17 +108,17 @@ def sets_needed(difference: float, sd: float, *, power: float = 0.8, alpha: floa
 
 @dataclass(frozen=True, kw_only=True)
 class Needed:
-    """What it would take to see `difference` with `power` at `alpha`, two-sided.
+    """The sample size that is needed to detect `difference` with `power` at `alpha`, two-sided.
 
     Attributes:
-        difference: that is to be seen.
-        power, alpha: as asked.
-        between_sd: true sd of the difference between sets, on endless items; 0 where its variance came out negative.
-        within_sd: sd of one item's difference about its set's, beyond what the item does in every set.
-        sets: demonstration sets at the present Q items; NaN where `reason` says why.
-        items: items per set at the present S sets, `inf` where S sets are too few however many items they are asked; from
-            one set, items for that set alone (Connor). NaN where `reason_items` says why.
-        reason, reason_items: why the number is NaN, "" where it is not.
+        difference: the difference to detect.
+        power, alpha: the arguments of `needed`.
+        between_sd: sd of the true difference between sets, on endless items; 0 if its estimated variance is negative.
+        within_sd: sd of the interaction of set and item.
+        sets: demonstration sets with the present Q items; NaN if there is a `reason`.
+        items: items for each of the present S sets; `inf` if S sets are too few for any number of items. With one set, items for
+            that set alone (Connor). NaN if there is a `reason_items`.
+        reason, reason_items: why the number is NaN; "" if it is not.
     """
 
     difference: float
@@ -131,26 +133,26 @@ class Needed:
 
 
 def needed(values_SQ: ArrayLike, *, difference: float | None = None, power: float = 0.8, alpha: float = 0.05) -> Needed:
-    """Sets or items to see a difference over sets, from paired differences per set and item.
+    """The sets or items needed to detect a difference over sets, from paired differences per set and item.
 
-    The variance of d_s is τ² + ν²/Q. ν² is the interaction mean square of the S × Q table and τ² = var(d_s) − ν²/Q, both
-    unbiased. More sets shrink both parts, more items the second alone. With t's noncentrality λ at which S − 1 degrees
-    reach the power, items = ν² / (S (δ/λ)² − τ²); without a positive denominator no number of items will do. With fewer than
-    three sets, or sets that do not differ, the numbers are NaN; from one set, `items` is for that set alone.
+    The variance of d_s is τ² + ν²/Q. ν² is the interaction mean square of the S × Q table, and τ² = var(d_s) − ν²/Q; both are
+    unbiased. More sets reduce both parts, more items only the second. With λ the noncentrality at which t with S − 1 degrees of
+    freedom has the power, items = ν² / (S (δ/λ)² − τ²). If the denominator is not positive, no number of items suffices. With
+    fewer than three sets, or sets that do not differ, the numbers are NaN. With one set, `items` is for that set alone.
 
     Args:
         values_SQ: (S, Q) an arm minus the mean over random orders, or minus another arm.
-        difference: that is to be seen; the mean of the values if None.
-        power: chance to see it.
+        difference: the difference to detect; the mean of the values if None.
+        power: probability of detecting the difference.
         alpha: two-sided level.
 
     Raises:
-        SparsortError: a bad shape or number, or a power or level outside (0, 1).
+        SparsortError: a shape or number is invalid, or a power or level is outside (0, 1).
     """
     _check(power, alpha)
     values = numbers(values_SQ, "values", "SQ")
     delta = float(values.mean()) if difference is None else float(difference)
-    nothing = Needed(
+    unknown = Needed(
         difference=delta,
         power=power,
         alpha=alpha,
@@ -163,46 +165,49 @@ def needed(values_SQ: ArrayLike, *, difference: float | None = None, power: floa
     scale = float(np.abs(values).max())
     reason = missing_interval(by_set_S, SET, scale=scale)
     if len(values) == 1:
-        return _for_one_set(values[0], replace(nothing, reason=reason))
+        return _for_one_set(values[0], replace(unknown, reason=reason))
     if reason:
-        return replace(nothing, reason=reason, reason_items=reason)
-    return _for_sets(values, by_set_S, replace(nothing, reason_items=_same_items(values, scale)))
+        return replace(unknown, reason=reason, reason_items=reason)
+    return _for_sets(values, by_set_S, replace(unknown, reason_items=_same_items(values, scale)))
 
 
-def _for_one_set(values_Q: Floats, found: Needed) -> Needed:
-    """Items for this set alone: the interval is over items, so these are the clusters that have to differ."""
+def _for_one_set(values_Q: Floats, goal: Needed) -> Needed:
+    """Complete `goal` with the items for this set alone. The interval is over items, so the items have to differ."""
     if reason := missing_interval(values_Q, ITEM):
-        return replace(found, reason_items=reason)
-    spread = float(values_Q.var(ddof=1))
-    items = items_needed(found.difference, spread + found.difference**2, power=found.power, alpha=found.alpha)
-    return replace(found, within_sd=math.sqrt(spread), items=items)
+        return replace(goal, reason_items=reason)
+    variance = float(values_Q.var(ddof=1))
+    # ψ, the mean square about 0, is the variance plus the squared difference that is to be detected.
+    items = items_needed(goal.difference, variance + goal.difference**2, power=goal.power, alpha=goal.alpha)
+    return replace(goal, within_sd=math.sqrt(variance), items=items)
 
 
-def _for_sets(values_SQ: Floats, by_set_S: Floats, found: Needed) -> Needed:
+def _for_sets(values_SQ: Floats, by_set_S: Floats, goal: Needed) -> Needed:
+    """Complete `goal` with the number of sets, and with that of items unless there is a reason why not."""
     sets, items = values_SQ.shape
     total = float(by_set_S.var(ddof=1))
-    found = replace(found, sets=sets_needed(found.difference, math.sqrt(total), power=found.power, alpha=found.alpha))
-    if found.reason_items:
-        return found
+    goal = replace(goal, sets=sets_needed(goal.difference, math.sqrt(total), power=goal.power, alpha=goal.alpha))
+    if goal.reason_items:
+        return goal
     within = _interaction(values_SQ)
     between = max(total - within / items, 0.0)
-    enough = _items_per_set(found.difference, between, within, sets, found.power, found.alpha)
-    return replace(found, between_sd=math.sqrt(between), within_sd=math.sqrt(within), items=enough)
+    per_set = _items_per_set(goal.difference, between, within, sets, goal.power, goal.alpha)
+    return replace(goal, between_sd=math.sqrt(between), within_sd=math.sqrt(within), items=per_set)
 
 
 def _interaction(values_SQ: Floats) -> float:
-    """Mean square of the interaction of sets and items; at least 2 of each."""
+    """Mean square of the interaction of sets and items; there must be at least 2 of each."""
     sets, items = values_SQ.shape
     rest = values_SQ - values_SQ.mean(axis=1, keepdims=True) - values_SQ.mean(axis=0) + values_SQ.mean()
     return float((rest**2).sum() / ((sets - 1) * (items - 1)))
 
 
 def _same_items(values_SQ: Floats, scale: float) -> str:
-    """Why nothing can be said of other numbers of items: one item, or items that differ alike in every set."""
+    """Why the number of items cannot be determined: there is one item, or the items differ equally in every set."""
     if values_SQ.shape[1] == 1:
-        return "one test item says nothing of other numbers of items"
+        return "one test item says nothing about other numbers of items"
+    # The root of the interaction is compared with 0, on the scale of the values.
     if flat(np.array([0.0, math.sqrt(_interaction(values_SQ))]), scale):
-        return "test items whose differences are the same in every set say nothing of other numbers of items"
+        return "test items whose differences are the same in every set say nothing about other numbers of items"
     return ""
 
 
@@ -210,13 +215,15 @@ def _items_per_set(delta: float, between: float, within: float, sets: int, power
     if delta == 0:
         return math.inf
     bound = float(stdtrit(sets - 1, 1 - alpha / 2))
-    centre = float(nctdtrinc(sets - 1, 1 - power, bound))
-    room = sets * (delta / centre) ** 2 - between
+    noncentrality = float(nctdtrinc(sets - 1, 1 - power, bound))
+    # The variance that is left for the items once the sets have had their part.
+    room = sets * (delta / noncentrality) ** 2 - between
+    # Rounding must not add an item to an exact quotient.
     return float(max(math.ceil(within / room - 1e-9), 1)) if room > 0 else math.inf
 
 
 def _below(bound: float, degrees: int, centre: float) -> float:
-    """Noncentral t's distribution function. `nctdtr` underflows to NaN far out in the lower tail, where it is 0."""
+    """The distribution function of noncentral t. `nctdtr` underflows to NaN far in the lower tail, where the value is 0."""
     chance = float(nctdtr(degrees, centre, bound))
     return 0.0 if math.isnan(chance) else chance
 
@@ -226,7 +233,7 @@ def _check(power: float, alpha: float) -> None:
     check_fraction("alpha", alpha)
     if power <= alpha:
         raise SparsortError(
-            f"power={power!r} with alpha={alpha!r}; expected a power above alpha, which needs no data at all."
+            f"power={power!r} with alpha={alpha!r}; expected a power above alpha, because a test without data has power alpha."
         )
 
 

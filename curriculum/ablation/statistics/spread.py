@@ -1,10 +1,10 @@
-"""The spread over random orders, and how much of it is real.
+"""The spread over random orders, and the share of it that is not noise.
 
-Contract: pure NumPy. Variance components are unbiased, so a small one may come out below zero; it is not cut off, as cut-off
-estimates do not average out over tasks. Shares are cut to [0, 1].
+Contract: pure NumPy. Variance components are unbiased, so a small one may be estimated below zero. It is not clipped, because
+clipped estimates are biased when they are averaged over tasks. Shares are clipped to [0, 1].
 
-Even if every order were equally good, Q items would give R orders different accuracies. For these very items, and a
-model that answers the same way twice, that spread is a fact; what would be left of it on other items is the order variance.
+Even if all orders were equally good, they would differ in accuracy on Q items by chance. The order variance is the part of the
+spread that would remain on endless items.
 
 Shapes: S demonstration sets, Q test items, R random orders of each set, K quantiles.
 """
@@ -27,16 +27,18 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Variances of one outcome y_rsq = μ + set_s + order_r(s) + item_q + (set × item)_sq + rest_rsq; NaN where it takes two sets.
+    """Variance components of one outcome, y_rsq = μ + set_s + order_r(s) + item_q + (set × item)_sq + rest_rsq.
 
-    Orders are nested in sets (order r of one set has nothing to do with order r of another), items are crossed with both.
+    Orders are nested in sets (order r of one set is unrelated to order r of another), and items are crossed with both. With one
+    set, all components but `order` and `rest` are NaN.
 
     Attributes:
-        order: of the true accuracy over the orders of a set.
-        sets: of the true accuracy over sets, averaged over their orders.
-        items: of how hard an item is.
-        sets_by_items: of what an item gains by the set, beyond both.
-        rest: of what an item gains by the order, with all sampling of answers; rest / Q is item noise in an accuracy.
+        order: variance of the true accuracy over the orders of a set.
+        sets: variance of the true accuracy over sets, averaged over their orders.
+        items: variance of the difficulty of an item.
+        sets_by_items: variance of the interaction of set and item.
+        rest: variance of the interaction of order and item, including randomness of the answers. The item noise in an accuracy
+            is rest / Q.
     """
 
     order: float
@@ -48,21 +50,22 @@ class Components:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spread:
-    """Accuracies (or means of any number) over R random orders, for each set and split into what makes them differ.
+    """The spread of accuracies (or other means) over R random orders, for each set and by its causes.
 
     Attributes:
-        mean, sd, low, high: (S,) over the set's orders; sd with R − 1. `low` and `high` are the worst and the best of R, so
-            they move apart as R grows: compare only at equal R.
-        levels: the K quantiles asked for.
+        mean, sd, low, high: (S,) over the set's orders; sd with R − 1. `low` and `high` are the minimum and maximum of R values,
+            so they move apart as R grows. Compare them only at equal R.
+        levels: the levels of the K quantiles.
         quantiles: (S, K).
-        observed_sd: root of the mean over sets of sd².
-        item_noise_sd: root of rest / Q: the sd over orders that Q items alone would give. Smaller than the binomial
-            √(p(1 − p) / Q), since all orders answer the same items.
-        order_sd: root of the order variance, 0 where that is negative: the sd over orders on endless items.
-        real_share: order variance / (order variance + item noise), which is observed_sd², cut to [0, 1]; NaN if all orders give
-            the same means.
-        order_variance: with its interval over sets and a test of zero; neither with fewer than three sets or equal ones.
-        components: of one outcome.
+        observed_sd: square root of the mean of sd² over sets.
+        item_noise_sd: square root of rest / Q: the sd over orders that is due to Q being finite. It is smaller than the binomial
+            √(p(1 − p) / Q), because all orders answer the same items.
+        order_sd: square root of the order variance, or 0 if that is negative: the sd over orders on endless items.
+        real_share: order variance / observed_sd², clipped to [0, 1]; NaN if all orders have the same mean. The denominator is
+            the sum of order variance and item noise.
+        order_variance: with its interval over sets and a test against zero, unless there are fewer than three sets or all are
+            equal.
+        components: the variance components of one outcome.
     """
 
     mean: Floats
@@ -80,7 +83,7 @@ class Spread:
 
 
 def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spread:
-    """How far random orders of one set lie apart, and the unbiased split of that into orders, sets and items.
+    """The spread over random orders of a set, with unbiased variance components of orders, sets and items.
 
     Per set, with a_r the mean of order r over items: v = Σ_r (a_r − ā)² / (R − 1) has expectation σ²_order + σ²_rest / Q, and
     e = Σ_rq (y_rq − ȳ_r. − ȳ_.q + ȳ)² / ((R − 1)(Q − 1)) has expectation σ²_rest; so v − e / Q is unbiased for σ²_order, for
@@ -89,14 +92,14 @@ def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spr
     σ²_set = (MS_set − MS_order − MS_set×item + MS_rest) / RQ, σ²_set×item = (MS_set×item − MS_rest) / R,
     σ²_item = (MS_item − MS_set×item) / RS.
 
-    Orders drawn without repeats from the k! of a set leave σ²_order unbiased, read with k! − 1 in its denominator.
+    If orders are drawn without replacement from the k! of a set, this is unbiased for the σ²_order with denominator k! − 1.
 
     Args:
         random_RSQ: (R, S, Q) correct or not, or any number; R and Q at least 2.
-        levels: quantiles over the orders of a set, linearly interpolated.
+        levels: levels of the quantiles over the orders of a set, which are interpolated linearly.
 
     Raises:
-        SparsortError: fewer than two orders or items, a bad shape, or a level outside [0, 1].
+        SparsortError: there are fewer than two orders or items, the shape is wrong, or a level is outside [0, 1].
     """
     values = numbers(random_RSQ, "random orders", "RSQ")
     orders, _, items = values.shape
@@ -110,11 +113,14 @@ def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spr
     mean_RS = values.mean(axis=2)
     mean_S, mean_SQ = mean_RS.mean(axis=0), values.mean(axis=0)
     sd_S = mean_RS.std(axis=0, ddof=1)
+    # Residuals of the two-way layout of orders and items within each set.
     rest = values - mean_RS[:, :, None] - mean_SQ + mean_S[:, None]
     rest_S = (rest**2).sum(axis=(0, 2)) / ((orders - 1) * (items - 1))
+    # The observed variance minus the item noise. This is unbiased, so it may be negative.
     order_S = sd_S**2 - rest_S / items
     observed, order, noise = float((sd_S**2).mean()), float(order_S.mean()), float(rest_S.mean()) / items
-    alike = observed <= (_ROUNDING * float(np.abs(values).max())) ** 2
+    # Equal means differ by rounding, so their variance is compared with the scale of the values and not with 0.
+    same_means = observed <= (_ROUNDING * float(np.abs(values).max())) ** 2
     return Spread(
         mean=mean_S,
         sd=sd_S,
@@ -125,7 +131,7 @@ def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spr
         observed_sd=float(np.sqrt(observed)),
         item_noise_sd=float(np.sqrt(noise)),
         order_sd=float(np.sqrt(np.maximum(order, 0.0))),
-        real_share=np.nan if alike else float(np.clip(order / observed, 0.0, 1.0)),
+        real_share=np.nan if same_means else float(np.clip(order / observed, 0.0, 1.0)),
         order_variance=estimate_sets(order_S, scale=float(np.abs(values).max()) ** 2),
         components=_components(mean_SQ, orders, order, float(rest_S.mean())),
     )
@@ -133,6 +139,7 @@ def spread(random_RSQ: ArrayLike, *, levels: Sequence[float] = QUANTILES) -> Spr
 
 def _components(mean_SQ: Floats, orders: int, order: float, rest: float) -> Components:
     sets, items = mean_SQ.shape
+    # One set says nothing about the variance between sets, nor about items in general.
     of_sets = of_items = of_both = np.nan
     if sets > 1:
         grand = mean_SQ.mean()

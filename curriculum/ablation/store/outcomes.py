@@ -1,11 +1,14 @@
-"""What a model said to (prefix, query) pairs: arrays in memory, and the Arrow table that the store keeps of them.
+"""Outcomes of (prefix, query) pairs: arrays in memory, and the Arrow table in which the store keeps them.
 
-Contract: `from_tables(to_table(outcomes), …)` gives equal outcomes, bit for bit; of a pair that came twice the first
-counts. Tables of one group are alike (`Shape`): the same number of labels, and generated text in all of them or none.
+Contract: `from_tables(to_table(outcomes), …)` gives equal outcomes, bit for bit. If a pair occurs twice, the first outcome
+counts. All tables of a group have one `Shape`: the same number of labels, and generated text in all of them or in none.
+
+Shapes: N pairs, L labels, F features.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +21,20 @@ from sparsort.errors import SparsortError
 
 Pair = tuple[str, str]
 
+# The key of L in a table's metadata. With L = 0 the table has no column from which to read it.
 _LABELS = b"sparsort.labels"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcomes:
-    """What the model said to N pairs; columns of equal length, checked and brought to their dtypes on construction.
+    """The outcomes of N pairs. Arrays are checked and converted to their dtypes on construction.
 
     Attributes:
-        prefix: (N,) digest of the text that stands before the query.
+        prefix: (N,) digest of the text before the query.
         query: (N,) digest of the query's text, with its labels or its generation settings.
         log_p: (N, L) float32, log-probability of each label in nats, finite; L = 0 for generation.
-        n_tokens: (N, L) int32, tokens of each label, at least 1.
-        features: (N, F) float32, in the order of the store's `feature_names`; may hold NaN.
+        n_tokens: (N, L) int32, number of tokens of each label, at least 1.
+        features: (N, F) float32, in the order of the store's `feature_names`; may contain NaN.
         text: N generated continuations, or None.
 
     Raises:
@@ -47,6 +51,7 @@ class Outcomes:
     def __post_init__(self) -> None:
         for name in ("prefix", "query"):
             object.__setattr__(self, name, _digests(name, getattr(self, name)))
+        # A value beyond the range of float32 becomes infinite, which is refused below with its position.
         with np.errstate(over="ignore"):
             for name, dtype in (("log_p", np.float32), ("n_tokens", np.int32), ("features", np.float32)):
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
@@ -58,7 +63,7 @@ class Outcomes:
                 "If the model computes in float16, run it in bfloat16 or float32."
             )
         if self.n_tokens.size and self.n_tokens.min() < 1:
-            raise SparsortError(f"n_tokens holds {self.n_tokens.min()}; expected at least 1 token a label.")
+            raise SparsortError(f"n_tokens contains {self.n_tokens.min()}; expected at least 1 token for each label.")
 
     def _check_shapes(self) -> None:
         rows = len(self.prefix)
@@ -73,15 +78,22 @@ class Outcomes:
                 "expected query (N,), log_p (N, L), n_tokens (N, L), features (N, F)."
             )
         if self.text is not None and (len(self.text) != rows or not all(isinstance(text, str) for text in self.text)):
-            raise SparsortError(f"text has {len(self.text)} entries for {rows} pairs; expected one string a pair.")
+            raise SparsortError(
+                f"text has {len(self.text)} entries for {rows} pairs; expected one string for each pair."
+            )
 
     def __len__(self) -> int:
         return len(self.prefix)
 
     @property
     def shape(self) -> Shape:
-        """What all outcomes of one group have in common."""
+        """What all outcomes of a group have in common."""
         return Shape(labels=self.log_p.shape[1], text=self.text is not None)
+
+    @functools.cached_property
+    def row_of(self) -> dict[Pair, int]:
+        """The row of each pair."""
+        return {pair: row for row, pair in enumerate(self.pairs())}
 
     def pairs(self) -> list[Pair]:
         """The N (prefix, query) pairs."""
@@ -90,7 +102,7 @@ class Outcomes:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What all outcomes of one group have in common: how many labels, and whether text was generated."""
+    """What all outcomes of a group have in common: the number of labels, and whether text was generated."""
 
     labels: int
     text: bool
@@ -110,10 +122,10 @@ def pairs_of(table: pa.Table) -> list[Pair]:
 
 
 def to_table(outcomes: Outcomes, metadata: Mapping[str, str]) -> pa.Table:
-    """The outcomes as a table of N rows. A matrix is a column of fixed-size lists, and absent if it has no columns.
+    """The outcomes as a table of N rows. A matrix is a column of fixed-size lists; one without columns is omitted.
 
     Raises:
-        SparsortError: a text holds a lone surrogate, which no file in UTF-8 can.
+        SparsortError: a text contains a lone surrogate, which UTF-8 cannot encode.
     """
     columns = {"prefix": pa.array(outcomes.prefix.tolist()), "query": pa.array(outcomes.query.tolist())}
     matrices: dict[str, NDArray[Any]] = {
@@ -134,10 +146,10 @@ def to_table(outcomes: Outcomes, metadata: Mapping[str, str]) -> pa.Table:
 
 
 def from_tables(tables: Mapping[str, pa.Table], n_features: int) -> Outcomes:
-    """The outcomes of tables of one group, in their order, each pair once: the first.
+    """The outcomes in the tables of one group, in the order of the tables. A repeated pair keeps its first outcome.
 
     Args:
-        tables: tables of `to_table` by a name for messages; none give N = 0 and L = 0.
+        tables: tables of `to_table` by their names in messages. Without tables, N = 0 and L = 0.
         n_features: F.
 
     Raises:
@@ -145,13 +157,14 @@ def from_tables(tables: Mapping[str, pa.Table], n_features: int) -> Outcomes:
     """
     shapes = {shape_of(table): name for name, table in tables.items()}
     if len(shapes) > 1:
-        told = "; ".join(f"{name} has {shape}" for shape, name in shapes.items())
-        raise SparsortError(f"blocks of one group differ: {told}. Move those out that do not belong to it.")
+        listed = "; ".join(f"{name} has {shape}" for shape, name in shapes.items())
+        raise SparsortError(f"blocks of one group differ: {listed}. Move those out that do not belong to it.")
     if not tables:
-        none: NDArray[np.str_] = np.empty(0, np.str_)
+        digests: NDArray[np.str_] = np.empty(0, np.str_)
         matrix: NDArray[Any] = np.empty((0, n_features), np.float32)
-        return Outcomes(prefix=none, query=none, log_p=matrix[:, :0], n_tokens=matrix[:, :0], features=matrix)
+        return Outcomes(prefix=digests, query=digests, log_p=matrix[:, :0], n_tokens=matrix[:, :0], features=matrix)
     (shape,) = shapes
+    # Tables with different metadata cannot be concatenated, and the metadata names the store.
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables.values()])
     table = table.take(pa.array(_first_of_each(table))).combine_chunks()
     return Outcomes(
@@ -166,6 +179,8 @@ def from_tables(tables: Mapping[str, pa.Table], n_features: int) -> Outcomes:
 
 def _first_of_each(table: pa.Table) -> NDArray[np.int64]:
     """Positions of the first row of each pair, ascending."""
+    # A pair is one 64-bit integer: the prefix's code in the high half, the query's in the low half. That is far faster than a set
+    # of tuples of strings.
     prefix, query = (
         table[name].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
         for name in ("prefix", "query")
@@ -185,6 +200,6 @@ def _digests(name: str, values: Any) -> NDArray[np.str_]:
         array = array.astype(np.str_)
     if array.ndim != 1 or array.dtype.kind != "U" or (array == "").any():
         raise SparsortError(
-            f"{name} is {array.dtype} of shape {array.shape}; expected (N,) digests, none of them empty."
+            f"{name} is {array.dtype} of shape {array.shape}; expected (N,) digests that are not empty."
         )
     return array

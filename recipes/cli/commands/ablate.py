@@ -164,8 +164,7 @@ def _show_results(done: Any) -> None:
             show(f"{finding['title']}:")
         for sentence in finding["sentences"]:
             show(sentence)
-    for sentence in done.notes:
-        note(sentence)
+    # The notes on the data were logged before the run, so that mistakes are seen early.
     for left_out in dict.fromkeys(done.results.provenance["incomplete"]):
         note(f"Left out: {left_out}.")
     rate = f", {done.tokens_read:,} tokens read in {done.seconds:.0f} s" if done.tokens_read else ""

@@ -73,6 +73,15 @@ def test_the_cost_in_advance_then_a_run_then_results_from_the_store(
     assert "Results: " in shown.stdout
 
 
+def test_a_note_on_the_data_is_reported_once(
+    ablate: Callable[..., Any], reviews: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = ablate(reviews, *asked("--choosers", "mdl", "--contextual", "off", "--no-report"))
+    assert done.exit_code == 0, done.output
+    reports = " ".join(done.output.split()) + caplog.text
+    assert reports.count("training rows were set aside for it") == 1
+
+
 def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path) -> None:
     task = ["--prompt", r"Q: {q}\nA:", "--answer", " {steps} #### {sum}", "--label", "sum", "--judge", "number"]
     few = ["--orderers", "given", "--choosers", "best_on_dev,pdo", "--no-report", "--json", "--test-rows", "3"]
@@ -80,7 +89,7 @@ def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["cells"][0]["labels"] == []
-    assert any("pdo left out: labels are read" in note for note in summary["data_notes"])
+    assert any("pdo skipped: they read label scores" in note for note in summary["data_notes"])
     recipe = json.loads((Path(summary["out"]) / "recipe.json").read_text(encoding="utf-8"))
     # Worked answers have several lines, up to the next question.
     assert (recipe["tasks"][0]["stop"], recipe["tasks"][0]["max_new_tokens"]) == (["\nQ:"], 5)
@@ -90,7 +99,7 @@ def test_written_answers_of_several_lines(ablate: Callable[..., Any], sums: Path
     ("options", "message"),
     [
         (["--answer", " {steps} #### {sum}", "--label", "steps"], "cannot read the gold answer"),
-        (["--label", "sum"], "reads the number behind '####'"),
+        (["--label", "sum"], "reads the number after '####'"),
         (
             ["--answer", " {steps} #### {sum}", "--label", "sum", "--stop", r"\n"],
             "would be judged wrong as they are shown and cut",
@@ -163,8 +172,8 @@ def test_a_set_that_exceeds_the_context_is_refused_before_the_model_runs(
 
 def test_criteria_that_cannot_be_used_are_reported(ablate: Callable[..., Any], reviews: Path) -> None:
     dry = ablate(reviews, *asked("--selectors", "random,bm25", "--choosers", "pdo,mdl"), "--dry-run", "--json")
-    (note,) = [note for note in json.loads(dry.stdout)["notes"] if "left out: " in note]
-    assert note.startswith("reviews, bm25: pdo left out: one order for all queries")
+    (note,) = [note for note in json.loads(dry.stdout)["notes"] if "skipped: " in note]
+    assert note.startswith("reviews, bm25: pdo skipped: these criteria choose one order for all queries")
 
 
 def test_two_sets_of_a_model_that_gives_one_label(ablate: Callable[..., Any], tmp_path: Path) -> None:

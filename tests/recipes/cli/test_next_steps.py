@@ -109,7 +109,7 @@ def test_a_missing_label_column_is_named_with_its_option(tmp_path: Path, ablate:
 def test_excluded_rows_are_counted_by_reason_and_the_steps_name_options(tmp_path: Path, ablate: list[Any]) -> None:
     file = _write(tmp_path / "rows.jsonl", _rows(30))
     output = _run("ablate", file, *ablate, "--test", file)
-    assert "30 left out (30: it is, or nearly is, a test row)" in output.replace("\n", " ")
+    assert "30 excluded (30: it is, or nearly is, a test row)" in output.replace("\n", " ")
     assert "Give more training rows that do not repeat each other or the test rows" in output
     # Where fewer dev rows leave enough, the step names the option, and works.
     file = _write(tmp_path / "few.jsonl", _rows(12))
@@ -162,7 +162,7 @@ def test_results_load_from_the_folder_of_the_ablation(tmp_path: Path) -> None:
     results = simulate(["mr"], shots=(2,), sets=3, orders=2, items=8, arms=["pdo"], calibrated=(False,))
     results.save(tmp_path / "out" / "results")
     for folder in (tmp_path / "out", tmp_path / "out" / "results", tmp_path / "out" / "results" / "results.json"):
-        assert Results.load(folder).groups[0].task == results.groups[0].task
+        assert Results.load(folder).cells[0].task == results.cells[0].task
     with pytest.raises(SparsortError, match=r"no results in .*Expected the folder of sparsort ablate --out"):
         Results.load(tmp_path)
 

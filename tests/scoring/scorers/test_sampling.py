@@ -132,13 +132,13 @@ def test_the_ablations_rule_does_not_depend_on_the_order_of_the_pool(
     one, other = (asked.sparsity(task, rows[:5], pool) for pool in (rows, _shuffled(rows, 3)))
     np.testing.assert_allclose(one, other, rtol=1e-6)
     # A note of a version that fitted on the first rows is not taken for one of this rule.
-    from sparsort.curriculum.ablation.recipe.ablation import Unit
-    from sparsort.curriculum.ablation.recipe.task_data import Showing
+    from sparsort.curriculum.ablation.recipe.ablation import DemoSet
+    from sparsort.curriculum.ablation.recipe.task_data import SetDemos
 
     shown = [{**row, "label": "a"} for row in rows[:2]]
     named = {"sparse_to_dense": np.array([[1, 0]]), "given": np.array([[0, 1]])}
-    note = order_note(ablation, task, Showing(rows=shown, of_query=np.array([[0, 1]])), named, [])
-    unit = Unit(task="t", selector="random", k=2, seed=0)
+    note = order_note(ablation, task, SetDemos(rows=shown, of_query=np.array([[0, 1]])), named, [])
+    unit = DemoSet(task="t", selector="random", k=2, seed=0)
     assert set(orders_of(note, ablation, unit, [])) == {"sparse_to_dense", "given"}
     del note["sparsity"]["sampling"]
     assert set(orders_of(note, ablation, unit, [])) == {"given"}

@@ -33,7 +33,7 @@ from sparsort.curriculum.ablation.report.numbers.shape import (
     RandomOrders,
     Report,
 )
-from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.cells import Arm, Cell
 from sparsort.curriculum.ablation.results.results import Results
 
 T = TypeVar("T")
@@ -41,22 +41,22 @@ T = TypeVar("T")
 
 def summarise(results: Results, *, title: str = "Does the order of demonstrations matter here?") -> Report:
     """Every number of the report, and the text made from them."""
-    cells = [_cell(group) for group in results.groups]
+    cells = [_cell(group) for group in results.cells]
     report = Report(
         format=FORMAT,
         title=title,
         level=LEVEL,
         power=POWER,
         provenance=results.provenance,
-        tasks=_distinct(group.task for group in results.groups),
+        tasks=_distinct(group.task for group in results.cells),
         warnings=one_label(cells, results.provenance.get("model")),
         notes=[],
         findings=[],
         cells=cells,
-        pooled=_pooled(results.groups),
-        calibration=_calibration(results.groups),
-        demonstrations=[inspect(group) for group in results.groups],
-        texts=_texts(results.groups),
+        pooled=_pooled(results.cells),
+        calibration=_calibration(results.cells),
+        demonstrations=[inspect(group) for group in results.cells],
+        texts=_texts(results.cells),
     )
     report["notes"] = notes(report)
     report["findings"] = findings(report)
@@ -70,11 +70,11 @@ def _distinct(values: Iterable[T]) -> list[T]:
 # Single cells
 
 
-def _id(group: Group) -> str:
-    return f"{group.task}/{group.selector}/{group.k}/{'calibrated' if group.calibrated else 'plain'}"
+def _id(group: Cell) -> str:
+    return f"{group.task}/{group.selector}/{group.k}/{'calibrated' if group.contextual else 'plain'}"
 
 
-def _cell(group: Group) -> CellNumbers:
+def _cell(group: Cell) -> CellNumbers:
     random_RSQ = group.random_correct
     compared = [arm for arm in group.arms if arm.kind != "oracle"]
     family = compare.cell_family([arm.correct for arm in compared], random_RSQ)
@@ -89,7 +89,7 @@ def _cell(group: Group) -> CellNumbers:
         task=group.task,
         selector=group.selector,
         k=group.k,
-        calibrated=group.calibrated,
+        calibrated=group.contextual,
         labels=group.labels,
         gold_share=_shares(gold, len(group.labels)).tolist(),
         items=len(group.items),
@@ -100,7 +100,7 @@ def _cell(group: Group) -> CellNumbers:
     )
 
 
-def _random_orders(group: Group, random_RSQ: NDArray[np.bool_]) -> RandomOrders:
+def _random_orders(group: Cell, random_RSQ: NDArray[np.bool_]) -> RandomOrders:
     accuracy, low, high, missing = compare.accuracy(random_RSQ.mean(axis=0))
     parts, reasons = compare.spread_parts(random_RSQ)
     reasons = {"low, high": missing, "label_entropy": _no_entropy(group.labels), **reasons}
@@ -126,7 +126,7 @@ def _random_orders(group: Group, random_RSQ: NDArray[np.bool_]) -> RandomOrders:
     )
 
 
-def _arm(group: Group, arm: Arm, difference: Difference, random_RSQ: NDArray[np.bool_]) -> ArmNumbers:
+def _arm(group: Cell, arm: Arm, difference: Difference, random_RSQ: NDArray[np.bool_]) -> ArmNumbers:
     accuracy, low, high, missing = compare.accuracy(arm.correct)
     share_SL = _shares(arm.predicted, len(group.labels))
     several = len(group.labels) > 1
@@ -174,19 +174,19 @@ def _no_entropy(labels: Sequence[str]) -> str:
 # Several cells
 
 
-def _pooled(groups: Sequence[Group]) -> list[Pooled]:
+def _pooled(groups: Sequence[Cell]) -> list[Pooled]:
     """Panels over tasks for every selector and calibration: all k together, and each k that at least two tasks have."""
     pooled = []
-    for selector, calibrated in _distinct((group.selector, group.calibrated) for group in groups):
-        alike = [group for group in groups if (group.selector, group.calibrated) == (selector, calibrated)]
+    for selector, calibrated in _distinct((group.selector, group.contextual) for group in groups):
+        alike = [group for group in groups if (group.selector, group.contextual) == (selector, calibrated)]
         shots = _distinct(group.k for group in alike)
-        panels: list[tuple[int | None, list[Group]]] = [(None, alike)] if len(shots) > 1 else []
+        panels: list[tuple[int | None, list[Cell]]] = [(None, alike)] if len(shots) > 1 else []
         panels += [(k, [group for group in alike if group.k == k]) for k in shots]
         pooled += [_panel(selector, k, calibrated, members) for k, members in panels if len(members) > 1]
     return pooled
 
 
-def _panel(selector: str, k: int | None, calibrated: bool, groups: Sequence[Group]) -> Pooled:
+def _panel(selector: str, k: int | None, calibrated: bool, groups: Sequence[Cell]) -> Pooled:
     kinds = {arm.name: arm.kind for group in groups for arm in group.arms if arm.kind != "oracle"}
     having = {name: [group for group in groups if any(arm.name == name for arm in group.arms)] for name in kinds}
     clusters = [_clusters(name, having[name]) for name in kinds]
@@ -211,7 +211,7 @@ def _panel(selector: str, k: int | None, calibrated: bool, groups: Sequence[Grou
     )
 
 
-def _clusters(name: str, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
+def _clusters(name: str, groups: Sequence[Cell]) -> list[NDArray[np.float64]]:
     """For each task the arm's difference in every set, (sets of the task,); the mean over k if a set was run with several."""
     by_task: dict[str, dict[int, list[float]]] = {}
     for group in groups:
@@ -222,21 +222,21 @@ def _clusters(name: str, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
     return [np.array([float(np.mean(gains)) for gains in by_seed.values()]) for by_seed in by_task.values()]
 
 
-def _cost(group: Group, arm: Arm) -> float:
+def _cost(group: Cell, arm: Arm) -> float:
     """Tokens per answer as a multiple of those of a random order."""
     # An order is chosen once per set, and all items of the set use it.
     own = arm.tokens.mean() + arm.choosing_tokens.mean() / len(group.items)
     return float(own / max(1e-9, np.mean([random.tokens.mean() for random in group.random])))
 
 
-def _calibration(groups: Sequence[Group]) -> list[CalibrationCell]:
+def _calibration(groups: Sequence[Cell]) -> list[CalibrationCell]:
     by_key = {group.key: group for group in groups}
     keys = [key[:3] for key in by_key if not key[3] and (*key[:3], True) in by_key]
     pairs = [_calibration_cell(by_key[(*key, False)], by_key[(*key, True)]) for key in keys]
     return [pair for pair in pairs if pair is not None]
 
 
-def _calibration_cell(off: Group, on: Group) -> CalibrationCell | None:
+def _calibration_cell(off: Cell, on: Cell) -> CalibrationCell | None:
     """The effect over the sets and items that both cells have; None if they share none."""
     # A seed alone does not identify a set: with another pool, the same seed draws other demonstrations.
     sets_off, sets_on = _common(
@@ -290,7 +290,7 @@ def _common(left: Sequence[Any], right: Sequence[Any]) -> tuple[list[int], list[
 # What every item was shown
 
 
-def inspect(group: Group) -> dict[str, Any]:
+def inspect(group: Cell) -> dict[str, Any]:
     """The sets, prompts and orders of one cell, as JSON values.
 
     An order is a list of positions in the set's `demos`, or None if the results do not contain it.
@@ -324,7 +324,7 @@ def inspect(group: Group) -> dict[str, Any]:
     return {"cell": _id(group), "items": group.items, "gold": group.gold, "sets": sets}
 
 
-def _texts(groups: Sequence[Group]) -> dict[str, PromptTexts]:
+def _texts(groups: Sequence[Cell]) -> dict[str, PromptTexts]:
     """The texts of all demonstrations and test items, once per task, since the cells of a task share most of them."""
     texts: dict[str, PromptTexts] = {}
     for group in groups:

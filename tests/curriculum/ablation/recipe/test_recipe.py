@@ -19,13 +19,13 @@ from toml_text import dump
 from sparsort.curriculum.ablation.recipe.ablation import (
     ORDERERS,
     Ablation,
-    Unit,
+    DemoSet,
     applies,
     base_order,
+    demo_sets,
     depends_on_query,
-    left_out,
     probes_of,
-    units,
+    skipped_criteria,
 )
 from sparsort.curriculum.ablation.recipe.options import DEFAULT_ORDERERS
 from sparsort.curriculum.ablation.recipe.selectors import SELECTORS
@@ -137,7 +137,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "moods.toml"
     path.write_text('prompt = "{q}:"\nanswer = " {a}"\nlabel = "a"\njudge = "exact"\n')
     with pytest.raises(SparsortError, match="'moods' twice"):
-        list(units(ablation(tasks=(TASK, str(path)))))
+        list(demo_sets(ablation(tasks=(TASK, str(path)))))
 
 
 @pytest.mark.parametrize("changes", [{"site": "pre_nrm"}, {"pooling": "lst"}, {"outliers": "drop"}, {"dtype": "fp7"}])
@@ -178,11 +178,11 @@ def test_queries_that_a_criterion_reads() -> None:
 
 def test_the_plan_goes_breadth_first() -> None:
     recipe = ablation(tasks=("mr", TASK), shots=(2, 3), sets=2, first_seed=5, selectors=("random", "balanced"))
-    plan = list(units(recipe))
+    plan = list(demo_sets(recipe))
     assert plan[:3] == [
-        Unit(task="mr", selector="random", k=2, seed=5),
-        Unit(task="mr", selector="balanced", k=2, seed=5),
-        Unit(task="moods", selector="random", k=2, seed=5),
+        DemoSet(task="mr", selector="random", k=2, seed=5),
+        DemoSet(task="mr", selector="balanced", k=2, seed=5),
+        DemoSet(task="moods", selector="random", k=2, seed=5),
     ]
     assert [(unit.seed, unit.k, unit.task) for unit in plan[::2]] == list(
         itertools.product((5, 6), (2, 3), ("mr", "moods"))
@@ -402,10 +402,12 @@ def test_more_shots_than_neighbours_to_choose_from_are_refused() -> None:
     assert ablation(selectors=("topk_mdl",), shots=(30,)).shots == (30,)
 
 
-def test_every_skipped_criterion_is_reported_with_its_reason() -> None:
-    assert left_out(ablation(choosers=("pdo", "cone", "mdl"))) == []
-    notes = left_out(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
-    assert notes == [
-        "moods, bm25: cone left out: sets that all queries share are read.",
-        "moods, bm25: pdo left out: one order for all queries is chosen, and here every query has demonstrations of its own.",
+def test_what_is_left_out_is_said_with_its_reason() -> None:
+    assert skipped_criteria(ablation(choosers=("pdo", "cone", "mdl"))) == []
+    told = skipped_criteria(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
+    assert told == [
+        "moods, bm25: cone skipped: they read sets that all queries share, but this selector gives each query its own "
+        "demonstrations.",
+        "moods, bm25: pdo skipped: these criteria choose one order for all queries, but this selector gives each query its own "
+        "demonstrations.",
     ]

@@ -76,7 +76,7 @@ def test_rows_that_nearly_are_a_test_or_dev_row_are_dropped_and_reported() -> No
     assert "nearly is, a test row (test:3, similarity 1.00)" in reasons.pop("train:7")
     assert "nearly is, a test row (test:4, similarity 0." in reasons.pop("train:8")
     assert reasons == {}
-    assert splits.notes == ["2 training rows were left out: it is, or nearly is, a test row."]
+    assert splits.notes == ["2 training rows were excluded: it is, or nearly is, a test row."]
 
 
 def test_a_near_duplicate_of_a_dev_row_is_not_a_demonstration() -> None:
@@ -132,7 +132,7 @@ def test_long_demonstrations_leave_the_pool() -> None:
     train[3]["text"] += " long" * 100
     splits = split_rows(TASK, train, rows(5, 1000), n_test=5, n_dev=0, max_demo_chars=200)
     assert [item.id for item in splits.dropped] == ["train:3"]
-    assert splits.notes == ["1 training row was left out: it is longer than 200 characters as a demonstration."]
+    assert splits.notes == ["1 training row was excluded: it is longer than 200 characters as a demonstration."]
     exact = len(TASK.demo_text(train[0]))
     kept = split_rows(TASK, train[:3], rows(5, 1000), n_test=5, n_dev=0, max_demo_chars=exact)
     assert "train:0" in ids(kept.pool)
@@ -147,8 +147,8 @@ def test_too_few_test_rows_are_a_note() -> None:
 @pytest.mark.parametrize(
     ("train", "options", "message"),
     [
-        (rows(5), {"n_dev": 6}, "5 of 6 dev rows and 0 rows to show are left"),
-        (rows(5), {"n_dev": 5}, "0 rows to show are left"),
+        (rows(5), {"n_dev": 6}, "5 of 6 dev rows and 0 rows for the pool are left"),
+        (rows(5), {"n_dev": 5}, "0 rows for the pool are left"),
         ([], {"n_dev": 0}, "0 training rows"),
         (rows(5), {"n_test": 0}, "at least 1 test row"),
         (rows(5), {"max_demo_chars": 0}, "at least 1 is needed"),

@@ -287,7 +287,7 @@ def test_rows_that_fit_give_no_warning() -> None:
 
 def test_one_label_only_is_a_warning() -> None:
     (warning,) = check_rows(task(), ROWS[:1] * 3, "the test rows")
-    assert warning.startswith("the test rows of the task 'moods' have one label only, 'positive'")
+    assert warning.startswith("the test rows of the task 'moods' have only the label 'positive'")
     assert "SST-2" in warning
 
 
@@ -297,7 +297,7 @@ def test_a_label_without_rows_is_a_warning() -> None:
 
 
 def test_no_rows_and_empty_answers_are_errors() -> None:
-    with pytest.raises(SparsortError, match="hold no rows"):
+    with pytest.raises(SparsortError, match="are empty"):
         check_rows(task(), [])
     free = task(labels=None, judge="exact")
     with pytest.raises(SparsortError, match=r"row 'd' has an empty answer"):
@@ -333,7 +333,7 @@ def test_free_answers_need_no_labels() -> None:
     ("options", "message"),
     [
         ({"labels": "0=down,0=up"}, "give the value '0' twice"),
-        ({"labels": "0="}, "hold '0='"),
+        ({"labels": "0="}, "contain '0='"),
         ({"labels": "0=down,,1=up"}, "are empty"),
         ({"label": "mood"}, "row 'a' has no field 'mood'"),
         ({"label": "id", "prompt": "{id}"}, "gives the answer away"),
@@ -369,5 +369,7 @@ def test_plain_values_are_json() -> None:
 @pytest.mark.parametrize("text", ["seed = " + "1" * 5000, "a = " + "[" * 20_000])
 def test_a_file_that_python_cannot_parse_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "task.toml").write_text(text)
-    with pytest.raises(SparsortError, match=r"task\.toml holds a number with too many digits, or is nested too deeply"):
+    with pytest.raises(
+        SparsortError, match=r"task\.toml contains a number with too many digits, or is nested too deeply"
+    ):
         tables.read(tmp_path / "task.toml")

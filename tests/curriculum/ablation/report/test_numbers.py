@@ -15,14 +15,14 @@ from sparsort.curriculum.ablation.report.numbers import compare, rows
 from sparsort.curriculum.ablation.report.numbers.shape import Report
 from sparsort.curriculum.ablation.report.numbers.summary import summarise
 from sparsort.curriculum.ablation.report.page.head import duration, facts
-from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.cells import Arm, Cell
 from sparsort.curriculum.ablation.results.results import Results
 from sparsort.curriculum.ablation.statistics import differences as statistics
 
 ARMS = ["sparse_to_dense", "similarity_ascending", "pdo", "density", "oracle_best"]
 
 
-def with_sets(group: Group, places: list[int]) -> Group:
+def with_sets(group: Cell, places: list[int]) -> Cell:
     """The group with only these demonstration sets, in this order."""
 
     def taken(arm: Arm) -> Arm:
@@ -47,13 +47,13 @@ def results() -> Results:
     """Two tasks and two k, on and off; one cell has fewer sets, another lacks an arm, as where a study was stopped."""
     made = simulate(["mr", "trec"], shots=(2, 3), sets=9, orders=5, items=24, arms=ARMS, seed=3)
     groups = []
-    for group in made.groups:
+    for group in made.cells:
         if group.key[:3] == ("mr", "balanced", 3):
             group = with_sets(group, list(range(7)))
         if group.key == ("trec", "balanced", 2, False):
             group = replace(group, arms=[arm for arm in group.arms if arm.name != "density"])
         groups.append(group)
-    return Results(groups=groups, provenance=made.provenance | {"seconds": 3725.0, "versions": {"torch": "2"}})
+    return Results(cells=groups, provenance=made.provenance | {"seconds": 3725.0, "versions": {"torch": "2"}})
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def report(results: Results) -> Report:
 
 
 def test_a_cell_against_plain_loops(results: Results, report: Report) -> None:
-    for group, cell in zip(results.groups, report["cells"], strict=True):
+    for group, cell in zip(results.cells, report["cells"], strict=True):
         S, Q, R = len(group.sets), len(group.items), len(group.random)
         assert (cell["sets"], cell["items"], cell["orders"]) == (S, Q, R)
         for arm, shown in zip(group.arms, cell["arms"], strict=True):
@@ -99,7 +99,7 @@ def test_a_cell_against_plain_loops(results: Results, report: Report) -> None:
 
 
 def test_intervals_and_verdicts_are_those_of_the_statistics(results: Results, report: Report) -> None:
-    for group, cell in zip(results.groups, report["cells"], strict=True):
+    for group, cell in zip(results.cells, report["cells"], strict=True):
         tested = [arm for arm in cell["arms"] if arm["kind"] != "oracle"]
         p = []
         for shown in tested:
@@ -135,8 +135,8 @@ def test_all_tasks_count_alike_whatever_their_sets(results: Results, report: Rep
     for pool in report["pooled"]:
         for arm in pool["arms"]:
             by_task: dict[str, dict[int, list[float]]] = {}
-            for group in results.groups:
-                if group.calibrated is not pool["calibrated"] or pool["k"] not in (None, group.k):
+            for group in results.cells:
+                if group.contextual is not pool["calibrated"] or pool["k"] not in (None, group.k):
                     continue
                 if arm["name"] not in [one.name for one in group.arms]:
                     continue
@@ -155,12 +155,12 @@ def test_all_tasks_count_alike_whatever_their_sets(results: Results, report: Rep
 
 
 def test_calibration_compares_the_sets_that_both_cells_have(results: Results) -> None:
-    off, on = (group for group in results.groups if group.key[:3] == ("trec", "balanced", 3))
+    off, on = (group for group in results.cells if group.key[:3] == ("trec", "balanced", 3))
     moved = replace(on, sets=[replace(one, demo_ids=[f"other {name}" for name in one.demo_ids]) for one in on.sets])
-    assert summarise(Results(groups=[off, moved], provenance={}))["calibration"] == []
+    assert summarise(Results(cells=[off, moved], provenance={}))["calibration"] == []
     turned = with_sets(on, [8, 5, 6, 0, 2, 1, 3])
     first = with_sets(off, list(range(7)))
-    (pair,) = summarise(Results(groups=[first, turned], provenance={}))["calibration"]
+    (pair,) = summarise(Results(cells=[first, turned], provenance={}))["calibration"]
     assert pair["sets"] == 6
     shared = [0, 1, 2, 3, 5, 6]
     by_name = {arm["name"]: arm for arm in pair["arms"]}
@@ -186,8 +186,8 @@ def test_the_report_is_json_without_holes(report: Report) -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_the_demonstrations_of_every_item_are_in_the_report(results: Results, report: Report) -> None:
-    for group, view in zip(results.groups, report["demonstrations"], strict=True):
+def test_what_every_item_saw_is_in_the_report(results: Results, report: Report) -> None:
+    for group, view in zip(results.cells, report["demonstrations"], strict=True):
         for number, shown in enumerate(view["sets"]):
             assert [demo["id"] for demo in shown["demos"]] == group.sets[number].demo_ids
             assert shown["prompt"] == group.sets[number].prompt
@@ -201,10 +201,10 @@ def test_the_demonstrations_of_every_item_are_in_the_report(results: Results, re
 
 def test_the_words_of_what_was_shown_are_in_the_report_once_a_task(results: Results) -> None:
     groups = []
-    for group in results.groups:
+    for group in results.cells:
         shown = {name: f"demonstration {name}" for one in group.sets for name in one.demo_ids}
         groups.append(replace(group, demo_texts=shown, item_texts=[f"item {name}" for name in group.items]))
-    texts = summarise(replace(results, groups=groups))["texts"]
+    texts = summarise(replace(results, cells=groups))["texts"]
     assert list(texts) == ["mr", "trec"]
     for group in groups:
         assert texts[group.task]["demos"].items() >= group.demo_texts.items()
@@ -241,9 +241,9 @@ def test_an_orderer_run_on_some_tasks_is_reported_with_its_tasks() -> None:
     )
     groups = [
         replace(group, arms=[arm for arm in group.arms if arm.name != "pdo" or group.task == "sst5"])
-        for group in results.groups
+        for group in results.cells
     ]
-    overall = summarise(replace(results, groups=groups))["findings"][0]
+    overall = summarise(replace(results, cells=groups))["findings"][0]
     assert sorted(overall["helps"]) == ["pdo", "sparse_to_dense"]
     assert "pdo on sst5 alone (+" in overall["sentences"][0]
     assert "sparse_to_dense (+" in overall["sentences"][0]

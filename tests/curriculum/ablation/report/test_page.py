@@ -35,7 +35,7 @@ ARMS = ["sparse_to_dense", "similarity_ascending", "pdo", "density", "oracle_bes
 @pytest.fixture(scope="module")
 def hostile() -> Results:
     """Every text that data can bring holds markup."""
-    (group,) = simulate(["cb"], shots=(2,), sets=8, orders=3, items=12, arms=ARMS, calibrated=(False,)).groups
+    (group,) = simulate(["cb"], shots=(2,), sets=8, orders=3, items=12, arms=ARMS, calibrated=(False,)).cells
     labels = [f"{label} {EVIL}" for label in group.labels]
     evil = replace(
         group,
@@ -52,7 +52,7 @@ def hostile() -> Results:
         demo_texts={f"{name} {EVIL}": EVIL for one in group.sets for name in one.demo_ids},
         item_texts=[EVIL] * len(group.items),
     )
-    return Results(groups=[evil, replace(evil, selector="b")], provenance={"model": EVIL, "other": {EVIL: EVIL}})
+    return Results(cells=[evil, replace(evil, selector="b")], provenance={"model": EVIL, "other": {EVIL: EVIL}})
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_plain_text_is_one_line_without_control_characters() -> None:
 
 
 def test_generated_answers_have_no_labels(tmp_path: Path) -> None:
-    (group,) = simulate(["mr"], shots=(2,), sets=3, orders=3, items=10, arms=["pdo"], calibrated=(False,)).groups
+    (group,) = simulate(["mr"], shots=(2,), sets=3, orders=3, items=10, arms=["pdo"], calibrated=(False,)).cells
 
     def generated(arm: Arm) -> Arm:
         shape = arm.predicted.shape
@@ -324,7 +324,7 @@ def test_generated_answers_have_no_labels(tmp_path: Path) -> None:
         random=[generated(arm) for arm in group.random],
         arms=[generated(arm) for arm in group.arms],
     )
-    files = write_report(summarise(Results(groups=[free], provenance={})), tmp_path)
+    files = write_report(summarise(Results(cells=[free], provenance={})), tmp_path)
     assert "labels.svg" not in {path.name for path in files}
     assert 'id="labels"' not in files[0].read_text(encoding="utf-8")
 

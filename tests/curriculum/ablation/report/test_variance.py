@@ -27,7 +27,7 @@ from sparsort.curriculum.ablation.report.numbers.summary import summarise
 from sparsort.curriculum.ablation.report.page.html import arm_rows
 from sparsort.curriculum.ablation.report.page.markdown import markdown
 from sparsort.curriculum.ablation.report.write import write_report
-from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Group, SetInfo
+from sparsort.curriculum.ablation.results.cells import Arm, ArmKind, Cell, SetInfo
 from sparsort.curriculum.ablation.results.results import Results
 
 ARMS: dict[str, ArmKind] = {"given": "named", "pdo": "chosen", "oracle_best": "oracle"}
@@ -56,15 +56,13 @@ def arm(name: str, kind: ArmKind, predicted_SQ: Outcomes, gold_Q: Outcomes, labe
     )
 
 
-def group(
-    task: str, gold_Q: Outcomes, random_RSQ: Outcomes, arms_ASQ: Outcomes, labels: int, calibrated: bool
-) -> Group:
+def group(task: str, gold_Q: Outcomes, random_RSQ: Outcomes, arms_ASQ: Outcomes, labels: int, calibrated: bool) -> Cell:
     sets, names = random_RSQ.shape[1], [f"label {place}" for place in range(labels)]
-    return Group(
+    return Cell(
         task=task,
         selector="random",
         k=K,
-        calibrated=calibrated,
+        contextual=calibrated,
         labels=names,
         items=[f"{task} {item}" for item in range(len(gold_Q))],
         gold=[names[place] for place in gold_Q] if labels else ["answer"] * len(gold_Q),
@@ -79,7 +77,7 @@ def group(
 @st.composite
 def studies(draw: st.DrawFn) -> Results:
     """One or two tasks whose outcomes vary little or not at all."""
-    groups: list[Group] = []
+    groups: list[Cell] = []
     for task in ("one", "two")[: draw(st.integers(1, 2))]:
         sets, orders, items = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
         labels = draw(st.sampled_from([0, 1, 2, 3]))
@@ -100,10 +98,10 @@ def studies(draw: st.DrawFn) -> Results:
             elif kind == "any":
                 outcomes = rng.integers(0, most, shape)
             groups.append(group(task, gold, outcomes[: -len(ARMS)], outcomes[-len(ARMS) :], labels, calibrated))
-    return Results(groups=groups, provenance={"model": "tiny"})
+    return Results(cells=groups, provenance={"model": "tiny"})
 
 
-def gains(one: Group, name: str) -> list[Fraction]:
+def gains(one: Cell, name: str) -> list[Fraction]:
     """The arm's difference to the mean random order in every set, exactly."""
     found = []
     for place in range(len(one.sets)):
@@ -160,7 +158,7 @@ def test_every_number_is_in_its_range_or_null_with_a_reason(results: Results) ->
         for one in objects(report[name]):  # type: ignore[literal-required]
             absent = [field for field, value in one.items() if value is None and field not in NAMES]
             assert not absent or one["reason"], (absent, one)
-    for own, cell in zip(results.groups, report["cells"], strict=True):
+    for own, cell in zip(results.cells, report["cells"], strict=True):
         for shown in cell["arms"]:
             differs = len(set(gains(own, shown["name"]))) > 1
             check_difference(shown["difference"], len(own.sets) >= 3 and differs and shown["kind"] != "oracle")
@@ -173,7 +171,7 @@ def test_every_number_is_in_its_range_or_null_with_a_reason(results: Results) ->
         for value in (parts["sd_orders"], parts["sd_noise"], parts["real_share"], parts["sd_sets"]):
             assert value is None or 0 <= value <= 1
     for pool in report["pooled"]:
-        alike = [own for own in results.groups if own.calibrated is pool["calibrated"]]
+        alike = [own for own in results.cells if own.contextual is pool["calibrated"]]
         for one in pool["arms"]:
             by_task = [gains(own, one["name"]) for own in alike]
             tested = sum(map(len, by_task)) >= 3 and any(len(set(task)) > 1 for task in by_task)
@@ -216,7 +214,7 @@ def flat_study(sets: int, *, labels: int = 2, items: int = 20, lean: int | None 
     if lean is not None:
         outcomes[0, :, ::lean] = 1
     groups = [group("films", gold, outcomes[:2], outcomes[2:], labels, calibrated) for calibrated in (False, True)]
-    return Results(groups=groups, provenance={"model": "tiny"})
+    return Results(cells=groups, provenance={"model": "tiny"})
 
 
 @pytest.mark.parametrize(
@@ -247,7 +245,7 @@ def test_untested_arms_count_in_the_family() -> None:
     # "given" answers as the random orders do, which are one order repeated.
     same = np.stack([random[0]] * 3)
     report = summarise(
-        Results(groups=[group("t", gold, same, np.stack([random[0], varied, varied]), 2, False)], provenance={})
+        Results(cells=[group("t", gold, same, np.stack([random[0], varied, varied]), 2, False)], provenance={})
     )
     given_arm, pdo = (shown["difference"] for shown in report["cells"][0]["arms"][:2])
     assert given_arm["p"] is given_arm["verdict"] is None
@@ -263,7 +261,7 @@ def test_a_task_without_spread_takes_part_in_the_mean_over_tasks() -> None:
         group("flat", gold, level[:3], level[3:], 2, False),
         group("varied", gold, varied[:3], varied[3:], 2, False),
     ]
-    report = summarise(Results(groups=groups, provenance={}))
+    report = summarise(Results(cells=groups, provenance={}))
     (pool,) = report["pooled"]
     own = [float(np.mean([float(gain) for gain in gains(groups[1], name)])) for name in ("given", "pdo")]
     assert [one["difference"]["value"] for one in pool["arms"]] == pytest.approx([value / 2 for value in own])
@@ -274,7 +272,7 @@ def test_a_task_without_spread_takes_part_in_the_mean_over_tasks() -> None:
         group("flat", gold, level[:3], opposite[3:], 2, False),
         group("other", gold, opposite[:3, :3], level[3:, :3], 2, False),
     ]
-    (pool,) = summarise(Results(groups=groups, provenance={}))["pooled"]
+    (pool,) = summarise(Results(cells=groups, provenance={}))["pooled"]
     for one in pool["arms"]:
         assert one["difference"]["value"] == pytest.approx(0.0)
         assert one["difference"]["reason"] == (
@@ -305,12 +303,12 @@ def test_a_model_that_gives_one_label_is_reported_first(lean: int | None, share:
 def test_one_sided_test_rows_are_distinguished_from_a_one_sided_model() -> None:
     gold = np.array([0] * 19 + [1])
     outcomes = np.zeros((2 + len(ARMS), 3, 20), dtype=np.int64)
-    report = summarise(Results(groups=[group("t", gold, outcomes[:2], outcomes[2:], 2, False)], provenance={}))
+    report = summarise(Results(cells=[group("t", gold, outcomes[:2], outcomes[2:], 2, False)], provenance={}))
     (warning,) = report["warnings"]
     assert (warning["model"], warning["gold_share"]) == (None, pytest.approx(0.95))
     assert "the model predicts 'label 0'" in warning["text"]
     assert "also 95.0 % of the gold labels" in warning["text"]
-    one = summarise(Results(groups=[group("t", gold * 0, outcomes[:2], outcomes[2:], 1, False)], provenance={}))
+    one = summarise(Results(cells=[group("t", gold * 0, outcomes[:2], outcomes[2:], 1, False)], provenance={}))
     assert one["warnings"] == []
 
 

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.ablation.results.cells import Arm, Group, SetInfo
-from sparsort.curriculum.ablation.results.file import ARRAYS, RESULTS
-from sparsort.curriculum.ablation.results.results import Results
+from sparsort.curriculum.ablation.results.cells import Arm, Cell, SetInfo
+from sparsort.curriculum.ablation.results.results import ARRAYS, RESULTS, Results
 from sparsort.errors import SparsortError
 
 
@@ -38,13 +37,13 @@ def make_arm(
     return Arm(**fields | changes)
 
 
-def make_group(*, S: int = 2, L: int = 2, k: int = 3, **changes: Any) -> Group:
+def make_group(*, S: int = 2, L: int = 2, k: int = 3, **changes: Any) -> Cell:
     gold = [index % max(L, 1) for index in (0, 1, 1)]
     fields: dict[str, Any] = {
         "task": "toy",
         "selector": "random",
         "k": k,
-        "calibrated": False,
+        "contextual": False,
         "labels": [f"label {index}" for index in range(L)],
         "items": ["x", "y", "z"],
         "gold": [f"label {index}" for index in gold],
@@ -63,13 +62,13 @@ def make_group(*, S: int = 2, L: int = 2, k: int = 3, **changes: Any) -> Group:
         "demo_texts": {"d00": "a\nb"},
         "item_texts": ["one", "two", "\u2028"],
     }
-    return Group(**fields | changes)
+    return Cell(**fields | changes)
 
 
 def assert_same(found: Results, given: Results, *, exact: bool) -> None:
     assert found.provenance == given.provenance
-    assert len(found.groups) == len(given.groups)
-    for one, other in zip(found.groups, given.groups, strict=True):
+    assert len(found.cells) == len(given.cells)
+    for one, other in zip(found.cells, given.cells, strict=True):
         for name in ("key", "labels", "items", "gold", "sets", "demo_ids_of_item", "demo_texts", "item_texts"):
             assert getattr(one, name) == getattr(other, name), name
         pairs = [*zip(one.random, other.random, strict=True), *zip(one.arms, other.arms, strict=True)]
@@ -138,7 +137,7 @@ def test_an_arm_that_does_not_fit_is_refused(changes: dict[str, Any], message: s
         ({"random": [make_arm("a")]}, "belong in `random`"),
         ({"arms": [make_arm("a", S=3)]}, r"expected \(2, 3, 2\)"),
         ({"arms": [make_arm("a", k=2)]}, "orders 2 demonstrations, expected 3"),
-        ({"arms": [make_arm("a", gold=(1, 1, 1))]}, "differ from gold"),
+        ({"arms": [make_arm("a", gold=(1, 1, 1))]}, "correct differs from predicted == gold"),
     ],
 )
 def test_a_group_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -148,10 +147,10 @@ def test_a_group_that_does_not_fit_is_refused(changes: dict[str, Any], message: 
 
 def test_results_need_distinct_cells() -> None:
     with pytest.raises(SparsortError, match="without a single finished cell"):
-        Results(groups=[], provenance={})
+        Results(cells=[], provenance={})
     with pytest.raises(SparsortError, match="two cells of toy, random, k = 3"):
-        Results(groups=[make_group(), make_group()], provenance={})
-    assert len(Results(groups=[make_group(), make_group(calibrated=True)], provenance={}).groups) == 2
+        Results(cells=[make_group(), make_group()], provenance={})
+    assert len(Results(cells=[make_group(), make_group(contextual=True)], provenance={}).cells) == 2
 
 
 def test_an_arm_is_found_by_its_name() -> None:
@@ -181,7 +180,7 @@ def test_what_is_saved_is_what_is_loaded(
         changes["sets"] = [replace(one, demo_ids=[], demo_tokens=[], prompt=word) for one in group.sets]
         changes["demo_ids_of_item"] = [[[f"{word}{j}" for j in range(k)] for _ in range(3)] for _ in range(S)]
     results = Results(
-        groups=[replace(group, **changes), make_group(calibrated=True)], provenance={"model": word, "n": [1]}
+        cells=[replace(group, **changes), make_group(contextual=True)], provenance={"model": word, "n": [1]}
     )
     assert_same(Results.from_dict(json.loads(json.dumps(results.to_dict()))), results, exact=True)
     folder = tmp_path_factory.mktemp("results")
@@ -190,7 +189,7 @@ def test_what_is_saved_is_what_is_loaded(
 
 
 def test_saving_twice_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None:
-    results = Results(groups=[make_group(), make_group(L=0, task="free")], provenance={})
+    results = Results(cells=[make_group(), make_group(L=0, task="free")], provenance={})
     for name in ("one", "two"):
         results.save(tmp_path / name)
     for file in (RESULTS, ARRAYS):
@@ -203,8 +202,8 @@ def test_saving_twice_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    Results(groups=[make_group()], provenance={}).save(tmp_path)
-    Results(groups=[make_group(S=3)], provenance={}).save(tmp_path / "other")
+    Results(cells=[make_group()], provenance={}).save(tmp_path)
+    Results(cells=[make_group(S=3)], provenance={}).save(tmp_path / "other")
     (tmp_path / ARRAYS).write_bytes((tmp_path / "other" / ARRAYS).read_bytes())
     with pytest.raises(SparsortError, match="stopped between the two"):
         Results.load(tmp_path)
@@ -230,10 +229,10 @@ def test_a_folder_without_results_is_refused(tmp_path: Path, text: str | None, m
 
 
 def test_a_dictionary_with_a_hole_is_refused() -> None:
-    whole = Results(groups=[make_group()], provenance={}).to_dict()
+    whole = Results(cells=[make_group()], provenance={}).to_dict()
     for missing in ("groups", "arrays", "provenance"):
         with pytest.raises(SparsortError, match="without"):
             Results.from_dict({name: value for name, value in whole.items() if name != missing})
     whole["arrays"].pop("0/arms/correct")
-    with pytest.raises(SparsortError, match="not written whole"):
+    with pytest.raises(SparsortError, match="not written completely"):
         Results.from_dict(whole)

@@ -18,7 +18,7 @@ import sparsort
 from sparsort.curriculum.ablation.recipe.ablation import Ablation
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.ablation.recipe.texts import Texts
-from sparsort.curriculum.ablation.results.cells import Arm, Group
+from sparsort.curriculum.ablation.results.cells import Arm, Cell
 from sparsort.curriculum.ablation.results.results import Results
 from sparsort.curriculum.ablation.run.model import Engine
 from sparsort.errors import SparsortError
@@ -81,8 +81,8 @@ def a_recipe(folder: Path, **changes: Any) -> Ablation:
     return Ablation(**fields | changes)
 
 
-def only(results: Results, *, calibrated: bool = False) -> Group:
-    (group,) = [group for group in results.groups if group.calibrated is calibrated]
+def only(results: Results, *, calibrated: bool = False) -> Cell:
+    (group,) = [group for group in results.cells if group.contextual is calibrated]
     return group
 
 
@@ -95,7 +95,7 @@ def plain_log_p(loaded: LoadedModel, prompt: str, answer: str) -> float:
     return sum(float(log_p[i - 1, ids[0, i]]) for i in places)
 
 
-def whole_prompt(folder: Path, task: Task, group: Group, arm: Arm, s: int, q: int) -> str:
+def whole_prompt(folder: Path, task: Task, group: Cell, arm: Arm, s: int, q: int) -> str:
     """The prompt of an item, put together from the files and the ids alone."""
     data = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     by_id = {f"train:{number}": row for number, row in enumerate(data)}
@@ -188,7 +188,7 @@ def test_no_test_row_is_a_demonstration(folder: Path, loaded: LoadedModel, tmp_p
     shown = {name for one in only(done.results).sets for name in one.demo_ids}
     assert shown
     assert not shown & leaky
-    assert any("9 training rows were left out" in note for note in done.notes)
+    assert any("9 training rows were excluded" in note for note in done.notes)
 
 
 def test_run_again_reads_nothing_and_more_orders_read_only_what_is_new(
@@ -256,7 +256,7 @@ def test_more_shots_than_the_context_holds_are_refused(
 def test_more_shots_than_rows_are_refused_before_anything_runs(folder: Path) -> None:
     from sparsort.recipes.ablate import estimate_cost
 
-    with pytest.raises(SparsortError, match="55 rows to show, and 200 shots"):
+    with pytest.raises(SparsortError, match="a pool of 55 rows, and 200 shots"):
         estimate_cost(a_recipe(folder, shots=(3, 200)))
 
 
@@ -325,7 +325,7 @@ def test_a_chat_template_that_refuses_the_turns_is_reported(
         "<{{ m.role }}>{{ m.content }}{% endfor %}"
     )
     task = a_task(chat=True, system="Be good.", answer="{label}")
-    with pytest.raises(SparsortError, match=r"no system role.*Leave out its system turn"):
+    with pytest.raises(SparsortError, match=r"no system role.*Omit its system turn"):
         sparsort.ablate(a_recipe(folder, tasks=(task,)), out=tmp_path, model=chatty, report=False)
 
 
@@ -413,10 +413,10 @@ def test_generation_is_judged_by_what_is_written(folder: Path, loaded: LoadedMod
     write(data / "test.jsonl", test)
     answered = a_recipe(data, sets=1, tasks=(task,), orderers=("given",), choosers=(), calibrated=(True,))
     done = sparsort.ablate(answered, out=tmp_path / "again", model=loaded, report=False)
-    (group,) = done.results.groups
+    (group,) = done.results.cells
     np.testing.assert_array_equal(group.random[0].correct[0], [gold != "nothing" for gold in group.gold])
     assert group.random[0].correct.any()
-    assert not group.calibrated
+    assert not group.contextual
 
 
 def test_predictions_of_a_single_label_are_reported(
@@ -469,7 +469,7 @@ def test_killed_runs_and_two_at_once_end_with_the_same_results(
     job = (_CHILD, [file, tmp_path / "killed", 0, 0], {})
     assert forks.run(tmp_path / "both", job, job) == [0, 0], (tmp_path / "both-0.err").read_text(encoding="utf-8")
     found = Results.load(tmp_path / "killed" / "results")
-    for group, other in zip(found.groups, expected.groups, strict=True):
+    for group, other in zip(found.cells, expected.cells, strict=True):
         assert group.key == other.key
         assert group.sets == other.sets
         for arm, like in zip([*group.random, *group.arms], [*other.random, *other.arms], strict=True):

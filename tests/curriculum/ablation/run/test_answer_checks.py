@@ -9,7 +9,7 @@ import pytest
 from sparsort.curriculum.ablation.recipe.ablation import Ablation
 from sparsort.curriculum.ablation.recipe.splits import Splits
 from sparsort.curriculum.ablation.recipe.tasks import Task
-from sparsort.curriculum.ablation.run.answer_checks import check_answers
+from sparsort.curriculum.ablation.run.checks import check_answers
 from sparsort.errors import SparsortError
 
 
@@ -53,7 +53,7 @@ def test_worked_answers() -> None:
         (WORDS, {"answer": "\n{a}"}, "reads None there"),
         # None could be read whole, though each stop cuts half of them.
         ([{"a": f"word{'!' if n % 2 else '?'} more"} for n in range(6)], {"stop": ("!", "?")}, "4 of 4 demonstrations"),
-        ([{"a": str(n)} for n in range(6)], {"judge": "number"}, "reads the number behind '####'"),
+        ([{"a": str(n)} for n in range(6)], {"judge": "number"}, "reads the number after '####'"),
     ],
 )
 def test_a_task_in_which_no_answer_could_be_right_is_refused(

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import sparsort
-from sparsort.curriculum.ablation.recipe.ablation import Ablation, units
+from sparsort.curriculum.ablation.recipe.ablation import Ablation, demo_sets
 from sparsort.curriculum.ablation.recipe.selectors import SELECTORS
 from sparsort.curriculum.ablation.recipe.task_data import TaskData
 from sparsort.curriculum.ablation.recipe.tasks import Task
-from sparsort.curriculum.ablation.results.cells import Group
+from sparsort.curriculum.ablation.results.cells import Cell
 from sparsort.curriculum.ablation.results.results import Results
 from sparsort.curriculum.ablation.run import probing, run
 from sparsort.curriculum.ablation.run.model import Engine
-from sparsort.curriculum.ablation.store.keys import neighbour_group
+from sparsort.curriculum.ablation.store.order_notes import neighbour_group
 from sparsort.curriculum.ablation.store.store import OutcomeStore
 from sparsort.curriculum.demos.criteria.mdl_and_cone import organisations
 from sparsort.errors import SparsortError
@@ -75,8 +75,8 @@ def a_recipe(folder: Path, **changes: Any) -> Ablation:
     return Ablation(**fields | {"sampled_probes": False, "choosers": CHOOSERS} | changes)
 
 
-def cell(results: Results, *, calibrated: bool = False) -> Group:
-    (group,) = [group for group in results.groups if group.calibrated is calibrated]
+def cell(results: Results, *, calibrated: bool = False) -> Cell:
+    (group,) = [group for group in results.cells if group.contextual is calibrated]
     return group
 
 
@@ -92,7 +92,7 @@ def shown(folder: Path, done: Results) -> list[dict[str, str]]:
     return [rows[int(name.removeprefix("train:"))] for name in cell(done).sets[0].demo_ids]
 
 
-def asked(folder: Path, group: Group) -> list[str]:
+def asked(folder: Path, group: Cell) -> list[str]:
     """The test rows in the group's order."""
     texts = [json.loads(line)["text"] for line in (folder / "test.jsonl").read_text().splitlines()]
     return [texts[int(name.removeprefix("test:"))] for name in group.items]
@@ -344,7 +344,7 @@ def test_every_selector_makes_sets(selector: str, folder: Path, loaded: LoadedMo
 
 
 def near_of(
-    folder: Path, loaded: LoadedModel, group: Group, recipe: Ablation
+    folder: Path, loaded: LoadedModel, group: Cell, recipe: Ablation
 ) -> tuple[list[str], list[list[dict[str, Any]]]]:
     """The test rows' texts, and for each its nearest rows in the half of the pool that seed 0 draws."""
     pool = TaskData(recipe.load_tasks()[0], recipe).splits.pool
@@ -366,7 +366,7 @@ def test_topk_cone_takes_the_neighbours_after_which_the_query_costs_least(
         folder, selectors=("topk_cone",), shots=(2, 3), random_orders=2, orderers=("given",), choosers=("mdl",)
     )
     done = sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False)
-    for group in (group for group in done.results.groups if not group.calibrated):
+    for group in (group for group in done.results.cells if not group.contextual):
         assert group.demo_ids_of_item is not None
         texts, near = near_of(folder, loaded, group, recipe)
         for text, neighbours, ids in zip(texts, near, group.demo_ids_of_item[0], strict=True):
@@ -383,18 +383,18 @@ def test_neighbours_that_another_process_reads_are_not_read_twice(
     recipe = a_recipe(folder, selectors=("topk_cone",), shots=(2, 3), random_orders=2, orderers=("given",), choosers=())
     engine = Engine(recipe, loaded)
     store, other = (OutcomeStore(tmp_path, engine.identity, feature_names=engine.feature_names) for _ in range(2))
-    running = run.Run(recipe, engine, store)
-    two, three = units(recipe)
+    running = run.AblationRunner(recipe, engine, store)
+    two, three = demo_sets(recipe)
     alone = neighbour_group(running.tasks["toy"].task, two)
     assert alone == neighbour_group(running.tasks["toy"].task, three)
     with other.claim(alone) as held:
         assert held
-        assert running.unit(two) is False
+        assert running.run_set(two) is False
         assert running.tokens_read == 0
-    assert running.unit(two)
+    assert running.run_set(two)
     once = len(store.read(alone))
     assert once == 6 * min(30, (len(running.tasks["toy"].pool) + 1) // 2)
-    assert running.unit(three)
+    assert running.run_set(three)
     assert len(store.read(alone)) == once
     # A few blocks and not one a neighbour.
     assert len(list(store.folder.rglob("*loss*/*.parquet"))) <= 3
@@ -431,7 +431,7 @@ def test_topk_cone_refuses_a_chat_template_that_cannot_be_cut(
         shots=(2,),
         choosers=("mdl",),
     )
-    with pytest.raises(SparsortError, match="leaves no query apart"):
+    with pytest.raises(SparsortError, match="cannot be cut between demonstrations and query"):
         sparsort.ablate(recipe, out=tmp_path, model=chatty, report=False)
 
 
@@ -486,7 +486,7 @@ def test_written_answers_are_judged_and_the_best_order_on_dev_rows_is_taken(
 
     monkeypatch.setattr(run, "generate", writes)
     done = sparsort.ablate(recipe, out=tmp_path / "out", model=loaded, report=False)
-    (group,) = done.results.groups
+    (group,) = done.results.cells
     smallest = int(np.argmin([int(name.removeprefix("train:")) for name in group.sets[0].demo_ids]))
     for arm in group.random:
         assert arm.order is not None
@@ -494,4 +494,4 @@ def test_written_answers_are_judged_and_the_best_order_on_dev_rows_is_taken(
     assert 0 < sum(bool(arm.correct.all()) for arm in group.random) < 6
     assert group.arm("best_on_dev").correct.all()
     assert "pdo" not in {arm.name for arm in group.arms}
-    assert any("pdo left out: labels are read" in note for note in done.notes)
+    assert any("pdo skipped: they read label scores" in note for note in done.notes)

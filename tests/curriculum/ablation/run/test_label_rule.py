@@ -62,7 +62,7 @@ def moved_names(recipe: Ablation, loaded: LoadedModel) -> dict[str, str]:
     (task,) = recipe.load_tasks()
     data, texts = TaskData(task, recipe), Texts(task, loaded.tokenizer)
     queries = [*data.test_texts, *data.dev_texts, *task.content_free_texts()]
-    names = {texts.pair((), query)[1]: texts.query_names(query)[0] for query in queries}
+    names = {texts.pair((), query)[1]: texts.query_digests(query)[0] for query in queries}
     assert len(names) == len(set(queries))
     moved = {name: plain for name, plain in names.items() if name != plain}
     endings = {query.rsplit(" ", 1)[-1] for query in queries if texts.pair((), query)[1] in moved}
@@ -98,7 +98,7 @@ def names(store: OutcomeStore, group: str) -> set[str]:
 
 
 def same(one: Results, other: Results) -> None:
-    for group, like in zip(one.groups, other.groups, strict=True):
+    for group, like in zip(one.cells, other.cells, strict=True):
         arms = [*group.random, *group.arms]
         for arm, like_arm in zip(arms, [*like.random, *like.arms], strict=True):
             assert arm.name == like_arm.name

@@ -14,9 +14,9 @@ import torch
 import sparsort
 from sparsort.curriculum.ablation.recipe.ablation import Ablation
 from sparsort.curriculum.ablation.recipe.tasks import Task
-from sparsort.curriculum.ablation.results.cells import Group
+from sparsort.curriculum.ablation.results.cells import Cell
 from sparsort.curriculum.ablation.results.results import Results
-from sparsort.curriculum.ablation.run.run import Run
+from sparsort.curriculum.ablation.run.run import AblationRunner
 from sparsort.errors import SparsortError
 from sparsort.scoring.loading.load import LoadedModel, load_model
 
@@ -69,8 +69,8 @@ def a_recipe(folder: Path, **changes: Any) -> Ablation:
     return Ablation(**fields | changes)
 
 
-def only(results: Results) -> Group:
-    (group,) = [group for group in results.groups if not group.calibrated]
+def only(results: Results) -> Cell:
+    (group,) = [group for group in results.cells if not group.contextual]
     return group
 
 
@@ -164,7 +164,7 @@ def test_the_cost_of_a_stopped_run_is_noted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "_note_tokens", stop)
+        patched.setattr(AblationRunner, "_note_tokens", stop)
         with pytest.raises(KeyboardInterrupt):
             sparsort.ablate(recipe, out=tmp_path / "stopped", model=loaded, report=False)
     rest = sparsort.ablate(recipe, out=tmp_path / "stopped", model=loaded, report=False)
@@ -202,7 +202,7 @@ def test_tasks_whose_names_begin_alike_share_no_group(folder: Path, loaded: Load
     tasks = (a_task(name="glue/one"), a_task(name="glue/two", prompt="T: {text}\nK:"))
     recipe = a_recipe(folder, tasks=tasks, sets=1, orderers=("given",), choosers=("mdl",))
     done = sparsort.ablate(recipe, out=tmp_path, model=loaded, report=False)
-    assert {group.task for group in done.results.groups} == {"glue/one", "glue/two"}
+    assert {group.task for group in done.results.cells} == {"glue/one", "glue/two"}
 
 
 def test_a_chooser_that_cannot_judge_is_named_and_costs_no_other(

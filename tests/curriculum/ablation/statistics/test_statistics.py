@@ -107,7 +107,7 @@ def test_one_set_speaks_of_items_and_says_so() -> None:
     arm, random = study(sets=1, items=200, gain=0.1)
     found = statistics.difference(arm, random)
     assert found.over == "items"
-    assert "nothing can be said of other sets" in found.note
+    assert "does not generalise to other sets" in found.note
     by_item = (arm - random.mean(axis=0))[0]
     theirs = stats.bootstrap((by_item,), np.mean, method="BCa", random_state=0)
     assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
@@ -201,7 +201,7 @@ def test_bad_outcomes_are_refused(arm: object, other: object, says: str) -> None
     [
         ({"over": "set"}, "Did you mean 'sets'"),
         ({"method": "wid"}, "Did you mean 'wild'"),
-        ({"over": "both", "method": "t"}, "one way only"),
+        ({"over": "both", "method": "t"}, "one method only"),
         ({"level": 95}, "between 0 and 1"),
         ({"draws": 20}, "at least 40"),
     ],

@@ -151,7 +151,7 @@ def test_a_whole_block_that_pyarrow_cannot_read_is_an_error_and_stays(
         raise OSError("Support for codec 'zstd' not built")
 
     monkeypatch.setattr(pq, "ParquetFile", refuse)
-    with pytest.raises(SparsortError, match=r"is whole, but pyarrow .* codec"):
+    with pytest.raises(SparsortError, match=r"is intact, but pyarrow .* codec"):
         store.read(GROUP)
     assert len(blocks(store)) == 1
 

@@ -27,11 +27,11 @@ def test_a_log_probability_that_is_not_finite_is_refused(value: float) -> None:
         ({"log_p": np.zeros(2)}, r"log_p \(2,\)"),
         ({"features": np.zeros((1, 3))}, r"features \(1, 3\)"),
         ({"n_tokens": np.zeros((2, 3))}, "at least 1 token"),
-        ({"prefix": ["p", ""]}, "none of them empty"),
+        ({"prefix": ["p", ""]}, "digests that are not empty"),
         ({"prefix": [1, 2]}, "expected .* digests"),
         ({"prefix": [["p"], ["r"]]}, r"shape \(2, 1\)"),
         ({"text": ["only one"]}, "1 entries for 2 pairs"),
-        ({"text": ["one", None]}, "one string a pair"),
+        ({"text": ["one", None]}, "one string for each pair"),
     ],
 )
 def test_columns_that_do_not_fit_together_are_refused(changes: dict[str, Any], message: str) -> None:

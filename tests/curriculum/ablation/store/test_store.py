@@ -228,7 +228,7 @@ def test_a_store_of_other_features_is_refused(tmp_path: Path, names: tuple[str, 
 def test_outcomes_unlike_those_of_the_store_are_refused(tmp_path: Path) -> None:
     store = make(tmp_path)
     store.write(GROUP, outcomes(grid("p", 1), labels=2))
-    with pytest.raises(SparsortError, match=r"have 4 features; .* holds 3: hoyer, norm, entropy"):
+    with pytest.raises(SparsortError, match=r"have 4 features; .* has 3: hoyer, norm, entropy"):
         store.write(GROUP, Outcomes(prefix=["p"], query=["q"], log_p=[[0]], n_tokens=[[1]], features=[[0, 0, 0, 0]]))  # type: ignore[arg-type]
     for fresh in (store, make(tmp_path)):
         with pytest.raises(SparsortError, match=r"have 3 labels and no text; those of group .* have 2 labels"):
@@ -256,7 +256,7 @@ def test_a_block_moved_between_groups_or_stores_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["notes.txt", "block-000000.parquet", "groups"])
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(SparsortError, match=f"no result store: it holds {name}"):
+    with pytest.raises(SparsortError, match=f"no result store: it contains {name}"):
         make(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
