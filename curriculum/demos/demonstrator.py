@@ -126,15 +126,14 @@ class Demonstrator:
         order = default_order(known.kind) if self.order is None else self.order
         needs = order_entry(order).needs
         # Each input is read only if the order needs it, since reading it may run a model.
-        if similarity is None and "similarity" in needs:
-            similarity = known.similarity_at(positions)
+        near = known.similarity_at(positions) if similarity is None and "similarity" in needs else similarity
         difficulty = known.difficulty.at(positions) if known.difficulty is not None and "scores" in needs else None
         return order_indices(
             order,
             len(positions),
             difficulty=difficulty,
             kind=known.kind,
-            similarity=similarity,
+            similarity=near,
             lengths=known.lengths.at(positions) if "lengths" in needs else None,
             seed=self.seed,
             missing=self.missing,

@@ -103,7 +103,8 @@ class Classified:
     @property
     def predicted(self) -> NDArray[np.int64]:
         """(n,) positions of the predicted classes."""
-        return self.proba.argmax(axis=1)
+        best: NDArray[np.int64] = self.proba.argmax(axis=1)
+        return best
 
     def measures(self) -> dict[str, Any]:
         """Accuracy with its 95 % interval, balanced accuracy, log loss in nats, Brier score, and the majority's share.
@@ -236,6 +237,7 @@ def classify(
 
     source = data.open(file)
     rows, y = _labelled(source, settings.label)
+    gold: list[str] | None
     if test is None:
         rows, y, held_out, gold = _hold_out(rows, y, settings.seed)
         named = [(str(row.get("id", at)), row) for at, row in enumerate(held_out)]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from sparsort.errors import SparsortError, first_line
 
@@ -42,7 +42,7 @@ def readable(source: Any) -> Any:
         # A dataset with several splits is a mapping too, whose values are not columns; `open_rows` lists the splits.
         return source if type(source).__name__ in ("DatasetDict", "IterableDatasetDict") else _from_columns(source)
     if isinstance(source, (Iterator, _iterable_dataset())):
-        source = list(source)
+        source = list(cast("Iterable[Any]", source))
         _LOG.info("read %d rows into memory, because they can be read only once", len(source))
     if isinstance(source, Sequence) and len(source) and isinstance(source[0], str):
         return _from_texts(source)
@@ -121,7 +121,7 @@ def _record_batch(batch: Any) -> Any:
 
 
 # (package, class) → how it becomes a table or a list.
-_CONVERTERS = {
+_CONVERTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("pandas", "DataFrame"): _from_pandas,
     ("pandas", "Series"): lambda series: series.tolist(),
     ("polars", "DataFrame"): lambda frame: frame.to_arrow(),

@@ -108,7 +108,8 @@ def _down_projection(block: nn.Module, name: str, hidden_size: int) -> nn.Module
         raise SparsortError(
             f"site {name!r}: this block has {obstacle}, so there is no single inner activation. Use 'pre_norm' or 'post_norm'."
         )
-    return list(projections.values())[-1]
+    last: nn.Module = list(projections.values())[-1]
+    return last
 
 
 def _label(path: str, module: nn.Module) -> str:

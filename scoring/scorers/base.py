@@ -143,8 +143,15 @@ class Scorer(ABC):
             raise SparsortError(
                 "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
             )
-        text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
-        spec = PromptSpec.of(prompt, **text, truncation=truncation, max_length=max_length)
+        text: PromptOptions = {
+            "messages": messages,
+            "answer": answer,
+            "system": system,
+            "chat": chat,
+            "truncation": truncation,
+            "max_length": max_length,
+        }
+        spec = PromptSpec.of(prompt, **text)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
         # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.

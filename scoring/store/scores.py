@@ -12,10 +12,11 @@ Every format is written with digests, which are checked when it is read (`score_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +24,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.extras import need
 from sparsort.paths import spell
 from sparsort.scoring.data.rows import digest_of, rows_digest
-from sparsort.scoring.store import score_files
+from sparsort.scoring.store import score_files, score_views
 from sparsort.scoring.store.score_tables import BASE, scores_schema
+from sparsort.storage.files import disk_errors
 from sparsort.storage.integrity import as_written
 from sparsort.values import as_text, is_missing
 
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     import datasets
 
 _MAX_NAMED = 5  # rows that an error names before "and n more"
+
+# The most ids in a list from which the nearest one is suggested.
+_MAX_IDS = 1000
 
 
 class Columns(Protocol):
@@ -76,7 +82,101 @@ class Scores:
         return int(self._columns.num_rows)
 
     def __repr__(self) -> str:
-        return f"Scores({len(self)} rows, {self.kind}, metrics: {', '.join(self.metrics)})"
+        return score_views.summary(self)
+
+    def _repr_html_(self) -> str:
+        return score_views.as_html(self)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows, as dictionaries."""
+        for batch in self.table.to_batches():
+            yield from batch.to_pylist()
+
+    @overload
+    def __getitem__(self, key: int | str) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, key: slice | Sequence[int] | Sequence[bool] | NDArray[Any]) -> Scores: ...
+
+    def __getitem__(self, key: Any) -> dict[str, Any] | Scores:
+        """A row by its position or its id, or some of the rows as `Scores`.
+
+        Args:
+            key: a position, which may be negative; an id; a slice; a list or an array of positions; or one boolean per row.
+
+        Raises:
+            IndexError: there is no row at this position.
+            SparsortError: there is no row with this id, or the number of booleans is not the number of rows.
+        """
+        if isinstance(key, str):
+            if key not in self._by_id:
+                raise (
+                    unknown_choice("id", key, self.ids[:_MAX_IDS])
+                    if len(self) <= _MAX_IDS
+                    else SparsortError(f"no row has the id {key!r}; there are {len(self):,} rows.")
+                )
+            key = self._by_id[key]
+        if isinstance(key, (int, np.integer)):
+            position = range(len(self))[key]
+            row: dict[str, Any] = self.table.slice(position, 1).to_pylist()[0]
+            return row
+        if isinstance(key, slice):
+            return self._take(np.arange(len(self))[key])
+        chosen = np.asarray(key)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise SparsortError(
+                    f"the mask has the shape {chosen.shape}; expected one boolean for each of {len(self)} rows."
+                )
+            chosen = np.flatnonzero(chosen)
+        return self._take(np.arange(len(self))[chosen.astype(np.int64)])
+
+    def filter(self, keep: Callable[[dict[str, Any]], bool]) -> Scores:
+        """The rows for which `keep` returns true, such as `scores.filter(lambda row: row["difficulty"] > 0.5)`."""
+        return self[np.array([bool(keep(row)) for row in self], dtype=bool)]
+
+    def join(self, data: Any) -> Any:
+        """The scored data with the columns of the scores; see `score_views.join`."""
+        return score_views.join(self, data)
+
+    def plot(self, axes: Any = None) -> Any:
+        """A histogram of the difficulty; see `score_views.plot`."""
+        return score_views.plot(self, axes)
+
+    def to_arrow(self) -> pa.Table:
+        """The scores as a `pyarrow.Table`."""
+        return self.table
+
+    def to_pandas(self) -> Any:
+        """The scores as a frame of pandas.
+
+        Raises:
+            SparsortError: pandas is not installed.
+        """
+        need("pandas", "dev", "frames of pandas")
+        return self.table.to_pandas()
+
+    def to_polars(self) -> Any:
+        """The scores as a frame of polars.
+
+        Raises:
+            SparsortError: polars is not installed.
+        """
+        return need("polars", "dev", "frames of polars").from_arrow(self.table)
+
+    def save_to_disk(self, folder: str | Path) -> None:
+        """Write `to_dataset()` to a folder, which `datasets.load_from_disk` and `Scores.load` read."""
+        with disk_errors(Path(folder)):
+            self.to_dataset().save_to_disk(str(folder))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the scores as a dataset of the hub, with a card that has their provenance; see `score_views.push`."""
+        with tempfile.TemporaryDirectory() as folder:
+            return score_views.push(self, repo_id, private=private, token=token, folder=Path(folder))
+
+    def _take(self, positions: NDArray[np.int64]) -> Scores:
+        rows = {"selected": {"rows": len(positions), "of": len(self)}}
+        return Scores(self.table.take(pa.array(positions)), {**self.provenance, **rows})
 
     @property
     def ids(self) -> list[str]:
@@ -124,8 +224,16 @@ class Scores:
         Raises:
             SparsortError: some rows were not scored, or a row has other content than the scored row of the same id.
         """
+        return self.difficulty[self.places_of(rows)]
+
+    def places_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
+        """The position in the table of each of `rows`, (len(rows),), looked up as in `difficulty_of`.
+
+        Raises:
+            SparsortError: as `difficulty_of`.
+        """
         column, content = self.provenance.get("id_column"), self.provenance.get("content")
-        all_difficulty, difficulty, absent = self.difficulty, np.full(len(rows), np.nan), []
+        places, absent = np.zeros(len(rows), dtype=np.int64), []
         for number, row in enumerate(rows):
             name = _id_of(row, column, number)
             digest = digest_of(row, content)
@@ -138,14 +246,14 @@ class Scores:
             if index is None:
                 absent.append(f"row {number} ({'looked up by its content' if name is None else f'{column} {name!r}'})")
             else:
-                difficulty[number] = all_difficulty[index]
+                places[number] = index
         if absent:
             more = f" and {len(absent) - _MAX_NAMED} more" if len(absent) > _MAX_NAMED else ""
             raise SparsortError(
                 f"{len(absent)} of {len(rows)} rows have no score: {', '.join(absent[:_MAX_NAMED])}{more}. "
                 "Score the file that contains them (sparsort score), or pass the rows as they were when they were scored."
             )
-        return difficulty
+        return places
 
     def order(self, *, descending: bool = False) -> NDArray[np.int64]:
         """Row numbers by difficulty, (N,), ties by id. Rows without a score are last, in both directions."""

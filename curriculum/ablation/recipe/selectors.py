@@ -19,7 +19,7 @@ ModelSelectorName = Literal["topk_cone", "topk_mdl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSelectorEntry(SelectorEntry):
+class ModelSelectorEntry(DemoSelectorEntry):
     """A selector that queries the model about the nearest neighbours of each query, which `function` finds.
 
     Attributes:
@@ -54,7 +54,7 @@ MODEL_SELECTORS = Registry(
 )
 
 
-def _draws_several(entry: SelectorEntry) -> bool:
+def _draws_several(entry: DemoSelectorEntry) -> bool:
     """Whether another seed, or another half of the pool, gives another set."""
     # A selector that needs nothing takes the first rows of the file, and `names_rows` means that the caller lists the rows.
     return entry.is_seeded or bool(entry.needs and not entry.names_rows)

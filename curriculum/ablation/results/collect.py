@@ -65,8 +65,8 @@ class _Predictions:
         if not contextual or self.content_free is None:
             return self.log_p
         if len(self.content_free) == 1:
-            return calibrate_labels(self.log_p, self.content_free[0])
-        return calibrate_labels(self.log_p[:, None], self.content_free)[:, 0]
+            return calibrate_contextually(self.log_p, self.content_free[0])
+        return calibrate_contextually(self.log_p[:, None], self.content_free)[:, 0]
 
 
 class _StoredSet:
@@ -458,7 +458,8 @@ def _pick(name: str, kind: ArmKind, random: list[Arm], place_S: NDArray[Any], ch
     """The arm that takes the random order `place_S[s]` of each set s."""
 
     def pick(attribute: str) -> NDArray[Any]:
-        return np.stack([getattr(arm, attribute) for arm in random])[place_S, np.arange(len(place_S))]
+        values: NDArray[Any] = np.stack([getattr(arm, attribute) for arm in random])[place_S, np.arange(len(place_S))]
+        return values
 
     orders = [random[place].order for place in place_S]
     return Arm(

@@ -22,7 +22,7 @@ from sparsort.curriculum.ablation.recipe.ablation import SPARSITY, Ablation, by_
 from sparsort.curriculum.ablation.recipe.task_data import SetDemos, TaskData
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.demos.demonstrator import Demonstrator
-from sparsort.curriculum.demos.known import Column, Known
+from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.pool.similarity import cosine, unit_rows
 from sparsort.kernels.backend import device_name
@@ -181,8 +181,8 @@ class PoolNumbers:
             positions: the positions of its rows in the task's pool.
         """
         # All queries share these columns, so a value that depends on the pool alone is computed once.
-        difficulty = Column(len(pool), lambda at: self.difficulty[positions[at]])
-        embeddings = Column(len(pool), lambda at: self.embeddings[positions[at]])
+        difficulty = RowNumbers(len(pool), lambda at: self.difficulty[positions[at]])
+        embeddings = RowNumbers(len(pool), lambda at: self.embeddings[positions[at]])
         return [
             Known(
                 pool,
@@ -216,7 +216,7 @@ class SetNumbers:
         self._set_demos, self._pool = set_demos, pool
         self._task, self._engine = pool.data.task, pool.engine
         self._rows = DemoPool(set_demos.rows)
-        self._lengths = Column.of([len(self._task.demo_text(row)) for row in set_demos.rows])
+        self._lengths = RowNumbers.of([len(self._task.demo_text(row)) for row in set_demos.rows])
 
     def order(self, orderer: str, seed: int) -> NDArray[np.int64]:
         """(1, k), or (Q, k) if the order depends on the query: the permutation of each query's demonstrations.
@@ -235,7 +235,7 @@ class SetNumbers:
 
     def _known(self, orderer: str, query: int) -> Known:
         kind = kind_of(orderer)
-        difficulty = None if kind is None else Column.of(self._sparsity if kind == SPARSITY else self._loss)
+        difficulty = None if kind is None else RowNumbers.of(self._sparsity if kind == SPARSITY else self._loss)
         similarity = self._similarity[query] if by_similarity(orderer) else None
         return Known(self._rows, difficulty=difficulty, kind=kind, similarity=similarity, lengths=self._lengths)
 
