@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsort.attention.attach import make_selector
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors.base import LayerInputs, Selector
-from sparsort.attention.selectors.build import make_selector
 from sparsort.attention.selectors.fixed import hashed
 from sparsort.attention.selectors.index_branch import IndexBranch, turn
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget
