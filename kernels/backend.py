@@ -235,10 +235,10 @@ def _sort_obstacle(states: Tensor) -> str | None:
     required = 4 * max(128, 1 << (states.shape[-1] - 1).bit_length())
     # `Any` because torch's stubs lack the attribute.
     properties: Any = torch.cuda.get_device_properties(states.device)
-    present = properties.shared_memory_per_block_optin
-    if required <= present:
+    given = properties.shared_memory_per_block_optin
+    if required <= given:
         return None
-    return f"the exact Gini of rows of width {states.shape[-1]} takes {required} bytes of shared memory, but the GPU has {present}"
+    return f"the exact Gini of rows of width {states.shape[-1]} takes {required} bytes of shared memory, but the GPU has {given}"
 
 
 def _named_device(given: str) -> torch.device:

@@ -22,9 +22,14 @@ from numpy.typing import NDArray
 
 from sparsort.conditions import Table, needs, refuse_unread_arguments
 from sparsort.curriculum.loading.loader.fetching import Fetcher, Key, Part
-from sparsort.curriculum.loading.loader.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream
 from sparsort.curriculum.loading.loader.packing import PackedCollator
-from sparsort.curriculum.loading.loader.resuming import make_state, position_of
+from sparsort.curriculum.loading.loader.resuming import (
+    Fingerprint,
+    fingerprint_of,
+    fingerprint_of_stream,
+    make_state,
+    position_of,
+)
 from sparsort.curriculum.loading.loader.streams import StreamFetcher, check_stream, is_stream
 from sparsort.curriculum.loading.loader.verification import another_size, check_name, refuse_frame, verify_rows
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan

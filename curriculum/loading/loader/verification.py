@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sparsort.curriculum.loading.loader.fingerprints import random_state_put_back
+from sparsort.curriculum.loading.loader.resuming import random_state_put_back
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.rows import digest_of

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsort.curriculum.loading.plan import draw
 from sparsort.curriculum.loading.plan.arrays import Spans, base_order, rows_at, warm_place
-from sparsort.curriculum.loading.plan.batches import WINDOW
+from sparsort.curriculum.loading.plan.batches import WINDOW, draw, draw_quotas, draw_tokens
 from sparsort.curriculum.loading.plan.files import AGAIN, fingerprint_of, read_plan, write_plan
 from sparsort.curriculum.loading.plan.ranking import Rows, row_type
 from sparsort.curriculum.loading.plan.sequences import like_lengths
@@ -300,14 +299,14 @@ class CurriculumPlan:
         key = key_of(settings.seed, epoch, "pool", number)
         order = self._arrays["order"]
         if settings.token_budget is not None:
-            return draw.draw_tokens(order, n_available, settings.token_budget, self._arrays["lengths"], key)
+            return draw_tokens(order, n_available, settings.token_budget, self._arrays["lengths"], key)
         size = settings.batch_size or 0
         if settings.quotas is None:
-            return draw.draw(order, n_available, size, key)
+            return draw(order, n_available, size, key)
         # Quotas are given by name; notes["groups"] has the names in the order of the group numbers.
         shares = np.array([settings.quotas[name] for name in self.notes["groups"]])
         shares /= shares.sum()
-        return draw.draw_quotas(order, self._arrays["group_edges"], shares, n_available, size, key)
+        return draw_quotas(order, self._arrays["group_edges"], shares, n_available, size, key)
 
     def _edge(self, number: int) -> int:
         """The number of the first item of batch `number`."""

@@ -243,6 +243,28 @@ class CurriculumSettings:
     def n_stages(self) -> int:
         return self.stages or (10 if self.mode == "pool" else 1)
 
+    def describe(self) -> str:
+        """Describe the curriculum in one line, without the settings that have their defaults."""
+        pool = self.mode == "pool"
+        parts = ["pool" if pool else self.schedule.replace("_", " ")]
+        if self.schedule in ("folded", "interleaved"):
+            parts[0] += f" {self.folds}"
+        if self.schedule not in ("shuffle", "as_given"):
+            parts.append("random order" if self.direction == "random" else self.direction.replace("_", " "))
+        if self.pacing is not None:
+            parts.append(str(self.pacing))
+        if self.stages is not None:
+            parts.append(f"{self.stages} stages")
+        if self.warm_up is not None:
+            parts.append(f"warm-up {100 * self.warm_up:g} %")
+        if self.group_by_length:
+            parts.append("by length")
+        if self.packing != "none":
+            parts.append(f"packed {self.packing.replace('_', ' ')} in {self.pack_length}")
+        if self.later_epochs == "shuffle":
+            parts.append("later epochs shuffled")
+        return ", ".join(parts)
+
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, which `from_json` reads."""
         return {**asdict(self), "pacing": None if self.pacing is None else str(self.pacing)}
