@@ -29,13 +29,15 @@ from sparsort.storage.files import write_atomically
 
 BATCHES = 400
 FORMATS = ("png", "pdf", "svg")
+# The number of points over an epoch: at most and at least, and the number of examples that a point should have.
 _POINTS, _LEAST_POINTS, _READABLE = 100, 10, 64
 _SIZE = 8.5
 _DPI = 200
-# Inches.
+# The sizes below are in inches.
 _HEIGHTS = {"difficulty": 1.7, "share": 0.8, "length": 1.1, "groups": 1.2}
 _LEFT, _RIGHT, _TOP, _FOOT, _GAP, _BETWEEN = 0.72, 0.18, 0.72, 0.5, 0.3, 0.24
 _WIDE, _NARROW = 5.6, 3.3
+# With more stages than this, lines at their edges would fill the panel.
 _MOST_EDGES = 40
 
 
@@ -100,6 +102,7 @@ def _points(plan: CurriculumPlan, attributes: RowAttributes, epoch: int) -> list
     points = min(count, max(_LEAST_POINTS, min(_POINTS, count * size // _READABLE)))
     edges = [first + p * count // points for p in range(points + 1)]
     stages = [edge for edge in plan.stage_edges if edge > first]
+    # With few stages, each one is divided by itself, in proportion to its length.
     if 1 < len(stages) <= points:
         edges = [first]
         for edge in stages:
@@ -316,5 +319,6 @@ def _limits(spreads: Iterable[Distribution | None]) -> tuple[float, float]:
     if not values.size:
         return 0.0, 1.0
     low, high = float(values.min()), float(values.max())
+    # A constant value has no range, so its margin follows its size, or is 0.5 around 0.
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     return low - room, high + room

@@ -45,7 +45,8 @@ _SPELLED = ("batch_size", "token_budget", "seed", "mode", "schedule", "direction
 _OR_RESTART = "or start again without this state"
 
 MOST_ROWS = 16
-MOST_COLUMNS = 12  # keeps a state below 1 KiB
+# Keeps a state below 1 KiB.
+MOST_COLUMNS = 12
 _LONGEST_NAME = 24
 _DIGEST_BYTES = 5
 # Key of the digests that sparsort 0.1.0 computed for columns with NaN, which it treated as a value. They are compared with the
@@ -75,13 +76,11 @@ def position_of(state: Any, plan: CurriculumPlan, data: Fingerprint) -> tuple[in
     """
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise SparsortError(
-            f"this is not a state of a CurriculumLoader: {_shown(state)}. Pass the value that its state_dict() returned."
+            f"this is not a state of a CurriculumLoader: {_shortened(state)}. Pass the value that its state_dict() returned."
         )
-    writer, earlier = (
-        f"Resume with the sparsort that wrote it, {_OR_RESTART}.",
-        f"Resume from an earlier one, {_OR_RESTART}.",
-    )
-    check_version(state.get("version"), (VERSION,), "the state", damaged=earlier, other=writer)
+    damaged = f"Resume from an earlier one, {_OR_RESTART}."
+    other = f"Resume with the sparsort that wrote it, {_OR_RESTART}."
+    check_version(state.get("version"), (VERSION,), "the state", damaged=damaged, other=other)
     if state.get("plan") != plan.fingerprint:
         raise SparsortError(_another_plan(state, plan))
     if differs := difference(state.get("data"), data):
@@ -110,15 +109,15 @@ def _another_plan(state: Mapping[str, Any], plan: CurriculumPlan) -> str:
         )
     differing = [f"{name} {saved[name]!r} → {now[name]!r}" for name in _SPELLED if saved.get(name) != now[name]]
     if differing:
-        what = f"plans differ in {', '.join(differing)}"
+        reason = f"plans differ in {', '.join(differing)}"
     elif saved.get("others") != now["others"]:
-        what = "plans differ in a setting such as pacing, folds, quotas, packing or max_length"
+        reason = "plans differ in a setting such as pacing, folds, quotas, packing or max_length"
     elif plan.revision is not None or saved.get("revision") is not None:
-        what = f"plan was revised (revision {saved.get('revision') or 'none'} → {now['revision'] or 'none'})"
+        reason = f"plan was revised (revision {saved.get('revision') or 'none'} → {now['revision'] or 'none'})"
     else:
-        what = "settings are the same, so the plans were made from different scores, groups or lengths"
+        reason = "settings are the same, so the plans were made from different scores, groups or lengths"
     return (
-        f"the state was written with another plan ({state.get('plan')}, and this is {plan.fingerprint}): the {what}. "
+        f"the state was written with another plan ({state.get('plan')}, and this is {plan.fingerprint}): the {reason}. "
         f"Load that plan with CurriculumPlan.open, {_OR_RESTART}."
     )
 
@@ -135,7 +134,7 @@ def _counts(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = f"keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
@@ -190,7 +189,7 @@ def difference(saved: Any, current: Fingerprint) -> str | None:
 
 
 def _columns(read: Callable[[], list[Any]], columns: Sequence[str] | None) -> dict[str, dict[str, str]]:
-    with random_state_put_back():
+    with random_state_restored():
         examples = read()
         # The second reading shows which columns are random. `earlier` is the digest that sparsort 0.1.0 would have
         # computed.
@@ -264,7 +263,7 @@ def _canonical(value: Any, nan_is_a_value: bool) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def random_state_put_back() -> Iterator[None]:
+def random_state_restored() -> Iterator[None]:
     """Restore the state of the global generators of torch, NumPy and `random` at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")

@@ -159,6 +159,7 @@ class OnlineDifficulty:
         states_BTH, masks = self._states, self._masks
         given = {"attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
         masks |= {name: mask for name, mask in given.items() if mask is not None}
+        # Released now, so that the states live no longer than the loss needs them.
         self._forget()
         rows_N = np.array(rows, dtype=np.int64).reshape(-1)
         states_BTH = states_BTH[None] if states_BTH.ndim == 2 else states_BTH
@@ -228,6 +229,7 @@ class OnlineDifficulty:
         gini: GiniMethod = "exact" if self.metric in METRICS.reading("gini") else "none"
         values = sparsity_rows(states_BTH, index_NK.flatten(), gini=gini).values_NM[:, self._column]
         value_NK = values.reshape(index_NK.shape)
+        # An example without tokens gives 0 / 0 = NaN, which `drain` skips.
         total_N = torch.where(used_NK, value_NK, 0.0).sum(1)
         return self._sign * total_N / used_NK.sum(1)
 
@@ -272,7 +274,15 @@ class Spans(NamedTuple):
 
 
 def example_spans(masks: Mapping[str, Tensor], states_BTH: Tensor, count: int) -> Spans:
-    """The spans of `count` examples.
+    """The first and last token of `count` examples, computed on the device without synchronisation.
+
+    All sizes follow from the number of rows, which the host knows, so no tensor is copied back. With as many rows as sequences,
+    an example is its sequence from the first to the last token that `attention_mask` shows; without a mask, from the first to
+    the last token that `labels` do not ignore; without labels, the whole sequence. With more rows than sequences the sequences
+    are packed, and an example begins wherever `position_ids` do not increase by one. The padding of a packed sequence is what
+    `attention_mask` hides; without a mask, it is the positions of 0 at the end (as `PackedCollator` writes them). In that case a
+    last example of a single token looks like padding. If the number of examples in a micro-batch does not match, it gives no
+    spans at all, instead of wrong ones.
 
     Args:
         masks: `attention_mask`, `labels` and `position_ids`, each optional: (B, T), or (1, T). Masks with other axes, such as
@@ -330,6 +340,7 @@ def _of_packed(mask_BT: Tensor | None, position_BT: Tensor, count: int) -> Spans
 
 def _edges(shown_BT: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each shown token is the first, and whether it is the last, of an example."""
+    # A token continues the example of the previous one if both are shown and its position is the next one.
     continues_BT = shown_BT[:, 1:] & shown_BT[:, :-1] & (position_BT[:, 1:] == position_BT[:, :-1] + 1)
     first_BT, last_BT = shown_BT.clone(), shown_BT.clone()
     first_BT[:, 1:] &= ~continues_BT

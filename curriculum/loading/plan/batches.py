@@ -19,13 +19,15 @@ from sparsort.errors import SparsortError
 Edges = NDArray[np.int64]
 Rows = NDArray[Any]
 
-WINDOW = 1024  # best-fit packing may reorder examples within windows of this size
-_SHOWN = 3
+# Best-fit packing may reorder examples within windows of this size.
+WINDOW = 1024
+_MOST_NAMED = 3
 
 
 def by_count(n: int, size: int) -> Edges:
     """Edges of ceil(n / size) batches whose sizes differ by at most one, (K + 1,)."""
     k = -(-n // size)
+    # Edge j is ⌊j·n/k⌋, computed in integers, so consecutive edges differ by ⌊n/k⌋ or ⌈n/k⌉.
     return np.arange(k + 1, dtype=np.int64) * n // max(k, 1)
 
 
@@ -45,8 +47,9 @@ def by_tokens(lengths: NDArray[Any], budget: int) -> Edges:
 
 def prefix_within(lengths: NDArray[Any], budget: int) -> int:
     """The number of leading examples that fit in `budget` padded tokens; at least one if each length is ≤ budget."""
-    look = max(1, budget // max(1, int(lengths[0])))  # an upper bound: the longest is at least as long as the first
-    longest = np.maximum.accumulate(lengths[:look].astype(np.int64))
+    # An upper bound, because the longest example is at least as long as the first one.
+    most = max(1, budget // max(1, int(lengths[0])))
+    longest = np.maximum.accumulate(lengths[:most].astype(np.int64))
     # The padded size never decreases with another example, so a binary search finds the last prefix that fits.
     return int(np.searchsorted(longest * np.arange(1, len(longest) + 1), budget, side="right"))
 
@@ -95,7 +98,7 @@ def best_fit(lengths: NDArray[Any], capacity: int) -> tuple[NDArray[np.int64], E
 
 
 def cut_lengths(
-    lengths: NDArray[Any], max_length: int | None, limit: int | None, what: str
+    lengths: NDArray[Any], max_length: int | None, limit: int | None, container: str
 ) -> tuple[NDArray[np.int32], int]:
     """Apply `max_length` to the lengths.
 
@@ -103,7 +106,7 @@ def cut_lengths(
         lengths: tokens of each example.
         max_length: tokens at which an example is cut; None for no cut.
         limit: the most tokens of an example after the cut; None for no limit.
-        what: the thing that has the limit, for the error message ("a batch").
+        container: the thing that has the limit, for the error message ("a batch").
 
     Returns:
         The lengths after the cut, and the number of examples that are cut.
@@ -122,10 +125,10 @@ def cut_lengths(
     shortened = values if max_length is None else np.minimum(values, max_length)
     if limit is not None and shortened.size and int(shortened.max()) > limit:
         long = np.flatnonzero(shortened > limit)
-        named = ", ".join(f"row {row} ({shortened[row]} tokens)" for row in long[:_SHOWN])
+        named = ", ".join(f"row {row} ({shortened[row]} tokens)" for row in long[:_MOST_NAMED])
         raise SparsortError(
-            f"{long.size} examples are longer than {what} of {limit} tokens: {named}"
-            f"{' …' if long.size > _SHOWN else ''}. Cut them with max_length={limit} (--cut-length), raise the limit, or "
+            f"{long.size} examples are longer than {container} of {limit} tokens: {named}"
+            f"{' …' if long.size > _MOST_NAMED else ''}. Cut them with max_length={limit} (--cut-length), raise the limit, or "
             "remove them from the data."
         )
     return shortened.astype(np.int32), cut
@@ -138,14 +141,15 @@ def draw(order: Rows, n_available: int, size: int, key: int) -> NDArray[np.int64
 
 def draw_tokens(order: Rows, n_available: int, budget: int, lengths: NDArray[Any], key: int) -> NDArray[np.int64]:
     """Draw distinct rows from the first `n_available` while (longest × count) ≤ `budget`; each length is ≤ budget."""
-    look = 64
+    # Most batches are smaller than 64 rows; a larger one doubles the number until the budget ends it.
+    count_tried = 64
     while True:
         # Longer draws extend shorter ones, because `permute` depends on the position alone.
-        rows = order[permute(np.arange(min(look, n_available)), n_available, key)].astype(np.int64)
+        rows = order[permute(np.arange(min(count_tried, n_available)), n_available, key)].astype(np.int64)
         count = prefix_within(lengths[rows], budget)
         if count < len(rows) or len(rows) == n_available:
             return rows[:count]
-        look *= 2
+        count_tried *= 2
 
 
 def draw_quotas(

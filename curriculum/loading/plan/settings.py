@@ -205,8 +205,9 @@ class CurriculumSettings:
             if getattr(value, "ndim", None) == 0:
                 object.__setattr__(self, field.name, value.item())
         if isinstance(self.quotas, Mapping):
+            # NumPy scalars have `item`, and Python's numbers are kept as they are.
             plain = {
-                str(name): getattr(share, "item", lambda share=share: share)() for name, share in self.quotas.items()
+                str(name): share.item() if hasattr(share, "item") else share for name, share in self.quotas.items()
             }
             object.__setattr__(self, "quotas", plain)
         for name, choices in _CHOICES.items():
