@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -244,13 +245,7 @@ def sparsity_rows_triton(
 ) -> RowMetrics:
     """Compute every metric of the chosen rows, without a gradient.
 
-    Args:
-        states: (..., H) of float16, bfloat16 or float32, H at most 32768, any strides.
-        index: (N,) token numbers into the flattened leading axes; None: every row.
-        dim_scale: (H,), or (2, H) with `norm`; see `checks.py`.
-        norm: the model's final RMS norm; if given, the states are also measured after it.
-        l0_threshold: τ of the absolute L0, in the states' own units.
-        gini: "exact", "binned" (with an error bound) or "none" (NaN).
+    The arguments are those of `sparsity_rows_ref`, for states of float16, bfloat16 or float32 with H at most 32768.
 
     Returns:
         RowMetrics in float32: values (N, M) and reasons (N,); with `norm`, (2, N, M) and (2, N).
@@ -267,7 +262,8 @@ def sparsity_rows_triton(
             f"the Triton kernel takes float16, bfloat16 or float32 rows of width up to {MAX_TRITON_WIDTH}, "
             f"got {states.dtype} of width {H}. Use sparsity_rows, which falls back to the torch reference."
         )
-    states_BTH = as_batches(states.detach())
+    states = states.detach()
+    states_BTH = as_batches(states)
     tokens = states.shape[:-1].numel()
     N = tokens if index is None else index.numel()
     if N and not tokens:
@@ -306,10 +302,8 @@ def sparsity_rows_triton(
         if _OTHERS:
             # The kernel has marked tokens that do not exist. The reference would fail on them, so it reads token 0 instead.
             valid_N = index if index is None else torch.where((index >= 0) & (index < tokens), index, 0)
-            other = sparsity_rows_ref(
-                states.detach(), valid_N, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini
-            )
-            other_SNM = other.values_NM.reshape(values_SNM.shape)[..., _OTHERS]
+            options: dict[str, Any] = {"dim_scale": dim_scale, "norm": norm, "l0_threshold": l0_threshold, "gini": gini}
+            other_SNM = sparsity_rows_ref(states, valid_N, **options).values_NM.reshape(values_SNM.shape)[..., _OTHERS]
             values_SNM[..., _OTHERS] = other_SNM.masked_fill((reason_SN != 0)[..., None], torch.nan)
     bound = bound_SN if gini == "binned" else None
     if norm is None:

@@ -271,26 +271,19 @@ def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
 
 def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether the notes of two plans describe different rows, as far as both describe them."""
-    names = [notes[NAME] for notes in (noted, other) if notes.get(NAME) is not None]
-    ids = [notes[IDS] for notes in (noted, other) if notes.get(IDS)]
-    content = [notes[CONTENT] for notes in (noted, other) if notes.get(CONTENT)]
-    return (
-        len(set(names)) > 1
-        or (len(ids) == 2 and ids[0]["column"] == ids[1]["column"] and ids[0]["digest"] != ids[1]["digest"])
-        or (
-            len(content) == 2
-            and content[0]["fields"] == content[1]["fields"]
-            and content[0]["digest"] != content[1]["digest"]
-        )
-    )
+    names = {notes[NAME] for notes in (noted, other) if notes.get(NAME) is not None}
+
+    def differ(kind: str, source: str) -> bool:
+        # Digests of another column or of other fields cannot be compared.
+        both = [notes[kind] for notes in (noted, other) if notes.get(kind)]
+        return len(both) == 2 and both[0][source] == both[1][source] and both[0]["digest"] != both[1]["digest"]
+
+    return len(names) > 1 or differ(IDS, "column") or differ(CONTENT, "fields")
 
 
 def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
     """The digest of the content of rows in their order, over `fields`, or over all fields if None. Plans note this digest."""
-    digest = _Digest()
-    for row in rows:
-        digest.add(_content(row, fields))
-    return digest.hex()
+    return _digest_of(_content(row, fields) for row in rows)
 
 
 def refuse_frame(dataset: Any) -> None:
@@ -339,20 +332,21 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def _note_ids(names: Sequence[str], column: str) -> dict[str, Any]:
+def _digest_of(texts: Iterable[str]) -> str:
     digest = _Digest()
-    for name in names:
-        digest.add(name)
+    for text in texts:
+        digest.add(text)
+    return digest.hex()
+
+
+def _note_ids(names: Sequence[str], column: str) -> dict[str, Any]:
     sample = {str(place): _short(names[place]) for place in _places(len(names))}
-    return {"column": column, "digest": digest.hex(), "sample": sample}
+    return {"column": column, "digest": _digest_of(names), "sample": sample}
 
 
 def _note_content(digests: Sequence[str], fields: Sequence[str] | None) -> dict[str, Any]:
-    whole = _Digest()
-    for digest in digests:
-        whole.add(digest)
     sample = {str(place): digests[place] for place in _places(len(digests), digests)}
-    return {"fields": None if fields is None else list(fields), "digest": whole.hex(), "sample": sample}
+    return {"fields": None if fields is None else list(fields), "digest": _digest_of(digests), "sample": sample}
 
 
 def _places(n: int, digests: Sequence[str] | None = None) -> list[int]:
@@ -432,7 +426,8 @@ def _check_id(noted: Mapping[str, Any], place: int, name: str | None) -> None:
 def _other_ids(noted: Mapping[str, Any]) -> SparsortError:
     sampled = len(noted["sample"])
     return SparsortError(
-        f"{_OTHER_ROWS}: the ids in the column {noted['column']!r} differ, although {sampled} of them are as planned. {_NEXT_STEP}"
+        f"{_OTHER_ROWS}: the ids in the column {noted['column']!r} differ, although {sampled} of them are as planned. "
+        f"{_NEXT_STEP}"
     )
 
 

@@ -41,10 +41,9 @@ def combine(
         lexicographic: sort by the first score, break ties by the second, and so on. A continuous score has no ties, so every
             score but the last is first divided into `levels` levels of equal counts. Equal values share a level, so ties can
             make levels uneven.
-        intersection: the largest of the percentiles; an example is easy if every score says so. This is the order in which
-            DeepSpeed's data pipeline admits examples, which takes those that are easy enough by each metric. There, fewer
-            than a share c of the examples are admitted when each metric is at its percentile c. Here the result is ranked
-            again, so that a pacing of c means a share c of the data.
+        intersection: the largest of the percentiles; an example is easy if every score says so. DeepSpeed's data pipeline
+            admits examples in this order, but when each metric is at its percentile c it has admitted fewer than a share c of
+            them. Here the result is ranked again, so that a pacing of c means a share c of the data.
 
     Args:
         scores: name → (N,) numbers; NaN where a row has no score. The order of names matters to "lexicographic" only.
@@ -56,8 +55,7 @@ def combine(
         (N,) float64 in (0, 1): mid-rank percentiles, or under rank_average a mean of percentiles. NaN where any score is NaN.
 
     Raises:
-        SparsortError: an unknown combination, no scores, different lengths, no row with all scores, weights that do not fit
-            the scores or the combination, or levels below 1.
+        SparsortError: the scores do not fit each other, the weights do not fit the scores, or an argument is out of range.
     """
     if combination not in COMBINATIONS:
         raise unknown_choice("way to combine scores", combination, COMBINATIONS)
@@ -74,24 +72,21 @@ def combine(
     chosen = (values_N if complete_N.all() else values_N[complete_N] for values_N in columns.values())
     # Doubled ranks are integers even for ties. The doubled number of rows turns them into percentiles.
     doubled = 2 * int(np.count_nonzero(complete_N))
-    if combination == "rank_average":
-        weight_of = _weights(columns, weights)
-        total_M = np.zeros(doubled // 2)
-        for values_M, weight in zip(chosen, weight_of, strict=True):
-            total_M += weight * _doubled_ranks([values_M])
-        # `math.fsum` is exact, so the sum does not depend on the order of the weights.
-        combined_M = total_M / (doubled * math.fsum(weight_of))
-    elif combination == "intersection":
-        largest_M = np.zeros(doubled // 2)
-        for values_M in chosen:
-            np.maximum(largest_M, _doubled_ranks([values_M]), out=largest_M)
-        combined_M = _doubled_ranks([largest_M]) / doubled
-    else:
+    if combination == "lexicographic":
         keys = list(chosen)
         if levels is not None:
             keys[:-1] = [_levels(values_M, levels) for values_M in keys[:-1]]
-        combined_M = _doubled_ranks(keys) / doubled
-    return _to_all_rows(combined_M, complete_N)
+        return _to_all_rows(_doubled_ranks(keys) / doubled, complete_N)
+    total_M = np.zeros(doubled // 2)
+    if combination == "intersection":
+        for values_M in chosen:
+            np.maximum(total_M, _doubled_ranks([values_M]), out=total_M)
+        return _to_all_rows(_doubled_ranks([total_M]) / doubled, complete_N)
+    weight_of = _weights(columns, weights)
+    for values_M, weight in zip(chosen, weight_of, strict=True):
+        total_M += weight * _doubled_ranks([values_M])
+    # `math.fsum` is exact, so the sum does not depend on the order of the weights.
+    return _to_all_rows(total_M / (doubled * math.fsum(weight_of)), complete_N)
 
 
 def _doubled_ranks(keys: Sequence[NDArray[Any]]) -> NDArray[np.float64]:

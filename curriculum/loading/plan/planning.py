@@ -104,22 +104,38 @@ def plan_curriculum(
     _check_size(checked, n)
     notes["unscored"] = int(np.count_nonzero(np.isnan(difficulty)))
     _check_difficulty(difficulty, checked, notes["unscored"])
+    arrays = _arrays_of_rows(loaded, data, ids, groups, lengths, difficulty, checked, notes)
+    notes |= note_rows(_first_scores(loaded), data, ids=ids, id_column=id_column, fingerprint=fingerprint)
+    plan = _assemble(checked, arrays, difficulty, notes)
+    return plan if out is None else plan.save(out)
+
+
+def _arrays_of_rows(
+    scores: Mapping[str, Scores | NDArray[Any]],
+    data: Sequence[Mapping[str, Any]] | None,
+    ids: Sequence[str] | None,
+    groups: str | Sequence[Any] | None,
+    lengths: ArrayLike | None,
+    difficulty: NDArray[Any],
+    settings: CurriculumSettings,
+    notes: dict[str, Any],
+) -> dict[str, NDArray[Any]]:
+    """The arrays of a plan that have one entry per row: difficulty, ids, groups and lengths; adds to `notes`."""
+    n = len(difficulty)
     # The plan copies an array that the caller could change; a read-only memory map is used as it is.
     stored = np.asarray(difficulty, dtype=np.float32)
     arrays: dict[str, NDArray[Any]] = {
         "difficulty": stored.copy() if stored is difficulty and stored.flags.writeable else stored
     }
-    if (order := _order_of_ids(loaded, data, ids, n)) is not None:
+    if (order := _order_of_ids(scores, data, ids, n)) is not None:
         arrays["ids"] = order
-    if groups is not None or checked.quotas is not None:
-        arrays["groups"], notes["groups"] = _groups(groups, data, n, checked)
-    if (tokens := _lengths(loaded, data, lengths, n, needed=checked.needs_lengths)) is not None:
-        limit = checked.pack_length or checked.token_budget
-        container = "a packed sequence" if checked.pack_length else "a batch"
-        arrays["lengths"], notes["cut"] = batches.cut_lengths(tokens, checked.max_length, limit, container)
-    notes |= note_rows(_first_scores(loaded), data, ids=ids, id_column=id_column, fingerprint=fingerprint)
-    plan = _assemble(checked, arrays, difficulty, notes)
-    return plan if out is None else plan.save(out)
+    if groups is not None or settings.quotas is not None:
+        arrays["groups"], notes["groups"] = _groups(groups, data, n, settings)
+    if (tokens := _lengths(scores, data, lengths, n, needed=settings.needs_lengths)) is not None:
+        limit = settings.pack_length or settings.token_budget
+        container = "a packed sequence" if settings.pack_length else "a batch"
+        arrays["lengths"], notes["cut"] = batches.cut_lengths(tokens, settings.max_length, limit, container)
+    return arrays
 
 
 def _assemble(

@@ -123,21 +123,11 @@ def _highest(
     if programs and K:
         with torch.cuda.device_of(index_query):  # type: ignore[no-untyped-call]
             select_kernel[(programs * splits,)](
-                index_query,
-                index_key,
-                layout.table(index_query.device),
-                blocks,
-                scores,
-                softmax,
-                len(layout.spans),
-                tiles,
-                splits,
-                *index_query.stride(),
-                *index_key.stride(),
-                *blocks.stride()[:4],
-                B * G * T,
-                G * T,
-                T,
+                *(index_query, index_key, layout.table(index_query.device), blocks, scores, softmax),
+                *(len(layout.spans), tiles, splits),
+                *(*index_query.stride(), *index_key.stride(), *blocks.stride()[:4]),
+                # The strides of `softmax`, which is empty if it is not written.
+                *(B * G * T, G * T, T),
                 float(scale),
                 G=G,
                 WIDTH=width,
