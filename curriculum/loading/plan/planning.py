@@ -28,6 +28,7 @@ from sparsort.scoring.store.scores import Scores
 from sparsort.values import as_text, is_missing, number_array
 
 ScoreSource = Scores | str | Path | ArrayLike
+LoadedScores = Mapping[str, Scores | NDArray[Any]]
 # The conditions under which `plan_curriculum` reads an argument; see `sparsort.conditions`.
 READ_BY: Table = {
     "combination": (
@@ -111,7 +112,7 @@ def plan_curriculum(
 
 
 def _arrays_of_rows(
-    scores: Mapping[str, Scores | NDArray[Any]],
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     ids: Sequence[str] | None,
     groups: str | Sequence[Any] | None,
@@ -224,7 +225,7 @@ def _load_scores(scores: ScoreSource | Mapping[str, ScoreSource]) -> dict[str, S
 
 
 def _difficulty(
-    scores: Mapping[str, Scores | NDArray[Any]],
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     combination: Combination,
     weights: Mapping[str, float] | None,
@@ -263,11 +264,11 @@ def _difficulty(
     return combine(columns, combination, weights=weights), notes
 
 
-def _first_scores(scores: Mapping[str, Scores | NDArray[Any]]) -> Scores | None:
+def _first_scores(scores: LoadedScores) -> Scores | None:
     return next((given for given in scores.values() if isinstance(given, Scores)), None)
 
 
-def _check_same_rows(scores: Mapping[str, Scores | NDArray[Any]]) -> None:
+def _check_same_rows(scores: LoadedScores) -> None:
     """Refuse scores that belong to different rows, or to rows in another order, since they would be combined by position."""
     named = [(name, given) for name, given in scores.items() if isinstance(given, Scores)]
     for name, other in named[1:]:
@@ -288,7 +289,7 @@ def _check_same_rows(scores: Mapping[str, Scores | NDArray[Any]]) -> None:
 
 
 def _order_of_ids(
-    scores: Mapping[str, Scores | NDArray[Any]],
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     ids: Sequence[str] | None,
     n: int,
@@ -349,7 +350,7 @@ def _coded(
 
 
 def _lengths(
-    scores: Mapping[str, Scores | NDArray[Any]],
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     lengths: ArrayLike | None,
     n: int,
