@@ -264,7 +264,7 @@ def test_nothing_holds_the_graph(model: Any, tokens: Make) -> None:
     def nodes() -> int:
         """Autograd nodes of ours that are alive; those of functions in Python are objects that Python knows of."""
         gc.collect()
-        return sum(type(found).__name__ == "_CarryBackward" for found in gc.get_objects())
+        return sum(type(found).__name__ == "_AttachLossBackward" for found in gc.get_objects())
 
     before = nodes()
     outputs = model(**_batch(tokens))
