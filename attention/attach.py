@@ -1,28 +1,36 @@
-"""Attach an index branch to a transformers model, and detach it.
+"""Attach an index branch to a transformers model, detach it, and load a checkpoint that has one.
 
 Contract: the model is changed in place, and the library is not patched. The model keeps its class and gains a selector at each
 sparse layer's `self_attn.index_branch`, hooks on the decoder and on those modules, a loss function, the attention
 implementation "sparsort", `config.sparse_attention` (which `load_sparse` reads), and the state at `model.sparse_attention`.
 `detach` removes all of it. A call that raises has changed nothing.
+
+`save_pretrained` of a model with an index branch writes an ordinary checkpoint of the model's family. transformers reads it as
+the dense model, and `load_sparse` reads it with the index branch. transformers loads the weights in both cases, so shards,
+dtypes, device maps and conversions work as usual.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Unpack
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsort.attention.attention_function import register
 from sparsort.attention.config import SparseAttentionConfig, SparseAttentionOptions
+from sparsort.attention.selectors import SELECTORS
 from sparsort.attention.selectors.base import Selector
-from sparsort.attention.selectors.build import make_selector
+from sparsort.attention.selectors.weights import LayerShape
 from sparsort.attention.state import NAME, SparseAttention
 from sparsort.errors import SparsortError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
+# The part of a weight's name by which the weights of index branches are recognised in a checkpoint.
+_BRANCH = ".index_branch."
 
 
 def attach_index_branch(
@@ -61,13 +69,13 @@ def attach_index_branch(
     selectors = [make_selector(module=layer, config=config) for layer in layers]
     register()
     _take_own_config(model)
-    before = model.config._attn_implementation
+    dense_implementation = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     # A selector joins in the mode of its layer, because `model.eval()` may have been called before it existed.
     for layer, selector in zip(layers, selectors, strict=True):
         layer.index_branch = selector.train(layer.training)
     model.config.sparse_attention = config.to_json()
-    state = SparseAttention(config, attn_implementation=before)
+    state = SparseAttention(config, attn_implementation=dense_implementation)
     state.install(model, model.base_model, layers)
     # `Any` because mypy does not know the attribute on the model.
     untyped: Any = model
@@ -98,6 +106,113 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     del model.config.sparse_attention
     del model.sparse_attention
     return model
+
+
+def make_selector(module: nn.Module, config: SparseAttentionConfig) -> Selector:
+    """Build the selector that `config` names for the attention module of one layer, on the module's device and in its dtype.
+
+    The initial weights depend only on the configuration's seed and the layer's number, and drawing them does not change global
+    random state. The module is not changed.
+
+    Args:
+        module: an attention module of transformers.
+        config: the name and the sizes of the selector.
+
+    Raises:
+        SparsortError: the module is not of a supported kind, its number of heads is not a multiple of its groups, or the index
+            width is left to the head width and that is odd.
+    """
+    shape = LayerShape.of(module)
+    if shape.heads % shape.groups:
+        raise SparsortError(
+            f"layer {shape.layer} has {shape.heads} query heads and {shape.groups} key/value heads; expected the number of "
+            "query heads to be a multiple of the number of key/value heads. Keep this layer dense."
+        )
+    selector: Selector = SELECTORS[config.selector].load().from_config(config, shape)
+    return selector
+
+
+def load_sparse(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model that `save_pretrained` wrote with its index branch.
+
+    Args:
+        folder: a folder, or another source that `from_pretrained` takes.
+        kwargs: arguments of `AutoModelForCausalLM.from_pretrained` (dtype, device_map, …).
+
+    Returns:
+        The model with its index branch, as an instance of its family's own class.
+
+    Raises:
+        SparsortError: the checkpoint has no index branch, an incomplete one, or one that does not match its configuration.
+    """
+    for name in ("attn_implementation", "output_loading_info", "ignore_mismatched_sizes"):
+        if name in kwargs:
+            raise SparsortError(f"load_sparse does not take {name}, because it sets the value itself. Do not pass it.")
+    model_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
+    settings = getattr(model_config, "sparse_attention", None)
+    if settings is None:
+        raise SparsortError(
+            f"{folder} has no index branch: its configuration has no sparse_attention. Load it with AutoModelForCausalLM and "
+            "pass the model to sparsort.attach_index_branch."
+        )
+    config = SparseAttentionConfig.from_json(settings, stored=True)
+    # transformers has no public function that returns the class which AutoModelForCausalLM would instantiate.
+    family: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
+    # Mismatched sizes are not an error for transformers here, so that the error below can name index_dim and the selector.
+    model, report = _with_branch(family, config).from_pretrained(
+        folder, config=model_config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    _check_report(report, folder, config)
+    # From here on the model is an ordinary member of its family, which pickles, saves and deep-copies as such.
+    model.__class__ = family
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _with_branch(family: Any, config: SparseAttentionConfig) -> Any:
+    """Return a subclass of the family's class whose models have an index branch before their weights are loaded."""
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, *args, **kwargs)
+        attach_index_branch(self, config)
+
+    # transformers inspects the class's name and the source of its module, so both must be those of the family.
+    names = {"__module__": family.__module__, "__qualname__": family.__qualname__, "__init__": make}
+    return type(family.__name__, (family,), names)
+
+
+def _check_report(report: dict[str, Any], folder: str | Path, config: SparseAttentionConfig) -> None:
+    """Refuse weights with the wrong shape, an incomplete index branch, and weights that would not be used."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise SparsortError(
+            f"{name} in {folder} has shape {tuple(stored)}, but its configuration says {tuple(expected)} ({len(mismatched)} such "
+            "weights). The shapes of an index branch depend on index_dim and the selector: set sparse_attention in "
+            "config.json to the values that the model was saved with."
+        )
+    # Weights outside the index branch are left to transformers, which warns about them as for any other checkpoint.
+    if unused := sorted(name for name in report["unexpected_keys"] if _BRANCH in name):
+        raise SparsortError(
+            f"{folder} has {len(unused)} weights of an index branch, such as {unused[0]}, that the requested configuration "
+            f"has no place for: {_describe(folder, config)}. Request the settings it was saved with. To start a new index branch "
+            "from the dense weights, load the model with AutoModelForCausalLM and call sparsort.attach_index_branch."
+        )
+    if missing := sorted(name for name in report["missing_keys"] if _BRANCH in name):
+        raise SparsortError(
+            f"{folder} lacks {len(missing)} weights of the index branch that its configuration describes, such as {missing[0]}. "
+            "To start from the dense weights, load the model with AutoModelForCausalLM and call sparsort.attach_index_branch."
+        )
+
+
+def _describe(folder: str | Path, config: SparseAttentionConfig) -> str:
+    """Return the settings that determine the weights, each with the saved value if that differs."""
+    saved = getattr(AutoConfig.from_pretrained(folder), "sparse_attention", None)
+    saved_config = SparseAttentionConfig.from_json(saved, stored=True) if saved else config
+    parts = []
+    for name in ("selector", "index_dim", "index_norm", "layers"):
+        requested, stored = getattr(config, name), getattr(saved_config, name)
+        parts.append(f"{name}={requested!r}" + (f" (saved with {stored!r})" if stored != requested else ""))
+    return ", ".join(parts)
 
 
 def _take_own_config(model: Any) -> None:

@@ -2,8 +2,9 @@
 
 Contract: the mask function passes the padding on as (B, filled columns), or returns None if every row is one sequence whose
 queries are its last keys. It builds a (B, 1, T, S) mask for sliding-window layers only. The attention function runs
-choose → attend → mix → loss for a module with an index branch, and SDPA for any other module. It raises an error for
-everything that it cannot honour: masks with another pattern, dropout, softcapping, and sinks.
+choose → attend → mix → loss for a module with an index branch. It raises an error for everything that it cannot honour: masks
+with another pattern, dropout, softcapping, and sinks. Any other module gets transformers' own SDPA attention, with the results
+of `attn_implementation="sdpa"`. If SDPA needs a dense mask, the mask is built once per forward pass.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups (key/value heads), D head width.
 """
@@ -15,11 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    causal_mask_function,
+    find_packed_sequence_indices,
+    packed_sequence_compatibility_function,
+    sdpa_mask,
+)
 
-from sparsort.attention.dense import attend_dense
 from sparsort.attention.selectors.base import LayerInputs, Selector
-from sparsort.attention.state import NAME, Given, Pass
+from sparsort.attention.state import NAME, ModuleInputs, Pass
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.ops import attend
 from sparsort.kernels.eager import in_eager
@@ -99,7 +105,7 @@ def attend_layer(
     scaling: float | None = None,
     position_ids: Tensor | None = None,
     sparsort_pass: Pass | None = None,
-    sparsort_layer: Given | None = None,
+    sparsort_layer: ModuleInputs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute the attention of any layer, sparse or dense, of a model with an index branch.
@@ -150,6 +156,61 @@ def attend_layer(
     return output.transpose(1, 2).contiguous(), None
 
 
+def attend_dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    masks: dict[Any, Tensor | None],
+    *,
+    position_ids: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute SDPA over all keys that a query sees.
+
+    Args:
+        module, query, key, value: as in `attend_layer`.
+        attention_mask: None, the padding (B, filled columns), or a complete mask (B, 1, T, S).
+        masks: the dense masks built so far in this forward pass; a new one is added.
+        position_ids: (B or 1, T), which separate packed sequences if there is no padding.
+        kwargs: further arguments of transformers' `sdpa_attention_forward`.
+
+    Returns:
+        The output (B, T, H, D), and None in the place of the attention weights.
+    """
+    if attention_mask is None or attention_mask.ndim == 2:
+        sizes = (query.shape[0], query.shape[2], key.shape[2])
+        # The layers of a model split over several devices cannot share one mask.
+        key_of_mask = (*sizes, query.device)
+        if key_of_mask not in masks:
+            masks[key_of_mask] = _dense_mask(attention_mask, position_ids, *sizes, query.device)
+        attention_mask = masks[key_of_mask]
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, position_ids=position_ids, is_causal=True, **kwargs
+    )
+    return output, None
+
+
+def _dense_mask(
+    padding: Tensor | None, position_ids: Tensor | None, batch: int, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Return (B, 1, T, S) bool, or None if SDPA's causal flag suffices."""
+    sizes = {"batch_size": batch, "q_length": queries, "kv_length": keys, "device": device}
+    mask: Tensor | None = None
+    if padding is not None:
+        # The queries are the last of the filled columns.
+        mask = sdpa_mask(q_offset=padding.shape[1] - queries, attention_mask=padding.to(device), **sizes)
+    elif position_ids is not None and queries == keys:
+        # Positions separate packed sequences only without a cache: a cache keeps a row as one sequence.
+        position_ids = position_ids.to(device).expand(batch, -1)
+        packed = find_packed_sequence_indices(position_ids)
+        if packed is not None:
+            sees = packed_sequence_compatibility_function(causal_mask_function, position_ids, packed)
+            mask = sdpa_mask(mask_function=sees, allow_is_causal_skip=False, **sizes)
+    return mask
+
+
 def _attend_sparse(
     module: Any, branch: Selector, inputs: LayerInputs, index_keys: Tensor | None, forward_pass: Pass
 ) -> Tensor:
@@ -168,12 +229,12 @@ def _attend_sparse(
     for observe in forward_pass.observers:
         with torch.no_grad():
             observe(module.layer_idx, inputs, choice)
-    # Evaluation needs no alignment loss. `module.training` is checked instead of gradients, because the first forward pass under
-    # reentrant checkpointing runs without them.
+    # Evaluation needs no loss of the selector. `module.training` is checked instead of gradients, because the first forward pass
+    # under reentrant checkpointing runs without them.
     if not module.training:
         return output
     loss = branch.loss(inputs, index_keys, choice, lse)
-    return output if loss is None else forward_pass.carrier.carry(output, loss, module.layer_idx)
+    return output if loss is None else forward_pass.losses.attach_to(output, loss, module.layer_idx)
 
 
 def _check_features(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ class SparseAttentionConfig:
                 f"alignment_weight is {self.alignment_weight}; expected a number of 0 or more. 1.0 is the default."
             )
         if self.layers is not None:
-            self._keep("layers", _layers(self.layers))
+            self._keep("layers", _layer_numbers(self.layers))
         # A checkpoint may have settings that its selector does not read; they are kept as they are.
         if not stored:
             refuse_unread_fields(self, READ_BY)
@@ -155,7 +155,7 @@ class SparseAttentionConfig:
         return cls(**values, stored=stored)
 
 
-def _layers(given: Any) -> tuple[int, ...]:
+def _layer_numbers(given: Any) -> tuple[int, ...]:
     """Return checked layer numbers, each one once."""
     if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__iter__"):
         raise SparsortError(

@@ -56,6 +56,7 @@ def report_selection(
         sample: number of queries per sequence to compare with dense attention, evenly spread. This costs sample × S scores per
             head.
     """
+    # Padding has the position −1 and chooses nothing, so it would lower the mean.
     counts = selection.counts[layout.position(query.device)[:, None].expand_as(selection.counts) >= 0]
     with full_precision(query.device):
         measures = [_mass_and_recall(query, key, selection, span, scale, sample) for span in layout.spans]
@@ -89,6 +90,7 @@ def _mass_and_recall(
     picked = picked.scatter(-1, torch.where(chosen >= 0, chosen, share.shape[-1]), True)[..., :-1]
     # The own block counts as the top one: every selector takes it, whatever its attention.
     ranked = share.scatter(-1, own[..., None], torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    # The argsort of a permutation is its inverse: the rank of each block.
     top = ranked.argsort(dim=-1) < taken[..., None]
     # A query sees own + 1 blocks. It had a choice only if it took some but not all of them.
     had_to = (taken > 0) & (taken < own + 1)

@@ -119,6 +119,7 @@ def crossover(shape: AttentionShape, *, blocks: float, block_size: int) -> float
 
     N* = 2·k·W / (1 − G·I / (2·H·D)); infinite if the index branch always costs more.
     """
+    # The index branch computes this share of the products of dense attention, whatever the length. From 1 on, nothing is saved.
     share = shape.groups * shape.index_dim / (2 * shape.heads * shape.head_dim)
     return 2 * blocks * block_size / (1 - share) if share < 1 else float("inf")
 

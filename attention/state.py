@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from sparsort.attention.cache import keep_index_keys
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors import SELECTORS
-from sparsort.attention.selectors.base import Choice, LayerInputs
-from sparsort.attention.training.alignment_loss import Carrier
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs
+from sparsort.attention.training.alignment_loss import AlignmentLoss
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.blocksparse.budgets import Budget
 from sparsort.kernels.blocksparse.layout import Layout
@@ -31,7 +31,7 @@ from sparsort.kernels.eager import in_eager
 
 NAME = "sparsort"  # The name of the attention implementation in transformers.
 Mode = Literal["full", "sparse"]
-Observer: TypeAlias = Callable[[int, LayerInputs, Choice], None]
+Observer: TypeAlias = Callable[[int, LayerInputs, BlockChoice], None]
 
 
 class Pass:
@@ -43,16 +43,18 @@ class Pass:
     Attributes:
         full: whether every block is attended to (warm-up).
         budget: number of blocks per query token if not `full`.
-        carrier: carrier of the selectors' losses.
+        losses: the losses of the selectors in this pass.
         observers: functions called with the number, the inputs and the choice of every sparse layer, without gradients.
         layouts: layouts built so far, by (B, T, S); the sparse layers share them.
         dense_masks: masks built so far; the dense layers share them.
     """
 
-    def __init__(self, *, full: bool, budget: Budget, carrier: Carrier, observers: tuple[Observer, ...] = ()) -> None:
+    def __init__(
+        self, *, full: bool, budget: Budget, losses: AlignmentLoss, observers: tuple[Observer, ...] = ()
+    ) -> None:
         self.full = full
         self.budget = budget
-        self.carrier = carrier
+        self.losses = losses
         self.observers = observers
         self.layouts: dict[tuple[int, int, int], Layout] = {}
         self.dense_masks: dict[Any, Tensor | None] = {}
@@ -74,8 +76,8 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Given:
-    """The data that the hook of an attention module hands to the attention function.
+class ModuleInputs:
+    """The inputs of an attention module that its hook hands to the attention function, which does not receive them otherwise.
 
     Attributes:
         hidden: (B, T, C), the module's input.
@@ -110,10 +112,10 @@ class SparseAttention:
         self.observers: list[Observer] = []
         self.lm_loss: Tensor | None = None
         self._mode: Mode = "sparse"
-        self._carrier = Carrier(0.0)
+        self._losses = AlignmentLoss(0.0)
         self._hooks: list[Any] = []
-        self._lm: Any = None
-        self._lm_was_set = False
+        self._model_loss: Any = None
+        self._had_own_loss = False
 
     @property
     def mode(self) -> Mode:
@@ -150,7 +152,7 @@ class SparseAttention:
 
     @property
     def alignment(self) -> dict[int, Tensor]:
-        return self._carrier.values
+        return self._losses.values
 
     def add_alignment(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
         """Add the alignment losses of the last forward pass to a loss that was computed outside the model.
@@ -170,7 +172,7 @@ class SparseAttention:
         """
         if (
             loss.requires_grad
-            and not self._carrier.values
+            and not self._losses.values
             and SELECTORS[self.config.selector].learns_by == "alignment_loss"
         ):
             warnings.warn(
@@ -182,7 +184,7 @@ class SparseAttention:
         return self._add(loss, share)
 
     def _add(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        total = self._carrier.add_to(loss, share)
+        total = self._losses.add_to(loss, share)
         # Dividing by the share turns this pass's part of the step's loss into the mean over its own labels.
         self.lm_loss = loss.detach() / share
         return total
@@ -190,9 +192,9 @@ class SparseAttention:
     def install(self, model: Any, decoder: nn.Module, layers: list[nn.Module]) -> None:
         """Hook the decoder and its sparse attention modules, and wrap the model's loss."""
         self._hooks = [decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._hooks += [layer.register_forward_pre_hook(_give, with_kwargs=True) for layer in layers]
+        self._hooks += [layer.register_forward_pre_hook(_add_module_inputs, with_kwargs=True) for layer in layers]
         # transformers stores a loss function that was assigned in `_loss_function`; without one, it looks up the default.
-        self._lm, self._lm_was_set = model.loss_function, hasattr(model, "_loss_function")
+        self._model_loss, self._had_own_loss = model.loss_function, hasattr(model, "_loss_function")
         model.loss_function = self._loss
 
     def remove(self, model: Any) -> None:
@@ -200,43 +202,45 @@ class SparseAttention:
         for hook in self._hooks:
             hook.remove()
         del model._loss_function
-        if self._lm_was_set:
-            model.loss_function = self._lm
+        # Without a loss of its own, the model looks up the default of its class again.
+        if self._had_own_loss:
+            model.loss_function = self._model_loss
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         _check_implementation(decoder)
         _check_shapes(args, kwargs)
-        # Each forward pass has its own carrier, so that several passes can come before one backward pass.
-        self._carrier = Carrier(self.alignment_weight)
+        # Each forward pass has its own object, so that several passes can come before one backward pass.
+        self._losses = AlignmentLoss(self.alignment_weight)
         forward_pass = Pass(
-            full=self.mode == "full", budget=self.budget, carrier=self._carrier, observers=tuple(self.observers)
+            full=self.mode == "full", budget=self.budget, losses=self._losses, observers=tuple(self.observers)
         )
         # transformers would create a cache by default, and a cache cannot separate packed sequences.
         if _is_packed(kwargs):
-            _without_cache(kwargs)
+            _refuse_cache(kwargs)
             kwargs = {**kwargs, "use_cache": False}
         return args, {**kwargs, "sparsort_pass": forward_pass}
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the model's own loss, plus the alignment losses in training."""
-        loss: Tensor = self._lm(*args, **kwargs)
+        loss: Tensor = self._model_loss(*args, **kwargs)
         labels = kwargs["labels"] if "labels" in kwargs else args[1]
-        return self._add_own(loss, labels, kwargs)
+        return self._add_by_labels(loss, labels, kwargs)
 
     @in_eager
-    def _add_own(self, loss: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _add_by_labels(self, loss: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
         count = kwargs.get("num_items_in_batch")
         if count is None:
             return self._add(loss)
         # The LM loss is the sum over this pass's labels divided by the label count of the whole step. The alignment losses are
         # means over this pass, so they are scaled by the pass's share of the labels.
         shifted = kwargs.get("shift_labels")
+        # The label of a row's first token is never predicted, so it does not count.
         shifted = labels[..., 1:] if shifted is None else shifted
-        own = (shifted != kwargs.get("ignore_index", -100)).sum().to(loss.device)
-        return self._add(loss, own / (count.to(loss.device) if isinstance(count, Tensor) else count))
+        in_pass = (shifted != kwargs.get("ignore_index", -100)).sum().to(loss.device)
+        return self._add(loss, in_pass / (count.to(loss.device) if isinstance(count, Tensor) else count))
 
 
-def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _add_module_inputs(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Add `sparsort_layer` to the arguments of a sparse attention module (forward pre-hook)."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rotary = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
@@ -244,7 +248,7 @@ def _give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str
     cache = kwargs.get("past_key_values")
     if cache is not None and index_keys is not None:
         index_keys = keep_index_keys(cache, module.layer_idx, index_keys, selector=type(module.index_branch).__name__)
-    return args, {**kwargs, "sparsort_layer": Given(hidden=hidden, rotary=rotary, index_keys=index_keys)}
+    return args, {**kwargs, "sparsort_layer": ModuleInputs(hidden=hidden, rotary=rotary, index_keys=index_keys)}
 
 
 def _check_implementation(decoder: Any) -> None:
@@ -259,6 +263,7 @@ def _check_implementation(decoder: Any) -> None:
 
 def _check_shapes(args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse positions and padding that do not match the tokens. The attention function refuses (B, 1, T, S) masks."""
+    # Token ids are (B, T) and embeddings (B, T, C), so the first two axes are the same for both.
     inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
     tokens = next((tensor for tensor in inputs if tensor is not None), None)
     if tokens is None or tokens.ndim < 2:
@@ -284,7 +289,7 @@ def _is_packed(kwargs: dict[str, Any]) -> bool:
     return bool((positions[:, 1:] != positions[:, :-1] + 1).any())
 
 
-def _without_cache(kwargs: dict[str, Any]) -> None:
+def _refuse_cache(kwargs: dict[str, Any]) -> None:
     """Refuse a cache for packed sequences, which it cannot separate: later tokens would see every sequence of the row."""
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         raise SparsortError(

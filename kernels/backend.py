@@ -1,6 +1,6 @@
 """The choice of implementation, dtype and device, each with its reason.
 
-Contract: a `Choice` is (value, reason), and `sparsort env` prints both. Environment variables override the choice:
+Contract: a `Decision` is (value, reason), and `sparsort env` prints both. Environment variables override the choice:
 `SPARSORT_SPARSITY` and `SPARSORT_BLOCKSPARSE` (auto, triton, torch) and `SPARSORT_DEVICE` (auto, cpu, cuda, cuda:1, …). An
 override that cannot be met is an error. `sparsity_metrics` and `sparsity_rows` give the same results with every implementation.
 """
@@ -37,14 +37,14 @@ _OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
-class Choice(Generic[T]):
-    """A choice, and the reason for it."""
+class Decision(Generic[T]):
+    """A chosen value, and the reason for it."""
 
     value: T
     reason: str
 
 
-def default_device() -> Choice[torch.device]:
+def default_device() -> Decision[torch.device]:
     """Choose the device that models run on: `SPARSORT_DEVICE` if set, else the current CUDA device, else the CPU.
 
     Raises:
@@ -52,11 +52,11 @@ def default_device() -> Choice[torch.device]:
     """
     given = os.environ.get("SPARSORT_DEVICE", "auto").strip() or "auto"
     if given != "auto":
-        return Choice(_named_device(given), f"SPARSORT_DEVICE={given}")
+        return Decision(_named_device(given), f"SPARSORT_DEVICE={given}")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        return Choice(device, f"CUDA is available ({torch.cuda.get_device_name(device)})")
-    return Choice(torch.device("cpu"), "no CUDA device")
+        return Decision(device, f"CUDA is available ({torch.cuda.get_device_name(device)})")
+    return Decision(torch.device("cpu"), "no CUDA device")
 
 
 def use_device() -> str:
@@ -68,24 +68,24 @@ def use_device() -> str:
     return f"Use auto, or a device of this machine: {', '.join(names)}."
 
 
-def compute_dtype(device: torch.device | str) -> Choice[torch.dtype]:
+def compute_dtype(device: torch.device | str) -> Decision[torch.dtype]:
     """Choose the dtype of a forward pass on `device`: bfloat16 if the device has native bfloat16 products, else float32."""
     device = torch.device(device)
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice(torch.bfloat16, f"{torch.cuda.get_device_name(device)} has native bfloat16")
-        return Choice(torch.float32, f"{torch.cuda.get_device_name(device)} has no native bfloat16")
+            return Decision(torch.bfloat16, f"{torch.cuda.get_device_name(device)} has native bfloat16")
+        return Decision(torch.float32, f"{torch.cuda.get_device_name(device)} has no native bfloat16")
     if device.type != "cpu":
-        return Choice(torch.float32, f"bfloat16 is not known to be native on {device.type}")
+        return Decision(torch.float32, f"bfloat16 is not known to be native on {device.type}")
     feature = _cpu_bf16_feature()
     if feature is None:
-        return Choice(
+        return Decision(
             torch.float32, f"this {platform.machine()} CPU has no native bfloat16 (AVX512-BF16, AMX or Arm BF16)"
         )
-    return Choice(torch.bfloat16, f"the CPU has {feature}")
+    return Decision(torch.bfloat16, f"the CPU has {feature}")
 
 
-def sparsity_implementation(device: torch.device | str) -> Choice[str]:
+def sparsity_implementation(device: torch.device | str) -> Decision[str]:
     """Choose the implementation that measures rows on `device`: "triton" or "torch".
 
     Raises:
@@ -94,7 +94,7 @@ def sparsity_implementation(device: torch.device | str) -> Choice[str]:
     return _implementation("SPARSORT_SPARSITY", torch.device(device))
 
 
-def blocksparse_implementation(device: torch.device | str) -> Choice[str]:
+def blocksparse_implementation(device: torch.device | str) -> Decision[str]:
     """Choose the implementation of block-sparse attention on `device`: "triton" or "torch".
 
     Raises:
@@ -156,9 +156,10 @@ def sparsity_rows(
 
 def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
     """Return the implementation for these states: the chosen one, or torch if the kernel cannot take them."""
-    choice = sparsity_implementation(states.device)
-    if choice.value == "torch":
+    decision = sparsity_implementation(states.device)
+    if decision.value == "torch":
         return sparsity_rows_ref
+    # These obstacles depend on the states, so they are not part of the decision for the device.
     obstacle = None
     if states.dtype == torch.float64:
         obstacle = "float64 states need float64 arithmetic, and the kernel computes in float32"
@@ -172,18 +173,19 @@ def _runner(states: Tensor, gini: GiniMethod) -> Callable[..., RowMetrics]:
         from sparsort.kernels.sparsity.triton_rows import sparsity_rows_triton
 
         return sparsity_rows_triton
-    if choice.reason == "SPARSORT_SPARSITY=triton":
+    # A kernel that was requested by name is never replaced silently.
+    if decision.reason == "SPARSORT_SPARSITY=triton":
         raise SparsortError(f"SPARSORT_SPARSITY=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
     return sparsity_rows_ref
 
 
-def _implementation(variable: str, device: torch.device) -> Choice[str]:
+def _implementation(variable: str, device: torch.device) -> Decision[str]:
     """Choose Triton if the GPU supports it, else torch, unless the environment variable names an implementation."""
     given = os.environ.get(variable, "auto").strip().lower() or "auto"
     if given not in ("auto", "triton", "torch"):
         raise unknown_choice(f"value of {variable}", given, ("auto", "triton", "torch"))
     if given == "torch":
-        return Choice("torch", f"{variable}=torch")
+        return Decision("torch", f"{variable}=torch")
     # Triton's interpreter runs the kernels on a CPU, a thousand times slower. It is meant for tests, so it is used only if
     # Triton is requested by name.
     interpreted = given == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -191,10 +193,10 @@ def _implementation(variable: str, device: torch.device) -> Choice[str]:
     if given == "triton":
         if obstacle:
             raise SparsortError(f"{variable}=triton cannot be met: {obstacle}. Unset it, or set it to torch.")
-        return Choice("triton", f"{variable}=triton")
+        return Decision("triton", f"{variable}=triton")
     if obstacle:
-        return Choice("torch", obstacle)
-    return Choice("triton", f"Triton {_triton().value} on {torch.cuda.get_device_name(device)}")
+        return Decision("torch", obstacle)
+    return Decision("triton", f"Triton {_triton().value} on {torch.cuda.get_device_name(device)}")
 
 
 def _triton_obstacle(device: torch.device, interpreted: bool) -> str | None:
@@ -212,30 +214,31 @@ def _triton_obstacle(device: torch.device, interpreted: bool) -> str | None:
 
 
 @functools.cache
-def _triton() -> Choice[str | None]:
+def _triton() -> Decision[str | None]:
     """Return the version of the installed Triton, or None and why it cannot be used. Cached, because it reads files."""
     if importlib.util.find_spec("triton") is None:
-        return Choice(None, "Triton is not installed")
+        return Decision(None, "Triton is not installed")
     try:
         installed = version("triton")
     except PackageNotFoundError:
-        return Choice(None, "the installed Triton has no version metadata")
+        return Decision(None, "the installed Triton has no version metadata")
     if tuple(int(part) for part in installed.split(".")[:2]) < _OLDEST_TRITON:
-        return Choice(None, f"Triton {installed} is older than {'.'.join(map(str, _OLDEST_TRITON))}")
-    return Choice(installed, "installed")
+        return Decision(None, f"Triton {installed} is older than {'.'.join(map(str, _OLDEST_TRITON))}")
+    return Decision(installed, "installed")
 
 
 def _sort_obstacle(states: Tensor) -> str | None:
     """Return the reason why this device cannot sort these rows, or None. A sort needs the row in shared memory, as float32."""
     if states.device.type != "cuda":
         return None
-    needs = 4 * max(128, 1 << (states.shape[-1] - 1).bit_length())
+    # The kernel pads a row to a power of two of at least 128 coordinates.
+    required = 4 * max(128, 1 << (states.shape[-1] - 1).bit_length())
     # `Any` because torch's stubs lack the attribute.
     properties: Any = torch.cuda.get_device_properties(states.device)
-    has = properties.shared_memory_per_block_optin
-    if needs <= has:
+    given = properties.shared_memory_per_block_optin
+    if required <= given:
         return None
-    return f"the exact Gini of rows of width {states.shape[-1]} takes {needs} bytes of shared memory, but the GPU has {has}"
+    return f"the exact Gini of rows of width {states.shape[-1]} takes {required} bytes of shared memory, but the GPU has {given}"
 
 
 def _named_device(given: str) -> torch.device:

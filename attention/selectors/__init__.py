@@ -23,7 +23,7 @@ _INDEX = frozenset({"index_dim", "index_norm"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectorEntry(Entry):
+class AttentionSelectorEntry(Entry):
     """One selector.
 
     Attributes:
@@ -49,7 +49,7 @@ class SelectorEntry(Entry):
 SELECTORS = Registry(
     "selector",
     (
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="index_branch",
             help="highest index score in the block: one small query per group, one key for all groups",
             source="MSA, arXiv 2606.13392",
@@ -57,7 +57,7 @@ SELECTORS = Registry(
             reads=_SHARES | _INDEX | {"alignment_weight"},
             learns_by="alignment_loss",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="moba",
             help="queries · mean key of the block",
             source="MoBA, arXiv 2502.13189",
@@ -65,7 +65,7 @@ SELECTORS = Registry(
             reads=_SHARES,
             learns_by="nothing",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="seer",
             help="gated queries · gated max, min and mean of the block's keys",
             source="SeerAttention, arXiv 2410.13276, 2506.08889",
@@ -73,7 +73,7 @@ SELECTORS = Registry(
             reads=_SHARES | {"index_dim", "alignment_weight"},
             learns_by="alignment_loss",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="nsa",
             help="attention over compressed keys, which also joins the output",
             source="NSA, arXiv 2502.11089",
@@ -82,7 +82,7 @@ SELECTORS = Registry(
             learns_by="lm_loss",
             shaped_by_blocks=True,
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="lm_trained",
             help="the index branch's score, as a straight-through bias on the logits",
             source="after SAS, arXiv 2609.13141",
@@ -90,28 +90,28 @@ SELECTORS = Registry(
             reads=_SHARES | _INDEX,
             learns_by="lm_loss",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="window",
             help="the last blocks",
             source="sliding-window attention",
             place="fixed:Window",
             learns_by="nothing",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="sink_window",
             help="the first block and the last ones",
             source="attention sinks, arXiv 2309.17453",
             place="fixed:SinkWindow",
             learns_by="nothing",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="random",
             help="the query's own block and others at random",
             source="baseline",
             place="fixed:RandomBlocks",
             learns_by="nothing",
         ),
-        SelectorEntry(
+        AttentionSelectorEntry(
             name="oracle",
             help="the blocks with the most dense attention",
             source="upper bound",

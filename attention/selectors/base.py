@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from sparsort.kernels.blocksparse.budgets import Budget
@@ -60,9 +61,20 @@ class LayerInputs:
         """Return full causal attention as a selection."""
         return every_block(self.layout, self.groups, block_size, self.query.device)
 
+    def last_blocks(self, block_size: int, blocks: int) -> Selection:
+        """Select the last `blocks` blocks up to and including each query's own, newest first."""
+        device = self.query.device
+        # Padding has the position −1, which floor division keeps, so that all of its slots are −1.
+        own_BT = torch.div(self.layout.position(device), block_size, rounding_mode="floor")
+        back_K = torch.arange(min(blocks, self.layout.blocks(block_size)), dtype=torch.int32, device=device)
+        chosen_BTK = (own_BT[..., None] - back_K).clamp(min=-1)
+        # The copy gives every group its own slots; `SinkWindow` writes into them.
+        blocks_BGTK = chosen_BTK[:, None].expand(-1, self.groups, -1, -1).contiguous()
+        return Selection(blocks=blocks_BGTK, block_size=block_size)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Choice:
+class BlockChoice:
     """The blocks that a selector chose.
 
     Attributes:
@@ -127,7 +139,7 @@ class Selector(nn.Module):
         """
         return None
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         """Choose the blocks of every query token, or every block if `inputs.full`.
 
         Args:
@@ -136,7 +148,7 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
-    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, lse: Tensor) -> Tensor | None:
+    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: BlockChoice, lse: Tensor) -> Tensor | None:
         """Return the loss that trains the selector.
 
         Args:
@@ -150,7 +162,7 @@ class Selector(nn.Module):
         """
         return None
 
-    def mix(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, output: Tensor) -> Tensor:
+    def mix(self, inputs: LayerInputs, index_keys: Tensor | None, choice: BlockChoice, output: Tensor) -> Tensor:
         """Return the layer's output (B, H, T, D), given attention over the selection; unchanged unless overridden.
 
         Args:

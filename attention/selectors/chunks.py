@@ -2,7 +2,7 @@
 
 Contract: a selector supplies a function that scores a chunk of queries of one sequence. The largest tensor has at most about
 `ELEMENTS` elements, however long the sequence. Sequences are read through the layout, so padding is never read and cannot
-change a selection. Scores are float32 (float64 for float64 tensors), also under autocast, and have no gradient.
+change a selection. ScoreFunction are float32 (float64 for float64 tensors), also under autocast, and have no gradient.
 
 Legend: G groups, R heads of a group, n queries and m keys of a sequence, t some of its queries, N its blocks, W block size.
 """
@@ -25,12 +25,12 @@ from sparsort.kernels.blocksparse.selection import Selection
 ELEMENTS = 1 << 24
 
 # Maps queries first … last − 1 of a sequence to their scores (G, t, N'), where N' is the number of blocks that the last one sees.
-Scores: TypeAlias = Callable[[int, int], Tensor]
-Pool = Literal["mean", "max", "min"]
+ScoreFunction: TypeAlias = Callable[[int, int], Tensor]
+Pooling = Literal["mean", "max", "min"]
 
 
 def select_blocks(
-    inputs: LayerInputs, block_size: int, budget: Budget, scores_of: Callable[[Span], Scores], *, cost: float
+    inputs: LayerInputs, block_size: int, budget: Budget, scores_of: Callable[[Span], ScoreFunction], *, cost: float
 ) -> Selection:
     """Select the blocks of every query by scores that are computed in chunks.
 
@@ -100,19 +100,19 @@ def in_blocks(values: Tensor, block_size: int, fill: float) -> Tensor:
     return values.reshape(*values.shape[:-2], -1, block_size, values.shape[-1])
 
 
-def pool_blocks(values: Tensor, block_size: int, how: Pool) -> Tensor:
+def pool_blocks(values: Tensor, block_size: int, pooling: Pooling) -> Tensor:
     """Pool (…, m, width) over the tokens of each block: (…, N, width).
 
     Use the result for full blocks only. The last block may be incomplete, which its padding would distort, but it is then the
     own block of every query that sees it, and `pool_own` covers that.
     """
     blocks = in_blocks(values, block_size, 0.0)
-    if how == "mean":
+    if pooling == "mean":
         return blocks.mean(-2)
-    return blocks.amax(-2) if how == "max" else blocks.amin(-2)
+    return blocks.amax(-2) if pooling == "max" else blocks.amin(-2)
 
 
-def pool_own(values: Tensor, span: Span, block_size: int, how: Pool) -> Tensor:
+def pool_own(values: Tensor, span: Span, block_size: int, pooling: Pooling) -> Tensor:
     """Pool (…, m, width) over the tokens of each query's own block up to the query itself: (…, n, width).
 
     The rest of the block is in the query's future, so the pool of the whole block must not be used to score it.
@@ -120,11 +120,12 @@ def pool_own(values: Tensor, span: Span, block_size: int, how: Pool) -> Tensor:
     # Start at the block of the first query: with a cache, earlier blocks are the own block of no query.
     start = (span.keys - span.queries) // block_size * block_size
     pooled = in_blocks(values[..., start:, :], block_size, 0.0)
-    if how == "mean":
+    if pooling == "mean":
         sizes = torch.arange(1, pooled.shape[-2] + 1, dtype=values.dtype, device=values.device)
         pooled = pooled.cumsum(-2) / sizes[:, None]
+    # A running pool at a token covers its block up to that token, so padding after the last token cannot enter it.
     else:
-        pooled = (pooled.cummax(-2) if how == "max" else pooled.cummin(-2)).values
+        pooled = (pooled.cummax(-2) if pooling == "max" else pooled.cummin(-2)).values
     first = span.keys - span.queries - start
     return pooled.flatten(-3, -2)[..., first : first + span.queries, :]
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
-from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
-    Scores,
+    ScoreFunction,
     blocks_seen,
     dense_map,
     in_blocks,
@@ -35,31 +35,30 @@ from sparsort.attention.selectors.chunks import (
 )
 from sparsort.attention.selectors.weights import LayerShape
 from sparsort.kernels.blocksparse.budgets import FixedBudget
-from sparsort.kernels.blocksparse.layout import Layout, Span
-from sparsort.kernels.blocksparse.selection import Selection
+from sparsort.kernels.blocksparse.layout import Span
 
 
 class Window(Selector):
     """The last blocks."""
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size))
-        return Choice(selection=window(inputs, self.block_size, inputs.budget.slots))
+            return BlockChoice(selection=inputs.every_block(self.block_size))
+        return BlockChoice(selection=inputs.last_blocks(self.block_size, inputs.budget.slots))
 
 
 class SinkWindow(Selector):
     """The first block and the last ones."""
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size))
-        selection = window(inputs, self.block_size, inputs.budget.slots)
+            return BlockChoice(selection=inputs.every_block(self.block_size))
+        selection = inputs.last_blocks(self.block_size, inputs.budget.slots)
         if selection.blocks.shape[-1] > 1:
             # Block 0 replaces the window's oldest block. If the window reaches block 0 (or ends in unused slots, −1), the
             # clamp changes nothing.
             selection.blocks[..., -1].clamp_(max=0)
-        return Choice(selection=selection)
+        return BlockChoice(selection=selection)
 
 
 class RandomBlocks(Selector):
@@ -73,13 +72,13 @@ class RandomBlocks(Selector):
     def from_config(cls, config: SparseAttentionConfig, shape: LayerShape) -> Self:
         return cls(config, shape)
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size))
+            return BlockChoice(selection=inputs.every_block(self.block_size))
         device = inputs.query.device
         groups = torch.arange(inputs.groups, device=device)[:, None, None]
 
-        def scores_of(span: Span) -> Scores:
+        def scores_of(span: Span) -> ScoreFunction:
             def scores(first: int, last: int) -> Tensor:
                 queries = positions(span, first, last, device)[:, None]
                 blocks = torch.arange(blocks_seen(span, last, self.block_size), device=device)
@@ -88,10 +87,10 @@ class RandomBlocks(Selector):
 
             return scores
 
-        # Hashes are no probabilities, so shares of a softmax over them would mean nothing.
+        # Hashes are not probabilities, so shares of a softmax over them would mean nothing.
         budget = FixedBudget(blocks=inputs.budget.slots)
         cost = 4 * inputs.groups / self.block_size
-        return Choice(selection=select_blocks(inputs, self.block_size, budget, scores_of, cost=cost))
+        return BlockChoice(selection=select_blocks(inputs, self.block_size, budget, scores_of, cost=cost))
 
 
 class Oracle(Selector):
@@ -102,11 +101,11 @@ class Oracle(Selector):
         """Count the scores of dense attention."""
         return 2 * shape.heads * shape.head_dim * visible_pairs(tokens)
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size))
+            return BlockChoice(selection=inputs.every_block(self.block_size))
 
-        def scores_of(span: Span) -> Scores:
+        def scores_of(span: Span) -> ScoreFunction:
             queries, keys = queries_of(inputs, span), keys_of(inputs.key, span)
 
             def scores(first: int, last: int) -> Tensor:
@@ -118,17 +117,7 @@ class Oracle(Selector):
             return scores
 
         cost = 3 * inputs.query.shape[1]
-        return Choice(selection=select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost))
-
-
-def window(inputs: LayerInputs, block_size: int, blocks: int) -> Selection:
-    """Select the last `blocks` blocks up to and including each query's own, newest first."""
-    layout: Layout = inputs.layout
-    device = inputs.query.device
-    own = torch.div(layout.position(device), block_size, rounding_mode="floor")
-    back = torch.arange(min(blocks, layout.blocks(block_size)), dtype=torch.int32, device=device)
-    chosen = (own[..., None] - back).clamp(min=-1)
-    return Selection(blocks=chosen[:, None].expand(-1, inputs.groups, -1, -1).contiguous(), block_size=block_size)
+        return BlockChoice(selection=select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost))
 
 
 def hashed(*numbers: int | Tensor) -> Tensor:

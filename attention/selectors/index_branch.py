@@ -9,7 +9,7 @@ Wq and Wk, and the LM loss never reaches them. `kernels/blocksparse/ops.py` defi
 
 Index queries and keys get an RMSNorm (`index_norm`) and the rotary embedding, like the main ones. If the index width differs
 from the rotary width, this implementation differs from transformers' MSA (`minimax_m3_vl`), which cuts the cosines to
-[..., :I]; `turn` explains why.
+[..., :I]; `apply_rotary` explains why.
 
 Legend: B batch, T query columns, S key columns, C hidden width, G groups, I index width, E rotary width.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, chosen_pairs, visible_pairs
-from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs, Selector
 from sparsort.attention.selectors.weights import LayerShape, RMSNorm, apply_linear
 from sparsort.kernels.blocksparse.ops import align, index_select
 
@@ -60,29 +60,29 @@ class IndexBranch(Selector):
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the index keys of the new tokens: (B, T, I)."""
         keys = self.key_norm(apply_linear(self.key_proj, hidden.detach()))
-        return turn(keys[:, None], rotary)[:, 0]
+        return apply_rotary(keys[:, None], rotary)[:, 0]
 
     def index_queries(self, inputs: LayerInputs) -> Tensor:
         """Return the index queries: (B, G, T, I)."""
         queries = apply_linear(self.query_proj, inputs.hidden.detach())
         queries = self.query_norm(queries.reshape(*queries.shape[:2], self.groups, self.width))
-        return turn(queries.transpose(1, 2), inputs.rotary)
+        return apply_rotary(queries.transpose(1, 2), inputs.rotary)
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
-        index_keys = given(index_keys)
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
+        index_keys = require_index_keys(index_keys)
         queries = self.index_queries(inputs)
         if inputs.full:
             selection = inputs.every_block(self.block_size)
         else:
             selection = index_select(queries, index_keys, inputs.layout, inputs.budget, block_size=self.block_size)
-        return Choice(selection=selection, state=queries)
+        return BlockChoice(selection=selection, state=queries)
 
-    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, lse: Tensor) -> Tensor | None:
+    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: BlockChoice, lse: Tensor) -> Tensor | None:
         return align(
             inputs.query,
             inputs.key,
             choice.state,
-            given(index_keys),
+            require_index_keys(index_keys),
             choice.selection,
             inputs.layout,
             scale=inputs.scale,
@@ -90,7 +90,7 @@ class IndexBranch(Selector):
         )
 
 
-def turn(states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def apply_rotary(states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     """Apply the rotary embedding of a layer to states of another width.
 
     A table of width E holds E/2 angles twice, and coordinates i and i + E/2 are rotated by angle i (transformers' rotate-half).
@@ -115,11 +115,11 @@ def turn(states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     picked = torch.arange(half, device=states.device) * angles // max(half, 1)
     cosines, sines = cosines[..., picked], sines[..., picked]
     first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
-    turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
-    return torch.cat([turned.to(states.dtype), rest], dim=-1)
+    rotated = torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+    return torch.cat([rotated.to(states.dtype), rest], dim=-1)
 
 
-def given(index_keys: Tensor | None) -> Tensor:
+def require_index_keys(index_keys: Tensor | None) -> Tensor:
     """Return the index keys as a tensor, for selectors whose `choose` and `loss` always receive them."""
     if index_keys is None:
         raise ValueError("index_keys is None; pass the tensor that the selector's index_keys method returned")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
-from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs
 from sparsort.attention.selectors.chunks import (
     ELEMENTS,
     blocks_seen,
@@ -35,7 +35,7 @@ from sparsort.attention.selectors.chunks import (
     positions,
     wide,
 )
-from sparsort.attention.selectors.index_branch import IndexBranch, given
+from sparsort.attention.selectors.index_branch import IndexBranch, require_index_keys
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 
@@ -48,8 +48,8 @@ class LMTrainedBranch(IndexBranch):
         """Count every index query with every index key; the cost of the gradient, one key per block, is negligible."""
         return 2 * shape.groups * shape.index_dim * visible_pairs(tokens)
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
-        index_keys = given(index_keys)
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
+        index_keys = require_index_keys(index_keys)
         choice = super().choose(inputs, index_keys)
         if not torch.is_grad_enabled():
             return choice
@@ -58,9 +58,9 @@ class LMTrainedBranch(IndexBranch):
             columns = best_keys(queries, index_keys, choice.selection, inputs.layout)
         dtype = wide(inputs.query).dtype
         bias: Tensor = _StraightThrough.apply(queries, index_keys, columns, dtype)  # type: ignore[no-untyped-call]
-        return Choice(selection=choice.selection, bias=bias)
+        return BlockChoice(selection=choice.selection, bias=bias)
 
-    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, lse: Tensor) -> Tensor | None:
+    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: BlockChoice, lse: Tensor) -> Tensor | None:
         return None
 
 
@@ -84,9 +84,9 @@ def best_keys(index_query: Tensor, index_key: Tensor, selection: Selection, layo
             seen = blocks_seen(span, last, W)
             chunk = slice(span.query_start + first, span.query_start + last)
             scores = wide(index_query[span.row, :, chunk]) @ keys[: seen * W].mT
-            future = (
-                torch.arange(scores.shape[-1], device=keys.device) > positions(span, first, last, keys.device)[:, None]
-            )
+            key_positions = torch.arange(scores.shape[-1], device=keys.device)
+            future = key_positions > positions(span, first, last, keys.device)[:, None]
+            # A score that is not finite counts as lowest, as in `index_select`.
             scores = scores.masked_fill(future | ~scores.isfinite(), -torch.inf)
             best = in_blocks(scores[..., None], W, -torch.inf)[..., 0].argmax(-1)
             best = best + W * torch.arange(seen, device=keys.device) + span.key_start

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
-from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
-    Scores,
+    ScoreFunction,
     blocks_seen,
     keys_of,
     own_blocks,
@@ -38,17 +38,17 @@ class MeanKeyGate(Selector):
         """Count every group's query with the mean key of every block."""
         return 2 * shape.groups * shape.head_dim * visible_pairs(tokens) / sparse.block_size
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size))
+            return BlockChoice(selection=inputs.every_block(self.block_size))
 
-        def scores_of(span: Span) -> Scores:
+        def scores_of(span: Span) -> ScoreFunction:
             return self._scores(inputs, span)
 
         cost = inputs.groups / self.block_size
-        return Choice(selection=select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost))
+        return BlockChoice(selection=select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost))
 
-    def _scores(self, inputs: LayerInputs, span: Span) -> Scores:
+    def _scores(self, inputs: LayerInputs, span: Span) -> ScoreFunction:
         # The product is linear in the query, so averaging the queries first gives the mean of the heads' scores.
         queries = queries_of(inputs, span).mean(1) * inputs.scale
         keys = keys_of(inputs.key, span)

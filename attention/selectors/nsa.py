@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, attending_flops, pairs_of, visible_pairs
-from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
-    Scores,
+    ScoreFunction,
     blocks_seen,
     in_blocks,
     positions,
@@ -46,7 +46,6 @@ from sparsort.attention.selectors.chunks import (
     select_blocks,
     wide,
 )
-from sparsort.attention.selectors.fixed import window
 from sparsort.attention.selectors.weights import LayerShape, apply_linear
 from sparsort.kernels.blocksparse.layout import Span
 from sparsort.kernels.blocksparse.ops import attend
@@ -84,6 +83,7 @@ class CompressedBranch(Selector):
         self.key_compression = Compression(config.block_size, shape, generator)
         self.value_compression = Compression(config.block_size, shape, generator)
         self.gates = shape.linear(shape.hidden, _BRANCHES * shape.heads, generator=generator, bias=True)
+        # In the order of the branches: compressed, selected, window.
         start = torch.tensor([_SHUT, _OPEN, _SHUT], dtype=shape.dtype, device=shape.device)
         self.gates.bias = nn.Parameter(start.repeat(shape.heads))
 
@@ -98,44 +98,44 @@ class CompressedBranch(Selector):
         near = pairs_of(tokens, sparse.window * sparse.block_size)
         return attending_flops(shape, by_block, training) + attending_flops(shape, near, training)
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         # Compressed here, with gradients, because `mix` attends to the same keys.
-        compressed = [self.key_compression(_of(inputs.key, span)) for span in inputs.layout.spans]
+        compressed = [self.key_compression(_rows_of(inputs.key, span)) for span in inputs.layout.spans]
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size), state=compressed)
+            return BlockChoice(selection=inputs.every_block(self.block_size), state=compressed)
         keys_of_span = dict(zip(inputs.layout.spans, compressed, strict=True))
 
-        def scores_of(span: Span) -> Scores:
+        def scores_of(span: Span) -> ScoreFunction:
             return self._scores(inputs, span, wide(keys_of_span[span].detach()))
 
         cost = 3 * inputs.query.shape[1] / self.block_size
         selection = select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost)
-        return Choice(selection=selection, state=compressed)
+        return BlockChoice(selection=selection, state=compressed)
 
-    def mix(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, output: Tensor) -> Tensor:
+    def mix(self, inputs: LayerInputs, index_keys: Tensor | None, choice: BlockChoice, output: Tensor) -> Tensor:
         compressed = torch.zeros_like(output)
         for span, keys in zip(inputs.layout.spans, choice.state, strict=True):
             columns = slice(span.query_start, span.query_start + span.queries)
-            values = self.value_compression(_of(inputs.value, span))
+            values = self.value_compression(_rows_of(inputs.value, span))
             attended = self._attend_compressed(inputs.query[span.row, :, columns], keys, values, span, inputs.scale)
             compressed[span.row, :, columns] = attended.to(output.dtype)
         # The window is a selection too, so the same kernel computes its attention.
-        near = window(inputs, self.block_size, self.window)
-        slid, _ = attend(inputs.query, inputs.key, inputs.value, near, inputs.layout, scale=inputs.scale)
+        window = inputs.last_blocks(self.block_size, self.window)
+        windowed, _ = attend(inputs.query, inputs.key, inputs.value, window, inputs.layout, scale=inputs.scale)
         gates = apply_linear(self.gates, inputs.hidden).sigmoid().to(output.dtype)
         # (B, T, H·3) → three of (B, H, T, 1)
-        of_compressed, of_selected, of_window = (
+        compressed_gate, selection_gate, window_gate = (
             gates.reshape(*gates.shape[:2], output.shape[1], _BRANCHES).transpose(1, 2)[..., None, :].unbind(-1)
         )
-        return of_compressed * compressed + of_selected * output + of_window * slid
+        return compressed_gate * compressed + selection_gate * output + window_gate * windowed
 
-    def _scores(self, inputs: LayerInputs, span: Span, compressed: Tensor) -> Scores:
+    def _scores(self, inputs: LayerInputs, span: Span, compressed: Tensor) -> ScoreFunction:
         queries = queries_of(inputs, span) * inputs.scale
 
         def scores(first: int, last: int) -> Tensor:
-            whole = self._whole(compressed.shape[1], span, first, last, queries.device)
+            past = self._is_past(compressed.shape[1], span, first, last, queries.device)
             logits = torch.einsum("grtd,gnd->grtn", queries[:, :, first:last], compressed)
-            share = logits.masked_fill(~whole, -torch.inf).softmax(-1).mean(1)
+            share = logits.masked_fill(~past, -torch.inf).softmax(-1).mean(1)
             # A budget takes its shares from a softmax over the scores. The softmax of log(share) is the share itself. A query
             # in the first block sees no complete block, so its shares are NaN, but it can only choose its own block anyway.
             block_scores = share.new_full((*share.shape[:2], blocks_seen(span, last, self.block_size)), -torch.inf)
@@ -147,10 +147,10 @@ class CompressedBranch(Selector):
 
     def _attend_compressed(self, query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
         """Attend from query (H, n, D) to compressed keys and values (G, N, D): (H, n, D), 0 if no block is entirely past."""
-        whole = self._whole(keys.shape[1], span, 0, span.queries, query.device)
+        past = self._is_past(keys.shape[1], span, 0, span.queries, query.device)
         # Append a key with value 0, visible only to queries that see no other key. No softmax row is then empty, which would
         # give NaN.
-        seen = torch.cat([whole, ~whole.any(-1, keepdim=True)], dim=-1)
+        seen = torch.cat([past, ~past.any(-1, keepdim=True)], dim=-1)
         heads = query.shape[0] // keys.shape[0]
         keys, values = (
             nn.functional.pad(states, (0, 0, 0, 1)).to(query.dtype).repeat_interleave(heads, 0)
@@ -160,12 +160,12 @@ class CompressedBranch(Selector):
             query[None], keys[None], values[None], attn_mask=seen, scale=scale
         )[0]
 
-    def _whole(self, blocks: int, span: Span, first: int, last: int, device: torch.device) -> Tensor:
+    def _is_past(self, blocks: int, span: Span, first: int, last: int, device: torch.device) -> Tensor:
         """Return (t, blocks) bool, True for the blocks whose last key the query sees."""
         ends = (torch.arange(blocks, device=device) + 1) * self.block_size - 1
         return ends <= positions(span, first, last, device)[:, None]
 
 
-def _of(states: Tensor, span: Span) -> Tensor:
+def _rows_of(states: Tensor, span: Span) -> Tensor:
     """Return the part (G, m, D) of (B, G, S, D) that belongs to one sequence."""
     return states[span.row, :, span.key_start : span.key_start + span.keys]

@@ -34,10 +34,10 @@ from torch.autograd.function import once_differentiable
 
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.flops import AttentionShape, SparseShape, visible_pairs
-from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs, Selector
 from sparsort.attention.selectors.chunks import (
-    Pool,
-    Scores,
+    Pooling,
+    ScoreFunction,
     blocks_seen,
     chunks,
     dense_map,
@@ -53,11 +53,11 @@ from sparsort.attention.selectors.chunks import (
     wide,
     with_own,
 )
-from sparsort.attention.selectors.index_branch import given
+from sparsort.attention.selectors.index_branch import require_index_keys
 from sparsort.attention.selectors.weights import LayerShape
 from sparsort.kernels.blocksparse.layout import Span
 
-_POOLS: tuple[Pool, ...] = ("max", "min", "mean")
+_POOLS: tuple[Pooling, ...] = ("max", "min", "mean")
 _BASE = 10_000.0
 
 
@@ -84,6 +84,7 @@ class PooledGate(Selector):
         self.groups, self.head_width = shape.groups, shape.width
         self.width = config.index_dim or shape.width
         generator = shape.generator(config.seed)
+        # Widths of what each weight reads: all queries of a group, and the concatenated pools of its keys.
         joined, pooled = shape.heads // shape.groups * shape.width, len(_POOLS) * shape.width
         # Initialise the gates to preserve the scale of their inputs. The model's own initial spread is irrelevant for a gate
         # that is distilled from a trained, frozen model.
@@ -107,13 +108,13 @@ class PooledGate(Selector):
         """Return the layer's keys before the rotary embedding: (B, T, G·D)."""
         return _before_rotary(module, "k", hidden, self.head_width).flatten(2)
 
-    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> Choice:
+    def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
         queries = _before_rotary(inputs.module, "q", inputs.hidden, self.head_width)
         if inputs.full:
-            return Choice(selection=inputs.every_block(self.block_size), state=queries)
+            return BlockChoice(selection=inputs.every_block(self.block_size), state=queries)
 
-        def scores_of(span: Span) -> Scores:
-            gates = self._gates(queries, given(index_keys), span)
+        def scores_of(span: Span) -> ScoreFunction:
+            gates = self._gates(queries, require_index_keys(index_keys), span)
 
             def scores(first: int, last: int) -> Tensor:
                 return self._scores(gates, span, first, last)
@@ -122,27 +123,27 @@ class PooledGate(Selector):
 
         cost = inputs.groups / self.block_size
         selection = select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost)
-        return Choice(selection=selection, state=queries)
+        return BlockChoice(selection=selection, state=queries)
 
-    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: Choice, lse: Tensor) -> Tensor | None:
+    def loss(self, inputs: LayerInputs, index_keys: Tensor | None, choice: BlockChoice, lse: Tensor) -> Tensor | None:
         device = inputs.query.device
         gradients = torch.is_grad_enabled()
         total = torch.zeros((), dtype=wide(inputs.query).dtype, device=device)
         with full_precision(device):
             for span in inputs.layout.spans:
-                gates = self._gates(choice.state, given(index_keys), span)
+                gates = self._gates(choice.state, require_index_keys(index_keys), span)
                 parts = (gates.queries, gates.keys, gates.own)
                 total = total + _Distilled.apply(*parts, self, inputs, span, gradients)  # type: ignore[no-untyped-call]
         return total / tokens_and_groups(inputs.layout, self.groups)
 
     def _gates(self, queries: Tensor, index_keys: Tensor, span: Span) -> _Gates:
         """Compute the gates of one sequence from queries (B, T, H, D) and index keys (B, S, G·D), both without gradient."""
-        of_span = wide(queries[span.row, span.query_start : span.query_start + span.queries])
-        joined = of_span.reshape(span.queries, self.groups, -1).transpose(0, 1)
+        span_queries = wide(queries[span.row, span.query_start : span.query_start + span.queries])
+        joined = span_queries.reshape(span.queries, self.groups, -1).transpose(0, 1)
         keys = keys_of(index_keys, span).reshape(span.keys, self.groups, -1).transpose(0, 1)
         # Weights are applied after pooling: max and min do not commute with a linear map.
-        pooled = torch.cat([pool_blocks(keys, self.block_size, how) for how in _POOLS], dim=-1)
-        pooled_own = torch.cat([pool_own(keys, span, self.block_size, how) for how in _POOLS], dim=-1)
+        pooled = torch.cat([pool_blocks(keys, self.block_size, pooling) for pooling in _POOLS], dim=-1)
+        pooled_own = torch.cat([pool_own(keys, span, self.block_size, pooling) for pooling in _POOLS], dim=-1)
         query_weight, key_weight = (weight.to(joined.dtype).mT for weight in (self.query_weight, self.key_weight))
         own = own_blocks(span, 0, span.queries, self.block_size, keys.device)
         return _Gates(
@@ -209,6 +210,7 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The loss is a scalar, so its incoming gradient only scales those that the forward pass computed.
         return *(gradient * grad for gradient in ctx.saved_tensors), None, None, None, None
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from sparsort.errors import SparsortError
 
 
-class Carrier:
+class AlignmentLoss:
     """The alignment losses of one forward pass, and their weight in the total.
 
     Attributes:
@@ -39,12 +39,12 @@ class Carrier:
         self._gradient: Tensor | None = None
         self._added = False
 
-    def carry(self, output: Tensor, loss: Tensor, layer: int) -> Tensor:
+    def attach_to(self, output: Tensor, loss: Tensor, layer: int) -> Tensor:
         """Return `output` unchanged, with `loss` (a scalar) attached to its graph."""
         # A pass that checkpointing runs again overwrites its own values.
         self.values[layer] = loss.detach()
-        carried: Tensor = _Carry.apply(output, loss, self)  # type: ignore[no-untyped-call]
-        return carried
+        attached: Tensor = _AttachLoss.apply(output, loss, self)  # type: ignore[no-untyped-call]
+        return attached
 
     def add_to(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
         """Return the total of `loss` (a scalar) and the weighted alignment losses, whose gradients scale with the total's.
@@ -63,11 +63,12 @@ class Carrier:
             return loss
         self._added = True
         alignment = torch.stack([value.to(loss.device, loss.dtype) for value in self.values.values()]).sum()
-        total: Tensor = _Total.apply(loss, self.weight * share * alignment, self)  # type: ignore[no-untyped-call]
+        total: Tensor = _AddToTotal.apply(loss, self.weight * share * alignment, self)  # type: ignore[no-untyped-call]
         return total
 
     def factor(self) -> Tensor | float:
         """Return λ · share · g, the factor for the gradient of each layer's loss."""
+        # None means that the total of `add_to` took no part in this backward pass, which therefore recorded no g.
         if self._gradient is None:
             warnings.warn(
                 "The backward pass did not go through the model's own loss, so the alignment losses were used with a gradient of "
@@ -92,32 +93,32 @@ class Carrier:
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
-class _Carry(torch.autograd.Function):
+class _AttachLoss(torch.autograd.Function):
     """The identity on `output` that also sends a gradient to `loss`."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, carrier: Carrier) -> Tensor:
-        ctx.carrier, ctx.like = carrier, (loss.device, loss.dtype)
+    def forward(ctx: Any, output: Tensor, loss: Tensor, losses: AlignmentLoss) -> Tensor:
+        ctx.losses, ctx.like = losses, (loss.device, loss.dtype)
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         device, dtype = ctx.like
-        return grad_output, torch.as_tensor(ctx.carrier.factor()).to(device, dtype), None
+        return grad_output, torch.as_tensor(ctx.losses.factor()).to(device, dtype), None
 
 
-class _Total(torch.autograd.Function):
-    """The sum of the LM loss and the alignment losses, which records its gradient for `_Carry`."""
+class _AddToTotal(torch.autograd.Function):
+    """The sum of the LM loss and the alignment losses, which records its gradient for `_AttachLoss`."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, alignment: Tensor, carrier: Carrier) -> Tensor:
-        ctx.carrier = carrier
+    def forward(ctx: Any, loss: Tensor, alignment: Tensor, losses: AlignmentLoss) -> Tensor:
+        ctx.losses = losses
         return loss + alignment.to(loss.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
-        ctx.carrier.begin_backward(grad_total.detach())
-        # None for `alignment`: its value is detached, and each layer gets its gradient through `_Carry`.
+        ctx.losses.begin_backward(grad_total.detach())
+        # None for `alignment`: its value is detached, and each layer gets its gradient through `_AttachLoss`.
         return grad_total, None, None

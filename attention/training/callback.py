@@ -26,7 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 from sparsort.attention.config import whole
 from sparsort.attention.diagnostics import SelectionReport, report_selection
 from sparsort.attention.flops import AttentionShape, SparseShape, dense_flops, sparse_flops
-from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs
 from sparsort.attention.state import SparseAttention
 from sparsort.attention.training.schedule import SparseSchedule
 from sparsort.errors import SparsortError
@@ -115,13 +115,13 @@ class Observer:
         self._reports: dict[int, SelectionReport] = {}
         self._flops: dict[int, tuple[float, float]] = {}
         if sparse.mode == "sparse":
-            sparse.observers.append(self._see)
+            sparse.observers.append(self._observe)
 
     def close(self) -> dict[str, float]:
         """Stop observing and return the measures by name. Measures that are NaN are omitted."""
         sparse = self._sparse
-        if self._see in sparse.observers:
-            sparse.observers.remove(self._see)
+        if self._observe in sparse.observers:
+            sparse.observers.remove(self._observe)
         measures = {}
         if sparse.lm_loss is not None:
             # The state has the mean over the pass's own labels; the model's loss is divided by the labels of the whole step.
@@ -131,15 +131,16 @@ class Observer:
             measures |= {f"sparse/kl/{layer}": value for layer, value in values.items()}
         if self._reports:
             for name, field in _MEANS.items():
-                all_layers = [getattr(report, field) for report in self._reports.values()]
-                if known := [value for value in all_layers if not math.isnan(value)]:
+                by_layer = [getattr(report, field) for report in self._reports.values()]
+                # A layer whose queries had nothing to choose has NaN, which would hide the other layers.
+                if known := [value for value in by_layer if not math.isnan(value)]:
                     measures[f"sparse/{name}"] = sum(known) / len(known)
             measures["sparse/most_blocks"] = max(report.most_blocks for report in self._reports.values())
-            spent, dense = (sum(each) / 1e9 for each in zip(*self._flops.values(), strict=True))
-            measures |= {"sparse/gflops": spent, "sparse/gflops_dense": dense}
+            sparse_flops_sum, dense_flops_sum = (sum(each) / 1e9 for each in zip(*self._flops.values(), strict=True))
+            measures |= {"sparse/gflops": sparse_flops_sum, "sparse/gflops_dense": dense_flops_sum}
         return measures
 
-    def _see(self, layer: int, inputs: LayerInputs, choice: Choice) -> None:
+    def _observe(self, layer: int, inputs: LayerInputs, choice: BlockChoice) -> None:
         # Checkpointing runs a layer twice; the first run is enough.
         if layer not in self._reports:
             self._reports[layer] = report_selection(
@@ -174,7 +175,7 @@ def _is_logged(args: Any, state: Any) -> bool:
     return not by_steps or step % every == 0 or (step == 1 and bool(args.logging_first_step))
 
 
-def _flops(sparse: SparseAttention, inputs: LayerInputs, choice: Choice) -> tuple[float, float]:
+def _flops(sparse: SparseAttention, inputs: LayerInputs, choice: BlockChoice) -> tuple[float, float]:
     """Return the forward operations of one layer: sparse, and as if it were dense."""
     selector: Any = inputs.module.index_branch
     shape = AttentionShape(
@@ -183,16 +184,17 @@ def _flops(sparse: SparseAttention, inputs: LayerInputs, choice: Choice) -> tupl
         head_dim=inputs.query.shape[3],
         index_dim=getattr(selector, "width", 0),
     )
-    counts = choice.selection.counts.double().mean(dim=1).cpu()  # (B, T)
+    # (B, T). The formulas take the mean number of blocks, so groups and queries may differ in theirs.
+    counts = choice.selection.counts.double().mean(dim=1).cpu()
     spent = dense = 0.0
     for span in inputs.layout.spans:
         blocks = float(counts[span.row, span.query_start : span.query_start + span.queries].mean())
-        done = SparseShape(
+        sparse_shape = SparseShape(
             selector=sparse.config.selector,
             block_size=choice.selection.block_size,
             blocks=blocks,
             window=getattr(selector, "window", 0),
         )
-        spent += sparse_flops(shape, span.keys, done)
+        spent += sparse_flops(shape, span.keys, sparse_shape)
         dense += dense_flops(shape, span.keys)
     return spent, dense

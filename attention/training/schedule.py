@@ -64,11 +64,11 @@ class SparseSchedule:
         if self.start is None or annealed_steps >= self.anneal_steps:
             return final
         # During the warm-up the budget is not used, and it stays at `start`.
-        done = max(0, annealed_steps) / self.anneal_steps
+        progress = max(0, annealed_steps) / self.anneal_steps
         if isinstance(final, FixedBudget):
             if self.start < 1:
                 raise SparsortError(f"start={self.start!r} is not a number of blocks; expected 1 or more.")
-            return FixedBudget(blocks=round(self.start + done * (final.blocks - self.start)))
+            return FixedBudget(blocks=round(self.start + progress * (final.blocks - self.start)))
         if isinstance(final, ThresholdBudget):
-            return replace(final, threshold=self.start + done * (final.threshold - self.start))
-        return replace(final, p=self.start + done * (final.p - self.start))
+            return replace(final, threshold=self.start + progress * (final.threshold - self.start))
+        return replace(final, p=self.start + progress * (final.p - self.start))

@@ -49,6 +49,7 @@ class Layout:
     batch: int
     queries: int
     keys: int
+    # Not part of the value: excluded from comparison, so that equal layouts stay equal whatever was computed from them.
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +101,7 @@ class Layout:
             return cls(spans=(), batch=mask.shape[0], queries=queries, keys=keys)
         mask = mask.cpu()
         filled = mask.sum(dim=1).tolist()
+        # argmax returns the first maximum, so on the flipped mask it counts the padding on the right.
         first = mask.int().argmax(dim=1).tolist()
         last = (seen - mask.flip(1).int().argmax(dim=1)).tolist()
         spans = []
@@ -145,6 +147,7 @@ class Layout:
         for row in starts:
             edges = [*row.nonzero().flatten().tolist(), columns]
             sizes = [end - start for start, end in itertools.pairwise(edges)]
+            # The number of sequences of one token at the end of the row.
             ones = next((n for n, size in enumerate(reversed(sizes)) if size != 1), len(sizes))
             lengths.append(sizes[: len(sizes) - ones] if 1 < ones < len(sizes) else sizes)
         if batch is not None and len(lengths) == 1:
@@ -189,6 +192,19 @@ class Layout:
     def blocks(self, block_size: int) -> int:
         """Return the number of blocks of the longest sequence, including an incomplete last block."""
         return -(-self.longest // block_size)
+
+    def first_blocks(self, block_size: int) -> tuple[tuple[int, ...], int]:
+        """Number the blocks across the sequences of each row.
+
+        Returns:
+            The number of each sequence's first block in its row, and the number of blocks of the row that has the most.
+        """
+        next_block = [0] * self.batch
+        first = []
+        for span in self.spans:
+            first.append(next_block[span.row])
+            next_block[span.row] += -(-span.keys // block_size)
+        return tuple(first), max(next_block, default=0)
 
     def table(self, device: torch.device | str) -> Tensor:
         """Return row, query_start, queries, key_start and keys of each sequence: (n, 5) int32."""

@@ -233,6 +233,7 @@ class _Align(torch.autograd.Function):
                 query, key, index_query, index_key, selection, layout, **scales, lse=lse, gradients=gradients
             )
         ctx.save_for_backward(d_index_query, d_index_key)
+        # The Triton path returns one gradient in float32, so both are cast after scaling, where they are most precise.
         ctx.dtype = index_query.dtype
         ctx.count = max(layout.tokens * key.shape[1], 1)
         loss: Tensor = rows.sum() / ctx.count
@@ -252,12 +253,12 @@ def _functions(tensor: Tensor) -> Functions:
     Raises:
         SparsortError: Triton is requested by name but cannot run here.
     """
-    choice = blocksparse_implementation(tensor.device)
-    if choice.value == "torch":
+    decision = blocksparse_implementation(tensor.device)
+    if decision.value == "torch":
         return _torch_functions()
     if tensor.dtype != torch.float64:
         return _triton_functions()
-    if choice.reason == "SPARSORT_BLOCKSPARSE=triton":
+    if decision.reason == "SPARSORT_BLOCKSPARSE=triton":
         raise SparsortError(
             "SPARSORT_BLOCKSPARSE=triton cannot be met: float64 tensors need float64 arithmetic, and the kernels compute in "
             "float32. Unset it, or set it to torch."
@@ -286,7 +287,7 @@ def _triton_functions() -> Functions:
 
 
 def _scale(given: object, tensor: Tensor) -> float:
-    """Return the scale that was given, or 1/√width."""
+    """Return the given scale as a float, or 1/√width."""
     if given is None:
         return 1 / math.sqrt(tensor.shape[-1])
     if isinstance(given, bool) or not isinstance(given, numbers.Real) or not math.isfinite(given):

@@ -28,7 +28,7 @@ from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
 
 
-def key_places(layout: Layout, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def key_positions(layout: Layout, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return the number of each key's sequence and the key's position in it: (B, S) int64 each, −1 for padding."""
     sequence = torch.full((layout.batch, layout.keys), -1, dtype=torch.int64)
     position = torch.full((layout.batch, layout.keys), -1, dtype=torch.int64)
@@ -41,7 +41,7 @@ def key_places(layout: Layout, device: torch.device | str) -> tuple[Tensor, Tens
 
 def visible(layout: Layout, device: torch.device | str) -> Tensor:
     """Return the keys that each query can see, those of its own sequence up to its own position: (B, T, S) bool."""
-    key_sequence, key_position = key_places(layout, device)
+    key_sequence, key_position = key_positions(layout, device)
     sequence, position = layout.span_of_query(device).long(), layout.position(device).long()
     same = (sequence[:, :, None] == key_sequence[:, None]) & (sequence >= 0)[:, :, None]
     return same & (key_position[:, None] <= position[:, :, None])
@@ -62,7 +62,7 @@ def support(selection: Selection, layout: Layout) -> tuple[Tensor, Tensor]:
     slot_of_block.scatter_(
         -1, blocks.masked_fill(blocks < 0, N), torch.arange(K, device=blocks.device).expand_as(blocks)
     )
-    _, key_position = key_places(layout, blocks.device)
+    _, key_position = key_positions(layout, blocks.device)
     block_of_key = torch.div(key_position.clamp(min=0), selection.block_size, rounding_mode="floor")
     slot = slot_of_block.gather(-1, block_of_key[:, None, None].expand(B, G, T, -1))
     attended = visible(layout, blocks.device)[:, None] & (slot >= 0)
@@ -87,7 +87,7 @@ def block_scores(scores: Tensor, layout: Layout, *, block_size: int) -> Tensor:
         block_size: number of keys in a block.
     """
     B, G, T, _ = scores.shape
-    _, key_position = key_places(layout, scores.device)
+    _, key_position = key_positions(layout, scores.device)
     # Each of the packed sequences in a row has a block 0, and all of them are pooled together. That is harmless, because only
     # the keys of the query's own sequence have scores above −∞.
     block_of_key = torch.div(key_position.clamp(min=0), block_size, rounding_mode="floor")
@@ -177,6 +177,7 @@ def align_ref(
     # there, so the loss and its gradient are 0.
     empty = ~attended.any(-1, keepdim=True)
     log_student = scores.masked_fill(~attended, -torch.inf).masked_fill(empty, 0.0).log_softmax(-1)
+    # xlogy defines 0 · log 0 = 0. The student's −∞ is replaced, because 0 · ∞ would be NaN.
     return (torch.xlogy(P, P) - P * log_student.masked_fill(~attended, 0.0)).sum(-1)
 
 
@@ -215,7 +216,7 @@ def _without_padding(index_query: Tensor, index_key: Tensor, layout: Layout) -> 
 
 def _clean_keys(keys: Tensor, layout: Layout) -> Tensor:
     """Return `keys` (B, G, S, D) with 0 for padding, since 0 · NaN would make the real tokens NaN."""
-    sequence, _ = key_places(layout, keys.device)
+    sequence, _ = key_positions(layout, keys.device)
     return _wide(keys).masked_fill((sequence < 0)[:, None, :, None], 0.0)
 
 

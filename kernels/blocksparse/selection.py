@@ -103,12 +103,7 @@ def reverse(selection: Selection, layout: Layout) -> Reverse:
     """Return the queries of every block, to process keys block by block as in MSA's backward pass (arXiv 2606.13392)."""
     chosen = selection.blocks
     batch, groups, queries, slots = chosen.shape
-    next_block = [0] * layout.batch
-    first_block = []
-    for span in layout.spans:
-        first_block.append(next_block[span.row])
-        next_block[span.row] += -(-span.keys // selection.block_size)
-    most = max(next_block, default=0)
+    first_block, most = layout.first_blocks(selection.block_size)
     first = torch.tensor([*first_block, 0], dtype=torch.int64, device=chosen.device)
     # Padding has sequence number −1, which reads the extra 0 at the end. All of its slots are −1, so they are dropped below.
     shift = first[layout.span_of_query(chosen.device).long()]
@@ -122,6 +117,6 @@ def reverse(selection: Selection, layout: Layout) -> Reverse:
         query=used // max(slots, 1) % max(queries, 1),
         slot=used % max(slots, 1),
         start=torch.searchsorted(key, torch.arange(batch * groups * most + 1, device=chosen.device)),
-        first_block=tuple(first_block),
+        first_block=first_block,
         blocks=most,
     )

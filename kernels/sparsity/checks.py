@@ -138,15 +138,15 @@ def as_batches(states: Tensor) -> Tensor:
     return states.flatten(0, -3)
 
 
-def _check_vector(what: str, vector: Tensor, states: Tensor, shapes: list[tuple[int, ...]]) -> None:
+def _check_vector(name: str, vector: Tensor, states: Tensor, shapes: list[tuple[int, ...]]) -> None:
     """Check the shape, dtype and device of a vector that the states are multiplied with."""
     if tuple(vector.shape) not in shapes or vector.dtype not in FLOAT_DTYPES:
-        wanted = " or ".join(str(shape) for shape in shapes)
+        expected = " or ".join(str(shape) for shape in shapes)
         raise SparsortError(
-            f"{what} must be floating point of shape {wanted} for states of width {states.shape[-1]}, "
+            f"{name} must be floating point of shape {expected} for states of width {states.shape[-1]}, "
             f"got {vector.dtype} of shape {tuple(vector.shape)}. Convert it, or pass one value per coordinate."
         )
     if vector.device != states.device:
         raise SparsortError(
-            f"{what} is on {vector.device} but the states are on {states.device}. Move it with .to(states.device)."
+            f"{name} is on {vector.device} but the states are on {states.device}. Move it with .to(states.device)."
         )

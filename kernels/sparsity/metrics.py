@@ -50,14 +50,14 @@ class MetricEntry(Entry):
         return 1 if self.higher_is_sparser else -1
 
 
-_SET = "arXiv 2603.03415"
+_METRIC_SET = "arXiv 2603.03415"
 
 
-def _top(percent: int, what: str, symbol: str) -> MetricEntry:
+def _top(percent: int, quantity: str, symbol: str) -> MetricEntry:
     return MetricEntry(
-        name=f"top{percent}_{what}",
-        help=f"share of the {what} in the largest {percent} % of the coordinates",
-        source=_SET,
+        name=f"top{percent}_{quantity}",
+        help=f"share of the {quantity} in the largest {percent} % of the coordinates",
+        source=_METRIC_SET,
         formula=f"Σ of the largest max(1, ⌊{percent / 100:g}·d⌋) of {symbol} / Σ{symbol}",
         higher_is_sparser=True,
     )
@@ -75,14 +75,14 @@ METRICS = Registry(
         MetricEntry(
             name="l0_relative",
             help="share of the coordinates far above the mean magnitude",
-            source=_SET,
+            source=_METRIC_SET,
             formula="share of a > mean(a) + std(a), unbiased",
             higher_is_sparser=False,
         ),
         MetricEntry(
             name="l0_absolute",
             help="share of the coordinates above a threshold in the state's own units",
-            source=_SET,
+            source=_METRIC_SET,
             formula="share of a > τ (`l0_threshold`, 1 by default)",
             higher_is_sparser=False,
             reads=frozenset({"l0_threshold"}),
@@ -119,7 +119,7 @@ METRICS = Registry(
         MetricEntry(
             name="l1",
             help="sum of the magnitudes; follows the scale of the state, so only a diagnostic",
-            source=_SET,
+            source=_METRIC_SET,
             formula="Σa",
             higher_is_sparser=False,
         ),

@@ -7,7 +7,7 @@ brings its largest coordinate into [1, 2), so rows of magnitude 1e30 or 1e-30 st
 own units, can overflow. The results of a row do not depend on other rows and are bitwise reproducible, since there are no
 atomics.
 
-Trade-off: a row is read once, but about 90 instructions per coordinate are executed (half of them in `triton_topk.py`).
+Trade-off: a row is read once, but about 90 instructions per coordinate are executed (half of them in `triton_order.py`).
 Arithmetic is therefore the bottleneck for 16-bit states, not memory. Gini is the most expensive metric: the exact version needs
 a bitonic sort (about 330 more instructions), the binned version a histogram (about 70 more). These numbers were counted in the
 machine code for sm_90 and have not been timed on a GPU.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -36,8 +37,7 @@ from sparsort.kernels.sparsity.checks import (
 )
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.kernels.sparsity.torch_rows import sparsity_rows_ref
-from sparsort.kernels.sparsity.triton_gini import gini_binned, gini_exact
-from sparsort.kernels.sparsity.triton_topk import count_above, fast_log2, top_sums
+from sparsort.kernels.sparsity.triton_order import count_above, fast_log2, gini_binned, gini_exact, top_sums
 
 # The number of low mantissa bits that are zero in every value of the dtype after conversion to float32. The top-k search skips
 # them.
@@ -93,19 +93,10 @@ def _effective_rank(total, sum_x_log2_x, width):
 
 @triton.jit
 def _measure(
-    c,
-    live,
-    d,
-    unit,
-    sound,
-    l0_threshold,
-    values_ptr,
-    reason_ptr,
-    bound_ptr,
-    BLOCK: tl.constexpr,
-    SHIFT: tl.constexpr,
-    GINI: tl.constexpr,
-):
+    c, live, d, unit, valid, l0_threshold,
+    values_ptr, reason_ptr, bound_ptr,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, GINI: tl.constexpr,
+):  # fmt: skip
     """Compute and store every metric of one row at one site.
 
     Args:
@@ -113,13 +104,13 @@ def _measure(
         live: [BLOCK] bool, whether the coordinate is part of the row.
         d: the number of live coordinates, an int32 scalar.
         unit: a positive float32 scalar.
-        sound: whether the row exists and is not already known to have a coordinate that is not finite.
+        valid: whether the row exists and is not already known to have a coordinate that is not finite.
         SHIFT: the number of low bits that are zero in every coordinate.
         GINI: 0 none, 1 exact, 2 binned.
     """
     bits = _magnitude_bits(c)
     top = tl.max(bits, 0)
-    finite = (top < _INFINITY_BITS) & sound
+    finite = (top < _INFINITY_BITS) & valid
     good = finite & (top > 0)
     scale, unscale = _scale_of(top)
     a = bits.to(tl.float32, bitcast=True) * scale
@@ -184,38 +175,21 @@ def _measure(
 # width: if that is a multiple of 16, there is one variant of the kernel, otherwise there are two.
 @triton.jit(do_not_specialize=["N", "tokens", "T"], do_not_specialize_on_alignment=["index_ptr"])
 def _rows_kernel(
-    states_ptr,
-    index_ptr,
-    scale_ptr,
-    weight_ptr,
-    values_ptr,
-    reason_ptr,
-    bound_ptr,
-    N,
-    tokens,
-    T,
-    stride_b,
-    stride_t,
-    stride_h,
-    l0_threshold,
-    eps,
-    offset,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SHIFT: tl.constexpr,
-    GINI: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
+    states_ptr, index_ptr, scale_ptr, weight_ptr, values_ptr, reason_ptr, bound_ptr,
+    N, tokens, T,
+    stride_b, stride_t, stride_h,
+    l0_threshold, eps, offset,
+    H: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, GINI: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token = row
     if HAS_INDEX:
         token = tl.load(index_ptr + row).to(tl.int64)
-    # An index on the GPU is not checked on the host. A token that does not exist is read as token 0, and `sound` makes its
+    # An index on the GPU is not checked on the host. A token that does not exist is read as token 0, and `valid` makes its
     # metrics NaN.
-    sound = (token >= 0) & (token < tokens)
-    token = tl.where(sound, token, 0)
+    valid = (token >= 0) & (token < tokens)
+    token = tl.where(valid, token, 0)
     b = token // T
     t = token - b * T
     column = tl.arange(0, BLOCK)
@@ -233,19 +207,9 @@ def _rows_kernel(
         c = tl.where(live, x * dim_scale, 0.0)
         d = tl.sum(live.to(tl.int32), 0)
     _measure(
-        c,
-        live,
-        d,
-        1.0,
-        sound,
-        l0_threshold,
-        values_ptr + row * _N_METRICS,
-        reason_ptr + row,
-        bound_ptr + row,
-        BLOCK,
-        SHIFT,
-        GINI,
-    )
+        c, live, d, 1.0, valid, l0_threshold,
+        values_ptr + row * _N_METRICS, reason_ptr + row, bound_ptr + row, BLOCK, SHIFT, GINI,
+    )  # fmt: skip
     if HAS_NORM:
         top = tl.max(_magnitude_bits(x), 0)
         scale, unscale = _scale_of(top)
@@ -263,20 +227,11 @@ def _rows_kernel(
             live = dim_scale != 0.0
             c = tl.where(live, c * dim_scale, 0.0)
             d = tl.sum(live.to(tl.int32), 0)
+        # The norm's products may have any low bits, so no bits can be skipped (SHIFT = 0).
         _measure(
-            c,
-            live,
-            d,
-            unit,
-            sound & (top < _INFINITY_BITS),
-            l0_threshold,
-            values_ptr + (N + row) * _N_METRICS,
-            reason_ptr + N + row,
-            bound_ptr + N + row,
-            BLOCK,
-            0,
-            GINI,
-        )
+            c, live, d, unit, valid & (top < _INFINITY_BITS), l0_threshold,
+            values_ptr + (N + row) * _N_METRICS, reason_ptr + N + row, bound_ptr + N + row, BLOCK, 0, GINI,
+        )  # fmt: skip
 
 
 def sparsity_rows_triton(
@@ -290,13 +245,7 @@ def sparsity_rows_triton(
 ) -> RowMetrics:
     """Compute every metric of the chosen rows, without a gradient.
 
-    Args:
-        states: (..., H) of float16, bfloat16 or float32, H at most 32768, any strides.
-        index: (N,) token numbers into the flattened leading axes; None: every row.
-        dim_scale: (H,), or (2, H) with `norm`; see `checks.py`.
-        norm: the model's final RMS norm; if given, the states are also measured after it.
-        l0_threshold: τ of the absolute L0, in the states' own units.
-        gini: "exact", "binned" (with an error bound) or "none" (NaN).
+    The arguments are those of `sparsity_rows_ref`, for states of float16, bfloat16 or float32 with H at most 32768.
 
     Returns:
         RowMetrics in float32: values (N, M) and reasons (N,); with `norm`, (2, N, M) and (2, N).
@@ -313,7 +262,8 @@ def sparsity_rows_triton(
             f"the Triton kernel takes float16, bfloat16 or float32 rows of width up to {MAX_TRITON_WIDTH}, "
             f"got {states.dtype} of width {H}. Use sparsity_rows, which falls back to the torch reference."
         )
-    states_BTH = as_batches(states.detach())
+    states = states.detach()
+    states_BTH = as_batches(states)
     tokens = states.shape[:-1].numel()
     N = tokens if index is None else index.numel()
     if N and not tokens:
@@ -329,21 +279,17 @@ def sparsity_rows_triton(
         scaled = dim_scale is not None
         # Triton launches on the current device, even if the tensors are on another one.
         with torch.cuda.device_of(states):
+            # Where an optional tensor is missing, any tensor serves as the pointer that the kernel does not read.
             _rows_kernel[(N,)](
                 states_BTH,
                 index.to(states.device).contiguous() if index is not None else reason_SN,
                 dim_scale.float().expand(sites, H).contiguous() if dim_scale is not None else values_SNM,
                 norm.weight.float().contiguous() if norm is not None else values_SNM,
-                values_SNM,
-                reason_SN,
-                bound_SN,
-                N,
-                tokens,
-                states_BTH.shape[1],
+                *(values_SNM, reason_SN, bound_SN),
+                *(N, tokens, states_BTH.shape[1]),
                 *states_BTH.stride(),
                 _float32_not_above(l0_threshold),
-                0.0 if norm is None else norm.eps,
-                0.0 if norm is None else norm.offset,
+                *((0.0, 0.0) if norm is None else (norm.eps, norm.offset)),
                 H=H,
                 BLOCK=block,
                 SHIFT=0 if scaled else _ZERO_BITS[states.dtype],
@@ -356,10 +302,8 @@ def sparsity_rows_triton(
         if _OTHERS:
             # The kernel has marked tokens that do not exist. The reference would fail on them, so it reads token 0 instead.
             valid_N = index if index is None else torch.where((index >= 0) & (index < tokens), index, 0)
-            other = sparsity_rows_ref(
-                states.detach(), valid_N, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini
-            )
-            other_SNM = other.values_NM.reshape(values_SNM.shape)[..., _OTHERS]
+            options: dict[str, Any] = {"dim_scale": dim_scale, "norm": norm, "l0_threshold": l0_threshold, "gini": gini}
+            other_SNM = sparsity_rows_ref(states, valid_N, **options).values_NM.reshape(values_SNM.shape)[..., _OTHERS]
             values_SNM[..., _OTHERS] = other_SNM.masked_fill((reason_SN != 0)[..., None], torch.nan)
     bound = bound_SN if gini == "binned" else None
     if norm is None:

@@ -267,7 +267,7 @@ def _trained_branch(spec: ModelSpec, attention: SparseAttentionConfig) -> dict[s
         return {}
     import torch
 
-    from sparsort.attention.loading import load_sparse
+    from sparsort.attention.attach import load_sparse
     from sparsort.scoring.loading.demo_model import quiet_transformers, resolve_model
 
     config.sparse_attention = attention.to_json()

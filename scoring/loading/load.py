@@ -17,15 +17,8 @@ from typing import Any
 import torch
 
 from sparsort.errors import SparsortError, first_line, unknown_choice
-from sparsort.kernels.backend import Choice, compute_dtype, default_device, use_device
-from sparsort.scoring.loading.demo_model import (
-    EXPECTED_MODELS,
-    ResolvedModel,
-    hint_at,
-    load_tokenizer,
-    quiet_transformers,
-    resolve_model,
-)
+from sparsort.kernels.backend import Decision, compute_dtype, default_device, use_device
+from sparsort.scoring.loading.demo_model import hint_at, load_tokenizer, quiet_transformers, resolve_model
 from sparsort.scoring.loading.dtypes import DTYPES
 from sparsort.scoring.loading.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.loading.hub import cached_only
@@ -45,8 +38,8 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
-    device: Choice[torch.device]
-    dtype: Choice[torch.dtype]
+    device: Decision[torch.device]
+    dtype: Decision[torch.dtype]
     weights: str
     # Without the chat template, which `prompts.identify_tokenizer` includes if it is used.
     tokenizer_hash: str
@@ -157,16 +150,19 @@ def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
     return model_and_info
 
 
-def _device_and_dtype(device: str, dtype: str) -> tuple[Choice[torch.device], Choice[torch.dtype]]:
-    """The device and dtype to run on, or a `SparsortError` if there is no such device or it does not have the dtype."""
+def _device_and_dtype(device: str, dtype: str) -> tuple[Decision[torch.device], Decision[torch.dtype]]:
+    """Where to run and in which dtype, tried with an empty tensor.
+
+    Raises:
+        SparsortError: there is no such device, or it does not have the dtype.
+    """
     try:
-        run_device = default_device() if device == "auto" else Choice(torch.device(device), "asked for")
-        # torch reports a missing device or dtype only when it allocates a tensor.
-        torch.empty(0, device=run_device.value)
+        where = default_device() if device == "auto" else Decision(torch.device(device), "asked for")
+        torch.empty(0, device=where.value)
     except (RuntimeError, AssertionError) as error:
         first = first_line(error).rstrip(".")
         raise SparsortError(f"cannot use the device {device!r}: {first}. {use_device()}") from None
-    run_dtype = compute_dtype(run_device.value) if dtype == "auto" else Choice(_DTYPES[dtype], "asked for")
+    kind = compute_dtype(where.value) if dtype == "auto" else Decision(_DTYPES[dtype], "asked for")
     try:
         torch.empty(0, device=run_device.value, dtype=run_dtype.value)
     except (RuntimeError, TypeError) as error:
@@ -195,8 +191,8 @@ def _adopt(model: Any, tokenizer: Any) -> LoadedModel:
         name=str(getattr(model, "name_or_path", "") or type(model).__name__),
         model=model.eval(),
         tokenizer=tokenizer,
-        device=Choice(weight.device, "the model object's own"),
-        dtype=Choice(weight.dtype, "the model object's own"),
+        device=Decision(weight.device, "the model object's own"),
+        dtype=Decision(weight.dtype, "the model object's own"),
         weights=_hash_parameters(model),
         tokenizer_hash=hash_tokenizer(tokenizer),
     )

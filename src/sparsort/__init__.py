@@ -12,8 +12,8 @@ from sparsort.errors import SparsortError as SparsortError
 
 if TYPE_CHECKING:
     from sparsort.attention.attach import attach_index_branch as attach_index_branch
+    from sparsort.attention.attach import load_sparse as load_sparse
     from sparsort.attention.config import SparseAttentionConfig as SparseAttentionConfig
-    from sparsort.attention.loading import load_sparse as load_sparse
     from sparsort.curriculum.ablation.results.results import Results as Results
     from sparsort.curriculum.demos.order import order_demos as order_demos
     from sparsort.curriculum.demos.prompt import assemble as assemble
@@ -79,7 +79,7 @@ _HOME = {
     "sparsity_metrics": "kernels.backend",
     "SparseAttentionConfig": "attention.config",
     "attach_index_branch": "attention.attach",
-    "load_sparse": "attention.loading",
+    "load_sparse": "attention.attach",
 }
 
 __all__ = ["SparsortError", "__version__", *sorted(_HOME)]

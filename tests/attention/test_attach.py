@@ -274,7 +274,7 @@ def test_settings_between_steps(sparse: Make) -> None:
 def test_public_names() -> None:
     assert sparsort.attach_index_branch is attach_index_branch
     assert sparsort.SparseAttentionConfig is SparseAttentionConfig
-    assert sparsort.load_sparse.__module__ == "sparsort.attention.loading"
+    assert sparsort.load_sparse.__module__ == "sparsort.attention.attach"
 
 
 def test_a_table_is_a_configuration(dense: Make) -> None:

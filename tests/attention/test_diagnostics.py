@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsort.attention.diagnostics import SelectionReport, report_selection
 from sparsort.attention.selectors.base import LayerInputs
-from sparsort.attention.selectors.fixed import Oracle, window
+from sparsort.attention.selectors.fixed import Oracle
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection, every_block
@@ -144,7 +144,7 @@ def test_the_oracle_recalls_all_and_catches_most(name: str, blocks: int) -> None
     )
     best = _report(query, key, Oracle(BLOCK).choose(inputs, None).selection, layout)
     assert best.recall == 1 or best.sampled == 0
-    for other in (window(inputs, BLOCK, blocks), _drawn(layout, blocks, seed=1)):
+    for other in (inputs.last_blocks(BLOCK, blocks), _drawn(layout, blocks, seed=1)):
         assert not _report(query, key, other, layout).mass > best.mass
 
 

@@ -74,28 +74,28 @@ def test_arguments_that_are_not_states_are_refused(states, message):
 
 def test_the_cpu_runs_the_reference_and_says_why():
     choice = backend.sparsity_implementation("cpu")
-    assert choice == backend.Choice("torch", "Triton has no cpu backend")
+    assert choice == backend.Decision("torch", "Triton has no cpu backend")
     assert backend.default_device().value == torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_cuda_runs_triton(monkeypatch):
     pretend_cuda(monkeypatch)
     choice = backend.sparsity_implementation(torch.device("cuda"))
-    assert choice == backend.Choice("triton", "Triton 3.6.0 on Pretend GPU")
-    assert backend.default_device() == backend.Choice(torch.device("cuda", 1), "CUDA is available (Pretend GPU)")
+    assert choice == backend.Decision("triton", "Triton 3.6.0 on Pretend GPU")
+    assert backend.default_device() == backend.Decision(torch.device("cuda", 1), "CUDA is available (Pretend GPU)")
     assert backend.compute_dtype("cuda").value == torch.bfloat16
 
 
 def test_cuda_falls_back_with_the_reason(monkeypatch):
     pretend_cuda(monkeypatch, capability=(7, 5), bf16=False)
-    assert backend.compute_dtype("cuda") == backend.Choice(torch.float32, "Pretend GPU has no native bfloat16")
+    assert backend.compute_dtype("cuda") == backend.Decision(torch.float32, "Pretend GPU has no native bfloat16")
     assert "older than compute capability 8.0" in backend.sparsity_implementation("cuda").reason
     monkeypatch.setattr(backend, "version", lambda _name: "3.5.1+git")
     backend._triton.cache_clear()
-    assert backend.sparsity_implementation("cuda") == backend.Choice("torch", "Triton 3.5.1+git is older than 3.6")
+    assert backend.sparsity_implementation("cuda") == backend.Decision("torch", "Triton 3.5.1+git is older than 3.6")
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _name: None)
     backend._triton.cache_clear()
-    assert backend.sparsity_implementation("cuda") == backend.Choice("torch", "Triton is not installed")
+    assert backend.sparsity_implementation("cuda") == backend.Decision("torch", "Triton is not installed")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "built for ROCm" in backend.sparsity_implementation("cuda").reason
 
@@ -138,14 +138,14 @@ def test_the_version_of_triton_is_looked_up_once(monkeypatch):
 def test_overrides(monkeypatch):
     pretend_cuda(monkeypatch)
     monkeypatch.setenv("SPARSORT_SPARSITY", "torch")
-    assert backend.sparsity_implementation("cuda") == backend.Choice("torch", "SPARSORT_SPARSITY=torch")
+    assert backend.sparsity_implementation("cuda") == backend.Decision("torch", "SPARSORT_SPARSITY=torch")
     monkeypatch.setenv("SPARSORT_SPARSITY", "triton")
-    assert backend.sparsity_implementation("cuda") == backend.Choice("triton", "SPARSORT_SPARSITY=triton")
+    assert backend.sparsity_implementation("cuda") == backend.Decision("triton", "SPARSORT_SPARSITY=triton")
     monkeypatch.setenv("SPARSORT_SPARSITY", "tritom")
     with pytest.raises(SparsortError, match="Did you mean 'triton'"):
         backend.sparsity_implementation("cuda")
     monkeypatch.setenv("SPARSORT_DEVICE", "cuda:1")
-    assert backend.default_device() == backend.Choice(torch.device("cuda:1"), "SPARSORT_DEVICE=cuda:1")
+    assert backend.default_device() == backend.Decision(torch.device("cuda:1"), "SPARSORT_DEVICE=cuda:1")
     monkeypatch.setenv("SPARSORT_DEVICE", "cuda:2")
     with pytest.raises(SparsortError, match=r"torch sees 2 CUDA devices.*machine: cpu, cuda, cuda:1"):
         backend.default_device()

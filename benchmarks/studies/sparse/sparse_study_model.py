@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import sparsort
 from sparsort.attention.diagnostics import report_selection
-from sparsort.attention.selectors.base import Choice, LayerInputs
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs
 from sparsort.curriculum.loading.loader.loader import CurriculumLoader
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
@@ -262,7 +262,7 @@ def caught(model: Any, batch: Batch) -> dict[str, float]:
     """Attention mass, block recall and dead blocks of the selections on held-out rows, as means over layers."""
     reports = []
 
-    def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
+    def see(layer: int, inputs: LayerInputs, choice: BlockChoice) -> None:
         reports.append(
             report_selection(
                 inputs.query, inputs.key, choice.selection, inputs.layout, scale=inputs.scale, sample=batch.ids.shape[1]
@@ -290,8 +290,7 @@ def best_possible(model: Any, batch: Batch) -> dict[str, float]:
     """
     seen: list[LayerInputs] = []
 
-    def see(layer: int, inputs: LayerInputs, choice: Choice) -> None:
-        # The layer attends densely, but the oracle below chooses as in sparse attention.
+    def see(layer: int, inputs: LayerInputs, choice: BlockChoice) -> None:
         seen.append(replace(inputs, full=False))
 
     sparse = model.sparse_attention

@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import RESULTS, Report, add_output_options, interval
 
 import sparsort
+from sparsort.attention.attach import make_selector
 from sparsort.attention.diagnostics import report_selection
 from sparsort.attention.selectors import SelectorKind
-from sparsort.attention.selectors.base import Choice, LayerInputs
-from sparsort.attention.selectors.build import make_selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs
 from sparsort.curriculum.ablation.statistics.resampling import student_t
 from sparsort.kernels.blocksparse.budgets import FixedBudget
 from sparsort.kernels.blocksparse.ops import attend
@@ -144,7 +144,7 @@ def dense_pass(model: Any, ids: Any) -> dict[int, LayerInputs]:
     """The inputs of each sparse layer when every block is attended to."""
     seen: dict[int, LayerInputs] = {}
 
-    def keep(layer: int, inputs: LayerInputs, choice: Choice) -> None:
+    def keep(layer: int, inputs: LayerInputs, choice: BlockChoice) -> None:
         seen[layer] = inputs
 
     model.sparse_attention.observers.append(keep)

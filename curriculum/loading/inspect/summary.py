@@ -2,7 +2,8 @@
 
 Contract: NumPy only; pure functions of a plan. Every number comes from `plan.batch`, so it describes exactly what training will
 see. Up to `ALL_BATCHES` batches and `ALL_EXAMPLES` examples, all batches are read and the numbers are exact. Above that, evenly
-spaced batches are sampled, and the result contains their number.
+spaced batches are sampled, and the result contains their number. One pass shows each example exactly once; a pool draws with
+replacement across batches, so it can miss examples, and the share that it misses is counted or estimated.
 
 Legend: N rows, K batches of an epoch, P parts, S sampled batches, G groups.
 """
@@ -18,10 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsort.curriculum.loading.inspect.coverage import Coverage, coverage_of, spaced
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.ranking import group_names
-from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.terminal.progress import progress
 
@@ -32,7 +31,7 @@ _MOST_PARTS, _PARTS = 20, 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class Distribution:
     """Statistics of some numbers: mean of the finite ones, minimum, maximum, and the 10, 50 and 90 % quantiles."""
 
     mean: float
@@ -44,7 +43,7 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PlanPart:
     """Consecutive batches taken together, such as those of a stage.
 
     Attributes:
@@ -65,11 +64,28 @@ class Part:
     looked_at: int
     examples: int
     share: tuple[float, float]
-    difficulty: Spread | None
+    difficulty: Distribution | None
     unscored: float
-    length: Spread | None
+    length: Distribution | None
     padding: float | None
     groups: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCoverage:
+    """How often an epoch shows the examples.
+
+    Attributes:
+        never: share of the examples that the epoch does not show.
+        mean: average number of times that an example is shown.
+        most: number of times that the most frequent example is shown; None if it was not counted.
+        exact: whether every batch was counted; if not, `never` is an expected value.
+    """
+
+    never: float
+    mean: float
+    most: int | None
+    exact: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +122,8 @@ class PlanSummary:
     below_batch: int
     group_names: list[str]
     group_shares: list[float]
-    coverage: Coverage
-    parts: list[Part]
+    coverage: PlanCoverage
+    parts: list[PlanPart]
 
     @property
     def exact(self) -> bool:
@@ -115,12 +131,12 @@ class PlanSummary:
         return all(part.looked_at == part.batches[1] - part.batches[0] + 1 for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as JSON values, with infinities and NaN as text."""
-        return {**_plain(asdict(self)), "exact": self.exact}
+        """The summary as JSON values, with infinities and NaN as text, since JSON has no numbers for them."""
+        return {**_as_json(asdict(self)), "exact": self.exact}
 
 
 @dataclass(frozen=True)
-class Shown:
+class RowAttributes:
     """Lengths and groups of the rows for display: (N,) tokens, and (N,) indices into the names of the groups."""
 
     lengths: NDArray[Any] | None
@@ -128,7 +144,9 @@ class Shown:
     names: list[str]
 
     @classmethod
-    def of(cls, plan: CurriculumPlan, lengths: ArrayLike | None = None, groups: Sequence[Any] | None = None) -> Shown:
+    def of(
+        cls, plan: CurriculumPlan, lengths: ArrayLike | None = None, groups: Sequence[Any] | None = None
+    ) -> RowAttributes:
         """The lengths and groups of the plan, or others that are used for display only: (N,) tokens, (N,) group of each row.
 
         Raises:
@@ -140,12 +158,18 @@ class Shown:
                     f"{len(np.asarray(given))} {name} to show for the {plan.n_rows} rows of the plan. Pass one per row."
                 )
         tokens = plan.lengths if lengths is None else np.asarray(lengths)
+        # Lengths of the plan are after the cut already.
         if lengths is not None and plan.settings.max_length is not None:
             tokens = np.minimum(np.asarray(lengths), plan.settings.max_length)
         if groups is None:
             return cls(tokens, plan.groups, list(plan.notes.get("groups", [])))
         names, codes = np.unique(np.array(group_names(groups, "groups")), return_inverse=True)
         return cls(tokens, codes.astype(np.int32), [str(name) for name in names])
+
+    def shares(self, codes: NDArray[Any]) -> list[float]:
+        """Return the share of each group among the rows with these groups."""
+        shares: list[float] = (np.bincount(codes, minlength=len(self.names)) / len(codes)).tolist()
+        return shares
 
 
 def summarise(
@@ -168,16 +192,18 @@ def summarise(
     Raises:
         SparsortError: lengths or groups do not fit the rows, or the epoch is before the first one of a revised plan.
     """
-    shown = Shown.of(plan, lengths, groups)
+    attributes = RowAttributes.of(plan, lengths, groups)
     edges = _part_edges(plan, epoch)
     count = edges[-1] - edges[0]
+    # The first batch stands for all of them; only with a token budget do batches differ by more than one example.
     size = max(1, len(plan.batch(edges[0], epoch)))
-    everything = count <= all_batches and count * size <= ALL_EXAMPLES
-    sample = min(all_batches, max(_PARTS, min(_SAMPLE, ALL_EXAMPLES // size)))
-    parts = look(plan, edges, shown, epoch=epoch, most=None if everything else max(1, sample // (len(edges) - 1)))
-    in_data = np.bincount(shown.groups, minlength=len(shown.names)) / plan.n_rows if shown.groups is not None else None
+    sample = None
+    if count > all_batches or count * size > ALL_EXAMPLES:
+        sample = min(all_batches, max(_PARTS, min(_SAMPLE, ALL_EXAMPLES // size)))
+    most = None if sample is None else max(1, sample // (len(edges) - 1))
+    parts = measure_batches(plan, edges, attributes, epoch=epoch, most=most)
     return PlanSummary(
-        what=describe(plan.settings),
+        what=plan.settings.describe(),
         scores={name: str(origin.get("scorer", "unknown")) for name, origin in plan.notes.get("scores", {}).items()},
         epoch=epoch,
         rows=plan.n_rows,
@@ -189,22 +215,22 @@ def summarise(
         cut=plan.notes.get("cut"),
         unused_scores=int(plan.notes.get("unused_scores", 0)),
         below_batch=plan.notes.get("below_batch", 0),
-        group_names=shown.names,
-        group_shares=[] if in_data is None else in_data.tolist(),
-        coverage=coverage_of(plan, epoch, edges[0], None if everything else sample),
+        group_names=attributes.names,
+        group_shares=[] if attributes.groups is None else attributes.shares(attributes.groups),
+        coverage=coverage_of(plan, epoch, edges[0], sample),
         parts=parts,
     )
 
 
-def look(
-    plan: CurriculumPlan, edges: Sequence[int], shown: Shown, *, epoch: int = 0, most: int | None = None
-) -> list[Part]:
+def measure_batches(
+    plan: CurriculumPlan, edges: Sequence[int], attributes: RowAttributes, *, epoch: int = 0, most: int | None = None
+) -> list[PlanPart]:
     """Compute the statistics of the parts of an epoch.
 
     Args:
         plan: the plan.
         edges: (P + 1,) strictly increasing numbers of each part's first batch, followed by the end of the last part.
-        shown: lengths and groups of the rows.
+        attributes: lengths and groups of the rows.
         epoch: number of the epoch, from 0.
         most: the most batches to sample from a part, evenly spaced; None for all.
     """
@@ -212,7 +238,7 @@ def look(
         parts = []
         for first, last in itertools.pairwise(edges):
             numbers = spaced(first, last, most)
-            parts.append(_part(plan, first, last, numbers, shown, epoch))
+            parts.append(_part(plan, first, last, numbers, attributes, epoch))
             advance(len(numbers))
     return parts
 
@@ -223,42 +249,22 @@ def first_batch(plan: CurriculumPlan, epoch: int) -> int:
     return revised.get("start", 0) if revised.get("epoch") == epoch else 0
 
 
-def describe(settings: CurriculumSettings) -> str:
-    """Describe the settings of a curriculum in one line."""
-    pool = settings.mode == "pool"
-    parts = ["pool" if pool else settings.schedule.replace("_", " ")]
-    if settings.schedule in ("folded", "interleaved"):
-        parts[0] += f" {settings.folds}"
-    if settings.schedule not in ("shuffle", "as_given"):
-        parts.append("random order" if settings.direction == "random" else settings.direction.replace("_", " "))
-    if settings.pacing is not None:
-        parts.append(str(settings.pacing))
-    if settings.stages is not None:
-        parts.append(f"{settings.stages} stages")
-    if settings.warm_up is not None:
-        parts.append(f"warm-up {100 * settings.warm_up:g} %")
-    if settings.group_by_length:
-        parts.append("by length")
-    if settings.packing != "none":
-        parts.append(f"packed {settings.packing.replace('_', ' ')} in {settings.pack_length}")
-    if settings.later_epochs == "shuffle":
-        parts.append("later epochs shuffled")
-    return ", ".join(parts)
-
-
 def _part_edges(plan: CurriculumPlan, epoch: int) -> list[int]:
     """The edges of the parts: stages, which are merged if there are many, or equal parts if there is only one stage."""
-    stages, count = plan.n_stages, plan.n_batches
+    stages = plan.n_stages
     if stages == 1:
-        edges = [p * count // _PARTS for p in range(_PARTS + 1)]
+        edges = [p * plan.n_batches // _PARTS for p in range(_PARTS + 1)]
     else:
         parts = min(stages, _MOST_PARTS)
         edges = [plan.stage_edges[p * stages // parts] for p in range(parts + 1)]
+    # The set merges edges before the first batch of a revised plan, and parts without a batch.
     first = first_batch(plan, epoch)
     return sorted({max(first, edge) for edge in edges})
 
 
-def _part(plan: CurriculumPlan, first: int, last: int, numbers: Sequence[int], shown: Shown, epoch: int) -> Part:
+def _part(
+    plan: CurriculumPlan, first: int, last: int, numbers: Sequence[int], attributes: RowAttributes, epoch: int
+) -> PlanPart:
     batches = [plan.batch(number, epoch) for number in numbers]
     rows = np.concatenate(batches)
     difficulty = plan.difficulty[rows].astype(np.float64)
@@ -272,18 +278,18 @@ def _part(plan: CurriculumPlan, first: int, last: int, numbers: Sequence[int], s
         if plan.settings.mode == "one_pass" and whole:
             examples = plan.stage_places[stages[1] + 1] - plan.stage_places[stages[0]]
     length = padding = shares = None
-    if shown.lengths is not None:
-        length = _spread(shown.lengths[rows].astype(np.float64))
-        padding = _padding(plan, numbers, batches, shown.lengths, epoch)
-    if shown.groups is not None:
-        shares = (np.bincount(shown.groups[rows], minlength=len(shown.names)) / len(rows)).tolist()
-    return Part(
+    if attributes.lengths is not None:
+        length = _distribution(attributes.lengths[rows].astype(np.float64))
+        padding = _padding(plan, numbers, batches, attributes.lengths, epoch)
+    if attributes.groups is not None:
+        shares = attributes.shares(attributes.groups[rows])
+    return PlanPart(
         stages=stages,
         batches=(first, last - 1),
         looked_at=len(numbers),
         examples=examples,
         share=(plan.share(first, epoch), plan.share(last - 1, epoch)),
-        difficulty=_spread(scored),
+        difficulty=_distribution(scored),
         unscored=1 - len(scored) / len(rows),
         length=length,
         padding=padding,
@@ -291,7 +297,7 @@ def _part(plan: CurriculumPlan, first: int, last: int, numbers: Sequence[int], s
     )
 
 
-def _spread(values: NDArray[np.float64]) -> Spread | None:
+def _distribution(values: NDArray[np.float64]) -> Distribution | None:
     if not values.size:
         return None
     ranked = np.sort(values)
@@ -299,7 +305,9 @@ def _spread(values: NDArray[np.float64]) -> Spread | None:
     # Quantiles are order statistics without interpolation, so infinite values cause no NaN.
     low, median, high = (float(ranked[math.ceil(q * len(ranked)) - 1]) for q in (0.1, 0.5, 0.9))
     mean = float(finite.mean()) if finite.size else median
-    return Spread(mean=mean, lowest=float(ranked[0]), low=low, median=median, high=high, highest=float(ranked[-1]))
+    return Distribution(
+        mean=mean, lowest=float(ranked[0]), low=low, median=median, high=high, highest=float(ranked[-1])
+    )
 
 
 def _padding(
@@ -319,9 +327,64 @@ def _padding(
     return 1 - used / max(1, room)
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _as_json(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_as_json(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def coverage_of(plan: CurriculumPlan, epoch: int, first: int = 0, sample: int | None = None) -> PlanCoverage:
+    """How often an epoch shows each example, from batch `first` on.
+
+    `sample` is the number of evenly spaced batches of a pool that are read; None reads all.
+    """
+    n, count = plan.n_rows, plan.n_batches - first
+    if plan.settings.mode == "one_pass":
+        return PlanCoverage(never=0.0, mean=1.0, most=1, exact=True)
+    numbers = spaced(first, plan.n_batches, sample)
+    with progress("draws", len(numbers)) as advance:
+        drawn = []
+        for number in numbers:
+            drawn.append(plan.batch(number, epoch))
+            advance(1)
+    mean = sum(map(len, drawn)) / len(numbers) * count / n
+    if sample is None or len(numbers) == count:
+        rows, times = np.unique(np.concatenate(drawn), return_counts=True)
+        return PlanCoverage(never=1 - len(rows) / n, mean=mean, most=int(times.max()), exact=True)
+    return PlanCoverage(never=_expected_never(plan, numbers, drawn, count), mean=mean, most=None, exact=False)
+
+
+def _expected_never(
+    plan: CurriculumPlan, numbers: Sequence[int], drawn: Sequence[NDArray[np.int64]], count: int
+) -> float:
+    """The expected share of rows that no batch draws; each sampled batch represents count / S batches.
+
+    A batch that draws c of the first h rows of the order misses one of them with probability 1 − c/h. Availability only grows,
+    so all rows between two successive values of h are available to the same batches.
+    """
+    n = plan.n_rows
+    available_S = np.array([round(plan.share(number) * n) for number in numbers])
+    codes = plan.groups if plan.settings.quotas is not None else None
+    sizes = [n] if codes is None else np.bincount(codes).tolist()
+    never_shown = 0.0
+    for group, size in enumerate(sizes):
+        drawn_S = np.array([len(rows) if codes is None else np.count_nonzero(codes[rows] == group) for rows in drawn])
+        # A batch with quotas draws its full quota even where the pacing offers less.
+        own_S = np.maximum(-(-available_S * size // n), drawn_S)
+        with np.errstate(divide="ignore"):
+            log_missed_S = np.log1p(-drawn_S / np.maximum(own_S, 1)) * count / len(numbers)
+        # The probability that no batch from here on draws a row that is newly available.
+        survival_S = np.exp(np.cumsum(log_missed_S[::-1])[::-1])
+        own_S = np.maximum.accumulate(own_S)
+        never_shown += float(np.diff(own_S, prepend=0) @ survival_S) + size - int(own_S[-1])
+    return never_shown / n
+
+
+def spaced(first: int, last: int, most: int | None) -> range | list[int]:
+    """At most `most` evenly spaced integers from `first` up to, but excluding, `last`; all of them if `most` is None."""
+    count = last - first
+    if most is None or most >= count:
+        return range(first, last)
+    return [first + (2 * i + 1) * count // (2 * most) for i in range(most)]

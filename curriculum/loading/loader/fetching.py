@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Key = tuple[int, int, int]
 Items = TypeVar("Items", bound=Sequence[Any] | np.ndarray[Any, Any])
 
-_NAMED = 16  # the most rows that an error lists
+# The most rows that an error lists.
+_NAMED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,11 @@ class Part:
         """The items of one micro-batch, in order."""
         if self.world_size == self.micro_batches == 1:
             return batch
-        mine = batch[self.rank :: self.world_size]
-        size, larger = divmod(len(mine), self.micro_batches)
+        own = batch[self.rank :: self.world_size]
+        # The first `larger` micro-batches have one item more than the others.
+        size, larger = divmod(len(own), self.micro_batches)
         begin = micro * size + min(micro, larger)
-        return mine[begin : begin + size + (micro < larger)]  # type: ignore[return-value]
+        return own[begin : begin + size + (micro < larger)]  # type: ignore[return-value]
 
 
 class Fetcher(torch.utils.data.Dataset[Any]):
@@ -60,7 +62,7 @@ class Fetcher(torch.utils.data.Dataset[Any]):
     def __init__(self, plan: CurriculumPlan, dataset: Any, part: Part) -> None:
         self.plan, self.dataset, self.part = plan, dataset, part
         self.packs = plan.settings.packing != "none"
-        self.as_they_are = not self.packs and plan.settings.max_length is None and plan.settings.token_budget is None
+        self.is_unchanged = not self.packs and plan.settings.max_length is None and plan.settings.token_budget is None
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         ((epoch, number, micro),) = keys
@@ -74,9 +76,9 @@ class Fetcher(torch.utils.data.Dataset[Any]):
         try:
             examples = self._examples(rows)
         except Exception as error:
-            note(error, epoch, number, rows)
+            add_row_note(error, epoch, number, rows)
             raise
-        return examples if self.as_they_are else prepared(self.plan, examples, rows, bins)
+        return examples if self.is_unchanged else prepare(self.plan, examples, rows, bins)
 
     def _examples(self, rows: list[int]) -> list[Any]:
         if getters := getattr(self.dataset, "__getitems__", None):
@@ -90,7 +92,7 @@ class Fetcher(torch.utils.data.Dataset[Any]):
             raise
 
 
-def prepared(plan: CurriculumPlan, examples: list[Any], rows: list[int], bins: list[Any] | None) -> list[Any]:
+def prepare(plan: CurriculumPlan, examples: list[Any], rows: list[int], bins: list[Any] | None) -> list[Any]:
     """Cut examples at the plan's `max_length`, and join those that share a packed sequence.
 
     Args:
@@ -133,7 +135,7 @@ def seed_worker(plan: CurriculumPlan, part: Part, key: Key) -> None:
     np.random.seed(seed % 2**32)
 
 
-def note(error: Exception, epoch: int, number: int, rows: list[int]) -> None:
+def add_row_note(error: Exception, epoch: int, number: int, rows: list[int]) -> None:
     """Add the requested rows to an error of the dataset."""
     named = ", ".join(map(str, rows[:_NAMED])) + (" …" if len(rows) > _NAMED else "")
     error.add_note(f"Requested rows, in order: {named} (epoch {epoch}, global batch {number}).")

@@ -22,9 +22,14 @@ from numpy.typing import NDArray
 
 from sparsort.conditions import Table, needs, refuse_unread_arguments
 from sparsort.curriculum.loading.loader.fetching import Fetcher, Key, Part
-from sparsort.curriculum.loading.loader.fingerprints import Fingerprint, fingerprint_of, fingerprint_of_stream
 from sparsort.curriculum.loading.loader.packing import PackedCollator
-from sparsort.curriculum.loading.loader.resuming import make_state, position_of
+from sparsort.curriculum.loading.loader.resuming import (
+    Fingerprint,
+    fingerprint_of,
+    fingerprint_of_stream,
+    make_state,
+    position_of,
+)
 from sparsort.curriculum.loading.loader.streams import StreamFetcher, check_stream, is_stream
 from sparsort.curriculum.loading.loader.verification import another_size, check_name, refuse_frame, verify_rows
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
@@ -108,10 +113,10 @@ class CurriculumLoader:
             )
         if not isinstance(num_workers, int) or num_workers < 0:
             raise SparsortError(f"num_workers must be a whole number of at least 0, not {num_workers!r}.")
-        read: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "timeout": timeout}
-        read |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
-        read |= {"multiprocessing_context": multiprocessing_context}
-        refuse_unread_arguments(CurriculumLoader, READ_BY, read)
+        options: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "timeout": timeout}
+        options |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
+        options |= {"multiprocessing_context": multiprocessing_context}
+        refuse_unread_arguments(CurriculumLoader, READ_BY, options)
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None
@@ -120,24 +125,19 @@ class CurriculumLoader:
         check_name(fingerprint)
         self._fingerprint: Fingerprint | None = fingerprint
         self._name, self._verify = fingerprint, verify
-        self._verified: str | None = None  # fingerprint of the plan whose rows the dataset was compared with
+        # The fingerprint of the plan whose rows the dataset was compared with.
+        self._verified: str | None = None
         self._plan = self._checked(plan)
         if collate_fn is None:
             packs = plan.settings.packing != "none"
             collate_fn = PackedCollator() if packs else torch.utils.data.default_collate
         self.collate_fn = collate_fn
         self._persistent = persistent_workers
-        self._options: dict[str, Any] = {
-            "collate_fn": collate_fn,
-            "num_workers": num_workers,
-            "prefetch_factor": prefetch_factor,
-            "pin_memory": pin_memory,
-            "worker_init_fn": worker_init_fn,
-            "multiprocessing_context": multiprocessing_context,
-            "timeout": timeout,
-        }
+        # The arguments of the DataLoaders, apart from those that `_load` sets for each of them.
+        self._options = {**options, "collate_fn": collate_fn, "pin_memory": pin_memory}
         self._epoch = self._batch = 0
-        self._run = 0  # number of the iterator that may move the position: the latest, until the position is set
+        # The number of the iterator that may move the position: the latest, until the position is set.
+        self._run = 0
         self._latest: tuple[CurriculumPlan, Key] | None = None
         self._keys = _Keys(self._part.micro_batches)
         self._persistent_loader: torch.utils.data.DataLoader[Any] | None = None
@@ -246,13 +246,13 @@ class CurriculumLoader:
             batches = self._load(epoch, start, stop)
             for key in self._keys.all(epoch, start, stop):
                 # No local variable refers to the batch here, so its memory is freed as soon as the caller drops it.
-                yield self._hand_out(plan, key, batches)
+                yield self._next_batch(plan, key, batches)
                 self._check_current(run)
             # Exhaust the iterator: at its end a stream checks that it is not too long, and workers stop.
             next(batches, None)
         self._epoch, self._batch = epoch + 1, 0
 
-    def _hand_out(self, plan: CurriculumPlan, key: Key, batches: Iterator[Any]) -> Any:
+    def _next_batch(self, plan: CurriculumPlan, key: Key, batches: Iterator[Any]) -> Any:
         batch = next(batches)
         self._latest = (plan, key)
         # A global batch counts as yielded only after its last micro-batch.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.utils.data
 
-from sparsort.curriculum.loading.loader.fetching import Part, note, prepared, seed_worker
+from sparsort.curriculum.loading.loader.fetching import Part, add_row_note, prepare, seed_worker
 from sparsort.errors import SparsortError
 from sparsort.storage.files import disk_error
 from sparsort.terminal.progress import progress
@@ -84,8 +84,8 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         worker = torch.utils.data.get_worker_info()
-        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        examples, place, unit = None, 0, 0
+        worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        examples, place, count = None, 0, 0
         for number in range(self.start, self.stop):
             rows = self.plan.batch(number, self.epoch).tolist()
             if examples is None:
@@ -101,9 +101,9 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
             place += len(rows)
             for micro in range(self.part.micro_batches):
                 # Every worker reads all rows and yields only its own micro-batches; DataLoader collects them in turn.
-                if unit % turns == turn:
-                    yield self._micro(batch, number, micro, first=rows[0])
-                unit += 1
+                if count % workers == worker_id:
+                    yield self._micro_batch(batch, number, micro, first=rows[0])
+                count += 1
         # `self` serves as the default, since it cannot be an example.
         if examples is not None and next(examples, self) is not self:
             raise SparsortError(
@@ -116,7 +116,7 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
         try:
             batch.extend(islice(examples, len(rows)))
         except Exception as error:
-            note(error, self.epoch, number, rows)
+            add_row_note(error, self.epoch, number, rows)
             raise
         if len(batch) < len(rows):
             raise SparsortError(
@@ -125,14 +125,14 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
             )
         return batch
 
-    def _micro(self, batch: list[Any], number: int, micro: int, *, first: int) -> list[Any]:
+    def _micro_batch(self, batch: list[Any], number: int, micro: int, *, first: int) -> list[Any]:
         seed_worker(self.plan, self.part, (self.epoch, number, micro))
         if self.plan.settings.packing == "none":
             rows = self.part.of(range(first, first + len(batch)), micro)
-            return prepared(self.plan, self.part.of(batch, micro), list(rows), None)
+            return prepare(self.plan, self.part.of(batch, micro), list(rows), None)
         bins = self.part.of(self.plan.bins(number, self.epoch), micro)
         rows = np.concatenate(bins).tolist()
-        return prepared(self.plan, [batch[row - first] for row in rows], rows, bins)
+        return prepare(self.plan, [batch[row - first] for row in rows], rows, bins)
 
 
 def materialize(stream: Iterable[Mapping[str, Any]], folder: str | Path) -> datasets.Dataset:

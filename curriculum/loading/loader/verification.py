@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sparsort.curriculum.loading.loader.fingerprints import random_state_put_back
+from sparsort.curriculum.loading.loader.resuming import random_state_restored
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.rows import digest_of
@@ -32,10 +32,18 @@ if TYPE_CHECKING:
 # Keys in the notes of a plan.
 NAME, IDS, CONTENT = "fingerprint", "ids", "content"
 
-_FIRST = 16  # rows of a stream that are compared
-_PARTS = 128  # equal parts of the data, from each of which one row is compared
-_LONGEST_ID = 64  # characters; a longer id is shortened by a digest
-_CHUNK = 10_000  # rows of an id column that are read at a time
+# The number of rows of a stream that are compared.
+_FIRST = 16
+# The number of equal parts of the data, from each of which one row is compared.
+_PARTS = 128
+# In characters; a longer id is shortened by a digest.
+_LONGEST_ID = 64
+# The number of rows of an id column that are read at a time.
+_CHUNK = 10_000
+_NEXT_STEP = (
+    "Load the data that was planned, in its order, or plan this data with plan_curriculum(scores, data=…). verify=False "
+    "(--no-verify of sparsort train) skips this check."
+)
 _OTHER_ROWS = "these are not the rows that the plan was made for, or they are in another order"
 
 
@@ -132,7 +140,7 @@ def rows_agree(plan: CurriculumPlan, dataset: Any, *, content: bool = True) -> b
     # Imported here because it imports torch, which a plan does not need.
     from sparsort.curriculum.loading.loader.streams import check_stream, is_stream
 
-    with random_state_put_back():
+    with random_state_restored():
         if stream := is_stream(dataset):
             check_stream(plan, dataset, num_workers=0)
             rows = list(islice(dataset, _FIRST))
@@ -160,25 +168,25 @@ def verify_every_row(plan: CurriculumPlan, rows: Iterable[Any], *, fingerprint: 
     if ids and ids["column"] not in first:
         ids = {}
     fields = content.get("fields")
-    if not _says_something(content, plan.n_rows) or any(field not in first for field in fields or ()):
+    if not _has_different_contents(content, plan.n_rows) or any(field not in first for field in fields or ()):
         content = {}
-    found_ids, found_content = _Digest(), _Digest()
+    ids_digest, rows_digest = _Digest(), _Digest()
     for place, row in enumerate(rows if ids or content else ()):
         if ids:
             name = id_text(_fields(row).get(ids["column"]))
             _check_id(ids, place, name)
-            found_ids.add(str(name))
+            ids_digest.add(str(name))
         if content:
             digest = _content(row, fields)
             # A sampled row can be named in the error, which the digest over all rows cannot do.
             if fields is not None and content["sample"].get(str(place), digest) != digest:
                 raise _other_content(fields, place)
-            found_content.add(digest)
-    if ids and found_ids.hex() != ids["digest"]:
+            rows_digest.add(digest)
+    if ids and ids_digest.hex() != ids["digest"]:
         raise _other_ids(ids)
-    if content and found_content.hex() != content["digest"]:
+    if content and rows_digest.hex() != content["digest"]:
         if fields is not None:
-            raise SparsortError(f"{_OTHER_ROWS}: the content of {' and '.join(fields)} differs. {_again()}")
+            raise SparsortError(f"{_OTHER_ROWS}: the content of {' and '.join(fields)} differs. {_NEXT_STEP}")
         content = {}
     if not ids and not content:
         raise incomparable(plan, fingerprint, command=True)
@@ -263,26 +271,19 @@ def another_size(plan: CurriculumPlan, n_rows: int) -> SparsortError:
 
 def noted_for_other_rows(noted: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether the notes of two plans describe different rows, as far as both describe them."""
-    names = [notes[NAME] for notes in (noted, other) if notes.get(NAME) is not None]
-    ids = [notes[IDS] for notes in (noted, other) if notes.get(IDS)]
-    content = [notes[CONTENT] for notes in (noted, other) if notes.get(CONTENT)]
-    return (
-        len(set(names)) > 1
-        or (len(ids) == 2 and ids[0]["column"] == ids[1]["column"] and ids[0]["digest"] != ids[1]["digest"])
-        or (
-            len(content) == 2
-            and content[0]["fields"] == content[1]["fields"]
-            and content[0]["digest"] != content[1]["digest"]
-        )
-    )
+    names = {notes[NAME] for notes in (noted, other) if notes.get(NAME) is not None}
+
+    def differ(kind: str, source: str) -> bool:
+        # Digests of another column or of other fields cannot be compared.
+        both = [notes[kind] for notes in (noted, other) if notes.get(kind)]
+        return len(both) == 2 and both[0][source] == both[1][source] and both[0]["digest"] != both[1]["digest"]
+
+    return len(names) > 1 or differ(IDS, "column") or differ(CONTENT, "fields")
 
 
 def content_digest(rows: Iterable[Any], fields: Sequence[str] | None) -> str:
     """The digest of the content of rows in their order, over `fields`, or over all fields if None. Plans note this digest."""
-    digest = _Digest()
-    for row in rows:
-        digest.add(_content(row, fields))
-    return digest.hex()
+    return _digest_of(_content(row, fields) for row in rows)
 
 
 def refuse_frame(dataset: Any) -> None:
@@ -305,13 +306,15 @@ def unformatted(dataset: Any) -> Any:
         SparsortError: the dataset is a data frame.
     """
     refuse_frame(dataset)
-    datasets = sys.modules.get("datasets")  # if the dataset is one of this library, the library is imported
+    # If the dataset is one of this library, the library has been imported.
+    datasets = sys.modules.get("datasets")
     return dataset.with_format(None) if datasets is not None and isinstance(dataset, datasets.Dataset) else dataset
 
 
 def id_text(value: Any) -> str | None:
     """An id in the form that `Scores` uses; None if there is no id."""
-    if (plain := getattr(value, "tolist", None)) is not None:  # numbers of NumPy and torch
+    # Numbers of NumPy and torch have `tolist`, and print differently from Python's.
+    if (plain := getattr(value, "tolist", None)) is not None:
         value = plain()
     return None if is_missing(value) else str(value)
 
@@ -329,20 +332,21 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def _note_ids(names: Sequence[str], column: str) -> dict[str, Any]:
+def _digest_of(texts: Iterable[str]) -> str:
     digest = _Digest()
-    for name in names:
-        digest.add(name)
+    for text in texts:
+        digest.add(text)
+    return digest.hex()
+
+
+def _note_ids(names: Sequence[str], column: str) -> dict[str, Any]:
     sample = {str(place): _short(names[place]) for place in _places(len(names))}
-    return {"column": column, "digest": digest.hex(), "sample": sample}
+    return {"column": column, "digest": _digest_of(names), "sample": sample}
 
 
 def _note_content(digests: Sequence[str], fields: Sequence[str] | None) -> dict[str, Any]:
-    whole = _Digest()
-    for digest in digests:
-        whole.add(digest)
     sample = {str(place): digests[place] for place in _places(len(digests), digests)}
-    return {"fields": None if fields is None else list(fields), "digest": whole.hex(), "sample": sample}
+    return {"fields": None if fields is None else list(fields), "digest": _digest_of(digests), "sample": sample}
 
 
 def _places(n: int, digests: Sequence[str] | None = None) -> list[int]:
@@ -380,7 +384,7 @@ def _ids_agree(noted: Mapping[str, Any] | None, rows: Any, *, whole: bool) -> bo
 
 
 def _content_agrees(noted: Mapping[str, Any] | None, rows: Any, n_rows: int) -> bool:
-    if not noted or not _says_something(noted, n_rows):
+    if not noted or not _has_different_contents(noted, n_rows):
         return False
     fields = noted["fields"]
     if fields is not None:
@@ -393,13 +397,14 @@ def _content_agrees(noted: Mapping[str, Any] | None, rows: Any, n_rows: int) -> 
         if fields is not None and any(field not in row for field in fields):
             return False
         if _content(row, fields) != noted["sample"][str(place)]:
-            if fields is None:  # the content of whole rows also changes if the dataset gains or loses a column
+            # The content of whole rows also changes if the dataset gains or loses a column.
+            if fields is None:
                 return False
             raise _other_content(fields, place)
     return bool(places)
 
 
-def _says_something(noted: Mapping[str, Any], n_rows: int) -> bool:
+def _has_different_contents(noted: Mapping[str, Any], n_rows: int) -> bool:
     """Whether the noted contents differ. Equal contents, such as objects without readable content, would agree in any order."""
     return bool(noted) and (n_rows == 1 or len(set(noted["sample"].values())) > 1)
 
@@ -411,29 +416,25 @@ def _noted_places(noted: Mapping[str, Any], rows: Any) -> list[int]:
 def _check_id(noted: Mapping[str, Any], place: int, name: str | None) -> None:
     expected = noted["sample"].get(str(place))
     if expected is not None and (name is None or _short(name) != expected):
-        found = "no id" if name is None else f"the id {_short(name)!r}"
+        actual = "no id" if name is None else f"the id {_short(name)!r}"
         raise SparsortError(
-            f"{_OTHER_ROWS}: row {place} has {found} in the column {noted['column']!r}, and the plan's row {place} has "
-            f"{expected!r}. {_again()}"
+            f"{_OTHER_ROWS}: row {place} has {actual} in the column {noted['column']!r}, and the plan's row {place} has "
+            f"{expected!r}. {_NEXT_STEP}"
         )
 
 
 def _other_ids(noted: Mapping[str, Any]) -> SparsortError:
     sampled = len(noted["sample"])
     return SparsortError(
-        f"{_OTHER_ROWS}: the ids in the column {noted['column']!r} differ, although {sampled} of them are as planned. {_again()}"
+        f"{_OTHER_ROWS}: the ids in the column {noted['column']!r} differ, although {sampled} of them are as planned. "
+        f"{_NEXT_STEP}"
     )
 
 
 def _other_content(fields: Sequence[str], place: int) -> SparsortError:
-    what = " and ".join(field or "content" for field in fields)
-    return SparsortError(f"{_OTHER_ROWS}: row {place} has another {what} than the plan's row {place}. {_again()}")
-
-
-def _again() -> str:
-    return (
-        "Load the data that was planned, in its order, or plan this data with plan_curriculum(scores, data=…). verify=False "
-        "(--no-verify of sparsort train) skips this check."
+    differing = " and ".join(field or "content" for field in fields)
+    return SparsortError(
+        f"{_OTHER_ROWS}: row {place} has another {differing} than the plan's row {place}. {_NEXT_STEP}"
     )
 
 

@@ -32,6 +32,7 @@ def gather(observations: Observations, group: Any = None) -> Observations:
     sizes = torch.cat(_all_gather(torch.tensor([len(observations)], device=device), world, group)).tolist()
     if not any(sizes):
         return observations
+    # Every rank sends as many columns as the rank with the most, because a collective needs equal sizes.
     # The values are sent as the bits of int64, so that one tensor carries all three columns without rounding.
     mine = torch.zeros((3, max(sizes)), dtype=torch.int64)
     columns = (observations.rows, observations.steps, observations.values.view(np.int64))

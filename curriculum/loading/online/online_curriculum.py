@@ -31,7 +31,8 @@ from sparsort.errors import SparsortError
 from sparsort.storage import integrity
 
 _FILE, _FORMAT, _VERSION = "online.json", "sparsort-online", 2
-_WITHOUT_DIGEST = 1  # still read
+# The first version, whose file has no digest of itself, and which is still read.
+_WITHOUT_DIGEST = 1
 _FIELDS = {"format", "version", "base", "measure", "loader", "running", "plan"}
 
 
@@ -79,6 +80,7 @@ class OnlineCurriculum:
         _check_running(running, plan)
         self.loader, self.running, self._group = loader, running, group
         self._pending = Observations.join([])
+        # The micro-batch that was measured last: epoch, number of the global batch, and its rows.
         self._measured: tuple[int, int, bytes] | None = None
         self._handles: list[Any] = []
         self.online = (online or OnlineDifficulty()).attach(model)
@@ -184,8 +186,8 @@ class OnlineCurriculum:
 
     def _fold(self, step: int) -> None:
         """Fold the observations of all ranks before `step`, and keep the later ones for the next call."""
-        done, self._pending = Observations.join([self._pending, self.online.drain()]).split(step)
-        self.running.fold(gather(done, self._group))
+        complete, self._pending = Observations.join([self._pending, self.online.drain()]).split(step)
+        self.running.fold(gather(complete, self._group))
 
     def _measure(self) -> dict[str, Any]:
         online = self.online
@@ -201,9 +203,9 @@ class OnlineCurriculum:
             return
         rows, (epoch, number) = loader.rows, loader.latest
         # A second pass over the same micro-batch (for a second loss or a penalty) is not a second observation.
-        now = (epoch, number, np.ascontiguousarray(rows).tobytes())
-        if now != self._measured:
-            self._measured = now
+        micro_batch = (epoch, number, np.ascontiguousarray(rows).tobytes())
+        if micro_batch != self._measured:
+            self._measured = micro_batch
             self.online.collect(rows, epoch * loader.plan.n_batches + number)
 
 
@@ -217,14 +219,16 @@ def _read(folder: Path) -> dict[str, Any]:
             f"cannot read an online curriculum from {path}: {error}. The checkpoint was written without one, or in part: "
             "resume without online=, or from another checkpoint."
         ) from error
-    given = (about.get("format"), about.get("version")) if isinstance(about, dict) else (None, None)
-    if given not in ((_FORMAT, _VERSION), (_FORMAT, _WITHOUT_DIGEST)):
-        raise SparsortError(
-            f"{path} is version {given[1]!r} of {given[0]!r}; expected version {_VERSION} of {_FORMAT!r}. Use the sparsort "
-            "that wrote it, or start again."
-        )
     next_step = "Resume from another checkpoint."
-    if given[1] == _VERSION:
+    if not isinstance(about, dict) or about.get("format") is None:
+        raise SparsortError(
+            f"{path} is damaged: it has no field 'format', which an online curriculum writes. {next_step}"
+        )
+    if about["format"] != _FORMAT:
+        raise SparsortError(f"{path} has the format {about['format']!r}; expected {_FORMAT!r}. {next_step}")
+    other = "Use the sparsort that wrote it, or start again."
+    integrity.check_version(about.get("version"), (_WITHOUT_DIGEST, _VERSION), path, damaged=next_step, other=other)
+    if about["version"] == _VERSION:
         integrity.check_seal(about, path, next_step=next_step)
     elif about.keys() != _FIELDS:
         raise SparsortError(f"{path} is damaged: it has other fields than were written. {next_step}")

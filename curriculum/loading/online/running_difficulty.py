@@ -44,10 +44,12 @@ from sparsort.storage import integrity
 from sparsort.storage.files import write_atomically
 
 _KIND, _VERSION = "sparsort running difficulty", 2
-_WITHOUT_DIGESTS = 1  # still read
+# The first version, whose arrays have no digests, and which is still read.
+_WITHOUT_DIGESTS = 1
 # A value more than four deviations from its contemporaries only means "very hard" (or easy); it must not dominate the average.
 _CLIP = 4.0
-_LARGEST = 1e100  # its square is still finite in float64
+# The largest magnitude of a value, whose square is still finite in float64.
+_LARGEST = 1e100
 _LAST_STEP = np.iinfo(np.int32).max
 
 _NEXT_STEP = "Resume from another checkpoint, or start without it."
@@ -143,8 +145,8 @@ class RunningDifficulty:
         rows, steps, standard = ordered.rows[usable], ordered.steps[usable], standard[usable]
         # The observations of one row must be folded in order, while rows are independent of each other. So each pass folds one
         # observation per row: first all first observations, then all second ones, and so on.
-        for turn in _turns(rows):
-            self._update(rows[turn], steps[turn], standard[turn])
+        for positions in _by_occurrence(rows):
+            self._update(rows[positions], steps[positions], standard[positions])
 
     def difficulty(self, step: int) -> Floats:
         """(N,) difficulty at `step`, without NaN, in units of the deviation of the prior's ranks; higher is harder.
@@ -202,11 +204,12 @@ class RunningDifficulty:
             raise SparsortError(f"cannot read the running difficulty {path}: {error}. {_NEXT_STEP}") from error
         if not isinstance(about, dict):
             raise SparsortError(f"{path} is not what sparsort writes. {_NEXT_STEP}")
-        if about.get("kind") != _KIND or about.get("version") not in (_VERSION, _WITHOUT_DIGESTS):
-            raise SparsortError(
-                f"{path} is {about.get('kind', 'another file')!r}, version {about.get('version')}; "
-                f"expected {_KIND!r}, version {_VERSION}. Use the sparsort that wrote it, or start again."
-            )
+        if about.get("kind") != _KIND:
+            raise SparsortError(f"{path} is {about.get('kind', 'another file')!r}; expected {_KIND!r}. {_NEXT_STEP}")
+        other = "Use the sparsort that wrote it, or start again."
+        integrity.check_version(
+            about.get("version"), (_WITHOUT_DIGESTS, _VERSION), Path(path), damaged=_NEXT_STEP, other=other
+        )
         with integrity.as_written(path, next_step=_NEXT_STEP):
             if about["version"] == _VERSION:
                 integrity.check_seal(about, Path(path), next_step=_NEXT_STEP)
@@ -327,6 +330,7 @@ def standard_ranks(difficulty: ArrayLike) -> NDArray[np.float32]:
         starts = np.flatnonzero(np.concatenate(([True], ascending[1:] != ascending[:-1])))
         sizes = np.diff(starts, append=n)
         ranks = np.repeat(starts + (sizes - 1) / 2, sizes)
+        # Mean and deviation are those of 0 … n − 1 without ties, which depend on n alone.
         result[order] = (ranks - (n - 1) / 2) / math.sqrt((n * n - 1) / 12)
     return result
 
@@ -366,13 +370,16 @@ def _move_on(recent: tuple[float, ...], step: tuple[float, ...], keep: float) ->
     return tuple(joined)
 
 
-def _turns(rows: Integers) -> list[Integers]:
-    """Split the positions of `rows` into turns: turn k has the position of every row's k-th occurrence."""
+def _by_occurrence(rows: Integers) -> list[Integers]:
+    """Split the positions of `rows`: entry k has the position of every row's k-th occurrence."""
+    if not len(rows):
+        return []
     by_row = np.argsort(rows, kind="stable")
     starts = np.flatnonzero(np.diff(rows[by_row], prepend=-1))
-    turn = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
-    by_turn = by_row[np.argsort(turn, kind="stable")]
-    return np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]) if len(rows) else []
+    # The number of an occurrence is its distance from the first one, since a stable sort keeps their order.
+    occurrence = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+    ordered = by_row[np.argsort(occurrence, kind="stable")]
+    return np.split(ordered, np.cumsum(np.bincount(occurrence))[:-1])
 
 
 def _check(name: str, given: Any, holds: bool, expected: str) -> None:

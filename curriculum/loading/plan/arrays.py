@@ -155,6 +155,7 @@ def cut(
         spans (first, last) of batches that may change places from epoch to epoch.
     """
     warm = warm_place(settings, len(sequence))
+    # `pieces` maps a place to the number of batches before it.
     rows, item_edges, batch_edges, pieces = [], [0], [0], {0: 0}
     # Each part between two of these places is cut on its own, so no batch can cross an edge.
     for first, last in itertools.pairwise(sorted({*stage_places.tolist(), warm})):
@@ -178,7 +179,6 @@ def cut(
             edges = batches.by_count(len(bins) - 1, settings.batch_size or 1)
         rows.append(part)
         batch_edges.extend((batch_edges[-1] + edges[1:]).tolist())
-        # Number of batches before this place.
         pieces[last] = len(batch_edges) - 1
     arrays = {"sequence": np.concatenate(rows), "batch_edges": np.array(batch_edges, dtype=np.int64)}
     if settings.packing != "none":

@@ -29,7 +29,7 @@ COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
 
 def combine(
     scores: Mapping[str, ArrayLike],
-    how: Combination,
+    combination: Combination,
     *,
     weights: Mapping[str, float] | None = None,
     levels: int | None = 10,
@@ -41,14 +41,13 @@ def combine(
         lexicographic: sort by the first score, break ties by the second, and so on. A continuous score has no ties, so every
             score but the last is first divided into `levels` levels of equal counts. Equal values share a level, so ties can
             make levels uneven.
-        intersection: the largest of the percentiles; an example is easy if every score says so. This is the order in which
-            DeepSpeed's data pipeline admits examples, which takes those that are easy enough by each metric. There, fewer
-            than a share c of the examples are admitted when each metric is at its percentile c. Here the result is ranked
-            again, so that a pacing of c means a share c of the data.
+        intersection: the largest of the percentiles; an example is easy if every score says so. DeepSpeed's data pipeline
+            admits examples in this order, but when each metric is at its percentile c it has admitted fewer than a share c of
+            them. Here the result is ranked again, so that a pacing of c means a share c of the data.
 
     Args:
         scores: name → (N,) numbers; NaN where a row has no score. The order of names matters to "lexicographic" only.
-        how: one of the combinations above.
+        combination: one of the combinations above.
         weights: name → weight above 0, for rank_average; by default all weights are equal.
         levels: number of levels, for lexicographic; None uses the exact values.
 
@@ -56,38 +55,38 @@ def combine(
         (N,) float64 in (0, 1): mid-rank percentiles, or under rank_average a mean of percentiles. NaN where any score is NaN.
 
     Raises:
-        SparsortError: an unknown combination, no scores, different lengths, no row with all scores, weights that lack a score,
-            name an unknown one or are not above 0, weights for another combination, or levels below 1.
+        SparsortError: the scores do not fit each other, the weights do not fit the scores, or an argument is out of range.
     """
-    if how not in COMBINATIONS:
-        raise unknown_choice("way to combine scores", how, COMBINATIONS)
+    if combination not in COMBINATIONS:
+        raise unknown_choice("way to combine scores", combination, COMBINATIONS)
     if not scores:
         raise SparsortError("there are no scores to combine. Give at least one, as {name: numbers}.")
-    if weights is not None and how != "rank_average":
-        raise SparsortError(f"weights were given to {how!r}, which has no weights. Omit them, or use 'rank_average'.")
+    if weights is not None and combination != "rank_average":
+        raise SparsortError(
+            f"weights were given to {combination!r}, which has no weights. Omit them, or use 'rank_average'."
+        )
     _check_levels(levels)
     columns = {name: _column(f"score {name!r}", values) for name, values in scores.items()}
     complete_N = _complete(columns)
-    n_complete = int(np.count_nonzero(complete_N))
-    chosen = (_chosen(values_N, complete_N) for values_N in columns.values())
-    if how == "rank_average":
-        weight_of = _weights(columns, weights)
-        total_M = np.zeros(n_complete)
-        for values_M, weight in zip(chosen, weight_of, strict=True):
-            total_M += weight * _doubled_ranks([values_M])
-        # `math.fsum` is exact, so the sum does not depend on the order of the weights.
-        combined_M = total_M / (2 * n_complete * math.fsum(weight_of))
-    elif how == "intersection":
-        largest_M = np.zeros(n_complete)
-        for values_M in chosen:
-            np.maximum(largest_M, _doubled_ranks([values_M]), out=largest_M)
-        combined_M = _doubled_ranks([largest_M]) / (2 * n_complete)
-    else:
+    # A generator, so that only one of the columns is copied at a time.
+    chosen = (values_N if complete_N.all() else values_N[complete_N] for values_N in columns.values())
+    # Doubled ranks are integers even for ties. The doubled number of rows turns them into percentiles.
+    doubled = 2 * int(np.count_nonzero(complete_N))
+    if combination == "lexicographic":
         keys = list(chosen)
         if levels is not None:
             keys[:-1] = [_levels(values_M, levels) for values_M in keys[:-1]]
-        combined_M = _doubled_ranks(keys) / (2 * n_complete)
-    return _spread_out(combined_M, complete_N)
+        return _to_all_rows(_doubled_ranks(keys) / doubled, complete_N)
+    total_M = np.zeros(doubled // 2)
+    if combination == "intersection":
+        for values_M in chosen:
+            np.maximum(total_M, _doubled_ranks([values_M]), out=total_M)
+        return _to_all_rows(_doubled_ranks([total_M]) / doubled, complete_N)
+    weight_of = _weights(columns, weights)
+    for values_M, weight in zip(chosen, weight_of, strict=True):
+        total_M += weight * _doubled_ranks([values_M])
+    # `math.fsum` is exact, so the sum does not depend on the order of the weights.
+    return _to_all_rows(total_M / (doubled * math.fsum(weight_of)), complete_N)
 
 
 def _doubled_ranks(keys: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
@@ -116,13 +115,13 @@ def _levels(values_M: NDArray[Any], levels: int) -> NDArray[np.int64]:
     return ranks_M * levels // (2 * len(values_M))
 
 
-def _column(what: str, values: ArrayLike) -> NDArray[Any]:
+def _column(name: str, values: ArrayLike) -> NDArray[Any]:
     values_N = np.asarray(values)
     if values_N.ndim != 1:
-        raise SparsortError(f"{what} has shape {values_N.shape}; expected one number per row, shape (N,).")
+        raise SparsortError(f"{name} has shape {values_N.shape}; expected one number per row, shape (N,).")
     if values_N.size and values_N.dtype.kind not in "fiub":
         raise SparsortError(
-            f"{what} has values of type {values_N.dtype}; expected numbers, with NaN where there is no score."
+            f"{name} has values of type {values_N.dtype}; expected numbers, with NaN where there is no score."
         )
     return values_N
 
@@ -169,11 +168,7 @@ def _check_levels(levels: object) -> None:
         raise SparsortError(f"levels = {levels!r}; expected a whole number of at least 1, or None for exact values.")
 
 
-def _chosen(values_N: NDArray[Any], complete_N: NDArray[np.bool_]) -> NDArray[Any]:
-    return values_N if complete_N.all() else values_N[complete_N]
-
-
-def _spread_out(values_M: NDArray[np.float64], complete_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _to_all_rows(values_M: NDArray[np.float64], complete_N: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Expand from the complete rows to all rows, with NaN for the others."""
     if len(values_M) == len(complete_N):
         return values_M

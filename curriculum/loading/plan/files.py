@@ -108,7 +108,9 @@ def read_plan(folder: Path, *, check: bool = True) -> tuple[dict[str, Any], dict
     kinds = {name: (record["dtype"], record["length"]) for name, record in records.items()} if has_digests else records
     arrays = {name: _map_array(folder / f"{name}.npy", *kind) for name, kind in kinds.items()}
     if check and not has_digests and fingerprint_of(described, arrays) != described["fingerprint"]:
-        raise SparsortError(f"{folder} is damaged: its arrays have changed since they were written. {_again(folder)}")
+        raise SparsortError(
+            f"{folder} is damaged: its arrays have changed since they were written. {_next_step(folder)}"
+        )
     del described["format"], described["version"], described[integrity.SEAL]
     return described, arrays
 
@@ -123,13 +125,14 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} contains no curriculum plan. Make one with: sparsort plan SCORES --out {folder}."
         ) from None
     except (OSError, ValueError) as error:
-        raise SparsortError(f"{path} cannot be read ({error}). {_again(folder)}") from error
+        raise SparsortError(f"{path} cannot be read ({error}). {_next_step(folder)}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise SparsortError(f"{path} was not written by sparsort plan. {_again(folder)}")
-    again = _again(folder)
-    integrity.check_version(description.get("version"), (_WITHOUT_DIGESTS, VERSION), path, damaged=again, other=again)
-    integrity.check_seal(description, path, next_step=_again(folder))
-    with integrity.as_written(path, next_step=_again(folder)):
+        raise SparsortError(f"{path} was not written by sparsort plan. {_next_step(folder)}")
+    next_step = _next_step(folder)
+    versions = (_WITHOUT_DIGESTS, VERSION)
+    integrity.check_version(description.get("version"), versions, path, damaged=next_step, other=next_step)
+    integrity.check_seal(description, path, next_step=next_step)
+    with integrity.as_written(path, next_step=next_step):
         if not _is_possible(description):
             raise ValueError("its numbers cannot be those of a plan")
     return dict(description)
@@ -165,16 +168,18 @@ def _write_description(folder: Path, described: Mapping[str, Any], arrays: Array
     integrity.write_sealed(folder / _FILE, {"format": FORMAT, "version": VERSION, **described, "arrays": records})
 
 
-def _again(folder: Path) -> str:
+def _next_step(folder: Path) -> str:
     return AGAIN.format(folder)
 
 
 def _is_possible(description: Mapping[str, Any]) -> bool:
     """Whether a description has valid types and sizes. The digest cannot show that, since another program may have written it."""
+    # A missing key raises KeyError, which `as_written` reports as damage.
     counts = [description[name] for name in ("n_rows", "smallest_batch")]
     edges, places = description["stage_edges"], description["stage_places"]
     revision = description["revision"]
     return (
+        # `type(…) is int` instead of isinstance, because True is an int too.
         all(type(number) is int for number in (*counts, *edges, *places, *(revision or {}).values()))
         and description["n_rows"] >= 1
         and min(len(edges), len(places)) >= 2
@@ -226,7 +231,7 @@ def _are_possible_notes(notes: Mapping[str, Any], settings: Mapping[str, Any]) -
 
 
 def _check_array(folder: Path, name: str, record: Mapping[str, Any]) -> None:
-    integrity.check_file(folder / f"{name}.npy", record, next_step=_again(folder))
+    integrity.check_file(folder / f"{name}.npy", record, next_step=_next_step(folder))
 
 
 def _map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
@@ -239,10 +244,10 @@ def _map_array(path: Path, dtype: str, length: int) -> NDArray[Any]:
         # NumPy cannot map an array without elements.
         array: NDArray[Any] = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except _UNREADABLE as error:
-        raise SparsortError(f"{path} is missing or damaged ({error}). {_again(path.parent)}") from error
+        raise SparsortError(f"{path} is missing or damaged ({error}). {_next_step(path.parent)}") from error
     if str(array.dtype) != dtype or array.shape != (length,):
         raise SparsortError(
             f"{path} is damaged: it has {array.dtype} of shape {array.shape}, and the plan expects {dtype} of ({length},). "
-            f"{_again(path.parent)}"
+            f"{_next_step(path.parent)}"
         )
     return np.asarray(array)  # still mapped; slicing an np.memmap directly takes five times as long

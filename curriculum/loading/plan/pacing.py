@@ -166,8 +166,10 @@ class Pacing:
             try:
                 values[name] = int(value) if name == "buckets" else float(value)
             except ValueError as error:
-                what = "whole number" if name == "buckets" else "number"
-                raise SparsortError(f"the pacing {text!r} has {name} = {value!r}, which is not a {what}.") from error
+                kind_of_number = "whole number" if name == "buckets" else "number"
+                raise SparsortError(
+                    f"the pacing {text!r} has {name} = {value!r}, which is not a {kind_of_number}."
+                ) from error
         pacing = cls(**values, stored=stored)
         if not stored:
             # The constructor cannot see a setting that was written with its default value; the text shows it.

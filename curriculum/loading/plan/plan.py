@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsort.curriculum.loading.plan import draw
 from sparsort.curriculum.loading.plan.arrays import Spans, base_order, rows_at, warm_place
-from sparsort.curriculum.loading.plan.batches import WINDOW
+from sparsort.curriculum.loading.plan.batches import WINDOW, draw, draw_quotas, draw_tokens
 from sparsort.curriculum.loading.plan.files import AGAIN, fingerprint_of, read_plan, write_plan
 from sparsort.curriculum.loading.plan.ranking import Rows, row_type
 from sparsort.curriculum.loading.plan.sequences import like_lengths
@@ -31,8 +30,10 @@ from sparsort.errors import SparsortError
 from sparsort.storage.integrity import as_written
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
+# The number of places whose rows are computed together.
 _BLOCK = 1 << 15
-_KEPT = 4  # blocks or stages in the cache
+# The number of blocks or stages in the cache.
+_CACHED = 4
 
 
 class CurriculumPlan:
@@ -84,9 +85,9 @@ class CurriculumPlan:
         self.fingerprint = fingerprint or fingerprint_of(self._described(), self._arrays)
 
     def __repr__(self) -> str:
-        what = "pool" if self.settings.mode == "pool" else self.settings.schedule
+        kind = "pool" if self.settings.mode == "pool" else self.settings.schedule
         return (
-            f"CurriculumPlan({self.n_rows} rows, {self.n_batches} batches an epoch, {what}, {self.settings.direction})"
+            f"CurriculumPlan({self.n_rows} rows, {self.n_batches} batches an epoch, {kind}, {self.settings.direction})"
         )
 
     @property
@@ -124,6 +125,7 @@ class CurriculumPlan:
         Raises:
             SparsortError: the batch does not exist, or is before the first batch of a revised plan.
         """
+        # The common case first, because a loader calls this for every batch: a single test, and no other call.
         if not self._is_flat or not 0 <= number < self._n_batches or epoch < 0 or self.revision:
             self._check(number, epoch)
             if not self._is_flat:
@@ -143,6 +145,7 @@ class CurriculumPlan:
         if "item_edges" not in self._arrays:
             return [rows[i : i + 1] for i in range(len(rows))]
         number = self._turned(number, epoch)
+        # Edges are places in the whole sequence; subtracting the first one makes them positions in this batch.
         edges = self._arrays["item_edges"][self._edge(number) : self._edge(number + 1) + 1]
         return np.split(rows, edges[1:-1] - edges[0])
 
@@ -300,19 +303,20 @@ class CurriculumPlan:
         key = key_of(settings.seed, epoch, "pool", number)
         order = self._arrays["order"]
         if settings.token_budget is not None:
-            return draw.draw_tokens(order, n_available, settings.token_budget, self._arrays["lengths"], key)
+            return draw_tokens(order, n_available, settings.token_budget, self._arrays["lengths"], key)
         size = settings.batch_size or 0
         if settings.quotas is None:
-            return draw.draw(order, n_available, size, key)
+            return draw(order, n_available, size, key)
         # Quotas are given by name; notes["groups"] has the names in the order of the group numbers.
         shares = np.array([settings.quotas[name] for name in self.notes["groups"]])
         shares /= shares.sum()
-        return draw.draw_quotas(order, self._arrays["group_edges"], shares, n_available, size, key)
+        return draw_quotas(order, self._arrays["group_edges"], shares, n_available, size, key)
 
     def _edge(self, number: int) -> int:
         """The number of the first item of batch `number`."""
         if "batch_edges" in self._arrays:
             return int(self._arrays["batch_edges"][number])
+        # The same formula as `batches.by_count`, without an array.
         return number * self.n_rows // self.n_batches
 
     def _places(self, number: int, epoch: int) -> tuple[int, int]:
@@ -341,7 +345,7 @@ class CurriculumPlan:
         rows = self._cache.get((epoch, block))
         if rows is None:
             places = np.arange(block * _BLOCK, min(self.n_rows, (block + 1) * _BLOCK), dtype=np.int64)
-            rows = self._keep((epoch, block), self._at(places, epoch))
+            rows = self._cache_rows((epoch, block), self._at(places, epoch))
         return rows
 
     def _like_lengths(self, first: int, last: int, epoch: int) -> NDArray[np.int64]:
@@ -355,7 +359,7 @@ class CurriculumPlan:
             numbers = np.arange(self.stage_edges[stage], self.stage_edges[stage + 1] + 1)
             edges = numbers * self.n_rows // self.n_batches - begin
             key = key_of(self.settings.seed, epoch, "lengths", stage)
-            grouped = self._keep((epoch, stage), like_lengths(rows, self._arrays["lengths"], edges, key))
+            grouped = self._cache_rows((epoch, stage), like_lengths(rows, self._arrays["lengths"], edges, key))
         return grouped[first - begin : last - begin]
 
     def _at(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
@@ -370,8 +374,9 @@ class CurriculumPlan:
         )
         return rows.astype(np.int64)
 
-    def _keep(self, name: tuple[int, int], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _cache_rows(self, name: tuple[int, int], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        # `batch` returns views of cached rows, so a caller that wrote into one would change later batches.
         rows.flags.writeable = False
         # The dictionary is replaced in one assignment, so that other threads never see it half changed.
-        self._cache = {**dict(list(self._cache.items())[1 - _KEPT :]), name: rows}
+        self._cache = {**dict(list(self._cache.items())[1 - _CACHED :]), name: rows}
         return rows

@@ -27,7 +27,8 @@ from sparsort.paths import spell
 from sparsort.scoring.store.scores import Scores
 from sparsort.values import as_text, is_missing, number_array
 
-Given = Scores | str | Path | ArrayLike
+ScoreSource = Scores | str | Path | ArrayLike
+LoadedScores = Mapping[str, Scores | NDArray[Any]]
 # The conditions under which `plan_curriculum` reads an argument; see `sparsort.conditions`.
 READ_BY: Table = {
     "combination": (
@@ -47,11 +48,11 @@ READ_BY: Table = {
         ),
     ),
 }
-_SHOWN = 5
+_MOST_NAMED = 5
 
 
 def plan_curriculum(
-    scores: Given | Mapping[str, Given],
+    scores: ScoreSource | Mapping[str, ScoreSource],
     *,
     data: Sequence[Mapping[str, Any]] | None = None,
     ids: Sequence[str] | None = None,
@@ -92,10 +93,10 @@ def plan_curriculum(
         raise SparsortError(f"groups={groups!r} names a field of the data: pass data too, or one group per row.")
     check_name(fingerprint)
     checked = CurriculumSettings.from_json(settings)
-    read = _read(scores)
-    given = {"scores": read, "data": data, "ids": ids, "combination": combination, "id_column": id_column}
+    loaded = _load_scores(scores)
+    given = {"scores": loaded, "data": data, "ids": ids, "combination": combination, "id_column": id_column}
     refuse_unread_arguments(plan_curriculum, READ_BY, given)
-    difficulty, notes = _difficulty(read, data, combination, weights)
+    difficulty, notes = _difficulty(loaded, data, combination, weights)
     n = len(difficulty)
     if ids is None and id_column is not None and data is not None:
         ids = ids_from(data, id_column)
@@ -103,29 +104,39 @@ def plan_curriculum(
         raise SparsortError("there are no rows to plan for. Give at least one scored row.")
     _check_size(checked, n)
     notes["unscored"] = int(np.count_nonzero(np.isnan(difficulty)))
-    if notes["unscored"] and checked.unscored == "error":
-        raise SparsortError(
-            f"{notes['unscored']} of {n} rows have no score (NaN), such as row {int(np.flatnonzero(np.isnan(difficulty))[0])}. "
-            "Place them with unscored='last' or 'first', or remove them from the data."
-        )
-    if checked.schedule not in ("shuffle", "as_given") and checked.direction != "random":
-        _check_spread(difficulty)
+    _check_difficulty(difficulty, checked, notes["unscored"])
+    arrays = _arrays_of_rows(loaded, data, ids, groups, lengths, difficulty, checked, notes)
+    notes |= note_rows(_first_scores(loaded), data, ids=ids, id_column=id_column, fingerprint=fingerprint)
+    plan = _assemble(checked, arrays, difficulty, notes)
+    return plan if out is None else plan.save(out)
+
+
+def _arrays_of_rows(
+    scores: LoadedScores,
+    data: Sequence[Mapping[str, Any]] | None,
+    ids: Sequence[str] | None,
+    groups: str | Sequence[Any] | None,
+    lengths: ArrayLike | None,
+    difficulty: NDArray[Any],
+    settings: CurriculumSettings,
+    notes: dict[str, Any],
+) -> dict[str, NDArray[Any]]:
+    """The arrays of a plan that have one entry per row: difficulty, ids, groups and lengths; adds to `notes`."""
+    n = len(difficulty)
     # The plan copies an array that the caller could change; a read-only memory map is used as it is.
     stored = np.asarray(difficulty, dtype=np.float32)
     arrays: dict[str, NDArray[Any]] = {
         "difficulty": stored.copy() if stored is difficulty and stored.flags.writeable else stored
     }
-    if (order := _ids(read, data, ids, n)) is not None:
+    if (order := _order_of_ids(scores, data, ids, n)) is not None:
         arrays["ids"] = order
-    if groups is not None or checked.quotas is not None:
-        arrays["groups"], notes["groups"] = _groups(groups, data, n, checked)
-    if (tokens := _lengths(read, data, lengths, n, needed=checked.needs_lengths)) is not None:
-        limit = checked.pack_length or checked.token_budget
-        what = "a packed sequence" if checked.pack_length else "a batch"
-        arrays["lengths"], notes["cut"] = batches.cut_lengths(tokens, checked.max_length, limit, what)
-    notes |= note_rows(_scores_in(read), data, ids=ids, id_column=id_column, fingerprint=fingerprint)
-    plan = _assemble(checked, arrays, difficulty, notes, n)
-    return plan if out is None else plan.save(out)
+    if groups is not None or settings.quotas is not None:
+        arrays["groups"], notes["groups"] = _groups(groups, data, n, settings)
+    if (tokens := _lengths(scores, data, lengths, n, needed=settings.needs_lengths)) is not None:
+        limit = settings.pack_length or settings.token_budget
+        container = "a packed sequence" if settings.pack_length else "a batch"
+        arrays["lengths"], notes["cut"] = batches.cut_lengths(tokens, settings.max_length, limit, container)
+    return arrays
 
 
 def _assemble(
@@ -133,11 +144,12 @@ def _assemble(
     arrays: dict[str, NDArray[Any]],
     difficulty: NDArray[Any],
     notes: dict[str, Any],
-    n: int,
 ) -> CurriculumPlan:
     """The plan of checked settings; `arrays` has difficulty, ids, groups and lengths, and gains the order and the edges."""
+    n = len(difficulty)
     ids, lengths = arrays.get("ids"), arrays.get("lengths")
     longest = None if lengths is None else int(lengths.max())
+    # Ordered by the difficulty as it was given: in float32, as it is stored, more rows would tie.
     arrays |= base_order(difficulty, settings, ids, arrays.get("groups"))
     stages = settings.n_stages
     spans: Spans = []
@@ -146,8 +158,7 @@ def _assemble(
         edges = [s * (settings.steps or 0) // stages for s in range(stages + 1)]
         places, smallest = [0, n], fewest(settings, n, longest)
         if settings.pacing is not None:
-            # At these steps the pacing alone would offer fewer rows than a batch needs; `available` raises the
-            # number.
+            # At these steps the pacing alone would offer fewer rows than a batch needs; `available` raises the number.
             wanted = settings.pacing.share(np.arange(edges[-1]), max(1, edges[-1])) * n
             notes["below_batch"] = int(np.count_nonzero(np.ceil(wanted - 1e-9) < smallest))
     elif by_count:
@@ -181,7 +192,7 @@ def _assemble(
     )
 
 
-def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any]]:
+def _load_scores(scores: ScoreSource | Mapping[str, ScoreSource]) -> dict[str, Scores | NDArray[Any]]:
     named = dict(scores) if isinstance(scores, Mapping) else {"difficulty": scores}
     if not named:
         raise SparsortError("no scores were given. Pass a score folder, Scores, or one difficulty per row.")
@@ -214,7 +225,7 @@ def _read(scores: Given | Mapping[str, Given]) -> dict[str, Scores | NDArray[Any
 
 
 def _difficulty(
-    read: Mapping[str, Scores | NDArray[Any]],
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     combination: Combination,
     weights: Mapping[str, float] | None,
@@ -222,7 +233,7 @@ def _difficulty(
     """One difficulty per row, and the notes on its origin."""
     columns: dict[str, NDArray[Any]] = {}
     notes: dict[str, Any] = {"scores": {}, "unused_scores": 0}
-    for name, given in read.items():
+    for name, given in scores.items():
         if isinstance(given, Scores):
             columns[name] = given.difficulty if data is None else given.difficulty_of(data)
             notes["scores"][name] = given.provenance
@@ -241,7 +252,7 @@ def _difficulty(
             "match them by id."
         )
     if data is None:
-        _check_same_rows(read)
+        _check_same_rows(scores)
     if combination not in COMBINATIONS:
         raise unknown_choice("combination", combination, COMBINATIONS)
     if len(columns) == 1:
@@ -253,20 +264,20 @@ def _difficulty(
     return combine(columns, combination, weights=weights), notes
 
 
-def _scores_in(read: Mapping[str, Scores | NDArray[Any]]) -> Scores | None:
-    return next((given for given in read.values() if isinstance(given, Scores)), None)
+def _first_scores(scores: LoadedScores) -> Scores | None:
+    return next((given for given in scores.values() if isinstance(given, Scores)), None)
 
 
-def _check_same_rows(read: Mapping[str, Scores | NDArray[Any]]) -> None:
+def _check_same_rows(scores: LoadedScores) -> None:
     """Refuse scores that belong to different rows, or to rows in another order, since they would be combined by position."""
-    named = [(name, given) for name, given in read.items() if isinstance(given, Scores)]
+    named = [(name, given) for name, given in scores.items() if isinstance(given, Scores)]
     for name, other in named[1:]:
         first_name, first = named[0]
         # Scores can be compared by id, or by a digest over the same content; otherwise their order is trusted.
-        about = [scores.provenance for scores in (first, other)]
-        if all(each.get("id_column") is not None for each in about):
+        origins = [given.provenance for given in (first, other)]
+        if all(origin.get("id_column") is not None for origin in origins):
             column = "id"
-        elif about[0].get("content") is not None and about[0].get("content") == about[1].get("content"):
+        elif origins[0].get("content") is not None and origins[0].get("content") == origins[1].get("content"):
             column = "digest"
         else:
             continue
@@ -277,26 +288,25 @@ def _check_same_rows(read: Mapping[str, Scores | NDArray[Any]]) -> None:
             )
 
 
-def _ids(
-    read: Mapping[str, Scores | NDArray[Any]],
+def _order_of_ids(
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     ids: Sequence[str] | None,
     n: int,
 ) -> NDArray[Any] | None:
+    """The rows in the order of their ids, (n,); None if there are no ids, or the rows are in that order already."""
     if ids is None:
-        first = next(iter(read.values()))
+        first = next(iter(scores.values()))
         column = first.provenance.get("id_column") if isinstance(first, Scores) else None
         if not isinstance(first, Scores) or column is None:
             return None
         named = first.ids if data is None else [row.get(column) for row in data]
-        if any(
-            map(is_missing, named)
-        ):  # a row without an id was matched by its content, and only its position identifies it
+        # A row without an id was matched by its content, and only its position identifies it.
+        if any(map(is_missing, named)):
             return None
         ids = [as_text(name, field=spell([column]), where=f"row {place}") for place, name in enumerate(named)]
     if len(ids) != n:
         raise SparsortError(f"{len(ids)} ids for {n} rows: pass one id per row, or no ids.")
-    # An order that equals that of the rows is not stored.
     order = by_id(ids)
     return None if np.array_equal(order, np.arange(n)) else order
 
@@ -333,14 +343,14 @@ def _coded(
             )
     if settings.quotas is not None and (missing := set(known) - set(settings.quotas)):
         raise SparsortError(
-            f"quotas have no share for the group(s) {', '.join(sorted(missing)[:_SHOWN])}, which would never be shown. "
+            f"quotas have no share for the group(s) {', '.join(sorted(missing)[:_MOST_NAMED])}, which would never be shown. "
             "Give every group a share, or remove its rows from the data."
         )
     return codes.astype(np.int32), known
 
 
 def _lengths(
-    read: Mapping[str, Scores | NDArray[Any]],
+    scores: LoadedScores,
     data: Sequence[Mapping[str, Any]] | None,
     lengths: ArrayLike | None,
     n: int,
@@ -356,7 +366,7 @@ def _lengths(
         return given_lengths
     if not needed:
         return None
-    for given in read.values():
+    for given in scores.values():
         if isinstance(given, Scores) and (counted := counted_tokens(given, data)) is not None:
             return counted
     raise SparsortError(
@@ -385,13 +395,10 @@ def _check_size(settings: CurriculumSettings, n: int) -> None:
         raise SparsortError(
             f"batch_size={settings.batch_size} is above the {n} rows of the data. Choose batch_size ≤ {n}, or use more data."
         )
-    k = (
-        settings.steps
-        if settings.mode == "pool"
-        else -(-n // settings.batch_size)
-        if settings.batch_size and settings.packing == "none"
-        else n
-    )
+    # The number of batches in an epoch. Before the cut by length it is not known, but there are at most as many as rows.
+    k = settings.steps if settings.mode == "pool" else n
+    if settings.mode == "one_pass" and settings.batch_size and settings.packing == "none":
+        k = -(-n // settings.batch_size)
     if settings.n_stages > (k or 0) and not (settings.mode == "pool" and settings.stages is None):
         raise SparsortError(f"{settings.n_stages} stages do not fit in an epoch of {k} batches. Choose stages ≤ {k}.")
     if settings.schedule in ("folded", "interleaved") and settings.folds > n:
@@ -400,8 +407,17 @@ def _check_size(settings: CurriculumSettings, n: int) -> None:
         )
 
 
-def _check_spread(difficulty: NDArray[Any]) -> None:
-    scored = difficulty[~np.isnan(difficulty)] if difficulty.dtype.kind == "f" else difficulty
+def _check_difficulty(difficulty: NDArray[Any], settings: CurriculumSettings, unscored: int) -> None:
+    """Refuse rows without a score if the settings do, and difficulties that give no order although the settings need one."""
+    if unscored and settings.unscored == "error":
+        raise SparsortError(
+            f"{unscored} of {len(difficulty)} rows have no score (NaN), such as row "
+            f"{int(np.flatnonzero(np.isnan(difficulty))[0])}. Place them with unscored='last' or 'first', or remove them from "
+            "the data."
+        )
+    if settings.schedule in ("shuffle", "as_given") or settings.direction == "random":
+        return
+    scored = difficulty[~np.isnan(difficulty)]
     if scored.size == 0:
         raise SparsortError("no row has a score: every difficulty is NaN. Score the rows first (sparsort score).")
     if len(difficulty) > 1 and bool(np.all(scored == scored[0])):

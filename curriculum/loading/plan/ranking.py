@@ -22,6 +22,7 @@ from sparsort.values import as_text, is_missing
 
 Rows = NDArray[Any]
 
+# The number of rows that are converted at a time, which bounds the memory for temporary arrays.
 _CHUNK = 1 << 20
 _LAST = np.uint32(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -165,7 +166,8 @@ def _rows_of(keys: NDArray[np.uint64]) -> Rows:
 
 def _ordered(values: NDArray[Any], unsigned: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
     """Unsigned integers that sort like the floats: the sign bit is set for positive numbers, all bits are inverted for others."""
-    values = values + values.dtype.type(0)  # −0 becomes 0
+    # Adding 0 turns −0 into 0, which it is equal to.
+    values = values + values.dtype.type(0)
     bits = values.view(unsigned)
     sign = unsigned(1 << (8 * bits.itemsize - 1))
     ordered: NDArray[Any] = np.where(bits & sign, ~bits, bits | sign)

@@ -28,6 +28,7 @@ def available(shares: NDArray[np.float64], edges: Places) -> Places:
         edges: (S + 1,) places where stages begin, followed by n.
     """
     n = int(edges[-1])
+    # Without the 1e-9, rounding could turn a share of exactly k ranks into k + 1.
     return np.maximum(np.minimum(n, np.ceil(shares * n - 1e-9)), edges[1:]).astype(np.int64)
 
 
@@ -47,6 +48,7 @@ def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -
         key_of_stage: maps a stage to the key of its permutation.
     """
     sizes = np.diff(edges)
+    # The ranks that have become available by each stage; those shown before it are no longer in its pool.
     arrived = np.maximum.accumulate(limits)
     pool = arrived - edges[:-1]
     if not places.size:
@@ -89,8 +91,8 @@ def staged(places: Places, edges: Places, limits: Places, key_of_stage: KeyOf) -
 
 def folded(places: Places, n: int, folds: int) -> Places:
     """Ranks k, k + folds, k + 2·folds, … for each k < folds in turn: `folds` short curricula, one after the other."""
+    # starts[k] is the place of the first rank of fold k, which has ⌈(n − k) / folds⌉ ranks.
     starts = np.concatenate([[0], np.cumsum((n - np.arange(folds) + folds - 1) // folds)])
-    # starts[k] is the place of the first rank of fold k.
     fold = np.searchsorted(starts, places, side="right") - 1
     ranks: Places = fold + folds * (places - starts[fold])
     return ranks

@@ -205,8 +205,9 @@ class CurriculumSettings:
             if getattr(value, "ndim", None) == 0:
                 object.__setattr__(self, field.name, value.item())
         if isinstance(self.quotas, Mapping):
+            # NumPy scalars have `item`, and Python's numbers are kept as they are.
             plain = {
-                str(name): getattr(share, "item", lambda share=share: share)() for name, share in self.quotas.items()
+                str(name): share.item() if hasattr(share, "item") else share for name, share in self.quotas.items()
             }
             object.__setattr__(self, "quotas", plain)
         for name, choices in _CHOICES.items():
@@ -242,6 +243,28 @@ class CurriculumSettings:
     @property
     def n_stages(self) -> int:
         return self.stages or (10 if self.mode == "pool" else 1)
+
+    def describe(self) -> str:
+        """Describe the curriculum in one line, without the settings that have their defaults."""
+        pool = self.mode == "pool"
+        parts = ["pool" if pool else self.schedule.replace("_", " ")]
+        if self.schedule in ("folded", "interleaved"):
+            parts[0] += f" {self.folds}"
+        if self.schedule not in ("shuffle", "as_given"):
+            parts.append("random order" if self.direction == "random" else self.direction.replace("_", " "))
+        if self.pacing is not None:
+            parts.append(str(self.pacing))
+        if self.stages is not None:
+            parts.append(f"{self.stages} stages")
+        if self.warm_up is not None:
+            parts.append(f"warm-up {100 * self.warm_up:g} %")
+        if self.group_by_length:
+            parts.append("by length")
+        if self.packing != "none":
+            parts.append(f"packed {self.packing.replace('_', ' ')} in {self.pack_length}")
+        if self.later_epochs == "shuffle":
+            parts.append("later epochs shuffled")
+        return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, which `from_json` reads."""

@@ -34,6 +34,7 @@ def key_of(*parts: int | str) -> int:
 
 def uniform(key: int) -> float:
     """A number in [0, 1) from a key."""
+    # The upper 53 bits, as many as a float64 represents exactly.
     return (key >> 11) / (1 << 53)
 
 

@@ -68,8 +68,8 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._loader, self.processes = loader, args.world_size
         self.position = loader.state_dict()
         self._sum, self._count = 0.0, 0
-        if state.is_world_process_zero and (note := _cut_short(loader.plan, state.max_steps)):
-            _LOG.warning("%s", note)
+        if state.is_world_process_zero and (warning := _warning_if_cut_short(loader.plan, state.max_steps)):
+            _LOG.warning("%s", warning)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the global batch of this step; Trainer has fetched all its micro-batches by now."""
@@ -93,6 +93,7 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct `state.epoch`, since Trainer counts a resumed epoch from its beginning."""
         if self._loader is not None:
+            # The latest step trained on this global batch, so the epoch is complete after its last one.
             epoch, number = self._trained
             state.epoch = epoch + (number + 1) / self._loader.plan.n_batches
 
@@ -131,7 +132,7 @@ def _resume(loader: CurriculumLoader, state: Any, name: str) -> None:
         )
 
 
-def _cut_short(plan: CurriculumPlan, steps: int) -> str | None:
+def _warning_if_cut_short(plan: CurriculumPlan, steps: int) -> str | None:
     """A warning if training does not end at the end of an epoch of the curriculum; None if it does."""
     settings, n_batches = plan.settings, plan.n_batches
     whole, remainder = divmod(steps, n_batches)
@@ -142,8 +143,10 @@ def _cut_short(plan: CurriculumPlan, steps: int) -> str | None:
         )
     if not remainder or settings.schedule in ("shuffle", "as_given") or (whole and settings.later_epochs == "shuffle"):
         return None
-    what = "are not trained on" if whole == 0 else f"are trained on {whole} times, and the beginning {whole + 1} times"
+    consequence = "are not trained on"
+    if whole:
+        consequence = f"are trained on {whole} times, and the beginning {whole + 1} times"
     return (
         f"training ends at step {steps}, inside an epoch of {n_batches}: the last {n_batches - remainder} batches of the "
-        f"curriculum {what}. Set max_steps to a multiple of {n_batches} to go through it whole."
+        f"curriculum {consequence}. Set max_steps to a multiple of {n_batches} to go through it whole."
     )

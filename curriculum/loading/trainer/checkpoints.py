@@ -27,6 +27,7 @@ _LOG = logging.getLogger("sparsort")
 _STATE = "trainer_state.json"
 # A file that Trainer's JIT checkpoints contain while they are being written.
 _PASSING = ("checkpoint-is-incomplete.txt",)
+# The beginnings of the names of files with weights: safetensors, torch.save, and PEFT.
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 
 # Codes that the first process broadcasts instead of a step: its checkpoint is damaged, or there is none.
@@ -92,8 +93,9 @@ def choose(
         raise kind(f"the first process found no intact checkpoint in {checkpoint}; its message says why.")
     if requested is True:
         checkpoint = folder / f"checkpoint-{code}"
+    # The first process has checked the copy of its own node only.
     if args.save_on_each_node and args.local_process_index == 0 != args.process_index:
-        check_checkpoint(checkpoint)  # this node's own copy
+        check_checkpoint(checkpoint)
     return checkpoint, skipped
 
 
@@ -243,8 +245,9 @@ def _missing(checkpoint: Path, own: dict[str, Any]) -> Iterator[str]:
         for shard in sorted(shards - set(names)):
             yield f"{shard} is missing"
     has_optimizer = has("optimizer") or any(name.endswith("-optimizer.pt") for name in names) or deepspeed
+    # A checkpoint with weights alone was written with save_only_model.
     if not (has_optimizer or has("scheduler", "rng_state")):
-        return  # the checkpoint was written with save_only_model
+        return
     if not has_optimizer:
         yield "optimizer.pt is missing"
     if not has("scheduler.pt") and not deepspeed:

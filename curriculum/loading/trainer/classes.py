@@ -54,9 +54,9 @@ def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
             make the trainer pack or shuffle the rows.
     """
     for cls in trainer.__mro__:
-        ours = cls in Trainer.__mro__ or cls.__module__.startswith("sparsort.")
-        if not ours and (how := _own_batches(cls, mixin)):
-            raise _refusal(cls, how, args)
+        is_trusted = cls in Trainer.__mro__ or cls.__module__.startswith("sparsort.")
+        if not is_trusted and (reason := _own_batches(cls, mixin)):
+            raise _refusal(cls, reason, args)
     if generating := [name for name in _GENERATION if getattr(args, name, None) is not None]:
         raise _refusal(_nearest_class(trainer, mixin), f"{type(args).__name__} sets {generating[0]}", args)
     for name, instead in _REORDERING.items():
@@ -72,7 +72,8 @@ def _own_batches(cls: type, mixin: type) -> str | None:
     own = vars(cls)
     if _SAMPLER in own:
         return f"it defines {_SAMPLER}"
-    if issubclass(cls, mixin):  # a subclass of the mixin may override the loader and build on it
+    # A subclass of the mixin may override the loader and build on it.
+    if issubclass(cls, mixin):
         return None
     if _LOADER in own:
         return f"it defines {_LOADER}"
@@ -93,10 +94,10 @@ def _nearest_class(trainer: type, mixin: type) -> type:
     return next((cls for cls in after if cls is not Trainer and issubclass(cls, Trainer)), trainer)
 
 
-def _refusal(cls: type, how: str, args: Any) -> SparsortError:
+def _refusal(cls: type, reason: str, args: Any) -> SparsortError:
     option = " and shuffle_dataset=False" if hasattr(args, "shuffle_dataset") else ""
     return SparsortError(
-        f"{cls.__name__} chooses its own training batches ({how}), which a curriculum would replace: use it without "
+        f"{cls.__name__} chooses its own training batches ({reason}), which a curriculum would replace: use it without "
         f"CurriculumMixin, on rows that are already in order (train_dataset.select(plan.order){option}), or mix the curriculum "
         "into a trainer that leaves batches to transformers' Trainer, such as TRL's SFTTrainer or DPOTrainer."
     )

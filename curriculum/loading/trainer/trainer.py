@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from sparsort.curriculum.loading.online.measure import OnlineDifficulty
     from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
 
-_ONLINE = "curriculum"  # folder in a checkpoint
+# The folder of the online difficulty in a checkpoint.
+_ONLINE = "curriculum"
 
 
 class CurriculumMixin(Trainer):  # type: ignore[misc]
@@ -87,16 +88,17 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self.online = online
         self._learning: OnlineCurriculum | None = None
         self._resumed_from: Path | None = None
-        self._passed_over: list[Path] = []
+        self._damaged: list[Path] = []
+        # The checkpoint that has its manifest already, since an upload may need it before `_save_checkpoint` ends.
         self._sealed: Path | None = None
-        self._micro = 0
+        self._micro_batch = 0
         self.curriculum = (
             curriculum if isinstance(curriculum, CurriculumPlan) else CurriculumPlan.open(Path(curriculum))
         )
         check_name(fingerprint)
         self._fingerprint, self._verify = fingerprint, verify
         # All checks come before the model is loaded, and before the other base class removes columns from the data.
-        arguments = _passed(super().__init__, args, kwargs)
+        arguments = _arguments_by_name(super().__init__, args, kwargs)
         refuse_own_batches(type(self), CurriculumMixin, arguments.get("args"))
         given = arguments.get("train_dataset")
         if given is not None and verify:
@@ -113,7 +115,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         Raises:
             SparsortError: the checkpoint is damaged, belongs to another plan or other data, or was written without a curriculum.
         """
-        self._resumed_from, self._passed_over = checkpoints.choose(resume_from_checkpoint, self.args)
+        self._resumed_from, self._damaged = checkpoints.choose(resume_from_checkpoint, self.args)
         if self._resumed_from is not None:
             resume_from_checkpoint = str(self._resumed_from)
         # The loader positions itself, so Trainer must not skip batches as well.
@@ -150,7 +152,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
                 args.gradient_accumulation_steps,
                 args.world_size,
             )
-        dataset, collate = self._as_the_model_takes_it()
+        dataset, collate = self._dataset_and_collator()
         loader = CurriculumLoader(
             self.curriculum,
             dataset,
@@ -171,7 +173,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one step; none after the last step, since Trainer would otherwise take one more on a resume."""
-        self._micro = 0
+        self._micro_batch = 0
         if self.state.global_step >= self.state.max_steps:
             return [], None
         samples: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -186,9 +188,9 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         plan, (epoch, number) = learning.loader.plan, learning.loader.latest or (0, 0)
         # Trainer has already fetched all micro-batches of the step, so the loader cannot tell which one this is.
-        rows = self._part().of(plan.batch(number, epoch), self._micro)
+        rows = self._part().of(plan.batch(number, epoch), self._micro_batch)
         learning.online.collect(rows, epoch * plan.n_batches + number)
-        self._micro += 1
+        self._micro_batch += 1
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -223,7 +225,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         if args.should_save:
             best = self.state.best_model_checkpoint
             keep = [folder, *([Path(best)] if best else [])]
-            checkpoints.rotate(runs, limit, keep=keep, first=self._passed_over)
+            checkpoints.rotate(runs, limit, keep=keep, first=self._damaged)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The upload runs in a separate thread, so the manifest must be written before it starts.
@@ -282,7 +284,7 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         args = self.args
         return Part(rank=args.process_index, world_size=args.world_size, micro_batches=args.gradient_accumulation_steps)
 
-    def _as_the_model_takes_it(self) -> tuple[Any, Callable[[list[Any]], Any]]:
+    def _dataset_and_collator(self) -> tuple[Any, Callable[[list[Any]], Any]]:
         collate = self.data_collator
         by_default = collate is default_data_collator or type(collate) is DataCollatorWithPadding
         if by_default and self.curriculum.settings.packing != "none":
@@ -332,11 +334,12 @@ class CurriculumTrainer(CurriculumMixin):
     """transformers' Trainer in the order of a plan: `CurriculumTrainer(model, args, curriculum=plan, train_dataset=data)`."""
 
 
-def _passed(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _arguments_by_name(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, as far as the signature names them."""
     try:
         bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    except TypeError:  # the call itself will report the mistake
+    except TypeError:
+        # The call itself will report the mistake.
         return kwargs
     return {**bound, **kwargs}
 

@@ -71,6 +71,7 @@ def attend_forward(
     # layer's output projection needs.
     output = query.new_zeros(batch, columns, heads, width).transpose(1, 2)
     lse = query.new_full((batch, columns, heads), -torch.inf, dtype=dtype).transpose(1, 2)
+    # Few queries against many keys, as in decoding, gather their own keys instead of going through all blocks.
     few = [span for span in layout.spans if _is_few(span, selection)]
     if few:
         _gathered(query, key, value, selection, few, scale, bias, output, lse)
@@ -136,6 +137,7 @@ def attend_backward(
             for chunk in chunks(selection, span, group, group_heads, merge=bias is None):
                 of_heads = (span.row, slice(group * group_heads, (group + 1) * group_heads), chunk.columns)
                 queries, grads = (rows_of_heads(tensor[of_heads], dtype) for tensor in (query, grad_output))
+                # delta = Σ P · dP of a query, which equals Σ grads · output and so needs no map (FlashAttention-2).
                 delta = (grads * rows_of_heads(output[of_heads], dtype)).view(-1, group_heads, width).sum(dim=-1)
                 entry_bias = _of_entries(bias, span, group, chunk, dtype)
                 d_queries, d_entries = _chunk_backward(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsort.kernels.blocksparse.budgets import Budget, choose
 from sparsort.kernels.blocksparse.cpu import key_slots, tiles
-from sparsort.kernels.blocksparse.cpu.key_slots import Grid, Hiding, Piece
+from sparsort.kernels.blocksparse.cpu.key_slots import ColumnRun, Grid, SelectionMask
 from sparsort.kernels.blocksparse.cpu.tiles import LN2, LOG2E, Scratch, working_dtype
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.selection import Selection
@@ -46,7 +46,8 @@ def attends_short(selection: Selection, layout: Layout, heads: int) -> bool:
     size = selection.block_size
     if not scores_short(layout, heads, size):
         return False
-    _, blocks = key_slots.first_blocks(layout, size)
+    _, blocks = layout.first_blocks(size)
+    # Half of the square: a run of columns is multiplied only with the keys up to the last one that it sees.
     dense = layout.batch * heads * columns * (blocks * size + key_slots.COLUMNS) / 2
     blockwise = 0.0
     for span in layout.spans:
@@ -61,7 +62,7 @@ def scores_short(layout: Layout, heads: int, block_size: int) -> bool:
     """Whether the maps for `heads` heads fit into the memory of a chunk: a run of columns by key, and all columns by block."""
     if not layout.spans or layout.queries != layout.keys:
         return False
-    _, blocks = key_slots.first_blocks(layout, block_size)
+    _, blocks = layout.first_blocks(block_size)
     # Count key slots instead of columns: a row with many short sequences has more slots, since each sequence is padded to
     # whole blocks.
     per_head = max(max(key_slots.COLUMNS, block_size) * blocks * block_size, layout.queries * blocks)
@@ -84,19 +85,19 @@ def attend_forward(
     groups = key.shape[1]
     dtype = working_dtype(query.dtype)
     grid = Grid.of(layout, selection.block_size, query.device)
-    hiding = Hiding(grid, selection, dtype, -torch.inf, bias)
+    mask = SelectionMask(grid, selection, dtype, -torch.inf, bias)
     keys, values = grid.keys(key, dtype), grid.keys(value, dtype)
     # Store tokens before heads in memory, as the layer's output projection needs them.
     output = query.new_zeros(batch, columns, heads, width).transpose(1, 2)
     lse = query.new_full((batch, heads, columns), -torch.inf, dtype=dtype)
     scratch = Scratch(query.device, dtype)
-    for piece in grid.pieces():
-        queries = grid.rows(query, piece, groups, dtype).mul_(scale * LOG2E)
-        weights = _logits(queries, keys, piece, hiding, groups, scratch("weights", *_map(queries, grid, piece)))
+    for run in grid.column_runs():
+        queries = grid.rows(query, run, groups, dtype).mul_(scale * LOG2E)
+        weights = _logits(queries, keys, run, mask, groups, scratch("weights", *_map(queries, grid, run)))
         peak, total = _peak_and_sum(weights)
         mixed = torch.bmm(weights, values[:, : weights.shape[2]]).div_(total.clamp_min(1))
-        output[:, :, piece.columns] = mixed.view(batch, heads, -1, width)
-        lse[:, :, piece.columns] = (peak + total.log2()).mul_(LN2).view(batch, heads, -1)
+        output[:, :, run.columns] = mixed.view(batch, heads, -1, width)
+        lse[:, :, run.columns] = (peak + total.log2()).mul_(LN2).view(batch, heads, -1)
     return output, lse
 
 
@@ -119,31 +120,32 @@ def attend_backward(
     groups = key.shape[1]
     dtype = working_dtype(query.dtype)
     grid = Grid.of(layout, selection.block_size, query.device)
-    hiding = Hiding(grid, selection, dtype, -torch.inf, bias)
+    mask = SelectionMask(grid, selection, dtype, -torch.inf, bias)
     keys, values = grid.keys(key, dtype), grid.keys(value, dtype)
     d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
     d_query = query.new_zeros(batch, columns, heads, width).transpose(1, 2)
     d_blocks = None if bias is None else keys.new_zeros(batch, groups, columns, grid.blocks + 1)
     scratch = Scratch(query.device, dtype)
-    for piece in grid.pieces():
-        queries = grid.rows(query, piece, groups, dtype).mul_(scale * LOG2E)
-        grads = grid.rows(grad_output, piece, groups, dtype)
-        delta = (grads * grid.rows(output, piece, groups, dtype)).sum(dim=-1, keepdim=True)
-        shape = _map(queries, grid, piece)
-        weights = _logits(queries, keys, piece, hiding, groups, scratch("weights", *shape))
-        weights.sub_(_to_base_2(grid.rows(lse[..., None], piece, groups, dtype))).exp2_()
+    for run in grid.column_runs():
+        queries = grid.rows(query, run, groups, dtype).mul_(scale * LOG2E)
+        grads = grid.rows(grad_output, run, groups, dtype)
+        delta = (grads * grid.rows(output, run, groups, dtype)).sum(dim=-1, keepdim=True)
+        shape = _map(queries, grid, run)
+        weights = _logits(queries, keys, run, mask, groups, scratch("weights", *shape))
+        # The log-sum-exp of the forward pass normalises the logits, so no second peak and sum are needed.
+        weights.sub_(_to_base_2(grid.rows(lse[..., None], run, groups, dtype))).exp2_()
         d_values[:, : shape[2]].baddbmm_(weights.transpose(1, 2), grads)
         d_logits = torch.bmm(grads, values[:, : shape[2]].transpose(1, 2), out=scratch("d_logits", *shape))
         d_logits.sub_(delta).mul_(weights)
         d_keys[:, : shape[2]].baddbmm_(d_logits.transpose(1, 2), queries)
         d_queries = torch.bmm(d_logits, keys[:, : shape[2]]).mul_(scale)
-        d_query[:, :, piece.columns] = d_queries.view(batch, heads, -1, width)
+        d_query[:, :, run.columns] = d_queries.view(batch, heads, -1, width)
         if d_blocks is not None:
-            by_block = d_logits.view(batch, groups, heads // groups, -1, piece.blocks, grid.size)
-            d_blocks[:, :, piece.columns, : piece.blocks] = by_block.sum(dim=(2, 5))
+            by_block = d_logits.view(batch, groups, heads // groups, -1, run.blocks, grid.size)
+            d_blocks[:, :, run.columns, : run.blocks] = by_block.sum(dim=(2, 5))
     # d_keys was summed from queries that contain the factor log2 e, which ln 2 removes.
     d_key, d_value = grid.key_gradient(d_keys.mul_(LN2), key), grid.key_gradient(d_values, value)
-    d_bias = None if d_blocks is None or bias is None else d_blocks.gather(-1, hiding.places).to(bias.dtype)
+    d_bias = None if d_blocks is None or bias is None else d_blocks.gather(-1, mask.row_blocks).to(bias.dtype)
     return d_query, d_key, d_value, d_bias
 
 
@@ -168,42 +170,43 @@ def align_forward(
     grid = Grid.of(layout, selection.block_size, query.device)
     # Hidden keys get a large negative but finite score, because their product with P = 0 must be 0, not NaN.
     hidden = torch.finfo(dtype).min / 4
-    hiding = Hiding(grid, selection, dtype, hidden, None)
+    mask = SelectionMask(grid, selection, dtype, hidden, None)
     keys, index_keys = grid.keys(key, dtype), grid.keys(index_key[:, None], dtype)
     rows = query.new_zeros(batch, groups, columns, dtype=dtype)
     d_index_query = index_query.new_zeros(index_query.shape) if gradients else None
     d_index_keys = torch.zeros_like(index_keys)
     scratch = Scratch(query.device, dtype)
-    for piece in grid.pieces():
-        queries = grid.rows(query, piece, groups, dtype).mul_(scale * LOG2E)
-        shape = _map(queries, grid, piece)
-        weights = _logits(queries, keys, piece, hiding, groups, scratch("weights", *shape))
+    for run in grid.column_runs():
+        queries = grid.rows(query, run, groups, dtype).mul_(scale * LOG2E)
+        shape = _map(queries, grid, run)
+        weights = _logits(queries, keys, run, mask, groups, scratch("weights", *shape))
         if lse is None:
             peak, total = _peak_and_sum(weights)
             weights.div_(total.mul_(heads)).masked_fill_(peak < hidden / 2, 0)
         else:
             # Adding log2 of the number of heads divides the probabilities by it, so that the sum over heads is their mean.
-            lse_2 = _to_base_2(grid.rows(lse[..., None], piece, groups, dtype))
+            lse_2 = _to_base_2(grid.rows(lse[..., None], run, groups, dtype))
             weights.sub_(lse_2.add_(math.log2(heads))).exp2_()
         by_head = weights.view(batch, groups, heads, -1, shape[2]).unbind(2)
+        # Added in place into the first head, because a sum over an inner axis would need another map.
         teacher = by_head[0]
         for other in by_head[1:]:
             teacher.add_(other)
         # All groups share one head of index keys, so their queries are rows of one product.
-        queries = grid.rows(index_query, piece, 1, dtype).mul_(index_scale * LOG2E)
-        student = _logits(queries, index_keys, piece, hiding, groups, scratch("student", *_map(queries, grid, piece)))
+        queries = grid.rows(index_query, run, 1, dtype).mul_(index_scale * LOG2E)
+        student = _logits(queries, index_keys, run, mask, groups, scratch("student", *_map(queries, grid, run)))
         peak, total = _peak_and_sum(scratch("terms", *student.shape).copy_(student))
         student.sub_((peak + total.log2()).masked_fill_(peak < hidden / 2, 0))
         log_student = student.view(teacher.shape)
         terms = torch.clamp(teacher, torch.finfo(dtype).tiny, out=scratch("terms", *teacher.shape))
         terms.log2_().sub_(log_student).mul_(teacher)
-        rows[:, :, piece.columns] = _row_sums(terms).mul_(LN2)[..., 0]
+        rows[:, :, run.columns] = _row_sums(terms).mul_(LN2)[..., 0]
         if d_index_query is None:
             continue
         log_student.exp2_().sub_(teacher)
         d_index_keys[:, : shape[2]].baddbmm_(student.transpose(1, 2), queries)
         d_queries = torch.bmm(student, index_keys[:, : shape[2]]).mul_(index_scale)
-        d_index_query[:, :, piece.columns] = d_queries.view(batch, groups, -1, d_queries.shape[2]).to(index_query.dtype)
+        d_index_query[:, :, run.columns] = d_queries.view(batch, groups, -1, d_queries.shape[2]).to(index_query.dtype)
     if d_index_query is None:
         return rows, None, None
     return rows, d_index_query, grid.key_gradient(d_index_keys.mul_(LN2), index_key[:, None])[:, 0]
@@ -220,20 +223,20 @@ def index_select(
     keys = grid.keys(index_key[:, None], dtype)
     best = keys.new_full((batch, grid.blocks, groups, columns), -torch.inf)
     scratch = Scratch(index_query.device, dtype)
-    for piece in grid.pieces():
-        queries = grid.rows(index_query, piece, 1, dtype).mul_(scale)
-        seen = piece.blocks * block_size
+    for run in grid.column_runs():
+        queries = grid.rows(index_query, run, 1, dtype).mul_(scale)
+        seen = run.blocks * block_size
         # With keys before queries, the maximum over a block's keys is a maximum of whole rows.
         scores = scratch("scores", batch, seen, queries.shape[1])
         torch.bmm(keys[:, :seen], queries.transpose(1, 2), out=scores)
         by_key = scores.view(batch, seen, groups, -1)
-        by_key[:, piece.tail :] += grid.future(piece, -torch.inf, dtype).transpose(1, 2)[:, :, None]
-        by_block = by_key.view(batch, piece.blocks, block_size, groups, -1)
+        by_key[:, run.tail :] += grid.future(run, -torch.inf, dtype).transpose(1, 2)[:, :, None]
+        by_block = by_key.view(batch, run.blocks, block_size, groups, -1)
         highest = by_block.amax(dim=2)
         # A score that is not finite counts as lowest. This is rare, so it is only searched for if a maximum is NaN or ∞.
         if not bool((highest < torch.inf).all()):
             highest = by_block.masked_fill(~by_block.isfinite(), -torch.inf).amax(dim=2)
-        best[:, : piece.blocks, :, piece.columns] = highest
+        best[:, : run.blocks, :, run.columns] = highest
     scores, own = best.permute(0, 2, 3, 1), layout.position(best.device) // block_size
     if grid.first_block is not None:
         own_blocks = grid.first_block[..., None] + torch.arange(layout.blocks(block_size), device=best.device)
@@ -243,19 +246,19 @@ def index_select(
     return Selection(blocks=choose(scores, own[:, None], budget), block_size=block_size)
 
 
-def _map(queries: Tensor, grid: Grid, piece: Piece) -> tuple[int, int, int]:
-    """Return the shape of the queries' map over the piece's key slots."""
-    return queries.shape[0], queries.shape[1], piece.blocks * grid.size
+def _map(queries: Tensor, grid: Grid, run: ColumnRun) -> tuple[int, int, int]:
+    """Return the shape of the queries' map over the run's key slots."""
+    return queries.shape[0], queries.shape[1], run.blocks * grid.size
 
 
-def _logits(queries: Tensor, keys: Tensor, piece: Piece, hiding: Hiding, groups: int, out: Tensor) -> Tensor:
+def _logits(queries: Tensor, keys: Tensor, run: ColumnRun, mask: SelectionMask, groups: int, out: Tensor) -> Tensor:
     """Write the logits (…, s) of scaled queries to `out`, with hidden keys.
 
     The queries are (B · groups, R · t, D), or (B, groups · t, I) if all groups share the keys.
     """
     torch.bmm(queries, keys[:, : out.shape[2]].transpose(1, 2), out=out)
-    count = piece.columns.stop - piece.columns.start
-    hiding.add_to(out.view(hiding.places.shape[0], groups, -1, count, out.shape[2]), piece)
+    count = run.columns.stop - run.columns.start
+    mask.add_to(out.view(mask.row_blocks.shape[0], groups, -1, count, out.shape[2]), run)
     return out
 
 

@@ -26,7 +26,7 @@ COLUMNS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Piece:
+class ColumnRun:
     """A run of query columns, the number of blocks that they see, and the first key slot that not all of them see."""
 
     columns: slice
@@ -60,26 +60,21 @@ class Grid:
     @classmethod
     def of(cls, layout: Layout, size: int, device: torch.device) -> Grid:
         columns, keys = layout.queries, layout.keys
+        # Without padding and packing, slots equal columns, and no table of indices is needed.
         whole = len(layout.spans) == layout.batch and all(
             (span.queries, span.keys) == (columns, keys) for span in layout.spans
         )
         if whole:
             limit = torch.arange(keys - columns, keys, device=device)[None]
+            blocks = -(-keys // size)
             return cls(
-                layout=layout,
-                size=size,
-                blocks=-(-keys // size),
-                limit=limit,
-                first_block=None,
-                source=None,
-                padding=None,
+                layout=layout, size=size, blocks=blocks, limit=limit, first_block=None, source=None, padding=None
             )
-        first, blocks = first_blocks(layout, size)
+        first, blocks = layout.first_blocks(size)
         source = torch.full((layout.batch, blocks * size), keys)
         for span, start in zip(layout.spans, first, strict=True):
-            source[span.row, start * size : start * size + span.keys] = torch.arange(
-                span.key_start, span.key_start + span.keys
-            )
+            columns_of_keys = torch.arange(span.key_start, span.key_start + span.keys)
+            source[span.row, start * size : start * size + span.keys] = columns_of_keys
         number = layout.span_of_query(device)
         padding = number < 0
         # Padding has sequence number −1, which reads the extra 0 at the end.
@@ -95,16 +90,17 @@ class Grid:
             padding=padding,
         )
 
-    def pieces(self) -> Iterator[Piece]:
+    def column_runs(self) -> Iterator[ColumnRun]:
         """Yield runs of query columns, except those that are padding in every row."""
         step = max(COLUMNS // self.size, 1) * self.size
+        # Moved to the host once, because the sizes of the runs are needed there.
         highest = self.limit.amax(dim=0).tolist()
         lowest = self.limit.where(self.limit >= 0, self.blocks * self.size).amin(dim=0).tolist()
         for start in range(0, self.layout.queries, step):
             columns = slice(start, min(start + step, self.layout.queries))
             seen = max(highest[columns]) + 1
             if seen:
-                yield Piece(columns=columns, blocks=-(-seen // self.size), tail=min(lowest[columns]) + 1)
+                yield ColumnRun(columns=columns, blocks=-(-seen // self.size), tail=min(lowest[columns]) + 1)
 
     def keys(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Copy `values` (B, X, S, C) to key slots: (B · X, P, C), 0 in empty slots."""
@@ -130,35 +126,36 @@ class Grid:
         by_column.scatter_(2, self.source[:, None, :, None].expand_as(gradient), gradient)
         return by_column[:, :, :columns].contiguous()
 
-    def rows(self, values: Tensor, piece: Piece, groups: int, dtype: torch.dtype) -> Tensor:
-        """Copy `values` (B, X, T, C) at the piece's columns: (B · groups, X / groups · t, C), 0 for padding."""
-        source = values[:, :, piece.columns]
+    def rows(self, values: Tensor, run: ColumnRun, groups: int, dtype: torch.dtype) -> Tensor:
+        """Copy `values` (B, X, T, C) at the run's columns: (B · groups, X / groups · t, C), 0 for padding."""
+        source = values[:, :, run.columns]
         rows = torch.empty(source.shape, dtype=dtype, device=values.device).copy_(source)
         if self.padding is not None:
-            rows.masked_fill_(self.padding[:, None, piece.columns, None], 0)
+            rows.masked_fill_(self.padding[:, None, run.columns, None], 0)
         return rows.view(values.shape[0] * groups, -1, values.shape[3])
 
-    def future(self, piece: Piece, hidden: float, dtype: torch.dtype) -> Tensor:
+    def future(self, run: ColumnRun, hidden: float, dtype: torch.dtype) -> Tensor:
         """Return (B or 1, t, s − tail), `hidden` for key slots from `tail` on that a query does not see, otherwise 0."""
-        slots = torch.arange(piece.tail, piece.blocks * self.size, device=self.limit.device)
+        slots = torch.arange(run.tail, run.blocks * self.size, device=self.limit.device)
         zero = torch.zeros((), dtype=dtype, device=slots.device)
-        return torch.where(slots > self.limit[:, piece.columns, None], hidden, zero)
+        return torch.where(slots > self.limit[:, run.columns, None], hidden, zero)
 
-    def places_of(self, blocks: Tensor) -> tuple[Tensor, bool]:
+    def blocks_in_row(self, blocks: Tensor) -> tuple[Tensor, bool]:
         """Number the blocks (B, G, T, K) by their row, N in unused slots; also return whether all queries have all blocks."""
         limit = self.limit[:, None, :, None]
         own = torch.div(limit, self.size, rounding_mode="floor")
         first = 0 if self.first_block is None else self.first_block[:, None, :, None]
         chosen = (blocks >= 0) & (blocks + first <= own)
+        # A run's mask over blocks is superfluous if every query chose all blocks that it sees, as in the warm-up.
         every = self.source is None and bool((chosen.sum(dim=-1) == own[..., 0] + 1).all())
         return (blocks + first).long().masked_fill_(~chosen, self.blocks), every
 
 
-class Hiding:
+class SelectionMask:
     """The mask of a selection on the dense map, as numbers that are added to the logits.
 
     Attributes:
-        places: (B, G, T, K), the selected blocks; see `Grid.places_of`.
+        places: (B, G, T, K), the selected blocks; see `Grid.blocks_in_row`.
     """
 
     def __init__(
@@ -166,31 +163,22 @@ class Hiding:
     ) -> None:
         self._grid, self._hidden = grid, hidden
         blocks = selection.blocks
-        self.places, every = grid.places_of(blocks)
+        self.row_blocks, every = grid.blocks_in_row(blocks)
         self._by_block: Tensor | None = None
         if bias is not None or not every:
-            added = torch.zeros_like(self.places, dtype=dtype) if bias is None else bias.to(dtype) * LOG2E
+            added = torch.zeros_like(self.row_blocks, dtype=dtype) if bias is None else bias.to(dtype) * LOG2E
             by_block = torch.full((*blocks.shape[:3], grid.blocks + 1), hidden, dtype=dtype, device=blocks.device)
-            self._by_block = by_block.scatter_(-1, self.places, added)
+            self._by_block = by_block.scatter_(-1, self.row_blocks, added)
 
-    def add_to(self, logits: Tensor, piece: Piece) -> None:
-        """Add the mask, and the bias if there is one, to the piece's logits (B, G, R, t, s), in place."""
-        future = self._grid.future(piece, self._hidden, logits.dtype)[:, None]
+    def add_to(self, logits: Tensor, run: ColumnRun) -> None:
+        """Add the mask, and the bias if there is one, to the run's logits (B, G, R, t, s), in place."""
+        future = self._grid.future(run, self._hidden, logits.dtype)[:, None]
         if self._by_block is None:
-            logits[..., piece.tail :] += future[:, :, None]
+            logits[..., run.tail :] += future[:, :, None]
             return
-        by_block = self._by_block[:, :, piece.columns, : piece.blocks, None]
-        by_place = by_block.expand(-1, -1, -1, -1, self._grid.size)
-        added = by_place.clone(memory_format=torch.contiguous_format).flatten(3)
-        added[..., piece.tail :] += future
+        by_block = self._by_block[:, :, run.columns, : run.blocks, None]
+        by_slot = by_block.expand(-1, -1, -1, -1, self._grid.size)
+        # The copy makes room for `future`, which differs among the slots of a block.
+        added = by_slot.clone(memory_format=torch.contiguous_format).flatten(3)
+        added[..., run.tail :] += future
         logits += added[:, :, None]
-
-
-def first_blocks(layout: Layout, size: int) -> tuple[list[int], int]:
-    """Return the number of each sequence's first block in its row, and N."""
-    used = [0] * layout.batch
-    first = []
-    for span in layout.spans:
-        first.append(used[span.row])
-        used[span.row] += -(-span.keys // size)
-    return first, max(used, default=0)

@@ -87,6 +87,7 @@ def _block_scores(queries: Tensor, keys: Tensor, first: int, size: int) -> Tenso
 def _pool(scores: Tensor, size: int) -> Tensor:
     """Return the maximum over each block of `size` rows; the last block may be smaller."""
     keys, groups, count = scores.shape
+    # The full blocks are pooled at once through a view, and the incomplete last block by itself.
     whole = keys // size
     best = scores.new_empty(-(-keys // size), groups, count)
     rows = scores[: whole * size].view(whole, size, groups, count)

@@ -28,7 +28,7 @@ from sparsort.kernels.blocksparse.triton.unions import tile_rows, unions
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2_E = tl.constexpr(LOG2_E)
 # A position that no query reaches.
-_NEVER = tl.constexpr(2**31 - 1)
+NEVER = tl.constexpr(2**31 - 1)
 
 
 def attend_forward_triton(
@@ -70,23 +70,14 @@ def attend_forward_triton(
     union = unions(selection, layout, heads=H // G, rows=plan.rows, slots=bias is not None)
     with torch.cuda.device_of(query):
         _forward_kernel[(len(union.tiles), G)](
-            query,
-            key,
-            value,
-            bias if bias is not None else query,
-            output,
-            lse,
+            # Without a bias, any tensor serves as the pointer that the kernel does not read.
+            *(query, key, value, query if bias is None else bias, output, lse),
             *union,
             scale * LOG2_E,
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
-            *(bias.stride() if bias is not None else (0, 0, 0, 0)),
-            *output.stride(),
-            lse.stride(0),
-            lse.stride(1),
-            union.block.shape[2],
-            union.block.shape[1],
+            *(*query.stride(), *key.stride(), *value.stride()),
+            *((0, 0, 0, 0) if bias is None else bias.stride()),
+            *(*output.stride(), *lse.stride()[:2]),
+            *(union.block.shape[2], union.block.shape[1]),
             HEADS=H // G,
             WIDTH=D,
             PADDED=max(16, triton.next_power_of_2(D)),
@@ -132,7 +123,7 @@ def key_positions(block, number, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
     offset = number * KEYS + tl.arange(0, KEYS)
     position = block * BLOCK_SIZE + offset
     if BLOCK_SIZE % KEYS != 0:
-        position = tl.where(offset < BLOCK_SIZE, position, _NEVER)
+        position = tl.where(offset < BLOCK_SIZE, position, NEVER)
     return position
 
 
@@ -147,55 +138,19 @@ def chosen_bias(bias_ptr, slot_ptr, entry, query, member, stride_t, stride_k, QU
 # Arguments that depend on the length of a batch are not specialised, to avoid compiling again, unless wide loads require it.
 @triton.jit(do_not_specialize=["longest", "union_groups", "lse_b", "lse_h", "bias_b", "bias_g", "bias_t", "bias_k"])
 def _forward_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    output_ptr,
-    lse_ptr,
-    tiles_ptr,
-    block_ptr,
-    members_ptr,
-    slot_ptr,
+    query_ptr, key_ptr, value_ptr, bias_ptr, output_ptr, lse_ptr, tiles_ptr, block_ptr, members_ptr, slot_ptr,
     count_ptr,
     scale,
-    query_b,
-    query_h,
-    query_t,
-    query_d,
-    key_b,
-    key_g,
-    key_s,
-    key_d,
-    value_b,
-    value_g,
-    value_s,
-    value_d,
-    bias_b,
-    bias_g,
-    bias_t,
-    bias_k,
-    output_b,
-    output_h,
-    output_t,
-    output_d,
-    lse_b,
-    lse_h,
-    longest,
-    union_groups,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query_b, query_h, query_t, query_d, key_b, key_g, key_s, key_d, value_b, value_g, value_s, value_d,
+    bias_b, bias_g, bias_t, bias_k, output_b, output_h, output_t, output_d, lse_b, lse_h,
+    longest, union_groups,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     row, first, key_start, in_tile, head, position, real = tile_rows(tiles_ptr + tile * 6, HEADS, ROWS)
+    # If all groups share their blocks, there is a single union for them.
     place = tile * union_groups + tl.minimum(group, union_groups - 1)
     block_ptr += place * longest
     members_ptr += place * longest
@@ -217,28 +172,29 @@ def _forward_kernel(
     for step in range(0, tl.load(count_ptr + place) * PARTS):
         entry = step // PARTS
         block = tl.load(block_ptr + entry)
-        at = key_positions(block, step - entry * PARTS, BLOCK_SIZE, KEYS)
+        key_position = key_positions(block, step - entry * PARTS, BLOCK_SIZE, KEYS)
         member = real & (((tl.load(members_ptr + entry) >> in_tile) & 1) != 0)
-        k = load_2d(key_ptr, at, column, key_s, key_d, at <= last, WIDTH)
+        k = load_2d(key_ptr, key_position, column, key_s, key_d, key_position <= last, WIDTH)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_BIAS:
             _, bias = chosen_bias(bias_ptr, slot_ptr, entry, in_tile, member, bias_t, bias_k, QUERIES)
             logits += bias[:, None]
         limit = tl.where(member, position, -1)
-        logits = tl.where(at[None, :] <= limit[:, None], logits, -float("inf"))
-        above = tl.maximum(top, tl.max(logits, 1))
+        logits = tl.where(key_position[None, :] <= limit[:, None], logits, -float("inf"))
+        # The online softmax: sums so far are relative to the old peak, and are rescaled to the new one.
+        new_top = tl.maximum(top, tl.max(logits, 1))
         # If a row has not seen any key yet, its peak is −∞, and −∞ − (−∞) would be NaN.
-        finite = tl.where(above == -float("inf"), 0.0, above)
+        finite = tl.where(new_top == -float("inf"), 0.0, new_top)
         weight = tl.exp2(logits - finite[:, None])
-        fade = tl.exp2(top - finite)
-        total = total * fade + tl.sum(weight, 1)
-        v = load_2d(value_ptr, at, column, value_s, value_d, at <= last, WIDTH)
-        mixed = tl.dot(weight.to(v.dtype), v, mixed * fade[:, None], input_precision=PRECISION)
-        top = above
+        rescale = tl.exp2(top - finite)
+        total = total * rescale + tl.sum(weight, 1)
+        v = load_2d(value_ptr, key_position, column, value_s, value_d, key_position <= last, WIDTH)
+        mixed = tl.dot(weight.to(v.dtype), v, mixed * rescale[:, None], input_precision=PRECISION)
+        top = new_top
 
     empty = total == 0.0
     mixed = mixed / tl.where(empty, 1.0, total)[:, None]
     output_row = row * output_b + head * output_h + query_column.to(tl.int64) * output_t
     store_2d(output_ptr, output_row, column, 1, output_d, mixed, real, WIDTH)
-    seen = (top + tl.log2(tl.where(empty, 1.0, total))) / _LOG2_E
-    tl.store(lse_ptr + row * lse_b + head * lse_h + query_column, tl.where(empty, -float("inf"), seen), mask=real)
+    lse = (top + tl.log2(tl.where(empty, 1.0, total))) / _LOG2_E
+    tl.store(lse_ptr + row * lse_b + head * lse_h + query_column, tl.where(empty, -float("inf"), lse), mask=real)

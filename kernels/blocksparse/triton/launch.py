@@ -21,7 +21,7 @@ from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.triton.unions import MAX_QUERIES
 
-Pass = Literal["forward", "query", "key"]
+KernelPass = Literal["forward", "query", "key"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2_E = 1 / math.log(2)
@@ -54,7 +54,7 @@ class Launch:
     stages: int
 
 
-def launch(which: Pass, query: Tensor, layout: Layout, *, heads: int, block_size: int) -> Launch:
+def launch(which: KernelPass, query: Tensor, layout: Layout, *, heads: int, block_size: int) -> Launch:
     """Return the launch parameters of one pass.
 
     Args:
@@ -77,7 +77,7 @@ def launch(which: Pass, query: Tensor, layout: Layout, *, heads: int, block_size
 
 
 def choose_launch(
-    which: Pass, *, width: int, element: int, rows_of_longest: int, heads: int, block_size: int, shared: int
+    which: KernelPass, *, width: int, element: int, rows_of_longest: int, heads: int, block_size: int, shared: int
 ) -> Launch:
     """Return the result of `launch` from plain numbers; `element` and `shared` (the memory of a program) are in bytes."""
     padded = max(16, triton.next_power_of_2(width))
@@ -92,6 +92,35 @@ def choose_launch(
     sums, products = (2 * keys * padded, 2) if which == "key" else (rows * padded, 1 if which == "forward" else 2)
     per_thread = (sums + products * rows * keys) / (4 * 32)
     return Launch(rows=rows, keys=keys, warps=8 if per_thread > _MOST_PER_THREAD[element] else 4, stages=stages)
+
+
+def align_launch(query: Tensor, index_query: Tensor, block_size: int, shared: int) -> Launch:
+    """Return the launch parameters of the alignment kernels.
+
+    The tile is the largest one whose operands fit a program's shared memory, as measured on the compiled kernels.
+    """
+    width, index_width = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, index_query))
+    element = query.element_size()
+    rows, keys, stages = (64, 128, 2) if element == 2 else (32, 32, 2)
+    keys = max(16, min(keys, triton.next_power_of_2(block_size)))
+
+    def needed() -> int:
+        elements = keys * (width + index_width) + rows * (index_width + stages * width + keys)
+        # A float32 product is computed as three TF32 products, each of which needs its own operands.
+        return int(elements * (2 if element == 2 else 7))
+
+    while needed() > shared or keys * index_width > 128 * 128:
+        if keys > 32:
+            keys //= 2
+        elif stages > 1:
+            stages = 1
+        elif rows > 16:
+            rows //= 2
+        else:
+            break
+    # Above this size, ptxas spills the registers of four warps.
+    wide = rows * keys >= 64 * 64 or keys * max(width, index_width) >= 32 * 128
+    return Launch(rows=rows, keys=keys, warps=8 if wide else 4, stages=stages)
 
 
 def check_triton(query: Tensor) -> None:
@@ -122,7 +151,7 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def _bytes(which: Pass, rows: int, keys: int, padded: int, element: int, stages: int) -> int:
+def _bytes(which: KernelPass, rows: int, keys: int, padded: int, element: int, stages: int) -> int:
     """Estimate the shared memory of a program in bytes."""
     resident, streamed = {"forward": (rows, 2 * keys), "query": (2 * rows, 2 * keys), "key": (2 * keys, 2 * rows)}[
         which

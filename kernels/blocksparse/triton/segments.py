@@ -8,12 +8,15 @@ Blocks that no query chose have no segment.
 Legend: B batch, G groups, N blocks of the row that has the most, W block size.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 import functools
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sparsort.kernels.blocksparse.layout import Layout
@@ -85,3 +88,17 @@ def key_blocks(
     columns = [key_start[sequence] + position, (keys[sequence] - position).clamp(max=block_size), position]
     table[row[sequence] * most + number] = torch.stack(columns, dim=1).int()
     return table.to(device)
+
+
+@triton.jit
+def locate_block(number, table_ptr, groups, blocks):
+    """Read a row of `key_blocks`.
+
+    Returns batch row, group, first key column, number of keys, and position of the first key of block `number` of
+    `Reverse.start`.
+    """
+    row_and_group = number // blocks
+    row = row_and_group // groups
+    # All groups of a batch row have the same blocks, so the table has one row per batch row and block.
+    table_ptr += (row * blocks + number - row_and_group * blocks) * 3
+    return row, row_and_group - row * groups, tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)

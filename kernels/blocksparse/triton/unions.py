@@ -143,25 +143,12 @@ def tile_rows(tile_ptr, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_t", "K", "longest"])
 def _unions_kernel(
-    blocks_ptr,
-    tiles_ptr,
-    block_ptr,
-    members_ptr,
-    slot_ptr,
-    count_ptr,
-    stride_b,
-    stride_g,
-    stride_t,
-    stride_k,
-    K,
-    longest,
-    HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    blocks_ptr, tiles_ptr, block_ptr, members_ptr, slot_ptr, count_ptr,
+    stride_b, stride_g, stride_t, stride_k,
+    K, longest,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
     HAS_SLOT: tl.constexpr,
-):
+):  # fmt: skip
     tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * 6
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     block_ptr += place * longest

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsort.attention.attach import make_selector
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors.base import LayerInputs, Selector
-from sparsort.attention.selectors.build import make_selector
 from sparsort.attention.selectors.fixed import hashed
-from sparsort.attention.selectors.index_branch import IndexBranch, turn
+from sparsort.attention.selectors.index_branch import IndexBranch, apply_rotary
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.ops import attend
@@ -160,7 +160,7 @@ def test_rotary_embedding_keeps_lengths_and_products_at_equal_distance(
 ) -> None:
     places = torch.arange(40, dtype=torch.float64)
     states = _draw(generator, 1, 2, 1, width)
-    turned = turn(states.expand(1, 2, 40, width), _table(places, table))
+    turned = apply_rotary(states.expand(1, 2, 40, width), _table(places, table))
     torch.testing.assert_close(turned.norm(dim=-1), states.norm(dim=-1).expand(1, 2, 40))
     products = turned[0, 0] @ turned[0, 1].mT
     for distance in range(-20, 20, 3):
@@ -176,7 +176,7 @@ def test_rotary_embedding_of_narrow_states_uses_a_table_of_their_width(generator
     places = torch.arange(40, dtype=torch.float64)
     states = _draw(generator, 1, 3, 40, 8)
     expected, _ = apply_rotary_pos_emb(states, states, *_table(places, 8))
-    torch.testing.assert_close(turn(states, _table(places, table)), expected)
+    torch.testing.assert_close(apply_rotary(states, _table(places, table)), expected)
 
 
 # MoBA

@@ -15,10 +15,10 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+from sparsort.attention.attach import make_selector
 from sparsort.attention.config import SparseAttentionConfig
 from sparsort.attention.selectors import SELECTORS, chunks, lm_trained
-from sparsort.attention.selectors.base import Choice, LayerInputs, Selector
-from sparsort.attention.selectors.build import make_selector
+from sparsort.attention.selectors.base import BlockChoice, LayerInputs, Selector
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget, TopPBudget
 from sparsort.kernels.blocksparse.layout import Layout, Span
@@ -156,7 +156,9 @@ def _with_garbage(inputs: LayerInputs, index_keys: Tensor | None) -> tuple[Layer
     return inputs, None if index_keys is None else index_keys.masked_fill(~held[..., None], torch.nan)
 
 
-def _run(selector: Selector, inputs: LayerInputs, index_keys: Tensor | None) -> tuple[Choice, Tensor, Tensor | None]:
+def _run(
+    selector: Selector, inputs: LayerInputs, index_keys: Tensor | None
+) -> tuple[BlockChoice, Tensor, Tensor | None]:
     choice = selector.choose(inputs, index_keys)
     output, lse = attend(
         inputs.query,

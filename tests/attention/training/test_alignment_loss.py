@@ -1,6 +1,6 @@
 """The gradient of LM + λ·Σ KL, however the backward pass is run.
 
-The oracle is plain autograd on that sum: the model in evaluation mode, where nothing is carried, gives the LM loss; an
+The oracle is plain autograd on that sum: the model in evaluation mode, where nothing is attached, gives the LM loss; an
 observer computes every layer's KL by the reference of `kernels/blocksparse`, with its graph; and `torch.autograd.grad` of the
 sum is what every way of training must arrive at. This file is also the program that two processes run for DDP.
 """
@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsort.attention.training.alignment_loss import Carrier
+from sparsort.attention.training.alignment_loss import AlignmentLoss
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.reference import align_ref
 
@@ -264,7 +264,7 @@ def test_no_reference_keeps_the_graph_alive(model: Any, tokens: Make) -> None:
     def nodes() -> int:
         """Autograd nodes of ours that are alive; those of functions in Python are objects that Python knows of."""
         gc.collect()
-        return sum(type(found).__name__ == "_CarryBackward" for found in gc.get_objects())
+        return sum(type(found).__name__ == "_AttachLossBackward" for found in gc.get_objects())
 
     before = nodes()
     outputs = model(**_batch(tokens))
@@ -277,18 +277,18 @@ def test_no_reference_keeps_the_graph_alive(model: Any, tokens: Make) -> None:
     assert all(not value.requires_grad for value in kept)
 
 
-def test_a_carrier_by_itself() -> None:
+def test_an_alignment_loss_by_itself() -> None:
     """y = w·x, loss (w − 1)², total (Σ y + λ·loss)·5: ∂/∂w by hand."""
     w = torch.tensor(3.0, requires_grad=True)
     x = torch.tensor([1.0, 2.0])
-    carrier = Carrier(0.5)
-    y = carrier.carry(w.detach() * x, (w - 1) ** 2, 0)
-    total = carrier.add_to(y.sum(), share=torch.tensor(0.25))
+    losses = AlignmentLoss(0.5)
+    y = losses.attach_to(w.detach() * x, (w - 1) ** 2, 0)
+    total = losses.add_to(y.sum(), share=torch.tensor(0.25))
     assert float(total.detach()) == 9 + 0.5 * 0.25 * 4
     (total * 5).backward()
     assert float(w.grad) == 5 * 0.5 * 0.25 * 4
     with torch.no_grad():
-        assert float(Carrier(1.0).add_to(torch.tensor(2.0))) == 2.0
+        assert float(AlignmentLoss(1.0).add_to(torch.tensor(2.0))) == 2.0
 
 
 # In Trainer
@@ -386,7 +386,7 @@ def _run_rank(folder: Path, rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from sparsort.attention.loading import load_sparse
+    from sparsort.attention.attach import load_sparse
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
@@ -418,7 +418,7 @@ def _main(folder: Path) -> None:
 
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import sparsort.attention.loading  # noqa: F401
+    import sparsort.attention.attach  # noqa: F401
 
     torch.set_num_threads(1)
     ranks = [multiprocessing.get_context("fork").Process(target=_run_rank, args=(folder, rank)) for rank in range(2)]

@@ -417,9 +417,9 @@ def test_two_runs_are_bitwise_the_same(tensors):
 
 
 def test_the_cpu_runs_torch_and_says_why(monkeypatch):
-    assert backend.blocksparse_implementation("cpu") == backend.Choice("torch", "Triton has no cpu backend")
+    assert backend.blocksparse_implementation("cpu") == backend.Decision("torch", "Triton has no cpu backend")
     monkeypatch.setenv("SPARSORT_BLOCKSPARSE", "torch")
-    assert backend.blocksparse_implementation("cuda") == backend.Choice("torch", "SPARSORT_BLOCKSPARSE=torch")
+    assert backend.blocksparse_implementation("cuda") == backend.Decision("torch", "SPARSORT_BLOCKSPARSE=torch")
     # Each has its own variable.
     monkeypatch.setenv("SPARSORT_SPARSITY", "nonsense")
     assert backend.blocksparse_implementation("cpu").value == "torch"

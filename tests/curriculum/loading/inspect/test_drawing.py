@@ -14,9 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.inspect.coverage import coverage_of, spaced
 from sparsort.curriculum.loading.inspect.drawing import BATCHES, draw_plans
-from sparsort.curriculum.loading.inspect.summary import Shown, describe, look, summarise
+from sparsort.curriculum.loading.inspect.summary import (
+    RowAttributes,
+    coverage_of,
+    measure_batches,
+    spaced,
+    summarise,
+)
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
@@ -264,12 +269,12 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_shown_lengths_are_cut_as_the_plan_cuts() -> None:
     plan = plan_curriculum(np.arange(4.0), batch_size=2, lengths=[9, 9, 9, 9], max_length=5)
-    (part,) = look(plan, [0, 2], Shown.of(plan, lengths=[1, 5, 6, 100]))
+    (part,) = measure_batches(plan, [0, 2], RowAttributes.of(plan, lengths=[1, 5, 6, 100]))
     assert part.length is not None
     assert [part.length.lowest, part.length.mean, part.length.highest] == [1, 4, 5]
 
 
 def test_a_configuration_in_one_line() -> None:
     plan = plan_curriculum(np.arange(40.0), batch_size=4, stages=3, pacing="root:start=0.2", direction="random")
-    assert describe(plan.settings) == "sorted, random order, root:start=0.2, 3 stages"
-    assert describe(plan_curriculum(np.arange(9.0), batch_size=4, schedule="as_given").settings) == "as given"
+    assert plan.settings.describe() == "sorted, random order, root:start=0.2, 3 stages"
+    assert plan_curriculum(np.arange(9.0), batch_size=4, schedule="as_given").settings.describe() == "as given"

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsort.curriculum.loading.loader.fingerprints import as_saved, difference, fingerprint_of, fingerprint_of_stream
+from sparsort.curriculum.loading.loader.resuming import as_saved, difference, fingerprint_of, fingerprint_of_stream
 from sparsort.errors import SparsortError
 
 VALUES = st.recursive(

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         other.load(tmp_path)
     about = json.loads((tmp_path / "online.json").read_text())
     (tmp_path / "online.json").write_text(json.dumps(about | {"version": 9}))
-    with OnlineCurriculum(toy, loader) as other, pytest.raises(SparsortError, match="is version 9"):
+    with OnlineCurriculum(toy, loader) as other, pytest.raises(SparsortError, match="has format version 9"):
         other.load(tmp_path)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsort import SparsortError
-from sparsort.curriculum.loading.plan import batches, draw
+from sparsort.curriculum.loading.plan import batches
 from sparsort.curriculum.loading.plan.shuffling import key_of
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=120)
@@ -87,7 +87,7 @@ def test_lengths_are_counts(lengths):
 def test_a_draw_is_distinct_and_within_its_bound(n, size, held, key):
     size, held = min(size, n), min(max(held, min(size, n)), n)
     order = np.random.default_rng(0).permutation(n)
-    drawn = draw.draw(order, held, size, key).tolist()
+    drawn = batches.draw(order, held, size, key).tolist()
     assert len(set(drawn)) == size
     assert set(drawn) <= set(order[:held].tolist())
 
@@ -95,7 +95,7 @@ def test_a_draw_is_distinct_and_within_its_bound(n, size, held, key):
 def test_draws_are_uniform_over_what_is_available():
     counts = np.zeros(50)
     for number in range(4000):
-        counts[draw.draw(np.arange(80), 50, 5, key_of(number))] += 1
+        counts[batches.draw(np.arange(80), 50, 5, key_of(number))] += 1
     assert np.abs(counts / 4000 - 0.1).max() < 0.02
 
 
@@ -104,7 +104,7 @@ def test_a_draw_by_tokens_is_full_and_within_budget(lengths, spare, held, key):
     lengths = np.array(lengths)
     budget, held = int(lengths.max()) + spare, min(held, len(lengths))
     order = np.argsort(lengths, kind="stable")
-    rows = draw.draw_tokens(order, held, budget, lengths, key)
+    rows = batches.draw_tokens(order, held, budget, lengths, key)
     assert len(set(rows.tolist())) == len(rows) >= 1
     assert set(rows.tolist()) <= set(order[:held].tolist())
     assert lengths[rows].max() * len(rows) <= budget
@@ -116,7 +116,7 @@ def test_quotas_hold_in_every_batch_and_exactly_on_average():
     grouped = np.arange(100)
     counts = []
     for number in range(3000):
-        rows = draw.draw_quotas(grouped, starts, shares, 40, 16, key_of(number))
+        rows = batches.draw_quotas(grouped, starts, shares, 40, 16, key_of(number))
         assert len(set(rows.tolist())) == 16
         for group, (first, last) in enumerate(itertools.pairwise(starts.tolist())):
             mine = rows[(rows >= first) & (rows < last)]

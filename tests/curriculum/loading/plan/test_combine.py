@@ -180,7 +180,7 @@ def test_one_score_alone_is_its_percentiles(values: list[float], how: Any) -> No
     np.testing.assert_array_equal(combine(scores, how), percentiles(scores["only"]))
 
 
-@pytest.mark.parametrize("how", COMBINATIONS)
+@pytest.mark.parametrize("combination", COMBINATIONS)
 def test_scores_that_are_all_equal_leave_every_row_in_the_middle(how: Any) -> None:
     assert combine({"a": [3.0] * 5, "b": [7] * 5}, how).tolist() == [0.5] * 5
     assert combine({"a": [3.0], "b": [math.inf]}, how).tolist() == [0.5]
@@ -193,7 +193,7 @@ def test_scores_that_are_all_equal_leave_every_row_in_the_middle(how: Any) -> No
     ("arguments", "message"),
     [
         ({"scores": {}}, "no scores"),
-        ({"how": "rank_avg"}, "Did you mean 'rank_average'"),
+        ({"combination": "rank_avg"}, "Did you mean 'rank_average'"),
         ({"scores": {"a": [1, 2], "b": [1]}}, "different numbers of rows (a: 2, b: 1)"),
         ({"scores": {"a": [1, math.nan], "b": [math.nan, 1]}}, "not one of the 2 rows has all the scores"),
         ({"scores": {"a": [math.nan] * 3, "b": [1, 2, 3]}}, "(rows with a number: a: 0, b: 3)"),
@@ -209,13 +209,13 @@ def test_scores_that_are_all_equal_leave_every_row_in_the_middle(how: Any) -> No
         ({"weights": {"a": math.nan, "b": 1}}, "the weight of a is nan"),
         ({"weights": {"a": math.inf, "b": 1}}, "the weight of a is inf"),
         ({"weights": {"a": "1", "b": 1}}, "the weight of a is '1'"),
-        ({"weights": {"a": 1, "b": 1}, "how": "intersection"}, "weights were given to 'intersection'"),
-        ({"levels": 0, "how": "lexicographic"}, "levels = 0"),
-        ({"levels": 2.5, "how": "lexicographic"}, "levels = 2.5"),
+        ({"weights": {"a": 1, "b": 1}, "combination": "intersection"}, "weights were given to 'intersection'"),
+        ({"levels": 0, "combination": "lexicographic"}, "levels = 0"),
+        ({"levels": 2.5, "combination": "lexicographic"}, "levels = 2.5"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
-    given_arguments = {"scores": {"a": [1.0, 2.0], "b": [2.0, 1.0]}, "how": "rank_average", **arguments}
+    given_arguments = {"scores": {"a": [1.0, 2.0], "b": [2.0, 1.0]}, "combination": "rank_average", **arguments}
     with pytest.raises(SparsortError) as caught:
         combine(given_arguments.pop("scores"), **given_arguments)
     assert message in str(caught.value)

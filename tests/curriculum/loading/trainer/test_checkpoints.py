@@ -162,7 +162,7 @@ def test_a_checkpoint_without_digests_is_used_if_nothing_contradicts_it(
     trainer = _trainer(run, save_strategy="no")
     trainer.train(resume_from_checkpoint=True)
     assert trainer._resumed_from is None
-    assert trainer._passed_over == []
+    assert trainer._damaged == []
     assert _weights(trainer) == whole[1]
 
 

@@ -15,15 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsort.kernels.blocksparse import ops
 from sparsort.kernels.blocksparse.budgets import Budget, FixedBudget, ThresholdBudget, TopPBudget
 from sparsort.kernels.blocksparse.cpu import attend as blockwise
-from sparsort.kernels.blocksparse.cpu import dense_map as short
-from sparsort.kernels.blocksparse.cpu import key_slots as places
-from sparsort.kernels.blocksparse.cpu import select as scoring
-from sparsort.kernels.blocksparse.cpu import tiles
+from sparsort.kernels.blocksparse.cpu import dense_map, key_slots, select, tiles
 from sparsort.kernels.blocksparse.cpu.align import align_forward
 from sparsort.kernels.blocksparse.cpu.attend import attend_backward, attend_forward
 from sparsort.kernels.blocksparse.cpu.select import index_select
 from sparsort.kernels.blocksparse.layout import Layout, Span
-from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, index_select_ref, key_places
+from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, index_select_ref, key_positions
 from sparsort.kernels.blocksparse.selection import Selection, every_block
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [0] * 13, [1] * 13])
@@ -126,7 +123,7 @@ def make(
         selection = Selection(blocks=torch.where(used, order, -1).int(), block_size=size)
     check_blocks(selection, layout)
     padding = (layout.span_of_query("cpu") < 0)[:, None, :, None]
-    unkeyed = (key_places(layout, "cpu")[0] < 0)[:, None, :, None]
+    unkeyed = (key_positions(layout, "cpu")[0] < 0)[:, None, :, None]
     # Heads after tokens in memory, as the projections of a layer leave them.
     made = {
         "query": normal(B, T, heads * groups, width).transpose(1, 2).masked_fill(padding, torch.nan),
@@ -154,11 +151,11 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_to(elements: int, way: Literal["blocks", "gather", "short"]) -> None:
         monkeypatch.setattr(tiles, "CHUNK_ELEMENTS", elements)
-        monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(select, "_CHUNK_ELEMENTS", elements)
         monkeypatch.setattr(blockwise, "_GATHER_ELEMENTS", elements)
-        monkeypatch.setattr(places, "COLUMNS", COLUMNS.get(elements, 16))
+        monkeypatch.setattr(key_slots, "COLUMNS", COLUMNS.get(elements, 16))
         for name in ("attends_short", "scores_short"):
-            monkeypatch.setattr(short, name, lambda *_: way == "short")
+            monkeypatch.setattr(dense_map, name, lambda *_: way == "short")
         monkeypatch.setattr(blockwise, "_is_few", lambda *_: way == "gather")
 
     return set_to
@@ -375,4 +372,4 @@ def test_the_highest_score_of_a_block_is_the_same_however_many_columns_there_are
     scores[size - 1, 5] = -torch.inf
     expected = torch.stack([part.amax(dim=0) for part in scores.split(size)])
     for columns in (1, 2, 7, 16, 17):
-        assert torch.equal(scoring._pool(scores[:, :columns].contiguous(), size), expected[:, :columns])
+        assert torch.equal(select._pool(scores[:, :columns].contiguous(), size), expected[:, :columns])

@@ -17,9 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsort.kernels.blocksparse import ops
 from sparsort.kernels.blocksparse.budgets import FixedBudget
-from sparsort.kernels.blocksparse.cpu import dense_map as short
-from sparsort.kernels.blocksparse.cpu import key_slots as places
-from sparsort.kernels.blocksparse.cpu import tiles
+from sparsort.kernels.blocksparse.cpu import dense_map, key_slots, tiles
 from sparsort.kernels.blocksparse.layout import Layout
 from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, index_select_ref
 from sparsort.kernels.blocksparse.selection import Selection, every_block
@@ -35,28 +33,28 @@ def slots(layout: Layout, count: int, groups: int = 2, block_size: int = 16) -> 
 
 def test_short_batches_take_it_and_long_or_decoding_ones_do_not() -> None:
     study = Layout.plain(8, 256)
-    assert short.attends_short(slots(study, 4), study, 4)
-    assert short.scores_short(study, 2, 16)
+    assert dense_map.attends_short(slots(study, 4), study, 4)
+    assert dense_map.scores_short(study, 2, 16)
     # Every block of a warm-up: there is nothing to save.
     warm_up = Layout.plain(8, 1024)
-    assert short.attends_short(slots(warm_up, 64), warm_up, 4)
+    assert dense_map.attends_short(slots(warm_up, 64), warm_up, 4)
     # 128 of 4096 keys in large blocks: much to save, and little to pay for it.
     long = Layout.plain(1, 4096)
-    assert not short.attends_short(slots(long, 2, block_size=64), long, 8)
+    assert not dense_map.attends_short(slots(long, 2, block_size=64), long, 8)
     for layout in (Layout.plain(8, 1, 256), Layout.plain(2, 0), Layout(spans=(), batch=2, queries=5, keys=5)):
-        assert not short.attends_short(slots(layout, 4), layout, 4)
-        assert not short.scores_short(layout, 2, 16)
+        assert not dense_map.attends_short(slots(layout, 4), layout, 4)
+        assert not dense_map.scores_short(layout, 2, 16)
 
 
 def test_packed_rows_of_short_sequences_are_not_a_long_sequence() -> None:
     one, packed = Layout.from_lengths([[2048]]), Layout.from_lengths([[64] * 32])
-    assert short.attends_short(slots(one, 32, block_size=64), one, 8)
+    assert dense_map.attends_short(slots(one, 32, block_size=64), one, 8)
     # On the dense map of the row, 31 of 32 logits would be between sequences.
-    assert not short.attends_short(slots(packed, 32, block_size=64), packed, 8)
+    assert not dense_map.attends_short(slots(packed, 32, block_size=64), packed, 8)
     # Each of these takes a whole block, so that they have 64 times the places of their columns.
     single = Layout.from_lengths([[1] * 1024] * 8)
-    assert not short.scores_short(single, 2, 64)
-    assert short.scores_short(Layout.plain(8, 1024), 2, 64)
+    assert not dense_map.scores_short(single, 2, 64)
+    assert dense_map.scores_short(Layout.plain(8, 1024), 2, 64)
 
 
 class Largest(TorchDispatchMode):
@@ -79,7 +77,7 @@ def test_every_operation_takes_it_where_it_pays_and_holds_no_more_than_a_chunk(
     monkeypatch.setattr(tiles, "CHUNK_ELEMENTS", 1 << 17)
     taken = []
     for name in ("index_select", "attend_forward", "attend_backward", "align_forward"):
-        monkeypatch.setattr(short, name, noting(taken, name, getattr(short, name)))
+        monkeypatch.setattr(dense_map, name, noting(taken, name, getattr(dense_map, name)))
     layout = Layout.plain(2, length)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, length, 8, generator=generator, requires_grad=True)
@@ -104,7 +102,7 @@ def noting(taken: list[str], name: str, function: Callable[..., Any]) -> Callabl
 
 @pytest.mark.parametrize("taken", [True, False])
 def test_blocks_that_a_query_cannot_see_count_for_nothing(taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short, "attends_short", lambda *_: taken)
+    monkeypatch.setattr(dense_map, "attends_short", lambda *_: taken)
     layout = Layout.from_lengths([[6, 9], [13]])
     query, key = (torch.randn(2, 2, 15, 4, generator=torch.Generator().manual_seed(n)) for n in range(2))
     own = every_block(layout, 2, 4).blocks
@@ -114,9 +112,9 @@ def test_blocks_that_a_query_cannot_see_count_for_nothing(taken: bool, monkeypat
 
 
 def on_the_map(patch: pytest.MonkeyPatch, columns: int) -> None:
-    patch.setattr(places, "COLUMNS", columns)
+    patch.setattr(key_slots, "COLUMNS", columns)
     for name in ("attends_short", "scores_short"):
-        patch.setattr(short, name, lambda *_: True)
+        patch.setattr(dense_map, name, lambda *_: True)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from selections import check_blocks
 
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.layout import Layout, Span
-from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, key_places
+from sparsort.kernels.blocksparse.reference import align_ref, attend_ref, key_positions
 from sparsort.kernels.blocksparse.selection import Selection, every_block
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -70,7 +70,7 @@ def on_device(selection):
 def inputs(layout, groups, heads, width, index_width, dtype, normal):
     """query, key, index_query, index_key; NaN in padding."""
     no_query = (layout.span_of_query("cpu") < 0)[:, None, :, None]
-    no_key = (key_places(layout, "cpu")[0] < 0)[:, None, :, None]
+    no_key = (key_positions(layout, "cpu")[0] < 0)[:, None, :, None]
     query = normal(layout.batch, groups * heads, layout.queries, width).masked_fill(no_query, torch.nan)
     key = normal(layout.batch, groups, layout.keys, width).masked_fill(no_key, torch.nan)
     index_query = normal(layout.batch, groups, layout.queries, index_width).masked_fill(no_query, torch.nan)

@@ -31,7 +31,7 @@ if not CUDA and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Triton loaded", allow_module_level=True)
 
-from sparsort.kernels.blocksparse.triton import attend_backward_keys  # noqa: E402
+from sparsort.kernels.blocksparse.triton import attend_backward  # noqa: E402
 from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton  # noqa: E402
 from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton  # noqa: E402
 from sparsort.kernels.blocksparse.triton.launch import choose_launch  # noqa: E402
@@ -249,7 +249,7 @@ def test_twice_run_is_bitwise_the_same(monkeypatch):
     """Also into memory that held something else, and with the queries of every block cut into many segments."""
     problem = Problem(Layout.from_lengths([[11, 1, 7], [9]]), heads=3, block_size=4)
     whole = problem.run()
-    monkeypatch.setattr(attend_backward_keys, "longest_segment", lambda *_: 4)
+    monkeypatch.setattr(attend_backward, "longest_segment", lambda *_: 4)
     first = problem.check()
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -441,7 +441,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from sparsort.kernels.blocksparse.triton import attend_backward_keys
+from sparsort.kernels.blocksparse.triton import attend_backward
 from sparsort.kernels.blocksparse.triton.attend import attend_forward_triton
 from sparsort.kernels.blocksparse.triton.attend_backward import attend_backward_triton
 from sparsort.kernels.blocksparse.layout import Layout
@@ -458,7 +458,7 @@ def compiled(self, *args, grid, warmup, **options):
 
 driver.set_active(NoDevice())
 run, JITFunction.run = JITFunction.run, compiled
-attend_backward_keys.longest_segment = lambda *_: 4
+attend_backward.longest_segment = lambda *_: 4
 layout = Layout.plain(1, 40)
 query, key = (torch.zeros(1, heads, 40, 32, dtype=torch.bfloat16) for heads in (4, 2))
 selection = Selection(blocks=torch.zeros(1, 2, 40, 2, dtype=torch.int32), block_size=32)

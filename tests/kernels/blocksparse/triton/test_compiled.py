@@ -19,15 +19,15 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sparsort.kernels.blocksparse.triton import align_kernels
-from sparsort.kernels.blocksparse.triton import select_kernel
+from sparsort.kernels.blocksparse.triton import align
+from sparsort.kernels.blocksparse.triton import select
 
 POINTERS = {"order_ptr": "*i64", "bounds_ptr": "*i64", "chooser_ptr": "*i64", "slot_ptr": "*i64", "table_ptr": "*i32",
             "position_ptr": "*i32", "blocks_ptr": "*i32"}
 VECTORS = ("query_ptr", "key_ptr", "index_query_ptr", "index_key_ptr")
 SCALARS = ("scale", "scale2", "index_scale", "index_scale2")
 name, dtype, capability, constants = json.loads(sys.argv[1])
-kernel = getattr(select_kernel if name == "select_kernel" else align_kernels, name)
+kernel = getattr(select if name == "select_kernel" else align, name)
 
 def kind(argument):
     if argument in constants:

@@ -11,7 +11,7 @@ from selections import check_blocks
 from sparsort.errors import SparsortError
 from sparsort.kernels.blocksparse.budgets import FixedBudget, ThresholdBudget, TopPBudget
 from sparsort.kernels.blocksparse.layout import Layout, Span
-from sparsort.kernels.blocksparse.reference import block_scores, index_scores, index_select_ref, key_places
+from sparsort.kernels.blocksparse.reference import block_scores, index_scores, index_select_ref, key_positions
 
 pytest.importorskip("triton", reason="Triton is not installed")
 CUDA = torch.cuda.is_available()
@@ -59,7 +59,7 @@ def tied(layout, groups, width, seed=0):
     index_query = whole(layout.batch, groups, layout.queries, width)
     index_key = whole(layout.batch, layout.keys, width)
     index_query.masked_fill_((layout.span_of_query("cpu") < 0)[:, None, :, None], torch.nan)
-    index_key.masked_fill_((key_places(layout, "cpu")[0] < 0)[..., None], torch.nan)
+    index_key.masked_fill_((key_positions(layout, "cpu")[0] < 0)[..., None], torch.nan)
     return index_query, index_key
 
 
