@@ -1,4 +1,4 @@
-"""The prior of `choose --by pdo` that loses least when the label shares of the pool and of the queries differ.
+"""Which prior of `choose --criterion pdo` loses least when the label shares of the pool and of the queries differ.
 
     python benchmarks/studies/ordering/prior_shift.py --data FOLDER --save
 
@@ -132,9 +132,10 @@ def samples(case: Case, shift: Shift, resamples: int, *, from_pool: bool) -> Ite
 
     Args:
         case: the demonstration set.
-        shift: the shift.
-        resamples: number of resamples.
-        from_pool: whether the criterion reads unlabelled rows of the pool, as `choose -k` does if it has no queries.
+        shift: what is shifted.
+        resamples: how many.
+        from_pool: whether the criterion reads unlabelled rows of the pool, as `choose -k` does without --queries, and not the
+            queries.
     """
     labels = len(case.prior)
     natural = np.bincount(case.gold, minlength=labels) / len(case.gold)

@@ -93,14 +93,14 @@ def test_a_killed_run_continues_and_ends_the_same(data: Path, tmp_path: Path, fo
     assert forks.run(tmp_path / "killed", (_KILLED, ["train", *command], {})) == [-signal.SIGKILL]
     assert not (tmp_path / "run" / "result.json").exists()
     shown = _cli(*command).stdout
-    for figure in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
-        assert figure in shown
-    assert "Went on from step" in shown
+    for told in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
+        assert told in shown
+    assert "Resumed from step" in shown
     for name in ("history.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     assert sparsort.load_sparse(tmp_path / "run" / "model").sparse_attention.config.block_size == 4
     other = _cli(*command[:-4], "--recipe", "sparse", "--out", tmp_path / "run", code=2)
-    assert "holds another run" in other.stderr
+    assert "has another run" in other.stderr
 
 
 def test_options_go_before_the_recipe_and_the_recipe_before_defaults(data: Path, tmp_path: Path) -> None:
