@@ -18,7 +18,14 @@ import torch
 
 from sparsort.errors import SparsortError, first_line, unknown_choice
 from sparsort.kernels.backend import Decision, compute_dtype, default_device, use_device
-from sparsort.scoring.loading.demo_model import hint_at, load_tokenizer, quiet_transformers, resolve_model
+from sparsort.scoring.loading.demo_model import (
+    EXPECTED_MODELS,
+    ResolvedModel,
+    hint_at,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_model,
+)
 from sparsort.scoring.loading.dtypes import DTYPES
 from sparsort.scoring.loading.gguf_files import make_plain, sha256_of, through_cache
 from sparsort.scoring.loading.hub import cached_only
@@ -151,18 +158,15 @@ def _read_gguf(file: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 def _device_and_dtype(device: str, dtype: str) -> tuple[Decision[torch.device], Decision[torch.dtype]]:
-    """Where to run and in which dtype, tried with an empty tensor.
-
-    Raises:
-        SparsortError: there is no such device, or it does not have the dtype.
-    """
+    """The device and dtype to run on, or a `SparsortError` if there is no such device or it does not have the dtype."""
     try:
-        where = default_device() if device == "auto" else Decision(torch.device(device), "asked for")
-        torch.empty(0, device=where.value)
+        run_device = default_device() if device == "auto" else Decision(torch.device(device), "asked for")
+        # torch reports a missing device or dtype only when it allocates a tensor.
+        torch.empty(0, device=run_device.value)
     except (RuntimeError, AssertionError) as error:
         first = first_line(error).rstrip(".")
         raise SparsortError(f"cannot use the device {device!r}: {first}. {use_device()}") from None
-    kind = compute_dtype(where.value) if dtype == "auto" else Decision(_DTYPES[dtype], "asked for")
+    run_dtype = compute_dtype(run_device.value) if dtype == "auto" else Decision(_DTYPES[dtype], "asked for")
     try:
         torch.empty(0, device=run_device.value, dtype=run_dtype.value)
     except (RuntimeError, TypeError) as error:
