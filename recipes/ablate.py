@@ -156,11 +156,11 @@ def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
         left = run.run_all(advance)
     if left:
         _LOG.warning("%d sets are being run by another process; waiting for them.", len(left))
-    while left or not all(run.bare(name) for name in run.tasks):
+    while left or not all(run.run_zero_shot(name) for name in run.tasks):
         # Another process has locked these sets. When it has finished them or has died, this loop finds nothing more to do, or
         # runs the rest.
         time.sleep(_WAIT_SECONDS)
-        left = [unit for unit in left if not run.unit(unit)]
+        left = [demo_set for demo_set in left if not run.run_set(demo_set)]
     model = {"model": engine.loaded.name, "device": str(engine.loaded.device.value)}
     return _Outcomes(
         collector=Collector(ablation, store, run.tasks, engine.loaded.tokenizer),
@@ -281,7 +281,13 @@ def find_source(
     if path.suffix == ".toml" or (is_ready and (prompt is None or not path.exists())):
         return {"tasks": tuple(names), "data": data} if is_ready else _from_toml(path, data)
     if path.exists():
-        options = {"answer": answer, "judge": judge, "stop": stop, "max_new_tokens": max_new_tokens, "chat": chat}
+        options: dict[str, Any] = {
+            "answer": answer,
+            "judge": judge,
+            "stop": stop,
+            "max_new_tokens": max_new_tokens,
+            "chat": chat,
+        }
         options |= {"system": system, "id_column": id_column, "columns": columns}
         return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, options),), "data": Path()}
     raise SparsortError(

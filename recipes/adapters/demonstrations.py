@@ -167,10 +167,10 @@ class DemoChooser:
         if leaking:
             pool = DemoPool((all_rows[at] for at in self._positions), prompt=options.prompt, label=options.label)
         self._pool = pool
-        self._difficulty = None if difficulty is None else Column.of(difficulty[self._positions])
-        self._embeddings = Column(len(pool), lambda at: self._embed([self._input(pool.rows[i]) for i in at]))
+        self._difficulty = None if difficulty is None else RowNumbers.of(difficulty[self._positions])
+        self._embeddings = RowNumbers(len(pool), lambda at: self._embed([self._input(pool.rows[i]) for i in at]))
         text = options.text
-        self._lengths = text and Column(len(pool), lambda at: [len(text(pool.rows[i])) for i in at])
+        self._lengths = text and RowNumbers(len(pool), lambda at: [len(text(pool.rows[i])) for i in at])
 
     def choose(self, query: Query | None, k: int, *, seed: int = 0) -> list[int]:
         """Positions in the pool of k demonstrations, first to last.

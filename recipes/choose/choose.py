@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.recipe.ablation import probes_of
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
-from sparsort.curriculum.ablation.recipe.task_data import Showing
+from sparsort.curriculum.ablation.recipe.task_data import SetDemos
 from sparsort.curriculum.ablation.recipe.tasks import Task, task_from_flags
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
@@ -36,7 +36,7 @@ from sparsort.terminal.progress import progress
 from sparsort.values import text_if_any
 
 if TYPE_CHECKING:
-    from sparsort.curriculum.demos.criteria.ranking import Choice
+    from sparsort.curriculum.demos.criteria.ranking import OrderRanking
     from sparsort.scoring.loading.load import LoadedModel
 
 Rows = Sequence[Mapping[str, Any]]
@@ -227,12 +227,12 @@ def _query_texts(reader: _OrderReader, task: Task, by: str, queries: Rows, seed:
     return texts
 
 
-def _how_ties_were_broken(choice: Choice, count: int) -> str:
-    if choice.drawn > 1:
-        how = f"among {choice.drawn} of them, one was drawn by the seed"
+def _how_ties_were_broken(ranking: OrderRanking, count: int) -> str:
+    if ranking.drawn > 1:
+        how = f"among {ranking.drawn} of them, one was drawn by the seed"
     else:
         how = "the likelihood of the right labels decided"
-    return f"{choice.tied} of {count} orders share the best score; {how}."
+    return f"{ranking.tied} of {count} orders share the best score; {how}."
 
 
 def _provenance(loaded: LoadedModel, task: Task, by: str, entry: Criterion, seed: int) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class _OrderReader:
         self._task, self._orders = task, orders_RK
         self._reader = AnswerReader(loaded, chat=task.chat, token_budget=token_budget)
         self._texts = Texts(task, loaded.tokenizer)
-        self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
+        self._set_demos = SetDemos(rows=demos, of_query=np.arange(len(demos))[None])
         self.count = len(orders_RK)
         self.tokens_read = 0
 
@@ -281,7 +281,7 @@ class _OrderReader:
         """Queries that the model writes, one after each order (arXiv 2104.08786)."""
         from sparsort.curriculum.ablation.run.probing import probes
 
-        sampled = probes(self._reader, self._texts, self._showing, self._orders, seed)
+        sampled = probes(self._reader, self._texts, self._set_demos, self._orders, seed)
         self.tokens_read += sampled["sampling_tokens"]
         return list(sampled["texts"])
 
@@ -290,7 +290,7 @@ class _OrderReader:
         if plan.shares is not None:
             return plan
         texts = [self._task.query_text(row) for row in plan.labelled]
-        log_p, _ = self._read(self._showing.demos(0, self._orders[0]), texts)
+        log_p, _ = self._read(self._set_demos.demos(0, self._orders[0]), texts)
         return plan.estimate(evidence.log_p[0], log_p, [self._task.gold_index(row) for row in plan.labelled])
 
     def evidence(self, queries: Sequence[str], entry: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
@@ -302,7 +302,7 @@ class _OrderReader:
             # In lexicographic order, orders with the same first demonstrations follow each other, and the reader reuses its
             # keys and values for what two prefixes have in common.
             for place in np.lexsort(self._orders.T[::-1]).tolist():
-                demos = self._showing.demos(0, self._orders[place])
+                demos = self._set_demos.demos(0, self._orders[place])
                 log_p[place], features[place] = self._read(demos, [*queries, *free])
                 advance(1)
         bare = self._read([], queries)[1] if "bare_features" in entry.needs else None

@@ -28,7 +28,7 @@ def _is(values: Values, name: str, choices: Collection[str], known: Collection[s
     return values[name] in choices or values[name] not in known
 
 
-def _selects(values: Values, holds: Callable[[SelectorEntry], bool]) -> bool:
+def _selects(values: Values, holds: Callable[[DemoSelectorEntry], bool]) -> bool:
     """Whether `holds` is true for the selector's entry; true for a value that is not a selector."""
     return values["select"] not in SELECTORS or holds(SELECTORS[values["select"]])
 

@@ -20,6 +20,7 @@ from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.pool.rows import listed
+from sparsort.curriculum.demos.prompt import PromptForm
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError
 from sparsort.options import values_of
@@ -117,7 +118,7 @@ def order_file(
     source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
     _check_scored(model, known, selection.indices)
     tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
-    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
+    shown = replace(demonstrator, form=_form(config, text)).demonstrate(known, selection, tokenizer=tokenizer)
     return _result(model, known, shown)
 
 

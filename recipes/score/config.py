@@ -207,7 +207,7 @@ class ScorerConfig:
         if loaded is None and tokenizer is not None:
             model = replace(model, tokenizer=tokenizer)
         if self.loaded_calibration is not None:
-            from sparsort.scoring.calibration.calibrated import CalibratedScorer
+            from sparsort.scoring.calibration.calibration import CalibratedScorer
 
             return CalibratedScorer(self.loaded_calibration, model)
         if entry.runs_model:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparsort.curriculum.demos.criteria.distributions import Floats
-    from sparsort.curriculum.demos.criteria.ranking import ChosenOrder
+    from sparsort.curriculum.demos.criteria.ranking import OrderRanking
 
 CriterionName = Literal[
     "globale",
@@ -149,7 +149,7 @@ class Criterion(Entry):
             return rank_average([member.scores(evidence) for member in self.members])
         return self._call(self.place, evidence)
 
-    def choose(self, evidence: Evidence, *, seed: int = 0) -> ChosenOrder:
+    def choose(self, evidence: Evidence, *, seed: int = 0) -> OrderRanking:
         """The best order, and the number of ties. The seed decides among the orders that still tie after the tiebreak.
 
         Raises:

@@ -40,7 +40,7 @@ def globale(log_p_OPL: Any) -> Floats:
     Cost: O·P pairs, and O generations for the probing set of the paper (`ablation.run.probing`).
     Traps: the score has few values, so ties are common. If labels tie on a probe, the first of them is predicted. An even
     histogram scores best even if the task is not balanced (`pdo` with a prior avoids this). The authors report the mean over
-    the four best of 24 orders (`ChosenOrder.ranking`), which varies less than the best one, and add 1e-5 to every count.
+    the four best of 24 orders (`OrderRanking.ranking`), which varies less than the best one, and add 1e-5 to every count.
     """
     scores_OPL = label_scores(log_p_OPL, _AXES)
     predicted_OP = scores_OPL.argmax(axis=-1)

@@ -24,7 +24,7 @@ _RELATIVE, _ABSOLUTE = 1e-9, 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChosenOrder:
+class OrderRanking:
     """The candidate with the best score.
 
     Attributes:
@@ -41,7 +41,7 @@ class ChosenOrder:
     drawn: int
 
 
-def choose(scores: Any, *, tiebreak: Any = None, seed: int = 0) -> ChosenOrder:
+def choose(scores: Any, *, tiebreak: Any = None, seed: int = 0) -> OrderRanking:
     """The candidate with the highest score.
 
     Args:
@@ -60,7 +60,7 @@ def choose(scores: Any, *, tiebreak: Any = None, seed: int = 0) -> ChosenOrder:
     # `lexsort` sorts by its last key first.
     ranking = np.lexsort((shuffled_O, second_O, level_O)).astype(np.int64)
     is_best_O = level_O == 0
-    return ChosenOrder(
+    return OrderRanking(
         index=int(ranking[0]),
         ranking=ranking,
         tied=int(is_best_O.sum()),

@@ -129,7 +129,7 @@ def align_forward_triton(
     for chunk, start in enumerate(range(0, T, work.range * work.splits)):
         C = min(work.range * work.splits, T - start)
         part = slice(start, start + C)
-        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(query):
             launches = _ChunkLaunches(work, plan, selection, layout, chunk, start, C, slots)
             # All groups share one head of index keys, which the expanded view presents as one per group.
             student_lse = launches.lse(index_query, index_key[:, None].expand(B, G, S, width), index_scale)

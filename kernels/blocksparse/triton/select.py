@@ -121,7 +121,7 @@ def _highest(
     scores = torch.full(blocks.shape if scored else (0,), -torch.inf, device=index_query.device)
     softmax = torch.ones((splits, B, G, T, 2) if scored else (0,), device=index_query.device)
     if programs and K:
-        with torch.cuda.device_of(index_query):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(index_query):
             select_kernel[(programs * splits,)](
                 *(index_query, index_key, layout.table(index_query.device), blocks, scores, softmax),
                 *(len(layout.spans), tiles, splits),

@@ -52,7 +52,7 @@ def order(
 
     if scorer.draws:
         scorer = dataclasses.replace(scorer, seed=config.seed)
-    cache = RowCache() if not options.no_cache and is_kept() else None
+    cache = RowCache() if not options.no_cache and is_enabled() else None
     result = order_file(file, query=options.query, config=config, scorer=scorer, scores=options.scores, cache=cache)
     if options.out is not None:
         from sparsort.storage.files import write_atomically
