@@ -67,8 +67,9 @@ class PlanOptions:
         fingerprint: the caller's name for the data; see `plan_curriculum`.
         draw: file for the figure: .png, .pdf or .svg.
         compare: folders of saved plans over the same rows, by name, which the figure shows next to the new plan.
+        export: file or folder for the rows in training order; see `export_plan`.
         show_groups: field whose shares are shown, without an effect on the plan.
-        epoch: the epoch that is summarised and drawn.
+        epoch: the epoch that is summarised, drawn and exported.
     """
 
     data: Any = option(None, "Rows to train on, matched to the scores [default: the scored rows].", kind=Path | None)
@@ -107,8 +108,13 @@ class PlanOptions:
         kind=list[str] | None,
         read=lambda texts: named_paths(texts, "plans"),
     )
+    export: str | Path | None = option(
+        None,
+        "Write the rows of an epoch in training order: a .parquet or .jsonl file, or a folder for datasets.load_from_disk.",
+        kind=Path | None,
+    )
     show_groups: str | None = option(None, "Field whose shares are shown, without an effect on the plan.")
-    epoch: int = option(0, "The epoch to show, counted from 0.")
+    epoch: int = option(0, "The epoch to show and to export, counted from 0.")
 
     @property
     def fields(self) -> dict[str, str]:
@@ -125,10 +131,11 @@ class Planned:
     summary: PlanSummary
     out: Path | None
     figure: Path | None
+    export: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and the files, as JSON values."""
-        files = {"out": self.out, "figure": self.figure}
+        files = {"out": self.out, "figure": self.figure, "export": self.export}
         return self.summary.to_json() | {name: None if path is None else str(path) for name, path in files.items()}
 
 
@@ -154,6 +161,7 @@ def make_plan(
         >>> planned = make_plan("scores", settings=CurriculumSettings(batch_size=32, stages=10))
         >>> planned.summary.parts[0].difficulty.mean
     """
+    from sparsort.curriculum.loading.export import check_export, export_plan
     from sparsort.curriculum.loading.inspect.drawing import draw_plans
     from sparsort.curriculum.loading.inspect.summary import summarise
     from sparsort.curriculum.loading.plan.planning import plan_curriculum
@@ -188,15 +196,25 @@ def make_plan(
         draw_plans(
             {THIS: plan, **others} if others else plan, figure, epoch=options.epoch, lengths=tokens, groups=groups
         )
-    return Planned(plan=plan, summary=summary, out=None if options.out is None else Path(options.out), figure=figure)
+    export = None if options.export is None else check_export(options.export)
+    if export is not None and records is not None:
+        export_plan(plan, records.source, export, epoch=options.epoch)
+    return Planned(
+        plan=plan, summary=summary, out=None if options.out is None else Path(options.out), figure=figure, export=export
+    )
 
 
 def _check(paths: Mapping[str, str | Path], options: PlanOptions) -> dict[str, CurriculumPlan]:
     """Refuse options that do not fit together, before any score is read, and open the saved plans."""
+    from sparsort.curriculum.loading.export import check_export
     from sparsort.curriculum.loading.inspect.drawing import check_figure
     from sparsort.curriculum.loading.plan.combine import COMBINATIONS
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 
+    if options.export is not None:
+        check_export(options.export)
+        if options.data is None:
+            raise SparsortError("an export (--export) contains the rows of the data: pass data too (--data FILE).")
     if options.draw is not None:
         check_figure(options.draw)
     elif options.compare:
@@ -230,23 +248,23 @@ class _Records(Sequence[Mapping[str, Any]]):
     """The records of a source, which are read from its file on every pass, so that they need no memory."""
 
     def __init__(self, source: RowSource) -> None:
-        self._source = source
+        self.source = source
 
     def __len__(self) -> int:
-        return self._source.count()
+        return self.source.count()
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         from sparsort.terminal.progress import progress
 
-        with progress(self._source.name, len(self)) as advance:
-            for row in self._source.rows():
+        with progress(self.source.name, len(self)) as advance:
+            for row in self.source.rows():
                 yield row.fields
                 advance(1)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[index] for index in range(*place.indices(len(self)))]
-        return next(self._source.rows(range(len(self))[place])).fields
+        return next(self.source.rows(range(len(self))[place])).fields
 
 
 def _check_paths(paths: Mapping[str, str | Path], out: str | Path | None) -> None:

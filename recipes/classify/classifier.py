@@ -43,6 +43,7 @@ from sparsort.recipes.classify.gains import gains_table, measure_gains
 from sparsort.recipes.classify.inputs import PromptFunction, estimator_rows, prompt_spec
 from sparsort.recipes.classify.labels import LabelReader
 from sparsort.recipes.classify.settings import (
+    USABLE_SELECTORS,
     ClassifierError,
     Prior,
     Row,
@@ -231,11 +232,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _check_settings(self) -> None:
         entry = SELECTORS.check(self.select)
-        if not entry.needs <= {"label"}:
-            usable = SELECTORS.listed(lambda one: one.needs <= {"label"})
+        if entry.name not in USABLE_SELECTORS:
             raise ClassifierError(
                 f"select is {self.select!r}, which needs {', '.join(sorted(entry.needs))}. All rows share one prompt here; take "
-                f"{usable}."
+                f"{USABLE_SELECTORS.listed()}."
             )
         if self.order != AUTO:
             order_entry(self.order)

@@ -21,14 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsort.curriculum.demos.criteria.label_calibration import (
-    DEFAULT_LABEL_CALIBRATION,
-    LABEL_CALIBRATIONS,
-    LabelCalibrationName,
-)
-from sparsort.curriculum.demos.select import SELECTORS
 from sparsort.errors import SparsortError
-from sparsort.options import option, unescape
+from sparsort.recipes.classify.spec import ClassifySpec
 from sparsort.scoring.data.rows import RowSource
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec
@@ -38,37 +32,6 @@ from sparsort.values import text_if_any
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
 _HELD_OUT, _MOST_HELD_OUT = 0.2, 256
 _WORST_ERRORS = 10
-_PANEL = "Classifier"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifySpec:
-    """The settings of `sparsort classify` besides model, prompt and data; see `FewShotClassifier`."""
-
-    label: str = option("label", "Column of the class.", panel=_PANEL)
-    labels: str | None = option(
-        None, 'Words of the classes in the prompt, such as "0=negative,1=positive".', panel=_PANEL
-    )
-    k: int = option(8, "Number of demonstrations.", panel=_PANEL, short="-k")
-    select: str = option(
-        "balanced",
-        f"Selection of the demonstrations: {SELECTORS.listed(lambda one: one.needs <= {'label'})}.",
-        panel=_PANEL,
-    )
-    order: str = option("auto", "auto (random orders), or the name of an order.", panel=_PANEL)
-    n_orders: int = option(1, "Random orders whose predictions are averaged.", panel=_PANEL)
-    calibration: LabelCalibrationName = option(
-        DEFAULT_LABEL_CALIBRATION, f"Calibration: {LABEL_CALIBRATIONS.listed()}.", panel=_PANEL
-    )
-    prior: str | None = option(
-        None,
-        'Label shares of the rows to predict: uniform, pool, mixed, estimated, or such as "0=0.8,1=0.2" [default: uniform].',
-        panel=_PANEL,
-    )
-    calibration_rows: int = option(64, "Most rows of FILE, outside the prompt, read for the calibration.", panel=_PANEL)
-    separator: str = option("\n\n", "Text between demonstrations.", panel=_PANEL, read=unescape)
-    instruction: str = option("", "First block of the prompt.", panel=_PANEL, read=unescape)
-    seed: int = option(0, "Seed for every random draw.", panel=_PANEL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -249,7 +212,7 @@ def classify(
         select=settings.select,  # type: ignore[arg-type]
         order=settings.order,
         n_orders=settings.n_orders,
-        calibration=settings.calibration,
+        calibration=settings.calibration,  # type: ignore[arg-type]
         prior=_prior(settings.prior),
         prompt=prompt,
         label_words=_words(settings.labels),
@@ -278,7 +241,7 @@ def classify(
         notes=[str(one.message) for one in caught if issubclass(one.category, UserWarning)],
         seconds={"fit": round(fitted - started, 2), "predict": round(ended - fitted, 2)},
         tokens=classifier.tokens_read_ + tokens,
-        provenance={"model": classifier.model_name_, "task": classifier.task_.digest, **asdict(settings)},
+        provenance={"model": classifier.model_name_, "task": classifier.task_.digest, **settings.to_json()},
     )
 
 

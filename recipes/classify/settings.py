@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.recipe.tasks import Task, task_from_flags
 from sparsort.curriculum.demos.criteria.distributions import Floats
+from sparsort.curriculum.demos.select import SELECTORS
 from sparsort.errors import SparsortError
 from sparsort.paths import spell
+from sparsort.registry import Registry
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.values import as_text
 
 PriorName = Literal["uniform", "pool", "mixed", "estimated"]
 Prior = PriorName | Mapping[Any, float]
 Row = dict[str, Any]
+
+# All rows share one prompt, so its demonstrations cannot depend on the row.
+USABLE_SELECTORS = Registry(SELECTORS.kind, (entry for entry in SELECTORS.values() if entry.needs <= {"label"}))
 
 
 class ClassifierError(SparsortError, ValueError):

@@ -152,6 +152,7 @@ def _add(name: str) -> None:
 _add("score")
 _add("order")
 _add("choose")
+_add("classify")
 _add("calibrate")
 _add("ablate")
 _add("report")

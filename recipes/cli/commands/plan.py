@@ -46,6 +46,8 @@ def plan(
         show(f"Plan: {options.out}")
     if options.draw is not None:
         show(f"Figure: {options.draw}")
+    if options.export is not None:
+        show(f"Rows in training order: {options.export}")
 
 
 def _show(summary: PlanSummary, combination: str) -> None:
