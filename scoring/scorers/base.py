@@ -130,8 +130,7 @@ class Scorer(ABC):
             shard_rows: rows per shard, the unit that is kept or redone. It changes no score beyond rounding.
             like: earlier scores that the new ones must be comparable with. An outlier rule that was fitted for them is
                 reused, and a setting that differs from theirs is refused.
-            cache: a cache of values that the model computed for these rows before, to which new values are added; None
-                to read every row and write nothing. Not together with `out`, which keeps the scores themselves.
+            cache: values that the model computed before, to which new ones are added; None for none. Not with `out`.
 
         Returns:
             One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
@@ -143,14 +142,8 @@ class Scorer(ABC):
             raise SparsortError(
                 "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
             )
-        text: PromptOptions = {
-            "messages": messages,
-            "answer": answer,
-            "system": system,
-            "chat": chat,
-            "truncation": truncation,
-            "max_length": max_length,
-        }
+        text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
+        text |= {"truncation": truncation, "max_length": max_length}
         spec = PromptSpec.of(prompt, **text)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
