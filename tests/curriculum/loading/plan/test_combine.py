@@ -180,7 +180,7 @@ def test_one_score_alone_is_its_percentiles(values: list[float], how: Any) -> No
     np.testing.assert_array_equal(combine(scores, how), percentiles(scores["only"]))
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("how", COMBINATIONS)
 def test_scores_that_are_all_equal_leave_every_row_in_the_middle(how: Any) -> None:
     assert combine({"a": [3.0] * 5, "b": [7] * 5}, how).tolist() == [0.5] * 5
     assert combine({"a": [3.0], "b": [math.inf]}, how).tolist() == [0.5]
