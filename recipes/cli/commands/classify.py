@@ -17,7 +17,7 @@ from sparsort.terminal.tables import Table, number, prose, text
 if TYPE_CHECKING:
     from sparsort.recipes.classify.classify import Classified
 
-EXAMPLE = r"Example: `sparsort classify examples/reviews.jsonl -p 'Review: {text}\nSentiment:' --label label -k 4 --out sentiment`"
+EXAMPLE = r"Example: `sparsort classify examples/reviews.jsonl -p 'Review: {text}\nSentiment:' -k 4 --out sentiment`"
 _ERRORS_SHOWN = 5
 _MOST_OF_TEXT, _MOST_OF_NAME = 60, 30
 
