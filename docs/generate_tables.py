@@ -18,6 +18,7 @@ from typing import Any
 
 from sparsort.attention.selectors import SELECTORS
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion
+from sparsort.curriculum.demos.criteria.label_calibration import LABEL_CALIBRATIONS
 from sparsort.curriculum.demos.order import ORDERS, OrderEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.loading.plan.pacing import PACINGS
@@ -30,6 +31,8 @@ from sparsort.terminal.printing import show
 ROOT = Path(__file__).parent.parent
 _PLACE = re.compile(r"^<!-- table: ([^\n]+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 _LEARNS_BY = {"nothing": "nothing", "alignment_loss": "the alignment loss (KL)", "lm_loss": "the LM loss"}
+
+_READS = {"content_free": "inputs without content", "rows": "rows that are not the queries", "gold": "their labels"}
 
 Columns = Mapping[str, Callable[[Any], str]]
 
@@ -108,6 +111,15 @@ TABLES: dict[str, tuple[Registry[Any], Columns]] = {
     "orders": (
         ORDERS,
         {"order": _name, "first to last": _help, "ranks by": _ranks_by, "source": _source},
+    ),
+    "label calibrations": (
+        LABEL_CALIBRATIONS,
+        {
+            "calibration": _name,
+            "what it does": _help,
+            "reads": lambda entry: ", ".join(_READS[need] for need in sorted(entry.needs)) or "nothing",
+            "source": _source,
+        },
     ),
     "pacings": (
         PACINGS,
