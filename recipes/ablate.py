@@ -129,7 +129,7 @@ def ablate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcomes:
+class _StoredOutcomes:
     """The stored outcomes of an ablation, ready to be collected into results."""
 
     collector: Collector
@@ -138,7 +138,7 @@ class _Outcomes:
     tokens_read: int = 0
 
 
-def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _Outcomes:
+def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _StoredOutcomes:
     """Query the model for the outcomes that the store lacks."""
     from sparsort.curriculum.ablation.results.collect import Collector
     from sparsort.curriculum.ablation.run.model import Engine
@@ -162,7 +162,7 @@ def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
         time.sleep(_WAIT_SECONDS)
         left = [demo_set for demo_set in left if not run.run_set(demo_set)]
     model = {"model": engine.loaded.name, "device": str(engine.loaded.device.value)}
-    return _Outcomes(
+    return _StoredOutcomes(
         collector=Collector(ablation, store, run.tasks, engine.loaded.tokenizer),
         provenance=_provenance(ablation, store.identity) | model,
         notes=notes,
@@ -170,7 +170,7 @@ def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     )
 
 
-def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Outcomes:
+def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _StoredOutcomes:
     """Use the outcomes in the store, without the model.
 
     Raises:
@@ -191,7 +191,7 @@ def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Outc
             f"{store.folder} has the outcomes of a model whose tokenizer is not that of {name!r}, so they cannot be looked up. "
             "Name the model that made them with model= (--model)."
         )
-    return _Outcomes(
+    return _StoredOutcomes(
         collector=Collector(ablation, store, tasks, tokenizer),
         provenance=_provenance(ablation, store.identity) | {"model": ablation.model},
         notes=_notes(ablation, tasks),
@@ -281,14 +281,8 @@ def find_source(
     if path.suffix == ".toml" or (is_ready and (prompt is None or not path.exists())):
         return {"tasks": tuple(names), "data": data} if is_ready else _from_toml(path, data)
     if path.exists():
-        options: dict[str, Any] = {
-            "answer": answer,
-            "judge": judge,
-            "stop": stop,
-            "max_new_tokens": max_new_tokens,
-            "chat": chat,
-        }
-        options |= {"system": system, "id_column": id_column, "columns": columns}
+        options: dict[str, Any] = {"answer": answer, "judge": judge, "stop": stop, "chat": chat}
+        options |= {"max_new_tokens": max_new_tokens, "system": system, "id_column": id_column, "columns": columns}
         return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, options),), "data": Path()}
     raise SparsortError(
         f"{source!r} is neither a file nor a ready task. Give a data file (.jsonl, .csv, .parquet …) with a prompt (--prompt), a "

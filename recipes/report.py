@@ -74,7 +74,7 @@ def make_report(
     need_matplotlib()
     if isinstance(results, Results):
         if out is None:
-            raise SparsortError("write_report was given results and no folder; pass the folder for the report as out=.")
+            raise SparsortError("write_report was given results and no folder; pass out=, the folder for the report.")
         folder = Path(out).expanduser()
     else:
         source = find_results(Path(results).expanduser())

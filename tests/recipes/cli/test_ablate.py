@@ -59,7 +59,7 @@ def test_the_cost_in_advance_then_a_run_then_results_from_the_store(
     assert not (tmp_path / "out").exists()
     assert (cost["sets"], cost["rows"][0]["k"]) == (2, 2)
     result = ablate(reviews, *options, "--dry-run")
-    assert f"{cost['tokens']:,} tokens at most" in " ".join(result.stdout.split())
+    assert f"{cost['tokens']:,} tokens; as full prompts" in " ".join(result.stdout.split())
     done = ablate(reviews, *options, "--json")
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
