@@ -1,8 +1,8 @@
-"""The ordering ablation as one call: plan, run, collect, report. The recipe behind `sparsort ablate`.
+"""Run an ordering ablation in one call: query the model, collect the results, write the report. The recipe for `sparsort ablate`.
 
-Contract: everything lies in one folder: `recipe.json` as it was run, `store/` (every outcome, durable), `results/` and
-`report/`. Run again, also with more sets, orders or tasks, it asks the model only for what is missing. Two processes may
-work on one folder; each ends when all is there.
+Contract: one folder contains everything: `recipe.json` as it was run, `store/` with every outcome, `results/` and `report/`. A
+second call, also with more sets, orders or tasks, queries the model only for missing outcomes. Two processes may work on one
+folder; each ends when all outcomes are stored.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
     from sparsort.scoring.loading.load import LoadedModel
 
 _LOG = logging.getLogger("sparsort")
-# Seconds between two looks at sets that another process holds.
-_PATIENCE = 3.0
+# Seconds between two checks of demonstration sets that another process is running.
+_WAIT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblationReport:
-    """What an ablation came to.
+    """The results of an ablation, and its files.
 
     Attributes:
         results: every arm on every item.
         out: the folder.
-        report: the report's HTML file, or None where it was not wanted or matplotlib is not there.
-        tokens_read: tokens that the model read in this run; 0 when all was in the store.
-        seconds: of this run.
-        notes: what a reader should know of the data, one sentence each.
+        report: the report's HTML file; None if it was not requested, or matplotlib is not installed.
+        tokens_read: tokens that the model read in this run; 0 if all outcomes were stored before.
+        seconds: the time of this run.
+        notes: remarks about the data, one sentence each.
     """
 
     results: Results
@@ -68,10 +68,10 @@ class AblationReport:
         """The numbers of the report, without the demonstrations, as JSON values."""
         from sparsort.curriculum.ablation.report.numbers.summary import summarise
 
-        found: dict[str, Any] = dict(summarise(self.results))
+        numbers: dict[str, Any] = dict(summarise(self.results))
         for name in ("demonstrations", "texts"):
-            found.pop(name)
-        return found | {
+            numbers.pop(name)
+        return numbers | {
             "out": self.out,
             "report": self.report,
             "tokens_read": self.tokens_read,
@@ -90,52 +90,56 @@ def ablate(
     compile: bool = False,
     **changes: Unpack[AblationOptions],
 ) -> AblationReport:
-    """Find out whether the order of demonstrations matters here, which orderers help, and how sure that is.
+    """Find out whether the order of demonstrations matters, which orderers help, and how certain that is.
 
     Args:
-        recipe: an `Ablation`, its fields as a mapping, a TOML file, or None to give the fields as `changes`.
-        out: the folder to work in; run again it goes on where it was.
-        model: a `LoadedModel` that is at hand, a `ModelSpec`, or a name or folder; None for the recipe's.
-        run: query the model for what is missing; False takes the store as it is, finished or not, and loads only the tokenizer.
-        report: also write `report/` (needs the extra "plots").
-        compile: compile the model first, half a minute; worth it from some million tokens on (needs a C++ compiler).
+        recipe: an `Ablation`, its fields as a mapping, a TOML file, or None if all fields are in `changes`.
+        out: the folder to work in; a second call resumes the first.
+        model: a `LoadedModel`, a `ModelSpec`, or a name or folder; None for the model of the recipe.
+        run: whether to query the model for missing outcomes. If False, only the outcomes in the store are used, finished or not,
+            and only the tokenizer is loaded.
+        report: whether to write `report/` (needs the extra "plots").
+        compile: whether to compile the model first, which takes half a minute and is faster from some million tokens on (needs a
+            C++ compiler).
         changes: fields of `Ablation` that differ from the recipe, such as `sets=4, shots=(4,)`.
 
     Returns:
-        The results, and where everything lies.
+        The results, and the paths of the files.
 
     Raises:
-        SparsortError: bad input, or a folder that belongs to another model; the message says what to do.
+        SparsortError: wrong input, or a folder that belongs to another model; the message says what to do.
     """
     start = time.perf_counter()
     loaded = _loaded(model)
     ablation = make_recipe(recipe, {**changes, **_naming(None if loaded is model else model)})
     ablation.check()
     folder = Path(out).expanduser()
-    asked = _ask(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder, loaded)
-    results = asked.collector.results(asked.provenance)
+    outcomes = _run(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder, loaded)
+    results = outcomes.collector.results(outcomes.provenance)
     results.save(folder / "results")
     page = _write_report(results, folder / "report") if report else None
     return AblationReport(
         results=results,
         out=str(folder),
         report=page,
-        tokens_read=asked.tokens_read,
+        tokens_read=outcomes.tokens_read,
         seconds=time.perf_counter() - start,
-        notes=asked.notes,
+        notes=outcomes.notes,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _StoredOutcomes:
+    """The stored outcomes of an ablation, ready to be collected into results."""
+
     collector: Collector
     provenance: dict[str, Any]
     notes: list[str]
     tokens_read: int = 0
 
 
-def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _Asked:
-    """Ask the model what the store lacks."""
+def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _StoredOutcomes:
+    """Query the model for the outcomes that the store lacks."""
     from sparsort.curriculum.ablation.results.collect import Collector
     from sparsort.curriculum.ablation.run.model import Engine
     from sparsort.curriculum.ablation.run.run import Run
@@ -153,23 +157,24 @@ def _ask(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     if left:
         _LOG.warning("%d sets are being run by another process; waiting for them.", len(left))
     while left or not all(run.bare(name) for name in run.tasks):
-        # Held by another process: when it is done, or dead, nothing or the rest is left to ask.
-        time.sleep(_PATIENCE)
+        # Another process has locked these sets. When it has finished them or has died, this loop finds nothing more to do, or
+        # runs the rest.
+        time.sleep(_WAIT_SECONDS)
         left = [unit for unit in left if not run.unit(unit)]
-    told = {"model": engine.loaded.name, "device": str(engine.loaded.device.value)}
-    return _Asked(
+    model = {"model": engine.loaded.name, "device": str(engine.loaded.device.value)}
+    return _StoredOutcomes(
         collector=Collector(ablation, store, run.tasks, engine.loaded.tokenizer),
-        provenance=_provenance(ablation, store.identity) | told,
+        provenance=_provenance(ablation, store.identity) | model,
         notes=notes,
         tokens_read=run.tokens_read,
     )
 
 
-def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Asked:
-    """Take the store as it is.
+def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _StoredOutcomes:
+    """Use the outcomes in the store, without the model.
 
     Raises:
-        SparsortError: it is of a model with another tokenizer, by which outcomes are named.
+        SparsortError: the outcomes are those of a model with another tokenizer. They are stored under token ids.
     """
     from sparsort.curriculum.ablation.recipe.task_data import TaskData
     from sparsort.curriculum.ablation.results.collect import Collector
@@ -183,10 +188,10 @@ def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _Aske
     if identify_tokenizer(tokenizer, chat=False, recorded=recorded) != recorded:
         name = ablation.model if loaded is None else loaded.name
         raise SparsortError(
-            f"{store.folder} holds outcomes of a model with another tokenizer than that of {name!r}, so they cannot be looked "
-            "up. Name the model that they were made with (model=, --model)."
+            f"{store.folder} has the outcomes of a model whose tokenizer is not that of {name!r}, so they cannot be looked up. "
+            "Name the model that made them with model= (--model)."
         )
-    return _Asked(
+    return _StoredOutcomes(
         collector=Collector(ablation, store, tasks, tokenizer),
         provenance=_provenance(ablation, store.identity) | {"model": ablation.model},
         notes=_notes(ablation, tasks),
@@ -207,16 +212,16 @@ def make_recipe(recipe: Ablation | Mapping[str, Any] | str | Path | None, change
         SparsortError: an unknown field, or a value that does not fit.
     """
     if isinstance(recipe, Ablation):
-        made = recipe
+        ablation = recipe
     elif isinstance(recipe, (str, Path)):
-        made = Ablation.from_toml(recipe)
+        ablation = Ablation.from_toml(recipe)
     else:
         return Ablation.from_table({**(recipe or {}), **changes}, where="the recipe")
-    return Ablation.from_table({**_fields(made), **changes}, where="the recipe") if changes else made
+    return Ablation.from_table({**_fields(ablation), **changes}, where="the recipe") if changes else ablation
 
 
 def estimate_cost(ablation: Ablation) -> tuple[Cost, list[str]]:
-    """What a recipe will cost, by its tokenizer alone, and the notes on its data; no model is run.
+    """Estimate the cost of a recipe from its tokenizer alone, and collect the notes on its data; no model is run.
 
     Raises:
         SparsortError: files, rows or a tokenizer that do not fit.
@@ -255,31 +260,32 @@ def find_source(
     id_column: str | None = None,
     columns: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Fields of the recipe that a command line's SOURCE stands for: a recipe, a data file, or names of ready tasks.
+    """The fields of an ablation from the SOURCE of a command line: a recipe, a data file, or names of ready tasks.
 
-    On the command line `option_conditions` has already refused options of a data file that are given with a recipe.
+    On the command line, `option_conditions` has already refused options of a data file that were given with a recipe.
+
+    Args:
+        source: the path or the names.
+        data: folder of the files of ready tasks.
+        test: file of the test rows.
+        prompt, answer, label, labels, judge, stop, max_new_tokens, chat, system: fields of the `Task` of a data file.
+        id_column, columns: see `DataSpec`.
 
     Raises:
-        SparsortError: it is none of these, or a data file without a prompt.
+        SparsortError: the source is not one of these, or is a data file without a prompt.
     """
     path = Path(source).expanduser()
     names = [name.strip() for name in source.split(",") if name.strip()]
     is_ready = bool(names) and all(name in task_names() for name in names)
-    # A folder may bear the name of a ready task, which has no prompt to be given.
+    # A data folder may have the name of a ready task. With a prompt it is the folder, because a ready task has its own prompt.
     if path.suffix == ".toml" or (is_ready and (prompt is None or not path.exists())):
         return {"tasks": tuple(names), "data": data} if is_ready else _from_toml(path, data)
     if path.exists():
-        given: dict[str, Any] = {
-            "answer": answer,
-            "judge": judge,
-            "stop": stop,
-            "max_new_tokens": max_new_tokens,
-            "chat": chat,
-        }
-        given |= {"system": system, "id_column": id_column, "columns": columns}
-        return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, given),), "data": Path()}
+        options: dict[str, Any] = {"answer": answer, "judge": judge, "stop": stop, "chat": chat}
+        options |= {"max_new_tokens": max_new_tokens, "system": system, "id_column": id_column, "columns": columns}
+        return {"tasks": (_task_of_file(path, test, prompt, label or "label", labels, options),), "data": Path()}
     raise SparsortError(
-        f"{source!r} is no file and no ready task. Give a data file (.jsonl, .csv, .parquet …) with a prompt (--prompt), a "
+        f"{source!r} is neither a file nor a ready task. Give a data file (.jsonl, .csv, .parquet …) with a prompt (--prompt), a "
         f"recipe (.toml), or names of ready tasks with the folder of their data (--data): {', '.join(task_names())}."
     )
 
@@ -307,7 +313,7 @@ def _task_of_file(
         )
     given = {name: value for name, value in options.items() if value is not None}
     if given.get("chat"):
-        # Turns are shown without spaces at their ends, and what is scored is what is shown.
+        # Chat templates strip the spaces around a turn. The scored answer must be the text in the prompt, so it has none either.
         given.setdefault("answer", f"{{{label}}}")
     source.check(functools.partial(check_row, prompt=prompt, label=label))
     task = task_from_flags(
@@ -322,7 +328,7 @@ def _task_of_file(
 
 
 def _naming(model: Any) -> dict[str, Any]:
-    """The fields of a recipe that a model's name or spec stands for; none for None."""
+    """The fields of a recipe that describe a model given by name or as a spec; no fields for None."""
     if not isinstance(model, ModelSpec):
         return {} if model is None else {"model": str(model)}
     named = {"model": str(model.name)} if model.is_named else {}
@@ -330,7 +336,7 @@ def _naming(model: Any) -> dict[str, Any]:
 
 
 def _loaded(model: Any) -> Any:
-    """The loaded model that was given, or None for none, for a name and for a spec of one."""
+    """The loaded model, if the argument is one or a spec of one; None for None, a name, and a spec with a name."""
     if isinstance(model, ModelSpec):
         return None if model.is_named else _loaded(model.name)
     if model is None or isinstance(model, str | Path):
@@ -339,7 +345,7 @@ def _loaded(model: Any) -> Any:
 
     if not isinstance(model, LoadedModel):
         raise SparsortError(
-            f"model is a {type(model).__name__}; a name, a folder or a LoadedModel is expected. Pass "
+            f"model is a {type(model).__name__}; expected a name, a folder or a LoadedModel. Pass "
             "sparsort.scoring.loading.load.load_model(model, tokenizer=...)."
         )
     return model
@@ -351,13 +357,13 @@ def _provenance(ablation: Ablation, identity: Mapping[str, Any]) -> dict[str, An
     return {
         **identity,
         "versions": versions(),
-        "recipe": _shown(ablation.to_table()),
+        "recipe": _without_folders(ablation.to_table()),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
     }
 
 
-def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the folders of this machine: a report may be passed on."""
+def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folders of this machine, because a report may be passed on."""
     tasks = [
         task
         if isinstance(task, str)
@@ -374,6 +380,6 @@ def _write_report(results: Results, folder: Path) -> str | None:
     try:
         return str(write_report(results, folder))
     except SparsortError as error:
-        # A study of hours should not fail for want of a drawing library.
+        # An ablation of hours should not fail because a drawing library is missing.
         _LOG.warning("no report was written: %s", error)
         return None

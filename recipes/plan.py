@@ -1,6 +1,7 @@
-"""A curriculum planned from score folders and a file of rows, in numbers and as a figure: the recipe behind `sparsort plan`.
+"""Plan a curriculum from scores and a file of rows, with a summary and a figure. The recipe for `sparsort plan`.
 
-Contract: the plan is that of `plan_curriculum`; lengths and groups that are only shown do not change it.
+Contract: the plan is the one that `plan_curriculum` makes. Lengths and groups that are only shown do not change it. Nothing here
+imports NumPy before a plan is made, because the command line reads the options of the fields.
 """
 
 from __future__ import annotations
@@ -10,26 +11,115 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from sparsort.curriculum.loading.plan.settings import BATCH_PANEL, ORDER_PANEL, CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.options import option, shares
+from sparsort.scoring.prompts.spec import DataSpec
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from sparsort.curriculum.loading.inspect.summary import PlanSummary
     from sparsort.curriculum.loading.plan.combine import Combination
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan
-    from sparsort.curriculum.loading.plan.settings import CurriculumSettings
     from sparsort.scoring.data.rows import RowSource
     from sparsort.scoring.store.scores import Scores
 
-# What the figure calls the plan that is made, where others stand beside it.
+# The name of the new plan in a figure with other plans.
 THIS = "this plan"
+
+
+def named_paths(texts: Sequence[str] | None, kind: str = "scores") -> dict[str, str]:
+    """Parse paths that may have a name, as PATH or NAME=PATH; by default a path has the name of its file.
+
+    Args:
+        texts: the paths; None for none.
+        kind: the word for them in a message.
+
+    Raises:
+        SparsortError: two paths have the same name.
+    """
+    paths: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, path = text.partition("=")
+        # A path may contain "=" itself.
+        if not equals or not name or Path(text).exists():
+            name, path = Path(text).stem or text, text
+        if name in paths:
+            raise SparsortError(
+                f"two {kind} are called {name!r}: {paths[name]} and {path}. Name them, as in first={paths[name]} second={path}."
+            )
+        paths[name] = path
+    return paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is planned, saved and drawn, in addition to the settings of the curriculum.
+
+    Attributes:
+        data: the rows to train on, as `open_rows` takes them; None if row i of the data is row i of the scores.
+        groups: field of the data that names the group of each row; the curriculum takes each group's easiest rows together.
+        combination: how several scores are combined.
+        weights: weight of each score in "rank_average", by name.
+        lengths: field of the data with the number of tokens of each row; None for the tokens that the scores counted.
+        out: folder for the plan.
+        fingerprint: the caller's name for the data; see `plan_curriculum`.
+        draw: file for the figure: .png, .pdf or .svg.
+        compare: folders of saved plans over the same rows, by name, which the figure shows next to the new plan.
+        show_groups: field whose shares are shown, without an effect on the plan.
+        epoch: the epoch that is summarised and drawn.
+    """
+
+    data: Any = option(None, "Rows to train on, matched to the scores [default: the scored rows].", kind=Path | None)
+    groups: str | None = option(
+        None, "Field of the data that names groups; the easiest rows of each group come together.", panel=ORDER_PANEL
+    )
+    combination: Combination = option(
+        "rank_average",
+        "How several scores are combined: {names}.",
+        names="curriculum.loading.plan.combine:COMBINATIONS",
+        panel=ORDER_PANEL,
+        kind=str,
+    )
+    weights: Mapping[str, float] | None = option(
+        None,
+        "Weight of a score in rank_average, as NAME=2; may be given once per score.",
+        panel=ORDER_PANEL,
+        parameter="weight",
+        kind=list[str] | None,
+        read=shares("--weight"),
+    )
+    lengths: str | None = option(
+        None,
+        "Field of the data with the number of tokens of a row [default: the tokens that the scores counted].",
+        panel=BATCH_PANEL,
+    )
+    out: str | Path | None = option(None, "Folder for the plan, to train with.", short="-o", kind=Path | None)
+    fingerprint: str | None = option(
+        None, "A name of your own for the data, for loaders that have no id or text to compare."
+    )
+    draw: str | Path | None = option(None, "File for the figure: .png, .pdf or .svg.", kind=Path | None)
+    compare: Mapping[str, str | Path] | None = option(
+        None,
+        "Saved plan to draw next to this one: PATH or NAME=PATH; may be given several times.",
+        retired=("--beside",),
+        kind=list[str] | None,
+        read=lambda texts: named_paths(texts, "plans"),
+    )
+    show_groups: str | None = option(None, "Field whose shares are shown, without an effect on the plan.")
+    epoch: int = option(0, "The epoch to show, counted from 0.")
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields of the data that the options name, by option."""
+        named = {"groups": self.groups, "show_groups": self.show_groups, "lengths": self.lengths}
+        return {name: field for name, field in named.items() if field is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan, what it does, and its files."""
+    """A plan, its summary, and the files that were written."""
 
     plan: CurriculumPlan
     summary: PlanSummary
@@ -38,117 +128,106 @@ class Planned:
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and the files, as JSON values."""
-        files = {
-            name: None if path is None else str(path) for name, path in (("out", self.out), ("figure", self.figure))
-        }
-        return self.summary.to_json() | files
+        files = {"out": self.out, "figure": self.figure}
+        return self.summary.to_json() | {name: None if path is None else str(path) for name, path in files.items()}
 
 
 def make_plan(
     scores: str | Path | Mapping[str, str | Path],
     *,
     settings: CurriculumSettings,
-    data: Any = None,
-    id_column: str | None = None,
-    columns: Sequence[str] | None = None,
-    groups: str | None = None,
-    show_groups: str | None = None,
-    lengths: str | None = None,
-    combination: Combination = "rank_average",
-    weights: Mapping[str, float] | None = None,
-    epoch: int = 0,
-    out: str | Path | None = None,
-    fingerprint: str | None = None,
-    draw: str | Path | None = None,
-    beside: Mapping[str, str | Path] | None = None,
+    options: PlanOptions = PlanOptions(),
+    rows: DataSpec = DataSpec(),
 ) -> Planned:
-    """Plan every batch of a training run, and look at what an epoch of it shows.
+    """Plan every batch of a training run, and summarise an epoch of it.
 
     Args:
-        scores: what `Scores.load` reads, such as a folder of `sparsort score`; several by name are combined.
-        settings: of the curriculum.
-        data: the rows to train on, as `open_rows` takes them; without, row i of the data is row i of the scores.
-        id_column: column of the data that identifies a row; None for "id" if there is one. The plan records it.
-        columns: names of the columns of the data, a CSV or TSV file without a header.
-        groups: field of the data with each row's group; the curriculum then takes each group's easiest together.
-        show_groups: field whose shares are shown and do not change the plan.
-        lengths: field of the data with the tokens of each row, by default those that the scores counted.
-        combination: of several scores.
-        weights: of the scores in "rank_average".
-        epoch: that is summed up and drawn.
-        out: folder for the plan.
-        fingerprint: your own name for the data, as of `plan_curriculum`.
-        draw: file for the figure: .png, .pdf or .svg.
-        beside: name → folder of a plan that was saved before, over the same rows, to draw beside this one.
+        scores: anything that `Scores.load` reads, such as a folder of `sparsort score`; several, by name, are combined.
+        settings: the settings of the curriculum.
+        options: what is planned, saved and drawn.
+        rows: how `options.data` is read. The plan records the column that identifies a row.
 
     Raises:
-        SparsortError: whatever does not fit together, or a folder that holds another plan.
+        SparsortError: inputs that do not fit together, or a folder that holds another plan.
 
     Example:
-        >>> made = make_plan("scores", settings=CurriculumSettings(batch_size=32, stages=10), draw="plan.png")
-        >>> made.summary.parts[0].difficulty.mean
+        >>> planned = make_plan("scores", settings=CurriculumSettings(batch_size=32, stages=10))
+        >>> planned.summary.parts[0].difficulty.mean
     """
-    from sparsort.curriculum.loading.inspect.drawing import check_figure, draw_plans
+    from sparsort.curriculum.loading.inspect.drawing import draw_plans
     from sparsort.curriculum.loading.inspect.summary import summarise
-    from sparsort.curriculum.loading.plan.combine import COMBINATIONS
-    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
     from sparsort.curriculum.loading.plan.planning import plan_curriculum
     from sparsort.curriculum.loading.plan.ranking import group_names
-    from sparsort.scoring.data.rows import open_rows
     from sparsort.scoring.store.scores import Scores
 
-    if draw is not None:
-        check_figure(draw)
-    elif beside:
-        raise SparsortError("plans stand beside each other in a figure: say where it goes with draw (--draw FILE).")
-    if combination not in COMBINATIONS:
-        raise unknown_choice("way to combine scores", combination, COMBINATIONS)
-    others = {name: CurriculumPlan.open(folder) for name, folder in (beside or {}).items()}
     paths = dict(scores) if isinstance(scores, Mapping) else {"difficulty": scores}
-    _check_paths(paths, out)
-    if epoch < 0:
-        raise SparsortError(f"epoch is {epoch}; epochs count from 0.")
-    if weights and len(paths) == 1:
-        raise SparsortError(
-            f"weights ({', '.join(weights)}) weigh several scores, and there is one. Leave them out, or pass more scores."
-        )
-    fields = {"groups": groups, "show_groups": show_groups, "lengths": lengths}
-    if data is None and (asked := [name for name, field in fields.items() if field is not None]):
-        raise SparsortError(f"{asked[0]}={fields[asked[0]]!r} names a field of the data: pass data too (--data FILE).")
-    source = None if data is None else open_rows(data, id_column=id_column, columns=columns)
-    if source is not None:
-        source.require([field for field in fields.values() if field is not None])
-    read = {name: Scores.load(path) for name, path in paths.items()}
-    rows = None if source is None else _Rows(source)
-    tokens = _field_numbers(rows, lengths) if lengths and rows else _counted(read, rows)
-    # Lengths are a part of a plan only where they decide something, so that the same call in Python makes the same plan.
+    others = _check(paths, options)
+    records = _open_records(options, rows)
+    tables = {name: Scores.load(path) for name, path in paths.items()}
+    field = options.lengths
+    tokens = _field_numbers(records, field) if field and records else _counted(tables, records)
+    # Lengths that decide nothing stay out of the plan, so that the same call in Python gives the same plan.
     decide = settings.needs_lengths or settings.max_length is not None
     plan = plan_curriculum(
-        read if len(read) > 1 else next(iter(read.values())),
-        data=rows,
-        id_column=id_column,
-        groups=groups,
+        tables if len(tables) > 1 else next(iter(tables.values())),
+        data=records,
+        id_column=rows.id_column,
+        groups=options.groups,
         lengths=tokens if decide else None,
-        combination=combination,
-        weights=weights,
-        out=out,
-        fingerprint=fingerprint,
+        combination=options.combination,
+        weights=options.weights,
+        out=options.out,
+        fingerprint=options.fingerprint,
         **settings.to_json(),
     )
-    shown = group_names((row[show_groups] for row in rows), show_groups) if show_groups and rows else None
-    summary = summarise(plan, epoch=epoch, lengths=tokens, groups=shown)
-    if draw is not None:
-        draw_plans({THIS: plan, **others} if others else plan, draw, epoch=epoch, lengths=tokens, groups=shown)
-    return Planned(
-        plan=plan,
-        summary=summary,
-        out=None if out is None else Path(out),
-        figure=None if draw is None else Path(draw),
-    )
+    field = options.show_groups
+    groups = group_names((record[field] for record in records), field) if field and records else None
+    summary = summarise(plan, epoch=options.epoch, lengths=tokens, groups=groups)
+    figure = None if options.draw is None else Path(options.draw)
+    if figure is not None:
+        draw_plans(
+            {THIS: plan, **others} if others else plan, figure, epoch=options.epoch, lengths=tokens, groups=groups
+        )
+    return Planned(plan=plan, summary=summary, out=None if options.out is None else Path(options.out), figure=figure)
 
 
-class _Rows(Sequence[Mapping[str, Any]]):
-    """The records of a source, read again whenever they are gone over, so that no file is held in memory."""
+def _check(paths: Mapping[str, str | Path], options: PlanOptions) -> dict[str, CurriculumPlan]:
+    """Refuse options that do not fit together, before any score is read, and open the saved plans."""
+    from sparsort.curriculum.loading.inspect.drawing import check_figure
+    from sparsort.curriculum.loading.plan.combine import COMBINATIONS
+    from sparsort.curriculum.loading.plan.plan import CurriculumPlan
+
+    if options.draw is not None:
+        check_figure(options.draw)
+    elif options.compare:
+        raise SparsortError("plans are compared in a figure: say where it goes with draw (--draw FILE).")
+    if options.combination not in COMBINATIONS:
+        raise unknown_choice("way to combine scores", options.combination, COMBINATIONS)
+    others = {name: CurriculumPlan.open(folder) for name, folder in (options.compare or {}).items()}
+    _check_paths(paths, options.out)
+    if options.epoch < 0:
+        raise SparsortError(f"epoch is {options.epoch}; epochs count from 0.")
+    if options.weights and len(paths) == 1:
+        raise SparsortError(
+            f"weights ({', '.join(options.weights)}) weigh several scores, and there is one. Omit them, or pass more scores."
+        )
+    return others
+
+
+def _open_records(options: PlanOptions, rows: DataSpec) -> _Records | None:
+    """The records of the data, which must have the fields that the options name; None without data."""
+    fields = options.fields
+    if options.data is None:
+        for name, field in fields.items():
+            raise SparsortError(f"{name}={field!r} names a field of the data: pass data too (--data FILE).")
+        return None
+    source = rows.open(options.data)
+    source.require(list(fields.values()))
+    return _Records(source)
+
+
+class _Records(Sequence[Mapping[str, Any]]):
+    """The records of a source, which are read from its file on every pass, so that they need no memory."""
 
     def __init__(self, source: RowSource) -> None:
         self._source = source
@@ -171,31 +250,34 @@ class _Rows(Sequence[Mapping[str, Any]]):
 
 
 def _check_paths(paths: Mapping[str, str | Path], out: str | Path | None) -> None:
-    given = {name: Path(path).expanduser() for name, path in paths.items()}
-    for path in given.values():
+    folders = [Path(path).expanduser() for path in paths.values()]
+    for path in folders:
         if (path / "plan.json").is_file():
             raise SparsortError(
-                f"{path} holds a curriculum plan, and a plan is made from scores. Pass the folder of sparsort score; "
-                "CurriculumPlan.open reads this one, and beside (--beside) draws it."
+                f"{path} is a curriculum plan, and a plan is made from scores. Pass the folder of sparsort score; "
+                "CurriculumPlan.open reads this plan, and compare (--compare) draws it."
             )
     if out is None:
         return
     folder = Path(out).expanduser()
     if folder.is_file():
         raise SparsortError(f"{folder} is a file; a plan is a folder. Choose another name.")
-    if folder.resolve() in [path.resolve() for path in given.values()]:
+    if folder.resolve() in [path.resolve() for path in folders]:
         raise SparsortError(f"{folder} holds the scores. Choose another folder for the plan.")
 
 
-def _field_numbers(rows: _Rows, field: str) -> NDArray[np.int64]:
-    values = [row[field] for row in rows]
+def _field_numbers(records: _Records, field: str) -> NDArray[Any]:
+    """(N,) int64 lengths, from a field of the data."""
+    import numpy as np
+
+    values = [record[field] for record in records]
     wrong = next(
         (place for place, value in enumerate(values) if isinstance(value, bool) or not isinstance(value, int)), None
     )
     if wrong is not None:
         raise SparsortError(
             f"row {wrong} has {values[wrong]!r} in the field {field!r}, and lengths are whole numbers of tokens. "
-            "Name a field that holds them, or leave lengths out to take those that the scores counted."
+            "Name a field that has them, or omit lengths to use those that the scores counted."
         )
     try:
         return np.array(values, dtype=np.int64)
@@ -203,9 +285,9 @@ def _field_numbers(rows: _Rows, field: str) -> NDArray[np.int64]:
         raise SparsortError(f"the field {field!r} holds a number of tokens beyond 64 bits. Repair the data.") from error
 
 
-def _counted(read: Mapping[str, Scores], rows: _Rows | None) -> NDArray[Any] | None:
-    """Tokens of each row, of the first scores that counted them."""
+def _counted(tables: Mapping[str, Scores], records: _Records | None) -> NDArray[Any] | None:
+    """(N,) tokens of each row, from the first scores that counted them; None if no scores did."""
     from sparsort.curriculum.loading.plan.planning import counted_tokens
 
-    found = (counted_tokens(scores, rows) for scores in read.values())
-    return next((tokens for tokens in found if tokens is not None), None)
+    counts = (counted_tokens(scores, records) for scores in tables.values())
+    return next((tokens for tokens in counts if tokens is not None), None)

@@ -1,6 +1,6 @@
-"""The report of an ablation: results in, one HTML file, Markdown, JSON and figures out. The recipe behind `sparsort report`.
+"""Write the report of an ablation as one HTML file, Markdown, JSON and figures. The recipe for `sparsort report`.
 
-Contract: asks no model and changes no results; run again, it replaces its own files.
+Contract: no model is queried, and the results are not changed. A second call replaces the files of the first.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Written:
 
     def summary(self) -> dict[str, Any]:
         """The numbers without the demonstrations, and the files, as JSON values."""
-        found: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             name: value for name, value in self.report.items() if name not in ("demonstrations", "texts")
         }
-        return found | {"files": [str(path) for path in self.files]}
+        return numbers | {"files": [str(path) for path in self.files]}
 
 
 def write_report(
@@ -46,13 +46,13 @@ def write_report(
     """Write the report of an ablation and return the path of its page.
 
     Args:
-        results: `Results`, or a folder that has them.
-        out: folder for report.html, report.md, report.json and figures/; by default `report` beside the results.
-        figures: another folder, which gets every figure for a paper: PDF, and PNG at 300 dots per inch.
-        title: of the report.
+        results: `Results`, or a folder that contains them.
+        out: folder for report.html, report.md, report.json and figures/; by default `report` next to the results.
+        figures: another folder, for every figure in a form for papers: PDF, and PNG at 300 dots per inch.
+        title: title of the report.
 
     Raises:
-        SparsortError: no results there, matplotlib is missing, or a folder cannot be written.
+        SparsortError: there are no results, matplotlib is missing, or a folder cannot be written.
     """
     return make_report(results, out, figures=figures, title=title).page
 
@@ -64,27 +64,24 @@ def make_report(
     figures: str | Path | None = None,
     title: str | None = None,
 ) -> Written:
-    """As `write_report`, with the numbers and every file."""
+    """Write the report like `write_report`, and return its numbers and files."""
     from sparsort.curriculum.ablation.report.figures.style import need_matplotlib
     from sparsort.curriculum.ablation.report.numbers.summary import summarise
     from sparsort.curriculum.ablation.report.write import write_report as write
     from sparsort.curriculum.ablation.results.file import find_results
     from sparsort.curriculum.ablation.results.results import Results
 
-    # Before minutes of reading and computing.
+    # A missing library is reported before minutes of reading and computing.
     need_matplotlib()
     if isinstance(results, Results):
         if out is None:
-            raise SparsortError("write_report was given results and no folder; pass out= to say where the report goes.")
-        held, folder = results, Path(out).expanduser()
+            raise SparsortError("write_report was given results and no folder; pass out=, the folder for the report.")
+        folder = Path(out).expanduser()
     else:
         source = find_results(Path(results).expanduser())
-        held = Results.load(source)
-        folder = Path(out).expanduser() if out is not None else _beside(source)
-    report = summarise(held, **({} if title is None else {"title": title}))
+        results = Results.load(source)
+        default = source.parent / "report" if source.name == "results" else source / "report"
+        folder = default if out is None else Path(out).expanduser()
+    report = summarise(results, **({} if title is None else {"title": title}))
     files = write(report, folder, figures=None if figures is None else Path(figures).expanduser())
     return Written(report=report, files=files)
-
-
-def _beside(source: Path) -> Path:
-    return source.parent / "report" if source.name == "results" else source / "report"

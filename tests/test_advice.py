@@ -44,7 +44,7 @@ _OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
 _DECLARES = ("option", "same_option", "shares", "whole_numbers")
 
 _NO_CONVERSATIONS = "the command passes templates, never a column of conversations"
-_STOPPED = "sparsort.recipes.cli.command._stopped"
+_STOPPED = "sparsort.recipes.cli.app._stopped"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
     (
@@ -60,6 +60,10 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("sparsort.scoring.prompts.prompt._WAY_OUT", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt._WAY_OUT", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt.Prompt.of", "train"): "train passes no system turn",
+    (
+        "sparsort.recipes.score.config.ScorerConfig.__post_init__",
+        "calibrate",
+    ): "calibrate shares one option with this configuration, and makes no such configuration",
 }
 
 
@@ -303,7 +307,7 @@ _EVERY = [
     "sparsort.recipes.cli.app._Commands",
     "sparsort.recipes.cli.app._root",
     "sparsort.recipes.cli.app._version",
-    "sparsort.recipes.cli.command.CheckedCommand",
+    "sparsort.recipes.cli.app.CheckedCommand",
 ]
 
 
@@ -330,7 +334,7 @@ def test_what_a_command_runs_is_in_its_graph(data: Path, tmp_path: Path) -> None
         ["plan", scores, "--data", data, "--batch-size", "4", "--show-groups", "label"],
         ["plan", scores, "--batch-size", "4", "--mode", "pool"],
         ["ablate", data, *text, "--label", "kind", "-k", "2", "--dry-run"],
-        ["choose", data, *text, "--labels", "0,1", "--by", "nothing"],
+        ["choose", data, *text, "--labels", "0,1", "--criterion", "nothing"],
         ["report", tmp_path],
     ]
     for call in calls:

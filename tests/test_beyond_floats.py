@@ -14,7 +14,7 @@ from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.recipes.choose.prior import _file_shares
-from sparsort.recipes.plan import make_plan
+from sparsort.recipes.plan import PlanOptions, make_plan
 from sparsort.scoring.scorers.baselines import ColumnScorer
 from sparsort.templates import render
 
@@ -26,7 +26,9 @@ def _plan_lengths(folder: Path) -> Any:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ColumnScorer("n").score(folder / "rows.jsonl", out=folder / "scores")
     return make_plan(
-        folder / "scores", settings=CurriculumSettings(batch_size=2), data=folder / "rows.jsonl", lengths="tokens"
+        folder / "scores",
+        settings=CurriculumSettings(batch_size=2),
+        options=PlanOptions(data=folder / "rows.jsonl", lengths="tokens"),
     )
 
 

@@ -73,7 +73,7 @@ def test_the_write_under_way_is_finished_and_the_command_says_how_to_resume(
         process.go()
         returned, _, errors = _end(process)
     assert returned == code, errors
-    assert f"interrupted by {number.name}. What was finished is kept in {out}" in errors
+    assert f"interrupted by {number.name}. Finished work is kept in {out}" in errors
     assert f"run the same command again: {shlex.join(['sparsort', *command])}" in errors
     assert "Traceback" not in errors
     assert sorted(path.name for path in out.iterdir()) == [

@@ -25,8 +25,8 @@ from sparsort.errors import SparsortError
 from sparsort.recipes.ablate import find_source
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.calibrate import _number
-from sparsort.recipes.choose.choose import read_rows
-from sparsort.recipes.cli.score_table import text_of
+from sparsort.recipes.choose.rows import read_rows
+from sparsort.recipes.cli.commands.score import text_of
 from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.order.order import order_file
 from sparsort.recipes.score.config import ScorerConfig
@@ -298,7 +298,7 @@ def test_the_commands_name_the_file_and_the_line_of_a_row(field: str, value: Any
         "order": lambda: _order(path, OrderConfig(prompt=PromptSpec("{text}", answer=" {label}"), order="given")),
     }
     if field == "text":
-        calls["choose --on"] = lambda: read_rows(good, path, prompt="{text}")
+        calls["choose --queries"] = lambda: read_rows(good, path, prompt="{text}")
     else:
         config = OrderConfig(
             prompt=PromptSpec("{text}", answer=" x"), select="balanced", k=2, label="label", order="given"

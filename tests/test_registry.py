@@ -62,7 +62,7 @@ _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "sparsity": (
         "curriculum/ablation/store/order_notes.py",
-        "recipes/environment.py",
+        "recipes/cli/commands/env.py",
         "scoring/scorers/sparsity.py",
     ),
     "spread": ("curriculum/ablation/report",),

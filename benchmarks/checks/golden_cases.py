@@ -119,7 +119,7 @@ def _order() -> list[Case]:
 
 def _choose() -> list[Case]:
     choose = ("choose", REVIEWS, *REVIEW, "--label", "label", *LLAMA, "--orders", "6", "--json", "-k", "4")
-    queries = ("--queries", "8")
+    queries = ("--max-queries", "8")
     criteria = (
         "globale_unlabelled",
         "locale_unlabelled",
@@ -132,13 +132,13 @@ def _choose() -> list[Case]:
         "density+locale_unlabelled",
     )
     out = ("--out", "{out}.jsonl")
-    cases = [Case(f"choose-{name}", (*choose, *queries, "--by", name, *out)) for name in criteria]
-    cases.append(Case("choose-pdo_null", (*choose, "--by", "pdo_null", *out)))
+    cases = [Case(f"choose-{name}", (*choose, *queries, "--criterion", name, *out)) for name in criteria]
+    cases.append(Case("choose-pdo_null", (*choose, "--criterion", "pdo_null", *out)))
     # Probes are sampled from the model, and a model with random weights writes none that reads as a query.
     demo = ("choose", FEW, *REVIEW, "--label", "label", "--orders", "4", "--json", "-k", "4")
-    cases += [Case(f"choose-{name}", (*demo, "--by", name, *out)) for name in ("globale", "locale")]
+    cases += [Case(f"choose-{name}", (*demo, "--criterion", name, *out)) for name in ("globale", "locale")]
     cases += [
-        Case(f"choose-prior-{prior}", (*choose, *queries, "--by", "pdo", "--prior", prior))
+        Case(f"choose-prior-{prior}", (*choose, *queries, "--criterion", "pdo", "--prior", prior))
         for prior in ("uniform", "pool", "mixed")
     ]
     return cases

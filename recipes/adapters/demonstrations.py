@@ -1,8 +1,8 @@
-"""What the adapters share: which demonstrations of a pool stand in a prompt, and in which order.
+"""The shared part of the adapters: the choice and the order of a prompt's demonstrations.
 
-Contract: options are checked when they are made, before a framework starts. `DemoChooser.choose` gives positions in the
-pool, so that every framework keeps its own objects. It makes a `Known` for each query, over one pool whose scores, embeddings
-and word index are computed once, and leaves the rest to `Demonstrator`. No sparsort model is run here: scores come in made.
+Contract: options are checked when they are created, before a framework starts. `DemoChooser.choose` returns positions in the
+pool, so every framework keeps its own objects. It makes a `Known` for each query, over one pool whose scores, embeddings and word
+index are computed once, and `Demonstrator` does the rest. No model of sparsort runs here: scores are computed before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOG = logging.getLogger("sparsort")
 
 Embed = Callable[[list[str]], ArrayLike]
 
-# A framework says how many demonstrations it wants, and has its own way to name them.
+# A framework sets the number of demonstrations, and has its own way to name rows.
 SELECTORS = Registry(DEMO_SELECTORS.kind, (entry for entry in DEMO_SELECTORS.values() if not entry.names_rows))
 
 
@@ -43,24 +43,25 @@ class DemoOptions:
     """How demonstrations are chosen and ordered.
 
     Attributes:
-        order: an order of `order_demos`, first to last; the last is next to the query. None for the hardest first.
-        select: a selector of `select_demos`, except one by which the caller names the rows.
-        scores: difficulties of the pool's rows: a score folder or file (read at once), a table of scores, a mapping
-            from id, or one number a row of the pool.
-        score_column: instead, the field of a row that holds its difficulty; higher is harder.
+        order: an order of `order_demos`, first to last; the last demonstration is next to the query. None for the hardest first.
+        select: a selector of `select_demos`, except those by which the caller names rows.
+        scores: difficulties of the pool's rows: a score folder or file (read immediately), a table of scores, a mapping from id,
+            or one number per row of the pool.
+        score_column: instead of `scores`, the field of a row with its difficulty; higher is harder.
         query_difficulty: a function from the query to its difficulty by the same score, for a selector that needs it.
-        embed: a function from N texts to (N, D), for the selectors by embedding and the orders by similarity. LangChain's
-            `Embeddings.embed_documents` and a `dspy.Embedder` are such functions.
-        label: the field that holds the label, for a selector that needs it; it is not compared to a query.
-        prompt: a template whose fields are the input, which a query is compared and embedded by; see `select_demos`.
-        text: a demonstration's text, for the orders by length; by default all its text fields but the id.
-        seed: of whatever is drawn; None: the framework's own seed where it has one, else 0.
-        missing: what happens to chosen rows without a score; see `order_demos`. "drop" gives fewer than were asked for.
-        allow_leaks: let rows stand that are the query itself or nearly so.
+        embed: a function from N texts to (N, D) embeddings, for the selectors by embedding and the orders by similarity.
+            LangChain's `Embeddings.embed_documents` and a `dspy.Embedder` are such functions.
+        label: the field with the label, for a selector that needs it; it is not compared with a query.
+        prompt: a template whose fields are the input of a row, by which rows and queries are compared and embedded; see
+            `select_demos`.
+        text: a function from a demonstration to its text, for the orders by length; by default all text fields except the id.
+        seed: seed for every random draw; None for the framework's own seed if it has one, otherwise 0.
+        missing: what happens to chosen rows without a score; see `order_demos`. "drop" may give fewer demonstrations.
+        allow_leaks: whether rows may be chosen that are the query itself, or nearly so.
 
     Raises:
-        SparsortError: an unknown name, scores given twice or unreadable, something that the order or the selector needs and that
-            is not given, or a setting that the order does not read.
+        SparsortError: an unknown name, scores that are given twice or are unreadable, a missing input of the order or the
+            selector, or a setting that the order does not read.
     """
 
     order: str | None = None
@@ -81,14 +82,17 @@ class DemoOptions:
         if self.missing not in get_args(Missing):
             raise unknown_choice("treatment of missing scores", self.missing, get_args(Missing))
         if self.scores is not None and self.score_column is not None:
-            raise SparsortError("scores= and score_column= both say how hard a demonstration is. Give one of them.")
+            raise SparsortError(
+                "scores= and score_column= both give the difficulty of a demonstration. Give one of them."
+            )
         if isinstance(self.scores, str | Path):
+            # The dataclass is frozen, so resolved settings are set through `object`.
             object.__setattr__(self, "scores", Scores.load(self.scores))
         refuse_unread_fields(self, READ_BY)
         kind = self.scores.kind if isinstance(self.scores, DifficultyTable) else None
         if self.order is None:
             object.__setattr__(self, "order", default_order(kind))
-        # With nothing to order, this checks that the order exists and goes with the scores.
+        # This call orders nothing, but it checks that the order exists and accepts the scores.
         order_indices(self.by_name, 0, difficulty=[] if self.has_scores else None, kind=kind, similarity=[], lengths=[])
         if self.by_similarity and self.embed is None and not selector.compares_words:
             by_words = " or ".join(repr(name) for name in SELECTORS.names(lambda entry: entry.compares_words))
@@ -107,7 +111,7 @@ class DemoOptions:
 
     @property
     def by_name(self) -> str:
-        """The order, the default's name where none was given."""
+        """The name of the order, which may be the default."""
         return str(self.order)
 
     @property
@@ -117,22 +121,22 @@ class DemoOptions:
 
     @property
     def has_scores(self) -> bool:
-        """Difficulties are given, in one form or the other."""
+        """Whether difficulties are given, as scores or as a column."""
         return self.scores is not None or self.score_column is not None
 
     @property
     def by_similarity(self) -> bool:
-        """The order is by similarity to the query."""
+        """Whether the order depends on the similarity to the query."""
         return order_entry(self.by_name).ranks_by == "similarity"
 
     @property
     def by_query(self) -> bool:
-        """The choice or the order depends on the query."""
+        """Whether the choice or the order depends on the query."""
         return self.selector.looks_at_query or self.by_similarity
 
     @property
     def by_embedding(self) -> bool:
-        """The choice or the order reads embeddings."""
+        """Whether the choice or the order reads embeddings."""
         return self.embed is not None and ("embeddings" in self.selector.needs or self.by_similarity)
 
 
@@ -142,7 +146,7 @@ class DemoChooser:
     Args:
         rows: N rows.
         options: how to choose and order.
-        held_out: rows that will be asked; pool rows that are one of them or nearly so are never chosen, unless
+        held_out: rows that will be queries; pool rows that equal one of them, or nearly so, are never chosen, unless
             `options.allow_leaks`.
 
     Raises:
@@ -151,43 +155,40 @@ class DemoChooser:
 
     def __init__(self, rows: Iterable[Row], options: DemoOptions, *, held_out: Iterable[Row] = ()) -> None:
         self.options = options
-        every = [dict(row) for row in rows]
-        self._count = len(every)
-        if notes := duplicates(every):
+        all_rows = [dict(row) for row in rows]
+        self._count = len(all_rows)
+        if notes := duplicates(all_rows):
             _LOG.warning("the pool of demonstrations: %s", listed([note.removesuffix(".") for note in notes], most=2))
-        difficulty = _difficulty(every, options)
-        pool = DemoPool(every, prompt=options.prompt, label=options.label)
-        asked = () if options.allow_leaks else held_out
-        leaking = {leak.demo for query in asked for leak in pool.leaks(pool.input_of(query))}
-        self._positions = np.array([at for at in range(len(every)) if at not in leaking], dtype=np.int64)
-        self._pool = (
-            DemoPool((every[at] for at in self._positions), prompt=options.prompt, label=options.label)
-            if leaking
-            else pool
-        )
-        held = self._pool
+        difficulty = _difficulty(all_rows, options)
+        pool = DemoPool(all_rows, prompt=options.prompt, label=options.label)
+        queries = () if options.allow_leaks else held_out
+        leaking = {leak.demo for query in queries for leak in pool.leaks(pool.input_of(query))}
+        self._positions = np.array([at for at in range(len(all_rows)) if at not in leaking], dtype=np.int64)
+        if leaking:
+            pool = DemoPool((all_rows[at] for at in self._positions), prompt=options.prompt, label=options.label)
+        self._pool = pool
         self._difficulty = None if difficulty is None else Column.of(difficulty[self._positions])
-        self._embeddings = Column(len(held), lambda at: self._embed([self._input(held.rows[i]) for i in at]))
+        self._embeddings = Column(len(pool), lambda at: self._embed([self._input(pool.rows[i]) for i in at]))
         text = options.text
-        self._lengths = text and Column(len(held), lambda at: [len(text(held.rows[i])) for i in at])
+        self._lengths = text and Column(len(pool), lambda at: [len(text(pool.rows[i])) for i in at])
 
     def choose(self, query: Query | None, k: int, *, seed: int = 0) -> list[int]:
         """Positions in the pool of k demonstrations, first to last.
 
         Args:
-            query: what will be asked, or None where it is not known; then nothing is checked for leaks but `held_out`.
-            k: how many.
-            seed: where the options name none.
+            query: the query; None if it is not known, so that only `held_out` is checked for leaks.
+            k: the number of demonstrations.
+            seed: the seed, unless the options have one.
 
         Raises:
-            SparsortError: too few rows left, or an input is missing; see `select_demos` and `order_demos`.
+            SparsortError: too few rows remain, or an input is missing; see `select_demos` and `order_demos`.
         """
         options = self.options
         seed = seed if options.seed is None else options.seed
         if k > len(self._positions) < self._count:
             raise SparsortError(
-                f"{k} demonstrations were asked for, but {self._count - len(self._positions)} of the pool's "
-                f"{self._count} rows stand in the held-out set too, exactly or nearly, and are left out. Ask for fewer, "
+                f"{k} demonstrations were requested, but {self._count - len(self._positions)} of the pool's "
+                f"{self._count} rows are in the held-out set too, exactly or nearly, and are excluded. Request fewer, "
                 "or give a larger pool."
             )
         demonstrator = Demonstrator(
@@ -201,7 +202,7 @@ class DemoChooser:
         return [int(self._positions[at]) for at in demonstrator.positions(self._known(query))]
 
     def _known(self, query: Query | None) -> Known:
-        """What is known about the pool and a query, with embeddings only where the selector or the order reads them."""
+        """What is known about the pool and a query; embeddings are included only if the selector or the order reads them."""
         score, embeds = self.options.query_difficulty, self.options.by_embedding
         return Known(
             self._pool,
@@ -217,8 +218,8 @@ class DemoChooser:
         embeddings = np.asarray(self.options.embed(texts) if self.options.embed else ())
         if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise SparsortError(
-                f"embed= gave an array of shape {embeddings.shape} for {len(texts)} texts: one row for each was "
-                f"expected, shape ({len(texts)}, D)."
+                f"embed= returned an array of shape {embeddings.shape} for {len(texts)} texts; expected one row per text, "
+                f"shape ({len(texts)}, D)."
             )
         return embeddings
 
@@ -227,9 +228,9 @@ class DemoChooser:
 
 
 def _difficulty(rows: Sequence[Row], options: DemoOptions) -> NDArray[np.float64] | None:
-    """The difficulty of every row of the pool, (N,), None where the options give none."""
+    """(N,) difficulties of the rows of the pool; None if the options give none."""
     if options.score_column is None:
-        # A path was read when the options were made.
+        # A path was read when the options were created.
         return None if options.scores is None else resolve(cast(ScoresLike, options.scores), rows).values
     column = options.score_column
     if absent := [position for position, row in enumerate(rows) if column not in row]:

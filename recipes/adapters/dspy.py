@@ -2,11 +2,12 @@
 
 Contract: `SparsortFewShot` is a `Teleprompter` that sets the demonstrations of every predictor to examples of the
 training set, the same objects, without a call of a model. They are set once for all queries, so selectors and orders
-that look at the query are refused; examples of the validation set, exact or nearly so, are left out.
+that depend on the query are refused. Examples of the validation set, exact or nearly so, are excluded.
 
-DSPy silently drops a demonstration that lacks every input or every output of a predictor's signature, and puts those that lack
-some field before those that lack none. So a program that could use no demonstration is refused, as is a predictor that would use
-only some or reorder them; a predictor that could use none, in a program where another can, gets none and is named in a warning.
+DSPy silently drops a demonstration that lacks every input or every output of a predictor's signature, and puts demonstrations
+that lack some field before complete ones. A program that could use no demonstration is therefore refused, and so is a predictor
+that would use only some of them or reorder them. If a predictor could use no demonstration, but another predictor of the program
+could, it gets none and is named in a warning.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class SparsortFewShot(Teleprompter):  # type: ignore[misc]
     """Set k training examples as the demonstrations of every predictor, in sparsort's order.
 
     Args:
-        k: how many.
+        k: the number of demonstrations.
         options: how they are chosen and ordered. Without `prompt`, a validation example is compared by the input fields
             that its `with_inputs` names.
 
@@ -59,12 +60,12 @@ class SparsortFewShot(Teleprompter):  # type: ignore[misc]
         Args:
             student: the program; it is not changed.
             trainset: the pool. Scores that are N numbers are in its order; a table finds a row by its id or its content.
-            valset: what the program will be asked; nothing of it becomes a demonstration.
+            valset: the queries of the program; no example of it becomes a demonstration.
 
         Raises:
-            SparsortError: fewer than k examples are left, one has no score, no predictor has an input and an output among the
-                fields of the chosen, or only some of the chosen have them, or have all of a predictor's fields: DSPy drops the
-                first and moves the second, whatever their order.
+            SparsortError: fewer than k examples remain; an example has no score; the chosen examples have no input and output of
+                any predictor; or only some of them have these, or have all fields of a predictor, so that DSPy would drop the
+                former or reorder the latter.
         """
         options = _compared_by_inputs(self.options, trainset)
         chooser = DemoChooser(map(_row, trainset), options, held_out=map(_row, valset or ()))
@@ -89,7 +90,7 @@ class SparsortFewShot(Teleprompter):  # type: ignore[misc]
 
 
 def order_examples(examples: Sequence[Example], options: DemoOptions) -> list[Example]:
-    """The same examples, first to last, as `predictor.demos` takes them. `options.select` takes no part.
+    """The same examples, first to last, for `predictor.demos`. `options.select` has no effect.
 
     Raises:
         SparsortError: the order needs a query, or an example has no score.
@@ -107,9 +108,9 @@ def _row(example: Example) -> dict[str, Any]:
 def _refuse_by_query(options: DemoOptions) -> None:
     if not options.by_query:
         return
-    what = f"order {options.order!r}" if options.by_similarity else f"selection method {options.select!r}"
+    method = f"order {options.order!r}" if options.by_similarity else f"selection method {options.select!r}"
     raise SparsortError(
-        f"the {what} looks at the query, but a DSPy program is compiled once for all queries. "
+        f"the {method} depends on the query, but a DSPy program is compiled once for all queries. "
         f"Select by one of: {', '.join(SELECTORS.names(lambda entry: not entry.looks_at_query))}; "
         "order by difficulty, by length, or as they come."
     )
@@ -120,19 +121,20 @@ def _compared_by_inputs(options: DemoOptions, trainset: Sequence[Example]) -> De
         return options
     try:
         names = list(trainset[0].inputs().keys())
-    except ValueError:  # with_inputs was not called
+    except ValueError:
+        # `with_inputs` was not called, so the example does not say which fields are inputs.
         return options
     return dataclasses.replace(options, prompt=" ".join(f"{{{spell([name])}}}" for name in names) or None)
 
 
 def _why_unused(demos: Sequence[Example], signature: Any, predictor: str) -> str:
-    """A sentence on why DSPy would show a predictor not one of the demonstrations, "" where it would show some."""
+    """A sentence that says why DSPy would show no demonstration to a predictor; "" if it would show some."""
     if any(_is_shown(demo, signature) for demo in demos):
         return ""
     inputs, outputs = ", ".join(signature.input_fields), ", ".join(signature.output_fields)
     has = ", ".join(dict.fromkeys(name for demo in demos for name, value in demo.items() if not is_missing(value)))
     return (
-        f"The predictor {predictor!r} has the inputs {inputs} and the outputs {outputs}; the training examples that were chosen "
+        f"The predictor {predictor!r} has the inputs {inputs} and the outputs {outputs}; the chosen training examples "
         f"have {has or 'no field'}."
     )
 

@@ -1,7 +1,7 @@
 """Few-shot examples of a LangChain prompt, chosen and ordered by sparsort.
 
-Contract: `SparsortExampleSelector` is a `BaseExampleSelector`, as `FewShotPromptTemplate` takes one. The input variables
-of the prompt are the query; an example that is the query itself or nearly so is left out.
+Contract: `SparsortExampleSelector` is a `BaseExampleSelector` for `FewShotPromptTemplate`. The input variables of the prompt are
+the query. An example that is the query itself, or nearly so, is not chosen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SparsortExampleSelector(BaseExampleSelector):  # type: ignore[misc]
 
     Args:
         examples: the pool.
-        k: how many stand in a prompt.
+        k: the number of examples in a prompt.
         options: how they are chosen and ordered.
     """
 
@@ -40,10 +40,10 @@ class SparsortExampleSelector(BaseExampleSelector):  # type: ignore[misc]
         self._chooser = None
 
     def select_examples(self, input_variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Copies of the chosen examples, first to last; the last stands next to the query.
+        """Copies of the chosen examples, first to last; the last one is next to the query.
 
         Raises:
-            SparsortError: fewer than k examples are left, or one has no score.
+            SparsortError: fewer than k examples remain, or one has no score.
         """
         if self._chooser is None:
             self._chooser = DemoChooser(self.examples, self.options)

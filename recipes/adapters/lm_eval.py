@@ -1,12 +1,11 @@
 """Few-shot documents of lm-evaluation-harness, chosen and ordered by sparsort.
 
 Contract: `sampler(options)` is a `ContextSampler` class. A task's YAML takes it as `fewshot_config.sampler`, either by
-`!function FILE.NAME` from a Python file that stands next to the YAML, or by a name given to `register`. Nothing of the
-harness is patched.
+`!function FILE.NAME` from a Python file next to the YAML, or by a name given to `register`. The harness is not patched.
 
-The harness tells a sampler which document is being asked only where the few-shot split is the test split. Without it
-nothing can keep the query out of its own demonstrations, so the sampler then refuses, unless `allow_leaks` is set.
-`QueryTask`, named as the task's `class`, tells it always.
+The harness passes the document of the query to a sampler only if the few-shot split is the test split. Without it, nothing can
+keep the query out of its own demonstrations, so the sampler refuses, unless `allow_leaks` is set. `QueryTask`, as the task's
+`class`, always passes it.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ Document = Mapping[str, Any]
 
 
 class SparsortSampler(ContextSampler):  # type: ignore[misc]
-    """A `ContextSampler` that chooses and orders as `options` say. Made by `sampler`.
+    """A `ContextSampler` that chooses and orders demonstrations by `options`; made by `sampler`.
 
     Attributes:
-        options: how to choose and order. Where they name no seed, the harness's few-shot seed is used, and every
-            document is asked behind the same draw.
-        query: the document that is being asked, where `QueryTask` says so.
+        options: how to choose and order. Without a seed, the harness's few-shot seed is used, so every document has the same
+            draw of demonstrations.
+        query: the document of the query, which `QueryTask` sets.
     """
 
     options: ClassVar[DemoOptions]
@@ -50,10 +49,10 @@ class SparsortSampler(ContextSampler):  # type: ignore[misc]
     def sample(
         self, n: int, eval_doc: Document | None = None, df: Sequence[Document] | None = None, **_: Any
     ) -> list[Document]:
-        """The n documents that stand before `eval_doc`, first to last.
+        """The n demonstrations of `eval_doc`, first to last.
 
         Raises:
-            SparsortError: too few documents, a missing score, or it is not known which document is being asked.
+            SparsortError: there are too few documents, a score is missing, or the document of the query is not known.
         """
         if df:
             self.replace_df(df)
@@ -85,7 +84,7 @@ class SparsortSampler(ContextSampler):  # type: ignore[misc]
 
 
 class QueryTask(ConfigurableTask):  # type: ignore[misc]
-    """A task as its YAML says, which tells its `SparsortSampler` which document is being asked.
+    """A task that is configured by its YAML, and passes the document of each query to its `SparsortSampler`.
 
     In YAML: `class: !function sparsort.recipes.adapters.lm_eval.QueryTask`.
     """
@@ -94,7 +93,7 @@ class QueryTask(ConfigurableTask):  # type: ignore[misc]
         super().__init__(config={key: value for key, value in config.items() if key != "class"}, **options)
 
     def fewshot_context(self, doc: Document, num_fewshot: int, **options: Any) -> Any:
-        """The prompt of `doc` behind its demonstrations."""
+        """The demonstrations of `doc`, followed by its prompt."""
         if isinstance(getattr(self, "sampler", None), SparsortSampler):
             self.sampler.query = doc
         return super().fewshot_context(doc, num_fewshot, **options)
@@ -106,13 +105,13 @@ def sampler(options: DemoOptions) -> type[SparsortSampler]:
 
 
 def register(options: DemoOptions, name: str = "sparsort") -> None:
-    """Give a sampler a name in the harness's registry, so that a YAML can say `sampler: NAME`.
+    """Register a sampler in the harness, so that a YAML can refer to it with `sampler: NAME`.
 
-    To be called before the tasks are built, from the program that calls `lm_eval.simple_evaluate`. Registering a name
-    of ours again replaces it.
+    Call this before the tasks are built, in the program that calls `lm_eval.simple_evaluate`. A second registration of the same
+    name replaces the first.
 
     Raises:
-        SparsortError: the name is another sampler's.
+        SparsortError: another sampler has this name.
     """
     taken = SAMPLER_REGISTRY.get(name)
     if taken is not None and not issubclass(taken, SparsortSampler):

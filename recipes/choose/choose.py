@@ -1,18 +1,15 @@
-"""Choose the order of a prompt's demonstrations with the model in the loop: the recipe behind `sparsort choose`.
+"""Choose the order of a prompt's demonstrations by querying the model. The recipe for `sparsort choose`.
 
-Contract: the criteria are those that an ablation compares (`curriculum.demos.criteria`), read from the same outcomes: what the
-model says to some queries under each candidate order. Whether a criterion helps on a model and task is for an ablation to find
-out; this applies it.
+Contract: the criteria are those that an ablation compares (`curriculum.demos.criteria`), and they read the same outcomes: the
+model's predictions for some queries under each candidate order. This recipe applies a criterion. An ablation finds out whether
+the criterion helps on a model and a task.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -22,7 +19,7 @@ from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.curriculum.ablation.recipe.ablation import probes_of
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.curriculum.ablation.recipe.task_data import Showing
-from sparsort.curriculum.ablation.recipe.tasks import MOST_LABELS, Task, check_row, parse_labels, task_from_flags
+from sparsort.curriculum.ablation.recipe.tasks import Task, task_from_flags
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
 from sparsort.curriculum.demos.permutations import random_permutations
@@ -34,20 +31,19 @@ from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.recipes.choose.prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order.order import MOST_DEMOS
 from sparsort.scoring.model.spec import ModelOptions, ModelSpec
-from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
-from sparsort.templates import fields_of, render
+from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.terminal.progress import progress
 from sparsort.values import text_if_any
 
 if TYPE_CHECKING:
-    from sparsort.scoring.data.rows import RowSource
+    from sparsort.curriculum.demos.criteria.ranking import Choice
     from sparsort.scoring.loading.load import LoadedModel
 
 Rows = Sequence[Mapping[str, Any]]
 
-# What an argument needs to be read; see `sparsort.conditions`.
+# The conditions under which each argument is read; see `sparsort.conditions`.
 READS_QUERIES = When(
-    holds=lambda values: _asks(values["by"]),
+    holds=lambda values: _reads_queries(values["by"]),
     why="the criterion reads no queries, and this is {by}",
 )
 READS_PRIOR = When(
@@ -57,12 +53,18 @@ READS_PRIOR = When(
 )
 READ_BY: Table = {"allow_leaks": (READS_QUERIES,), "prior": (READS_PRIOR,), "separator": (NOT_IN_CHAT,)}
 
-_LABELS = frozenset({"log_p", "gold", "prior", "content_free"})
+# Inputs of a criterion that depend on the labels.
+_LABEL_INPUTS = frozenset({"log_p", "gold", "prior", "content_free"})
 
 
 def _criteria_where(where: Callable[[Criterion], bool]) -> str:
-    """The criteria that choose an order and for which `where` holds, as a message lists them."""
+    """The criteria that choose an order and for which `where` holds, as a list for a message."""
     return ", ".join(map(repr, CRITERIA.names(lambda entry: entry.chooses == "order" and where(entry))))
+
+
+def without_labels() -> str:
+    """The criteria that need no labels, as a list for a message."""
+    return _criteria_where(lambda entry: not entry.needs & _LABEL_INPUTS)
 
 
 _ON_QUERIES = _criteria_where(lambda entry: entry.needs == {"log_p"})
@@ -70,21 +72,21 @@ _ON_QUERIES = _criteria_where(lambda entry: entry.needs == {"log_p"})
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenOrder:
-    """An order of demonstrations, and how it came about.
+    """The chosen order of demonstrations, and how it was chosen.
 
     Attributes:
         demos: the demonstrations in the chosen order.
-        order: their positions in what was given.
+        order: for each of them, its position in the demonstrations that were passed.
         by: the criterion.
-        candidates: every order that was tried, best first.
-        scores: the criterion's score of each, higher is better.
-        tied: how many candidates share the best score, the chosen one included.
-        prior: for PDO the label shares that it compared predictions with: their "source", the "shares" by label value, and
-            how many "labelled_rows" were read to estimate them; None for criteria that read no prior.
-        queries: how many queries the criterion read under each order.
-        tokens_read: tokens that the model read and wrote.
-        notes: what a reader should know, one sentence each.
-        provenance: model, criterion and source, task, seed.
+        candidates: every order that was tried, the best one first.
+        scores: the criterion's score of each candidate; higher is better.
+        tied: the number of candidates with the best score, including the chosen one.
+        prior: for PDO, the label shares that it compared the predictions with: their "source", the "shares" by label value, and
+            the number of "labelled_rows" that were read to estimate them; None for criteria that read no prior.
+        queries: the number of queries that the criterion read under each order.
+        tokens_read: the number of tokens that the model read and wrote.
+        notes: remarks for the user, one sentence each.
+        provenance: the model, the criterion with its source, the task and the seed.
     """
 
     demos: list[dict[str, Any]]
@@ -125,84 +127,70 @@ def choose_order(
     seed: int = 0,
     **options: Unpack[ModelOptions],
 ) -> ChosenOrder:
-    """Choose the best of some orders of the same demonstrations by a criterion that asks the model.
+    """Choose the best of some orders of the same demonstrations, by a criterion that queries the model.
 
     Args:
         demos: k rows, each with the prompt's fields and its label.
-        queries: rows that the criterion asks about under every order, without their labels but for "best_on_dev". Criteria
-            that read probes sampled from the model ("globale", "locale") or content-free inputs take none.
-        prompt: format string of a row's question; or a `PromptSpec`, which holds `answer`, `chat` and `system` too.
-        answer: format string of what follows it; by default a space and the label.
+        queries: rows that the criterion reads under every order. Their labels are not read, except by "best_on_dev". Criteria
+            that read probes sampled from the model ("globale", "locale") or content-free inputs need no queries.
+        prompt: format string of a row's question; or a `PromptSpec`, which has `answer`, `chat` and `system` too.
+        answer: format string of the answer that follows; by default a space and the label.
         label: the field of the label.
-        labels: "0=negative,1=positive", or a mapping from value to words; None: the values that the demonstrations and the
-            pool hold, and for "best_on_dev" the queries. Criteria without labels ("density", …) need none.
-        by: a criterion's name, or several joined by "+": the mean of their ranks. "pdo_prior" is "pdo" with the prior "pool".
-        orders: how many orders are tried: all k! where there are no more, else distinct random ones.
-        prior: the label shares that "pdo" expects the model to predict. "uniform". "pool": the shares of `pool`, right only
-            if the queries have the same. "mixed": the mean of these two. "estimated": those of the queries, estimated from
-            the predictions for them once the model's bias is fitted on up to 64 labelled rows of `pool`, which are read under
-            one order. A mapping from label value to share or count, or a file that holds one, or a file of labelled rows. By
-            default "estimated" if `pool` has at least 16 labelled rows besides demonstrations and queries; "mixed" if the
-            queries are rows of it; otherwise "uniform". Why: docs/results/ordering-study.md, "Which prior".
-        pool: labelled rows from which the demonstrations were drawn, for the prior alone.
-        separator, instruction, chat, system: as `Task`.
-        allow_leaks: let queries stand among the demonstrations.
-        model: a `ModelSpec`, or what its `name` takes.
-        seed: of the orders, of sampled probes, and between equals.
+        labels: "0=negative,1=positive", or a mapping from value to words. By default the values in the demonstrations and the
+            pool, and for "best_on_dev" in the queries. Criteria without labels ("density", …) need none.
+        by: the name of a criterion, or several joined by "+" for the mean of their ranks. "pdo_prior" is "pdo" with the prior
+            "pool".
+        orders: the number of orders to try: all k! of them if there are no more, otherwise distinct random ones.
+        prior: the label shares that "pdo" expects the model to predict. "uniform". "pool": the shares of `pool`, which is right
+            only if the queries have the same shares. "mixed": the mean of these two. "estimated": the shares of the queries,
+            estimated from the predictions for them, after the model's bias was fitted on up to 64 labelled rows of `pool`, which
+            are read under one order. A mapping from label value to share or count, a file with such a mapping, or a file of
+            labelled rows. The default is "estimated" if `pool` has at least 16 labelled rows besides demonstrations and
+            queries; "mixed" if the queries are rows of the pool; and otherwise "uniform". For the reasons see
+            docs/results/ordering-study.md, "Which prior".
+        pool: labelled rows from which the demonstrations were drawn; only a prior reads them.
+        separator, instruction, chat, system: see `Task`.
+        allow_leaks: whether queries may be among the demonstrations.
+        model: a `ModelSpec`, or anything that its `name` takes.
+        seed: seed for the orders, for sampled probes, and for the choice between equal orders.
         options: fields of `ModelSpec`: `dtype`, `device`, `token_budget`, `revision`, `trust_remote_code`, `tokenizer`.
 
     Raises:
-        SparsortError: bad input; the message says what to do.
+        SparsortError: the input is wrong; the message says how to correct it.
     """
     spec, text = ModelSpec.of(model, **options), PromptSpec.of(prompt, answer=answer, system=system, chat=chat)
-    read = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": text.chat}
-    refuse_unread_arguments(choose_order, READ_BY, read)
-    chosen_by = _criterion(by)
-    probes = probes_of(by, sampled=True)
-    asks = probes == "dev"
-    _check_call(demos, queries, chosen_by, asks=asks, orders=orders, seed=seed)
+    arguments = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": text.chat}
+    refuse_unread_arguments(choose_order, READ_BY, arguments)
+    entry = _order_criterion(by)
+    reads_queries = _reads_queries(by)
+    _check_call(demos, queries, entry, reads_queries=reads_queries, orders=orders, seed=seed)
     if pool and not reads_prior(by):
-        raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Leave it out.")
-    shown = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
-    task = _task(shown, queries, chosen_by, text, label, labels, separator, instruction)
-    _check_rows(task, demos, queries, chosen_by, asks=asks, allow_leaks=allow_leaks)
+        raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Omit it.")
+    labelled = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
+    task = _task(labelled, queries, entry, text, label, labels, separator, instruction)
+    _check_rows(task, demos, queries, entry, reads_queries=reads_queries, allow_leaks=allow_leaks)
     plan = None
     if reads_prior(by):
-        plan = plan_prior(task, by, prior, demos, queries, pool, asks=asks, seed=seed)
-        chosen_by = criterion(with_prior(by))
+        plan = plan_prior(task, by, prior, demos, queries, pool, reads_queries=reads_queries, seed=seed)
+        entry = criterion(with_prior(by))
+    # 20! is far above any number of orders, and the factorial of a longer list would be a very long integer.
     count = min(orders, math.factorial(min(len(demos), 20)))
     orders_RK = random_permutations(len(demos), count, seed)
     loaded = spec.load()
-    asking = _Asking(task, [dict(row) for row in demos], orders_RK, loaded, spec.token_budget)
+    reader = _OrderReader(task, [dict(row) for row in demos], orders_RK, loaded, spec.token_budget)
     notes = duplicates(demos, [task.demo_text(row) for row in demos])
-    if probes == "sampled":
-        texts = asking.sampled(seed)
-        if not texts:
-            raise SparsortError(
-                f"of {count} probes sampled from the model none reads as a query of this prompt, so {by!r} has nothing to "
-                "choose by. Give queries of your own, and take a criterion that reads them: "
-                f"{_ON_QUERIES}."
-            )
-        if queries:
-            notes.append(f"{by} reads probes sampled from the model: the {len(queries)} queries given were not read.")
-    else:
-        texts = [task.query_text(row) for row in queries] if asks else []
-    gold = np.array([task.gold_index(row) for row in queries]) if "gold" in chosen_by.needs else None
-    evidence = asking.evidence(texts, chosen_by, gold)
+    texts = _query_texts(reader, task, by, queries, seed, notes)
+    gold = np.array([task.gold_index(row) for row in queries]) if "gold" in entry.needs else None
+    evidence = reader.evidence(texts, entry, gold)
     if plan is not None:
-        plan = asking.with_shares(plan, evidence)
+        plan = reader.with_shares(plan, evidence)
         evidence = replace(evidence, prior=plan.shares)
         notes += [plan.sentence(), *plan.notes]
-    choice = chosen_by.choose(evidence, seed=seed)
-    scores = chosen_by.scores(evidence)
+    choice = entry.choose(evidence, seed=seed)
+    scores = entry.scores(evidence)
     ranked = choice.ranking.tolist()
     if choice.tied > 1:
-        how = (
-            f"among {choice.drawn} of them the seed drew"
-            if choice.drawn > 1
-            else "the right labels' likelihood decided"
-        )
-        notes.append(f"{choice.tied} of {count} orders share the best score; {how}.")
+        notes.append(_how_ties_were_broken(choice, count))
     order = orders_RK[choice.index].tolist()
     return ChosenOrder(
         demos=[dict(demos[place]) for place in order],
@@ -213,127 +201,63 @@ def choose_order(
         tied=choice.tied,
         prior=None if plan is None else plan.summary(),
         queries=len(texts),
-        tokens_read=asking.tokens_read,
+        tokens_read=reader.tokens_read,
         notes=notes,
-        provenance={
-            "model": loaded.name,
-            "weights": loaded.weights,
-            "dtype": str(loaded.dtype.value).removeprefix("torch."),
-            "criterion": by,
-            "source": chosen_by.source,
-            "labels": None if task.labels is None else dict(task.labels),
-            "task": task.digest,
-            "seed": seed,
-        },
+        provenance=_provenance(loaded, task, by, entry, seed),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """What files hold for `choose_order`.
-
-    Attributes:
-        demos, queries: rows, each with its id.
-        pool: every row of `file`.
-        counts: how often each value of the label column stands in `file`.
-    """
-
-    demos: list[dict[str, Any]]
-    queries: list[dict[str, Any]]
-    pool: list[dict[str, Any]]
-    counts: dict[str, int]
-
-    def label_set(self, label: str, labels: str | None) -> dict[str, str]:
-        """Value to words: what was given ("0=negative,1=positive"), else every value of the file, or none where it has none.
-
-        Raises:
-            SparsortError: so many that they are no labels.
-        """
-        if labels:
-            return parse_labels(labels)
-        if len(self.counts) > MOST_LABELS:
-            raise SparsortError(
-                f"the column {label!r} has {len(self.counts)} different values, so it does not look like a label. Name the "
-                f"labels (--labels), or take a criterion that reads none: {_criteria_where(lambda one: not one.needs & _LABELS)}."
-            )
-        return {value: value for value in self.counts}
-
-
-def read_rows(
-    file: str | Path,
-    on: str | Path | None = None,
-    *,
-    prompt: str | None,
-    label: str = "label",
-    k: int | None = None,
-    queries: int = 32,
-    seed: int = 0,
-    data: DataSpec = DataSpec(),
-) -> Given:
-    """Demonstrations and queries of files.
-
-    Args:
-        file: the demonstrations; with `k` the rows that they are drawn from.
-        on: the queries; None, or `file` itself: with `k`, rows of `file` that were not drawn and are not like those that were.
-        prompt: names the columns that are needed.
-        label: the column of the label.
-        k: how many demonstrations to draw; None for all of `file`.
-        queries: most queries; of more rows, as many are drawn.
-        seed: of the drawing.
-        data: how `file` and `on` are read; the column of ids is that of `file`.
+def _query_texts(reader: _OrderReader, task: Task, by: str, queries: Rows, seed: int, notes: list[str]) -> list[str]:
+    """The texts that the criterion reads under every order: those of the queries, sampled probes, or none.
 
     Raises:
-        SparsortError: files that cannot be read, or too few rows.
+        SparsortError: no sampled probe has the form of a query.
     """
-    if queries < 1:
-        raise SparsortError(f"queries is {queries}; at least 1 is needed.")
-    if seed < 0:
-        raise SparsortError(f"the seed is {seed}; it may not be negative.")
-    source = _source(file, prompt, data)
-    rows = _fields(source)
-    if k is not None and not 2 <= k <= len(rows):
+    probes = probes_of(by, sampled=True)
+    if probes != "sampled":
+        return [task.query_text(row) for row in queries] if probes == "dev" else []
+    texts = reader.sample_queries(seed)
+    if not texts:
         raise SparsortError(
-            f"{k} demonstrations were asked for (-k), and {file} holds {len(rows)} rows. Ask for 2 or more of them."
+            f"not one of {reader.count} probes sampled from the model has the form of a query of this prompt, so {by!r} has "
+            f"nothing to choose by. Pass queries of your own, and a criterion that reads them: {_ON_QUERIES}."
         )
-    generator = np.random.default_rng(seed)
-    drawn = generator.permutation(len(rows)).tolist()
-    shown = range(len(rows)) if k is None else drawn[:k]
-    source.check(functools.partial(check_row, prompt=prompt or "", label=label), shown)
-    source.check(lambda fields, where: text_if_any(fields, label, where=where))
-    demos = [rows[place] for place in shown]
-    if on is None or Path(on).resolve() == Path(file).resolve():
-        left = [] if k is None else drawn[k:]
-        source.check(lambda fields, where: render(prompt or "", fields, where=where), left)
-        rest = [rows[place] for place in left]
-        alike = alike_rows(fields_of(prompt or ""), rest, demos)
-        asked = [row for place, row in enumerate(rest) if place not in alike][:queries]
+    if queries:
+        notes.append(f"{by} reads probes sampled from the model: the {len(queries)} queries given were not read.")
+    return texts
+
+
+def _how_ties_were_broken(choice: Choice, count: int) -> str:
+    if choice.drawn > 1:
+        how = f"among {choice.drawn} of them, one was drawn by the seed"
     else:
-        other = _source(on, prompt, replace(data, id_column=None))
-        others = _fields(other)
-        places = sorted(generator.permutation(len(others))[:queries].tolist())
-        other.check(lambda fields, where: render(prompt or "", fields, where=where), places)
-        asked = [others[place] for place in places]
-    values = [text_if_any(row, label, where=f"row {row['id']!r}") for row in rows]
-    counts = Counter(value for value in values if value is not None)
-    return Given(demos=demos, queries=asked, pool=rows, counts=dict(sorted(counts.items())))
+        how = "the likelihood of the right labels decided"
+    return f"{choice.tied} of {count} orders share the best score; {how}."
 
 
-def _source(file: str | Path, prompt: str | None, data: DataSpec) -> RowSource:
-    source = data.open(file)
-    if prompt is None:
-        raise SparsortError(
-            "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces; "
-            f"{Path(file).name} has: {', '.join(source.columns())}."
-        )
-    return source
+def _provenance(loaded: LoadedModel, task: Task, by: str, entry: Criterion, seed: int) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "dtype": str(loaded.dtype.value).removeprefix("torch."),
+        "criterion": by,
+        "source": entry.source,
+        "labels": None if task.labels is None else dict(task.labels),
+        "task": task.digest,
+        "seed": seed,
+    }
 
 
-def _fields(source: RowSource) -> list[dict[str, Any]]:
-    return [dict(row.fields) | {"id": row.id} for row in source.rows()]
+class _OrderReader:
+    """Reads the model's predictions under every order of one set of demonstrations.
 
-
-class _Asking:
-    """A model that is asked under every order of one set of demonstrations."""
+    Args:
+        task: the prompt and the labels.
+        demos: k rows.
+        orders_RK: (R, k) candidate orders.
+        loaded: the model.
+        token_budget: tokens of one batch; None for the device's default.
+    """
 
     def __init__(
         self,
@@ -350,60 +274,66 @@ class _Asking:
         self._reader = AnswerReader(loaded, chat=task.chat, token_budget=token_budget)
         self._texts = Texts(task, loaded.tokenizer)
         self._showing = Showing(rows=demos, of_query=np.arange(len(demos))[None])
+        self.count = len(orders_RK)
         self.tokens_read = 0
 
-    def sampled(self, seed: int) -> list[str]:
-        """Queries that the model writes, one behind each order (arXiv 2104.08786)."""
+    def sample_queries(self, seed: int) -> list[str]:
+        """Queries that the model writes, one after each order (arXiv 2104.08786)."""
         from sparsort.curriculum.ablation.run.probing import probes
 
-        found = probes(self._reader, self._texts, self._showing, self._orders, seed)
-        self.tokens_read += found["sampling_tokens"]
-        return list(found["texts"])
+        sampled = probes(self._reader, self._texts, self._showing, self._orders, seed)
+        self.tokens_read += sampled["sampling_tokens"]
+        return list(sampled["texts"])
 
     def with_shares(self, plan: PriorPlan, evidence: Evidence) -> PriorPlan:
-        """The plan with its shares; to estimate them the labelled rows are read under the first of the orders."""
+        """The plan with its shares. To estimate them, the labelled rows are read under the first order."""
         if plan.shares is not None:
             return plan
         texts = [self._task.query_text(row) for row in plan.labelled]
-        log_p, _ = self._ask(self._showing.demos(0, self._orders[0]), texts)
+        log_p, _ = self._read(self._showing.demos(0, self._orders[0]), texts)
         return plan.estimate(evidence.log_p[0], log_p, [self._task.gold_index(row) for row in plan.labelled])
 
-    def evidence(self, queries: Sequence[str], by: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
-        """What the criterion reads, except a prior, under every order; orders that begin alike follow one another."""
-        free = self._task.content_free_texts() if "content_free" in by.needs else []
-        log_p: list[Any] = [None] * len(self._orders)
-        features: list[Any] = [None] * len(self._orders)
-        with progress("orders", len(self._orders)) as advance:
+    def evidence(self, queries: Sequence[str], entry: Criterion, gold: NDArray[np.int64] | None) -> Evidence:
+        """The inputs of the criterion under every order, except a prior."""
+        free = self._task.content_free_texts() if "content_free" in entry.needs else []
+        log_p: list[Any] = [None] * self.count
+        features: list[Any] = [None] * self.count
+        with progress("orders", self.count) as advance:
+            # In lexicographic order, orders with the same first demonstrations follow each other, and the reader reuses its
+            # keys and values for what two prefixes have in common.
             for place in np.lexsort(self._orders.T[::-1]).tolist():
                 demos = self._showing.demos(0, self._orders[place])
-                log_p[place], features[place] = self._ask(demos, [*queries, *free])
+                log_p[place], features[place] = self._read(demos, [*queries, *free])
                 advance(1)
-        bare = self._ask([], queries)[1] if "bare_features" in by.needs else None
-        asked, labels = len(queries), bool(self._task.labels)
+        bare = self._read([], queries)[1] if "bare_features" in entry.needs else None
+        # The content-free inputs are read in the same pass, after the queries.
+        count, has_labels = len(queries), bool(self._task.labels)
         return Evidence(
-            log_p=np.stack(log_p)[:, :asked] if labels and asked else None,
-            content_free=np.stack(log_p)[:, asked:] if free else None,
-            features=np.stack(features)[:, :asked] if asked else None,
+            log_p=np.stack(log_p)[:, :count] if has_labels and count else None,
+            content_free=np.stack(log_p)[:, count:] if free else None,
+            features=np.stack(features)[:, :count] if count else None,
             bare_features=bare,
             gold=gold,
             metrics=METRIC_NAMES,
         )
 
-    def _ask(self, demos: Rows, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(N, L) log-probabilities, and (N, F) metrics of the state after the final norm."""
+    def _read(self, demos: Rows, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(N, L) log-probabilities of the labels, and (N, F) metrics of the state after the final norm."""
         chunks = self._texts.prefix(demos)
-        found = self._reader.answers(chunks, [self._texts.query(demos, text) for text in queries], self._texts.answers)
-        self.tokens_read += found.tokens_read
-        return found.log_p, found.features[:, self._post_norm]
+        answers = self._reader.answers(
+            chunks, [self._texts.query(demos, text) for text in queries], self._texts.answers
+        )
+        self.tokens_read += answers.tokens_read
+        return answers.log_p, answers.features[:, self._post_norm]
 
 
 def needs_labels(by: str) -> bool:
-    """Whether a criterion scores labels, so that it must know them all."""
-    return bool(criterion(by).needs & _LABELS)
+    """Whether a criterion scores labels, so that it needs to know all of them."""
+    return bool(criterion(by).needs & _LABEL_INPUTS)
 
 
-def _asks(by: str) -> bool:
-    """Whether a criterion reads queries that are given; true for anything that is not a criterion."""
+def _reads_queries(by: str) -> bool:
+    """Whether a criterion reads the caller's queries; true for a name that is not a criterion."""
     return not _is_criterion(by) or probes_of(by, sampled=True) == "dev"
 
 
@@ -415,34 +345,35 @@ def _is_criterion(by: str) -> bool:
     return True
 
 
-def _criterion(by: str) -> Criterion:
-    found = criterion(by)
-    if {"gold", "sampled"} <= found.needs:
+def _order_criterion(by: str) -> Criterion:
+    """The criterion of this name, which must choose one order for all queries."""
+    entry = criterion(by)
+    if {"gold", "sampled"} <= entry.needs:
         raise SparsortError(
             f"{by!r} joins right labels with probes sampled from the model, which have none. Join a criterion that reads your "
             f"queries: {_ON_QUERIES}."
         )
-    if found.chooses != "order":
+    if entry.chooses != "order":
         raise SparsortError(
-            f"{by!r} chooses demonstrations for every query, not one order for all. Take one of {_ON_QUERIES}, or see what it "
-            "is worth in an ablation (sparsort ablate)."
+            f"{by!r} chooses demonstrations for every query, not one order for all. Take one of {_ON_QUERIES}, or measure its "
+            "effect in an ablation (sparsort ablate)."
         )
-    return found
+    return entry
 
 
 def _task(
-    shown: Rows,
+    labelled: Rows,
     queries: Rows,
-    by: Criterion,
+    entry: Criterion,
     prompt: PromptSpec,
     label: str,
     labels: str | Mapping[str, str] | None,
     separator: str,
     instruction: str,
 ) -> Task:
-    scored = needs_labels(by.name) or labels is not None
+    scored = needs_labels(entry.name) or labels is not None
     return task_from_flags(
-        [*shown, *(queries if "gold" in by.needs else ())],
+        [*labelled, *(queries if "gold" in entry.needs else ())],
         prompt=prompt.for_demonstrations,
         answer=prompt.answer,
         label=label,
@@ -456,7 +387,7 @@ def _task(
     )
 
 
-def _check_call(demos: Rows, queries: Rows, by: Criterion, *, asks: bool, orders: int, seed: int) -> None:
+def _check_call(demos: Rows, queries: Rows, entry: Criterion, *, reads_queries: bool, orders: int, seed: int) -> None:
     if orders < 1:
         raise SparsortError(f"orders is {orders}; at least 1 is needed.")
     if seed < 0:
@@ -465,30 +396,32 @@ def _check_call(demos: Rows, queries: Rows, by: Criterion, *, asks: bool, orders
         raise SparsortError(f"there are {len(demos)} demonstrations; an order needs at least 2.")
     if len(demos) > MOST_DEMOS:
         raise SparsortError(
-            f"there are {len(demos)} demonstrations; at most {MOST_DEMOS} make a prompt here. Select some first (-k)."
+            f"there are {len(demos)} demonstrations; a prompt here has at most {MOST_DEMOS}. Select some first (-k)."
         )
-    if asks and not queries:
+    if reads_queries and not queries:
         raise SparsortError(
-            f"{by.name!r} asks the model about queries under every order, and none were given (--on). Give some, 16 or more: "
-            "rows with the prompt's fields" + (" and their labels." if "gold" in by.needs else "; no labels are read.")
+            f"{entry.name!r} reads queries under every order, and none were given (--queries FILE). Give 16 or more: rows with "
+            "the prompt's fields" + (" and their labels." if "gold" in entry.needs else "; no labels are read.")
         )
 
 
-def _check_rows(task: Task, demos: Rows, queries: Rows, by: Criterion, *, asks: bool, allow_leaks: bool) -> None:
+def _check_rows(
+    task: Task, demos: Rows, queries: Rows, entry: Criterion, *, reads_queries: bool, allow_leaks: bool
+) -> None:
     """Refuse rows that do not fit, before any model is loaded."""
     for row in demos:
         task.demo_text(row)
-    if not asks:
+    if not reads_queries:
         return
     for row in queries:
         task.query_text(row)
-        if "gold" in by.needs:
+        if "gold" in entry.needs:
             task.gold_index(row)
     leaks = {} if allow_leaks else alike_rows(task.fields, list(map(dict, demos)), list(map(dict, queries)))
     if leaks:
         demo, (query, similarity) = min(leaks.items())
         raise SparsortError(
             f"query {id_of(queries[query], query)!r} is, or nearly is, demonstration {id_of(demos[demo], demo)!r} (similarity "
-            f"{similarity:.2f}); the model would only have to copy its answer. Leave it out, or pass allow_leaks=True "
+            f"{similarity:.2f}); the model would only have to copy its answer. Remove one of them, or pass allow_leaks=True "
             "(--allow-leaks)."
         )

@@ -1,7 +1,8 @@
-"""The label shares that PDO compares the model's predictions with: which ones, and what is needed to know them.
+"""The prior of PDO: the label shares that it compares the model's predictions with.
 
-Contract: everything but the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
-`estimated` assumes that only the shares of the labels differ between pool and queries (`curriculum.demos.criteria.label_shift`).
+Contract: everything except the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
+The prior "estimated" assumes that pool and queries differ only in their label shares
+(`curriculum.demos.criteria.label_shift`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,10 +31,11 @@ Rows = Sequence[Mapping[str, Any]]
 PriorName = Literal["pool", "uniform", "mixed", "estimated"]
 Prior = PriorName | Mapping[str, float] | str | Path
 
-# How many labelled rows the model reads, under one order; and the fewest by which the default estimates.
+# The most labelled rows that the model reads, under one order, and the fewest rows with which the default prior is estimated.
 LABELLED_ROWS, FEWEST_ROWS = 64, 16
+# Rows that are compared with demonstrations and queries at once; usually the first block has enough rows.
 _BLOCK = 4 * LABELLED_ROWS
-_PRIOR = CRITERIA.needing("prior")
+_CRITERIA_WITH_PRIOR = CRITERIA.needing("prior")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,8 +46,8 @@ class PriorPlan:
         source: "uniform", "pool", "mixed", "estimated", "given", or a file's name.
         labels: the L label values.
         shares: (L,) shares that sum to 1; None until they are estimated.
-        labelled: rows on which the model's bias is fitted, for an estimate.
-        notes: what a reader should know, one sentence each.
+        labelled: the rows on which the model's bias is fitted for an estimate.
+        notes: remarks for the user, one sentence each.
     """
 
     source: str
@@ -65,11 +67,17 @@ class PriorPlan:
 
     def sentence(self) -> str:
         """The prior in words."""
-        given = self.summary()["shares"]
-        return f"Prior of PDO: {self.source} ({', '.join(f'{value} {share:.3g}' for value, share in given.items())})."
+        shares = self.summary()["shares"]
+        return f"Prior of PDO: {self.source} ({', '.join(f'{value} {share:.3g}' for value, share in shares.items())})."
 
     def estimate(self, queries_PL: Any, labelled_NL: Any, gold_N: Sequence[int]) -> PriorPlan:
-        """The plan with its shares estimated by EM from scores of one order."""
+        """The plan with its shares, which EM estimates from label scores under one order.
+
+        Args:
+            queries_PL: log-probabilities of L labels for P queries.
+            labelled_NL: log-probabilities of the labels for N labelled rows.
+            gold_N: the right label of each labelled row.
+        """
         bias = fit_bias(labelled_NL, gold_N)
         unseen = [value for value, count in zip(self.labels, bias.rows, strict=True) if not count]
         notes = list(self.notes)
@@ -80,25 +88,19 @@ class PriorPlan:
             )
         elif unseen:
             notes.append(f"No labelled row has the label {', '.join(unseen)}; the model's bias for it was taken as 0.")
-        return PriorPlan(
-            source=self.source,
-            labels=self.labels,
-            shares=shares_by_em(queries_PL, bias),
-            labelled=self.labelled,
-            notes=tuple(notes),
-        )
+        return replace(self, shares=shares_by_em(queries_PL, bias), notes=tuple(notes))
 
 
 def reads_prior(by: str) -> bool:
     """Whether a criterion, or one of those joined by "+", compares predictions with a prior."""
-    return any(CRITERIA[part].with_prior or part in _PRIOR for part in parts_of(by) if part in CRITERIA)
+    return any(CRITERIA[part].with_prior or part in _CRITERIA_WITH_PRIOR for part in parts_of(by) if part in CRITERIA)
 
 
 def with_prior(by: str) -> str:
-    """The criterion that reads a prior: "pdo" becomes "pdo_prior", unless that is joined to it already."""
+    """The criterion in the variant that reads a prior: "pdo" becomes "pdo_prior", unless "pdo_prior" is joined to it already."""
     parts = parts_of(by)
-    named = [(part, CRITERIA[part].with_prior) for part in parts]
-    return "+".join(part if other is None or other in parts else other for part, other in named)
+    variants = [(part, CRITERIA[part].with_prior) for part in parts]
+    return "+".join(part if variant is None or variant in parts else variant for part, variant in variants)
 
 
 def plan_prior(
@@ -109,7 +111,7 @@ def plan_prior(
     queries: Rows,
     pool: Rows,
     *,
-    asks: bool,
+    reads_queries: bool,
     seed: int,
 ) -> PriorPlan:
     """Decide the prior.
@@ -118,64 +120,90 @@ def plan_prior(
     for `by="pdo_prior"` it is "pool".
 
     Args:
-        task: with its labels.
+        task: the task with its labels.
         by: a criterion that reads a prior.
-        prior: as `choose_order`.
-        demos, queries: as `choose_order`.
+        prior, demos, queries: see `choose_order`.
         pool: labelled rows; rows without a label of the task do not count.
-        asks: whether the criterion reads `queries`, and not probes sampled from the model.
-        seed: of the drawing of labelled rows.
+        reads_queries: whether the criterion reads `queries`, and not probes sampled from the model.
+        seed: seed for the draw of labelled rows.
 
     Raises:
         SparsortError: an unknown prior, one that does not fit the labels, or one for which rows are missing.
     """
     labels = tuple(task.labels or ())
-    uniform = np.full(len(labels), 1.0 / len(labels))
-    if pooled := next((part for part in parts_of(by) if part in _PRIOR), None):
-        if prior in ("uniform", "mixed", "estimated"):
-            (plain,) = CRITERIA.names(lambda entry: entry.with_prior == pooled)
-            raise SparsortError(
-                f"the criterion {pooled!r} is {plain!r} with the prior 'pool', and the prior {prior!r} was given. "
-                f"Take the criterion {plain!r} (--by {plain})."
-            )
-        prior = "pool" if prior is None else prior
+    prior = _default_with_pool(by, prior)
+    if prior is None:
+        return _default_plan(task, labels, demos, queries, pool, reads_queries=reads_queries, seed=seed)
+    if prior == "estimated":
+        labelled = _labelled_rows(task, demos, queries, pool, seed) if reads_queries else []
+        return _estimate_plan(labels, labelled, reads_queries=reads_queries)
     if isinstance(prior, Mapping):
         return PriorPlan(source="given", labels=labels, shares=_shares(labels, prior, "prior"))
     if prior == "uniform":
-        return PriorPlan(source="uniform", labels=labels, shares=uniform)
+        return _uniform(labels)
     if prior == "pool":
         return PriorPlan(source="pool", labels=labels, shares=_counted(labels, _pool_counts(task, pool), "the pool"))
     if prior == "mixed":
         return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)))
-    if prior not in (None, "estimated"):
-        return PriorPlan(source=Path(str(prior)).name, labels=labels, shares=_file_shares(prior, task.label, labels))
-    if prior is None and asks and _are_rows_of(task, queries, pool):
+    return PriorPlan(source=Path(str(prior)).name, labels=labels, shares=_file_shares(prior, task.label, labels))
+
+
+def _default_with_pool(by: str, prior: Prior | None) -> Prior | None:
+    """The prior, which is "pool" by default for a criterion such as "pdo_prior"."""
+    pooled = next((part for part in parts_of(by) if part in _CRITERIA_WITH_PRIOR), None)
+    if pooled is not None and prior in ("uniform", "mixed", "estimated"):
+        (plain,) = CRITERIA.names(lambda entry: entry.with_prior == pooled)
+        raise SparsortError(
+            f"the criterion {pooled!r} is {plain!r} with the prior 'pool', and the prior {prior!r} was given. "
+            f"Take the criterion {plain!r} (--criterion {plain})."
+        )
+    return "pool" if prior is None and pooled is not None else prior
+
+
+def _default_plan(
+    task: Task, labels: tuple[str, ...], demos: Rows, queries: Rows, pool: Rows, *, reads_queries: bool, seed: int
+) -> PriorPlan:
+    """The default prior, with a note that says why it is not "estimated" if it is not."""
+    if not reads_queries:
+        note = "The criterion reads probes sampled from the model, so the label shares of queries were not estimated."
+        return _uniform(labels, note)
+    if _are_rows_of(task, queries, pool):
         note = (
             "The queries are rows of the pool, so they do not show which label shares your own queries have. Pass those "
-            "(--on) to have their shares estimated, or take the prior 'pool' (--prior pool) if they have the shares of the pool."
+            "(--queries FILE) to have their shares estimated, or take the prior 'pool' (--prior pool) if they have the shares of "
+            "the pool."
         )
         return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)), notes=(note,))
-    reason = _why_uniform(pool, asks=asks) if prior is None else None
-    labelled = _labelled_rows(task, demos, queries, pool, seed) if asks and reason is None else []
-    if prior is None and reason is None and len(labelled) < FEWEST_ROWS:
-        reason = (
-            f"{len(labelled)} labelled rows are left besides the demonstrations and the queries; to estimate the queries' label "
-            f"shares by default takes {FEWEST_ROWS}."
+    if not pool:
+        note = (
+            "No labelled rows of the pool were given (pool=), which are needed to estimate the queries' label shares; prior= "
+            "names another prior."
         )
-    if reason is not None:
-        return PriorPlan(source="uniform", labels=labels, shares=uniform, notes=(reason,))
-    return _estimate_plan(labels, labelled, asks=asks)
+        return _uniform(labels, note)
+    labelled = _labelled_rows(task, demos, queries, pool, seed)
+    if len(labelled) < FEWEST_ROWS:
+        note = (
+            f"{len(labelled)} labelled rows remain besides the demonstrations and the queries; by default, the queries' label "
+            f"shares are estimated with {FEWEST_ROWS} or more."
+        )
+        return _uniform(labels, note)
+    return _estimate_plan(labels, labelled, reads_queries=True)
 
 
-def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, asks: bool) -> PriorPlan:
-    if not asks:
+def _uniform(labels: tuple[str, ...], *notes: str) -> PriorPlan:
+    shares = np.full(len(labels), 1.0 / len(labels))
+    return PriorPlan(source="uniform", labels=labels, shares=shares, notes=notes)
+
+
+def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, reads_queries: bool) -> PriorPlan:
+    if not reads_queries:
         raise SparsortError(
-            "the prior 'estimated' is one of your queries, and this criterion reads probes sampled from the model. Take "
+            "the prior 'estimated' is that of your queries, and this criterion reads probes sampled from the model. Take "
             "the prior 'uniform', 'pool' or a file of shares."
         )
     if not labelled:
         raise SparsortError(
-            "the prior 'estimated' needs labelled rows of the pool, to fit the model's bias, and no row with a label is left "
+            "the prior 'estimated' needs labelled rows of the pool, to fit the model's bias, and no row with a label remains "
             "besides the demonstrations and the queries. Draw the demonstrations from a larger file (-k; pool= in Python), or "
             "take the prior 'uniform', 'pool' or a file of shares (--prior)."
         )
@@ -184,20 +212,8 @@ def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, a
     return PriorPlan(source="estimated", labels=labels, shares=None, labelled=labelled, notes=notes)
 
 
-def _why_uniform(pool: Rows, *, asks: bool) -> str | None:
-    """Why the queries' label shares cannot be estimated, as far as that is known without looking at rows."""
-    if not asks:
-        return "The criterion reads probes sampled from the model, so the label shares of queries were not estimated."
-    if not pool:
-        return (
-            "No labelled rows of the pool were given (pool=), which it takes to estimate the queries' label shares; prior= names "
-            "another prior."
-        )
-    return None
-
-
 def _are_rows_of(task: Task, queries: Rows, pool: Rows) -> bool:
-    """Whether every query is a row of the pool, which has labels."""
+    """Whether every query is a row of the pool, and the pool has labels."""
     known = {_question(task, row) for row in pool}
     return all(_question(task, row) in known for row in queries) and bool(_pool_counts(task, pool, required=False))
 
@@ -211,14 +227,14 @@ def _question(task: Task, row: Mapping[str, Any]) -> str | None:
 
 
 def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int) -> list[dict[str, Any]]:
-    """Up to 64 labelled rows, the labels as even as they allow, not one of them like a demonstration or a query."""
+    """Up to 64 labelled rows with label counts as even as possible; no row is like a demonstration or a query."""
     known = [dict(row) for row in pool if _value(task, row) is not None and _question(task, row) is not None]
     order = evenly_by_label([task.gold_index(row) for row in known], seed=seed).tolist()
-    shown = [*map(dict, demos), *map(dict, queries)]
+    others = [*map(dict, demos), *map(dict, queries)]
     chosen: list[dict[str, Any]] = []
     for start in range(0, len(order), _BLOCK):
         block = [known[place] for place in order[start : start + _BLOCK]]
-        alike = alike_rows(task.fields, block, shown)
+        alike = alike_rows(task.fields, block, others)
         chosen += [row for place, row in enumerate(block) if place not in alike]
         if len(chosen) >= LABELLED_ROWS:
             break
@@ -226,7 +242,7 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
 
 
 def _value(task: Task, row: Mapping[str, Any]) -> str | None:
-    """The row's label; None if it has none of the task's."""
+    """The label of a row; None if it is missing or is not a label of the task."""
     value = text_if_any(row, task.label, where="a row of the pool")
     return value if value in (task.labels or {}) else None
 
@@ -253,14 +269,14 @@ def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> 
     absent = [value for value in labels if not counts.get(value)]
     if absent:
         raise SparsortError(
-            f"the prior is to be the share of each label in {where}, which holds no row with {', '.join(absent)}. Give rows of "
+            f"the prior is to be the share of each label in {where}, which has no row with {', '.join(absent)}. Give rows of "
             "every label, or take the prior 'uniform' (--prior uniform)."
         )
     return _shares(labels, {value: counts[value] for value in labels}, where)
 
 
 def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.float64]:
-    """Shares of a file: an object {label: share}, a table of labels with their shares or counts, or labelled rows."""
+    """(L,) shares from a file: an object {label: share}, a table of labels with shares or counts, or labelled rows."""
     if not isinstance(prior, (str, Path)) or not str(prior):
         raise SparsortError(
             f"the prior is {prior!r}; expected one of {', '.join(get_args(PriorName))}, a mapping from label value to share, or "
@@ -270,13 +286,14 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
     if not path.exists():
         if path.suffix or path.parent != Path():
             raise SparsortError(
-                f"the prior {str(prior)!r} is no file that exists. Give a file, or one of: {', '.join(get_args(PriorName))}."
+                f"the prior {str(prior)!r} is not a file that exists. Give a file, or one of: {', '.join(get_args(PriorName))}."
             )
         raise unknown_choice("prior", str(prior), (*get_args(PriorName), "<a file>"))
     if path.suffix == ".json":
-        held = _json(path)
-        if isinstance(held, dict) and not any(isinstance(value, (dict, list)) for value in held.values()):
-            return _shares(labels, held, path.name)
+        content = _json(path)
+        # An object of rows is read as rows below; only one of plain values can be an object of shares.
+        if isinstance(content, dict) and not any(isinstance(value, (dict, list)) for value in content.values()):
+            return _shares(labels, content, path.name)
     from sparsort.scoring.data.rows import open_rows
 
     source = open_rows(path)
@@ -313,19 +330,19 @@ def _number(value: Any, where: str) -> float:
 
 
 def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> NDArray[np.float64]:
-    """Shares in the order of the labels, checked and normalised."""
-    held = {str(value): share for value, share in given.items()}
-    if sorted(held) != sorted(labels):
+    """(L,) shares in the order of the labels, checked and normalised."""
+    share_of = {str(value): share for value, share in given.items()}
+    if sorted(share_of) != sorted(labels):
         raise SparsortError(
-            f"{where} is given for {json.dumps(sorted(held))}; the labels are {json.dumps(sorted(labels))}. Give one "
+            f"{where} is given for {json.dumps(sorted(share_of))}; the labels are {json.dumps(sorted(labels))}. Give one "
             "number each."
         )
-    for value, share in held.items():
+    for value, share in share_of.items():
         number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
         if not 0 < number < math.inf:
             raise SparsortError(
                 f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."
             )
-    shares = np.array([float(held[value]) for value in labels], dtype=np.float64)
+    shares = np.array([float(share_of[value]) for value in labels], dtype=np.float64)
     normalised: NDArray[np.float64] = shares / shares.sum()
     return normalised

@@ -1,8 +1,8 @@
-"""When each option of each command has an effect, and the check that every command makes before anything else.
+"""The conditions under which each option of each command has an effect, and the check that every command makes first.
 
 Contract: `COMMANDS` has a table for every command with an option that is not always read. The table has an entry for every
-parameter (see `sparsort.conditions`). Only what the user gave is checked, never a default. No file of data is read here and no
-model is loaded.
+parameter (see `sparsort.conditions`). Only options that the user gave are checked, never a default. No data file is read and no
+model is loaded here. The module is separate from the commands because it imports the recipes, which `--help` does without.
 """
 
 from __future__ import annotations
@@ -23,35 +23,42 @@ from sparsort.options import parameters_of
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose.choose import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose.choose import READS_QUERIES
-from sparsort.recipes.cli.options_curriculum import NOT_IN_TRAINING
+from sparsort.recipes.cli.commands.ablate import RunFlags, TaskFlags
+from sparsort.recipes.cli.commands.calibrate import CalibrateOptions
+from sparsort.recipes.cli.commands.choose import ChooseOptions
+from sparsort.recipes.cli.commands.order import OrderOptions
+from sparsort.recipes.cli.commands.score import ScoreOptions
+from sparsort.recipes.cli.commands.train import NOT_IN_TRAINING, TrainSources
 from sparsort.recipes.order.conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order.conditions import READ_BY as ORDER_READ_BY
+from sparsort.recipes.plan import PlanOptions
 from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
 from sparsort.recipes.score.config import read_by_scorers
 from sparsort.recipes.train.config import READ_BY as TRAIN_READ_BY
+from sparsort.recipes.train.config import TrainConfig
 from sparsort.recipes.train.recipe import read_recipe
 from sparsort.scoring.model.spec import ModelSpec
-from sparsort.scoring.prompts.spec import DataSpec
+from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
 
 Resolve = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """The conditions of a command's options; `resolve` fills in the values of options that were not given."""
+    """The conditions of a command's options; `resolve` computes the values of options that were not given."""
 
     table: Table
     resolve: Resolve = lambda values, given: values
 
 
 def check(context: Any) -> None:
-    """Refuse an option that was given to a command and has no effect.
+    """Refuse an option that the user gave to a command and that has no effect.
 
     Args:
-        context: click's context of the command, its parameters parsed.
+        context: click's context of the command, with parsed parameters.
 
     Raises:
-        SparsortError: there is one; the message says why it has no effect, and what to do.
+        SparsortError: an option has no effect; the message says why, and what to do.
     """
     command = COMMANDS.get(context.command.name)
     if command is None:
@@ -78,20 +85,20 @@ def _on_the_command_line(context: Any) -> Shown:
         if value is None or isinstance(value, bool):
             return flag
         values = value if isinstance(value, (list, tuple)) else [value]
-        return " ".join(f"{flag} {shlex.quote(str(one))}" for one in values)
+        return " ".join(f"{flag} {shlex.quote(str(part))}" for part in values)
 
     return shown
 
 
 _TEXT = read_by_scorers("answer", "system", "chat", "truncation", "max_length")
-# The command has no such option.
+# `unit` is an argument of Python alone.
 _SCORER = {name: conditions for name, conditions in SCORER_READ_BY.items() if name != "unit"}
 
 _MODEL = always(*parameters_of(ModelSpec))
 _DATA = always(*parameters_of(DataSpec))
 
 SCORE: Table = {
-    **always("file", "prompt", "messages", "out", "shard_rows", "strict", "as_json"),
+    **always("file", "prompt", "messages", "as_json", *parameters_of(ScoreOptions)),
     **_DATA,
     **_SCORER,
     **_TEXT,
@@ -99,23 +106,24 @@ SCORE: Table = {
     "chat": (*_TEXT["chat"], NO_CONVERSATION),
 }
 
-
-ORDER: Table = {**always("file", "query", "out", "as_json"), **ORDER_READ_BY, "no_cache": NEEDS_MODEL}
-
+ORDER: Table = {
+    **always("file", "as_json", *parameters_of(OrderOptions)),
+    **ORDER_READ_BY,
+    "no_cache": NEEDS_MODEL,
+}
 
 CHOOSE: Table = {
-    **always("file", "by", "prompt", "answer", "label", "labels", "chat", "k", "orders", "seed", "out", "as_json"),
+    **always("file", "prompt", "answer", "chat", "as_json", *parameters_of(ChooseOptions)),
     **_DATA,
     **_MODEL,
-    "on": (READS_QUERIES,),
     "queries": (READS_QUERIES,),
+    "max_queries": (READS_QUERIES,),
     "system": (SYSTEM,),
     **CHOOSE_READ_BY,
 }
 
 CALIBRATE: Table = {
-    **always("file", "prompt", "messages", "truncation", "max_length", "level", "correct", "target", "sites"),
-    **always("poolings", "outliers", "l0_threshold", "draws", "seed", "out", "as_json"),
+    **always("file", "as_json", *parameters_of(PromptSpec), *parameters_of(CalibrateOptions)),
     **_DATA,
     **_MODEL,
     "answer": CALIBRATE_READ_BY["answer"],
@@ -127,12 +135,12 @@ CALIBRATE: Table = {
 
 
 def _is_recipe(values: Values) -> bool:
-    """Whether the source is a recipe, a task file or names of ready tasks, which have their own prompt."""
+    """Whether the source is a recipe, a task file or names of ready tasks, all of which have their own prompt."""
     source = str(values["source"])
     names = [name.strip() for name in source.split(",") if name.strip()]
     ready = bool(names) and all(name in task_names() for name in names)
     path = Path(source).expanduser()
-    # A folder may have the name of a ready task, which has no prompt to be given.
+    # A data folder may have the name of a ready task. With a prompt it is the folder, because a ready task has its own prompt.
     return path.suffix == ".toml" or (ready and (values["prompt"] is None or not path.exists()))
 
 
@@ -150,10 +158,10 @@ _WRITES = When(
     instead={"judge": "exact"},
 )
 ABLATE: Table = {
-    # --dry-run and --no-run are appended to a whole command, so they accept the options that describe its run and its report.
-    **always("source", "out", "compile", "dry_run", "no_report", "as_json", *parameters_of(DesignOptions)),
+    # Users append --dry-run and --no-run to a whole command, so both accept options that describe its run and its report.
+    **always("source", "as_json", *parameters_of(RunFlags), *parameters_of(DesignOptions)),
     **_MODEL,
-    **dict.fromkeys(("prompt", "answer", "label", "judge", "chat", "test", *_DATA), (_OWN_TASK,)),
+    **dict.fromkeys(("prompt", "answer", "chat", *parameters_of(TaskFlags), *_DATA), (_OWN_TASK,)),
     "system": (_OWN_TASK, SYSTEM),
     "labels": (_OWN_TASK, _SCORES_LABELS),
     "stop": (_OWN_TASK, _WRITES),
@@ -187,13 +195,9 @@ _SEED = When(
     why="nothing in this plan is drawn at random: {schedule} without stages or a warm-up",
 )
 _GROUPED = When(holds=RANKED.holds, why="{schedule} does not take the easiest of each group together")
-# Settings that the commands do not have, or that `train` takes for its own.
-_CURRICULUM = {name: conditions for name, conditions in CURRICULUM_READ_BY.items() if name not in NOT_IN_TRAINING}
 PLAN: Table = {
-    **always("scores", "data", "fingerprint", "out", "draw", "epoch", "max_length", "as_json"),
-    **_CURRICULUM,
-    "steps": CURRICULUM_READ_BY["steps"],
-    "quotas": CURRICULUM_READ_BY["quotas"],
+    **always("scores", "as_json", *parameters_of(PlanOptions)),
+    **CURRICULUM_READ_BY,
     "seed": (_SEED,),
     "groups": (_NAMES_A_FIELD, _GROUPED),
     "show_groups": (_NAMES_A_FIELD,),
@@ -202,21 +206,19 @@ PLAN: Table = {
     "id_column": (_NAMES_A_FIELD,),
     "combination": (_COMBINES,),
     "weight": (_WEIGHS, among("combination", ("rank_average",), of=COMBINATIONS)),
-    "beside": (needs("draw", "plans are drawn next to each other in a figure", draw="FILE"),),
+    "compare": (needs("draw", "plans are drawn next to each other in a figure", draw="FILE"),),
 }
 
-_OF_A_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
-_OF_SCORES = excludes("plan", "{plan} has its own settings")
+_WITH_PLAN = needs("plan", "it concerns a plan that was made before", plan="FOLDER")
+_WITHOUT_PLAN = excludes("plan", "{plan} has its own settings")
+_TRAINED = {name: conditions for name, conditions in CURRICULUM_READ_BY.items() if name not in NOT_IN_TRAINING}
 TRAIN: Table = {
-    **always("file", "text", "messages", "out", "plan", "scores", "online", "recipe", "model", "dtype", "max_steps"),
-    **always(
-        "learning_rate", "lr_schedule", "warmup_steps", "max_length", "id_column", "columns", "eval_share", "eval_data"
-    ),
-    **always("seed", "per_device_batch", "accumulate", "workers", "save_steps", "report_to", "as_json"),
-    **under(_OF_SCORES, _CURRICULUM),
-    "groups": (_OF_SCORES, _GROUPED),
-    "fingerprint": (_OF_A_PLAN,),
-    "verify": (_OF_A_PLAN,),
+    **always("file", "as_json", *parameters_of(TrainSources), *parameters_of(TrainConfig)),
+    **_DATA,
+    **under(_WITHOUT_PLAN, _TRAINED),
+    "groups": (_WITHOUT_PLAN, _GROUPED),
+    "fingerprint": (_WITH_PLAN,),
+    "verify": (_WITH_PLAN,),
     **TRAIN_READ_BY,
     "eval_steps": (
         When(
@@ -232,13 +234,13 @@ TRAIN: Table = {
 }
 
 
-def _calibrated(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the arguments of `calibrate` that the options set."""
+def _with_own_loss(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Add the argument `own_loss` of `calibrate`, which the conditions of its recipe read."""
     return values | {"own_loss": not values["no_loss"]}
 
 
-def _trained(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """With the settings of a recipe for the options that were not given."""
+def _with_recipe(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Set the options that were not given to the settings of the recipe."""
     recipe = read_recipe(values["recipe"]).without(set(given))
     for name, value in (recipe.train | recipe.curriculum).items():
         if name in values and name not in given:
@@ -250,8 +252,8 @@ COMMANDS: Mapping[str, Command] = {
     "score": Command(table=SCORE),
     "order": Command(table=ORDER),
     "choose": Command(table=CHOOSE),
-    "calibrate": Command(table=CALIBRATE, resolve=_calibrated),
+    "calibrate": Command(table=CALIBRATE, resolve=_with_own_loss),
     "ablate": Command(table=ABLATE),
     "plan": Command(table=PLAN),
-    "train": Command(table=TRAIN, resolve=_trained),
+    "train": Command(table=TRAIN, resolve=_with_recipe),
 }

@@ -1,7 +1,7 @@
-"""When each option of selecting, ordering and assembling demonstrations has an effect: for `order_file` and `sparsort order`.
+"""The conditions under which each option of `order_file` and `sparsort order` has an effect.
 
-Contract: conditions look at the options alone; see `sparsort.conditions`. A value that is not a valid choice counts as one
-that reads everything, so that the misspelt name is what is reported.
+Contract: conditions depend on the options alone; see `sparsort.conditions`. A value that is not a valid choice counts as one
+that reads every option, so that the misspelt name is reported.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from sparsort.scoring.scorers import MODEL_SCORERS, SCORERS
 
 NO_CONVERSATION = excludes("messages", "{messages} holds whole conversations, with their own turns")
 SYSTEM = needs("chat", "a plain prompt has no system turn", chat=True)
-# Ordering has no such options.
+# `unit` is an argument of Python alone.
 _SCORER = {name: own for name, own in SCORER_READ_BY.items() if name != "unit"}
 _READ_NOW = among("scorer", MODEL_SCORERS, of=SCORERS)
 
 
 def _is(values: Values, name: str, choices: Collection[str], known: Collection[str]) -> bool:
-    """Whether a choice is one of some, or is no choice at all."""
+    """Whether the value of an option is among `choices`, or is not a valid choice."""
     return values[name] in choices or values[name] not in known
 
 
 def _selects(values: Values, holds: Callable[[SelectorEntry], bool]) -> bool:
-    """Whether something holds for the entry of the selector; true of a value that is no selector."""
+    """Whether `holds` is true for the selector's entry; true for a value that is not a selector."""
     return values["select"] not in SELECTORS or holds(SELECTORS[values["select"]])
 
 
@@ -64,7 +64,7 @@ def _draws(values: Values) -> bool:
 
 
 _RANKED = When(holds=_ranks, why="no score is read here, neither to select nor to order")
-_NOT_SCORED_YET = When(holds=_scores_now, why="{scores} holds the scores")
+_NOT_SCORED_YET = When(holds=_scores_now, why="{scores} has the scores")
 _OWN_PROMPT = When(
     holds=lambda values: values["calibration"] is None or values["prompt"] is not None,
     why="{calibration} has its own prompt",

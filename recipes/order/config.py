@@ -1,6 +1,6 @@
-"""What `sparsort order` selects, how it orders that, and how the prompt is put together.
+"""The configuration of `sparsort order`: selection, order, and assembly of the prompt.
 
-No torch and no NumPy: the command line reads the options of the fields before anything heavy is imported.
+Contract: this module imports neither torch nor NumPy, because the command line reads the options of the fields.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ def _ids(text: str | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderConfig:
-    """What to select, how to order it, and how the prompt is put together.
+    """How demonstrations are selected, ordered and put into a prompt.
 
-    `order` is None for the hardest first: by sparsity, `sparse_to_dense`; by any other score, `hard_to_easy`. An
-    option that differs from its default and has no effect is refused by `order_file`; see `recipes.order.conditions`.
+    If `order` is None, the hardest demonstration comes first: the order is `sparse_to_dense` for sparsity, and `hard_to_easy` for
+    any other score. `order_file` refuses an option that differs from its default and has no effect; see
+    `recipes.order.conditions`.
     """
 
     prompt: PromptSpec = PromptSpec()
@@ -29,23 +30,26 @@ class OrderConfig:
     k: int | None = option(
         None, "Demonstrations to select [default: all of FILE, up to 64].", flag="--shots", short="-k"
     )
-    select: str = option(
-        "random", "random, first, ids, balanced, bm25, knn, mmr, kdpp, vote_k, spread or difficulty_matched."
-    )
+    select: str = option("random", "{names}.", names="curriculum.demos.select:SELECTORS")
     ids: tuple[str, ...] | None = option(None, "Comma-separated ids, for --select ids.", kind=str | None, read=_ids)
     label: str | None = option(None, "Label column, for --select balanced.")
     order: str | None = option(
         None,
-        "sparse_to_dense, dense_to_sparse, easy_to_hard, …, or reverse:ORDER "
-        "[default: the hardest first: sparse_to_dense by sparsity, hard_to_easy by any other score].",
+        "{names}; or reverse:ORDER [default: the hardest first: sparse_to_dense for sparsity, hard_to_easy for other scores].",
+        names="curriculum.demos.order:ORDERS",
     )
     max_tokens: int | None = option(None, "Token budget of the whole prompt.")
-    drop: Any = option("farthest", "What a budget drops: farthest, nearest, longest or error.", kind=str)
-    separator: str = option("\n\n", "Between demonstrations.", read=unescape)
+    drop: Any = option("farthest", "What --max-tokens drops: {names}.", names="curriculum.demos.prompt:Drop", kind=str)
+    separator: str = option("\n\n", "Text between demonstrations.", read=unescape)
     missing: Any = option(
-        "error", "What happens to a demonstration without a score: error, first, last or drop.", kind=str
+        "error",
+        "What happens to a demonstration without a score: {names}.",
+        names="curriculum.demos.order:Missing",
+        kind=str,
     )
-    embedder: str | None = option(None, "Sentence embedder for knn and the like [default: the model's own states].")
+    embedder: str | None = option(
+        None, "Sentence embedder for --select knn and the like [default: the model's own states]."
+    )
     allow_leaks: bool = option(False, "Allow the query among its own demonstrations.")
-    allow_zero_shot: bool = option(False, "Allow a budget to drop every demonstration.")
-    seed: int = option(0, "Seed of random selection and order.")
+    allow_zero_shot: bool = option(False, "Allow --max-tokens to drop every demonstration.")
+    seed: int = option(0, "Seed of a random selection or order.")

@@ -19,13 +19,13 @@ from sparsort.values import row_of
 
 @dataclass(frozen=True, kw_only=True)
 class DemoText:
-    """Templates of question and answer, or the column of the conversations.
+    """The templates of question and answer, or the column of the conversations.
 
     Attributes:
         prompt, answer: templates; None with `messages`.
         messages: the column of whole conversations; None with templates.
-        system: the system turn of templates.
-        chat: templates are put into the model's chat template; conversations always are.
+        system: the system turn that precedes templates.
+        chat: whether texts are put into the model's chat template; for conversations it is always true.
     """
 
     prompt: str | None
@@ -36,10 +36,10 @@ class DemoText:
 
     @classmethod
     def of(cls, columns: Sequence[str], spec: PromptSpec) -> DemoText:
-        """What was asked for; without templates or a column, the columns "question" and "answer".
+        """Read the caller's prompt; without templates or a column, use the columns "question" and "answer".
 
         Raises:
-            SparsortError: conversations and templates were given together, or nothing, and there are no such columns.
+            SparsortError: conversations and templates were given together, or neither and the data has no such columns.
         """
         if spec.messages is not None:
             spec.read()
@@ -64,7 +64,7 @@ class DemoText:
         return cls(prompt=prompt, answer=answer, messages=None, system=spec.system, chat=spec.chat)
 
     def read(self, *, answer: bool = False) -> Prompt:
-        """What the model reads of a row, with or without its answer."""
+        """The prompt by which the model reads a row, with or without its answer."""
         if self.messages is not None:
             return Prompt.of_messages(self.messages, answer=answer)
         return Prompt.of(str(self.prompt), answer=self.answer if answer else None, system=self.system, chat=self.chat)
@@ -93,35 +93,36 @@ class DemoText:
         Raises:
             SparsortError: it is empty, broken JSON, or bare text for several columns.
         """
-        found = _json(query) if isinstance(query, str) else query
-        if isinstance(found, Mapping) and self.messages is not None:
-            return {**found, **query_row(turns_of(found, self.messages, where="the query"), self.messages)}
-        if isinstance(found, Mapping):
-            return dict(found)
-        if isinstance(found, str) and not found.strip():
+        value = _parse_json(query) if isinstance(query, str) else query
+        if isinstance(value, Mapping) and self.messages is not None:
+            return {**value, **query_row(turns_of(value, self.messages, where="the query"), self.messages)}
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, str) and not value.strip():
             raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
         if self.messages is not None:
-            return query_row(found, self.messages)
+            return query_row(value, self.messages)
         names = fields_of(str(self.prompt))
         if len(names) != 1:
-            shown = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
+            example = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
             raise SparsortError(
                 f"the prompt has the columns {', '.join(names)}, so the query must be a row (--query with a JSON object), "
-                f"such as: {shown}. Braces that are meant literally are doubled: {{{{ and }}}}."
+                f"such as: {example}. Write literal braces twice: {{{{ and }}}}."
             )
         return row_of({names[0]: str(query)})
 
 
-def _json(query: str) -> Any:
-    """The JSON object or array that a query holds; any other query as it is."""
+def _parse_json(query: str) -> Any:
+    """The JSON object or array that a query consists of; any other query as it is."""
     opening = query.lstrip()[:1]
     if opening not in ("{", "["):
         return query
     try:
         return parse_json(query)
     except json.JSONDecodeError as error:
+        # A text may begin with a bracket, such as a citation; one that begins with a brace is hardly ever meant as text.
         if opening == "[":
             return query
         raise SparsortError(
-            f"the query looks like JSON but does not read as such: {error}. Quote it for your shell."
+            f"the query looks like JSON but is not valid JSON: {error}. Quote it for your shell."
         ) from None

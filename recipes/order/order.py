@@ -1,7 +1,7 @@
-"""Select, order and assemble the demonstrations of a prompt: the recipe behind `sparsort order`.
+"""Select, order and assemble the demonstrations of a prompt. The recipe for `sparsort order`.
 
-Contract: the model is loaded at most once, and only if something asked for needs it (scores, embeddings); the demonstrations
-are scored with the very prompt that they will stand in.
+Contract: the model is loaded at most once, and only for scores or embeddings. The demonstrations are scored with the same prompt
+that they will appear in.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator, 
 from sparsort.curriculum.demos.known import Column, Known
 from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.pool.rows import listed
 from sparsort.curriculum.demos.select import DEFAULT_SELECTOR
 from sparsort.errors import SparsortError
 from sparsort.options import values_of
@@ -37,17 +38,17 @@ if TYPE_CHECKING:
     from sparsort.scoring.model.backbone import Backbone
     from sparsort.scoring.store.row_cache import RowCache
 
-# With as many rows as this, FILE is a pool to select from rather than the demonstrations themselves.
+# A file with more rows than this is a pool to select from, and not the demonstrations themselves.
 MOST_DEMOS = 64
-# Characters of a demonstration's excerpt, for a person.
-EXCERPT = 80
+_EXCERPT_CHARS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderResult:
-    """The prompt, and how it came about.
+    """The prompt, and how it was made.
 
-    `cache` counts the rows that the model did and did not have to read: `{"from_cache": …, "read": …}`; None without a cache.
+    `cache` counts the rows that came from the cache and those that the model read: `{"from_cache": …, "read": …}`; it is None
+    without a cache.
     """
 
     prompt: str
@@ -77,27 +78,54 @@ def order_file(
 
     Args:
         file: the demonstrations or the pool, in any format that `open_rows` reads.
-        query: its fields, a JSON object of them, or the text of the prompt's only field. With `messages`, also a JSON array of
-            turns, or the text of a user's turn.
-        config: selection, order, assembly.
-        scorer: what ranks the demonstrations, when `scores` is None.
-        scores: scores made before, of these rows.
-        cache: where to look for what the model has computed for these rows before, and to keep what it computes now; None to
-            read every row, and to write nothing.
+        query: a row, as a mapping or a JSON object, or the text of the prompt's only field. With `messages`, also a JSON array
+            of turns, or the text of a user's turn.
+        config: selection, order and assembly.
+        scorer: the scorer of the demonstrations if `scores` is None.
+        scores: earlier scores of these rows.
+        cache: a store of what the model computed for these rows before, which is extended; None to read every row and to write
+            nothing.
 
     Raises:
-        SparsortError: bad input; the message says what to do.
+        SparsortError: the input is wrong; the message says how to correct it.
     """
     _refuse_unread(config, scorer, scores)
     scorer = scorer.calibrated()
     scorer.check_names()
     table = Scores.load(scores) if scores is not None else None
     config = _resolved(config, scorer, table.kind if table is not None else scorer.kind)
-    order = str(config.order)
-    # Names first: a misspelt one should not cost the loading of a model.
+    demonstrator = _demonstrator(config, scorer, table)
+    source = config.data.open(file)
+    rows = list(source.rows())
+    text = DemoText.of(list(rows[0].fields), config.prompt)
+    if (calibration := scorer.loaded_calibration) is not None:
+        definition = calibration.definition
+        definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
+    query_fields = text.parse_query(query)
+    check_truncation(config.prompt.truncation)
+    scorer.check_model(max_length=config.prompt.max_length)
+    model = _Model(rows, text, config, scorer, table, cache)
+    if "label" in demonstrator.selector_entry.needs:
+        source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
+    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
+        raise SparsortError(
+            f"the file has {len(rows)} rows; pass k (--shots) to select that many of them, and select "
+            "(--select) for the method."
+        )
+    known = model.known(query_fields)
+    selection = demonstrator.choose(known)
+    source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
+    _check_scored(model, known, selection.indices)
+    tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
+    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
+    return _result(model, known, shown)
+
+
+def _demonstrator(config: OrderConfig, scorer: ScorerConfig, table: Scores | None) -> Demonstrator:
+    """The selection and the order, whose names are checked here, before a model is loaded."""
     demonstrator = Demonstrator(
         selector=config.select,
-        order=order,
+        order=config.order,
         k=config.k,
         seed=config.seed,
         ids=config.ids,
@@ -105,58 +133,54 @@ def order_file(
         allow_leaks=config.allow_leaks,
         own_similarity=True,
     )
-    selector = demonstrator.selector_entry
-    if config.k is None and config.ids is None and selector.name != DEFAULT_SELECTOR:
+    if config.k is None and config.ids is None and demonstrator.selector_entry.name != DEFAULT_SELECTOR:
         raise SparsortError(
             f"selection by {config.select!r} needs the number of demonstrations k (-k) or, for 'ids', the ids (--ids)."
         )
     if table is None:
-        # With nothing to order, this checks that the order goes with the scorer.
-        order_indices(order, 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing)
-    source = config.data.open(file)
-    rows = list(source.rows())
-    text = DemoText.of(list(rows[0].fields), config.prompt)
-    if scorer.found is not None:
-        definition = scorer.found.definition
-        definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
-    asked = text.parse_query(query)
-    check_truncation(config.prompt.truncation)
-    scorer.check_model(max_length=config.prompt.max_length)
-    model = _Model(rows, text, config, scorer, table, cache)
-    if "label" in selector.needs:
-        source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
-    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
-        raise SparsortError(
-            f"the file holds {len(rows)} rows; pass k (--shots) to select that many of them, and select "
-            "(--select) for the method."
+        # This call orders nothing, but it checks that the order accepts the scorer's kind of score.
+        order_indices(
+            str(config.order), 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing
         )
-    known = model.known(asked)
-    selection = demonstrator.choose(known)
-    source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
-    tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
-    shown = replace(demonstrator, form=_form(config, text)).present(known, selection, tokenizer=tokenizer)
-    return _result(order, model, known, shown)
+    return demonstrator
 
 
-def _result(order: str, model: _Model, known: Known, shown: Demonstration) -> OrderResult:
-    made = shown.prompt
+def _check_scored(model: _Model, known: Known, indices: Sequence[int]) -> None:
+    """Refuse demonstrations that have no score because they exceed the limit in tokens, with the options that help."""
+    config = model.config
+    if order_entry(str(config.order)).ranks_by != "difficulty" or config.missing != "error" or known.difficulty is None:
+        return
+    unscored = np.flatnonzero(np.isnan(known.difficulty.at(indices)))
+    too_long = [indices[place] for place in unscored.tolist() if indices[place] in model.too_long]
+    if too_long:
+        ids = listed([repr(model.rows[at].id) for at in too_long], most=10)
+        raise SparsortError(
+            f"the order {config.order!r} needs a score for each demonstration, but {len(unscored)} of {len(indices)} have NaN, "
+            f"because their texts are longer than the limit in tokens: {ids}. Cut texts with truncation='left' (--truncation "
+            "left), raise max_length (--max-length), or place such demonstrations with missing='first' (--missing first)."
+        )
+
+
+def _result(model: _Model, known: Known, shown: Demonstration) -> OrderResult:
+    order = str(model.config.order)
+    prompt = shown.prompt
     is_ranked = order_entry(order).ranks_by == "difficulty"
     difficulty = known.difficulty.at(shown.indices) if known.difficulty is not None and is_ranked else None
     demonstrations = [
         {
             "id": model.rows[at].id,
             "difficulty": None if difficulty is None or math.isnan(difficulty[place]) else float(difficulty[place]),
-            "kept": place in made.kept,
-            "excerpt": one_line(model.text_of(at), EXCERPT),
+            "kept": place in prompt.kept,
+            "excerpt": one_line(model.text_of(at), _EXCERPT_CHARS),
         }
         for place, at in enumerate(shown.indices)
     ]
     return OrderResult(
-        prompt=made.text,
-        messages=made.messages,
+        prompt=prompt.text,
+        messages=prompt.messages,
         order=order,
         demonstrations=demonstrations,
-        n_tokens=made.n_tokens,
+        n_tokens=prompt.n_tokens,
         notes=[*model.notes, *shown.notes],
         provenance=model.provenance,
         cache=model.cache.summary() if model.cache is not None else None,
@@ -178,7 +202,7 @@ def _form(config: OrderConfig, text: DemoText) -> PromptForm:
 
 
 class _Model:
-    """The model of one call, with what it computes of rows and of the query; loaded at most once, when it is first needed."""
+    """The model of one call, and the values that it computes for rows and the query; it is loaded when it is first needed."""
 
     def __init__(
         self,
@@ -198,11 +222,13 @@ class _Model:
         self._tokenizer: Any = None
         self._backbone: Any = None
         self._read = text.read()
+        # Positions of rows that have no score because their texts are longer than the limit.
+        self.too_long: set[int] = set()
         self.notes: list[str] = []
-        before = self._table.provenance.get("prompt") if self._table is not None else None
-        if before is not None and before.get("turns") != [list(turn) for turn in self._read.turns]:
-            self.notes.append(f"the scores are of another prompt: {before['turns'][-1][1]!r}.")
-        self.provenance: dict[str, Any] | None = self._table.provenance if self._table is not None else None
+        self.provenance: dict[str, Any] | None = table.provenance if table is not None else None
+        scored_prompt = table.provenance.get("prompt") if table is not None else None
+        if scored_prompt is not None and scored_prompt.get("turns") != [list(turn) for turn in self._read.turns]:
+            self.notes.append(f"the scores are of another prompt: {scored_prompt['turns'][-1][1]!r}.")
 
     def known(self, query: Mapping[str, Any]) -> Known:
         """What is known about the rows and the query, each part computed when it is first read."""
@@ -225,17 +251,22 @@ class _Model:
         return self.text.whole(row.fields, where=row.name)
 
     def _difficulty(self, positions: Sequence[int]) -> Any:
-        """Difficulty of some rows, from the scores given or scored now."""
+        """(N,) difficulty of some rows, from earlier scores or scored now."""
         fields = [self.rows[position].fields for position in positions]
-        return self._table.difficulty_of(fields) if self._table is not None else self._score(fields)
+        if self._table is not None:
+            return self._table.difficulty_of(fields)
+        scores = self._score(fields)
+        status = zip(positions, scores.column("status"), strict=True)
+        self.too_long |= {position for position, name in status if name == "too_long"}
+        return np.asarray(scores.difficulty, dtype=np.float64)
 
     def _query_difficulty(self, query: Mapping[str, Any]) -> float:
-        """Difficulty of the query by the same score."""
+        """The difficulty of the query by the same score."""
         if self.scorer.needs_answer:
             raise SparsortError(
-                "the query has no answer yet, so it has no score of one. Match by a score of the prompt alone."
+                "this score reads the answer, which a query does not have. Match by a score of the prompt alone."
             )
-        return float(self._score([query])[0])
+        return float(self._score([query]).difficulty[0])
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -252,10 +283,10 @@ class _Model:
             self._loaded = replace(self.scorer.model, tokenizer=self.tokenizer()).load()
         return self._loaded
 
-    def _score(self, fields: Sequence[Mapping[str, Any]]) -> Any:
-        given = self.config.prompt
+    def _score(self, fields: Sequence[Mapping[str, Any]]) -> Scores:
+        spec = self.config.prompt
         read = PromptSpec(
-            self.text.read(answer=self.scorer.needs_answer), truncation=given.truncation, max_length=given.max_length
+            self.text.read(answer=self.scorer.needs_answer), truncation=spec.truncation, max_length=spec.max_length
         )
         options: dict[str, Any] = {}
         if self._scorer is None:
@@ -266,11 +297,12 @@ class _Model:
             options["cache"] = self._cache_for(self._scorer.backbone)
         is_fitted = self.scorer.outliers != "none" and self.scorer.calibration is None
         if is_fitted and self._table is None and self._table_fit is None:
-            # Fitted once, on the whole pool: neither the few that were chosen nor a query alone say what is wide.
+            # The outlier rule is fitted once, on the whole pool: a few demonstrations or the query alone do not show which
+            # dimensions are wide.
             self._table_fit = self._scorer.score([row.fields for row in self.rows], read, **options)
-        scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
+        scores: Scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
         self.provenance = scores.provenance
-        return np.asarray(scores.difficulty, dtype=np.float64)
+        return scores
 
     def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
         if self.config.embedder is not None:
@@ -287,7 +319,7 @@ class _Model:
         return embed_rows(self._backbone, fields, self._read, cache=self._cache_for(self._backbone))
 
     def _cache_for(self, backbone: Backbone) -> RowCache | None:
-        """The cache, or None and a note if values of this model cannot be kept."""
+        """The cache; None, with a note, if values of this model cannot be kept."""
         from sparsort.scoring.store.row_cache import obstacle
 
         if self.cache is not None and (why := obstacle(backbone)) is not None:
@@ -297,28 +329,30 @@ class _Model:
 
 
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:
-    """Refuse what was configured and has no effect; a seed, and a scorer next to scores, may be given where they are not read."""
+    """Refuse a setting without an effect. A seed, and a scorer next to scores, are accepted even if they are not read."""
     values = {name: value for part in (scorer, config) for name, value, _ in values_of(part)} | {"scores": scores}
     refuse_unread(READ_BY, values, [name for name in changed(config) if name != "seed"])
 
 
 def _resolved(config: OrderConfig, scorer: ScorerConfig, kind: str) -> OrderConfig:
-    """The configuration with its default order, and with the prompt of the calibration where there is one.
+    """The configuration with its default order, and with the prompt of the calibration if it has no other prompt.
 
     Raises:
-        SparsortError: the calibrated prompt is not one that demonstrations can be put into.
+        SparsortError: the calibrated prompt cannot contain demonstrations.
     """
-    order = config.order or default_order(kind)
-    if scorer.found is None or config.prompt.template is not None or config.prompt.messages is not None:
-        return replace(config, order=order)
-    if (column := scorer.found.definition.prompt.messages) is not None:
-        return replace(config, order=order, prompt=replace(config.prompt, messages=column))
-    roles = [role for role, _ in scorer.found.definition.turns]
+    config = replace(config, order=config.order or default_order(kind))
+    calibration = scorer.loaded_calibration
+    if calibration is None or config.prompt.template is not None or config.prompt.messages is not None:
+        return config
+    definition = calibration.definition
+    if (column := definition.prompt.messages) is not None:
+        return replace(config, prompt=replace(config.prompt, messages=column))
+    roles = [role for role, _ in definition.turns]
     if roles not in (["text"], ["user"], ["system", "user"]):
         raise SparsortError(
-            f"the calibrated prompt has the turns {', '.join(roles)}, and demonstrations stand in a plain prompt or in one user "
-            "turn. Calibrate such a prompt."
+            f"the calibrated prompt has the turns {', '.join(roles)}, and demonstrations are put into a plain prompt or into one "
+            "user turn. Calibrate such a prompt."
         )
-    system = scorer.found.definition.turns[0][1] if roles[0] == "system" else None
-    prompt, chat = scorer.found.definition.turns[-1][1], roles != ["text"]
-    return replace(config, order=order, prompt=replace(config.prompt, template=prompt, system=system, chat=chat))
+    system = definition.turns[0][1] if roles[0] == "system" else None
+    template, chat = definition.turns[-1][1], roles != ["text"]
+    return replace(config, prompt=replace(config.prompt, template=template, system=system, chat=chat))

@@ -1,6 +1,6 @@
-"""Which scorer `sparsort score` and `sparsort order` run, with the options of each.
+"""The scorer that `sparsort score` and `sparsort order` run, with the options of each.
 
-No torch and no NumPy: the command line reads the options of the fields before anything heavy is imported.
+Contract: this module imports neither torch nor NumPy, because the command line reads the options of the fields.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ SCORER_PANEL = "Scorer"
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """Which scorer, with the options of each.
+    """The name of a scorer, with the options of every scorer.
 
-    `calibration` is the file of one, which says model, site, pooling, metric, outlier rule and direction; see `calibrated`.
+    `calibration` is a file of `sparsort calibrate`, which decides the model, site, pooling, metric, outlier rule and direction;
+    see `calibrated`.
 
     Raises:
         SparsortError: an unknown scorer, or an option that differs from its default and that the scorer does not read
@@ -39,17 +40,17 @@ class ScorerConfig:
     scorer: str = option("sparsity", f"{SCORERS.listed()}.", panel=SCORER_PANEL)
     site: str = option("pre_norm", "pre_norm, post_norm, mlp, mlp:N or layer:N.", panel=SCORER_PANEL)
     pooling: str = option("last", "last, mean_metric, mean_state or answer.", panel=SCORER_PANEL)
-    metric: str = option("gini", "Metric behind the difficulty.", panel=SCORER_PANEL)
+    metric: str = option("gini", f"The metric that gives the difficulty: {METRICS.listed()}.", panel=SCORER_PANEL)
     outliers: str = option("none", "none, drop:n or rms.", panel=SCORER_PANEL)
     calibration: str | Path | None = option(
         None,
-        "File of 'sparsort calibrate', which decides the score.",
+        "File made by 'sparsort calibrate', which decides the score.",
         panel=SCORER_PANEL,
         kind=Path | None,
     )
     l0_threshold: float = option(1.0, "Threshold of l0_absolute.", panel=SCORER_PANEL)
-    column: str | None = option(None, "Numeric column, for the scorer 'column'.", panel=SCORER_PANEL)
-    descending: bool = option(False, "The column falls with difficulty.", panel=SCORER_PANEL)
+    column: str | None = option(None, "Numeric column for the scorer 'column'.", panel=SCORER_PANEL)
+    descending: bool = option(False, "The column falls as the difficulty rises.", panel=SCORER_PANEL)
     seed: int = option(0, "Seed of the scorer 'random'.", panel=SCORER_PANEL)
     unit: Literal["tokens", "characters"] = "tokens"
     model: ModelSpec = ModelSpec()
@@ -64,64 +65,64 @@ class ScorerConfig:
 
     @property
     def kind(self) -> str:
-        """What the scores are of, as `Scores.kind` will have it."""
+        """The kind of the scores, which will be `Scores.kind`."""
         return self.scorer if self.calibration is None else "calibrated"
 
     @cached_property
-    def found(self) -> Calibration | None:
+    def loaded_calibration(self) -> Calibration | None:
         """The calibration, read from its file; None without one."""
         if self.calibration is None:
             return None
-        # It imports torch and SciPy, which a score without a model does without.
+        # This module imports torch and SciPy, which a scorer without a model does not need.
         from sparsort.scoring.calibration.calibration import Calibration
 
         return Calibration.load(self.calibration)
 
     def calibrated(self) -> ScorerConfig:
-        """This configuration with the options that the calibration decides; the same without one.
+        """This configuration with the options that the calibration decides; without a calibration, the same configuration.
 
-        The model is the calibrated one unless another than the default was asked for, which `load` refuses if its weights are
-        others.
+        The model is the calibrated one, unless a model other than the default was given. `load` refuses a model whose weights
+        differ from the calibrated ones.
 
         Raises:
-            SparsortError: an option was given that the calibration decides otherwise.
+            SparsortError: an option was given that the calibration decides differently.
         """
-        if self.found is None:
+        if self.loaded_calibration is None:
             return self
-        made = self.found.definition
-        decided = {**vars(made.candidate), "l0_threshold": made.l0_threshold}
+        definition = self.loaded_calibration.definition
+        decided = {**vars(definition.candidate), "l0_threshold": definition.l0_threshold}
         for name, value in decided.items():
             given, default = getattr(self, name), ScorerConfig.__dataclass_fields__[name].default
             if given not in (default, value):
                 raise SparsortError(
-                    f"{name} is {given!r}, but the calibration {self.calibration} is of {value!r}. "
-                    "Leave it out, or calibrate that one alone."
+                    f"{name} is {given!r}, but the calibration {self.calibration} chose {value!r}. "
+                    f"Omit {name}, or calibrate {given!r} alone."
                 )
         model = self.model
         if model.name == ModelSpec().name:
-            model = replace(model, name=made.model, revision=model.revision or made.revision)
+            model = replace(model, name=definition.model, revision=model.revision or definition.revision)
         return replace(self, **decided, model=model)
 
     def check_names(self) -> None:
-        """Find misspelt names before a model is loaded for them.
+        """Refuse misspelt names before a model is loaded.
 
         Raises:
             SparsortError: an unknown metric, site, pooling, outlier rule or dtype.
         """
         METRICS.check(self.metric)
-        # Other scorers read none of these options (`READ_BY`), and need no torch.
+        # Other scorers do not read these options (`READ_BY`), and need no torch.
         if self.runs_model:
             self._check_model_options()
 
     def check_model(self, *, max_length: int | None = None, chat: bool = False) -> Any:
-        """Find what the model does not have before its weights are read.
+        """Refuse what the model does not support, before its weights are read.
 
         Args:
             max_length: a limit in tokens.
-            chat: whether its chat template will be used.
+            chat: whether the chat template will be used.
 
         Returns:
-            The model's tokenizer, to be passed to `load`, if this had to load it; else None.
+            The model's tokenizer, to be passed to `load`, if it was needed for the check; otherwise None.
 
         Raises:
             SparsortError: the model has no such site, dimensions, context or chat template.
@@ -139,23 +140,27 @@ class ScorerConfig:
         return tokenizer
 
     def check(self, prompt: PromptSpec, shard_rows: int = 1) -> None:
-        """Find what is wrong with the options before a model is loaded for them.
+        """Refuse wrong options before a model is loaded.
+
+        Args:
+            prompt: the prompt that will be scored.
+            shard_rows: rows of one shard.
 
         Raises:
-            SparsortError: an unknown name, a number out of range, an answer that is needed and not given.
+            SparsortError: an unknown name, a number out of range, or a missing answer.
         """
         from sparsort.scoring.prompts.prompt import check_truncation
 
-        asked = prompt.read()
-        if self.found is not None and asked is not None:
-            self.found.definition.refuse_other_prompt(asked)
+        text = prompt.read()
+        if self.loaded_calibration is not None and text is not None:
+            self.loaded_calibration.definition.refuse_other_prompt(text)
         self.check_names()
         check_truncation(prompt.truncation)
         numbers = {"shard_rows": shard_rows, "max_length": prompt.max_length}
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise SparsortError(f"{name} is {number}; it must be at least 1.")
-        if self.needs_answer and prompt.answer is None and (asked is None or asked.answer is None):
+        if self.needs_answer and prompt.answer is None and (text is None or text.answer is None):
             raise SparsortError(
                 "this score reads the answer's tokens. Pass answer='…' (--answer), for example ' {answer}'."
             )
@@ -171,12 +176,12 @@ class ScorerConfig:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the score is one of a text, and needs a prompt."""
+        """Whether the scorer reads texts, and needs a prompt."""
         return self.scorer in SCORERS.needing("text")
 
     @property
     def needs_answer(self) -> bool:
-        """Whether the score is one of an answer's tokens."""
+        """Whether the scorer reads the tokens of an answer."""
         return self.scorer in SCORERS.needing("answer") or self.pooling == "answer"
 
     @property
@@ -190,25 +195,30 @@ class ScorerConfig:
         return SCORERS[self.scorer].runs_model
 
     def load(self, loaded: Any = None, *, tokenizer: Any = None) -> Scorer:
-        """Build the scorer; `loaded` is a model in memory, `tokenizer` that of a model to be loaded, if there is one already."""
+        """Build the scorer.
+
+        Args:
+            loaded: a model in memory; None to load the configured model.
+            tokenizer: the tokenizer of the model to load, if it was loaded before.
+        """
         entry = SCORERS[self.scorer]
         settings = {name: getattr(self, name) for name in _ARGUMENTS if name in entry.reads}
         model = self.model if loaded is None else replace(self.model, name=loaded)
         if loaded is None and tokenizer is not None:
             model = replace(model, tokenizer=tokenizer)
-        if self.found is not None:
+        if self.loaded_calibration is not None:
             from sparsort.scoring.calibration.calibrated import CalibratedScorer
 
-            return CalibratedScorer(self.found, model)
+            return CalibratedScorer(self.loaded_calibration, model)
         if entry.runs_model:
             settings["model"] = model
         elif "model" in entry.reads:
-            naming = {"model": model.name, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-            settings |= naming
+            # This scorer reads only the tokenizer of the model.
+            settings |= {"model": model.name, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
         return entry.build(settings)
 
 
-_ARGUMENTS = tuple(one.name for one in fields(ScorerConfig) if one.name not in ("scorer", "calibration", "model"))
+_ARGUMENTS = tuple(field.name for field in fields(ScorerConfig) if field.name not in ("scorer", "calibration", "model"))
 
 
 def read_by_scorers(*settings: str) -> dict[str, Conditions]:
@@ -216,5 +226,5 @@ def read_by_scorers(*settings: str) -> dict[str, Conditions]:
     return {name: (among("scorer", SCORERS.reading(name), of=SCORERS),) for name in settings}
 
 
-# The scorers that read an option of `ScorerConfig`.
+# The scorers that read each option of `ScorerConfig`.
 READ_BY: Table = {**always("scorer"), **read_by_scorers("calibration", *_ARGUMENTS, *parameters_of(ModelSpec))}

@@ -1,4 +1,4 @@
-"""Score a file: the recipe behind `sparsort score`."""
+"""Score a file. The recipe for `sparsort score`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
-    """What became of a file.
+    """The scores of a file, and the time they took.
 
     Attributes:
-        scores: one row a row of the file.
+        scores: the table with one row per row of the file.
         seconds: the time of the whole call: checks, loading and scoring.
-        loading_seconds: the part before scoring: libraries, the checks of the file, the model.
-        scoring_seconds: the rest, in which rows were read and scored.
-        resumed: whether rows may have been scored by an earlier call.
+        loading_seconds: the time before scoring: libraries, the checks of the file, the model.
+        scoring_seconds: the time in which rows were read and scored.
+        resumed: whether an earlier call may have scored some rows.
         out: the score folder.
         source: the rows of the file.
-        prompt: how a row becomes text; None where the scorer reads no text.
-        counts: rows by status.
+        prompt: renders a row as text; None if the scorer reads no text.
+        counts: the number of rows with each status.
     """
 
     scores: Scores
@@ -46,7 +46,7 @@ class ScoreReport:
     counts: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The report as JSON values; tokens are those of the rows that were scored."""
+        """The report as JSON values; only the tokens of rows with a score are counted."""
         difficulty = self.scores.difficulty
         known = difficulty[np.isfinite(difficulty)]
         quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(known) else None
@@ -79,22 +79,22 @@ def score_file(
 
     start = time.perf_counter()
     scorer = scorer.calibrated()
-    if scorer.found is not None:
-        prompt = scorer.found.definition.complete(prompt)
+    if (calibration := scorer.loaded_calibration) is not None:
+        prompt = calibration.definition.complete(prompt)
     scorer.check(prompt, shard_rows)
-    # What is wrong with the data or the prompt should not cost the loading of a model.
-    asked = prompt.read()
-    content = [scorer.column] if scorer.column is not None else asked.fields if asked is not None else None
+    # Mistakes in the data and the prompt are reported before a model is loaded.
+    text = prompt.read()
+    content = [scorer.column] if scorer.column is not None else text.fields if text is not None else None
     source = data.open(file, content=content)
-    if asked is not None:
-        source.require(asked.fields, asked)
+    if text is not None:
+        source.require(text.fields, text)
     elif scorer.reads_text:
         raise SparsortError(
             "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) "
             f"with a column of conversations; this data has: {', '.join(source.columns())}."
         )
     resumed = out is not None and (Path(out).expanduser() / MANIFEST).exists()
-    tokenizer = scorer.check_model(max_length=prompt.max_length, chat=asked is not None and asked.is_chat)
+    tokenizer = scorer.check_model(max_length=prompt.max_length, chat=text is not None and text.is_chat)
     loaded = scorer.load(tokenizer=tokenizer)
     scoring = time.perf_counter()
     scores = loaded.score(source, prompt, out=out, shard_rows=shard_rows)
@@ -107,6 +107,6 @@ def score_file(
         resumed=resumed,
         out=str(out) if out is not None else None,
         source=source,
-        prompt=asked,
+        prompt=text,
         counts=scores.counts("status"),
     )

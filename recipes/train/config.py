@@ -1,7 +1,7 @@
 """How a model is trained: one frozen, checked configuration.
 
-Contract: what cannot be is refused on construction, before a row is read or a model loaded. The fields of `IDENTITY` decide
-the losses of a run; the others divide its work, or say how often to look at it.
+Contract: impossible settings are refused on construction, before a row is read or a model is loaded. The fields in `IDENTITY`
+determine the losses of a run. The other fields divide its work, or set how often it is saved and measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.options import option, same_option
 from sparsort.recipes.train.model import PRESETS
+from sparsort.registry import listed
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import TEXT_PANEL
 
@@ -26,7 +27,7 @@ WORK_PANEL = "How the work is divided"
 LearningRateSchedule = Literal["constant", "linear", "cosine", "wsd"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-# Steps, batch and held-out rows decide too, and are known when the data is.
+# Steps, batch and held-out rows determine the losses too, and are known once the data has been read.
 IDENTITY = (
     "model",
     "learning_rate",
@@ -42,7 +43,7 @@ IDENTITY = (
 )
 
 
-# What a setting needs to be read; see `sparsort.conditions`.
+# The conditions under which each setting is read; see `sparsort.conditions`.
 _PRETRAINED = When(
     holds=lambda values: values["model"] not in PRESETS,
     why="{model} starts from random weights, and nothing is read for it",
@@ -87,26 +88,27 @@ class TrainConfig:
 
     Attributes:
         model: "tiny" or "small", a Llama over bytes from scratch; a hub id, a folder, a .gguf file or "demo".
-        epochs: passes over the data; of a plan in pool mode, courses of its pacing.
+        epochs: passes over the data; for a plan in pool mode, passes through its pacing.
         max_steps: optimiser steps, instead of `epochs`.
-        per_device_batch: examples that a device sees at once; by default, what the global batch leaves to it, or 8.
+        per_device_batch: examples that a device processes at once; by default its part of the global batch, or 8.
         accumulate: micro-batches of a device in one step.
-        learning_rate: its peak, of AdamW.
-        lr_schedule: of transformers: "constant", "linear" and "cosine" (both to 0), or "wsd" (warmup_stable_decay), constant
-            until the last fifth of the run.
-        warmup_steps: in which the learning rate rises from 0.
+        learning_rate: the highest learning rate of AdamW.
+        lr_schedule: the schedule in transformers: "constant", "linear" and "cosine" (both fall to 0), or "wsd"
+            (warmup_stable_decay), which is constant until the last fifth of the run.
+        warmup_steps: steps in which the learning rate rises from 0.
         max_length: tokens at which a text is cut.
-        eval_share: of the rows, held out by chance; 0.1 with scores and 0 with a plan unless given.
-        eval_steps: steps between two looks at the held-out loss; None for one at the end.
-        online: learn the difficulty from the model in training, and plan again from it.
+        eval_share: the share of the rows that is held out at random; by default 0.1 with scores and 0 with a plan.
+        eval_steps: steps between two measurements of the held-out loss; None for one measurement at the end.
+        online: whether the difficulty is learned from the model in training, which then changes the plan.
         online_metric: sparsity metric of the hidden states.
         save_steps: steps between two checkpoints.
         report_to: "none", or a tracker of transformers, such as "tensorboard".
         workers: processes that load data.
-        seed: of the weights of a model from scratch, of dropout, of what is held out, and of a plan made here.
-        dtype: "float32"; "bfloat16", computing in it with weights in float32; "auto", the latter on a GPU that has it.
+        seed: seed for the weights of a model from scratch, dropout, the held-out rows, and a plan that is made here.
+        dtype: "float32"; "bfloat16" for computation in bfloat16 with weights in float32; "auto" for the latter on a GPU that
+            supports it.
         revision: hub revision of the model.
-        trust_remote_code: run code that ships with the model; never without being asked.
+        trust_remote_code: whether code that ships with the model may run.
     """
 
     model: str = same_option(
@@ -118,26 +120,35 @@ class TrainConfig:
     epochs: int = option(1, "Passes over the data.", panel=TRAINING_PANEL)
     max_steps: int | None = option(None, "Optimiser steps, instead of --epochs.", panel=TRAINING_PANEL)
     per_device_batch: int | None = option(
-        None, "Examples a device sees at once [default: what fits, else 8].", panel=WORK_PANEL
+        None,
+        "Examples that a device processes at once [default: its part of the global batch, or 8].",
+        panel=WORK_PANEL,
     )
-    accumulate: int = option(1, "Micro-batches in a step.", panel=WORK_PANEL)
-    learning_rate: float = option(5e-4, "Peak of the learning rate.", panel=TRAINING_PANEL, flag="--lr")
-    lr_schedule: LearningRateSchedule = option("cosine", "constant, linear, cosine or wsd.", panel=TRAINING_PANEL)
+    accumulate: int = option(1, "Micro-batches of a device in one step.", panel=WORK_PANEL)
+    learning_rate: float = option(5e-4, "The highest learning rate.", panel=TRAINING_PANEL, flag="--lr")
+    lr_schedule: LearningRateSchedule = option(
+        "cosine", f"{listed(get_args(LearningRateSchedule))}.", panel=TRAINING_PANEL
+    )
     warmup_steps: int = option(0, "Steps in which the learning rate rises.", panel=TRAINING_PANEL)
     max_length: int = option(
         1024, "Tokens at which a text is cut.", panel=TEXT_PANEL, flag="--cut-length", retired=("--max-length",)
     )
     eval_share: float | None = option(
-        None, "Share of the rows to hold out [default: 0.1, none with --plan].", panel=TRAINING_PANEL
+        None, "Share of the rows to hold out [default: 0.1; with --plan none].", panel=TRAINING_PANEL
     )
     eval_steps: int | None = option(None, "Steps between held-out losses [default: at the end].", panel=TRAINING_PANEL)
-    online: bool = option(False, "Learn the difficulty in training.", panel=CURRICULUM_PANEL)
-    online_metric: str = option("hoyer", "Sparsity metric of --online.", panel=CURRICULUM_PANEL)
+    online: bool = option(False, "Learn the difficulty during training.", panel=CURRICULUM_PANEL)
+    online_metric: str = option(
+        "hoyer",
+        "Sparsity metric for --online: {names}.",
+        names="kernels.sparsity.metrics:METRICS",
+        panel=CURRICULUM_PANEL,
+    )
     save_steps: int = option(500, "Steps between checkpoints.", panel=WORK_PANEL)
     report_to: str = option("none", "none, tensorboard, or another tracker of transformers.", panel=WORK_PANEL)
     workers: int = option(0, "Processes that load data.", panel=WORK_PANEL)
     seed: int = option(0, "Seed for the weights, dropout, held-out rows and plan.", panel=TRAINING_PANEL)
-    dtype: Dtype = same_option(ModelSpec, "dtype", help="auto, float32 or bfloat16.")
+    dtype: Dtype = same_option(ModelSpec, "dtype", help=f"{listed(get_args(Dtype))}.")
     revision: str | None = same_option(ModelSpec, "revision")
     trust_remote_code: bool = same_option(ModelSpec, "trust_remote_code")
 
@@ -145,15 +156,8 @@ class TrainConfig:
         for name, choices in {"lr_schedule": get_args(LearningRateSchedule), "dtype": get_args(Dtype)}.items():
             if getattr(self, name) not in choices:
                 raise unknown_choice(name.replace("_", " "), getattr(self, name), choices)
-        least = {
-            "epochs": 1,
-            "max_steps": 1,
-            "per_device_batch": 1,
-            "accumulate": 1,
-            "warmup_steps": 0,
-            "max_length": 2,
-        }
-        least |= {"eval_steps": 1, "save_steps": 1, "workers": 0, "seed": 0}
+        least = dict.fromkeys(("warmup_steps", "workers", "seed"), 0) | {"max_length": 2}
+        least |= dict.fromkeys(("epochs", "max_steps", "per_device_batch", "accumulate", "eval_steps", "save_steps"), 1)
         for name, bound in least.items():
             value = getattr(self, name)
             optional = value is None and name in ("max_steps", "per_device_batch", "eval_steps")
@@ -174,7 +178,7 @@ class TrainConfig:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model as it is loaded: in float32, and on the CPU, from where Trainer places it."""
+        """The model in the form in which it is loaded: in float32 on the CPU, from where Trainer moves it to a device."""
         return ModelSpec(
             self.model,
             dtype="float32",
@@ -185,12 +189,12 @@ class TrainConfig:
 
 
 def make_config(config: TrainConfig | None, changes: Mapping[str, Any]) -> TrainConfig:
-    """A configuration with some fields changed.
+    """Change some fields of a configuration.
 
     Raises:
         SparsortError: an unknown field, or a value that does not fit.
     """
-    names = [found.name for found in fields(TrainConfig)]
+    names = [field.name for field in fields(TrainConfig)]
     for name in changes:
         if name not in names:
             raise unknown_choice("setting of train", name, names)

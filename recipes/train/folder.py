@@ -1,9 +1,9 @@
-"""The folder of a training run: what was asked for, so that only the same run goes on in it, and what came of it.
+"""The folder of a training run: the record of its settings, which only the same run may resume, and its result.
 
-Contract: `run.json` is written before training and says everything that decides a loss; how the work is divided (batch of
-a device, accumulation, processes, how often to save) is not in it. `result.json` is written last: a folder that has it is
-finished. Both are whole or absent, and carry a digest of themselves. `result.json` also records what the run wrote, the history
-and the manifest of the model, so that a finished run that is called again does not name files that have changed since.
+Contract: `run.json` is written before training and records everything that determines a loss. It does not record how the work is
+divided (the batch of a device, accumulation, processes, the interval between checkpoints). `result.json` is written last, so a
+folder that has it is finished. Both files are whole or absent, and include a digest of themselves. `result.json` also records the
+history and the manifest of the model, so that a later call on the finished run notices if one of these has changed.
 
 Folders of version 1 have no digests: their files are checked as far as their content allows.
 """
@@ -24,29 +24,29 @@ from sparsort.storage.locks import locked
 from sparsort.terminal import interrupts
 
 FORMAT, VERSION = "sparsort-train", 2
-_WITHOUT_DIGESTS = 1  # still read
+# A version without digests, which is still read.
+_WITHOUT_DIGESTS = 1
 _RUN, _RESULT = "run.json", "result.json"
 _MODEL = "model"
-# Of a result of version 1, which nothing else guards.
+# The fields of a result of version 1. They are the only thing to check it by.
 _FIELDS = {"loss", "eval_loss", "steps", "rows", "eval_rows", "tokens", "parameters", "plan", "sparse", "notes"}
 _RECORDED = ("history.jsonl", f"{_MODEL}/{manifests.FILE}")
 _OTHER = "Choose another folder with out (--out)."
 _AGAIN = "Delete {} and run the same command again: model and result are written again from the last checkpoint."
-_WHAT = {
+# The digests in the record, with the words for what they are digests of.
+_DIGESTS = {
     "rows": "the training texts (rows, template, tokenizer or max_length)",
     "eval_rows": "the held-out texts",
-    "plan": "the plan, as its scores, groups or lengths are others",
+    "plan": "the plan, because its scores, groups or lengths differ",
 }
-# Follow from what else differs.
-_DIGESTS = tuple(_WHAT)
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of the folder while the block runs.
 
     Raises:
-        SparsortError: one is training there.
+        SparsortError: another process is training in the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,88 +60,95 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, asked: Mapping[str, Any], *, write: bool) -> None:
-    """Take a folder for a run, or take up the same run again.
+def claim(folder: Path, settings: Mapping[str, Any], *, write: bool) -> None:
+    """Record the settings of a run in its folder, or check that the folder has the same run.
 
     Args:
-        folder: --out.
-        asked: JSON values that decide the run.
-        write: whether this process may write; the others only compare.
+        folder: the folder of the run.
+        settings: JSON values that determine the losses of the run.
+        write: whether this process may write; other processes only compare.
 
     Raises:
-        SparsortError: the folder holds another run, something else, or the disk refuses.
+        SparsortError: the folder has another run or something else, or the disk cannot be written.
     """
-    if not compare(folder, asked) and write:
-        integrity.write_sealed(folder / _RUN, {"format": FORMAT, "version": VERSION, **asked})
+    if not compare(folder, settings) and write:
+        integrity.write_sealed(folder / _RUN, {"format": FORMAT, "version": VERSION, **settings})
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """What a run in the folder was asked for; empty without one.
+    """The recorded settings of the run in the folder; empty if there is none.
 
     Raises:
-        SparsortError: its record cannot be read, or has changed since it was written.
+        SparsortError: the record cannot be read, or has changed since it was written.
     """
     return _read(folder / _RUN, next_step=_OTHER) or {}
 
 
-def compare(folder: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether a run is there; `asked` may be what is known so far of what is asked for.
+def compare(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the folder has a run with these settings, which may be only those that are known so far.
 
     Raises:
-        SparsortError: it is another run.
+        SparsortError: the folder has another run.
     """
-    found = recorded(folder)
-    if not found:
+    record = recorded(folder)
+    if not record:
         return False
-    if (found.get("format"), found.get("version")) not in ((FORMAT, VERSION), (FORMAT, _WITHOUT_DIGESTS)):
+    if absent := [name for name in ("format", "version") if record.get(name) is None]:
         raise SparsortError(
-            f"{folder / _RUN} is version {found.get('version')!r} of {found.get('format')!r}, and this sparsort writes "
-            f"version {VERSION} of {FORMAT!r}. Choose another folder with out (--out)."
+            f"{folder / _RUN} has no {' and no '.join(absent)}, so it is not the record of a training run. {_OTHER}"
         )
-    now = json.loads(json.dumps(asked))
-    before = {name: found.get(name) for name in now}
+    if record["format"] != FORMAT or record["version"] not in (VERSION, _WITHOUT_DIGESTS):
+        raise SparsortError(
+            f"{folder / _RUN} is version {record['version']!r} of {record['format']!r}, and this sparsort writes "
+            f"version {VERSION} of {FORMAT!r}. {_OTHER}"
+        )
+    # The record went through JSON, which has no tuples, for example.
+    now = json.loads(json.dumps(settings))
+    before = {name: record.get(name) for name in now}
     if before != now:
         raise SparsortError(
-            f"{folder} holds another run; it differs in {_differences(before, now)}. "
+            f"{folder} has another run; it differs in {_differences(before, now)}. "
             "Choose another folder with out (--out), or run with the settings that it began with."
         )
     return True
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a finished run came to; None where it is not finished.
+    """The result of a finished run; None if the run is not finished.
 
     Raises:
         SparsortError: the result, the history or the model has changed since it was written.
     """
     path = folder / _RESULT
     next_step = _AGAIN.format(path)
-    found = _read(path, next_step=next_step)
-    if found is None:
+    result = _read(path, next_step=next_step)
+    if result is None:
         return None
-    records = found.pop("files", None)
-    if records is None and set(found) != _FIELDS:
-        raise SparsortError(f"{path} is damaged: it has other fields than were written. {next_step}")
+    records = result.pop("files", None)
+    if records is None and set(result) != _FIELDS:
+        raise SparsortError(f"{path} is damaged: it does not have the fields that were written. {next_step}")
     for name, record in (records or {}).items():
         integrity.check_file(folder / name, record, next_step=next_step)
     model = folder / _MODEL
     if problem := manifests.unreadable_in(model) if records is None else manifests.damage_in(model):
         raise SparsortError(f"{model} is damaged: {problem}. {next_step}")
-    return {name: value for name, value in found.items() if name not in ("format", "version", integrity.SEAL)}
+    return {name: value for name, value in result.items() if name not in ("format", "version", integrity.SEAL)}
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Mark the run as finished, when model and history are written."""
+    """Mark the run as finished; call this after the model and the history are written."""
     files = {name: integrity.record_of(folder / name) for name in _RECORDED}
     integrity.write_sealed(folder / _RESULT, {"format": FORMAT, "version": VERSION, **result, "files": files})
 
 
 @interrupts.held()
 def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Any]) -> None:
-    """Write a model with its tokenizer as transformers reads them, whole or not at all.
+    """Write a model with its tokenizer for `from_pretrained`, whole or not at all.
 
     Args:
-        folder: where to; a model that a stopped run left there is replaced.
+        folder: the folder of the model; a model that a stopped run left there is replaced.
+        model: the model.
+        tokenizer: its tokenizer.
         weights: the model's state, gathered from all processes.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -158,31 +165,31 @@ def save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, A
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    before, now = _flat(found), _flat(asked)
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    before, now = _flat(before), _flat(now)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    plain = [name for name in names if name not in _DIGESTS]
-    told = [f"{name} ({before.get(name)!r} there, {now.get(name)!r} now)" for name in plain]
-    # A digest follows from the settings: alone, it is the data that changed.
-    return ", ".join(told or [_WHAT[name] for name in names])
+    settings = [f"{name} ({before.get(name)!r} there, {now.get(name)!r} now)" for name in names if name not in _DIGESTS]
+    # A digest follows from the settings. If only digests differ, the data has changed.
+    return ", ".join(settings or [_DIGESTS[name] for name in names])
 
 
-def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
-    curriculum = {f"curriculum {name}": held for name, held in value.get("curriculum", {}).items()}
-    return {**{name: held for name, held in value.items() if name != "curriculum"}, **curriculum}
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with those of the curriculum one by one."""
+    curriculum = {f"curriculum {name}": value for name, value in settings.get("curriculum", {}).items()}
+    return {**{name: value for name, value in settings.items() if name != "curriculum"}, **curriculum}
 
 
 def _read(path: Path, *, next_step: str) -> dict[str, Any] | None:
-    """A JSON object, with its seal where this version wrote it; None where there is no file."""
+    """The JSON object of a file, whose seal is checked if there must be one; None if there is no file."""
     try:
-        found = integrity.parse_own_json(path.read_text(encoding="utf-8"))
+        record = integrity.parse_own_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise SparsortError(f"{path} cannot be read ({error}). {next_step}") from error
-    if not isinstance(found, dict):
-        raise SparsortError(f"{path} is not what sparsort writes. {next_step}")
+    if not isinstance(record, dict):
+        raise SparsortError(f"{path} is not a JSON object, which sparsort writes. {next_step}")
     # The version and the seal both mark a sealed file, so no single change removes both marks.
-    if found.get("version") == VERSION or integrity.SEAL in found:
-        integrity.check_seal(found, path, next_step=next_step)
-    return found
+    if record.get("version") == VERSION or integrity.SEAL in record:
+        integrity.check_seal(record, path, next_step=next_step)
+    return record

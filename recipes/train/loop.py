@@ -1,9 +1,8 @@
-"""The Trainer behind `sparsort train`, and what it does besides training: held-out loss, history, progress, stop.
+"""The Trainer of `sparsort train`, with the held-out loss, the history, the progress bar and the response to interrupts.
 
-Contract: the loss of held-out rows is the mean over their tokens, each once, however they are batched and divided among
-processes; measuring it draws no random number. The history is that of the checkpoint beside it, so that a run that is
-killed and resumed writes what an uninterrupted one does. An interrupt ends training behind the step that is under way,
-with a checkpoint.
+Contract: the held-out loss is the mean over the tokens of the held-out rows, each counted once, however they are batched and
+divided among processes; it draws no random numbers. The history always matches the checkpoint next to it, so a run that is killed
+and resumed writes the same history as an uninterrupted one. An interrupt ends training after the current step, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,16 +37,18 @@ from sparsort.terminal.progress import progress
 if TYPE_CHECKING:
     from sparsort.attention.training.callback import SparseAttentionCallback
 
-_KEPT = 2  # checkpoints: a kill may leave the last one half written
-_DECAY = 0.2  # share of a run over which "wsd" lets the learning rate fall
-# A checkpoint brings the entries back with their names in another order.
+# Number of checkpoints that are kept. A kill may leave the last one incomplete, so one is not enough.
+_KEPT = 2
+# The share of a run over which the schedule "wsd" lowers the learning rate.
+_DECAY = 0.2
+# The first keys of an entry of the history. Entries from a checkpoint have their keys in another order.
 _FIRST = {"step": 0, "loss": 1, "eval_loss": 2}
 _TIMINGS = ("_runtime", "_per_second")
 _LOG = logging.getLogger("sparsort")
 
 
 class TextTrainer(CurriculumTrainer):
-    """CurriculumTrainer with a held-out loss that does not depend on how the rows are batched."""
+    """A CurriculumTrainer whose held-out loss does not depend on how the rows are batched."""
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
         """The mean loss of the held-out tokens, as `eval_loss`."""
@@ -59,13 +60,15 @@ class TextTrainer(CurriculumTrainer):
     def _held_out_loss(self) -> float:
         args, data, model = self.args, self.eval_dataset, self.model_wrapped
         size, ranks = args.per_device_eval_batch_size, args.world_size
+        # The sum of the losses and the number of tokens. float64 keeps the sum exact enough for many tokens; MPS has no float64.
         total = torch.zeros(2, dtype=torch.float64, device=args.device if args.device.type != "mps" else "cpu")
         was_training = model.training
         model.eval()
         try:
             for begin in range(args.process_index * size, -(-len(data) // (size * ranks)) * size * ranks, size * ranks):
                 rows = list(range(begin, min(begin + size, len(data))))
-                # A process without rows goes along, as a sharded model needs every process in every pass.
+                # A process that has no rows left runs a row that does not count, because a sharded model needs all processes in
+                # every pass.
                 batch = self.data_collator(data.__getitems__(rows or [0]))
                 batch = {name: value.to(args.device) for name, value in batch.items()}
                 with torch.no_grad(), self.autocast_smart_context_manager():
@@ -81,7 +84,7 @@ class TextTrainer(CurriculumTrainer):
 
 
 def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
-    """What Trainer is told before the data is read; it also joins the processes of a distributed run.
+    """Trainer's arguments that do not depend on the data. Creating them also joins the processes of a distributed run.
 
     Raises:
         SparsortError: an unknown tracker.
@@ -92,6 +95,7 @@ def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and is_torch_bf16_gpu_available())
     return TrainingArguments(
         str(folder),
+        # `run_trainer` sets the number of steps, which depends on the data.
         max_steps=1,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate,
@@ -101,7 +105,7 @@ def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         save_steps=config.save_steps,
         save_total_limit=_KEPT,
-        # A loss of every step, so that stopping does not change over which steps one is averaged.
+        # One loss per step: a mean over several steps would depend on where the run was stopped.
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=config.report_to,
@@ -124,41 +128,78 @@ def run_trainer(
     per_device: int,
     tokenizer: Any,
     rows: Any,
-    held: Any | None,
+    held_out: Any | None,
     history: Path,
     sparse: SparseAttentionCallback | None = None,
 ) -> tuple[TextTrainer, int]:
-    """Train to the end, from the newest intact checkpoint where there is one.
+    """Train to the last step, from the newest intact checkpoint if there is one.
 
     Args:
-        steps: of the whole run.
+        model: the model, which is trained in place.
+        args: from `arguments`.
+        config: how to train.
+        plan: the plan of `rows`.
+        steps: steps of the whole run.
         per_device: examples of a micro-batch.
-        rows, held: tokenised datasets.
+        tokenizer: the model's tokenizer.
+        rows, held_out: tokenised datasets.
         history: the file of the losses.
-        sparse: of a model with sparse attention.
+        sparse: the callback of a model with sparse attention.
 
     Returns:
-        The trainer as it stands at the end, and the step that it went on from.
+        The trainer after the last step, and the step from which it resumed.
 
     Raises:
         SparsortError: settings that do not fit the plan, or a checkpoint of another run.
-        KeyboardInterrupt: it was asked to stop.
+        KeyboardInterrupt: the run was interrupted.
     """
     args.max_steps = steps
     args.per_device_train_batch_size = args.per_device_eval_batch_size = per_device
     args.lr_scheduler_type, args.lr_scheduler_kwargs = _schedule(config, steps)
-    if held is not None and config.eval_steps is not None:
+    if held_out is not None and config.eval_steps is not None:
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, config.eval_steps
-    stop = Stop()
+    stop, log = Stop(), History(history)
+    trainer = _make_trainer(model, args, config, plan, tokenizer, rows, held_out, stop)
+    if sparse is not None:
+        sparse.join(trainer)
+    trainer.add_callback(log)
+    with contextlib.ExitStack() as stack:
+        if args.should_log:
+            trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
+        # Several processes would have to agree on a step, so they stop at once, and resume from the last checkpoint.
+        if args.world_size == 1:
+            stack.enter_context(asking(stop.ask))
+        _train(trainer)
+    if trainer.state.global_step < steps:
+        raise received() or KeyboardInterrupt
+    entries = losses(trainer.state.log_history)
+    if held_out is not None and not any("eval_loss" in entry and entry["step"] == steps for entry in entries):
+        trainer.evaluate()
+    if args.should_save:
+        write_history(history, trainer.state.log_history)
+    return trainer, log.begin
+
+
+def _make_trainer(
+    model: Any,
+    args: TrainingArguments,
+    config: TrainConfig,
+    plan: CurriculumPlan,
+    tokenizer: Any,
+    rows: Any,
+    held_out: Any | None,
+    stop: Stop,
+) -> TextTrainer:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     try:
         trainer = TextTrainer(
             model,
             args,
             curriculum=plan,
-            verify=False,  # the rows were, before their columns gave way to tokens
+            # The rows were verified before tokenisation; here they have no columns but the tokens.
+            verify=False,
             train_dataset=rows,
-            eval_dataset=held,
+            eval_dataset=held_out,
             data_collator=TextCollator(pad_token_id=pad),
             processing_class=tokenizer,
             callbacks=[stop],
@@ -168,28 +209,10 @@ def run_trainer(
         if config.report_to == "none":
             raise
         raise SparsortError(
-            f"report_to={config.report_to!r} cannot be used: {error} Install it, or leave it out."
+            f"report_to={config.report_to!r} cannot be used: {error} Install it, or omit report_to."
         ) from error
     trainer.remove_callback(PrinterCallback)
-    if sparse is not None:
-        sparse.join(trainer)
-    written = History(history)
-    trainer.add_callback(written)
-    with contextlib.ExitStack() as stack:
-        if args.should_log:
-            trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
-        # Several processes would have to agree on a step. They stop at once, and resume from the last checkpoint.
-        if args.world_size == 1:
-            stack.enter_context(asking(stop.ask))
-        _train(trainer)
-    if trainer.state.global_step < steps:
-        raise received() or KeyboardInterrupt
-    log = losses(trainer.state.log_history)
-    if held is not None and not any("eval_loss" in entry and entry["step"] == steps for entry in log):
-        trainer.evaluate()
-    if args.should_save:
-        write_history(history, trainer.state.log_history)
-    return trainer, written.begin
+    return trainer
 
 
 def _schedule(config: TrainConfig, steps: int) -> tuple[SchedulerType, dict[str, Any]]:
@@ -214,10 +237,10 @@ def _train(trainer: TextTrainer) -> None:
 
 
 class History(TrainerCallback):  # type: ignore[misc]
-    """Writes the losses as JSON lines with every checkpoint, whole each time: what was logged up to that step, no more.
+    """Writes the losses up to a checkpoint as JSON lines, whenever a checkpoint is written; the file is replaced as a whole.
 
     Attributes:
-        begin: the step that training resumed from; 0 from the start.
+        begin: the step from which training resumed; 0 for a run from the start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -228,13 +251,13 @@ class History(TrainerCallback):  # type: ignore[misc]
         self.begin = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it where this is the first process."""
+        """Write the history in the first process."""
         if state.is_world_process_zero:
             write_history(self._path, state.log_history)
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]
-    """Moves a bar, from where a resumed run stands."""
+    """Advances a progress bar, which begins at the step from which the run resumed."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
@@ -247,31 +270,34 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Ends training behind the step under way, with a checkpoint, once `asked` is set."""
+    """Ends training after the current step, with a checkpoint, once `requested` is set."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
+        if self.requested and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def ask(self, name: str) -> None:
-        """Ask for the stop, on the signal of this name."""
-        self.asked = True
+        """Request the stop, because of the signal of this name."""
+        self.requested = True
         note(
             f"sparsort: {name}: stopping after this step, with a checkpoint; send it again to stop at once, without one."
         )
 
 
 def write_history(path: Path, log: list[dict[str, Any]]) -> None:
-    """Write the entries that carry a loss, one JSON object a line; a number that is not finite becomes null."""
+    """Write the entries that have a loss, one JSON object per line; a number that is not finite becomes null."""
     with write_atomically(path) as temporary:
         temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in losses(log)), encoding="utf-8")
 
 
 def losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of Trainer's log, the entries with a loss of training or of held-out rows, in JSON values, without timings."""
+    """The entries of Trainer's log that have a training or held-out loss, as JSON values, without timings.
+
+    Timings differ between two runs with the same losses, whose histories are compared.
+    """
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,9 @@
-"""The model that is trained: from scratch in two sizes, or one that is there already.
+"""The model that is trained: a new one in one of two sizes, or an existing one.
 
-Contract: "tiny" and "small" are Llamas over bytes, with ByT5's tokenizer, which needs no files: nothing is downloaded and
-the weights follow from the seed. Every other name is what it is to `sparsort score`: a hub id, a folder, a .gguf file or
-"demo". Weights are float32, as an optimiser's updates would be lost in bfloat16; training may compute in bfloat16 all the
-same (autocast).
+Contract: "tiny" and "small" are Llamas over bytes, with ByT5's tokenizer, which needs no files: nothing is downloaded, and the
+seed determines the weights. Every other name has the meaning that it has in `sparsort score`: a hub id, a folder, a .gguf file
+or "demo". Weights are float32, because bfloat16 would lose the optimiser's small updates. Training may still compute in bfloat16
+(autocast).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.model.spec import ModelSpec
 
-# Of transformers' LlamaConfig; about 0.15 and 11 million parameters.
+# Arguments of transformers' LlamaConfig for models of about 0.15 and 11 million parameters.
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
@@ -27,7 +27,7 @@ def make_tokenizer(model: ModelSpec | str) -> Any:
     """The tokenizer of a preset or a model.
 
     Raises:
-        SparsortError: there is no such model, or it has no tokenizer.
+        SparsortError: the model does not exist, or has no tokenizer.
     """
     model = ModelSpec.of(model)
     if model.name in PRESETS:
@@ -39,16 +39,16 @@ def make_tokenizer(model: ModelSpec | str) -> Any:
 
 
 def make_model(model: ModelSpec | str, tokenizer: Any, seed: int, *, longest: int) -> Any:
-    """A causal language model in float32 on the CPU, with the tokenizer's special ids.
+    """Make or load a causal language model in float32 on the CPU; a new one has the tokenizer's special ids.
 
     Args:
         model: a preset or a model.
         tokenizer: its tokenizer.
-        seed: of a preset's weights, which moves torch's global generator: the caller keeps that.
+        seed: seed for the weights of a preset. It is set in torch's global generator, which the caller restores.
         longest: tokens of the longest text.
 
     Raises:
-        SparsortError: it cannot be loaded, or takes fewer tokens than `longest`.
+        SparsortError: the model cannot be loaded, or its context is shorter than `longest`.
     """
     spec = ModelSpec.of(model, dtype="float32", device="cpu", tokenizer=tokenizer)
     name = str(spec.name)
@@ -65,15 +65,16 @@ def make_model(model: ModelSpec | str, tokenizer: Any, seed: int, *, longest: in
             **PRESETS[name],
         )
         torch.manual_seed(seed)
-        made = LlamaForCausalLM(config)
+        loaded = LlamaForCausalLM(config)
     else:
         from sparsort.scoring.model.early_checks import context_of, outline_of
 
+        # The configuration is checked before the weights are loaded; some formats show it only afterwards.
         outline = outline_of(spec)
         _refuse_longer(longest, context_of(outline.config) if outline is not None else None, name)
-        made = spec.load().model
-    _refuse_longer(longest, getattr(made.config.get_text_config(), "max_position_embeddings", None), name)
-    return made
+        loaded = spec.load().model
+    _refuse_longer(longest, getattr(loaded.config.get_text_config(), "max_position_embeddings", None), name)
+    return loaded
 
 
 def _refuse_longer(longest: int, context: int | None, name: str) -> None:
@@ -85,7 +86,7 @@ def _refuse_longer(longest: int, context: int | None, name: str) -> None:
 
 
 def _refuse_misspelt(name: str) -> None:
-    # Without this, "smal" would be looked for on the hub.
+    # Without this check, a misspelt preset such as "smal" would be searched for on the hub.
     if name.lower() in PRESETS or (name.isalpha() and name != "demo" and not Path(name).exists() and _is_near(name)):
         raise unknown_choice("model", name, (*PRESETS, "demo", "a folder", "a hub id"))
 

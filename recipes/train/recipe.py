@@ -1,8 +1,9 @@
 """A recipe of `sparsort train`: settings of training, curriculum and sparse attention in one TOML file.
 
-Contract: tables `[train]` (fields of `TrainConfig`), `[curriculum]` (of `CurriculumSettings`), `[attention]` (of
-`SparseAttentionConfig`, and freeze_base) and `[schedule]` (warmup_share, start, anneal_share); unknown tables and keys are
-refused with the nearest name. What the caller gives goes before the recipe, and takes what it rules out with it. No torch.
+Contract: the tables are `[train]` (fields of `TrainConfig`), `[curriculum]` (fields of `CurriculumSettings`), `[attention]`
+(fields of `SparseAttentionConfig`, and freeze_base) and `[schedule]` (warmup_share, start, anneal_share). Unknown tables and keys
+are refused with the nearest name. Settings of the caller override the recipe, and remove the settings of the recipe that would
+contradict them. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _TABLES = ("train", "curriculum", "attention", "schedule")
 _SCHEDULE = ("warmup_share", "start", "anneal_share")
 _ORDER: tuple[str, ...] = ("mode", "schedule", "direction", "pacing", "stages", "folds", "warm_up", "later_epochs")
 _ORDER += ("steps", "quotas", "group_by_length")
-_CURRICULUM = tuple(found.name for found in dataclasses.fields(CurriculumSettings))
-# What is given, and the settings of a recipe that would contradict it.
-_RULED_OUT: dict[str, tuple[str, ...]] = {
+_CURRICULUM = tuple(field.name for field in dataclasses.fields(CurriculumSettings))
+# Setting of the caller → the settings of a recipe that would contradict it.
+_CONTRADICTED: dict[str, tuple[str, ...]] = {
     "plan": ("eval_share", *_CURRICULUM),
     "eval_data": ("eval_share",),
     "epochs": ("max_steps",),
@@ -43,12 +44,12 @@ _RULED_OUT: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a recipe says; empty where there is none.
+    """The settings of a recipe; empty without a recipe.
 
     Attributes:
         train: fields of `TrainConfig`.
         curriculum: fields of `CurriculumSettings`.
-        sparse: sparse attention, where the recipe has it.
+        sparse: sparse attention; None if the recipe has none.
     """
 
     train: dict[str, Any] = field(default_factory=dict)
@@ -56,8 +57,8 @@ class Recipe:
     sparse: SparseTraining | None = None
 
     def without(self, given: Collection[str]) -> Recipe:
-        """The recipe without the settings that those given, by name, rule out."""
-        out = {name for found in given for name in _RULED_OUT.get(found, ())}
+        """The recipe without the settings that would contradict the given settings of the caller."""
+        out = {name for setting in given for name in _CONTRADICTED.get(setting, ())}
         train, curriculum = (
             {name: value for name, value in table.items() if name not in out} for table in (self.train, self.curriculum)
         )
@@ -65,10 +66,10 @@ class Recipe:
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any] | None) -> Recipe:
-    """A recipe by its name, from a TOML file, or from tables as a TOML file has them.
+    """Read a recipe by its name, from a TOML file, or from tables like those of such a file.
 
     Raises:
-        SparsortError: no such recipe, a file that cannot be read, unknown tables or keys, values that do not fit.
+        SparsortError: no such recipe, a file that cannot be read, unknown tables or keys, or values that do not fit.
     """
     if recipe is None:
         return Recipe()
@@ -76,7 +77,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any] | None) -> Recipe:
         return _build(recipe, "the recipe")
     if not isinstance(recipe, str | Path):
         raise SparsortError(
-            f"a recipe is a name ({', '.join(RECIPES)}), the path of a .toml file, or tables as it has them, not {recipe!r}."
+            f"a recipe is a name ({', '.join(RECIPES)}), the path of a .toml file, or tables as in a file, not {recipe!r}."
         )
     path = Path(recipe).expanduser()
     if str(recipe) in RECIPES:
@@ -86,38 +87,37 @@ def read_recipe(recipe: str | Path | Mapping[str, Any] | None) -> Recipe:
     return _build(tables.read(path), str(path))
 
 
-def _build(found: Mapping[str, Any], where: str) -> Recipe:
-    if not found:
+def _build(content: Mapping[str, Any], where: str) -> Recipe:
+    if not content:
         raise SparsortError(
-            f"{where} is empty, and would train like no recipe at all. Give it a table ([{'], ['.join(_TABLES)}]), or leave "
-            "the recipe out."
+            f"{where} is empty, and has the effect of no recipe. Add a table ([{'], ['.join(_TABLES)}]), or omit the recipe."
         )
-    for name, table in found.items():
+    for name, table in content.items():
         if name not in _TABLES:
             raise unknown_choice(f"table in {where}:", name, _TABLES)
         if not isinstance(table, Mapping):
             raise SparsortError(f"{where}: {name} is {table!r}; expected a table, [{name}], of settings.")
-    train, curriculum = dict(found.get("train", {})), dict(found.get("curriculum", {}))
+    train, curriculum = dict(content.get("train", {})), dict(content.get("curriculum", {}))
     with _named(where):
-        # `online` may be given outside the recipe, so it is assumed here; `train` checks the combination.
+        # The caller may set `online`, so settings that need it are accepted here; `train` checks the combination.
         tables.build(TrainConfig, {"online": True, **train}, kind="[train] table", where=where)
     for name in curriculum:
         if name not in _CURRICULUM:
             raise unknown_choice(f"setting of [curriculum] in {where}:", name, _CURRICULUM)
-    return Recipe(train=train, curriculum=curriculum, sparse=_sparse(found, where))
+    return Recipe(train=train, curriculum=curriculum, sparse=_sparse(content, where))
 
 
-def _sparse(found: Mapping[str, Any], where: str) -> SparseTraining | None:
-    if "attention" not in found:
-        if "schedule" in found:
+def _sparse(content: Mapping[str, Any], where: str) -> SparseTraining | None:
+    if "attention" not in content:
+        if "schedule" in content:
             raise SparsortError(
-                f"{where}: [schedule] says when attention is sparse, and there is no [attention] that is. Add one, such as "
+                f"{where}: [schedule] sets when attention is sparse, and there is no [attention]. Add it, such as "
                 '[attention] with selector = "index_branch".'
             )
         return None
-    attention, schedule = dict(found["attention"]), dict(found.get("schedule", {}))
+    attention, schedule = dict(content["attention"]), dict(content.get("schedule", {}))
     own = {"freeze_base": attention.pop("freeze_base")} if "freeze_base" in attention else {}
-    names = [held.name for held in dataclasses.fields(SparseAttentionConfig)]
+    names = [field.name for field in dataclasses.fields(SparseAttentionConfig)]
     for table, given, known in (("attention", attention, [*names, "freeze_base"]), ("schedule", schedule, _SCHEDULE)):
         for name in given:
             if name not in known:
@@ -129,7 +129,7 @@ def _sparse(found: Mapping[str, Any], where: str) -> SparseTraining | None:
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Errors say which recipe has the mistake."""
+    """Add the name of the recipe to errors that lack it."""
     try:
         yield
     except SparsortError as error:

@@ -1,7 +1,8 @@
-"""Sparse attention in `sparsort train`: what is attached, what of it learns, when it is sparse, and what came of it.
+"""Sparse attention in `sparsort train`: the selector that is attached, the weights that are trained, the schedule, and measures.
 
-Contract: a model that cannot be made sparse is refused by its configuration alone, before anything is written. A checkpoint
-that has an index branch goes on with it, and a recipe with another is refused. All of `identity` decides the losses of a run.
+Contract: a model that cannot be made sparse is refused by its configuration alone, before anything is written. Training resumes
+the index branch of a checkpoint that has one, and a recipe with another branch is refused. `identity` has all settings that
+determine the losses of a run.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 _LEARNED = SELECTORS.names(lambda entry: entry.has_weights)
 _BRANCH = ".index_branch."
-# What decides the weights of a branch; block_size only where the table says so.
+# The settings that determine the weights of a branch. block_size does so only for the selectors whose entry says so.
 _SHAPED = ("selector", "layers", "index_dim", "index_norm", "block_size")
-_LAST = 0.1  # share of a run's steps over which its measures are averaged
+# The share of a run's steps, at its end, over which the measures are averaged.
+_LAST = 0.1
 _AVERAGED = ("lm_loss", "kl", "mass", "recall", "blocks", "dead", "gflops", "gflops_dense")
 
 
@@ -36,15 +38,15 @@ class SparseTraining:
     """How a run trains sparse attention.
 
     Attributes:
-        attention: what is attached; a run's seed is added to its own (`seeded`).
-        freeze_base: train the selector only, on a model that is there.
-        warmup_share: of the run's steps, over the full support first.
-        start: with `anneal_share`, what the budget's number (blocks, threshold or top_p) begins with.
-        anneal_share: of the run's steps, behind the warm-up, in which it reaches the configured one.
+        attention: the sparse attention; the seed of the run is added to its seed (`seeded`).
+        freeze_base: whether only the selector is trained, on an existing model.
+        warmup_share: the share of the run's steps, at its beginning, in which every query attends to all keys.
+        start: with `anneal_share`, the first value of the budget's number (blocks, threshold or top_p).
+        anneal_share: the share of the run's steps, after the warm-up, in which that number reaches its configured value.
 
     Raises:
-        SparsortError: shares that are none, a start that the budget cannot be, or a frozen base beside a selector without
-            weights.
+        SparsortError: shares that are not between 0 and 1, a start that is not a valid budget, or a frozen base with a selector
+            that has no weights.
     """
 
     attention: SparseAttentionConfig
@@ -60,18 +62,18 @@ class SparseTraining:
         if self.warmup_share + self.anneal_share > 1:
             raise SparsortError(
                 f"warmup_share={self.warmup_share} and anneal_share={self.anneal_share} are more than the whole run. Their sum "
-                "may be 1 at most."
+                "may be at most 1."
             )
         if (self.start is None) != (self.anneal_share == 0):
             raise SparsortError(
                 f"start={self.start!r} and anneal_share={self.anneal_share!r} belong together: the budget goes from start to the "
-                "configured one in that share of the run. Give both, or neither."
+                "configured number in that share of the run. Give both, or neither."
             )
         self._check_start()
         if self.freeze_base and self.attention.selector not in _LEARNED:
             raise SparsortError(
                 f"freeze_base = true leaves nothing to train: the selector {self.attention.selector!r} has no weights. Choose "
-                f"one that has ({', '.join(_LEARNED)}), or leave freeze_base out."
+                f"one that has weights ({', '.join(_LEARNED)}), or omit freeze_base."
             )
 
     def _check_start(self) -> None:
@@ -81,18 +83,18 @@ class SparseTraining:
         share = next((name for name in ("threshold", "top_p") if getattr(attention, name) is not None), None)
         number = isinstance(start, int | float) and not isinstance(start, bool)
         if share is None and not (number and 1 <= start < math.inf):
-            raise SparsortError(f"start={start!r} is no number of blocks; expected 1 or more.")
+            raise SparsortError(f"start={start!r} is not a number of blocks; expected 1 or more.")
         if share is not None and not (number and 0 < start <= 1):
             raise SparsortError(
-                f"start={start!r} is no {share}, which the budget goes by; expected a share above 0 and at most 1."
+                f"start={start!r} is not a valid {share}, which sets the budget; expected a share above 0 and at most 1."
             )
 
     def seeded(self, seed: int) -> SparseTraining:
-        """The same in a run with this seed: the selector's weights, like the model's, follow from it."""
+        """The same settings for a run with this seed, which determines the selector's weights as well as the model's."""
         return replace(self, attention=replace(self.attention, seed=self.attention.seed + seed))
 
     def schedule(self, steps: int) -> SparseSchedule:
-        """The shares as steps of a run; a share above 0 is one step at least."""
+        """The shares as numbers of steps; a share above 0 is at least one step."""
         from sparsort.attention.training.schedule import SparseSchedule
 
         warmup, anneal = (
@@ -101,11 +103,11 @@ class SparseTraining:
         return SparseSchedule(warmup_steps=warmup, start=self.start, anneal_steps=anneal)
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a model whose configuration this cannot be attached to.
+        """Refuse a model to which this sparse attention cannot be attached, by the model's configuration.
 
         Raises:
-            SparsortError: it cannot; no such model; a frozen base that was never trained; trained weights of another index
-                branch, which would be dropped.
+            SparsortError: the model is not supported, or there is no such model; the frozen base was never trained; or the model
+                has trained weights of another index branch, which would be dropped.
         """
         from transformers import AutoModelForCausalLM
 
@@ -113,42 +115,42 @@ class SparseTraining:
         if self.freeze_base and model in PRESETS:
             raise SparsortError(
                 f"freeze_base = true trains a selector on a model that was trained before, and {model!r} starts from random "
-                "weights. Name a checkpoint with model (--model), or leave freeze_base out."
+                "weights. Name a checkpoint with model (--model), or omit freeze_base."
             )
         config = _configuration(spec)
         if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise SparsortError(f"the model {model!r} is a {config.model_type}, which is no causal language model.")
+            raise SparsortError(f"the model {model!r} is a {config.model_type}, which is not a causal language model.")
         if dropout := getattr(config, "attention_dropout", 0):
             raise SparsortError(
                 f"the model {model!r} drops out {dropout} of its attention weights in training, which block-sparse attention "
                 "does not do. Set attention_dropout to 0 in its config.json."
             )
-        asked, there = self.attention, _learned_branch(config)
-        shapes = _branch_shapes(config, asked)
-        if there is None or (there.selector == asked.selector and _branch_shapes(config, there) == shapes):
+        wanted, trained = self.attention, _learned_branch(config)
+        shapes = _branch_shapes(config, wanted)
+        if trained is None or (trained.selector == wanted.selector and _branch_shapes(config, trained) == shapes):
             return
         differing = ", ".join(
-            f"{name} ({getattr(there, name)!r} there, {getattr(asked, name)!r} in the recipe)"
+            f"{name} ({getattr(trained, name)!r} there, {getattr(wanted, name)!r} in the recipe)"
             for name in _SHAPED
-            if getattr(there, name) != getattr(asked, name)
-            and (name != "block_size" or SELECTORS[asked.selector].shaped_by_blocks)
+            if getattr(trained, name) != getattr(wanted, name)
+            and (name != "block_size" or SELECTORS[wanted.selector].shaped_by_blocks)
         )
         raise SparsortError(
-            f"the model {model!r} has a trained index branch, which this recipe would drop: they differ in {differing}. Go on "
-            "with it by the recipe that it was trained by, or a .toml file with the same [attention]. To train another on its "
-            "dense weights, take sparse_attention out of the config.json of a copy of the model."
+            f"the model {model!r} has a trained index branch, which this recipe would drop: they differ in {differing}. "
+            "Continue with the recipe that it was trained with, or a .toml file with the same [attention]. To train another "
+            "branch on its dense weights, remove sparse_attention from the config.json of a copy of the model."
         )
 
     def attach(self, model: Any, spec: ModelSpec | str, steps: int) -> SparseAttentionCallback:
-        """Make a model sparse, in place, and freeze what does not learn.
+        """Make a model sparse, in place, and freeze the weights that are not trained.
 
         Args:
-            model: with the dense weights of the model that `spec` names.
+            model: a model with the dense weights of the model that `spec` names.
             spec: the model as it was loaded.
-            steps: of the run.
+            steps: steps of the run.
 
         Returns:
-            What drives and measures it in Trainer.
+            The callback that applies the schedule and takes the measures in Trainer.
         """
         from sparsort.attention.attach import attach_index_branch
         from sparsort.attention.training.callback import SparseAttentionCallback
@@ -163,7 +165,7 @@ class SparseTraining:
 
 
 def identity(sparse: SparseTraining | None) -> dict[str, Any]:
-    """What decides the losses of a run, as JSON values by name; the same names, with None, for dense attention."""
+    """The settings that determine the losses of a run, as JSON values; for dense attention, the same names with None."""
     shape = sparse or SparseTraining(attention=SparseAttentionConfig())
     own = {name: value for name, value in asdict(shape).items() if name != "attention"}
     values = {**shape.attention.to_json(), **own}
@@ -171,38 +173,40 @@ def identity(sparse: SparseTraining | None) -> dict[str, Any]:
 
 
 def refuse_to_drop(spec: ModelSpec) -> None:
-    """Refuse a checkpoint with an index branch that dense training would drop.
+    """Refuse a checkpoint whose index branch dense training would drop.
 
     Raises:
-        SparsortError: it has one.
+        SparsortError: the checkpoint has an index branch.
     """
     config = Path(spec.name).expanduser() / "config.json"
     if config.is_file() and _has_branch(_configuration(spec)):
         raise SparsortError(
-            f"the model {spec.name!r} has sparse attention, which training without a recipe would drop. Go on with it by the "
-            "recipe that it was trained by, such as recipe='sparse' (--recipe sparse)."
+            f"the model {spec.name!r} has sparse attention, which training without a recipe would drop. Continue with the "
+            "recipe that it was trained with, such as recipe='sparse' (--recipe sparse)."
         )
 
 
 def summary(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """What a run's sparse attention came to: means over the last tenth of its steps, None where nothing was measured.
+    """The measures of a run's sparse attention: means over the last tenth of its steps, or None if nothing was measured.
 
     Args:
-        log: of Trainer.
+        log: the log of Trainer.
 
     Returns:
         lm_loss, kl, mass, recall, blocks, dead, gflops and gflops_dense as `SparseAttentionCallback` logs them, most_blocks, and
-        `saving`, how many times fewer operations attention takes than dense attention would, by formula.
+        `saving`: the operations of dense attention divided by those of this attention, by formula.
     """
     steps = [entry for entry in log if "loss" in entry]
     last = steps[-max(1, math.ceil(_LAST * len(steps))) :]
     values = {name: [entry[f"sparse/{name}"] for entry in last if f"sparse/{name}" in entry] for name in _AVERAGED}
-    found: dict[str, float | None] = {name: sum(held) / len(held) if held else None for name, held in values.items()}
-    found["most_blocks"] = max(
+    means: dict[str, float | None] = {
+        name: sum(logged) / len(logged) if logged else None for name, logged in values.items()
+    }
+    means["most_blocks"] = max(
         (entry["sparse/most_blocks"] for entry in last if "sparse/most_blocks" in entry), default=None
     )
     spent, dense = sum(values["gflops"]), sum(values["gflops_dense"])
-    return {**found, "saving": dense / spent if spent else None}
+    return {**means, "saving": dense / spent if spent else None}
 
 
 def _configuration(spec: ModelSpec) -> Any:
@@ -216,14 +220,14 @@ def _configuration(spec: ModelSpec) -> Any:
     if model in PRESETS:
         return LlamaConfig(**PRESETS[model])
     resolved = resolve_model(model)
-    given: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     if resolved.gguf_file:
-        given["gguf_file"] = resolved.gguf_file
+        options["gguf_file"] = resolved.gguf_file
     if resolved.is_hub_id:
-        given["local_files_only"] = cached_only(resolved.folder_or_id, revision=spec.revision)
+        options["local_files_only"] = cached_only(resolved.folder_or_id, revision=spec.revision)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(resolved.folder_or_id, **given)
+            return AutoConfig.from_pretrained(resolved.folder_or_id, **options)
     except (OSError, ValueError, KeyError) as error:
         raise SparsortError(
             f"cannot read the configuration of the model {model!r}: {first_line(error)}{hint_at(model, error)} Give a "
@@ -232,34 +236,35 @@ def _configuration(spec: ModelSpec) -> Any:
 
 
 def _has_branch(config: Any) -> bool:
-    # Other libraries may keep something else under this name.
-    found = getattr(config, "sparse_attention", None)
-    return isinstance(found, Mapping) and "selector" in found
+    # Other libraries may use this name for something else.
+    entry = getattr(config, "sparse_attention", None)
+    return isinstance(entry, Mapping) and "selector" in entry
 
 
 def _learned_branch(config: Any) -> SparseAttentionConfig | None:
-    """The sparse attention of a checkpoint, by its configuration, if it has trained weights of its own."""
+    """The sparse attention in the configuration of a checkpoint, if its selector has weights."""
     if not _has_branch(config):
         return None
-    found = SparseAttentionConfig.from_json(config.sparse_attention, stored=True)
-    return found if found.selector in _LEARNED else None
+    attention = SparseAttentionConfig.from_json(config.sparse_attention, stored=True)
+    return attention if attention.selector in _LEARNED else None
 
 
 def _branch_shapes(config: Any, attention: SparseAttentionConfig) -> dict[str, tuple[int, ...]]:
-    """The weights that sparse attention adds to a model of this configuration."""
+    """The shapes of the weights that sparse attention adds to a model with this configuration."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from sparsort.attention.attach import attach_index_branch
 
+    # The meta device allocates no memory for the weights.
     with torch.device("meta"):
-        # A copy: what is attached writes into it.
+        # Attaching writes into the configuration, so it gets a copy.
         model = attach_index_branch(AutoModelForCausalLM.from_config(copy.deepcopy(config)), attention)
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items() if _BRANCH in name}
 
 
 def _trained_branch(spec: ModelSpec, attention: SparseAttentionConfig) -> dict[str, Any]:
-    """The weights of the index branch that a checkpoint has; none of a dense one, or of a selector without weights."""
+    """The weights of a checkpoint's index branch; empty for a dense checkpoint, and for a selector without weights."""
     if spec.name in PRESETS:
         return {}
     config = _configuration(spec)

@@ -1,14 +1,14 @@
-"""Rows → texts → token ids, on disk: what a language model trains on, in the order of the rows.
+"""Tokenises rows to disk: the training data of a language model, in the order of the rows.
 
-Contract: row i of the result is the i-th row that was kept. A text is its template filled from the row, read by the
-tokenizer with its own special tokens, an end-of-text token after it where the tokenizer has one, and cut at
-`max_length` tokens; how many were cut is reported. A conversation is what the model's chat template makes of all its turns, whose
-special tokens are the only ones. No row is left out in silence: one whose text is empty, or too short to
-have a token to predict, stops the run before it begins, by name.
+Contract: row i of the result is the i-th row that was kept. A text is the template filled with the row's fields. The tokenizer
+adds its own special tokens, an end-of-text token follows if the tokenizer has one, and the ids are cut at `max_length` tokens.
+The number of cut texts is reported. A conversation is the text that the model's chat template makes of all its turns, and has no
+other special tokens. No row is skipped: a row whose text is empty, or too short to have a token to predict, stops the run before
+it begins, and is named.
 
-The ids are in one Arrow file, which every process maps. Its name holds a digest of the texts and of how they are read, so
-that the same data is not tokenised twice and other data is never taken for it. A sealed record next to it has the size and the
-digest of the file itself: ids that have changed since, or have no record, are made again.
+The ids are in one Arrow file, which every process maps into memory. Its name includes a digest of the texts and of how they are
+read, so that the same data is not tokenised twice, and other data never uses this file. A sealed record next to it has the size
+and the digest of the file: ids that have changed, or that have no record, are written again.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from sparsort.storage.files import write_atomically
 from sparsort.templates import fields_of, render
 from sparsort.terminal.progress import progress
 
-_CHUNK = 512  # texts that are tokenised at once
+# Texts that are tokenised at once, and ids that a message lists.
+_CHUNK = 512
 _SHOWN = 5
-# n_tokens: before the cut.
+# `n_tokens` is the length before the cut.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("n_tokens", pa.int32())])
-# Changed when the same texts and tokenizer would give other ids.
+# Raise this if the same texts and the same tokenizer would give other ids.
 _VERSION = 1
 _LOG = logging.getLogger("sparsort")
 
 
 class Kept(Sequence[Mapping[str, Any]]):
-    """Some rows of a source as `plan_curriculum` takes them, streamed whenever they are gone through.
+    """Some rows of a source, for `plan_curriculum`; every pass reads them from the source again.
 
     Args:
         source: all rows.
-        keep: (N,) bool, which of them.
+        keep: (N,) bool, true for the rows to keep.
     """
 
     def __init__(self, source: RowSource, keep: NDArray[np.bool_]) -> None:
@@ -85,8 +86,8 @@ class Tokens:
     Attributes:
         dataset: a memory-mapped `datasets.Dataset` with the column `input_ids`.
         lengths: (N,) int64 tokens of each row.
-        cut: rows that were longer than `max_length`.
-        digest: of the texts, the tokenizer and the cut: equal where the ids are.
+        cut: number of rows that were longer than `max_length`.
+        digest: digest of the texts, the tokenizer and `max_length`; equal digests mean equal ids.
     """
 
     dataset: Any
@@ -97,11 +98,11 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TextCollator:
-    """Rows of `input_ids` → tensors (B, L) padded on the right; packed sequences as `PackedCollator` makes them.
+    """Collates rows of `input_ids` into tensors (B, L) that are padded on the right; packed sequences go to `PackedCollator`.
 
     Attributes:
-        pad_token_id: what stands in the padding, which nothing attends to and has no label. Labels follow the length of a
-            row and not this id, so that an end-of-text token that also pads is learnt all the same.
+        pad_token_id: the id of the padding, which has no label and which no token attends to. Labels depend on the length of a
+            row and not on this id, so an end-of-text token with the same id is still trained on.
     """
 
     pad_token_id: int
@@ -126,14 +127,14 @@ class TextCollator:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainText:
-    """What is read of a row.
+    """The text that is read from a row.
 
     Attributes:
         template: a format string over the columns; None for conversations.
         messages: the column of whole conversations; None for a template.
 
     Raises:
-        SparsortError: both or neither were given.
+        SparsortError: both or neither of them were given.
     """
 
     template: str | None = None
@@ -148,14 +149,14 @@ class TrainText:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the texts, as JSON values."""
+        """The settings that determine the texts, as JSON values."""
         return {"text": self.template, **({} if self.messages is None else {"messages": self.messages})}
 
     def check(self, source: RowSource) -> None:
-        """Refuse a source of which some row cannot be read.
+        """Refuse a source that has a row without a text.
 
         Raises:
-            SparsortError: no field is named, a row lacks one, or a value is not text.
+            SparsortError: the template names no field, a row lacks a field, or a value is not text.
         """
         if self.messages is None and not fields_of(str(self.template)):
             raise SparsortError(
@@ -167,15 +168,15 @@ class TrainText:
             source.require(prompt.fields, prompt)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a model without a chat template to read conversations by."""
+        """Refuse conversations for a model without a chat template."""
         if self.messages is not None:
             need_chat_template(tokenizer)
 
     def of(self, row: Mapping[str, Any], tokenizer: Any, *, where: str) -> str:
-        """The text of a row; "" where its conversation is missing.
+        """The text of a row; "" if its conversation is missing.
 
         Raises:
-            SparsortError: it cannot be read, or the chat template refuses its turns.
+            SparsortError: the row cannot be read, or the chat template refuses its turns.
         """
         if self.messages is None:
             return render(str(self.template), row, where=where)
@@ -190,16 +191,16 @@ class TrainText:
 def tokenise(
     rows: Kept, text: TrainText, tokenizer: Any, *, max_length: int, folder: Path, recorded: str | None = None
 ) -> Tokens:
-    """The token ids of rows, from `folder` where they are there already.
+    """Tokenise rows, or read their ids from `folder` if they were tokenised before.
 
     Args:
         rows: the rows.
-        text: what is read of a row.
+        text: the text of a row.
         tokenizer: the model's tokenizer.
-        max_length: tokens after which a text is cut.
-        folder: where the ids are kept.
-        recorded: the digest of the tokens with which the run began, or None. If it is of these texts in the form of version
-            0.1.0, whose digests included the chat template of plain texts, it is theirs.
+        max_length: tokens at which a text is cut.
+        folder: the folder of the ids.
+        recorded: the digest of the tokens with which the run began, or None. Digests of version 0.1.0 included the chat template
+            even for plain texts; one of these is accepted if it is that of the same texts.
 
     Raises:
         SparsortError: rows whose text is empty or gives fewer than two tokens, with their names; a full disk.
@@ -231,7 +232,7 @@ def _record(path: Path) -> Path:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the ids are there as they were written; what is damaged is reported."""
+    """Whether the ids are as they were written; damage is reported as a warning."""
     if not (path.exists() and _record(path).exists()):
         return False
     try:
@@ -245,51 +246,52 @@ def is_intact(path: Path) -> bool:
     return not problem
 
 
-def _digest(rows: Kept, text: TrainText, tokenizer: Any, how: str) -> str:
-    """Of every text and how it is read; the same pass finds the empty ones."""
-    found = hashlib.blake2b(how.encode(), digest_size=16)
+def _digest(rows: Kept, text: TrainText, tokenizer: Any, settings: str) -> str:
+    """The digest of all texts and of the settings that they are read with; the same pass refuses empty texts."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     empty: list[str] = []
     for row in rows.rows():
         filled = _fill(rows, row, text, tokenizer)
         if not filled.strip():
             empty.append(row.id)
         part = filled.encode("utf-8", "surrogatepass")
-        found.update(len(part).to_bytes(8, "little") + part)
+        # The length before each text makes the digest depend on where one text ends and the next begins.
+        digest.update(len(part).to_bytes(8, "little") + part)
     _refuse(rows, empty, "have an empty text")
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _write(rows: Kept, text: TrainText, tokenizer: Any, max_length: int, path: Path) -> None:
     short: list[str] = []
-    # A chat template writes all special tokens itself, those that end a turn included.
+    # A chat template writes all special tokens itself, including the end of a turn.
     is_text = text.messages is None
     end = tokenizer.eos_token_id if is_text else None
-    left = rows.rows()
+    remaining = rows.rows()
     with write_atomically(path, hold=False) as temporary, progress("tokenising", len(rows)) as advance:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            while chunk := list(itertools.islice(left, _CHUNK)):
+            while chunk := list(itertools.islice(remaining, _CHUNK)):
                 texts = [_fill(rows, row, text, tokenizer) for row in chunk]
-                found = [list(ids) for ids in tokenizer(texts, add_special_tokens=is_text)["input_ids"]]
-                for row, ids in zip(chunk, found, strict=True):
+                tokenised = [list(ids) for ids in tokenizer(texts, add_special_tokens=is_text)["input_ids"]]
+                for row, ids in zip(chunk, tokenised, strict=True):
                     if end is not None and ids[-1:] != [end]:
                         ids.append(end)
                     if len(ids) < 2:
                         short.append(row.id)
-                columns = [[ids[:max_length] for ids in found], [len(ids) for ids in found]]
+                columns = [[ids[:max_length] for ids in tokenised], [len(ids) for ids in tokenised]]
                 arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
                 writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
                 advance(len(chunk))
-        _refuse(rows, short, "have a text of one token at most, with none to predict")
+        _refuse(rows, short, "have a text of at most one token, so there is no token to predict")
 
 
 def _fill(rows: Kept, row: Row, text: TrainText, tokenizer: Any) -> str:
     return text.of(row.fields, tokenizer, where=f"{rows.source.name}: row {row.position} ({row.id!r})")
 
 
-def _refuse(rows: Kept, ids: list[str], what: str) -> None:
+def _refuse(rows: Kept, ids: list[str], problem: str) -> None:
     if ids:
         named = ", ".join(map(repr, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
         raise SparsortError(
-            f"{len(ids)} of {len(rows)} rows of {rows.source.name} {what}: {named}. "
-            "Leave them out of the file, or change what is read (--text, --messages)."
+            f"{len(ids)} of {len(rows)} rows of {rows.source.name} {problem}: {named}. "
+            "Remove them from the file, or read other columns (--text, --messages)."
         )

@@ -481,10 +481,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key], ensure_ascii=False) if key in settings else "absent"
+    text = json.dumps(settings[key], ensure_ascii=False) if key in settings else "absent"
+    # A fitted outlier rule is a list of hundreds of numbers.
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 20]}… ({len(text):,} characters)"
 
 
 _ABSENT = object()
+_MOST_SHOWN = 160
 # Some 15 MB, which is more rows than 10,000 shards of a few rows have.
 _MOST_HELD = 1 << 16
 _SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}

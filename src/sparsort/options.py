@@ -23,21 +23,26 @@ class Option:
 
     Attributes:
         help: the description for `--help`.
+        names: the place of a table or a `Literal` ("curriculum.demos.order:ORDERS"), whose names replace `{names}` in the help
+            text. It is loaded only when the help is printed, because its module may import NumPy.
         panel: the group in which the help lists the option; None for the first group, which has no name.
         parameter: the name of the option; None for the name of the field.
         flag: the flag; None for the parameter's name with hyphens ("--max-length").
         short: a second flag, such as "-m".
         retired: earlier flags, accepted with a warning for one release.
+        retired_for: for a retired flag that now belongs to another option, the test that a value of the earlier meaning passes.
         kind: the type of the value on the command line; None for the type of the field.
         read: a function that converts the value from the command line into that of the field; None to keep the value.
     """
 
     help: str
+    names: str | None = None
     panel: str | None = None
     parameter: str | None = None
     flag: str | None = None
     short: str | None = None
     retired: tuple[str, ...] = ()
+    retired_for: Callable[[str], bool] | None = None
     kind: Any = None
     read: Callable[[Any], Any] | None = None
 
@@ -46,17 +51,33 @@ def option(
     default: Any,
     help: str,
     *,
+    names: str | None = None,
     panel: str | None = None,
     parameter: str | None = None,
     flag: str | None = None,
     short: str | None = None,
     retired: tuple[str, ...] = (),
+    retired_for: Callable[[str], bool] | None = None,
     kind: Any = None,
     read: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Create a dataclass field with a command-line option; for the arguments see `Option`."""
+    """Create a dataclass field with a command-line option.
+
+    Args:
+        default: the default of the field; `dataclasses.MISSING` for an option that must be given.
+        help, names, panel, parameter, flag, short, retired, retired_for, kind, read: see `Option`.
+    """
     shown = Option(
-        help=help, panel=panel, parameter=parameter, flag=flag, short=short, retired=retired, kind=kind, read=read
+        help=help,
+        names=names,
+        panel=panel,
+        parameter=parameter,
+        flag=flag,
+        short=short,
+        retired=retired,
+        retired_for=retired_for,
+        kind=kind,
+        read=read,
     )
     return dataclasses.field(default=default, metadata={_KEY: shown})
 

@@ -84,8 +84,7 @@ class Registry(Mapping[str, E], Generic[E]):
 
     def listed(self, where: Callable[[E], bool] = lambda entry: True) -> str:
         """The names for which `where` holds, as one phrase for a help text: "a, b or c"."""
-        *others, last = self.names(where)
-        return f"{', '.join(others)} or {last}" if others else last
+        return listed(self.names(where))
 
     def needing(self, *inputs: str) -> tuple[str, ...]:
         """The names of the entries that need at least one of these inputs."""
@@ -94,6 +93,12 @@ class Registry(Mapping[str, E], Generic[E]):
     def reading(self, *settings: str) -> tuple[str, ...]:
         """The names of the entries that read at least one of these settings."""
         return self.names(lambda entry: not entry.reads.isdisjoint(settings))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as one phrase: "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def load(place: str, package: str) -> Any:

@@ -59,7 +59,7 @@ def test_a_recipe_and_a_task_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("nothing.jsonl", {"prompt": "{text}"}, "no file and no ready task"),
+        ("nothing.jsonl", {"prompt": "{text}"}, "neither a file nor a ready task"),
         ("trek", {}, "ready tasks"),
         ("latin.toml", {}, "not valid UTF-8"),
         ("broken.toml", {}, "not valid TOML"),

@@ -111,7 +111,7 @@ def test_held_out_rows_are_left_out_and_the_others_keep_their_positions_and_scor
     options = DemoOptions(order="hard_to_easy", select="first", scores=list(HARD.values()))
     chooser = DemoChooser(POOL, options, held_out=held_out)
     assert chooser.choose(None, 6) == [2, 5, 4, 6, 1, 3]
-    with pytest.raises(SparsortError, match="1 of the pool's 7 rows stand in the held-out set"):
+    with pytest.raises(SparsortError, match="1 of the pool's 7 rows are in the held-out set"):
         chooser.choose(None, 7)
     allowed = DemoOptions(order="given", select="first", allow_leaks=True)
     assert DemoChooser(POOL, allowed, held_out=held_out).choose(None, 7) == list(range(7))

@@ -91,7 +91,7 @@ def test_a_predictor_that_could_use_none_is_named_and_gets_none(caplog: pytest.L
     ]
     (warning,) = caplog.messages
     assert warning == (
-        "The predictor 'rewrite' has the inputs question and the outputs shorter; the training examples that were chosen have "
+        "The predictor 'rewrite' has the inputs question and the outputs shorter; the chosen training examples have "
         "question, answer. It gets no demonstrations."
     )
     # What would have happened: DSPy drops them.
@@ -160,7 +160,7 @@ def test_nothing_of_the_validation_set_becomes_a_demonstration() -> None:
         _made(dspy.Predict, "question -> answer"), trainset=TRAIN, valset=valset
     )
     assert compiled.demos == [TRAIN[0], TRAIN[3], TRAIN[2]]
-    with pytest.raises(SparsortError, match="1 of the pool's 4 rows stand in the held-out set"):
+    with pytest.raises(SparsortError, match="1 of the pool's 4 rows are in the held-out set"):
         SparsortFewShot(4, FALLING).compile(_made(dspy.Predict, "question -> answer"), trainset=TRAIN, valset=valset)
 
 
@@ -200,8 +200,8 @@ def test_saved_scores_and_every_selector_without_a_query() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "given", "select": "bm25"}, "selection method 'bm25' looks at the query"),
-        ({"order": "similarity_ascending", "select": "bm25"}, "order 'similarity_ascending' looks at the query"),
+        ({"order": "given", "select": "bm25"}, "selection method 'bm25' depends on the query"),
+        ({"order": "similarity_ascending", "select": "bm25"}, "order 'similarity_ascending' depends on the query"),
     ],
 )
 def test_what_looks_at_the_query_is_refused(options: dict[str, Any], message: str) -> None:
@@ -231,7 +231,7 @@ def test_order_examples_gives_the_same_objects() -> None:
     assert [id(example) for example in ordered] == [id(TRAIN[at]) for at in [3, 1, 0, 2]]
     assert all(example.inputs().keys() == ["question"] for example in ordered)
     assert order_examples(TRAIN, DemoOptions(order="given", select="bm25")) == TRAIN
-    with pytest.raises(SparsortError, match="looks at the query"):
+    with pytest.raises(SparsortError, match="depends on the query"):
         order_examples(TRAIN, DemoOptions(order="similarity_descending", embed=lambda texts: [[1.0]] * len(texts)))
 
 

@@ -135,7 +135,8 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else_is_touched(file: Path,
     assert found["rows"]["bytes"] == sum(path.stat().st_size for path in cache.glob("rows/*/*.rows")) - 4
     assert found["removed"] == {"entries": 0, "bytes": 0}
     shown = run("cache").stdout
-    assert "models: 1 entry, 0.00 MB of at most 20.00 GB (SPARSORT_CACHE_MODELS_GB)" in shown
+    assert "models: 1 entry, 0.00 MB of at most 20.00 GB\n" in shown
+    assert "limited by SPARSORT_CACHE_MODELS_GB\n" in shown
     assert "rows: 3 entries" in shown
     assert "Removed 4 entries" in run("cache", "--clear").stdout
     assert sorted(path for path in cache.rglob("*") if path.is_file()) == sorted(others)

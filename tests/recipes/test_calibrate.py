@@ -173,7 +173,7 @@ def test_another_prompt_model_or_option_is_refused(
         CalibratedScorer(saved, dtype="float32").score(rows, PROMPT, answer=" {answer}")
     with pytest.raises(SparsortError, match="weights of"):
         CalibratedScorer(saved, str(make_tiny_model("llama", rms_norm_eps=1e-3)))
-    with pytest.raises(SparsortError, match=r"metric is 'l1'.*of 'hoyer'"):
+    with pytest.raises(SparsortError, match=r"metric is 'l1'.*chose 'hoyer'"):
         score_file(file, scorer=ScorerConfig(calibration=saved, metric="l1"))
     with pytest.raises(
         SparsortError, match=r"calibration=.* has no effect: sparsity reads it, and this is scorer='length'"
@@ -211,8 +211,8 @@ def test_a_chat_prompt_is_calibrated_and_applied(rows: list[dict[str, Any]], mod
         ({"level": "lvel"}, "Did you mean 'level'"),
         ({"level": "question"}, "column 'question' of row 0.*expected a number"),
         ({"level": [1.0, 2.0]}, r"level has shape \(2,\)"),
-        ({"level": object()}, "one number a row"),
-        ({"correct": "level"}, "correct holds"),
+        ({"level": object()}, "one number per row"),
+        ({"correct": "level"}, "correct has the value"),
         ({"references": {"loss": "level"}}, "a meaning of its own"),
         ({"level": "level", "poolings": ["answer"]}, "--answer"),
         ({"level": "level", "sites": ["prenorm"]}, "Did you mean 'pre_norm'"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import sparsort
 from sparsort.curriculum.ablation.run import probing
 from sparsort.errors import SparsortError
-from sparsort.recipes.choose.choose import read_rows
+from sparsort.recipes.choose.rows import read_rows
 from sparsort.recipes.cli.app import app
 from sparsort.scoring.loading.load import LoadedModel, load_model
 from sparsort.scoring.prompts.spec import DataSpec
@@ -121,7 +121,9 @@ def test_labels_of_queries_are_not_read(loaded: LoadedModel) -> None:
 def test_a_tie_says_what_decided(loaded: LoadedModel) -> None:
     found = sparsort.choose_order(DEMOS, QUERIES[:1], by="best_on_dev", model=loaded, **ASKED)
     assert found.tied > 1
-    assert found.notes == [f"{found.tied} of 6 orders share the best score; the right labels' likelihood decided."]
+    assert found.notes == [
+        f"{found.tied} of 6 orders share the best score; the likelihood of the right labels decided."
+    ]
 
 
 def test_content_free_inputs_take_no_queries(loaded: LoadedModel) -> None:
@@ -137,7 +139,7 @@ def test_sampled_probes_take_the_place_of_queries(loaded: LoadedModel, monkeypat
     assert found.queries == 1
     assert "were not read" in found.notes[0]
     monkeypatch.setattr(probing, "probes", lambda *_args: written | {"texts": []})
-    with pytest.raises(SparsortError, match=r"none reads as a query of this prompt.*'locale_unlabelled'"):
+    with pytest.raises(SparsortError, match=r"has the form of a query of this prompt.*'locale_unlabelled'"):
         sparsort.choose_order(DEMOS, by="globale", model=loaded, **ASKED)
 
 
@@ -196,7 +198,7 @@ def test_the_command_and_what_it_writes(make_tiny_model: Callable[..., Path], tm
     )
     assert given.exit_code == 0, given.output
     assert [row["id"] for row in json.loads(given.stdout)["demonstrations"]] == [row["id"] for row in written]
-    whole = CliRunner().invoke(app, ["choose", str(ordered), "--on", str(file), "--allow-leaks", *model, "--json"])
+    whole = CliRunner().invoke(app, ["choose", str(ordered), "--queries", str(file), "--allow-leaks", *model, "--json"])
     assert json.loads(whole.stdout)["prior"]["source"] == "uniform"
     shown = CliRunner().invoke(app, call)
     assert "best of 6 orders over 3 queries" in shown.stdout
@@ -206,17 +208,17 @@ def test_rows_of_files(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"uid": f"u{n}", "id": n, "text": f"{word} of all", "label": n % 2} for n, word in enumerate("abcdefgh")]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"uid": "twin"}]), encoding="utf-8")
-    found = read_rows(file, prompt="{text}:", k=2, queries=4, data=DataSpec(id_column="uid"))
+    found = read_rows(file, prompt="{text}:", k=2, max_queries=4, data=DataSpec(id_column="uid"))
     assert found.counts == {"0": 5, "1": 4}
     assert len(found.pool) == 9
     assert len(found.queries) == 4
     shown = {row["text"] for row in found.demos}
     assert not shown & {row["text"] for row in found.queries}
     assert {row["id"][0] for row in [*found.demos, *found.queries]} <= {"u", "t"}
-    assert read_rows(file, file, prompt="{text}:", k=2, queries=4, data=DataSpec(id_column="uid")) == found
+    assert read_rows(file, file, prompt="{text}:", k=2, max_queries=4, data=DataSpec(id_column="uid")) == found
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
-    asked = read_rows(file, other, prompt="{text}:", k=2, queries=2, data=DataSpec(id_column="uid")).queries
+    asked = read_rows(file, other, prompt="{text}:", k=2, max_queries=2, data=DataSpec(id_column="uid")).queries
     assert len(asked) == 2
     assert all(row["text"] in ("one", "two", "three") for row in asked)
 
@@ -237,8 +239,8 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         ([], "--prompt"),
         (["-p", "{text}:", "-k", "9"], "2 rows"),
         (["-p", "{text}:"], "none were given"),
-        (["-p", "{text}:", "--queries", "0", "-k", "2"], "at least 1"),
-        (["-p", "{text}:", "--on", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["-p", "{text}:", "--max-queries", "0", "-k", "2"], "at least 1"),
+        (["-p", "{text}:", "--queries", str(tmp_path / "none.jsonl")], "none.jsonl"),
     ):
         result = CliRunner().invoke(app, ["choose", str(file), *options])
         assert result.exit_code == 2, result.output

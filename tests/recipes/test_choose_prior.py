@@ -152,11 +152,11 @@ def test_the_default_estimates_only_where_it_can(loaded: LoadedModel) -> None:
     assert prior_of(chosen(loaded, pool=POOL))[0] == "estimated"
     for options, note in (
         ({}, "No labelled rows of the pool were given"),
-        ({"pool": POOL[:15]}, "15 labelled rows are left"),
-        ({"pool": [row | {"label": None} for row in POOL]}, "0 labelled rows are left"),
-        ({"pool": [row | {"label": float("nan")} for row in POOL]}, "0 labelled rows are left"),
-        ({"pool": [row | {"label": "7"} for row in POOL]}, "0 labelled rows are left"),
-        ({"pool": DEMOS * 20}, "0 labelled rows are left"),
+        ({"pool": POOL[:15]}, "15 labelled rows remain"),
+        ({"pool": [row | {"label": None} for row in POOL]}, "0 labelled rows remain"),
+        ({"pool": [row | {"label": float("nan")} for row in POOL]}, "0 labelled rows remain"),
+        ({"pool": [row | {"label": "7"} for row in POOL]}, "0 labelled rows remain"),
+        ({"pool": DEMOS * 20}, "0 labelled rows remain"),
     ):
         found = chosen(loaded, **options)
         assert prior_of(found)[0] == "uniform", options
@@ -224,12 +224,12 @@ def test_criteria_that_are_joined() -> None:
         ({"by": "pdo_prior", "prior": "uniform"}, "'pdo_prior' is 'pdo' with the prior 'pool'"),
         ({"by": "pdo_prior"}, "no rows of it with a label were given"),
         ({"prior": "pool"}, "no rows of it with a label were given"),
-        ({"prior": "pool", "pool": [row | {"label": "0"} for row in POOL]}, "holds no row with 1"),
-        ({"prior": "estimated"}, "no row with a label is left.*-k.*'uniform'"),
-        ({"prior": "estimated", "pool": DEMOS}, "no row with a label is left"),
+        ({"prior": "pool", "pool": [row | {"label": "0"} for row in POOL]}, "has no row with 1"),
+        ({"prior": "estimated"}, "no row with a label remains.*-k.*'uniform'"),
+        ({"prior": "estimated", "pool": DEMOS}, "no row with a label remains"),
         ({"prior": "estimated", "by": "pdo+locale"}, "probes sampled from the model"),
         ({"prior": "estimatd"}, "Did you mean 'estimated'"),
-        ({"prior": "none/shares.json"}, "is no file that exists"),
+        ({"prior": "none/shares.json"}, "is not a file that exists"),
         ({"prior": {"0": 1.0}}, "Give one number each"),
         ({"prior": {"0": 0.0, "1": 1.0}}, "a number above 0"),
         ({"prior": {"0": "a", "1": "b"}}, "a number above 0"),
@@ -254,7 +254,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(changes: dict[str, A
         ("e.csv", "label,share\n1,much\n0,1\n", "not a number"),
         ("f.csv", "label,share\n1,1\n", "Give one number each"),
         ("g.csv", "word,share\n1,1\n", "has no column 'label'; it has: word, share"),
-        ("h.csv", "text,label\na,1\n", "h.csv, which holds no row with 0"),
+        ("h.csv", "text,label\na,1\n", "h.csv, which has no row with 0"),
         ("c.json", "{", "cannot be read as JSON"),
         ("d.json", '{"0": true, "1": "x"}', "a number above 0"),
     ],
@@ -330,7 +330,7 @@ def test_the_command(make_tiny_model: Callable[..., Path], tmp_path: Path) -> No
         found: dict[str, Any] = json.loads(result.stdout)["prior"]
         return found
 
-    on = ("--on", str(queries))
+    on = ("--queries", str(queries))
     assert prior("-k", "3", *on)["source"] == "estimated"
     assert prior("-k", "3", *on)["labelled_rows"] == 37
     # Without queries of the user's own there is nothing to estimate the shares of.
@@ -340,13 +340,13 @@ def test_the_command(make_tiny_model: Callable[..., Path], tmp_path: Path) -> No
         "shares": {"0": 0.75, "1": 0.25},
         "labelled_rows": 0,
     }
-    assert prior("-k", "3", *on, "--by", "pdo_prior")["source"] == "pool"
+    assert prior("-k", "3", *on, "--criterion", "pdo_prior")["source"] == "pool"
     assert prior("-k", "3", *on, "--prior", str(shares))["shares"] == {"0": 0.4, "1": 0.6}
-    assert prior("-k", "3", *on, "--by", "locale_unlabelled") is None
-    result, output = run(*base, "-k", "3", *on, "--by", "density", "--prior", "pool")
+    assert prior("-k", "3", *on, "--criterion", "locale_unlabelled") is None
+    result, output = run(*base, "-k", "3", *on, "--criterion", "density", "--prior", "pool")
     assert result.exit_code == 2
     assert (
-        "--prior pool has no effect: the criterion compares the predictions with no prior, and this is --by density"
+        "--prior pool has no effect: the criterion compares the predictions with no prior, and this is --criterion density"
         in output
     )
     result, output = run(*base, "-k", "3", "--prior", "pool")
@@ -360,7 +360,7 @@ def test_python_and_the_command_choose_alike(make_tiny_model: Callable[..., Path
         path.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
     model = str(make_tiny_model("llama"))
     result, output = run(
-        str(pool), "-p", r"Review: {text}\nLabel:", "--model", model, "-k", "3", "--on", str(queries), "--json"
+        str(pool), "-p", r"Review: {text}\nLabel:", "--model", model, "-k", "3", "--queries", str(queries), "--json"
     )
     assert result.exit_code == 0, output
     of_command = json.loads(result.stdout)

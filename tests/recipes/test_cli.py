@@ -148,7 +148,7 @@ def test_a_budget_drops_the_farthest_and_says_so(file: Path, model: str) -> None
 def test_a_query_of_several_columns_is_json(file: Path, model: str) -> None:
     asked = ["order", file, "--model", model, "--prompt", "{question} {id}", "-q"]
     assert '"question": "…"' in run(*asked, "Paris", code=2).stderr
-    assert "does not read as" in run(*asked, "{question: 1}", code=2).stderr
+    assert "is not valid JSON" in run(*asked, "{question: 1}", code=2).stderr
     run(*asked, '{"question": "Paris", "id": "x"}')
 
 

@@ -59,7 +59,7 @@ def test_what_it_costs_then_a_run_then_the_store_as_it_is(
     assert not (tmp_path / "out").exists()
     assert (cost["sets"], cost["rows"][0]["k"]) == (2, 2)
     told = ablate(reviews, *options, "--dry-run")
-    assert f"{cost['tokens']:,} tokens at most" in " ".join(told.stdout.split())
+    assert f"{cost['tokens']:,} tokens; as full prompts" in " ".join(told.stdout.split())
     done = ablate(reviews, *options, "--json")
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)

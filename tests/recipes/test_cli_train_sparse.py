@@ -95,12 +95,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, fork
     shown = _cli(*command).stdout
     for told in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
         assert told in shown
-    assert "Went on from step" in shown
+    assert "Resumed from step" in shown
     for name in ("history.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     assert sparsort.load_sparse(tmp_path / "run" / "model").sparse_attention.config.block_size == 4
     other = _cli(*command[:-4], "--recipe", "sparse", "--out", tmp_path / "run", code=2)
-    assert "holds another run" in other.stderr
+    assert "has another run" in other.stderr
 
 
 def test_options_go_before_the_recipe_and_the_recipe_before_defaults(data: Path, tmp_path: Path) -> None:

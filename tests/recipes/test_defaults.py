@@ -20,10 +20,11 @@ from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.options import unescape
 from sparsort.recipes.calibrate import calibrate
-from sparsort.recipes.choose.choose import choose_order, read_rows
+from sparsort.recipes.choose.choose import choose_order
+from sparsort.recipes.choose.rows import read_rows
 from sparsort.recipes.cli.app import app
 from sparsort.recipes.order.config import OrderConfig
-from sparsort.recipes.plan import make_plan
+from sparsort.recipes.plan import PlanOptions
 from sparsort.recipes.report import make_report
 from sparsort.recipes.score.config import ScorerConfig
 from sparsort.recipes.score.score import score_file
@@ -58,11 +59,11 @@ def _defaults(function: Any) -> dict[str, Any]:
     [
         ("score", [ScorerConfig, PromptSpec, ModelSpec, score_file, sparsort.SparsityScorer], {}),
         ("order", [ScorerConfig, OrderConfig, PromptSpec, ModelSpec, sparsort.assemble], {}),
-        # `queries` is a number on the command line and the rows themselves in `choose_order`.
+        # `queries` is a file on the command line and the rows themselves in `choose_order`.
         ("choose", [choose_order, read_rows], {}),
         ("calibrate", [calibrate], {"draws": "n_boot"}),
         ("ablate", [Ablation], {}),
-        ("plan", [make_plan, CurriculumSettings], {}),
+        ("plan", [PlanOptions, CurriculumSettings], {}),
         ("train", [TrainConfig], {}),
         ("report", [make_report], {}),
     ],

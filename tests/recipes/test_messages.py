@@ -182,7 +182,7 @@ def test_train_learns_what_the_chat_template_makes_of_each_conversation(file: Pa
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["messages"] == "messages"
     other = run("train", file, "--text", "{messages[0].content}", "--schedule", "shuffle", "--eval-share", 0,
                  "--max-steps", 1, "-m", model, "--out", tmp_path / "run", code=2)  # fmt: skip
-    assert "holds another run" in other.stderr
+    assert "has another run" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_missing_label_column_is_named_with_its_option(tmp_path: Path, ablate:
         assert "no field 'label'. It has: text, kind" in output
         assert "The column of the label or answer is named by label (--label" in output
     _run("ablate", file, *ablate, "--label", "kind", code=0)
-    output = _run("choose", file, "-p", "{text}", "-k", "2", "--by", "globale")
+    output = _run("choose", file, "-p", "{text}", "-k", "2", "--criterion", "globale")
     assert "is named by label (--label" in output
 
 

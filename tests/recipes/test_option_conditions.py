@@ -13,8 +13,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from sparsort.errors import SparsortError
-from sparsort.recipes.cli.app import app
-from sparsort.recipes.cli.command import CheckedCommand
+from sparsort.recipes.cli.app import CheckedCommand, app
 from sparsort.recipes.cli.option_conditions import COMMANDS, check
 
 # What every command needs, whatever else is given. No file of these is there: options are checked before any is read.
@@ -84,7 +83,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             )
         ),
         *(
-            (f"--{name}", "--scores s", "--scores s holds the scores")
+            (f"--{name}", "--scores s", "--scores s has the scores")
             for name in (
                 "scorer length",
                 "site mlp",
@@ -146,15 +145,15 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "choose": [
         *(
-            (f"--{name}", "--by globale", "the criterion reads no queries, and this is --by globale")
-            for name in ("on q.jsonl", "queries 8", "allow-leaks")
+            (f"--{name}", "--criterion globale", "the criterion reads no queries, and this is --criterion globale")
+            for name in ("queries q.jsonl", "max-queries 8", "allow-leaks")
         ),
         ("--system x", "", "a plain prompt has no system turn"),
         ("--separator x", "--chat", "--chat makes a turn"),
         (
             "--prior uniform",
-            "--by density",
-            "the criterion compares the predictions with no prior, and this is --by density",
+            "--criterion density",
+            "the criterion compares the predictions with no prior, and this is --criterion density",
         ),
     ],
     "calibrate": [
@@ -232,7 +231,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--combination lexicographic", "", "several scores are combined, and there is one"),
         ("--weight a=1", "", "weights weigh several scores"),
         ("--weight a=1", "other --combination intersection", "rank_average reads it"),
-        ("--beside p", "", "plans are drawn next to each other in a figure"),
+        ("--compare p", "", "plans are drawn next to each other in a figure"),
     ],
     "train": [
         *(
@@ -309,10 +308,10 @@ ACCEPTED = [
     ("order", "--order given --chat --system s --model m", None),
     ("order", "--ids a,b --select ids -k 2", None),
     ("order", "--scorer length --model m --order hard_to_easy", None),
-    ("choose", "--by locale_unlabelled --on q.jsonl --queries 8 --allow-leaks", None),
-    ("choose", "--on q.jsonl --queries 8", None),
+    ("choose", "--criterion locale_unlabelled --queries q.jsonl --max-queries 8 --allow-leaks", None),
+    ("choose", "--queries q.jsonl --max-queries 8", None),
     ("choose", "--separator x --prior pool", None),
-    ("choose", "--by pdo_prior+density --prior s.json", None),
+    ("choose", "--criterion pdo_prior+density --prior s.json", None),
     ("calibrate", "--answer x --no-loss --poolings last,answer", None),
     ("calibrate", "--answer x --no-loss --level steps", None),
     ("calibrate", "--messages m --no-loss --level steps", None),
@@ -324,7 +323,7 @@ ACCEPTED = [
     ("ablate", "--dry-run --out o --dtype float32 --device cpu --compile --no-report --json", None),
     ("ablate", "--no-run --out o --dtype float32 --device cpu --compile --no-report --json", None),
     ("score", "--messages m --scorer answer_loss", None),
-    ("choose", "--by pdo+density --prior pool", None),
+    ("choose", "--criterion pdo+density --prior pool", None),
     ("train", "--plan p --fingerprint f", None),
     ("train", "--plan p --model some/model --revision r --trust-remote-code", None),
     ("order", "--order given --select knn -k 2 --token-budget 64", None),
@@ -443,7 +442,7 @@ def test_what_has_an_effect_passes(command: str, arguments: str, refused: str | 
         ("score", "--scorer lenght --metric gini --seed 1 --column c"),
         ("order", "--order randon --seed 1 --missing drop --metric gini"),
         ("order", "--select nkn -k 2 --label kind --embedder e --seed 1"),
-        ("choose", "--by globla --on q.jsonl --prior pool"),
+        ("choose", "--criterion globla --queries q.jsonl --prior pool"),
         ("plan", "--schedule fold --folds 3 --stages 2"),
         ("plan", "--combination mean"),
         ("ablate", "--judge numbr --label-score mean --stop x"),

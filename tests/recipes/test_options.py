@@ -28,7 +28,7 @@ from sparsort.errors import SparsortError
 from sparsort.options import escape, option, parameters_of, same_option, shares, unescape
 from sparsort.recipes.ablate import _naming as named_fields
 from sparsort.recipes.cli.app import app
-from sparsort.recipes.cli.options import NOT_IN_FEW_SHOT, Fields, generated, replace_retired, retired_flags
+from sparsort.recipes.cli.options import NOT_IN_FEW_SHOT, Fields, Retired, generated, replace_retired, retired_flags
 from sparsort.recipes.score.config import ScorerConfig
 from sparsort.recipes.train.config import TrainConfig, TrainOptions
 from sparsort.scoring.model.spec import ModelOptions, ModelSpec
@@ -167,7 +167,27 @@ def test_a_retired_flag_is_read_with_a_warning(capsys: pytest.CaptureFixture[str
     # Where it is the value of an option, it is no flag.
     assert _call(["--place", "--old-words", "--words", "--old-words"])[:2] == ("--old-words", Outer(text="--old-words"))
     assert capsys.readouterr().err == ""
-    assert replace_retired({"--old": "--new"}, [], ["--", "--old"]) == ["--", "--old"]
+    assert replace_retired({"--old": Retired("--new")}, [], ["--", "--old"]) == ["--", "--old"]
+
+
+def test_the_earlier_options_of_choose_are_read_with_a_warning(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = GROUP.commands["choose"]
+
+    def parsed(*arguments: str) -> tuple[dict[str, Any], list[str]]:
+        params = command.make_context("choose", [str(rows), *arguments]).params
+        return {name: params[name] for name in ("by", "queries", "max_queries")}, capsys.readouterr().err.splitlines()
+
+    earlier = parsed("--by", "density", "--on", "q.jsonl", "--queries", "8")
+    assert earlier[0] == {"by": "density", "queries": Path("q.jsonl"), "max_queries": 8}
+    assert earlier[1] == [
+        "warning: --by is now called --criterion; the old name works until the next release.",
+        "warning: --on is now called --queries; the old name works until the next release.",
+        "warning: --queries 8 is now --max-queries 8; the old form works until the next release.",
+    ]
+    assert parsed("--queries=8")[0]["max_queries"] == 8
+    # A file whose name is a number is still a file with its folder.
+    present = parsed("--criterion", "density", "--queries", "./8", "--max-queries", "9")
+    assert present == ({"by": "density", "queries": Path("8"), "max_queries": 9}, [])
 
 
 def test_texts_are_escaped_for_the_shell() -> None:
@@ -210,7 +230,7 @@ def _calls(rows: Path, out: Path) -> dict[str, list[Any]]:
     return {
         "score": ["score", rows, *text, "--scorer", "entropy"],
         "order": ["order", rows, *text, "-a", " {label}", "-q", "a late film", "-k", "3", "--no-cache"],
-        "choose": ["choose", rows, *text, *few, "--orders", "2", "--queries", "8", "--by", "density"],
+        "choose": ["choose", rows, *text, *few, "--orders", "2", "--max-queries", "8", "--criterion", "density"],
         "ablate": [
             "ablate",
             rows,

@@ -18,8 +18,7 @@ from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli.app import app
-from sparsort.recipes.cli.commands.plan import named_paths
-from sparsort.recipes.plan import make_plan
+from sparsort.recipes.plan import PlanOptions, make_plan, named_paths
 from sparsort.scoring.data.rows import open_rows
 from sparsort.scoring.store.score_tables import score_table, scores_schema
 from sparsort.scoring.store.scores import Scores
@@ -99,7 +98,7 @@ def test_the_plan_is_that_of_python_and_the_table_that_of_its_batches(scores: Pa
     again = _run(*asked, "--out", out)
     assert f"Plan: {out}" in again.stdout
     assert f"fingerprint: {ours.fingerprint}" in again.stdout
-    assert "every example is seen once an epoch" in again.stdout
+    assert "every example is seen once per epoch" in again.stdout
 
 
 def test_the_order_of_the_data_decides_not_that_of_the_scores(scores: Path, tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_scores_of_more_rows_and_rows_without_a_score_are_counted(tmp_path: Path
     assert [found["rows"], found["unused_scores"], found["unscored"]] == [50, 10, 4]
     assert found["parts"][-1]["unscored"] == pytest.approx(4 / 5)
     printed = _run(scores, "--batch-size", 5).stdout
-    assert "rows without a score: 4 (they stand last)" in printed
+    assert "rows without a score: 4 (they come last)" in printed
     assert "no score" in printed
     first = json.loads(_run(scores, "--batch-size", 5, "--unscored", "first", "--json").stdout)
     assert first["parts"][0]["unscored"] > 0
@@ -260,8 +259,8 @@ POOL = ["--batch-size", "4", "--mode", "pool", "--pacing", "linear", "--steps", 
         (["--batch-size", "4", "--groups", "source"], "--data"),
         (["--batch-size", "4", "--lengths", "tokens"], "--data"),
         (["--batch-size", "4", "--combination", "mean"], "rank_average"),
-        (["--batch-size", "4", "--beside", "plan"], "--draw"),
-        (["--batch-size", "4", "--beside", "absent", "--draw", "plan.png"], "no curriculum plan"),
+        (["--batch-size", "4", "--compare", "plan"], "--draw"),
+        (["--batch-size", "4", "--compare", "absent", "--draw", "plan.png"], "no curriculum plan"),
         (["--batch-size", "4", "--epoch", "-1"], "epochs count from 0"),
     ],
 )
@@ -303,7 +302,7 @@ def test_paths_that_hold_something_else(tmp_path: Path, scores: Path, data: Path
     out = tmp_path / "plan"
     _run(scores, "--batch-size", 4, "--out", out)
     assert "another plan" in _mistake(scores, "--batch-size", 5, "--out", out)
-    assert "holds a curriculum plan" in _mistake(out, "--batch-size", 4)
+    assert "is a curriculum plan" in _mistake(out, "--batch-size", 4)
     assert "holds the scores" in _mistake(scores, "--batch-size", 4, "--out", scores)
     assert "is a file" in _mistake(scores, "--batch-size", 4, "--out", data)
     assert "rows.jsonl" in _mistake(scores, "--data", tmp_path / "row.jsonl", "--batch-size", 4)
@@ -313,7 +312,7 @@ def test_saved_plans_are_drawn_beside_this_one(scores: Path, data: Path, tmp_pat
     out, figure = tmp_path / "plain", tmp_path / "figure.svg"
     _run(scores, "--batch-size", 4, "--schedule", "shuffle", "--out", out)
     asked = [scores, "--data", data, "--batch-size", 6, "--show-groups", "source", "--draw", figure]
-    _run(*asked, "--beside", out, "--beside", f"again={out}")
+    _run(*asked, "--compare", out, "--compare", f"again={out}")
     drawn = figure.read_text(encoding="utf-8")
     assert all(name in drawn for name in ("this plan", "plain", "again", "web", "code"))
     few = _scores(tmp_path / "few", ROWS[:50], HARD[:50])
@@ -321,7 +320,7 @@ def test_saved_plans_are_drawn_beside_this_one(scores: Path, data: Path, tmp_pat
         few,
         "--batch-size",
         5,
-        "--beside",
+        "--compare",
         out,
         "--draw",
         figure,
@@ -337,7 +336,11 @@ def test_no_matplotlib_is_found_out_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SparsortError, match=r"sparsort\[plots\]"):
-        make_plan(tmp_path / "absent", settings=CurriculumSettings(batch_size=4), draw=tmp_path / "plan.png")
+        make_plan(
+            tmp_path / "absent",
+            settings=CurriculumSettings(batch_size=4),
+            options=PlanOptions(draw=tmp_path / "plan.png"),
+        )
     assert make_plan(scores, settings=CurriculumSettings(batch_size=4)).figure is None
 
 

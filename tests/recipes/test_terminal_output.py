@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsort.recipes.cli.app import app
-from sparsort.recipes.cli.score_table import ends
+from sparsort.recipes.cli.commands.score import ends
 from sparsort.terminal.printing import printable
 
 Run = Callable[..., Any]
@@ -91,7 +91,7 @@ def test_no_command_prints_a_control_character(run: Run, folder: Path, model: li
     assert found["prompt"].endswith("\n\na \x1b[31mquery")
     assert found["demonstrations"][0]["id"].startswith(EVIL)
     run("plan", out / "scores", "--batch-size", 2, "--data", few, "--show-groups", COLUMN, "--out", out / "plan")
-    choose = ["choose", few, "-p", PROMPT, "--label", COLUMN, *model, *SMALL, "--by", "pdo_null"]
+    choose = ["choose", few, "-p", PROMPT, "--label", COLUMN, *model, *SMALL, "--criterion", "pdo_null"]
     assert printable(EVIL)[:20] in run(*choose, "--out", out / "chosen.jsonl").stdout
     calibrate = ["calibrate", rows, "-p", PROMPT, "--level", "level", "--sites", "pre_norm", "--poolings", "last"]
     run(*calibrate, "--outliers", "none", "--draws", 100, *model, *SMALL, "--out", out / "c.json")

@@ -26,7 +26,7 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
 from sparsort.recipes.cli.app import app
-from sparsort.recipes.train.folder import held
+from sparsort.recipes.train.folder import locked_folder
 from sparsort.recipes.train.model import make_model, make_tokenizer
 from sparsort.recipes.train.text import TextCollator
 from sparsort.recipes.train.train import train
@@ -236,7 +236,7 @@ def test_a_folder_with_another_run_is_refused_with_what_differs(data: Path, whol
 
 def test_a_folder_that_is_trained_in_is_left_alone(data: Path, tmp_path: Path) -> None:
     asked = (data / "rows.jsonl", "--text", TEXT, "--schedule", "shuffle", "--out", tmp_path, "--max-steps", 1)
-    with held(tmp_path):
+    with locked_folder(tmp_path):
         assert "another process is training" in " ".join(_cli(*asked, code=2).output.split())
     _cli(*asked, "--model", "tiny", "--cut-length", 8)
 
@@ -369,7 +369,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
 
 def test_rows_that_do_not_fit_are_refused_by_name(data: Path, whole: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (data / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    with pytest.raises(SparsortError, match="the plan is of 42 rows and the data has 41"):
+    with pytest.raises(SparsortError, match="the plan has 42 rows and the data has 41"):
         train(rows[:41], TEXT, out=tmp_path / "a", plan=whole / "plan")
     stranger = {**rows[0], "id": "stranger", "question": "Who?"}
     with pytest.raises(SparsortError, match=r"1 of 43 rows have no score.*'stranger'"):

@@ -163,7 +163,7 @@ def test_a_result_of_the_version_before_is_held_to_what_it_says(run: Path) -> No
     _as_before(run)
     text = (run / "result.json").read_text(encoding="utf-8")
     (run / "result.json").write_text(text.replace('"steps"', '"stepz"'), encoding="utf-8")
-    with pytest.raises(SparsortError, match=r"result.json is damaged: it has other fields"):
+    with pytest.raises(SparsortError, match=r"result.json is damaged: it does not have the fields"):
         _train(run)
     (run / "result.json").write_text(text, encoding="utf-8")
     weights = run / "model" / "model.safetensors"
@@ -239,3 +239,9 @@ def test_a_plan_that_was_changed_after_saving_is_refused_before_anything_is_writ
     told = " ".join(result.output.split())
     assert "plan_reversed is damaged: its arrays have changed since they were written." in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_record_without_a_format_or_version_says_which_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"model": "tiny"}')
+    with pytest.raises(SparsortError, match=r"run\.json has no format and no version"):
+        train_folder.compare(tmp_path, {"model": "tiny"})

@@ -395,7 +395,10 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
             {"attention": {"threshold": 0.1}, "schedule": {"start": 2, "anneal_share": 0.5}},
             r"start=2\.0 is no threshold",
         ),
-        ({"attention": {}, "schedule": {"start": math.inf, "anneal_share": 0.5}}, "start=inf is no number of blocks"),
+        (
+            {"attention": {}, "schedule": {"start": math.inf, "anneal_share": 0.5}},
+            "start=inf is not a number of blocks",
+        ),
         ({}, "the recipe is empty"),
         (5, r"a recipe is a name \(sparse, .*not 5"),
         (["sparse"], r"a recipe is a name"),
@@ -420,14 +423,14 @@ def test_a_recipe_with_a_mistake_is_refused_with_the_nearest_name(recipe: Any, m
 
 def test_a_start_that_the_budget_cannot_be_is_refused_before_training(data: dict[str, Any], tmp_path: Path) -> None:
     recipe = _changed(schedule={"start": 0.5})
-    with pytest.raises(SparsortError, match=r"^the recipe: start=0\.5 is no number of blocks"):
+    with pytest.raises(SparsortError, match=r"^the recipe: start=0\.5 is not a number of blocks"):
         train(**data, out=tmp_path / "run", recipe=recipe)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_file_is_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("# nothing\n")
-    with pytest.raises(SparsortError, match=r"empty\.toml is empty, and would train like no recipe"):
+    with pytest.raises(SparsortError, match=r"empty\.toml is empty, and has the effect of no recipe"):
         read_recipe(tmp_path / "empty.toml")
 
 

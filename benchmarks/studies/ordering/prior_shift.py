@@ -1,4 +1,4 @@
-"""Which prior of `choose --by pdo` loses least when the label shares of the pool and of the queries differ.
+"""Which prior of `choose --criterion pdo` loses least when the label shares of the pool and of the queries differ.
 
     python benchmarks/studies/ordering/prior_shift.py --data FOLDER --save
 
@@ -133,7 +133,7 @@ def samples(case: Case, shift: Shift, resamples: int, *, from_pool: bool) -> Ite
         case: the demonstration set.
         shift: what is shifted.
         resamples: how many.
-        from_pool: whether the criterion reads unlabelled rows of the pool, as `choose -k` does without --on, and not the
+        from_pool: whether the criterion reads unlabelled rows of the pool, as `choose -k` does without --queries, and not the
             queries.
     """
     labels = len(case.prior)

@@ -52,11 +52,17 @@ class DesignOptions:
     sets: int = option(10, "Demonstration sets.", panel=_PANEL)
     first_seed: int = option(0, "Seed of the first set.", panel=_PANEL)
     selectors: tuple[str, ...] = option(
-        ("random",), "How sets are drawn [default: random].", panel=_PANEL, kind=str | None, read=parts
+        ("random",),
+        "How sets are drawn: {names} [default: random].",
+        names="curriculum.ablation.recipe.selectors:SELECTORS",
+        panel=_PANEL,
+        kind=str | None,
+        read=parts,
     )
     orderers: tuple[str, ...] = option(
         DEFAULT_ORDERERS,
-        "Orders to compare [default: all, with their reverses].",
+        "Orders to compare: {names}; or reverse:ORDER [default: all, with their reverses].",
+        names="curriculum.demos.order:ORDERS",
         panel=_PANEL,
         kind=str | None,
         read=parts,

@@ -11,7 +11,8 @@ from sparsort.recipes.cli.options import JsonOption
 from sparsort.storage import cache as user_cache
 from sparsort.terminal.printing import show, show_json
 
-_WHAT = {"models": "converted models and tokenizers", "rows": "what models computed for rows"}
+EXAMPLE = "Example: `sparsort cache --clear`"
+_CONTENTS = {"models": "converted models and tokenizers", "rows": "what models computed for rows"}
 
 
 def cache(
@@ -20,31 +21,30 @@ def cache(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the cache holds: converted models, and what models computed for rows; or remove it."""
-    # A limit that is not a number is found before anything is removed.
+    """Show or remove the contents of the cache: converted models, and what models computed for rows."""
+    # A limit that is not a number is reported before anything is removed.
     for kind in user_cache.KINDS:
         user_cache.limit_of(kind)
     removed = user_cache.clear() if clear else []
-    found = user_cache.describe()
+    description = user_cache.describe()
     if as_json:
-        show_json(found | {"removed": {"entries": len(removed), "bytes": sum(entry.bytes for entry in removed)}})
+        show_json(description | {"removed": {"entries": len(removed), "bytes": sum(entry.bytes for entry in removed)}})
         return
     if clear:
         show(f"Removed {len(removed)} entries, {_size(sum(entry.bytes for entry in removed))}.")
-    show(found["folder"])
-    for line in cache_lines(found):
+    show(description["folder"])
+    for line in cache_lines(description):
         show(line)
 
 
-def cache_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each part of the cache, of which `found` is the description."""
-    for kind, what in _WHAT.items():
-        part = found[kind]
+def cache_lines(description: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that describe each part of the cache, each at most 48 characters wide."""
+    for kind, contents in _CONTENTS.items():
+        part = description[kind]
         entries = f"{part['entries']} {'entry' if part['entries'] == 1 else 'entries'}"
-        yield (
-            f"{kind}: {entries}, {_size(part['bytes'])} of at most {_size(part['limit'])} "
-            f"(SPARSORT_CACHE_{kind.upper()}_GB): {what}"
-        )
+        yield f"{kind}: {entries}, {_size(part['bytes'])} of at most {_size(part['limit'])}"
+        yield f"  {contents}"
+        yield f"  limited by SPARSORT_CACHE_{kind.upper()}_GB"
 
 
 def _size(count: int) -> str:

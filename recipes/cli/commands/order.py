@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsort.options import option
 from sparsort.recipes.cli.options import Fields, JsonOption, generated
 from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.score.config import SCORER_PANEL, ScorerConfig
@@ -21,27 +23,27 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: `sparsort order demos.jsonl --query 'What is 2 + 3?' --order sparse_to_dense`"
 
 
+@dataclass(frozen=True, kw_only=True)
+class OrderOptions:
+    """The options of `sparsort order` besides those of `OrderConfig` and the scorer."""
+
+    query: str = option(
+        dataclasses.MISSING, "The query: its text, or a JSON object with the prompt's columns.", short="-q"
+    )
+    scores: Path | None = option(
+        None, "Scores made by 'sparsort score' [default: score the rows now].", panel=SCORER_PANEL
+    )
+    no_cache: bool = option(False, "Read every row, and keep nothing for the next call.", panel=MODEL_PANEL)
+    out: Path | None = option(None, "Write the prompt to this file.", short="-o")
+
+
 @generated
 def order(
-    *,
     file: Annotated[Path, typer.Argument(help="Demonstrations, or the pool to select them from.")],
-    query: Annotated[
-        str, typer.Option("--query", "-q", help="The query: its text, or a JSON object with the prompt's columns.")
-    ],
+    options: OrderOptions,
     config: OrderConfig,
-    scores: Annotated[
-        Path | None,
-        typer.Option(help="Scores made by 'sparsort score' [default: score now].", rich_help_panel=SCORER_PANEL),
-    ] = None,
-    # The seed is that of the selection and the order.
+    # The seed of the scorer is that of the selection and the order.
     scorer: Annotated[ScorerConfig, Fields(of=ScorerConfig, without=("seed",))],
-    no_cache: Annotated[
-        bool,
-        typer.Option(
-            "--no-cache", help="Read every row, and keep nothing for the next call.", rich_help_panel=MODEL_PANEL
-        ),
-    ] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the prompt to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Select demonstrations for a query, order them, and print the prompt."""
@@ -50,15 +52,15 @@ def order(
 
     if scorer.draws:
         scorer = dataclasses.replace(scorer, seed=config.seed)
-    rows = RowCache() if not no_cache and is_kept() else None
-    result = order_file(file, query=query, config=config, scorer=scorer, scores=scores, cache=rows)
-    if out is not None:
+    cache = RowCache() if not options.no_cache and is_kept() else None
+    result = order_file(file, query=options.query, config=config, scorer=scorer, scores=options.scores, cache=cache)
+    if options.out is not None:
         from sparsort.storage.files import write_atomically
 
-        with write_atomically(out) as temporary:
+        with write_atomically(options.out) as temporary:
             temporary.write_text(result.prompt, encoding="utf-8")
     if as_json:
-        show_json(result.summary() | {"out": str(out) if out else None})
+        show_json(result.summary() | {"out": str(options.out) if options.out else None})
     else:
         _show(result)
 

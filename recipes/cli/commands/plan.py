@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsort.curriculum.loading.plan.settings import BATCH_PANEL, ORDER_PANEL, CurriculumSettings
-from sparsort.errors import SparsortError
-from sparsort.options import shares
-from sparsort.recipes.cli.options import JsonOption, generated
-from sparsort.recipes.cli.options_curriculum import GroupsOption, PlannedCurriculum
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
+from sparsort.recipes.cli.options import Fields, JsonOption, generated
+from sparsort.recipes.plan import PlanOptions, make_plan, named_paths
 from sparsort.scoring.prompts.spec import DataSpec
 from sparsort.terminal.printing import one_line, show, show_json
 from sparsort.terminal.tables import Table, number, prose
@@ -24,99 +21,31 @@ EXAMPLE = (
     "Example: `sparsort score examples/graded.jsonl --scorer column --column steps --out scores`, then "
     "`sparsort plan scores --data examples/graded.jsonl --batch-size 8 --stages 4 --show-groups kind --draw plan.png`"
 )
+_MOST_OF_NAME = 40
 
 
 @generated
 def plan(
     scores: Annotated[
-        list[str], typer.Argument(help="Score folders or files; several are combined. PATH or NAME=PATH.")
+        list[str], typer.Argument(help="Score folders or files, as PATH or NAME=PATH; several are combined.")
     ],
-    *,
-    data: Annotated[
-        Path | None, typer.Option(help="Rows to train on, matched to the scores [default: the scored rows].")
-    ] = None,
+    curriculum: Annotated[dict[str, Any], Fields(of=CurriculumSettings, given=True)],
+    options: PlanOptions,
     rows: DataSpec,
-    curriculum: PlannedCurriculum,
-    groups: GroupsOption = None,
-    combination: Annotated[
-        str,
-        typer.Option(help="Of scores: rank_average, lexicographic or intersection.", rich_help_panel=ORDER_PANEL),
-    ] = "rank_average",
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--weight", help="NAME=2: of a score in rank_average; once for each.", rich_help_panel=ORDER_PANEL
-        ),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Field of the data with the tokens of a row [default: as the scores counted].",
-            rich_help_panel=BATCH_PANEL,
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the plan, to train with.")] = None,
-    fingerprint: Annotated[
-        str | None, typer.Option(help="Your name for the data, for loaders that have no id or text to compare.")
-    ] = None,
-    draw: Annotated[Path | None, typer.Option("--draw", help="File for the figure: .png, .pdf or .svg.")] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option("--beside", help="Saved plan to draw beside this one: PATH or NAME=PATH; may be repeated."),
-    ] = None,
-    show_groups: Annotated[
-        str | None, typer.Option(help="Field whose shares are shown, without changing the plan.")
-    ] = None,
-    epoch: Annotated[int, typer.Option(help="The epoch to show, from 0.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan the batches of a training run from SCORES, and show what they hold: a curriculum before it is trained on."""
-    from sparsort.recipes.plan import make_plan
-
-    made = make_plan(
-        named_paths(scores),
-        settings=CurriculumSettings.from_json(curriculum),
-        data=data,
-        id_column=rows.id_column,
-        columns=rows.columns,
-        groups=groups,
-        show_groups=show_groups,
-        lengths=lengths,
-        combination=combination,  # type: ignore[arg-type]
-        weights=shares("--weight")(weight),
-        epoch=epoch,
-        out=out,
-        fingerprint=fingerprint,
-        draw=draw,
-        beside=named_paths(beside or [], "plans"),
+    """Plan the batches of a training run from SCORES, and show what the batches contain before you train on them."""
+    planned = make_plan(
+        named_paths(scores), settings=CurriculumSettings.from_json(curriculum), options=options, rows=rows
     )
     if as_json:
-        show_json(made.to_json())
+        show_json(planned.to_json())
         return
-    _show(made.summary, combination)
-    if out is not None:
-        show(f"Plan: {out}")
-    if draw is not None:
-        show(f"Figure: {draw}")
-
-
-def named_paths(texts: Sequence[str], what: str = "scores") -> dict[str, str]:
-    """Paths by name, from PATH or NAME=PATH each; a path without a name has that of its file.
-
-    Raises:
-        SparsortError: two have one name.
-    """
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals or not name or Path(text).exists():
-            name, path = Path(text).stem or text, text
-        if name in found:
-            raise SparsortError(
-                f"two {what} are called {name!r}: {found[name]} and {path}. Name them, as in first={found[name]} second={path}."
-            )
-        found[name] = path
-    return found
+    _show(planned.summary, options.combination)
+    if options.out is not None:
+        show(f"Plan: {options.out}")
+    if options.draw is not None:
+        show(f"Figure: {options.draw}")
 
 
 def _show(summary: PlanSummary, combination: str) -> None:
@@ -135,21 +64,22 @@ def _show(summary: PlanSummary, combination: str) -> None:
         show(f"difficulty: {', '.join(named)}{how}")
     _show_table(summary)
     if summary.group_names:
-        held = _shares(summary.group_names, summary.group_shares, most=10).replace("\xa0", " ")
-        show(f"groups in the data: {held}")
-    stand = {"last": "they stand last", "first": "they stand first"}.get(summary.settings["unscored"], "")
-    show(f"rows without a score: {summary.unscored:,}{f' ({stand})' if summary.unscored and stand else ''}")
+        in_data = _shares(summary.group_names, summary.group_shares, most=10).replace("\xa0", " ")
+        show(f"groups in the data: {in_data}")
+    place = {"last": " (they come last)", "first": " (they come first)"}.get(summary.settings["unscored"], "")
+    show(f"rows without a score: {summary.unscored:,}{place if summary.unscored else ''}")
     if summary.cut is not None:
         show(f"rows cut: {summary.cut:,}")
-    show(f"scores of no row: {summary.unused_scores:,}")
+    show(f"scores without a row: {summary.unused_scores:,}")
     show(_seen(summary))
     if summary.below_batch:
         show(
-            f"the pacing allows less than a batch needs in {summary.below_batch:,} batches, which draw from just enough"
+            f"the pacing allows fewer examples than a batch needs in {summary.below_batch:,} batches, which are drawn from just "
+            "enough examples"
         )
     if not summary.exact:
         looked = sum(part.looked_at for part in summary.parts)
-        show(f"≈ from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
+        show(f"≈ estimated from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
     show(f"fingerprint: {summary.fingerprint}")
 
 
@@ -163,7 +93,7 @@ def _size(summary: PlanSummary) -> str:
 def _seen(summary: PlanSummary) -> str:
     seen = summary.coverage
     if summary.settings["mode"] == "one_pass":
-        return "every example is seen once an epoch"
+        return "every example is seen once per epoch"
     never = f"{100 * seen.never:.2f} % of the examples are never seen in an epoch"
     how = "counted" if seen.exact else "expected value"
     most = "" if seen.most is None else f", at most {seen.most:,} times"
@@ -175,9 +105,9 @@ def _show_table(summary: PlanSummary) -> None:
     whole = len(parts) > 1 and parts[-1].stages[1] > 0
     columns: dict[str, list[str]] = {
         "stage" if whole else "part": [
-            _span(*part.stages, 0) if whole else str(place) for place, part in enumerate(parts, 1)
+            _span(*part.stages) if whole else str(place) for place, part in enumerate(parts, 1)
         ],
-        "batches": [_span(*part.batches, 0) for part in parts],
+        "batches": [_span(*part.batches) for part in parts],
         "examples": [f"{part.examples:,}" for part in parts],
         "available": [_percents(part.share) for part in parts],
         "difficulty": [f"{about}{part.difficulty.mean:.4g}" if part.difficulty else "–" for part in parts],
@@ -193,17 +123,14 @@ def _show_table(summary: PlanSummary) -> None:
         columns["padding"] = ["–" if part.padding is None else f"{100 * part.padding:.0f} %" for part in parts]
     if len(summary.group_names) > 1:
         columns["groups"] = [_shares(summary.group_names, part.groups or [], most=5) for part in parts]
-    shown = Table(*(prose(name) if name == "groups" else number(name) for name in columns))
+    table = Table(*(prose(name) if name == "groups" else number(name) for name in columns))
     for line in zip(*columns.values(), strict=True):
-        shown.add_row(*line)
-    shown.show()
+        table.add_row(*line)
+    table.show()
 
 
-_MOST_OF_NAME = 40
-
-
-def _span(first: int, last: int, origin: int) -> str:
-    return f"{first + origin:,}" if first == last else f"{first + origin:,}–{last + origin:,}"
+def _span(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,}–{last:,}"
 
 
 def _percents(pair: tuple[float, float]) -> str:
@@ -212,8 +139,8 @@ def _percents(pair: tuple[float, float]) -> str:
 
 
 def _shares(names: Sequence[str], shares: Sequence[float], most: int) -> str:
-    """The largest first."""
+    """The largest shares with their names, the largest first."""
     ranked = sorted(zip(shares, names, strict=False), key=lambda pair: -pair[0])
-    # A name and its share stay on one line.
-    said = [f"{one_line(name, _MOST_OF_NAME)}\xa0{100 * share:.0f}\xa0%" for share, name in ranked[:most]]
-    return ", ".join(said) + (f", {len(ranked) - most} more" if len(ranked) > most else "")
+    # No-break spaces keep a name and its share on one line.
+    listed = [f"{one_line(name, _MOST_OF_NAME)}\xa0{100 * share:.0f}\xa0%" for share, name in ranked[:most]]
+    return ", ".join(listed) + (f", {len(ranked) - most} more" if len(ranked) > most else "")

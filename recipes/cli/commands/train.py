@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sparsort.options import unescape
-from sparsort.recipes.cli.options import Fields, JsonOption, generated
-from sparsort.recipes.cli.options_curriculum import GroupsOption, TrainedCurriculum
+from sparsort.curriculum.loading.plan.settings import CurriculumSettings
+from sparsort.options import option, same_option, unescape
+from sparsort.recipes.cli.options import Fields, JsonOption, RowsArgument, generated
+from sparsort.recipes.plan import PlanOptions
 from sparsort.recipes.train.config import CURRICULUM_PANEL, TRAINING_PANEL, TrainConfig
 from sparsort.scoring.prompts.spec import TEXT_PANEL, DataSpec
 from sparsort.terminal.printing import note, show, show_json
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sparsort.recipes.train.train import TrainResult
 
 _SPARSE = "Sparse attention"
+# Training has a seed and a longest text of its own, computes the steps of a pool, and has no quotas.
+NOT_IN_TRAINING = ("seed", "quotas", "steps", "max_length")
 EXAMPLE = (
     r"Example: `sparsort train data.jsonl --text '{question}\n{answer}' --scores scores/ --stages 10 --out run/`"
     "\n\n"
@@ -27,61 +30,55 @@ EXAMPLE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainSources:
+    """The options of `sparsort train` that say what is read and where the run goes; see `recipes.train.train`."""
+
+    text: str | None = option(
+        None,
+        r"Format string over the columns, such as '{question}\n{answer}'. An empty text is an error.",
+        panel=TEXT_PANEL,
+        short="-t",
+        read=unescape,
+    )
+    messages: str | None = option(
+        None,
+        "Column of whole conversations (ShareGPT, OpenAI, TRL) instead of --text; every token is trained on.",
+        panel=TEXT_PANEL,
+    )
+    out: Path = option(
+        dataclasses.MISSING, "Folder of the run; run the same command again to resume after a stop.", short="-o"
+    )
+    plan: Path | None = option(None, "Plan made by 'sparsort plan' for these rows.", panel=CURRICULUM_PANEL)
+    fingerprint: str | None = option(
+        None,
+        "Your name for the data, as given to 'sparsort plan'; it is compared instead of the rows.",
+        panel=CURRICULUM_PANEL,
+    )
+    verify: bool = option(
+        True, "Compare the rows with those of --plan.", panel=CURRICULUM_PANEL, flag="--verify/--no-verify"
+    )
+    scores: Path | None = option(
+        None, "Scores made by 'sparsort score', from which the curriculum is planned.", panel=CURRICULUM_PANEL
+    )
+    groups: str | None = same_option(PlanOptions, "groups")
+    recipe: str | None = option(
+        None,
+        "{names}, or a .toml file; options that you give override it.",
+        names="recipes.train.recipe:RECIPES",
+        panel=_SPARSE,
+    )
+    eval_data: Path | None = option(None, "File of held-out rows, instead of --eval-share.", panel=TRAINING_PANEL)
+
+
 @generated
 def train(
-    file: Annotated[
-        Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv, .parquet, or a saved datasets folder.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; run again to resume after a stop.")],
-    *,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            "-t",
-            help=r"Format string over the columns, such as '{question}\n{answer}'. An empty text is an error.",
-            rich_help_panel=TEXT_PANEL,
-        ),
-    ] = None,
-    messages: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of whole conversations (ShareGPT, OpenAI, TRL), instead of --text; every token is learnt.",
-            rich_help_panel=TEXT_PANEL,
-        ),
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="Plan made by 'sparsort plan' of these rows.", rich_help_panel=CURRICULUM_PANEL)
-    ] = None,
-    fingerprint: Annotated[
-        str | None,
-        typer.Option(
-            help="Your name for the data, as given to 'sparsort plan', instead of comparing rows.",
-            rich_help_panel=CURRICULUM_PANEL,
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option(help="Compare the rows with those of --plan.", rich_help_panel=CURRICULUM_PANEL)
-    ] = True,
-    scores: Annotated[
-        Path | None,
-        typer.Option(help="Scores made by 'sparsort score', to plan here.", rich_help_panel=CURRICULUM_PANEL),
-    ] = None,
-    curriculum: TrainedCurriculum,
-    groups: GroupsOption = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="sparse, sparse_retrofit, sparse_moba, sparse_nsa, sparse_window, or a .toml file; options given win.",
-            rich_help_panel=_SPARSE,
-        ),
-    ] = None,
+    file: RowsArgument,
+    sources: TrainSources,
+    curriculum: Annotated[dict[str, Any], Fields(of=CurriculumSettings, given=True, without=NOT_IN_TRAINING)],
+    # Options that were not given leave the settings of a recipe as they are.
     settings: Annotated[dict[str, Any], Fields(of=TrainConfig, given=True)],
     data: DataSpec,
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(help="File of held-out rows, instead of --eval-share.", rich_help_panel=TRAINING_PANEL),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a causal language model on FILE under a curriculum.
@@ -90,24 +87,8 @@ def train(
     """
     from sparsort.recipes.train.train import train as run
 
-    result = run(
-        file,
-        unescape(text),
-        messages=messages,
-        out=out,
-        plan=plan,
-        scores=scores,
-        curriculum=curriculum,
-        groups=groups,
-        eval_data=eval_data,
-        id_column=data.id_column,
-        columns=data.columns,
-        fingerprint=fingerprint,
-        verify=verify,
-        recipe=recipe,
-        **settings,
-    )
-    _leave()
+    result = run(file, **vars(sources), **vars(data), curriculum=curriculum, **settings)
+    _leave_process_group()
     # The other processes of a distributed run have the same result.
     if os.environ.get("RANK", "0") != "0":
         return
@@ -117,8 +98,8 @@ def train(
         _show(result)
 
 
-def _leave() -> None:
-    """Part from the other processes, which NCCL otherwise complains about."""
+def _leave_process_group() -> None:
+    """Leave the group of processes, because NCCL warns about a process that exits without doing so."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -126,33 +107,32 @@ def _leave() -> None:
 
 
 def _show(result: TrainResult) -> None:
-    rows = Table(prose(""), prose("value"))
+    table = Table(prose(""), prose("value"))
     for name in ("loss", "eval_loss"):
         value = getattr(result, name)
-        rows.add_row(name.replace("eval_", "held-out "), "not there" if value is None else f"{value:.4f}")
+        table.add_row(name.replace("eval_", "held-out "), "none" if value is None else f"{value:.4f}")
     if result.sparse is not None:
-        _add_sparse(rows, result.sparse)
-    rows.add_row("steps", str(result.steps))
-    rows.add_row("rows", f"{result.rows} trained on, {result.eval_rows} held out")
-    rows.add_row("tokens", str(result.tokens))
-    rows.add_row("parameters", str(result.parameters))
-    rows.show()
+        _add_sparse(table, result.sparse)
+    table.add_row("steps", str(result.steps))
+    table.add_row("rows", f"{result.rows} trained on, {result.eval_rows} held out")
+    table.add_row("tokens", str(result.tokens))
+    table.add_row("parameters", str(result.parameters))
+    table.show()
     for sentence in result.notes:
         note(f"note: {sentence}")
     if result.resumed == result.steps:
         show("The run was finished before; this is its result.")
     elif result.resumed:
-        show(f"Went on from step {result.resumed}.")
+        show(f"Resumed from step {result.resumed}.")
     show(f"Model: {result.model}\nLosses: {result.history}")
 
 
-def _add_sparse(rows: Table, sparse: dict[str, float | None]) -> None:
-    """What sparse attention came to, over the last tenth of the run."""
+def _add_sparse(table: Table, sparse: dict[str, float | None]) -> None:
+    """Add the measures of sparse attention, which are means over the last tenth of the run."""
     if (kl := sparse["kl"]) is not None:
-        rows.add_row("selector's loss (KL)", f"{kl:.4f}")
-    chosen = {"attention mass caught": sparse["mass"], "block recall": sparse["recall"]}
-    for name, value in chosen.items():
-        rows.add_row(name, "no query had to choose" if value is None else f"{value:.3f}")
+        table.add_row("selector's loss (KL)", f"{kl:.4f}")
+    for name, value in {"attention mass caught": sparse["mass"], "block recall": sparse["recall"]}.items():
+        table.add_row(name, "no query had to choose" if value is None else f"{value:.3f}")
     if (saving := sparse["saving"]) is not None:
-        told = f"{saving:.2f} times fewer than" if saving >= 1 else f"{1 / saving:.2f} times as many as"
-        rows.add_row("attention FLOPs", f"{told} dense attention takes, by formula, with choosing")
+        times = f"{saving:.2f} times fewer than" if saving >= 1 else f"{1 / saving:.2f} times as many as"
+        table.add_row("attention FLOPs", f"{times} dense attention, by formula, including the selection")
