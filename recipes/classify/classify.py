@@ -1,8 +1,8 @@
-"""Classify the rows of a file with a few-shot prompt, and look at the errors: the recipe behind `sparsort classify`.
+"""Classify the rows of a file with a few-shot prompt, and look at the errors: the recipe for `sparsort classify`.
 
 Contract: the predictions are those of `FewShotClassifier` with the same settings. Test rows never take part in `fit`, except that
-with the prior "estimated" their texts are read, without labels, to estimate the label shares. Next to accuracy stand balanced
-accuracy and proper scores, because accuracy alone rewards the most frequent label.
+with the prior "estimated" their texts are read, without labels, to estimate the label shares. Balanced accuracy and proper
+scores are reported next to accuracy, because accuracy alone rewards the most frequent label.
 
 Shapes: n test rows, L classes.
 """
@@ -40,7 +40,7 @@ class Classified:
 
     Attributes:
         ids: (n,) ids of the test rows.
-        texts: (n,) the query of each row, as it stands in the prompt.
+        texts: (n,) the query of each row, as the prompt contains it.
         classes: (L,) the classes as text.
         proba: (n, L) probabilities.
         gold: (n,) positions of the right classes, or None if the test rows have no label.
@@ -259,7 +259,9 @@ def _labelled(source: RowSource, label: str) -> tuple[list[dict[str, Any]], list
     for row in source.rows():
         value = text_if_any(row.fields, label, where=f"{source.name}: {row.name}")
         if value is None:
-            raise SparsortError(f"{source.name}: {row.name} has no value in the label column {label!r}. Leave it out.")
+            raise SparsortError(
+                f"{source.name}: {row.name} has no value in the label column {label!r}. Remove the row, or give it one."
+            )
         rows.append({key: field for key, field in row.fields.items() if key != label})
         y.append(value)
     return rows, y

@@ -70,7 +70,7 @@ def make_task(
 ) -> Task:
     """The few-shot task of a classifier.
 
-    Without a prompt, every field of the first row stands on a line of its own, followed by the label's.
+    Without a prompt, every field of the first row gets a line of its own, followed by the label's.
 
     Raises:
         SparsortError: a prompt that does not fit the rows, or words that do not fit the classes.

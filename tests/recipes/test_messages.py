@@ -108,11 +108,11 @@ def test_a_query_is_text_turns_or_a_row(query: str, file: Path, model: str) -> N
     )
 
 
-def test_a_query_that_goes_on_keeps_its_earlier_turns(file: Path, model: str) -> None:
+def test_a_query_of_several_turns_keeps_its_earlier_turns(file: Path, model: str) -> None:
     turns = [*ROWS[0]["messages"], {"role": "user", "content": "And now?"}]
     options = ("--messages", "messages", "-m", model, "--order", "given", "--allow-leaks", "--json", "-k", 1)
-    made = json.loads(run("order", file, *options, "--select", "first", "-q", json.dumps(turns)).stdout)
-    assert made["messages"][-len(turns) + 1 :] == turns[1:]
+    result = json.loads(run("order", file, *options, "--select", "first", "-q", json.dumps(turns)).stdout)
+    assert result["messages"][-len(turns) + 1 :] == turns[1:]
 
 
 def test_a_query_among_the_demonstrations_and_other_system_turns_are_refused(file: Path, model: str) -> None:
@@ -123,8 +123,8 @@ def test_a_query_among_the_demonstrations_and_other_system_turns_are_refused(fil
     assert "no turn with text" in run("order", file, *options, "-q", "[]", code=2).stderr
     both = run("order", file, *options, "--prompt", "{x}", "-q", QUERY, code=2)
     assert "--messages" in both.stderr
-    left_out = run("order", file, *options, "-k", 1, "--select", "first", "-q", "My bike broke.")
-    assert "excluded 0" in left_out.stderr
+    first = run("order", file, *options, "-k", 1, "--select", "first", "-q", "My bike broke.")
+    assert "excluded 0" in first.stderr
 
 
 def test_build_prompt_of_conversations(model: str) -> None:

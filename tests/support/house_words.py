@@ -31,6 +31,7 @@ RIGHT = [
     ("*", r"\bst(ands?|ood) (in )?for\b", "the idiom for 'represents' or 'replaces'"),
     ("*", r"\b(cannot|can|could|be) be told (from|apart)\b", "the idiom for 'is distinguishable'"),
     ("tests/test_house.py", r"behind|lies", "the test of this list"),
+    ("*", r"--beside", "the retired flag of plan --compare"),
     ("docs/results/ordering-study.md", r"26-year-old said\b", "a row of the data, in a prompt"),
     ("scoring/calibration/calibration.py", r"^left out$", "the field left_out of files that users have"),
 ]

@@ -108,7 +108,7 @@ def interval(cases: Sequence[Case], values_U: Sequence[float]) -> tuple[float, f
                 if cell[0] == task and (cell, seed) in place:
                     sums[:, column] += drawn[:, number] * values[place[cell, seed]]
                     counts[:, column] += drawn[:, number]
-    # A cell is NaN if none of its seeds was drawn.
+    # A cell is NaN if no seed of it was drawn.
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     low, high = np.nanquantile(means.mean(axis=1), [0.025, 0.975])
     return float(low), float(high)

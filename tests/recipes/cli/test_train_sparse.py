@@ -93,8 +93,8 @@ def test_a_killed_run_continues_and_ends_the_same(data: Path, tmp_path: Path, fo
     assert forks.run(tmp_path / "killed", (_KILLED, ["train", *command], {})) == [-signal.SIGKILL]
     assert not (tmp_path / "run" / "result.json").exists()
     shown = _cli(*command).stdout
-    for told in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
-        assert told in shown
+    for phrase in ("held-out loss", "selector's loss (KL)", "attention mass caught", "block recall", "attention FLOPs"):
+        assert phrase in shown
     assert "Resumed from step" in shown
     for name in ("history.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name

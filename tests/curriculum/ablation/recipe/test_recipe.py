@@ -402,10 +402,10 @@ def test_more_shots_than_neighbours_to_choose_from_are_refused() -> None:
     assert ablation(selectors=("topk_mdl",), shots=(30,)).shots == (30,)
 
 
-def test_what_is_left_out_is_said_with_its_reason() -> None:
+def test_skipped_criteria_are_reported_with_the_reason() -> None:
     assert skipped_criteria(ablation(choosers=("pdo", "cone", "mdl"))) == []
-    told = skipped_criteria(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
-    assert told == [
+    notes = skipped_criteria(ablation(choosers=("pdo", "cone", "mdl"), selectors=("random", "bm25")))
+    assert notes == [
         "moods, bm25: cone skipped: they read sets that all queries share, but this selector gives each query its own "
         "demonstrations.",
         "moods, bm25: pdo skipped: these criteria choose one order for all queries, but this selector gives each query its own "
