@@ -122,7 +122,6 @@ METHODS: dict[str, Callable[[Data, int], tuple[list[str], int]]] = {
     DEFAULT: few_shot,
     "FewShotClassifier, calibration none": lambda data, seed: few_shot(data, seed, calibration="none"),
     "FewShotClassifier, calibration contextual": lambda data, seed: few_shot(data, seed, calibration="contextual"),
-    "FewShotClassifier, calibration fitted": lambda data, seed: few_shot(data, seed, calibration="fitted"),
     "FewShotClassifier, prior pool": lambda data, seed: few_shot(data, seed, prior="pool"),
     "FewShotClassifier, 4 orders": lambda data, seed: few_shot(data, seed, n_orders=4),
     "TF-IDF + logistic regression, the same k": lambda data, seed: regression(data, seed, K),
