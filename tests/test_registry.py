@@ -55,7 +55,6 @@ _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     "random": (
         "curriculum/ablation/results/cells.py",
         "curriculum/ablation/report",
-        "curriculum/ablation/results/results.py",
         "curriculum/loading",
         "recipes/cli/option_conditions.py",
         "recipes/train/run.py",

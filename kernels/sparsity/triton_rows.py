@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any
 
 import torch
 import triton
@@ -302,8 +301,10 @@ def sparsity_rows_triton(
         if _OTHERS:
             # The kernel has marked tokens that do not exist. The reference would fail on them, so it reads token 0 instead.
             valid_N = index if index is None else torch.where((index >= 0) & (index < tokens), index, 0)
-            options: dict[str, Any] = {"dim_scale": dim_scale, "norm": norm, "l0_threshold": l0_threshold, "gini": gini}
-            other_SNM = sparsity_rows_ref(states, valid_N, **options).values_NM.reshape(values_SNM.shape)[..., _OTHERS]
+            reference = sparsity_rows_ref(
+                states, valid_N, dim_scale=dim_scale, norm=norm, l0_threshold=l0_threshold, gini=gini
+            )
+            other_SNM = reference.values_NM.reshape(values_SNM.shape)[..., _OTHERS]
             values_SNM[..., _OTHERS] = other_SNM.masked_fill((reason_SN != 0)[..., None], torch.nan)
     bound = bound_SN if gini == "binned" else None
     if norm is None:

@@ -44,7 +44,7 @@ class LabelReader:
 
     def __init__(self, task: Task, model: ModelSpec) -> None:
         self.task = task
-        self._reader = _answer_reader(model, chat=task.chat)
+        self._reader = answer_reader(model, chat=task.chat)
         self._texts = Texts(task, self._reader.loaded.tokenizer)
         self.tokens_read = 0
 
@@ -75,7 +75,7 @@ class LabelReader:
         return np.stack(scores)
 
 
-def _answer_reader(model: ModelSpec, *, chat: bool) -> AnswerReader:
+def answer_reader(model: ModelSpec, *, chat: bool) -> AnswerReader:
     """The reader of this model: the one of the last call if that had the same model, otherwise a new one."""
     key = (model, chat)
     with _LOCK:

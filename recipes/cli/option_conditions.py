@@ -16,6 +16,7 @@ from typing import Any
 from sparsort.conditions import Format, Table, Values, When, always, among, excludes, needs, refuse_unread, under
 from sparsort.curriculum.ablation.recipe.options import DesignOptions
 from sparsort.curriculum.ablation.recipe.tasks import JUDGES, task_names
+from sparsort.curriculum.demos.prompt import NOT_IN_CHAT
 from sparsort.curriculum.loading.plan.combine import COMBINATIONS
 from sparsort.curriculum.loading.plan.settings import RANKED
 from sparsort.curriculum.loading.plan.settings import READ_BY as CURRICULUM_READ_BY
@@ -23,6 +24,7 @@ from sparsort.options import parameters_of
 from sparsort.recipes.calibrate import READ_BY as CALIBRATE_READ_BY
 from sparsort.recipes.choose.choose import READ_BY as CHOOSE_READ_BY
 from sparsort.recipes.choose.choose import READS_QUERIES
+from sparsort.recipes.classify.spec import ClassifySpec
 from sparsort.recipes.cli.commands.ablate import RunFlags, TaskFlags
 from sparsort.recipes.cli.commands.calibrate import CalibrateOptions
 from sparsort.recipes.cli.commands.choose import ChooseOptions
@@ -32,7 +34,7 @@ from sparsort.recipes.cli.commands.train import NOT_IN_TRAINING, TrainSources
 from sparsort.recipes.order.conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order.conditions import READ_BY as ORDER_READ_BY
 from sparsort.recipes.plan import PlanOptions
-from sparsort.recipes.score.config import READ_BY as SCORER_READ_BY
+from sparsort.recipes.score.config import OPTIONS_READ_BY as SCORER_READ_BY
 from sparsort.recipes.score.config import read_by_scorers
 from sparsort.recipes.train.config import READ_BY as TRAIN_READ_BY
 from sparsort.recipes.train.config import TrainConfig
@@ -120,6 +122,14 @@ CHOOSE: Table = {
     "max_queries": (READS_QUERIES,),
     "system": (SYSTEM,),
     **CHOOSE_READ_BY,
+}
+
+CLASSIFY: Table = {
+    **always("file", "test", "out", "prompt", "answer", "chat", "as_json", *parameters_of(ClassifySpec)),
+    **_DATA,
+    **_MODEL,
+    "system": (SYSTEM,),
+    "separator": (NOT_IN_CHAT,),
 }
 
 CALIBRATE: Table = {
@@ -252,6 +262,7 @@ COMMANDS: Mapping[str, Command] = {
     "score": Command(table=SCORE),
     "order": Command(table=ORDER),
     "choose": Command(table=CHOOSE),
+    "classify": Command(table=CLASSIFY),
     "calibrate": Command(table=CALIBRATE, resolve=_with_own_loss),
     "ablate": Command(table=ABLATE),
     "plan": Command(table=PLAN),

@@ -91,7 +91,7 @@ def test_another_file_and_another_store_are_refused(outcomes: Any, recipe: Ablat
     with pytest.raises(SparsortError, match="another model"):
         outcomes.unpack(tmp_path / "kept.parquet", tmp_path / "other")
     (tmp_path / "none.parquet").write_text("no Parquet", encoding="utf-8")
-    with pytest.raises(SparsortError, match="no packed ordering study"):
+    with pytest.raises(SparsortError, match="is not a packed ordering study"):
         outcomes.unpack(tmp_path / "none.parquet", tmp_path / "new")
     content = bytearray((tmp_path / "kept.parquet").read_bytes())
     content[len(content) // 2] ^= 4

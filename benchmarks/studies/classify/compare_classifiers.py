@@ -5,11 +5,12 @@
 FOLDER holds icl/{trec,mr,sst5,rte,cb}.{train,dev_subsample}.jsonl. Every (task, seed) is kept in --out when it is done, so that
 the same command resumes. With --save the numbers are written to benchmarks/results/classifier-comparison.json.
 
-Planned before the first run (docs/design/data-and-classifier.md): the methods below with k = 8, the first `TEST_ROWS` rows of
-each task's test file, seeds 0 to 2. Primary comparison: the default classifier minus full prompts, balanced accuracy (the
-accuracy for queries with even label shares), mean over tasks, with an interval over (task, seed). A shifted task has 80 % of
-one label; its accuracy is the mean recall weighted by those shares, averaged over which label is the frequent one. All methods
-predict the same rows, each row by itself, so the shares can be weighted afterwards.
+Planned before the first run (docs/design/data-and-classifier.md): the methods below with k = 8, `TEST_ROWS` rows of each
+task's test file, drawn at random, seeds 0 and 1. Primary comparison: the default classifier minus full prompts, balanced
+accuracy (the accuracy for queries with even label shares), mean over tasks, with an interval over (task, seed). A shifted task
+has 80 % of one label. Its accuracy is the recall of the labels weighted by those shares, for the label whose excess hurts a
+method most (its mean over the labels is balanced accuracy). All methods predict the same rows, each
+row by itself, so the shares can be weighted afterwards.
 
 Seconds are of fit and predict over the same rows in one process with one thread, the model loaded before.
 """
@@ -39,13 +40,14 @@ from sklearn.pipeline import make_pipeline
 from sparsort.curriculum.ablation.recipe.tasks import Task, load_task
 from sparsort.curriculum.ablation.statistics.estimates import estimate_sets
 from sparsort.recipes.classify.classifier import FewShotClassifier
+from sparsort.recipes.classify.labels import answer_reader
 from sparsort.scoring.answers.reader import AnswerReader
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.storage.files import write_json
 
 TASKS = ("trec", "mr", "sst5", "rte", "cb")
-SEEDS, K, TEST_ROWS, POOL_ROWS, MAJORITY = (0, 1, 2), 8, 128, 2000, 0.8
+SEEDS, K, TEST_ROWS, POOL_ROWS, MAJORITY = (0, 1), 8, 128, 2000, 0.8
 SAVED = Path(__file__).parents[2] / "results" / "classifier-comparison.json"
 FULL, DEFAULT = "full prompts, random demonstrations", "FewShotClassifier"
 
@@ -64,7 +66,9 @@ class Data:
         self.labels = list(self.task.labels)
 
     def _read(self, path: Path, most: int) -> tuple[list[Row], list[str]]:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:most]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Some files are sorted by label.
+        rows = [rows[at] for at in np.random.default_rng(0).permutation(len(rows))[:most]]
         return [{key: row[key] for key in self.task.fields} for row in rows], [str(row["label"]) for row in rows]
 
     def text(self, row: Row) -> str:
@@ -133,7 +137,7 @@ READERS: list[AnswerReader] = []
 
 
 def measure(data: Data, predicted: list[str]) -> dict[str, float]:
-    """Accuracy, balanced accuracy, and accuracy with 80 % of one label, averaged over the labels."""
+    """Accuracy, balanced accuracy, and the lowest accuracy with 80 % of one label, in percent."""
     right = np.array([a == b for a, b in zip(predicted, data.gold, strict=True)])
     gold = np.array(data.gold)
     present = [label for label in data.labels if (gold == label).any()]
@@ -143,7 +147,7 @@ def measure(data: Data, predicted: list[str]) -> dict[str, float]:
     return {
         "accuracy": 100 * float(right.mean()),
         "balanced_accuracy": 100 * float(recall.mean()),
-        "shifted_accuracy": 100 * float(np.mean(shifted)),
+        "worst_shifted_accuracy": 100 * float(min(shifted)),
     }
 
 
@@ -189,7 +193,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
                     for task in TASKS
                 },
             }
-            for measured in ("accuracy", "balanced_accuracy", "shifted_accuracy")
+            for measured in ("accuracy", "balanced_accuracy", "worst_shifted_accuracy")
         }
         table[name]["times_as_fast"] = interval([b["seconds"] / a["seconds"] for a, b in zip(own, full, strict=True)])
         table[name]["tokens"] = int(np.mean([one["tokens"] for one in own]))
@@ -203,7 +207,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help=f"write {SAVED.name} in benchmarks/results/")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    READERS.append(AnswerReader(MODEL.load()))
+    # The classifier keeps the last model that it used, so that it is loaded once, before anything is timed.
+    READERS.append(answer_reader(MODEL, chat=False))
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, dict[str, Any]] = {}
     for seed in SEEDS:

@@ -156,8 +156,6 @@ def _show_results(report: AblationReport) -> None:
             show(f"{finding['title']}:")
         for sentence in finding["sentences"]:
             show(sentence)
-    for sentence in report.notes:
-        note(sentence)
     for missing in dict.fromkeys(report.results.provenance["incomplete"]):
         note(f"Not in the results: {missing}.")
     rate = f", {report.tokens_read:,} tokens read in {report.seconds:.0f} s" if report.tokens_read else ""

@@ -123,7 +123,7 @@ def test_sets_chosen_by_label_entropy_need_labels(ablate: Callable[..., Any], su
         sums, "--prompt", "{q}", "--label", "sum", "--judge", "exact", "--selectors", "topk_mdl", "--dry-run"
     )
     assert found.exit_code == 2
-    assert "take 'topk_cone'" in " ".join(found.stderr.split())
+    assert "use 'topk_cone'" in " ".join(found.stderr.split())
 
 
 def test_some_answers_that_hold_the_stop_are_noted(ablate: Callable[..., Any], tmp_path: Path) -> None:

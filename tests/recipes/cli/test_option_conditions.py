@@ -21,6 +21,7 @@ BASE = {
     "score": ["rows.jsonl"],
     "order": ["rows.jsonl", "-q", "What?"],
     "choose": ["rows.jsonl"],
+    "classify": ["rows.jsonl"],
     "calibrate": ["rows.jsonl"],
     "ablate": ["rows.jsonl"],
     "report": ["results"],
@@ -191,6 +192,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--label-score mean", "--judge number", "--judge number reads written answers"),
         ("--contextual on", "--judge math", "--judge math reads written answers"),
         ("--no-run", "--dry-run", "--dry-run neither runs anything"),
+    ],
+    "classify": [
+        ("--system x", "", "a plain prompt has no system turn"),
+        ("--separator x", "--chat", "--chat makes a turn"),
     ],
     "report": [],
     "env": [],

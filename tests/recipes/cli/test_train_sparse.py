@@ -147,7 +147,7 @@ def test_a_recipe_of_another_branch_leaves_the_folder_to_the_right_one(data: Pat
     again = (*_command(data, tmp_path / "again", *options), "--model", tmp_path / "first" / "model", "--recipe")
     message = " ".join(_cli(*again, "sparse_retrofit", code=2).stderr.split())
     assert "selector ('index_branch' there, 'seer' in the recipe)" in message
-    assert "take sparse_attention out of the config.json" in message
+    assert "remove sparse_attention from the config.json" in message
     _cli(*again, "sparse")
 
 

@@ -389,11 +389,11 @@ def test_the_shipped_recipes_are_those_that_are_named() -> None:
         ({"train": {"epochs": 0}}, "^the recipe: epochs must be"),
         (
             {"attention": {"top_p": 0.9}, "schedule": {"start": 2, "anneal_share": 0.5}},
-            r"^the recipe: start=2\.0 is no top_p",
+            r"^the recipe: start=2\.0 is not a valid top_p",
         ),
         (
             {"attention": {"threshold": 0.1}, "schedule": {"start": 2, "anneal_share": 0.5}},
-            r"start=2\.0 is no threshold",
+            r"start=2\.0 is not a valid threshold",
         ),
         (
             {"attention": {}, "schedule": {"start": math.inf, "anneal_share": 0.5}},
@@ -435,7 +435,9 @@ def test_an_empty_file_is_no_recipe(tmp_path: Path) -> None:
 
 
 def test_too_many_stages_say_that_the_recipe_has_them(data: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SparsortError, match=r"10 stages do not fit in an epoch of 4 batches.*the recipe's: .*--stages"):
+    with pytest.raises(
+        SparsortError, match=r"10 stages do not fit in an epoch of 4 batches.*those of the recipe: .*--stages"
+    ):
         train(**data, out=tmp_path, recipe="sparse")
 
 
@@ -470,7 +472,7 @@ def test_arguments_override_the_recipe_and_the_settings_that_they_exclude() -> N
 def test_a_recipe_and_a_whole_configuration_of_training_exclude_each_other(
     data: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SparsortError, match="Give what differs from the recipe by name"):
+    with pytest.raises(SparsortError, match="give what differs from the recipe by name"):
         train(**data, out=tmp_path, recipe=RECIPE, config=TrainConfig())
 
 

@@ -222,7 +222,7 @@ def test_a_prompt_is_asked_for_with_the_columns_at_hand(
 ) -> None:
     with pytest.raises(SparsortError, match="id, question, answer"):
         _scorer(make_tiny_model("llama")).score(rows)
-    with pytest.raises(SparsortError, match="made for 1024 tokens"):
+    with pytest.raises(SparsortError, match="has 1024 tokens"):
         _scorer(make_tiny_model("llama")).score(rows, PROMPT, max_length=2048)
 
 

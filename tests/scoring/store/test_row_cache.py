@@ -396,7 +396,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_result(
     scores = scorer.score(ROWS, PROMPT, cache=counts, shard_rows=4)
     assert scores.table.equals(scorer.score(ROWS, PROMPT, shard_rows=4).table)
     assert counts.read == len(ROWS)
-    assert caplog.text.count("not kept") == 1
+    assert caplog.text.count("not cached") == 1
 
 
 def test_a_model_that_a_caller_holds_is_refused(model: str, cache: Path) -> None:
