@@ -234,7 +234,7 @@ def test_a_process_that_has_ended_is_started_again(math: Callable[[str, str], Ve
 
 
 def test_a_process_that_ends_over_a_question_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = judges._Process()
+    process = judges._JudgeProcess()
     end = [sys.executable, "-c", "import sys; sys.stdin.readline(); sys.exit(3)"]
     monkeypatch.setattr(
         process, "_start", lambda: subprocess.Popen(end, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
