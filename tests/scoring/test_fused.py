@@ -160,5 +160,5 @@ def test_a_compiler_that_fails_is_no_traceback(loaded: LoadedModel, monkeypatch:
         raise RuntimeError("the compiler broke\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda *_args, **_options: broken)
-    with pytest.raises(SparsortError, match=r"cannot be compiled here: the compiler broke\. Leave"):
+    with pytest.raises(SparsortError, match=r"cannot be compiled here: the compiler broke\. Omit"):
         AnswerReader(loaded, compile=True)
