@@ -229,7 +229,8 @@ class CandidateJob(ModelJob):
             # `values` iterates in the order of the measurements, which is the order of the columns.
             columns = slice(place * len(METRICS), (place + 1) * len(METRICS))
             values[row_of[used], columns] = metrics_NM[used]
-            if self.provenance["metric"].startswith("/".join(m)):
+            # The metric of the provenance is one of these columns. The slash keeps drop:1 apart from drop:10.
+            if self.provenance["metric"].startswith("/".join((*m, ""))):
                 for number in used:
                     reasons[row_of[number]] = ROW_REASONS[codes[number]]
         if LOSS in self.metrics:
