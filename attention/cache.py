@@ -2,8 +2,8 @@
 
 Contract: a token's index key is stored with its key and value, in transformers' own indexed layers (`DynamicIndexedLayer`,
 `StaticIndexedLayer`). Reordering (beam search), cropping (assisted generation), selecting and resetting therefore treat all
-three alike. A new cache has plain layers, because the configuration is that of a dense model. When an attention layer is first
-reached, its empty plain cache layer is replaced by the indexed kind.
+three alike. transformers creates a cache with plain layers, because the model's configuration still describes a dense model.
+The first time that an attention layer runs, its empty plain cache layer is replaced by an indexed one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor, *, selector: s
     """
     if getattr(cache, "offloading", False):
         raise SparsortError(
-            "the cache is offloaded, and an offloaded cache does not move index keys back in time. Use a dynamic or static "
-            "cache that stays on the device."
+            "the cache is offloaded, and an offloaded cache does not move index keys back to the device before they are needed. "
+            "Use a dynamic or static cache that stays on the device."
         )
     # transformers appends the layers of a dynamic cache when their keys first arrive, which is after their index keys.
     if getattr(cache, "layer_class_to_replicate", None) is not None:
@@ -51,7 +51,7 @@ def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor, *, selector: s
 
 
 def _check_index_keys(cache_layer: Any, layer: int, maker: str) -> None:
-    """Refuse a cache layer whose index keys are from another maker or do not cover all of its tokens."""
+    """Refuse a cache layer whose index keys do not cover all of its tokens, or that another selector (`maker`) computed."""
     if not cache_layer.is_indexer_initialized:
         cache_layer.sparsort_maker = maker
     stored_maker = getattr(cache_layer, "sparsort_maker", "another model")

@@ -21,7 +21,8 @@ from sparsort.errors import SparsortError, unknown_choice
 if TYPE_CHECKING:
     from sparsort.kernels.blocksparse.budgets import Budget
 
-# Setting → the selectors that read it; see `sparsort.conditions`. A seed is accepted even if the selector draws nothing.
+# Setting → the condition on the selector under which the setting is read; see `sparsort.conditions`. A seed is accepted even if
+# the selector uses no random numbers.
 READ_BY: Table = {
     setting: (among("selector", SELECTORS.reading(setting), of=SELECTORS),)
     for setting in ("threshold", "top_p", "index_dim", "index_norm", "alignment_weight")
@@ -31,7 +32,7 @@ _LARGEST_BLOCK = 2**20  # The largest block size that the kernels accept.
 
 
 class SparseAttentionOptions(TypedDict, total=False):
-    """The fields of `SparseAttentionConfig`, where a function takes them as keywords."""
+    """The fields of `SparseAttentionConfig`, as the type of the keyword arguments of functions that accept them."""
 
     selector: SelectorKind
     block_size: int
@@ -55,10 +56,11 @@ class SparseAttentionConfig:
         blocks: number of blocks that a query token attends to, including its own; with `threshold` or `top_p`, the maximum.
         threshold: take every block whose share of the softmax over block scores is at least this, in [0, 1].
         top_p: take the fewest blocks whose shares sum to at least this, in (0, 1].
-        index_dim: I, the width of index queries and keys, even (rotary pairs); None: the layer's head width.
-        index_norm: whether index queries and keys get an RMSNorm; None: if the layer has one.
+        index_dim: I, the width of the selector's own small queries and keys (index queries and keys, or gates). It must be
+            even, because the rotary embedding rotates pairs of coordinates. None: the layer's head width.
+        index_norm: whether index queries and keys get an RMSNorm; None: only if the layer's own queries and keys do.
         alignment_weight: λ in the total loss L_LM + λ·Σ_layers L_selector, 0 or more.
-        layers: numbers of the layers that become sparse, from 0; None: every layer with full attention.
+        layers: numbers of the layers that become sparse, from 0; None: every layer without a sliding window.
         seed: seed for the selector's initial weights, and for the blocks of "random".
         stored: whether the settings come from a checkpoint; if so, settings that the selector does not read are kept.
 
@@ -119,7 +121,7 @@ class SparseAttentionConfig:
             refuse_unread_fields(self, READ_BY)
 
     def _keep(self, name: str, value: Any) -> None:
-        # A frozen dataclass refuses plain assignment, also to its own __post_init__.
+        # A frozen dataclass refuses plain assignment, even in its own __post_init__.
         object.__setattr__(self, name, value)
 
     def budget(self) -> Budget:
@@ -138,7 +140,7 @@ class SparseAttentionConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, stored: bool = False) -> SparseAttentionConfig:
-        """Read the result of `to_json`. Missing fields have their defaults. `stored`: see the class.
+        """Read the result of `to_json`. Missing fields take their defaults; `stored` is explained in the class docstring.
 
         Raises:
             SparsortError: `values` is not a mapping, a field is unknown, or a value is out of range.
@@ -156,7 +158,7 @@ class SparseAttentionConfig:
 
 
 def _layer_numbers(given: Any) -> tuple[int, ...]:
-    """Return checked layer numbers, each one once."""
+    """Check that layer numbers are whole, distinct and at least one, and return them as a tuple."""
     if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__iter__"):
         raise SparsortError(
             f"layers is {given!r}; expected layer numbers such as [0, 2], or None for every full-attention layer."
@@ -171,7 +173,7 @@ def _layer_numbers(given: Any) -> tuple[int, ...]:
 
 
 def whole(name: str, given: Any, lowest: int, *, most: int | None = None) -> int:
-    """Convert a whole number of any library to a Python int.
+    """Convert an integer of Python, NumPy or another library to a Python int.
 
     Args:
         name: name of the setting, for the error message.
@@ -191,7 +193,7 @@ def whole(name: str, given: Any, lowest: int, *, most: int | None = None) -> int
 
 
 def _number(name: str, given: Any) -> float:
-    """Convert a real number of any library to a Python float."""
+    """Convert a real number of Python, NumPy or another library to a Python float."""
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise SparsortError(f"{name} is {given!r}; expected a number.")
     return float(given)

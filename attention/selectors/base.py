@@ -5,7 +5,8 @@ through `LayerInputs` and keeps no state between calls, so a pass that is run ag
 a cache chooses the same blocks. The blocks of a token depend only on that token and the earlier ones of its sequence. They do
 not depend on the position of padding, where queries, keys, values and index keys may hold any value, including NaN.
 
-Legend: B batch, T query columns, S key columns, C hidden width, H query heads, G groups (key/value heads), D head width.
+Legend: B batch, T query and S key columns of the padded batch, C hidden width, H query heads, G groups (key/value heads), D head
+width.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class LayerInputs:
         own_BT = torch.div(self.layout.position(device), block_size, rounding_mode="floor")
         back_K = torch.arange(min(blocks, self.layout.blocks(block_size)), dtype=torch.int32, device=device)
         chosen_BTK = (own_BT[..., None] - back_K).clamp(min=-1)
-        # The copy gives every group its own slots; `SinkWindow` writes into them.
+        # `contiguous` copies, because `SinkWindow` writes into the result, and expanded groups would share memory.
         blocks_BGTK = chosen_BTK[:, None].expand(-1, self.groups, -1, -1).contiguous()
         return Selection(blocks=blocks_BGTK, block_size=block_size)
 
@@ -79,7 +80,8 @@ class BlockChoice:
 
     Attributes:
         selection: the blocks of every query token and group.
-        bias: (B, G, T, K) for K slots, added to the logits of a slot's keys, for a selector that the LM loss trains.
+        bias: (B, G, T, K), one value for each of the K slots of `selection`, added to the logits of all keys of the block in
+            that slot. Through it, the LM loss trains the selector. None for a selector that is trained otherwise.
         state: data that `choose` passes to `loss` and `mix` of the same selector; no other code reads it.
     """
 
@@ -116,7 +118,9 @@ class Selector(nn.Module):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Return the operations that choosing adds to attending, for one causal sequence; 0 unless overridden.
+        """Return the floating-point operations of choosing blocks, in addition to those of the attention itself.
+
+        They are for one causal sequence, and 0 unless overridden.
 
         Args:
             shape: the sizes of the layer's attention.
@@ -127,7 +131,7 @@ class Selector(nn.Module):
         return 0.0
 
     def index_keys(self, module: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """Return the vector of each token that is cached with the layer's keys and values.
+        """Return one index key per token: the vector that is cached together with the token's key and value.
 
         Args:
             module: the attention module.

@@ -2,11 +2,15 @@
 
     score of block n = query_t · mean of the keys in n · scale;   the query's own block is always taken
 
-There are two differences from the paper. The paper selects blocks for each head. Here the heads of a group share one selection,
-and the score is the mean over the group's queries, which ranks blocks like their sum. The paper does not rank the own block,
-although it counts as one of the k blocks. A fixed budget does the same here, but a budget by shares needs a score for the own
-block: it uses the mean of the block's keys up to the query, because later keys are in the future. As in the paper's code, keys
-are taken after the rotary embedding.
+There are two differences from the paper:
+
+- The paper selects blocks for each head. Here the heads of a group share one selection, and the score is the mean over the
+  group's queries, which ranks blocks like their sum.
+- The paper gives the query's own block no score: it is always selected, and counts as one of the k blocks. A fixed budget does
+  the same here. A budget by shares of the softmax (`threshold` or `top_p`) needs a score for it, which uses the mean of the
+  block's keys up to the query, because later keys are in the future.
+
+As in the paper's code, keys are taken after the rotary embedding.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class MeanKeyGate(Selector):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Count every group's query with the mean key of every block."""
+        """Count one product for each group and query token with the mean key of each visible block."""
         return 2 * shape.groups * shape.head_dim * visible_pairs(tokens) / sparse.block_size
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
@@ -45,6 +49,7 @@ class MeanKeyGate(Selector):
         def scores_of(span: Span) -> ScoreFunction:
             return self._scores(inputs, span)
 
+        # The largest tensor is the scores, with one element for each group, query and block.
         cost = inputs.groups / self.block_size
         return BlockChoice(selection=select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost))
 

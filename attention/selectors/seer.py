@@ -1,25 +1,27 @@
-"""SeerAttention's gate (arXiv 2410.13276), which makes a model sparse that was trained dense.
+"""SeerAttention's gate (arXiv 2410.13276), which makes the attention of a model sparse after it was trained with dense attention.
 
 The gate is computed for each query token, as in SeerAttention-R (arXiv 2506.08889). The caller freezes the model, and the gate
 learns from the model's own dense attention map.
 
-    gate key of block n    = W_k [max; min; mean of the block's keys]      for each group
+    gate key of block b    = W_k [max; min; mean of the block's keys]      for each group
     gate query of token t  = W_q [the group's queries, concatenated]       for each group
     score                  = rotated gate query · rotated gate key / √I
-    truth                  = softmax(q·k·scale) over every visible key, max over each block, mean over the group's heads, Σ = 1
+    truth                  = softmax(q·k·scale) over every visible key, max over each block, mean over the group's heads, then
+                             divided by its sum over the blocks
     loss                   = mean over tokens and groups of KL(truth ‖ softmax of scores over the visible blocks)
 
 Queries and keys are taken before the rotary embedding, because pooling over positions would average out the rotation. The gates
 get their own rotary embedding. This implementation differs from the papers, or fills in what they do not specify, as follows:
 
-- The gate's rotary embedding counts positions in blocks instead of tokens (base 10000, key block n and the query's own block).
+- The gate's rotary embedding (base 10000) counts positions in blocks instead of tokens: a gate key has the number of its block,
+  and a gate query the number of the block that contains the query.
 - A query's own block is pooled up to the query itself, in the gate and in the truth, because later keys are in the future.
 - Queries and keys are taken after the layer's own norm, if it has one, and the truth averages the heads of a group.
 - The loss always computes the dense map, whatever is selected, in chunks of queries that are discarded after use. Its gradient,
   softmax(scores) − truth, is computed in the forward pass, so no chunk has to be stored for the backward pass.
 
-Legend: B batch, T query columns, G groups, R heads of a group, D head width, I gate width; n queries, m keys, N blocks of a
-sequence.
+Legend: B batch, T query columns, G groups, R heads of a group, D head width, I gate width; n queries and N blocks of a sequence;
+t queries of a chunk, and the N' blocks that the last of them sees.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class PooledGate(Selector):
         self.groups, self.head_width = shape.groups, shape.width
         self.width = config.index_dim or shape.width
         generator = shape.generator(config.seed)
-        # Widths of what each weight reads: all queries of a group, and the concatenated pools of its keys.
+        # The input widths of the two weights, which read all queries of a group and the concatenated pools of its keys.
         joined, pooled = shape.heads // shape.groups * shape.width, len(_POOLS) * shape.width
         # Initialise the gates to preserve the scale of their inputs. The model's own initial spread is irrelevant for a gate
         # that is distilled from a trained, frozen model.
@@ -98,7 +100,10 @@ class PooledGate(Selector):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Count every gate query with every block's gate key; in training also the dense scores and three products of gates."""
+        """Count the score of every gate query with every visible gate key.
+
+        The loss adds the dense scores, and the gate scores again with their two gradients.
+        """
         index, pairs = 2 * shape.groups * shape.index_dim, visible_pairs(tokens)
         by_block = pairs / sparse.block_size
         loss = 2 * shape.heads * shape.head_dim * pairs + 3 * index * by_block if training else 0
@@ -121,6 +126,7 @@ class PooledGate(Selector):
 
             return scores
 
+        # The largest tensor is the scores, with one element for each group, query and block.
         cost = inputs.groups / self.block_size
         selection = select_blocks(inputs, self.block_size, inputs.budget, scores_of, cost=cost)
         return BlockChoice(selection=selection, state=queries)

@@ -1,8 +1,8 @@
 """The small weights that selectors add to a layer, and their initial values.
 
 Contract: initial values come from a separate generator, seeded by the configuration's seed and the layer's number. They are
-drawn on the CPU in float32 and then cast, so they are the same on every device and up to rounding in every dtype. Global random
-state does not change.
+drawn on the CPU in float32 and then cast, so they are identical on every device and, except for rounding, in every dtype. The
+global random state does not change.
 
 Legend: C hidden width, H query heads, G groups (key/value heads), D head width, I a selector's width.
 """
@@ -57,7 +57,7 @@ class LayerShape:
         config: Any = getattr(untyped, "config", None)
         if projection is None or not hasattr(untyped, "k_proj") or not hasattr(config, "num_key_value_heads"):
             raise SparsortError(
-                f"a selector cannot join {type(module).__name__}: expected q_proj and k_proj, and a configuration with "
+                f"a selector cannot be added to {type(module).__name__}: expected q_proj and k_proj, and a configuration with "
                 "num_attention_heads and num_key_value_heads, as in Llama, Qwen, Mistral and Gemma 3. Keep this layer dense."
             )
         heads = config.num_attention_heads

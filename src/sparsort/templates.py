@@ -3,11 +3,11 @@
 Contract: a template comes from the user and a field's value comes from a data set, so neither may run code. A field is a
 column and a path of keys and indices into its value, as `sparsort.paths` parses it: `{question}`, `{meta.lang}`,
 `{messages[0].content}`, `{[a.b]}`; attributes of objects are never looked up. A conversion and a format may follow, as in
-`{name!r}` and `{score:.2f}`. A value is inserted once and never parsed as a template, whatever braces it contains. Literal
+`{name!r}` and `{score:.2f}`. An inserted value is never itself parsed as a template, whatever braces it contains. Literal
 braces are doubled: `{{`, `}}`.
 
-Text, numbers, booleans, dates and times are formatted by Python's `format`. A list or a dictionary is refused, except with
-`!r` or `!a`, which request Python's notation of the value.
+Text, numbers, booleans, dates and times are formatted by Python's `format`. A list or a dictionary has no text of its own and is
+refused, except with `!r` or `!a`, which insert its `repr` or `ascii`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def check_values(template: str, fields: Mapping[str, Any], *, where: str, way_ou
         template: the format string.
         fields: column → value.
         where: as in `render`.
-        way_out: a sentence that the error message about a value without a text of its own ends with.
+        way_out: a sentence that is added to the error message if a value, such as a list, has no text of its own.
 
     Raises:
         SparsortError: as for `render`, except that a missing value is not an error here.
@@ -161,7 +161,7 @@ def _can_show(piece: Piece, value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether a value consists of dictionaries, lists and values with a text, whose Python notation is the same everywhere."""
+    """Whether a value is made only of dictionaries, lists and values that have a text, so that its `repr` is reproducible."""
     if isinstance(value, Mapping):
         return all(_is_data(key) and _is_data(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,9 @@
 """The recipe of an ablation, and its plan: the demonstration sets in the order in which they are run.
 
-Contract: pure; no model. A recipe is checked when it is created, from Python or TOML, and is written back without loss. The
-plan covers every task and number of shots with the first seed, then with the second, so a study that is stopped early is
-balanced. A recipe with more random orders keeps the earlier ones: the first 16 of 24 are those of a recipe with 16.
+Contract: no model is loaded here, and a recipe alone determines its plan. A recipe is checked when it is created, from Python or
+TOML, and is written back without loss. The plan covers every task and number of shots with the first seed, then with the second,
+so a study that is stopped early is balanced. A recipe with more random orders keeps the earlier ones: the first 16 of 24 are
+those of a recipe with 16.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from sparsort.scoring.model.spec import ModelSpec
 
 Probes = Literal["sampled", "dev", "none"]
 
-# The kind of score that an orderer by difficulty reads, unless its entry accepts only other kinds.
+# The kind of score by which orderers by difficulty rank, except those whose entry in `ORDERS` does not accept it.
 SPARSITY = "sparsity"
 # A null control: the order by scores drawn at random, which carry no information about the demonstrations.
 RANDOM_SCORES = "random_scores"
-# Seeded orders are no orderers, because R random orders are part of every ablation.
+# Seeded (random) orders are not orderers, because R random orders are part of every ablation anyway.
 ORDERERS: tuple[str, ...] = (*ORDERS.names(lambda entry: not entry.is_seeded), RANDOM_SCORES)
 # Up to this k, all k! permutations are enumerated and shuffled. For larger k, distinct orders are drawn one by one.
 _MOST_ENUMERATED = 8
@@ -50,7 +51,7 @@ _LABEL_SCORES = frozenset({"log_p", "content_free"})
 
 
 class AblationOptions(TypedDict, total=False):
-    """The fields of `Ablation` besides the model's name, where a function takes them as keywords."""
+    """The fields of `Ablation` besides the model's name, as the type of the keyword arguments of functions that accept them."""
 
     tasks: Sequence[str | Task]
     data: str | Path | None
@@ -93,7 +94,7 @@ class Ablation(DesignOptions):
         selectors: selectors of `ablation.recipe.selectors.SELECTORS`.
         orderers: entries of `curriculum.demos.order.ORDERS`, "reverse:NAME", or "random_scores".
         choosers: criteria of `curriculum.demos.criteria.CRITERIA`; each chooses one of the random orders with the model's help.
-        random_orders: R, the number of random orders of each set, or all k! if there are no more.
+        random_orders: R, the number of random orders of each set; if k! is smaller, all k! orders are used.
         test_rows, dev_rows: the number of rows that every arm answers, and of those that criteria may read.
         sampled_probes: whether GlobalE and LocalE read probes sampled from the model (arXiv 2104.08786), one for each random
             order, instead of the dev rows without their labels.
@@ -172,7 +173,7 @@ class Ablation(DesignOptions):
         """
         file = Path(path).expanduser()
         recipe = cls.from_table(tables.read(file), where=file.name)
-        # A task without the suffix is the name of a built-in one, which is no path.
+        # A task without the suffix .toml is the name of a built-in task, not a path.
         tasks = tuple(
             str(file.parent / Path(task).expanduser()) if isinstance(task, str) and task.endswith(".toml") else task
             for task in recipe.tasks
@@ -234,7 +235,7 @@ class Ablation(DesignOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSet:
-    """A demonstration set, by what determines it. The sets are the units of work of an ablation."""
+    """The four values that determine a demonstration set. An ablation is run set by set."""
 
     task: str
     selector: str
@@ -315,6 +316,7 @@ def skipped_criteria(ablation: Ablation) -> list[str]:
             )
         for selector in ablation.selectors:
             names = [name for name in ablation.choosers if applies(name, task) and not applies(name, task, selector)]
+            # A criterion chooses either one order for all queries, or demonstrations for each query.
             if by_query := [name for name in names if criterion(name).chooses != "order"]:
                 sentences.append(
                     f"{task.name}, {selector}: {', '.join(by_query)} skipped: they read sets that all queries share, but this "
@@ -349,10 +351,10 @@ def probes_of(criterion_name: str, *, sampled: bool) -> Probes:
 
 @functools.lru_cache(maxsize=1024)
 def _shuffled_orders(k: int, seed: int, count: int) -> NDArray[np.int64]:
-    # With all k! orders requested, the first `count` are the same for every count. When orders are drawn one by one, a larger
-    # count continues the same sequence of draws.
+    # A larger `count` must keep the orders of a smaller one. For small k, all k! orders are always shuffled and the first `count`
+    # are taken; for larger k, they are drawn one by one, and a larger count continues the same sequence of draws.
     orders = random_permutations(k, math.factorial(k) if k <= _MOST_ENUMERATED else count, seed)[:count].copy()
-    # The cache hands out the same array to every caller.
+    # The cache returns the same array to every caller, so no caller may change it.
     orders.setflags(write=False)
     return orders
 

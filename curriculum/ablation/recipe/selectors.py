@@ -1,7 +1,7 @@
 """The selectors of an ablation: those of `demos.select` that can draw several sets, and two that query the model.
 
-Contract: `SELECTORS` is the one place that lists them. A selector that has a seed draws one set for each seed. Any other chooses
-from half of the pool, which the seed draws (`splits.draw_half`).
+Contract: `SELECTORS` is the one place that lists them. A selector that has a seed draws one set for each seed. A selector without
+a seed would always choose the same set, so it chooses from a half of the pool that is drawn with the seed (`splits.draw_half`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ MODEL_SELECTORS = Registry(
 
 def _draws_several(entry: DemoSelectorEntry) -> bool:
     """Whether another seed, or another half of the pool, gives another set."""
-    # A selector that needs nothing takes the first rows of the file, and `names_rows` means that the caller lists the rows.
+    # A selector without a seed that needs nothing takes the first rows of the file, and one with `names_rows` takes the rows that
+    # the caller lists. Both give the same set every time.
     return entry.is_seeded or bool(entry.needs and not entry.names_rows)
 
 
@@ -80,5 +81,5 @@ def check_selector(name: str) -> DemoSelectorEntry:
 
 
 def looks_at_query(name: str) -> bool:
-    """Whether a selector of the table gives each query its own demonstrations."""
+    """Whether a selector of `SELECTORS` gives each query its own demonstrations."""
     return SELECTORS[name].looks_at_query

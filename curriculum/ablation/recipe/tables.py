@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from sparsort.errors import SparsortError, did_you_mean, unknown_choice
 
 T = TypeVar("T")
-# Not None, which is a valid value of optional fields.
+# What `_convert` returns for a value of the wrong type. It is not None, because None is a valid value of optional fields.
 _MISMATCH = object()
 _NAMES = {
     str: "text",
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise SparsortError(f"{path} is not valid TOML: {error}.") from error
     except (ValueError, RecursionError) as error:
-        # `tomllib` does not wrap these two errors of Python.
+        # Python raises these two errors itself, and `tomllib` does not turn them into a TOMLDecodeError.
         raise SparsortError(f"{path} contains a number with too many digits, or is nested too deeply.") from error
 
 
@@ -52,7 +52,7 @@ def build(cls: type[T], table: Mapping[str, Any], *, kind: str, where: str) -> T
     """Create an object of the dataclass `cls` from a table.
 
     Args:
-        cls: a keyword-only dataclass whose annotations consist of text, numbers, paths, literals, tuples, mappings of text, and
+        cls: a keyword-only dataclass whose annotations consist of text, numbers, paths, literals, tuples, mappings to text, and
             dataclasses. A list in the table becomes a tuple.
         table: key to value, as read from TOML or JSON.
         kind: a noun for the object in error messages ("task", "ablation").
@@ -123,7 +123,7 @@ def _convert(given: Any, hint: Any) -> Any:
         items = [_convert(item, arguments[0]) for item in given]
         return _MISMATCH if any(item is _MISMATCH for item in items) else tuple(items)
     if origin is not None:
-        # The only other generic annotation is a mapping of text.
+        # The only other generic annotation is a mapping whose values are text.
         is_text = isinstance(given, Mapping) and all(isinstance(value, str) for value in given.values())
         return {str(key): value for key, value in given.items()} if is_text else _MISMATCH
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):

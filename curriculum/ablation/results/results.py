@@ -1,11 +1,11 @@
 """The results of an ablation: its cells and their provenance, in memory and on disk.
 
 Contract: `Results` is checked on construction. On disk, `results.json` has what a person may read, and `arrays.npz` the outcomes.
-The JSON file is written last, and contains the size and digest of its arrays as well as a digest of itself. If a kill between
-the two writes leaves files that do not belong together, they are refused. Log-probabilities are stored in float32 and
-predictions in 16 bits; everything else is read back without loss. Neither file uses pickle.
+The JSON file is written last, and contains the size and digest of the arrays' file as well as a digest of itself. If the process
+is killed between the two writes, the files do not belong together, and `load` refuses them. Log-probabilities are stored in
+float32 and predictions in 16 bits; everything else is read back without loss. Neither file uses pickle.
 
-JSON of format 1 has no digest of itself. It is read if its arrays have the digest that it names.
+A JSON file of format 1 has no digest of itself. It is still read, if its arrays have the digest that it contains.
 
 Shapes: A arms, S demonstration sets, Q test items, L labels.
 """
@@ -34,7 +34,7 @@ _FORMAT, _UNSEALED = "sparsort results 2", "sparsort results 1"
 _AGAIN = "Run sparsort ablate again: it makes the results from its store."
 # The dtypes on disk of arrays that are stored in fewer bits than in memory.
 _STORED = {"log_p": np.float32, "predicted": np.int16, "order_of_item": np.int16}
-# The fields of a cell that are JSON values as they are, by their keys in the JSON file.
+# Key in the JSON file → attribute of `Cell`, for the attributes that need no conversion to JSON values.
 _FIELDS = {
     **{name: name for name in ("task", "selector", "k")},
     "calibrated": "contextual",
@@ -99,7 +99,8 @@ class Results:
             name: array.astype(_STORED.get(name.rpartition("/")[2], array.dtype), copy=False)
             for name, array in arrays.items()
         }
-        # The JSON file comes last and names these arrays. Until it is written, the old one refuses the new arrays.
+        # The JSON file comes last and records the digest of these arrays. Until it is written, `load` refuses the new arrays,
+        # because their digest is not the one in the old JSON file.
         with write_atomically(folder / ARRAYS) as temporary:
             with temporary.open("wb") as handle:
                 np.savez_compressed(handle, **stored)  # type: ignore[arg-type]
@@ -125,8 +126,8 @@ class Results:
             )
         if not _is_recorded(arrays_path, content["arrays"]):
             raise SparsortError(
-                f"{arrays_path} is not the file that {RESULTS} was written with: it is damaged, or a run was stopped between the "
-                f"two, or is writing now. Wait for it. {_AGAIN}"
+                f"{arrays_path} is not the file that {RESULTS} was written with: it is damaged, or a run was stopped between "
+                f"writing the two, or a run is writing them now. If one is, wait until it ends. {_AGAIN}"
             )
         try:
             with np.load(arrays_path, allow_pickle=False) as archive:
@@ -154,7 +155,7 @@ def find_results(folder: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The content of `results.json`, checked as far as its own parts."""
+    """The content of `results.json`. Its format, its digest and the types of its parts are checked, but not its cells."""
     try:
         content = parse_own_json(path.read_bytes())
     except ValueError as error:
@@ -231,7 +232,7 @@ def _rebuild_arms(number: int, part: str, cell: Mapping[str, Any], arrays: Mappi
     prefix = f"{number}/{part}"
     stacked = {name: np.asarray(arrays[f"{prefix}/{name}"]) for name in ("predicted", "correct")}
     stacked |= {name: np.asarray(arrays[f"{prefix}/{name}"], float) for name in ("tokens", "choosing_tokens")}
-    # An empty axis hides those after it in a nested list, and generated answers have L = 0.
+    # A nested list loses the lengths of all axes after an empty one, and generated answers have L = 0, so the shape is restored.
     shape_SQL = (len(cell["sets"]), len(cell["items"]), len(cell["labels"]))
     log_p = np.asarray(arrays[f"{prefix}/log_p"], dtype=np.float64)
     stacked["log_p"] = log_p.reshape(len(cell[part]), *shape_SQL)

@@ -41,7 +41,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
     paths = [path for path in paths if not path.name.startswith((FILE, f".{FILE}.")) and path.name not in skip]
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            records = list(pool.map(_settled, paths))
+            records = list(pool.map(_sync_and_record, paths))
         # A new file is only durable once the entry in its folder is on the disk too.
         for inner in {path.parent for path in paths}:
             sync(inner)
@@ -78,9 +78,10 @@ def damage_in(folder: Path) -> str | None:
 
 
 def unreadable_in(folder: Path) -> str | None:
-    """A description of the damage in a folder without a manifest, as far as its files show any; None if they show none.
+    """A description of the damage that can be detected in a folder without a manifest; None if none is.
 
-    JSON must parse, the header of a safetensors file must fit its size, and the CRC of each record of torch.save must match.
+    JSON must parse, the header of a safetensors file must fit its size, and each record in a file of torch.save must
+    match its CRC.
     """
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if problem := _unreadable(path):
@@ -121,7 +122,7 @@ def _damage(folder: Path, name: str, record: dict[str, Any]) -> str | None:
     return problem and f"{name} is not as it was written: {problem}"
 
 
-def _settled(path: Path) -> dict[str, Any]:
+def _sync_and_record(path: Path) -> dict[str, Any]:
     # The file must be on the disk before a manifest says that it is complete.
     sync(path)
     return integrity.record_of(path)

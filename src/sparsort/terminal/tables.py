@@ -138,6 +138,7 @@ def _row(cells: Sequence[str], columns: Sequence[Column], sizes: Sequence[int]) 
             " " * (size - cell_len(cell)) + cell if column.kind == "number" else cell + " " * (size - cell_len(cell))
             for cell, column, size in zip(line, columns, sizes, strict=True)
         ]
+        # Non-breaking spaces kept words together while cells were wrapped; the terminal gets normal ones.
         lines.append((" " * _GAP).join(aligned).rstrip().replace("\xa0", " "))
     return lines
 

@@ -410,7 +410,7 @@ def test_a_batch_without_tokens_selects_nothing(layer: Layer, name: str, lengths
 
 
 def test_a_module_of_another_kind_is_refused() -> None:
-    with pytest.raises(SparsortError, match="a selector cannot join Identity"):
+    with pytest.raises(SparsortError, match="a selector cannot be added to Identity"):
         make_selector(nn.Identity(), SparseAttentionConfig())
 
 

@@ -1,4 +1,6 @@
-"""The figures of the page: one for every cell and question, all of one width and with aligned axes.
+"""The figures of the HTML page, by section: one for each cell, and in some sections one over all tasks.
+
+All figures have the same width, and their axes are aligned.
 
 Contract: `panels` is a generator, so that each figure can be written and freed before the next one is drawn. It must run inside
 `style.styled(SIZE)`.
@@ -18,7 +20,7 @@ from sparsort.curriculum.ablation.report.numbers.shape import CalibrationCell, C
 Section = Literal["forest", "spread", "cost", "calibration", "labels"]
 AnyPanel = CellNumbers | Pooled | CalibrationCell
 
-# Widths and heights are in inches; SIZE is that of text, in points.
+# Widths and heights are in inches; SIZE is the size of text in points.
 WIDTH = 5.6
 SIZE = 8.5
 _ROW = 0.178
@@ -27,12 +29,12 @@ _POINTS = "points of accuracy against the mean random order"
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A figure with the values that the page's filters compare.
+    """A figure with the values by which the page's filters show or hide it.
 
     Attributes:
-        task: None for all tasks.
-        k: None for all k.
-        calibrated: None for both.
+        task: the task; None if the figure covers all tasks.
+        k: the number of shots; None if the figure covers all of them.
+        calibrated: whether contextual calibration is on; None if the figure compares on with off.
     """
 
     section: Section
@@ -50,9 +52,9 @@ def panels(report: Report) -> Iterator[Panel]:
     margin = _margin(rows)
     cells = report["cells"]
     # Differences over tasks are smaller than those of single cells, so the two have different axes.
-    for alike in (report["pooled"], cells):
-        limit = shared_limit(alike)
-        for panel in alike:
+    for group in (report["pooled"], cells):
+        limit = shared_limit(group)
+        for panel in group:
             if tested_arms(panel):
                 yield _panel("forest", panel, forest_picture(panel, rows, limit, margin))
     for cell in cells:
@@ -70,9 +72,9 @@ def panels(report: Report) -> Iterator[Panel]:
             yield _panel("labels", cell, _labels(cell, rows, margin))
 
 
-def shared_limit(alike: Sequence[CellNumbers] | Sequence[Pooled]) -> float:
+def shared_limit(group: Sequence[CellNumbers] | Sequence[Pooled]) -> float:
     """Half the width of the axis of differences that these panels share."""
-    return forest.limit_of(difference for panel in alike for difference in tested_arms(panel).values())
+    return forest.limit_of(difference for panel in group for difference in tested_arms(panel).values())
 
 
 def title_of(panel: AnyPanel) -> str:
@@ -81,7 +83,7 @@ def title_of(panel: AnyPanel) -> str:
 
 
 def shots_of(panel: AnyPanel) -> str:
-    """The number of shots of a panel as its titles write it."""
+    """The number of shots of a panel, as it is written in titles."""
     return "every k" if panel["k"] is None else f"k = {panel['k']}"
 
 
@@ -98,6 +100,7 @@ def _panel(section: Section, panel: AnyPanel, picture: Picture) -> Panel:
         task=_task_of(panel),
         selector=panel["selector"],
         k=panel["k"],
+        # Only a `CalibrationCell` has this key; it compares on with off.
         calibrated=None if "spread_off" in panel else panel["calibrated"],
         title=title_of(panel),
         picture=picture,
@@ -105,9 +108,9 @@ def _panel(section: Section, panel: AnyPanel, picture: Picture) -> Panel:
 
 
 def _margin(rows: Blocks) -> float:
-    """The width of the names, the same in every panel, so that axes line up."""
+    """The width of the left margin, where the names of arms are; it is the same in every panel, so that axes line up."""
     names = [plain(name) for _, listed in rows for name in listed]
-    # Names are cut to a number of characters, and wide characters could still leave no room for the axes.
+    # Long names are already shortened to a number of characters, but wide characters could still leave no room for the axes.
     return min(0.48 * WIDTH, text_width([*names, paired.RANDOM], SIZE) + 0.1)
 
 
@@ -134,7 +137,7 @@ def forest_picture(panel: CellNumbers | Pooled, rows: Blocks, limit: float, marg
     notes = {}
     if "tasks" in panel:
         total = len(panel["tasks"])
-        # An arm that was run on some of the tasks only has their number after its name.
+        # If an arm was run on only some of the tasks, the number of these tasks follows its name.
         notes = {a["name"]: f" ({len(a['tasks'])}/{total})" for a in panel["arms"] if len(a["tasks"]) < total}
     axes = _axes(figure, margin, 0.42, 1.45, 0.04)
     forest.draw_forest(axes, arms, rows, tips, limit=limit, notes=notes)
@@ -177,8 +180,9 @@ def _calibration(pair: CalibrationCell, rows: Blocks, limits: tuple[float, float
 def _labels(cell: CellNumbers, rows: Blocks, margin: float) -> Picture:
     present = shares.rows_of(cell, rows)
     columns, lines = shares.legend_shape(cell, SIZE - 0.5, WIDTH - margin)
-    # Heights of the orders below, of the legend above and of the rows, and the width of the entropies on the right.
+    # The height of the strip of random orders below, the height of the legend above, and the width of the entropies on the right.
     strip, legend, entropy = 0.75, 0.04 + 0.155 * lines, 1.15
+    # The height of the rows.
     main = _ROW * (sum(len(names) for _, names in present) + 0.5 * len(present))
     figure, tips = blank(WIDTH, main + strip + legend + 0.85), Tips()
     bars = _axes(figure, margin, strip + 0.75, entropy + 0.34, legend + 0.05)

@@ -1,8 +1,8 @@
 """The shares of labels among the predictions under each order, compared with the gold labels.
 
 Left: the share of each label among the gold labels, under all random orders together, and under every arm. Right: the entropy of
-those shares (1 if all labels are equally frequent), for every random order of every set, and for every arm by set. Below: each
-random order, from the most one-sided to the most even.
+those shares (1 if all labels are equally frequent), for every random order of every set, and for every arm on every set. Below:
+the shares under each random order, from the most one-sided to the most even.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GOLD, RANDOM = "gold labels", "random orders"
 
 
 def label_colours(labels: Sequence[str]) -> list[str]:
-    """A colour for every label; labels beyond the palette share one."""
+    """A colour for every label; if there are more labels than colours, the last ones share one."""
     return [colour(LABEL_COLOURS[place] if place < len(LABEL_COLOURS) else "rest") for place in range(len(labels))]
 
 
@@ -185,8 +185,9 @@ def _gold_edges(cell: CellNumbers) -> list[float]:
     return edges
 
 
-def _finish(axes: Any, y_of: dict[str, float], bottom: float, names: Tips | None = None) -> None:
+def _finish(axes: Any, y_of: dict[str, float], bottom: float, name_tips: Tips | None = None) -> None:
+    """Remove the frame and ticks; with `name_tips`, write the names of the rows and add their tooltips to it."""
     bare(axes, rows=(bottom - 0.4, -0.7))
     axes.set_yticks([])
-    if names is not None:
-        write_names(axes, y_of, axes.xaxis.label.get_fontsize(), names, others=(GOLD, RANDOM))
+    if name_tips is not None:
+        write_names(axes, y_of, axes.xaxis.label.get_fontsize(), name_tips, others=(GOLD, RANDOM))

@@ -1,7 +1,7 @@
-"""The figures for a paper: one sheet for every question, with all tasks and shots side by side on shared axes.
+"""The figures for a paper: one sheet for each kind of figure, with all tasks and shots side by side on shared axes.
 
-Contract: like `panels`, a generator that must run inside `style.styled(SIZE)`. A sheet has the cells of one selector with or
-without contextual calibration; tasks are its columns and shots its rows.
+Contract: `sheets` is a generator that must run inside `style.styled(SIZE)`, like `panels`. A sheet has the cells of one selector
+with or without contextual calibration; its columns are tasks, and its rows are numbers of shots.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from sparsort.curriculum.ablation.report.figures.style import (
 from sparsort.curriculum.ablation.report.numbers.rows import Blocks, blocks, tested_arms
 from sparsort.curriculum.ablation.report.numbers.shape import CellNumbers, Difference, Pooled, Report
 
-# Widths and heights are in inches; SIZE is that of text, in points.
+# Widths and heights are in inches; SIZE is the size of text in points.
 SIZE = 7.0
 COLUMNS = 6
-_LEAST_WIDTH, _MOST_PANEL_WIDTH = 5.4, 4.6
+# If a sheet has few columns, its panels are widened until the sheet has its minimal width or they have their maximal width.
+_MIN_SHEET_WIDTH, _MAX_PANEL_WIDTH = 5.4, 4.6
 _ROW = 0.15
 
 # An entry of a legend: its text, and the properties of a line or marker of matplotlib.
@@ -43,7 +44,7 @@ def sheets(report: Report) -> Iterator[Picture]:
     views = list(dict.fromkeys((cell["selector"], cell["calibrated"]) for cell in report["cells"]))
     selectors = list(dict.fromkeys(selector for selector, _ in views))
     several = len(selectors) > 1
-    # A file name contains only the plain characters of a selector's name, so its number keeps file names distinct.
+    # `slug` replaces special characters, so two selectors may have the same slug; the number before it keeps file names distinct.
     slugs = {selector: f"-{place}-{slug(selector)}" for place, selector in enumerate(selectors, 1)}
     for selector, calibrated in views:
         cells = [cell for cell in report["cells"] if (cell["selector"], cell["calibrated"]) == (selector, calibrated)]
@@ -78,7 +79,7 @@ def _grid(cells: Sequence[Any]) -> list[list[Any]]:
 
 
 def _with_pooled(grid: list[list[CellNumbers]], pooled: Sequence[Pooled]) -> list[list[CellNumbers | Pooled]]:
-    """The grid with the panel over all tasks of each k at the end of the last line of that k."""
+    """The grid with the pooled panels: the one of each k is added at the end of the last line that has this k."""
     last_line = {line[0]["k"]: number for number, line in enumerate(grid)}
     return [
         [*line, *(pool for pool in pooled if pool["k"] == line[0]["k"] and last_line[line[0]["k"]] == number)]
@@ -87,21 +88,21 @@ def _with_pooled(grid: list[list[CellNumbers]], pooled: Sequence[Pooled]) -> lis
 
 
 def _alike(grid: list[list[Any]], panel: Any) -> list[Any]:
-    """The panels of the same task, which share an axis."""
+    """The panels of the same task as `panel`, whose axes have the same limits."""
     return [other for line in grid for other in line if other["task"] == panel["task"]]
 
 
 class _Sheet:
-    """A grid of axes.
+    """A figure with a grid of axes, one for each panel. All sizes are in inches.
 
     Args:
         grid: the panels in lines.
-        heights: of the axes in each line.
-        wide: the least width of axes.
-        left: the width of the names.
-        gap: between columns.
-        tops: the room above the axes of each line, at the upper end of which the titles are; by default that of a title.
-        foot: the room below the last line.
+        heights: the height of the axes in each line.
+        wide: the smallest width of the axes of a panel.
+        left: the width of the left margin, where the names of arms are.
+        gap: the width of the gap between columns.
+        tops: for each line, the height of the space above its axes, with the titles at its top; None if it has only the titles.
+        foot: the height of the space below the last line.
     """
 
     def __init__(
@@ -117,8 +118,9 @@ class _Sheet:
     ) -> None:
         columns = max(len(line) for line in grid)
         # A few panels are drawn wider, so that the sheet has room for the legend.
-        wide = max(wide, min(_MOST_PANEL_WIDTH, (_LEAST_WIDTH - left - (columns - 1) * gap) / columns))
+        wide = max(wide, min(_MAX_PANEL_WIDTH, (_MIN_SHEET_WIDTH - left - (columns - 1) * gap) / columns))
         self.tops, self.between, self.foot = tops or [0.24] * len(grid), 0.42, foot
+        # For each line, the distance in points between the axes and the title; None for matplotlib's default.
         self.pads = [None if tops is None else 72 * top - 15 for top in self.tops]
         width = left + columns * wide + (columns - 1) * gap + 0.12
         height = sum(heights) + sum(self.tops) + (len(grid) - 1) * self.between + self.foot
@@ -138,7 +140,7 @@ class _Sheet:
     def _axes(self, line: int, column: int) -> Any:
         above = sum(self.heights[: line + 1]) + sum(self.tops[: line + 1]) + line * self.between
         x, y = self.left + column * (self.wide + self.gap), self.size[1] - above
-        # matplotlib counts as shares of the figure, from its lower left corner.
+        # matplotlib expects fractions of the figure's size, measured from its lower left corner.
         return self.figure.add_axes(
             (x / self.size[0], y / self.size[1], self.wide / self.size[0], self.heights[line] / self.size[1])
         )
@@ -219,7 +221,7 @@ def _forest(
     lines = _with_pooled(grid, pooled)
     height = _ROW * (sum(len(names) for _, names in rows) + 1.2 * len(rows))
     sheet = _Sheet(lines, [height] * len(lines), wide=1.12, left=margin, gap=0.14)
-    # The limit is that of the cells; differences over tasks, which share the axes, are usually smaller.
+    # The limit is computed from the single cells. Differences over tasks have the same limit, and are usually smaller.
     limit = shared_limit([panel for line in grid for panel in line])
     differences: list[Difference] = []
     for axes, panel, _, column in sheet.panels():
@@ -261,7 +263,8 @@ def _cost(grid: list[list[CellNumbers]], pooled: Sequence[Pooled], view: str, en
 
 
 def _labels(grid: list[list[CellNumbers]], rows: Blocks, margin: float, view: str, ending: str) -> Picture:
-    # Every panel has the rows of all arms, so that they are at the same height in all columns.
+    # Every panel has the rows of all arms, so that they are at the same height in all columns. The first two blocks of `rows_of`
+    # are the gold labels and the random orders.
     whole = [*shares.rows_of(grid[0][0], rows)[:2], *rows]
     height = _ROW * (sum(len(names) for _, names in whole) + 0.5 * len(whole))
     wide, size = 1.3, SIZE - 1.2

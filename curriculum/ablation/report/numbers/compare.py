@@ -1,12 +1,12 @@
-"""The bridge from outcomes to `curriculum.ablation.statistics`: families of comparisons, in the shape of the report.
+"""The comparisons of a report, in families that are corrected together, computed by `curriculum.ablation.statistics`.
 
 Contract: no statistic is defined here. The test and the adjusted interval of an arm in a family of m come from one call at
-level 1 − α/m, so both use the same method (sign vectors if there are enough of them for that level, else t). Holm's correction
-then uses these p-values. A number that cannot be computed (fewer than three sets, or no spread) is None, with the reason next
-to it. Outcomes are right or wrong, so a difference and its interval are within ±1.
+level 1 − α/m, so both use the same method: the wild cluster bootstrap, or Student's t if there are too few sign vectors for that
+level. Holm's correction then uses these p-values. A number that cannot be computed (fewer than three sets, or no spread) is
+None, with the reason next to it. Outcomes are right or wrong, so a difference and its interval are within ±1.
 
 An arm without a p-value counts in m with p = 1. The best arm is picked from the whole family, so an arm that drops out because of
-its own outcomes must not make the others look better. The adjusted intervals have the same m.
+its own outcomes must not make the others look better. The adjusted intervals use the same m.
 
 Shapes: R random orders, S demonstration sets, Q test items, N clusters.
 """
@@ -65,7 +65,8 @@ def pooled_family(arms: Sequence[Sequence[NDArray[np.float64]]]) -> list[Differe
 
 
 def _missing_over_tasks(by_task: Sequence[NDArray[np.float64]]) -> str:
-    # The weighted values of tasks differ even if the sets within each task do not, and that is no spread over sets.
+    # The weighted values of different tasks differ even if the sets within each task do not. Such differences say nothing about
+    # the spread over sets.
     if few := too_few(sum(len(gain_S) for gain_S in by_task), SET):
         return few
     if all(len(gain_S) == 1 for gain_S in by_task):
@@ -122,7 +123,7 @@ def spread_parts(random_RSQ: NDArray[Any]) -> tuple[dict[str, float | None], dic
 
 
 def explain(reasons: Mapping[str, str]) -> str | None:
-    """Join reasons by field into the text of `reason`; None if no field needs one."""
+    """Join the reasons why fields are None into one text for the field `reason`; None if there are none."""
     return "; ".join(f"{fields}: {why}" for fields, why in reasons.items() if why) or None
 
 

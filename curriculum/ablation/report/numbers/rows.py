@@ -1,7 +1,8 @@
-"""The arms in the order of every figure and table, and the formats of numbers.
+"""The order of the arms in all figures and tables, and the formats of numbers.
 
-Contract: arms are in blocks by kind, rules first, and within a block from the largest gain to the smallest. If there are several
-tasks, the gain is the one over all tasks; if a cell was run both ways, it is the gain without contextual calibration.
+Contract: arms are in blocks by kind, first the orderers that are rules, and within a block from the largest gain to the smallest.
+If there are several tasks, the gain is the one over all tasks; if a cell was run both with and without contextual calibration,
+it is the gain without.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def points(value: float | None, digits: int = 1) -> str:
     if value is None:
         return "–"
     text = f"{100 * value:+.{digits}f}"
-    # Zero has no sign, not even a small number that is rounded to zero.
+    # Zero has no sign, and neither has a small number that is rounded to zero.
     return (text if float(text) else f"{0:.{digits}f}").replace("-", "−")
 
 

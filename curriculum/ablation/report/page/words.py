@@ -1,4 +1,4 @@
-"""The fixed texts of the page and the Markdown: titles, introductions, keys and the method."""
+"""The fixed texts of a report as an HTML page and as Markdown: titles, introductions, legends and the method."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEADS = {
         "for the other orderers; bars show their means."
     ),
 }
-# (CSS class of the swatch, text) for each section.
+# The legend of each section: (CSS class of the swatch, text) for each of its entries.
 KEYS: dict[str, list[tuple[str, str]]] = {
     "forest": [
         ("helps", "helps"),
@@ -115,6 +115,7 @@ METHOD = [
     (
         "Cost",
         "The tokens that the model reads for one answer, where a prefix that several queries share counts once, plus "
-        "the tokens read to choose the order per test item. With fewer items, choosing is more expensive per answer.",
+        "the tokens read to choose the order, divided by the number of test items. With fewer items, choosing is more "
+        "expensive per answer.",
     ),
 ]

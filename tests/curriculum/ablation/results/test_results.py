@@ -205,7 +205,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     Results(cells=[make_group()], provenance={}).save(tmp_path)
     Results(cells=[make_group(S=3)], provenance={}).save(tmp_path / "other")
     (tmp_path / ARRAYS).write_bytes((tmp_path / "other" / ARRAYS).read_bytes())
-    with pytest.raises(SparsortError, match="stopped between the two"):
+    with pytest.raises(SparsortError, match="stopped between writing the two"):
         Results.load(tmp_path)
     (tmp_path / ARRAYS).unlink()
     with pytest.raises(SparsortError, match=f"{ARRAYS} is missing"):
