@@ -196,4 +196,7 @@ def _number(name: str, given: Any) -> float:
     """Convert a real number of Python, NumPy or another library to a Python float."""
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise SparsortError(f"{name} is {given!r}; expected a number.")
-    return float(given)
+    try:
+        return float(given)
+    except OverflowError as error:
+        raise SparsortError(f"{name} is a number beyond the range of a float; expected a smaller one.") from error

@@ -137,3 +137,8 @@ def test_numbers_of_numpy_are_kept_as_pythons() -> None:
     config = SparseAttentionConfig.from_json(given)
     assert config == SparseAttentionConfig(block_size=16, layers=(0, 2), top_p=0.5, seed=3)
     assert SparseAttentionConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_number_beyond_the_range_of_a_float_is_refused() -> None:
+    with pytest.raises(SparsortError, match="threshold is a number beyond the range of a float"):
+        SparseAttentionConfig(threshold=10**400)
