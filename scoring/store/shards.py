@@ -384,10 +384,16 @@ def _is_whole(manifest: Mapping[str, Any]) -> bool:
     return (
         isinstance(manifest.get("provenance"), dict)
         and isinstance(manifest["provenance"].get("orientation", {}), dict)
-        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(type(number) is int and 0 <= number <= sys.maxsize for number in numbers)
         and isinstance(shards, list)
         and all(isinstance(shard, dict) for shard in shards)
         and all(type(shard.get(name)) is kind for shard in shards for name, kind in kinds.items())
+        # Only version 1 listed shards without their rows.
+        and (
+            "rows" not in kinds
+            or "shards" not in manifest
+            or sum(shard["rows"] for shard in shards) == manifest.get("rows")
+        )
     )
 
 
