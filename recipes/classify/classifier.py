@@ -34,7 +34,7 @@ from sparsort.curriculum.demos.criteria.label_calibration import (
     combine_orders,
 )
 from sparsort.curriculum.demos.demonstrator import Demonstrator
-from sparsort.curriculum.demos.known import Known
+from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import order_entry
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.pool.pool import DemoPool
@@ -237,8 +237,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"select is {self.select!r}, which needs {', '.join(sorted(entry.needs))}. All rows share one prompt here; take "
                 f"{USABLE_SELECTORS.listed()}."
             )
-        if self.order != AUTO:
-            order_entry(self.order)
+        if self.order != AUTO and not order_entry(self.order).needs <= {"lengths"}:
+            needs = ", ".join(sorted(order_entry(self.order).needs - {"lengths"}))
+            raise ClassifierError(
+                f"order is {self.order!r}, which needs {needs}, and a classifier has none. Take {AUTO!r}."
+            )
         for name, value, least in (
             ("k", self.k, 1),
             ("n_orders", self.n_orders, 1),
@@ -284,7 +287,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         else:
             pool = DemoPool(demos, prompt=self.task_.prompt, ids=[str(at) for at in range(len(demos))])
             demonstrator = Demonstrator(order=self.order, seed=seed)
-            orders = [demonstrator.positions(Known(pool))]
+            lengths = RowNumbers.of(np.array([len(self.task_.demo_text(demo)) for demo in demos]))
+            orders = [demonstrator.positions(Known(pool, lengths=lengths))]
         return [[demos[at] for at in order] for order in orders]
 
     def _calibration_rows(self, rows: list[Row], gold: NDArray[np.int64], shown: list[int], seed: int) -> list[int]:

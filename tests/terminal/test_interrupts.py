@@ -92,6 +92,7 @@ COMMANDS = {
     "score": ["rows.jsonl"],
     "order": ["rows.jsonl", "-q", "x"],
     "choose": ["rows.jsonl"],
+    "classify": ["rows.jsonl", "--out", "runs"],
     "calibrate": ["rows.jsonl"],
     "ablate": ["rows.jsonl", "--out", "runs"],
     "report": ["runs"],

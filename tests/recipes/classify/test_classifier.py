@@ -132,6 +132,13 @@ def test_several_orders_are_averaged(tiny: ModelSpec) -> None:
     ]
 
 
+def test_an_order_by_length_counts_what_the_prompt_shows(tiny: ModelSpec) -> None:
+    rows = [{"q": "x" * (i + 1), "hidden": "y" * (50 - i)} for i in range(12)]
+    model = FewShotClassifier(tiny, k=4, order="length_ascending", prompt="{q}\n").fit(rows, ["a", "b"] * 6)
+    lengths = [len(row["q"]) for row in model.demonstrations_]
+    assert lengths == sorted(lengths)
+
+
 def test_gains_name_each_ingredient_and_its_cost(tiny: ModelSpec) -> None:
     model = FewShotClassifier(tiny, k=4, n_orders=2, prior="pool").fit(TEXTS, LABELS)
     names = [gain.ingredient for gain in model.gains_]
@@ -204,6 +211,7 @@ def test_it_warns_about_a_skewed_pool(tiny: ModelSpec) -> None:
         ({"select": "knn"}, "needs embeddings"),
         ({"select": "balancd"}, "Did you mean 'balanced'"),
         ({"order": "sparse"}, "unknown order"),
+        ({"order": "hard_to_easy"}, "which needs scores"),
         ({"calibration": "bach"}, "Did you mean 'batch'"),
         ({"prior": "unifrom"}, "expected one of uniform"),
         ({"prior": {"colour": 1.0}}, "shares for"),
