@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -175,17 +176,22 @@ def _write_parquet(path: Path, chunks: Iterator[pa.Table], total: int) -> None:
 def _write_jsonl(path: Path, chunks: Iterator[pa.Table], total: int) -> None:
     with progress("export", total) as advance, path.open("w", encoding="utf-8") as file:
         for chunk in chunks:
-            # JSON has no NaN: a row without a score has the difficulty null.
             for row in chunk.to_pylist():
-                plain = {
-                    key: None if isinstance(value, float) and value != value else value for key, value in row.items()
-                }
-                file.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(_without_nan(row), ensure_ascii=False, default=str) + "\n")
             advance(len(chunk))
 
 
+def _without_nan(value: Any) -> Any:
+    """The value with null for NaN, which JSON lacks: a row without a score has the difficulty NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _write_dataset(target: Path, chunks: Iterator[pa.Table], total: int, scratch: Path) -> None:
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
 
     file = scratch / "ordered.arrow"
     first = next(chunks)
@@ -197,7 +203,6 @@ def _write_dataset(target: Path, chunks: Iterator[pa.Table], total: int, scratch
         for chunk in itertools.chain([first], chunks):
             writer.write_table(chunk)
             advance(len(chunk))
-    disable_progress_bars()
     saved = scratch / "dataset"
     Dataset.from_file(str(file)).save_to_disk(saved)
     sync(saved)

@@ -171,7 +171,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         reader = self._reader()
         self._evidence = self._read_evidence(reader, [rows[at] for at in held_out], gold[held_out], others)
         self._calibration = self._usable_calibration()
-        self._bias = self._calibration.estimate(self._evidence)
+        # A transductive bias is estimated from the rows to predict.
+        self._bias = None if self.transductive else self._calibration.estimate(self._evidence)
         self.prior_ = self._estimate_shares(self._evidence.unlabelled) if shares is None else shares
         self.tokens_read_ = reader.tokens_read
         self.model_name_ = reader.model_name
@@ -197,7 +198,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         reader = self._reader()
         log_p = reader.scores(self._orders, [self.task_.query_text(row) for row in rows], title="rows")
         bias, shares = self._bias, self.prior_
-        if self.transductive:
+        if bias is None:
             bias = self._calibration.estimate(replace(self._evidence, labelled=None, unlabelled=log_p))
             shares = self._estimate_shares(log_p) if self._prior_is_estimated else shares
         log_proba = combine_orders(bias.remove(log_p), np.log(shares))
@@ -293,10 +294,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _calibration_rows(self, rows: list[Row], gold: NDArray[np.int64], shown: list[int], seed: int) -> list[int]:
         """Positions of rows outside the prompt and unlike it, their classes as even as the rows allow."""
-        left = [at for at in range(len(rows)) if at not in set(shown)]
+        in_prompt = set(shown)
+        left = [at for at in range(len(rows)) if at not in in_prompt]
         order = [left[at] for at in evenly_by_label(gold[left].tolist(), seed=seed).tolist()]
-        # Near-duplicates of a demonstration would be answered by copying. More candidates than needed are looked at, for those
-        # that drop out.
+        # The model could copy the answer of a near-duplicate from its demonstration. Twice as many candidates as needed replace
+        # those that are excluded.
         candidates = order[: 2 * self.calibration_rows]
         alike = alike_rows(self.task_.fields, [rows[at] for at in candidates], [rows[at] for at in shown])
         return [at for place, at in enumerate(candidates) if place not in alike][: self.calibration_rows]
@@ -310,22 +312,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         def read(texts: list[str], title: str) -> Floats | None:
             return reader.scores(self._orders, texts, title=title) if texts else None
 
+        # They are also read if no row is left for the calibration, which then falls back to the contextual one.
+        needs_content_free = "content_free" in LABEL_CALIBRATIONS[self.calibration].needs or not (
+            labelled or others or self.transductive
+        )
         return BiasEvidence(
             orders=len(self._orders),
             labels=len(self.classes_),
             labelled=read([self.task_.query_text(row) for row in labelled], "calibration rows"),
             gold=gold if labelled else None,
             unlabelled=read([self.task_.query_text(row) for row in others], "unlabelled rows"),
-            content_free=read(self.task_.content_free_texts(), "content-free inputs"),
+            content_free=read(self.task_.content_free_texts(), "content-free inputs") if needs_content_free else None,
         )
 
     def _usable_calibration(self) -> LabelCalibrationEntry:
         """The calibration, or the contextual one if no row is left for it."""
         entry = LABEL_CALIBRATIONS[self.calibration]
-        has = {"content_free"}
-        has |= {"rows"} if self._evidence.labelled is not None or self._evidence.unlabelled is not None else set()
-        has |= {"gold"} if self._evidence.labelled is not None else set()
-        if entry.needs <= has:
+        is_labelled = self._evidence.labelled is not None
+        has = {
+            "content_free": self._evidence.content_free is not None,
+            "rows": is_labelled or self._evidence.unlabelled is not None or self.transductive,
+            "gold": is_labelled,
+        }
+        if all(has[need] for need in entry.needs):
             return entry
         (fallback, *_) = LABEL_CALIBRATIONS.needing("content_free")
         warnings.warn(

@@ -13,14 +13,16 @@ import json
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.errors import SparsortError
 from sparsort.recipes.classify.spec import ClassifySpec
 from sparsort.scoring.data.rows import RowSource
@@ -28,6 +30,9 @@ from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec
 from sparsort.storage.files import write_atomically, write_json
 from sparsort.values import text_if_any
+
+if TYPE_CHECKING:
+    from sparsort.recipes.classify.classifier import FewShotClassifier
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
 _HELD_OUT, _MOST_HELD_OUT = 0.2, 256
@@ -199,11 +204,12 @@ def classify(
     from sparsort.recipes.classify.classifier import FewShotClassifier
 
     source = data.open(file)
-    rows, y = _labelled(source, settings.label)
+    ids, rows, y = _labelled(source, settings.label)
     gold: list[str] | None
     if test is None:
-        rows, y, held_out, gold = _hold_out(rows, y, settings.seed)
-        named = [(str(row.get("id", at)), row) for at, row in enumerate(held_out)]
+        kept, held_out = _hold_out(y, settings.seed)
+        named, gold = [(ids[at], rows[at]) for at in held_out], [y[at] for at in held_out]
+        rows, y = [rows[at] for at in kept], [y[at] for at in kept]
     else:
         named, gold = _test_rows(data.open(test), settings.label)
     classifier = FewShotClassifier(
@@ -238,7 +244,10 @@ def classify(
         gold=None if gold is None else _positions(gold, classes),
         gains=[asdict(gain) for gain in classifier.gains_],
         gains_table=classifier.gains_table(),
-        notes=[str(one.message) for one in caught if issubclass(one.category, UserWarning)],
+        notes=[
+            *(str(one.message) for one in caught if issubclass(one.category, UserWarning)),
+            *_copied(classifier, queries),
+        ],
         seconds={"fit": round(fitted - started, 2), "predict": round(ended - fitted, 2)},
         tokens=classifier.tokens_read_ + tokens,
         provenance={"model": classifier.model_name_, "task": classifier.task_.digest, **settings.to_json()},
@@ -253,9 +262,10 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _labelled(source: RowSource, label: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, Any]], list[str]]:
+    """The ids, the fields without the label, and the labels."""
     source.require([label])
-    rows, y = [], []
+    ids, rows, y = [], [], []
     for row in source.rows():
         value = text_if_any(row.fields, label, where=f"{source.name}: {row.name}")
         if value is None:
@@ -263,8 +273,9 @@ def _labelled(source: RowSource, label: str) -> tuple[list[dict[str, Any]], list
                 f"{source.name}: {row.name} has no value in the label column {label!r}. Remove the row, or give it one."
             )
         rows.append({key: field for key, field in row.fields.items() if key != label})
+        ids.append(row.id)
         y.append(value)
-    return rows, y
+    return ids, rows, y
 
 
 def _test_rows(source: RowSource, label: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str] | None]:
@@ -280,22 +291,33 @@ def _test_rows(source: RowSource, label: str) -> tuple[list[tuple[str, dict[str,
     return named, known or None
 
 
-def _hold_out(
-    rows: list[dict[str, Any]], y: list[str], seed: int
-) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]], list[str]]:
+def _hold_out(y: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the rows that stay, and of those held out, with the classes in the same shares where that is possible."""
     from sklearn.model_selection import train_test_split
 
-    size = min(max(round(_HELD_OUT * len(rows)), 1), _MOST_HELD_OUT)
-    few = min(y.count(value) for value in set(y)) < 2 or size < len(set(y))
-    split = train_test_split(rows, y, test_size=size, random_state=seed, stratify=None if few else y)
-    train, test, y_train, y_test = split
-    return list(train), list(y_train), list(test), list(y_test)
+    size = min(max(round(_HELD_OUT * len(y)), 1), _MOST_HELD_OUT)
+    cannot_stratify = min(Counter(y).values()) < 2 or size < len(set(y))
+    kept, held_out = train_test_split(
+        range(len(y)), test_size=size, random_state=seed, stratify=None if cannot_stratify else y
+    )
+    return list(kept), list(held_out)
+
+
+def _copied(classifier: FewShotClassifier, queries: Sequence[dict[str, Any]]) -> list[str]:
+    """A note if the prompt shows rows that are to be classified, so that the model could copy their labels."""
+    alike = alike_rows(classifier.task_.fields, queries, classifier.demonstrations_)
+    if not alike:
+        return []
+    return [
+        f"{len(alike)} of the {len(queries)} rows to classify are, or nearly are, demonstrations, so the model can copy their "
+        "labels. Remove them from one of the two files."
+    ]
 
 
 def _positions(gold: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
     if unknown := sorted(set(gold) - set(classes)):
         raise SparsortError(
-            f"the test rows have the label {unknown[0]!r}, which no training row has: {', '.join(classes)}. Leave those rows out."
+            f"the test rows have the label {unknown[0]!r}, which no training row has: {', '.join(classes)}. Remove those rows."
         )
     place = {name: at for at, name in enumerate(classes)}
     return np.array([place[value] for value in gold], dtype=np.int64)

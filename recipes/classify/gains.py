@@ -30,7 +30,7 @@ class Gain:
         balanced_accuracy: the mean over classes of the share of right predictions, in [0, 1].
         log_loss: the mean over classes of the negative log-probability of the right class, in nats.
         standard_error: of the balanced accuracy, over rows.
-        tokens: tokens read in `fit` so far.
+        tokens: tokens that the model has to read in `fit` for it; 0 if nothing is estimated.
     """
 
     ingredient: str
@@ -49,21 +49,22 @@ def measure_gains(
         calibration: the calibration that the classifier uses.
         evidence: the scores that `fit` read.
         shares_L: the prior.
-        tokens: tokens that `fit` read.
+        tokens: tokens that `fit` read, for all orders.
     """
     labelled, gold = evidence.labelled, evidence.gold
     if labelled is None or np.bincount(gold, minlength=evidence.labels).min() < 2:
         return []
     plain = log_softmax(labelled)
     calibrated = _cross_fitted(calibration, evidence)
-    gains = [_gain("one order, not calibrated", plain, gold, tokens)]
-    if calibration.needs:
-        gains.append(_gain(f"{calibration.name} calibration", calibrated, gold, tokens))
+    estimates = bool(calibration.needs)
+    gains = [_gain("one order, not calibrated", plain, gold, 0)]
+    if estimates:
+        gains.append(_gain(f"{calibration.name} calibration", calibrated, gold, tokens // evidence.orders))
     if evidence.orders > 1:
         together = combine_orders(calibrated)[None]
-        gains.append(_gain(f"mean over {evidence.orders} orders", together, gold, tokens))
+        gains.append(_gain(f"mean over {evidence.orders} orders", together, gold, tokens * estimates))
     if np.ptp(shares_L) > 0:
-        gains.append(_gain("prior", combine_orders(calibrated, np.log(shares_L))[None], gold, tokens))
+        gains.append(_gain("prior", combine_orders(calibrated, np.log(shares_L))[None], gold, tokens * estimates))
     return gains
 
 

@@ -8,6 +8,7 @@ names become text. What can be read only once is read into memory, with a note a
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,9 +33,10 @@ def readable(source: Any) -> Any:
     Raises:
         SparsortError: columns of different lengths, texts mixed with other rows, or a dataset that the hub does not provide.
     """
-    if isinstance(source, str):
-        match = _HUB.fullmatch(source)
-        return _from_hub(source, *match.groups()) if match else source
+    if isinstance(source, (str, os.PathLike)):
+        # The command line passes a hub id as a path.
+        match = _HUB.fullmatch(os.fspath(source))
+        return _from_hub(match[0], *match.groups()) if match else source
     package = type(source).__module__.partition(".")[0]
     if (convert := _CONVERTERS.get((package, type(source).__name__))) is not None:
         source = convert(source)
@@ -90,11 +92,11 @@ def _from_pandas(frame: Any) -> Any:
 
 
 def _from_hub(name: str, dataset: str, first: str | None, second: str | None) -> Any:
-    from datasets import DownloadMode, load_dataset
+    from datasets import load_dataset
 
     config, split = (first, second) if second else (None, first)
     try:
-        loaded = load_dataset(dataset, config, split=split, download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS)
+        loaded = load_dataset(dataset, config, split=split)
     except Exception as error:  # the hub, the network and a dataset's own files fail in many ways
         raise SparsortError(
             f"cannot load the dataset {name!r}: {first_line(error)} Write hub:owner/name:split, or "

@@ -69,7 +69,7 @@ def plot(scores: Scores, axes: Any = None) -> Any:
     Raises:
         SparsortError: matplotlib is not installed.
     """
-    need("matplotlib", "plots", "to draw the scores")
+    need("matplotlib", "plots", "a picture of scores")
     from matplotlib.figure import Figure
 
     if axes is None:
@@ -93,14 +93,20 @@ def join(scores: Scores, data: Any) -> Any:
         the rows of `data` in their order. A column of the scores whose name `data` has too gets the prefix "score_".
 
     Raises:
-        SparsortError: a row was not scored, or an id now has another content.
+        SparsortError: a row was not scored, an id now has another content, or a column has values of several types.
     """
     source = open_rows(data, id_column=scores.provenance.get("id_column"))
     rows = [dict(row.fields) for row in source.rows()]
     places = scores.places_of(rows)
-    own = scores.table.drop_columns(["position", "digest"] if "position" in scores.table.column_names else ["digest"])
-    own = own.take(pa.array(places))
-    table = pa.Table.from_pylist(rows, schema=None) if rows else pa.table({})
+    own = scores.table.drop_columns(["position", "digest"]).take(pa.array(places))
+    # A column may be absent from the first rows.
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise SparsortError(
+            f"{source.name} cannot be joined as a table: {error}. Give each column values of one type."
+        ) from error
     for name in own.column_names:
         if name == "id" and scores.provenance.get("id_column") in table.column_names:
             continue
@@ -167,7 +173,7 @@ def _name_of(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))[:80]
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value)[:80])
 
 
 def _histogram_svg(scores: Scores) -> str:

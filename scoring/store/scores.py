@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.extras import need
 from sparsort.paths import spell
 from sparsort.scoring.data.rows import digest_of, rows_digest
 from sparsort.scoring.store import score_files, score_views
@@ -148,12 +147,7 @@ class Scores:
         return self.table
 
     def to_pandas(self) -> Any:
-        """The scores as a frame of pandas.
-
-        Raises:
-            SparsortError: pandas is not installed.
-        """
-        need("pandas", "dev", "frames of pandas")
+        """The scores as a frame of pandas."""
         return self.table.to_pandas()
 
     def to_polars(self) -> Any:
@@ -162,7 +156,11 @@ class Scores:
         Raises:
             SparsortError: polars is not installed.
         """
-        return need("polars", "dev", "frames of polars").from_arrow(self.table)
+        try:
+            import polars
+        except ModuleNotFoundError as error:
+            raise SparsortError("polars is not installed. Install it with: pip install polars.") from error
+        return polars.from_arrow(self.table)
 
     def save_to_disk(self, folder: str | Path) -> None:
         """Write `to_dataset()` to a folder, which `datasets.load_from_disk` and `Scores.load` read."""

@@ -35,7 +35,6 @@ def test_features_are_the_metrics_of_the_scorer(tiny: str) -> None:
 
 
 def test_it_feeds_a_pipeline_and_gives_frames(tiny: str) -> None:
-    pytest.importorskip("pandas")
     pipeline = make_pipeline(SparsityFeatures(tiny, metrics=["gini", "hoyer"]), StandardScaler(), LogisticRegression())
     assert pipeline.fit(TEXTS, [0, 1] * 3).predict(TEXTS).shape == (6,)
     frame = (

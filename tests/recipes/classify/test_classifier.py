@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas
+import polars
+import pyarrow
 import pytest
 from estimator_checks import failed_checks
 from sklearn.base import clone
@@ -69,11 +73,11 @@ def test_demonstrations_are_balanced_and_outside_the_calibration_rows(fitted: Fe
         lambda texts: np.array(texts),
         lambda texts: [{"text": text} for text in texts],
         lambda texts: {"text": texts},
-        lambda texts: pytest.importorskip("pandas").DataFrame({"text": texts}),
-        lambda texts: pytest.importorskip("pandas").Series(texts),
-        lambda texts: pytest.importorskip("polars").DataFrame({"text": texts}),
-        lambda texts: pytest.importorskip("pyarrow").table({"text": texts}),
-        lambda texts: pytest.importorskip("datasets").Dataset.from_dict({"text": texts}),
+        lambda texts: pandas.DataFrame({"text": texts}),
+        lambda texts: pandas.Series(texts),
+        lambda texts: polars.DataFrame({"text": texts}),
+        lambda texts: pyarrow.table({"text": texts}),
+        lambda texts: datasets.Dataset.from_dict({"text": texts}),
         lambda texts: (text for text in texts),
     ],
     ids=["texts", "array", "rows", "columns", "frame", "series", "polars", "arrow", "dataset", "generator"],
@@ -143,7 +147,14 @@ def test_gains_name_each_ingredient_and_its_cost(tiny: ModelSpec) -> None:
     model = FewShotClassifier(tiny, k=4, n_orders=2, prior="pool").fit(TEXTS, LABELS)
     names = [gain.ingredient for gain in model.gains_]
     assert names == ["one order, not calibrated", "batch calibration", "mean over 2 orders", "prior"]
-    assert all(0.0 <= gain.balanced_accuracy <= 1.0 and gain.tokens == model.tokens_read_ for gain in model.gains_)
+    assert all(0.0 <= gain.balanced_accuracy <= 1.0 for gain in model.gains_)
+    # Nothing is read in fit without a calibration, and half as much for one order as for two.
+    assert [gain.tokens for gain in model.gains_] == [
+        0,
+        model.tokens_read_ // 2,
+        model.tokens_read_,
+        model.tokens_read_,
+    ]
     assert "balanced accuracy" in model.gains_table()
 
 
@@ -177,6 +188,11 @@ def test_transductive_calibration_reads_the_rows_to_predict(tiny: ModelSpec) -> 
     proba = FewShotClassifier(tiny, k=4, calibration="none").fit(TEXTS, LABELS).predict_proba(TEXTS)
     ratio = proba / proba.mean(axis=0)
     np.testing.assert_allclose(model.predict_proba(TEXTS), ratio / ratio.sum(axis=1, keepdims=True), atol=1e-6)
+
+
+def test_transductive_calibration_needs_no_training_rows_outside_the_prompt(tiny: ModelSpec) -> None:
+    model = FewShotClassifier(tiny, k=4, transductive=True).fit(TEXTS[:4], ["a", "b", "a", "b"])
+    assert np.exp(model.predict_log_proba(TEXTS)).mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.1)
 
 
 def test_a_prompt_may_be_a_function(tiny: ModelSpec) -> None:

@@ -57,6 +57,18 @@ def test_without_test_rows_a_part_of_the_file_is_held_out(file: Path, model: str
     assert "balanced accuracy" in result.stdout
 
 
+def test_held_out_rows_keep_their_ids(file: Path, model: str, tmp_path: Path) -> None:
+    run("classify", file, "-m", model, *PROMPT, "--out", tmp_path / "out")
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    labels = {row["id"]: row["label"] for row in ROWS}
+    assert all(labels[row["id"]] == row["gold"] for row in map(json.loads, lines))
+
+
+def test_rows_that_the_prompt_shows_are_reported(file: Path, model: str) -> None:
+    stderr = run("classify", file, "--test", file, "-m", model, *PROMPT).stderr
+    assert "of the 30 rows to classify are, or nearly are, demonstrations" in " ".join(stderr.split())
+
+
 def test_rows_without_labels_are_predicted(file: Path, model: str, tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", [{"text": row["text"]} for row in ROWS[:5]])
     result = run("classify", file, "--test", test, "-m", model, *PROMPT, "--prior", "pos=0.9,neg=0.1")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas
+import polars
+import pyarrow
 import pytest
 
 from sparsort.errors import SparsortError
@@ -24,14 +29,14 @@ FORMS: dict[str, Callable[[], Any]] = {
     "rows": lambda: ROWS,
     "columns": columns,
     "columns of arrays": lambda: {name: np.array(values) for name, values in columns().items()},
-    "pandas": lambda: pytest.importorskip("pandas").DataFrame(columns(), index=[7, 8, 9]),
-    "polars": lambda: pytest.importorskip("polars").DataFrame(columns()),
-    "polars, lazy": lambda: pytest.importorskip("polars").LazyFrame(columns()),
-    "arrow table": lambda: pytest.importorskip("pyarrow").table(columns()),
-    "arrow batch": lambda: pytest.importorskip("pyarrow").RecordBatch.from_pydict(columns()),
-    "arrow stream": lambda: pytest.importorskip("pyarrow").table(columns()).to_reader(),
-    "dataset": lambda: pytest.importorskip("datasets").Dataset.from_dict(columns()),
-    "streamed dataset": lambda: pytest.importorskip("datasets").Dataset.from_dict(columns()).to_iterable_dataset(),
+    "pandas": lambda: pandas.DataFrame(columns(), index=[7, 8, 9]),
+    "polars": lambda: polars.DataFrame(columns()),
+    "polars, lazy": lambda: polars.LazyFrame(columns()),
+    "arrow table": lambda: pyarrow.table(columns()),
+    "arrow batch": lambda: pyarrow.RecordBatch.from_pydict(columns()),
+    "arrow stream": lambda: pyarrow.table(columns()).to_reader(),
+    "dataset": lambda: datasets.Dataset.from_dict(columns()),
+    "streamed dataset": lambda: datasets.Dataset.from_dict(columns()).to_iterable_dataset(),
     "generator": lambda: (row for row in ROWS),
 }
 
@@ -53,12 +58,11 @@ def test_texts_are_rows_with_the_field_text(texts: Any) -> None:
 
 
 def test_a_column_of_pandas_is_texts() -> None:
-    series = pytest.importorskip("pandas").Series(["a", "b"], index=[5, 6])
+    series = pandas.Series(["a", "b"], index=[5, 6])
     assert [dict(row.fields) for row in open_rows(series).rows()] == [{"text": "a"}, {"text": "b"}]
 
 
 def test_a_frame_keeps_values_of_several_types_and_missing_ones() -> None:
-    pandas = pytest.importorskip("pandas")
     day = datetime.date(2026, 1, 2)
     frame = pandas.DataFrame({"x": ["a", 1, day], 0: [1.5, None, 2.5]})
     rows = [dict(row.fields) for row in open_rows(frame).rows()]
@@ -82,24 +86,22 @@ def test_mistakes(source: Any, message: str) -> None:
 
 
 def test_a_hub_id_loads_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
     asked: list[tuple[Any, ...]] = []
 
-    def load(name: str, config: str | None, *, split: str | None, **_: Any) -> Any:
+    def load(name: str, config: str | None, *, split: str | None) -> Any:
         asked.append((name, config, split))
         one = datasets.Dataset.from_dict(columns())
         return one if split else datasets.DatasetDict({"train": one, "test": one})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(readable("hub:owner/name:config:test")) == 3
-    assert len(readable("hub:owner/name:train")) == 3
+    assert len(readable(Path("hub:owner/name:train"))) == 3
     assert asked == [("owner/name", "config", "test"), ("owner/name", None, "train")]
     with pytest.raises(SparsortError, match="hub:owner/name:train, hub:owner/name:test"):
         readable("hub:owner/name")
 
 
 def test_a_hub_that_refuses_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
 
     def load(*_: Any, **__: Any) -> Any:
         raise ConnectionError("offline")

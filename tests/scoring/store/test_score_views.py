@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
+import polars
 import pytest
 
 from sparsort import LengthScorer, Scores, SparsortError
@@ -59,7 +61,6 @@ def test_filter(scores: Scores, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow", "datasets", "list"])
 def test_a_join_has_the_rows_of_the_data_and_its_kind(scores: Scores, library: str) -> None:
-    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
     import datasets
     import pyarrow as pa
 
@@ -88,14 +89,18 @@ def test_a_join_keeps_columns_of_the_same_name(scores: Scores) -> None:
     assert joined["score_difficulty"].to_pylist() == [scores[0]["difficulty"]]
 
 
+def test_a_join_keeps_columns_that_the_first_row_lacks(scores: Scores) -> None:
+    assert scores.join([ROWS[0], {**ROWS[1], "note": "late"}])["note"].to_pylist() == [None, "late"]
+    with pytest.raises(SparsortError, match="values of one type"):
+        scores.join([{**ROWS[0], "note": 1}, {**ROWS[1], "note": "late"}])
+
+
 def test_a_join_with_rows_that_were_not_scored_is_refused(scores: Scores) -> None:
     with pytest.raises(SparsortError, match="1 of 1 rows have no score"):
         scores.join([{"id": "other", "text": "x"}])
 
 
 def test_conversions(scores: Scores) -> None:
-    pytest.importorskip("pandas")
-    pytest.importorskip("polars")
     assert scores.to_pandas()["id"].tolist() == scores.ids
     assert scores.to_polars()["id"].to_list() == scores.ids
     assert scores.to_arrow() is scores.table
