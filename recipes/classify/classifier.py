@@ -154,6 +154,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             rows, names, prompt_spec(self.prompt), label=label, words=self.label_words, separator=self.separator,
             instruction=self.instruction,
         )  # fmt: skip
+        # A row that the prompt cannot show is reported before anything is read.
+        for row in rows:
+            self.task_.query_text(row)
         counts = np.bincount(gold, minlength=len(classes))
         shares = prior_shares(self.prior, classes.tolist(), counts)
         others = [] if unlabelled is None else self._rows(unlabelled, reset=False)

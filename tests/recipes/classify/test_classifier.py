@@ -239,6 +239,7 @@ def test_it_warns_about_a_skewed_pool(tiny: ModelSpec) -> None:
         ({"calibration": "contextual", "transductive": True}, "transductive"),
         ({"label_words": {"colours": "x"}}, "not a class of y"),
         ({"prompt": "no field"}, "names no field"),
+        ({"prompt": "Review: {txt}"}, "Did you mean 'text'"),
     ],
 )
 def test_mistakes_are_reported_before_a_model_is_loaded(settings: dict[str, Any], message: str) -> None:
