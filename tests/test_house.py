@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -316,8 +317,12 @@ def test_no_benchmark_test_or_document_names_an_environment_variable_that_the_so
     assert names(*others, ROOT / "README.md") <= source
 
 
-def test_the_version_is_written_once_in_effect() -> None:
+def test_the_version_is_written_once() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert importlib.import_module("sparsort").__version__ == project["version"]
+    assert "version" not in project
+    assert project["dynamic"] == ["version"]
+    current = importlib.import_module("sparsort").__version__
+    assert importlib.metadata.version("sparsort") == current
+    assert f"\nversion: {current}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
