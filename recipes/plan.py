@@ -198,6 +198,8 @@ def make_plan(
         )
     export = None if options.export is None else check_export(options.export)
     if export is not None and records is not None:
+        # The tables that were made to match scores with rows are large, and no longer needed.
+        del tables
         export_plan(plan, records.source, export, epoch=options.epoch)
     return Planned(
         plan=plan, summary=summary, out=None if options.out is None else Path(options.out), figure=figure, export=export

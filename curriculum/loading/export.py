@@ -137,8 +137,10 @@ class _MappedRows:
 
         with path.open("rb") as file:
             self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # `Dataset` looks rows up in a mapped table without joining its chunks, which Arrow's own `take` would.
-        self._rows = Dataset(pa.ipc.open_file(pa.py_buffer(self._pages)).read_all()).with_format("arrow")
+        table = pa.ipc.open_file(pa.py_buffer(self._pages)).read_all()
+        # `Dataset` looks rows up in a mapped table without joining its chunks, which Arrow's own `take` would. It computes a
+        # fingerprint by a copy of all rows, unless one is given.
+        self._rows = Dataset(table, fingerprint="rows").with_format("arrow")
 
     def take(self, places: NDArray[np.int64]) -> pa.Table:
         """The rows at some positions, copied from the file."""
