@@ -1,9 +1,9 @@
 """Demonstrations in a fixed order, as a file that another program reads: the entries of `EXPORTS`.
 
-Contract: a file shows exactly these demonstrations in exactly this order, to every query. Each format except DSPy's renders them
-as the same text or chat turns as `assemble`; DSPy writes its own prompt around the fields. Under the key "sparsort", each file
-carries the version, the templates, the ids of the demonstrations, and the caller's provenance: seed, model, criterion, cost. None
-of the other programs needs to be installed. What a format cannot express is refused before a file is written.
+Contract: a file shows exactly these demonstrations, in exactly this order, to every query. Every format except DSPy's renders
+them as the same text or chat turns as `assemble`; DSPy writes its own prompt around the fields. Under the key "sparsort", a file
+has the version, the templates, the ids of the demonstrations, and the caller's provenance (seed, model, criterion, cost). The
+other programs need not be installed. What a format cannot express is refused before a file is written.
 
 Shapes: K demonstrations.
 """
@@ -102,15 +102,15 @@ class PinnedDemos:
             conversations = [
                 demo_turns(row, self.form.messages, where=name_of(row, at)) for at, row in enumerate(self.rows)
             ]
-            turns = [turn for conversation in conversations for turn in conversation]
-            systems = list(dict.fromkeys(turn["content"] for turn in turns if turn["role"] == "system"))
+            shown = [turn for conversation in conversations for turn in conversation]
+            systems = list(dict.fromkeys(turn["content"] for turn in shown if turn["role"] == "system"))
             if len(systems) > 1:
                 raise SparsortError(
                     f"the conversations have different system turns, such as {systems[0]!r:.80} and {systems[1]!r:.80}, and a "
                     "prompt has one. Select demonstrations whose system turns agree."
                 )
             first: Messages = [{"role": "system", "content": system} for system in systems]
-            return [*first, *(turn for turn in turns if turn["role"] != "system")]
+            return [*first, *(turn for turn in shown if turn["role"] != "system")]
         turns: Messages = [{"role": "system", "content": self.form.system}] if self.form.system else []
         for question, answer in self.pairs():
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]

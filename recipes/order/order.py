@@ -116,11 +116,7 @@ def order_file(
     model = _Model(rows, text, config, scorer, table, cache)
     if "label" in demonstrator.selector_entry.needs:
         source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
-    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
-        raise SparsortError(
-            f"the file has {len(rows)} rows; pass k (--shots) to select that many of them, and select "
-            "(--select) for the method."
-        )
+    _check_count(config, len(rows))
     known = model.known(query_fields)
     selection = demonstrator.choose(known)
     source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
@@ -172,6 +168,13 @@ def _refuse_by_query(config: OrderConfig, demonstrator: Demonstrator) -> None:
         f"{what} depends on the query, and an export shows the same demonstrations to every query. Export without it, or use the "
         "adapters for lm-evaluation-harness and LangChain, which choose for each query."
     )
+
+
+def _check_count(config: OrderConfig, count: int) -> None:
+    if config.k is None and config.ids is None and count > MOST_DEMOS:
+        raise SparsortError(
+            f"the file has {count} rows; pass k (--shots) to select that many of them, and select (--select) for the method."
+        )
 
 
 def _check_scored(model: _Model, known: Known, indices: Sequence[int]) -> None:

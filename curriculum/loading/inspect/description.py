@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from sparsort.curriculum.loading.inspect.summary import PlanSummary
+from sparsort.curriculum.loading.inspect.summary import PlanSummary, summarise
+from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.terminal.printing import one_line
 from sparsort.terminal.tables import Table, number, prose
 
 _MOST_OF_NAME = 40
+
+
+def describe_plan(plan: CurriculumPlan, **options: Any) -> str:
+    """A plan as text; the options are those of `summarise`."""
+    return describe(summarise(plan, **options))
 
 
 def describe(summary: PlanSummary, *, width: int = 100) -> str:

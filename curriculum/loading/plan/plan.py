@@ -27,6 +27,7 @@ from sparsort.curriculum.loading.plan.sequences import like_lengths
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.curriculum.loading.plan.shuffling import key_of, permute
 from sparsort.errors import SparsortError
+from sparsort.registry import load
 from sparsort.storage.integrity import as_written
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
@@ -109,10 +110,9 @@ class CurriculumPlan:
         Example:
             >>> print(CurriculumPlan.open("plan").describe())
         """
-        from sparsort.curriculum.loading.inspect.description import describe
-        from sparsort.curriculum.loading.inspect.summary import summarise
-
-        return describe(summarise(self, epoch=epoch, lengths=lengths, groups=groups))
+        # Loaded by its name, because the module of the description imports this one.
+        describe_plan = load("description:describe_plan", "sparsort.curriculum.loading.inspect")
+        return str(describe_plan(self, epoch=epoch, lengths=lengths, groups=groups))
 
     @property
     def n_batches(self) -> int:
