@@ -19,6 +19,7 @@ from typing import Any
 from sparsort.attention.selectors import SELECTORS
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion
 from sparsort.curriculum.demos.criteria.label_calibration import LABEL_CALIBRATIONS
+from sparsort.curriculum.demos.export import EXPORTS
 from sparsort.curriculum.demos.order import ORDERS, OrderEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.loading.plan.pacing import PACINGS
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 _PLACE = re.compile(r"^<!-- table: ([^\n]+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 _LEARNS_BY = {"nothing": "nothing", "alignment_loss": "the alignment loss (KL)", "lm_loss": "the LM loss"}
 
+_KINDS = ("plain", "chat", "conversation")
 _READS = {"content_free": "inputs without content", "rows": "rows that are not the queries", "gold": "their labels"}
 
 Columns = Mapping[str, Callable[[Any], str]]
@@ -111,6 +113,15 @@ TABLES: dict[str, tuple[Registry[Any], Columns]] = {
     "orders": (
         ORDERS,
         {"order": _name, "first to last": _help, "ranks by": _ranks_by, "source": _source},
+    ),
+    "exports": (
+        EXPORTS,
+        {
+            "`--export-format`": _name,
+            "file name": lambda entry: f"`*{entry.suffix}`",
+            "what it is": _help,
+            "prompts": lambda entry: ", ".join(kind for kind in _KINDS if kind in entry.kinds),
+        },
     ),
     "label calibrations": (
         LABEL_CALIBRATIONS,

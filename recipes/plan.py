@@ -161,7 +161,7 @@ def make_plan(
         >>> planned = make_plan("scores", settings=CurriculumSettings(batch_size=32, stages=10))
         >>> planned.summary.parts[0].difficulty.mean
     """
-    from sparsort.curriculum.loading.export import check_export, export_plan
+    from sparsort.curriculum.loading.export import export_plan
     from sparsort.curriculum.loading.inspect.drawing import draw_plans
     from sparsort.curriculum.loading.inspect.summary import summarise
     from sparsort.curriculum.loading.plan.planning import plan_curriculum
@@ -193,10 +193,11 @@ def make_plan(
     summary = summarise(plan, epoch=options.epoch, lengths=tokens, groups=groups)
     figure = None if options.draw is None else Path(options.draw)
     if figure is not None:
-        draw_plans(
-            {THIS: plan, **others} if others else plan, figure, epoch=options.epoch, lengths=tokens, groups=groups
-        )
-    export = None if options.export is None else check_export(options.export)
+        plans = {THIS: plan, **others} if others else plan
+        draw_plans(plans, figure, epoch=options.epoch, lengths=tokens, groups=groups)
+    # The tables that were made to match scores with rows are large, and no longer needed.
+    del tables
+    export = None if options.export is None or records is None else Path(options.export).expanduser()
     if export is not None and records is not None:
         export_plan(plan, records.source, export, epoch=options.epoch)
     return Planned(

@@ -49,7 +49,11 @@ _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "entropy": ("scoring/answers/reader.py",),
     "oracle": ("curriculum/ablation",),
-    "first": ("curriculum/demos/order.py", "curriculum/loading/plan/ranking.py", "recipes/cli/commands/plan.py"),
+    "first": (
+        "curriculum/demos/order.py",
+        "curriculum/loading/plan/ranking.py",
+        "curriculum/loading/inspect/description.py",
+    ),
     "hard_to_easy": ("curriculum/loading/plan/arrays.py",),
     "ids": ("curriculum/ablation/store/order_notes.py", "curriculum/demos/select/candidates.py", "curriculum/loading"),
     "random": (

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.pool import similarity
 from sparsort.curriculum.demos.pool.pool import DemoPool, InputTexts, Query
-from sparsort.curriculum.demos.pool.rows import text_of
 from sparsort.values import text_if_any
 
 Positions = Sequence[int]
@@ -84,7 +83,7 @@ class Known:
         query_difficulty: computes the query's difficulty, by the same score.
         query_embedding: computes the query's embedding, (D,).
         similarity: (N,) similarity of each row to the query; by default the cosine of the embeddings.
-        lengths: (N,) length of each row; by default in characters of its text fields, without the id.
+        lengths: (N,) length of each row; by default in characters of `DemoPool.shown_text`.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Known:
     ) -> None:
         self.pool, self.query, self.label = pool, query, label or pool.label
         self.difficulty, self.kind, self.embeddings = difficulty, kind, embeddings
-        self.lengths = lengths or RowNumbers(len(pool), lambda at: [len(text_of(pool.rows[i], i)) for i in at])
+        self.lengths = lengths or RowNumbers(len(pool), lambda at: [len(pool.shown_text(i)) for i in at])
         self._query_difficulty, self._query_embedding, self._similarity = query_difficulty, query_embedding, similarity
 
     def missing(self, needs: Collection[str]) -> list[str]:

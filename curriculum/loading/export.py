@@ -2,8 +2,8 @@
 
 Contract: line i of the export is the i-th row that an epoch of the plan shows, with all its fields and three more: `order` and
 `stage` (both from 0) and `difficulty`. A row that the epoch shows twice is written twice. The rows are copied once into a
-temporary Arrow file next to the export, which is mapped and read in training order, so memory grows by 16 bytes a row. The
-export appears whole or not at all.
+temporary Arrow file next to the export, which is mapped and read in training order, so memory grows by 16 bytes a row and does
+not depend on the size of a row. The export appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import mmap
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ FIELDS = ("order", "stage", "difficulty")
 # Used for all three where the data has a column of one of these names.
 _PREFIX = "curriculum_"
 _ROWS_AT_ONCE = 10_000
+# Rows that are looked up in the mapped file before its pages are released. A row far from the others may map 64 KB.
+_ROWS_MAPPED = 1_000
 _PARQUET, _JSONL = ".parquet", ".jsonl"
 
 
@@ -81,8 +85,8 @@ def export_plan(plan: CurriculumPlan, data: Any, path: str | Path, *, epoch: int
     names = _field_names(source.columns())
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        table = _copy(source, Path(scratch) / "rows.arrow")
-        chunks = _in_order(table, order, stages, plan.difficulty, names)
+        rows = _MappedRows(_copy(source, Path(scratch) / "rows.arrow"))
+        chunks = _in_order(rows, order, stages, plan.difficulty, names)
         if target.suffix == _PARQUET:
             with write_atomically(target) as temporary:
                 _write_parquet(temporary, chunks, len(order))
@@ -109,8 +113,8 @@ def _field_names(columns: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _copy(source: RowSource, path: Path) -> pa.Table:
-    """The rows as an Arrow table that is mapped from a file."""
+def _copy(source: RowSource, path: Path) -> Path:
+    """The rows as an Arrow file."""
     schema = pa.schema([])
     # The first pass finds the type of every column: a column may be null, or lack, in the first rows.
     for rows in _batches(source, "columns"):
@@ -118,7 +122,35 @@ def _copy(source: RowSource, path: Path) -> pa.Table:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for rows in _batches(source, "rows"):
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return path
+
+
+class _MappedRows:
+    """Rows of an Arrow file at any positions, in memory that does not grow with the file.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from datasets import Dataset
+
+        with path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        table = pa.ipc.open_file(pa.py_buffer(self._pages)).read_all()
+        # `Dataset` looks rows up in a mapped table without joining its chunks, which Arrow's own `take` would. It computes a
+        # fingerprint by a copy of all rows, unless one is given.
+        self._rows = Dataset(table, fingerprint="rows").with_format("arrow")
+
+    def take(self, places: NDArray[np.int64]) -> pa.Table:
+        """The rows at some positions, copied from the file."""
+        parts = []
+        for first in range(0, len(places), _ROWS_MAPPED):
+            parts.append(self._rows[places[first : first + _ROWS_MAPPED].tolist()].combine_chunks())
+            # Mapped pages count as memory of this process until they are released.
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._pages.madvise(mmap.MADV_DONTNEED)
+        return pa.concat_tables(parts)
 
 
 def _batches(source: RowSource, title: str) -> Iterator[list[Mapping[str, Any]]]:
@@ -141,20 +173,16 @@ def _unified(schema: pa.Schema, rows: list[Mapping[str, Any]], name: str) -> pa.
 
 
 def _in_order(
-    table: pa.Table,
+    rows: _MappedRows,
     order: NDArray[np.int64],
     stages: NDArray[np.int32],
     difficulty: NDArray[np.float32],
     names: Mapping[str, str],
 ) -> Iterator[pa.Table]:
     """The rows in training order, a chunk at a time."""
-    from datasets import Dataset
-
-    # `Dataset` looks rows up in a mapped table without joining its chunks, which Arrow's own `take` would.
-    rows = Dataset(table).with_format("arrow")
     for first in range(0, len(order), _ROWS_AT_ONCE):
         places = order[first : first + _ROWS_AT_ONCE]
-        chunk = rows[places.tolist()]
+        chunk = rows.take(places)
         columns = {
             "order": pa.array(np.arange(first, first + len(places))),
             "stage": pa.array(stages[first : first + len(places)]),
@@ -191,20 +219,29 @@ def _without_nan(value: Any) -> Any:
 
 
 def _write_dataset(target: Path, chunks: Iterator[pa.Table], total: int, scratch: Path) -> None:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
-    file = scratch / "ordered.arrow"
-    first = next(chunks)
+    first, saved, had_bars = next(chunks), scratch / "dataset", is_progress_bar_enabled()
+    # The library writes a dataset of one row, whose only file is then replaced by all rows. It could write all of them itself
+    # only from another file, which it would map.
+    disable_progress_bars()
+    try:
+        Dataset(first.slice(0, 1)).save_to_disk(saved)
+    finally:
+        if had_bars:
+            enable_progress_bars()
+    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
     with (
         progress("export", total) as advance,
-        pa.OSFile(str(file), "wb") as sink,
+        pa.OSFile(str(saved / state["_data_files"][0]["filename"]), "wb") as sink,
         pa.ipc.new_stream(sink, first.schema) as writer,
     ):
         for chunk in itertools.chain([first], chunks):
             writer.write_table(chunk)
             advance(len(chunk))
-    saved = scratch / "dataset"
-    Dataset.from_file(str(file)).save_to_disk(saved)
+    # The library caches results of `map` by this fingerprint, so every export needs one of its own.
+    state["_fingerprint"] = uuid.uuid4().hex[:16]
+    (saved / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
     sync(saved)
     if target.exists():
         target.rmdir()

@@ -54,7 +54,8 @@ class DemoOptions:
         label: the field with the label, for a selector that needs it; it is not compared with a query.
         prompt: a template whose fields are the input of a row, by which rows and queries are compared and embedded; see
             `select_demos`.
-        text: a function from a demonstration to its text, for the orders by length; by default all text fields except the id.
+        text: a function from a demonstration to its text, for the orders by length; by default all text fields except the id, or
+            with `prompt` its fields, the label and the answer.
         seed: seed for every random draw; None for the framework's own seed if it has one, otherwise 0.
         missing: what happens to chosen rows without a score; see `order_demos`. "drop" may give fewer demonstrations.
         allow_leaks: whether rows may be chosen that are the query itself, or nearly so.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -22,10 +23,11 @@ from sparsort.curriculum.ablation.recipe.task_data import SetDemos
 from sparsort.curriculum.ablation.recipe.tasks import Task, task_from_flags
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
+from sparsort.curriculum.demos.export import PinnedDemos, write_pinned
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.pool.duplicates import duplicates
 from sparsort.curriculum.demos.pool.rows import id_of
-from sparsort.curriculum.demos.prompt import NOT_IN_CHAT
+from sparsort.curriculum.demos.prompt import NOT_IN_CHAT, PromptForm
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.recipes.choose.prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
@@ -87,6 +89,7 @@ class ChosenOrder:
         tokens_read: the number of tokens that the model read and wrote.
         notes: remarks for the user, one sentence each.
         provenance: the model, the criterion with its source, the task and the seed.
+        task: the prompt and the labels.
     """
 
     demos: list[dict[str, Any]]
@@ -100,10 +103,37 @@ class ChosenOrder:
     tokens_read: int
     notes: list[str]
     provenance: dict[str, Any]
+    task: Task = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
         """The choice as JSON values."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "task"}
+
+    def export(self, path: str | Path, format: str | None = None) -> None:
+        """Write the demonstrations in the chosen order for another program; see `export_demonstrations`.
+
+        Raises:
+            SparsortError: an unknown format, or a prompt that the format cannot express.
+        """
+        task = self.task
+        form = PromptForm(
+            # The chat turns of a task have no white space around them.
+            prompt=task.prompt.strip() if task.chat else task.prompt,
+            answer=task.answer,
+            system=task.system if task.chat else task.instruction,
+            separator=task.separator,
+            chat=task.chat,
+        )
+        how = {
+            **self.provenance,
+            "orders": len(self.candidates),
+            "queries": self.queries,
+            "prior": self.prior,
+            "tokens_read": self.tokens_read,
+        }
+        write_pinned(
+            PinnedDemos(rows=self.demos, form=form, label=task.label, labels=task.labels, provenance=how), path, format
+        )
 
 
 def choose_order(
@@ -204,6 +234,7 @@ def choose_order(
         tokens_read=reader.tokens_read,
         notes=notes,
         provenance=_provenance(loaded, task, by, entry, seed),
+        task=task,
     )
 
 

@@ -31,6 +31,7 @@ from sparsort.recipes.cli.commands.choose import ChooseOptions
 from sparsort.recipes.cli.commands.order import OrderOptions
 from sparsort.recipes.cli.commands.score import ScoreOptions
 from sparsort.recipes.cli.commands.train import NOT_IN_TRAINING, TrainSources
+from sparsort.recipes.cli.options import ExportOptions
 from sparsort.recipes.order.conditions import NEEDS_MODEL, NO_CONVERSATION, SYSTEM
 from sparsort.recipes.order.conditions import READ_BY as ORDER_READ_BY
 from sparsort.recipes.plan import PlanOptions
@@ -108,13 +109,20 @@ SCORE: Table = {
     "chat": (*_TEXT["chat"], NO_CONVERSATION),
 }
 
+_EXPORT: Table = {
+    **always(*parameters_of(ExportOptions)),
+    "export_format": (needs("export", "nothing is exported", export="FILE"),),
+}
+
 ORDER: Table = {
+    **_EXPORT,
     **always("file", "as_json", *parameters_of(OrderOptions)),
     **ORDER_READ_BY,
     "no_cache": NEEDS_MODEL,
 }
 
 CHOOSE: Table = {
+    **_EXPORT,
     **always("file", "prompt", "answer", "chat", "as_json", *parameters_of(ChooseOptions)),
     **_DATA,
     **_MODEL,

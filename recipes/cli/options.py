@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import typer
 
-from sparsort.options import Option, escape, has_options, option_of, parameter_of
+from sparsort.options import Option, escape, has_options, option, option_of, parameter_of
 from sparsort.registry import listed, load
 from sparsort.scoring.prompts.spec import PromptSpec
-from sparsort.terminal.printing import note
+from sparsort.terminal.printing import note, show
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -53,6 +53,27 @@ class Fields:
 # A prompt that contains demonstrations is rendered from columns, and is never cut.
 NOT_IN_FEW_SHOT = ("messages", "truncation", "max_length")
 FewShotPrompt = Annotated[PromptSpec, Fields(of=PromptSpec, without=NOT_IN_FEW_SHOT)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of a command that writes its demonstrations for another program."""
+
+    export: Path | None = option(None, "Write the demonstrations in this order to this file, for another program.")
+    export_format: str | None = option(
+        None,
+        "The program: {names} [default: by the end of the name: .yaml, .dspy.json, .langchain.json, .openai.json].",
+        names="curriculum.demos.export:EXPORTS",
+    )
+
+    def to_json(self) -> dict[str, str | None]:
+        """The file that was written."""
+        return {"export": None if self.export is None else str(self.export)}
+
+    def show(self) -> None:
+        """Print the name of the file that was written."""
+        if self.export is not None:
+            show(f"Demonstrations for another program: {self.export}")
 
 
 def generated(function: Command) -> Command:

@@ -63,6 +63,13 @@ class DemoText:
         prompt, answer = prompt or "Question: {question}\nAnswer:", answer or " {answer}"
         return cls(prompt=prompt, answer=answer, messages=None, system=spec.system, chat=spec.chat)
 
+    @property
+    def kind(self) -> str:
+        """The kind of prompt, as `PinnedDemos.kind`."""
+        if self.messages is not None:
+            return "conversation"
+        return "chat" if self.chat else "plain"
+
     def read(self, *, answer: bool = False) -> Prompt:
         """The prompt by which the model reads a row, with or without its answer."""
         if self.messages is not None:

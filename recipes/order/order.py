@@ -16,6 +16,7 @@ import numpy as np
 
 from sparsort.conditions import changed, refuse_unread
 from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator
+from sparsort.curriculum.demos.export import PinnedDemos, check_export, write_pinned
 from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool.pool import DemoPool
@@ -74,6 +75,8 @@ def order_file(
     scorer: ScorerConfig,
     scores: str | Path | None = None,
     cache: RowCache | None = None,
+    export: str | Path | None = None,
+    export_format: str | None = None,
 ) -> OrderResult:
     """Read demonstrations from `file`, select and order them for `query`, and assemble the prompt.
 
@@ -86,6 +89,8 @@ def order_file(
         scores: earlier scores of these rows.
         cache: a store of what the model computed for these rows before, which is extended; None to read every row and to write
             nothing.
+        export: a file for the demonstrations in this order, which another program reads; see `export_demonstrations`.
+        export_format: its format; None for the one that the file's name ends in.
 
     Raises:
         SparsortError: the input is wrong; the message says how to correct it.
@@ -103,22 +108,24 @@ def order_file(
         definition = calibration.definition
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
     query_fields = text.parse_query(query)
+    if export is not None:
+        _refuse_by_query(config, demonstrator)
+        check_export(export, export_format, text.kind)
     check_truncation(config.prompt.truncation)
     scorer.check_model(max_length=config.prompt.max_length)
     model = _Model(rows, text, config, scorer, table, cache)
     if "label" in demonstrator.selector_entry.needs:
         source.check(lambda fields, where: text_if_any(fields, config.label or "label", where=where))
-    if config.k is None and config.ids is None and len(rows) > MOST_DEMOS:
-        raise SparsortError(
-            f"the file has {len(rows)} rows; pass k (--shots) to select that many of them, and select "
-            "(--select) for the method."
-        )
+    _check_count(config, len(rows))
     known = model.known(query_fields)
     selection = demonstrator.choose(known)
     source.check(lambda fields, where: text.whole(fields, where=where), [rows[at].position for at in selection.indices])
     _check_scored(model, known, selection.indices)
     tokenizer = model.tokenizer() if config.max_tokens is not None or text.chat else None
-    shown = replace(demonstrator, form=_form(config, text)).demonstrate(known, selection, tokenizer=tokenizer)
+    form = _form(config, text)
+    shown = replace(demonstrator, form=form).demonstrate(known, selection, tokenizer=tokenizer)
+    if export is not None:
+        write_pinned(PinnedDemos(rows=shown.rows, form=form, provenance=model.how_ordered()), export, export_format)
     return _result(model, known, shown)
 
 
@@ -144,6 +151,30 @@ def _demonstrator(config: OrderConfig, scorer: ScorerConfig, table: Scores | Non
             str(config.order), 0, difficulty=[], kind=scorer.kind, similarity=[], lengths=[], missing=config.missing
         )
     return demonstrator
+
+
+def _refuse_by_query(config: OrderConfig, demonstrator: Demonstrator) -> None:
+    """Refuse to export demonstrations that another query would not get, or not in this order."""
+    order = str(config.order)
+    if demonstrator.selector_entry.looks_at_query:
+        what = f"selection by {demonstrator.selector_entry.name!r}"
+    elif order_entry(order).ranks_by == "similarity":
+        what = f"the order {order!r}"
+    elif config.max_tokens is not None:
+        what = "the token budget (--max-tokens)"
+    else:
+        return
+    raise SparsortError(
+        f"{what} depends on the query, and an export shows the same demonstrations to every query. Export without it, or use the "
+        "adapters for lm-evaluation-harness and LangChain, which choose for each query."
+    )
+
+
+def _check_count(config: OrderConfig, count: int) -> None:
+    if config.k is None and config.ids is None and count > MOST_DEMOS:
+        raise SparsortError(
+            f"the file has {count} rows; pass k (--shots) to select that many of them, and select (--select) for the method."
+        )
 
 
 def _check_scored(model: _Model, known: Known, indices: Sequence[int]) -> None:
@@ -226,6 +257,8 @@ class _Model:
         # Positions of rows that have no score because their texts are longer than the limit.
         self.too_long: set[int] = set()
         self.notes: list[str] = []
+        # None if they cannot be counted.
+        self._tokens_read: int | None = 0 if table is None else _tokens(table)
         self.provenance: dict[str, Any] | None = table.provenance if table is not None else None
         scored_prompt = table.provenance.get("prompt") if table is not None else None
         if scored_prompt is not None and scored_prompt.get("turns") != [list(turn) for turn in self._read.turns]:
@@ -245,6 +278,20 @@ class _Model:
             query_embedding=lambda: self._embed([query])[0],
             lengths=RowNumbers(count, lambda at: [len(self.text_of(i)) for i in at]),
         )
+
+    def how_ordered(self) -> dict[str, Any]:
+        """How the demonstrations were selected and ordered, for an export."""
+        config, environment = self.config, (self.provenance or {}).get("environment", {})
+        reads_scores = self.provenance is not None
+        return {
+            "order": config.order,
+            "select": None if config.k is None and config.ids is None else config.select,
+            "seed": config.seed,
+            "scorer": self.provenance.get("scorer") if self.provenance is not None else None,
+            "metric": self.provenance.get("metric") if self.provenance is not None else None,
+            "model": environment.get("model") if reads_scores else None,
+            "tokens_read": self._tokens_read,
+        }
 
     def text_of(self, position: int) -> str:
         """A demonstration as it will appear in the prompt, without chat markers."""
@@ -303,6 +350,8 @@ class _Model:
             self._table_fit = self._scorer.score([row.fields for row in self.rows], read, **options)
         scores: Scores = self._scorer.score(list(fields), read, like=self._table or self._table_fit, **options)
         self.provenance = scores.provenance
+        if self._tokens_read is not None:
+            self._tokens_read += _tokens(scores)
         return scores
 
     def _embed(self, fields: Sequence[Mapping[str, Any]]) -> Any:
@@ -314,6 +363,7 @@ class _Model:
         from sparsort.scoring.model.backbone import Backbone
         from sparsort.scoring.scorers.sentence_vectors import embed_rows
 
+        self._tokens_read = None
         if self._backbone is None:
             self._backbone = Backbone(self._model(), token_budget=self.scorer.model.token_budget)
             self._backbone.mark_as_own()
@@ -327,6 +377,11 @@ class _Model:
             self.notes.append(f"nothing was kept in the cache: {why}.")
             self.cache = None
         return self.cache
+
+
+def _tokens(scores: Scores) -> int:
+    """The tokens that a model read for these scores."""
+    return int(np.maximum(scores.column("n_tokens"), 0).sum())
 
 
 def _refuse_unread(config: OrderConfig, scorer: ScorerConfig, scores: str | Path | None) -> None:

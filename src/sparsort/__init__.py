@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsort.attention.attach import load_sparse as load_sparse
     from sparsort.attention.config import SparseAttentionConfig as SparseAttentionConfig
     from sparsort.curriculum.ablation.results.results import Results as Results
+    from sparsort.curriculum.demos.export import export_demonstrations as export_demonstrations
     from sparsort.curriculum.demos.order import order_demos as order_demos
     from sparsort.curriculum.demos.prompt import assemble as assemble
     from sparsort.curriculum.demos.prompt import build_prompt as build_prompt
@@ -74,6 +75,7 @@ _HOME = {
     "write_report": "recipes.report",
     "assemble": "curriculum.demos.prompt",
     "build_prompt": "curriculum.demos.prompt",
+    "export_demonstrations": "curriculum.demos.export",
     "order_demos": "curriculum.demos.order",
     "select_demos": "curriculum.demos.select",
     "sparsity_metrics": "kernels.backend",

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from command_line import run
 from typer.testing import CliRunner
 
+from sparsort import ColumnScorer
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
@@ -364,3 +366,23 @@ def test_planning_does_not_import_torch(scores: Path) -> None:
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plan_describes_itself_as_the_command_prints_it(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"r{place}", "hard": float(place % 7), "other": float(place % 5), "kind": "ab"[place % 2]}
+        for place in range(40)
+    ]
+    for name, column in (("first", "hard"), ("second", "other")):
+        ColumnScorer(column).score(rows, out=tmp_path / name)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores, out = [tmp_path / "first", tmp_path / "second"], tmp_path / "plan"
+    printed = run(
+        "plan", *scores, "--data", data, "--batch-size", "4", "--stages", "2", "--out", out, "--groups", "kind"
+    ).stdout
+    plan = CurriculumPlan.open(out)
+    assert printed.replace("\n", " ").split("Plan:")[0].split() == plan.describe().split()
+    assert "rank_average of their percentiles" in plan.describe()
+    assert "epoch 1" in plan.describe(epoch=1)
+    assert repr(plan).startswith("CurriculumPlan(40 rows in 10 batches an epoch; sorted")

@@ -95,7 +95,11 @@ def _legend(axes: Any) -> None:
     bar = {"color": colour("random"), "linewidth": 7, "solid_capstyle": "butt"}
     tick = {"marker": "|", "color": colour("ink"), "linestyle": "none", "markersize": 11, "markeredgewidth": 2}
     diamond = {"marker": "D", "color": colour("chosen"), "linestyle": "none", "markersize": 6}
-    labels = ("worst to best of 16 random orders", "their mean", "chosen by sparsort choose --by pdo --prior pool")
+    labels = (
+        "worst to best of 16 random orders",
+        "their mean",
+        "chosen by sparsort choose --criterion pdo --prior pool",
+    )
     handles = [Line2D([], [], label=label, **look) for label, look in zip(labels, (bar, tick, diamond), strict=True)]
     axes.legend(handles=handles, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.36, -0.245), fontsize=8)
 

@@ -69,8 +69,9 @@ class DesignOptions:
     )
     choosers: tuple[str, ...] = option(
         ("globale", "locale", "pdo", "pdo_prior", "best_on_dev", "density"),
-        "Criteria that choose an order with the model's help "
+        "Criteria that choose an order with the model's help: {names} "
         "[default: globale, locale, pdo, pdo_prior, best_on_dev, density].",
+        names="curriculum.demos.criteria:CRITERIA",
         panel=_PANEL,
         kind=str | None,
         read=parts,

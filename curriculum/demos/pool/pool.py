@@ -114,6 +114,21 @@ class DemoPool:
                     by_row.setdefault(leak.demo, dataclasses.replace(leak, field=field))
         return [by_row[row] for row in sorted(by_row)]
 
+    def shown_text(self, position: int) -> str:
+        """The text of a row that a prompt shows: the fields of the template, the label and the answer; without a template, all
+        text fields except the id.
+
+        Raises:
+            SparsortError: no field has a text.
+        """
+        row = self.rows[position]
+        if self._fields is None:
+            return text_of(row, position)
+        answers = [spell([name]) for name in row if name in ANSWER_FIELDS]
+        fields = dict.fromkeys([*self._fields, *([] if self.label is None else [self.label]), *answers])
+        texts = (text_if_any(row, field, where=self.name(position)) for field in fields)
+        return "\n".join(text for text in texts if text is not None)
+
     def cached(self, name: Hashable, source: object, make: Callable[[], T], *options: Hashable) -> T:
         """The result of `make`, which is called again only for another `source` object or other options.
 

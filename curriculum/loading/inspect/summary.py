@@ -95,6 +95,7 @@ class PlanSummary:
     Attributes:
         what: the curriculum in one line.
         scores: name → scorer, for each score that the difficulty was computed from.
+        combination: how several scores were combined; None for one score.
         rows: number of rows of the data.
         batches: number of batches in an epoch.
         smallest_batch: number of items in the smallest batch.
@@ -110,6 +111,7 @@ class PlanSummary:
 
     what: str
     scores: dict[str, str]
+    combination: str | None
     epoch: int
     rows: int
     batches: int
@@ -205,6 +207,7 @@ def summarise(
     return PlanSummary(
         what=plan.settings.describe(),
         scores={name: str(origin.get("scorer", "unknown")) for name, origin in plan.notes.get("scores", {}).items()},
+        combination=plan.notes.get("combination"),
         epoch=epoch,
         rows=plan.n_rows,
         batches=plan.n_batches,

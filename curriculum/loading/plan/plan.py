@@ -12,7 +12,7 @@ needs a whole stage, once per epoch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sparsort.curriculum.loading.plan.sequences import like_lengths
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.curriculum.loading.plan.shuffling import key_of, permute
 from sparsort.errors import SparsortError
+from sparsort.registry import load
 from sparsort.storage.integrity import as_written
 
 _FACTS = ("stage_edges", "stage_places", "turn_spans", "smallest_batch", "revision", "notes")
@@ -85,10 +86,33 @@ class CurriculumPlan:
         self.fingerprint = fingerprint or fingerprint_of(self._described(), self._arrays)
 
     def __repr__(self) -> str:
-        kind = "pool" if self.settings.mode == "pool" else self.settings.schedule
-        return (
-            f"CurriculumPlan({self.n_rows} rows, {self.n_batches} batches an epoch, {kind}, {self.settings.direction})"
-        )
+        unscored = int(np.count_nonzero(np.isnan(self.difficulty)))
+        parts = [
+            f"{self.n_rows:,} rows in {self.n_batches:,} batches an epoch",
+            self.settings.describe(),
+            *([f"{unscored:,} rows without a score"] if unscored else []),
+            *([f"revision {self.revision['number']}"] if self.revision else []),
+            *([str(self.folder)] if self.folder else []),
+        ]
+        return f"CurriculumPlan({'; '.join(parts)})"
+
+    def describe(self, *, epoch: int = 0, lengths: ArrayLike | None = None, groups: Sequence[Any] | None = None) -> str:
+        """What the batches of an epoch contain, stage by stage: the text that `sparsort plan` prints.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            lengths: (N,) tokens of each row, by default those of the plan.
+            groups: (N,) group of each row, by default those of the plan.
+
+        Raises:
+            SparsortError: as `summarise`.
+
+        Example:
+            >>> print(CurriculumPlan.open("plan").describe())
+        """
+        # Loaded by its name, because the module of the description imports this one.
+        describe_plan = load("description:describe_plan", "sparsort.curriculum.loading.inspect")
+        return str(describe_plan(self, epoch=epoch, lengths=lengths, groups=groups))
 
     @property
     def n_batches(self) -> int:

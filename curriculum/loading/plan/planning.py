@@ -261,6 +261,7 @@ def _difficulty(
                 "weights have no effect, since only one score was given. Omit weights, or pass several scores."
             )
         return next(iter(columns.values())), notes
+    notes["combination"] = combination
     return combine(columns, combination, weights=weights), notes
 
 

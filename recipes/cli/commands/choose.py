@@ -12,7 +12,7 @@ import typer
 
 from sparsort.curriculum.demos.criteria import CRITERIA
 from sparsort.options import option, unescape
-from sparsort.recipes.cli.options import FewShotPrompt, JsonOption, generated
+from sparsort.recipes.cli.options import ExportOptions, FewShotPrompt, JsonOption, generated
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import TEXT_PANEL, DataSpec
 from sparsort.terminal.printing import note, one_line, show, show_json
@@ -84,16 +84,20 @@ def choose(
     prompt: FewShotPrompt,
     data: DataSpec,
     options: ChooseOptions,
+    export: ExportOptions,
     model: ModelSpec,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the order of demonstrations by a criterion that queries the model: GlobalE, LocalE, PDO, best on dev, …."""
+    from sparsort.curriculum.demos.export import check_export
     from sparsort.recipes.choose.choose import choose_order, needs_labels
     from sparsort.recipes.choose.prior import reads_prior
     from sparsort.recipes.choose.rows import read_rows
 
-    # An unknown criterion is reported before any file is read.
+    # An unknown criterion or format is reported before any file is read.
     scores_labels = needs_labels(options.by)
+    if export.export is not None:
+        check_export(export.export, export.export_format, "chat" if prompt.chat else "plain")
     rows = read_rows(
         file,
         options.queries,
@@ -122,12 +126,15 @@ def choose(
     )
     if options.out is not None:
         _write(chosen.demos, options.out)
+    if export.export is not None:
+        chosen.export(export.export, export.export_format)
     if as_json:
-        show_json(chosen.summary() | {"out": str(options.out) if options.out else None})
+        show_json(chosen.summary() | {"out": str(options.out) if options.out else None} | export.to_json())
         return
     _show(chosen, rows.demos)
     if options.out is not None:
         show(f"Demonstrations: {options.out}")
+    export.show()
 
 
 def _write(demos: list[dict[str, Any]], out: Path) -> None:

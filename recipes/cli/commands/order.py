@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsort.options import option
-from sparsort.recipes.cli.options import Fields, JsonOption, generated
+from sparsort.recipes.cli.options import ExportOptions, Fields, JsonOption, generated
 from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.score.config import SCORER_PANEL, ScorerConfig
 from sparsort.scoring.model.spec import MODEL_PANEL
@@ -41,6 +41,7 @@ class OrderOptions:
 def order(
     file: Annotated[Path, typer.Argument(help="Demonstrations, or the pool to select them from.")],
     options: OrderOptions,
+    export: ExportOptions,
     config: OrderConfig,
     # The seed of the scorer is that of the selection and the order.
     scorer: Annotated[ScorerConfig, Fields(of=ScorerConfig, without=("seed",))],
@@ -53,16 +54,26 @@ def order(
     if scorer.draws:
         scorer = dataclasses.replace(scorer, seed=config.seed)
     cache = RowCache() if not options.no_cache and is_enabled() else None
-    result = order_file(file, query=options.query, config=config, scorer=scorer, scores=options.scores, cache=cache)
+    result = order_file(
+        file,
+        query=options.query,
+        config=config,
+        scorer=scorer,
+        scores=options.scores,
+        cache=cache,
+        export=export.export,
+        export_format=export.export_format,
+    )
     if options.out is not None:
         from sparsort.storage.files import write_atomically
 
         with write_atomically(options.out) as temporary:
             temporary.write_text(result.prompt, encoding="utf-8")
     if as_json:
-        show_json(result.summary() | {"out": str(options.out) if options.out else None})
+        show_json(result.summary() | {"out": str(options.out) if options.out else None} | export.to_json())
     else:
         _show(result)
+        export.show()
 
 
 def _show(result: OrderResult) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,17 +10,13 @@ from sparsort.curriculum.loading.plan.settings import CurriculumSettings
 from sparsort.recipes.cli.options import Fields, JsonOption, generated
 from sparsort.recipes.plan import PlanOptions, make_plan, named_paths
 from sparsort.scoring.prompts.spec import DataSpec
-from sparsort.terminal.printing import one_line, show, show_json
-from sparsort.terminal.tables import Table, number, prose
-
-if TYPE_CHECKING:
-    from sparsort.curriculum.loading.inspect.summary import PlanSummary
+from sparsort.terminal.printing import show, show_json
+from sparsort.terminal.tables import terminal_width
 
 EXAMPLE = (
     "Example: `sparsort score examples/graded.jsonl --scorer column --column steps --out scores`, then "
     "`sparsort plan scores --data examples/graded.jsonl --batch-size 8 --stages 4 --show-groups kind --draw plan.png`"
 )
-_MOST_OF_NAME = 40
 
 
 @generated
@@ -35,114 +30,18 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Plan the batches of a training run from SCORES, and show what the batches contain before you train on them."""
+    from sparsort.curriculum.loading.inspect.description import describe
+
     planned = make_plan(
         named_paths(scores), settings=CurriculumSettings.from_json(curriculum), options=options, rows=rows
     )
     if as_json:
         show_json(planned.to_json())
         return
-    _show(planned.summary, options.combination)
+    show(describe(planned.summary, width=terminal_width()), most=None)
     if options.out is not None:
         show(f"Plan: {options.out}")
     if options.draw is not None:
         show(f"Figure: {options.draw}")
     if options.export is not None:
         show(f"Rows in training order: {options.export}")
-
-
-def _show(summary: PlanSummary, combination: str) -> None:
-    show(f"{summary.what}; {_size(summary)}")
-    about = "" if summary.exact else "≈"
-    show(
-        f"{summary.rows:,} rows in {summary.batches:,} batches, "
-        f"{about}{sum(part.examples for part in summary.parts) / summary.batches:,.1f} examples each"
-        + (f"; epoch {summary.epoch}" if summary.epoch else "")
-    )
-    if summary.scores:
-        how = f", {combination} of their percentiles" if len(summary.scores) > 1 else ""
-        named = [
-            scorer if len(summary.scores) == 1 else f"{name} ({scorer})" for name, scorer in summary.scores.items()
-        ]
-        show(f"difficulty: {', '.join(named)}{how}")
-    _show_table(summary)
-    if summary.group_names:
-        in_data = _shares(summary.group_names, summary.group_shares, most=10).replace("\xa0", " ")
-        show(f"groups in the data: {in_data}")
-    place = {"last": " (they come last)", "first": " (they come first)"}.get(summary.settings["unscored"], "")
-    show(f"rows without a score: {summary.unscored:,}{place if summary.unscored else ''}")
-    if summary.cut is not None:
-        show(f"rows cut: {summary.cut:,}")
-    show(f"scores without a row: {summary.unused_scores:,}")
-    show(_seen(summary))
-    if summary.below_batch:
-        show(
-            f"the pacing allows fewer examples than a batch needs in {summary.below_batch:,} batches, which are drawn from just "
-            "enough examples"
-        )
-    if not summary.exact:
-        looked = sum(part.looked_at for part in summary.parts)
-        show(f"≈ estimated from {looked:,} of {summary.batches:,} batches, evenly spaced over each part")
-    show(f"fingerprint: {summary.fingerprint}")
-
-
-def _size(summary: PlanSummary) -> str:
-    size, budget = summary.settings["batch_size"], summary.settings["token_budget"]
-    if summary.settings["packing"] != "none":
-        return f"batches of {size} packed sequences"
-    return f"batches of {budget} tokens" if size is None else f"batch size {size}"
-
-
-def _seen(summary: PlanSummary) -> str:
-    seen = summary.coverage
-    if summary.settings["mode"] == "one_pass":
-        return "every example is seen once per epoch"
-    never = f"{100 * seen.never:.2f} % of the examples are never seen in an epoch"
-    how = "counted" if seen.exact else "expected value"
-    most = "" if seen.most is None else f", at most {seen.most:,} times"
-    return f"{never} ({how}); an example is seen {seen.mean:.2f} times on average{most}"
-
-
-def _show_table(summary: PlanSummary) -> None:
-    parts, about = summary.parts, "" if summary.exact else "≈"
-    whole = len(parts) > 1 and parts[-1].stages[1] > 0
-    columns: dict[str, list[str]] = {
-        "stage" if whole else "part": [
-            _span(*part.stages) if whole else str(place) for place, part in enumerate(parts, 1)
-        ],
-        "batches": [_span(*part.batches) for part in parts],
-        "examples": [f"{part.examples:,}" for part in parts],
-        "available": [_percents(part.share) for part in parts],
-        "difficulty": [f"{about}{part.difficulty.mean:.4g}" if part.difficulty else "–" for part in parts],
-        "from … to": [
-            f"{part.difficulty.lowest:.4g} … {part.difficulty.highest:.4g}" if part.difficulty else "–"
-            for part in parts
-        ],
-    }
-    if any(part.unscored for part in parts):
-        columns["no score"] = [f"{100 * part.unscored:.0f} %" for part in parts]
-    if any(part.length for part in parts):
-        columns["tokens"] = [f"{about}{part.length.mean:,.1f}" if part.length else "–" for part in parts]
-        columns["padding"] = ["–" if part.padding is None else f"{100 * part.padding:.0f} %" for part in parts]
-    if len(summary.group_names) > 1:
-        columns["groups"] = [_shares(summary.group_names, part.groups or [], most=5) for part in parts]
-    table = Table(*(prose(name) if name == "groups" else number(name) for name in columns))
-    for line in zip(*columns.values(), strict=True):
-        table.add_row(*line)
-    table.show()
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,}–{last:,}"
-
-
-def _percents(pair: tuple[float, float]) -> str:
-    first, last = (f"{100 * share:.3g}" for share in pair)
-    return f"{first} %" if first == last else f"{first}–{last} %"
-
-
-def _shares(names: Sequence[str], shares: Sequence[float], most: int) -> str:
-    """The largest shares with their names, the largest first."""
-    ranked = sorted(zip(shares, names, strict=False), key=lambda pair: -pair[0])
-    # No-break spaces keep a name and its share on one line.
-    listed = [f"{one_line(name, _MOST_OF_NAME)}\xa0{100 * share:.0f}\xa0%" for share, name in ranked[:most]]
-    return ", ".join(listed) + (f", {len(ranked) - most} more" if len(ranked) > most else "")

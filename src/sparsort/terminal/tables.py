@@ -91,8 +91,12 @@ class Table:
 
     def show(self) -> None:
         """Print the table to stdout, with an empty line after it."""
-        width = max(shutil.get_terminal_size((80, 24)).columns, 20)
-        show("\n".join([*self.lines(width), ""]), most=None)
+        show("\n".join([*self.lines(terminal_width()), ""]), most=None)
+
+
+def terminal_width() -> int:
+    """The width of the terminal, in cells; without one it is 80, or the value of COLUMNS."""
+    return max(shutil.get_terminal_size((80, 24)).columns, 20)
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

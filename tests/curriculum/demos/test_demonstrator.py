@@ -173,3 +173,10 @@ def test_ids_of_a_pool_may_be_given() -> None:
     assert pool.ids == ["x", "y"]
     assert pool.name(1) == "demonstration 'y'"
     assert Demonstrator(ids=["y"], order="given").positions(Known(pool, "three plums")) == [1]
+
+
+def test_columns_that_the_prompt_hides_do_not_count_as_length() -> None:
+    rows = [{"text": "aa", "label": "1", "note": "n" * 50}, {"text": "aaaa", "label": "1", "note": ""}]
+    demonstrator = Demonstrator(selector="first", order="length_ascending", k=2)
+    assert demonstrator.positions(Known(DemoPool(rows, prompt="{text}"), "b c d")) == [0, 1]
+    assert demonstrator.positions(Known(DemoPool(rows), None)) == [1, 0]

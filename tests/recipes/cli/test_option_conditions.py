@@ -143,8 +143,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("--no-cache", "--order random -k 2 --select bm25", "nothing here runs a model"),
         ("--dtype float32", "--order given --max-tokens 9", "nothing here runs a model"),
+        ("--export-format dspy", "", "nothing is exported"),
     ],
     "choose": [
+        ("--export-format dspy", "", "nothing is exported"),
         *(
             (f"--{name}", "--criterion globale", "the criterion reads no queries, and this is --criterion globale")
             for name in ("queries q.jsonl", "max-queries 8", "allow-leaks")
