@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.errors import SparsortError
+from sparsort.paths import column_of
 from sparsort.recipes.classify.spec import ClassifySpec
 from sparsort.scoring.data.rows import RowSource
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec
 from sparsort.storage.files import write_atomically, write_json
-from sparsort.values import text_if_any
+from sparsort.values import text_if_any, without
 
 if TYPE_CHECKING:
     from sparsort.recipes.classify.classifier import FewShotClassifier
@@ -264,7 +265,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, Any]], list[str]]:
     """The ids, the fields without the label, and the labels."""
-    source.require([label])
+    source.require([column_of(label)])
     ids, rows, y = [], [], []
     for row in source.rows():
         value = text_if_any(row.fields, label, where=f"{source.name}: {row.name}")
@@ -272,7 +273,7 @@ def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, 
             raise SparsortError(
                 f"{source.name}: {row.name} has no value in the label column {label!r}. Remove the row, or give it one."
             )
-        rows.append({key: field for key, field in row.fields.items() if key != label})
+        rows.append(without(row.fields, label))
         ids.append(row.id)
         y.append(value)
     return ids, rows, y
@@ -281,8 +282,8 @@ def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, 
 def _test_rows(source: RowSource, label: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str] | None]:
     named, gold = [], []
     for row in source.rows():
-        named.append((row.id, {key: field for key, field in row.fields.items() if key != label}))
-        gold.append(text_if_any(row.fields, label, where=f"{source.name}: {row.name}") if label in row.fields else None)
+        named.append((row.id, without(row.fields, label)))
+        gold.append(text_if_any(row.fields, label, where=f"{source.name}: {row.name}"))
     known = [value for value in gold if value is not None]
     if known and len(known) < len(gold):
         raise SparsortError(

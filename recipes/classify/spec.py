@@ -14,14 +14,14 @@ class ClassifySpec:
     """The settings of a classification besides model, prompt and data; see `FewShotClassifier`.
 
     Attributes:
-        label: the column of the class.
+        label: the field of the class: a column, or a path as in a template ("meta.label").
         labels: words of the classes in the prompt, such as "0=negative,1=positive".
         k, select, order, n_orders, calibration, prior, calibration_rows, separator, instruction: see `FewShotClassifier`; a
             prior may also be written "0=0.8,1=0.2".
         seed: seed for every random draw.
     """
 
-    label: str = option("label", "Column of the class.", panel=TEXT_PANEL)
+    label: str = option("label", "Field of the class: a column, or a path such as meta.label.", panel=TEXT_PANEL)
     labels: str | None = option(
         None,
         "Values and words of the classes, as in 0=negative,1=positive [default: as in the data].",
