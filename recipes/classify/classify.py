@@ -10,7 +10,6 @@ Shapes: n test rows, L classes.
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections import Counter
@@ -82,10 +81,10 @@ class Classified:
         """
         if self.gold is None:
             return {}
-        from sklearn.metrics import balanced_accuracy_score
+        from scipy.stats import binomtest
+        from sklearn.metrics import balanced_accuracy_score, log_loss
 
-        right, n = self.predicted == self.gold, len(self.gold)
-        chosen = self.proba[np.arange(n), self.gold]
+        right, n, every = self.predicted == self.gold, len(self.gold), range(len(self.classes))
         with warnings.catch_warnings():
             # A class without a test row has no recall.
             warnings.simplefilter("ignore", UserWarning)
@@ -93,9 +92,10 @@ class Classified:
         return {
             "rows": n,
             "accuracy": float(right.mean()),
-            "accuracy_interval": wilson(int(right.sum()), n),
+            "accuracy_interval": tuple(map(float, binomtest(int(right.sum()), n).proportion_ci(method="wilson"))),
             "balanced_accuracy": balanced,
-            "log_loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+            "log_loss": float(log_loss(self.gold, self.proba, labels=every)),
+            # `sklearn.metrics.brier_score_loss` takes several classes from version 1.7 on.
             "brier": float(((self.proba - np.eye(len(self.classes))[self.gold]) ** 2).sum(axis=1).mean()),
             "majority": float(np.bincount(self.gold).max() / n),
         }
@@ -202,8 +202,6 @@ def classify(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
-    from sparsort.recipes.classify.classifier import FewShotClassifier
-
     source = data.open(file)
     ids, rows, y = _labelled(source, settings.label)
     gold: list[str] | None
@@ -213,21 +211,7 @@ def classify(
         rows, y = [rows[at] for at in kept], [y[at] for at in kept]
     else:
         named, gold = _test_rows(data.open(test), settings.label)
-    classifier = FewShotClassifier(
-        ModelSpec.of(model),
-        k=settings.k,
-        select=settings.select,  # type: ignore[arg-type]
-        order=settings.order,
-        n_orders=settings.n_orders,
-        calibration=settings.calibration,  # type: ignore[arg-type]
-        prior=_prior(settings.prior),
-        prompt=prompt,
-        label_words=_words(settings.labels),
-        separator=settings.separator,
-        instruction=settings.instruction,
-        calibration_rows=settings.calibration_rows,
-        random_state=settings.seed,
-    )
+    classifier = _classifier(model, prompt, settings)
     queries = [row for _, row in named]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -255,12 +239,24 @@ def classify(
     )
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    share, square = successes / n, z * z / n
-    middle = (share + square / 2) / (1 + square)
-    half = z * math.sqrt(share * (1 - share) / n + square / (4 * n)) / (1 + square)
-    return middle - half, middle + half
+def _classifier(model: Any, prompt: Any, settings: ClassifySpec) -> FewShotClassifier:
+    from sparsort.recipes.classify.classifier import FewShotClassifier
+
+    return FewShotClassifier(
+        ModelSpec.of(model),
+        k=settings.k,
+        select=settings.select,  # type: ignore[arg-type]
+        order=settings.order,
+        n_orders=settings.n_orders,
+        calibration=settings.calibration,  # type: ignore[arg-type]
+        prior=_prior(settings.prior),
+        prompt=prompt,
+        label_words=_words(settings.labels),
+        separator=settings.separator,
+        instruction=settings.instruction,
+        calibration_rows=settings.calibration_rows,
+        random_state=settings.seed,
+    )
 
 
 def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, Any]], list[str]]:

@@ -31,7 +31,7 @@ class ClassifySpec:
     instruction: str = option("", "First block of the prompt.", panel=TEXT_PANEL, read=unescape)
     k: int = option(8, "Number of demonstrations.", flag="--shots", short="-k")
     select: str = option(
-        "balanced", "Selection of the demonstrations: {names}.", names="recipes.classify.settings:USABLE_SELECTORS"
+        "balanced", "Selection of the demonstrations: {names}.", names="curriculum.demos.select:SHARED_PROMPT_SELECTORS"
     )
     order: str = option("auto", "auto, for random orders, or {names}.", names="curriculum.demos.order:ORDERS")
     n_orders: int = option(1, "Random orders whose predictions are averaged; the cost grows in proportion.")

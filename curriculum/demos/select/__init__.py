@@ -31,6 +31,7 @@ from sparsort.registry import Registry
 __all__ = [
     "DEFAULT_SELECTOR",
     "SELECTORS",
+    "SHARED_PROMPT_SELECTORS",
     "Candidates",
     "DemoSelectorEntry",
     "Excluded",
@@ -165,6 +166,8 @@ READ_BY: Table = {
         for name in ("trade_off", "fetch", "n_levels", "neighbours")
     },
 }
+# Those that read nothing but the rows and their labels, so that all queries can share one prompt.
+SHARED_PROMPT_SELECTORS = Registry(SELECTORS.kind, (entry for entry in SELECTORS.values() if entry.needs <= {"label"}))
 
 
 def select_demos(

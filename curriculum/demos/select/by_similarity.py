@@ -127,6 +127,7 @@ def dpp_map(kernel_NN: NDArray[np.float64], k: int) -> NDArray[np.int64]:
 
 def neighbour_graph(unit_ND: Floats, neighbours: int) -> NDArray[np.int64]:
     """The `neighbours` nearest other rows of each row by cosine, (N, G), in any order; G is N − 1 if that is fewer."""
+    # `sklearn.neighbors.NearestNeighbors` takes 1.4 times as long for 3000 rows, and other neighbours among duplicates.
     count = len(unit_ND)
     width = min(neighbours, count - 1)
     graph_NG = np.empty((count, width), dtype=np.int64)

@@ -116,4 +116,5 @@ def test_no_spelling_of_the_label_leaks_into_the_default_prompt(
     rows = [{"text": f"word {i}", **form(words[i % 2])} for i in range(30)]
     result = classify(rows, rows[20:], model=model, prompt=None, settings=ClassifySpec(label=label, k=4))
     assert result.texts == [f"text: word {i}\nlabel:" for i in range(20, 30)]
-    assert result.gold is not None and result.gold.tolist() == [i % 2 for i in range(20, 30)]
+    assert result.gold is not None
+    assert result.gold.tolist() == [i % 2 for i in range(20, 30)]
