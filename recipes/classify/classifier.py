@@ -175,8 +175,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         held_out = self._calibration_rows(rows, gold, shown, seed)
         self._warn_about_rows(len(held_out), len(others), counts)
         reader = self._reader()
+        self._calibration = self._usable_calibration(len(held_out), len(others))
         self._evidence, tokens = self._read_evidence(reader, [rows[at] for at in held_out], gold[held_out], others)
-        self._calibration = self._usable_calibration()
         self._bias = None if self.transductive else self._calibration.estimate(self._evidence)
         self.prior_ = self._estimate_shares(self._evidence.unlabelled) if shares is None else shares
         self.tokens_read_ = int(sum(tokens_O.sum() for tokens_O in tokens.values()))
@@ -339,14 +339,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             scores, tokens[part] = reader.scores(self._orders[:orders], texts, title=title)
             return scores
 
-        needs = LABEL_CALIBRATIONS[self.calibration].needs
-        # If no row is left for the calibration, it falls back to the contextual one.
-        needs_content_free = "content_free" in needs or not (labelled or others or self.transductive)
-        # Batch calibration takes them under every order if there are no labelled rows; the prior needs one order.
+        needs = self._calibration.needs
+        # Batch calibration reads unlabelled rows under every order if there are no labelled ones. The prior needs one order.
         is_for_bias = "rows" in needs and not labelled and not self.transductive
         needs_unlabelled = is_for_bias or (self._prior_is_estimated and bool(labelled))
         # In this order, so that the demonstrations, which are read once, count as read for the calibration.
-        inputs = self.task_.content_free_texts() if needs_content_free else []
+        inputs = self.task_.content_free_texts() if "content_free" in needs else []
         content_free = read("content_free", inputs, "content-free inputs")
         scores = read("rows", [self.task_.query_text(row) for row in labelled], "calibration rows")
         queries = [self.task_.query_text(row) for row in others] if needs_unlabelled else []
@@ -370,15 +368,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         is_shared = "rows" in self._calibration.needs and not self.transductive
         return int(tokens["prior"].sum()) + (0 if is_shared else int(tokens["rows"][0]))
 
-    def _usable_calibration(self) -> LabelCalibrationEntry:
+    def _usable_calibration(self, n_labelled: int, n_unlabelled: int) -> LabelCalibrationEntry:
         """The calibration, or the contextual one if no row is left for it."""
         entry = LABEL_CALIBRATIONS[self.calibration]
-        is_labelled = self._evidence.labelled is not None
-        has = {
-            "content_free": self._evidence.content_free is not None,
-            "rows": is_labelled or self._evidence.unlabelled is not None or self.transductive,
-            "gold": is_labelled,
-        }
+        has = {"content_free": True, "rows": n_labelled or n_unlabelled or self.transductive, "gold": n_labelled}
         if all(has[need] for need in entry.needs):
             return entry
         (fallback, *_) = LABEL_CALIBRATIONS.needing("content_free")

@@ -240,6 +240,11 @@ def test_without_rows_left_it_falls_back_to_contextual_calibration(tiny: ModelSp
         model = FewShotClassifier(tiny, k=4).fit(TEXTS[:4], ["a", "b", "a", "b"])
     assert model.predict(TEXTS[:2]).shape == (2,)
     assert model.gains_ == []
+    # Unlabelled rows are no help to a calibration that needs labels.
+    other = FewShotClassifier(tiny, k=4, calibration="fitted")
+    with pytest.warns(UserWarning, match="'contextual' is used"):
+        other.fit(TEXTS[:4], ["a", "b", "a", "b"], unlabelled=TEXTS[4:])
+    np.testing.assert_array_equal(other.predict(TEXTS[:9]), model.predict(TEXTS[:9]))
 
 
 def test_it_warns_where_predictions_and_prior_disagree(tiny: ModelSpec) -> None:
