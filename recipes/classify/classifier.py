@@ -60,7 +60,7 @@ from sparsort.terminal.tables import Table, number, prose
 AUTO = "auto"
 # Fewer rows estimate a bias poorly; batches of fewer queries say little about their label shares.
 FEWEST_ROWS, FEWEST_QUERIES = 16, 32
-# The total variation between a prior and other label shares from which on a warning is due.
+# The largest total variation between a prior and other label shares that causes no warning.
 _MOST_SHIFT = 0.25
 _WIDTH = 100
 

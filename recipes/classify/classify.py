@@ -161,7 +161,6 @@ class Classified:
             SparsortError: the disk refuses.
         """
         target = Path(folder).expanduser()
-        target.mkdir(parents=True, exist_ok=True)
         with write_atomically(target / PREDICTIONS) as path:
             lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions())
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -169,15 +168,13 @@ class Classified:
 
     def predictions(self) -> list[dict[str, Any]]:
         """One row for each test row: id, predicted class, probabilities, and the right class where it is known."""
-        return [
-            {
-                "id": self.ids[at],
-                "predicted": self.classes[int(self.predicted[at])],
-                "probabilities": {name: float(p) for name, p in zip(self.classes, self.proba[at], strict=True)},
-            }
-            | ({} if self.gold is None else {"gold": self.classes[int(self.gold[at])]})
-            for at in range(len(self.ids))
+        rows: list[dict[str, Any]] = [
+            {"id": name, "predicted": self.classes[best], "probabilities": dict(zip(self.classes, proba, strict=True))}
+            for name, best, proba in zip(self.ids, self.predicted.tolist(), self.proba.tolist(), strict=True)
         ]
+        for row, gold in zip(rows, [] if self.gold is None else self.gold.tolist(), strict=self.gold is not None):
+            row["gold"] = self.classes[gold]
+        return rows
 
 
 def classify(

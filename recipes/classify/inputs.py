@@ -60,7 +60,7 @@ def estimator_rows(estimator: Any, X: Any, prompt: PromptFunction | None, *, res
 
 
 def prompt_spec(prompt: str | PromptSpec | PromptFunction | None) -> PromptSpec:
-    """The prompt as a spec; that of a function is the field which `estimator_rows` fills."""
+    """The prompt as a spec. The template of a function is the field that `estimator_rows` fills."""
     return PromptSpec.of(f"{{{TEXT_FIELD}}}" if callable(prompt) else prompt)
 
 
@@ -81,10 +81,9 @@ def class_names(classes: Sequence[Any]) -> list[str]:
 
 
 def label_field(rows: Sequence[Row]) -> str:
-    """A name for the field of the class that no row has already."""
-    taken = {name for row in rows[:1] for name in row}
+    """A name for the field of the class that the rows do not have yet."""
     name = "label"
-    while name in taken:
+    while rows and name in rows[0]:
         name += "_"
     return name
 

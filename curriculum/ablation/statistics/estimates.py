@@ -9,6 +9,10 @@ The population is what is regarded as a random sample, and so what an interval g
 - "items": other items like these, with the same S sets. With one set, nothing else is possible.
 - "both": other sets and other items. Always the widest; needed for the claim "would hold on this task in general".
 
+With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With fewer than three clusters
+(sets for "sets", items for "items", either for "both"), or clusters that do not differ, there is no interval, no standard error
+and no p-value: they are NaN, and `reason` says why.
+
 Shapes: S demonstration sets, Q test items, C clusters (sets or items).
 """
 
@@ -101,16 +105,10 @@ def estimate(
         over: the population, see the head of this module.
         method: for "sets" and "items", see `wild`, `bootstrap_t` and `student_t`. "both" always uses `two_way`. Compare
             "bootstrap_t" with "wild" if the differences of a few sets are far from the others (strong skewness).
-        level: nominal coverage.
-        null: the mean under the null hypothesis; NaN for no test.
-        draws: number of sign vectors or resamples, unless all of them are enumerated.
-        seed: seed for the draws.
+        level, null: the nominal coverage, and the mean under the null hypothesis (NaN for no test).
+        draws, seed: the number of sign vectors or resamples, unless all of them are enumerated, and the seed for them.
         scale: size of the numbers, by which a difference is distinguished from rounding; by default the largest absolute value.
             For differences that nearly cancel, pass the size of the numbers that were subtracted.
-
-    With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With fewer than three
-    clusters (sets for "sets", items for "items", either for "both"), or clusters that do not differ, there is no interval, no
-    standard error and no p-value: they are NaN, and `reason` says why.
 
     Raises:
         SparsortError: a shape, number or choice is invalid, the level is outside (0, 1), or there are too few draws for it.

@@ -77,6 +77,11 @@ def test_rows_without_labels_are_predicted(file: Path, model: str, tmp_path: Pat
     assert "accuracy 1" not in result.stdout
 
 
+def test_a_file_as_the_folder_of_the_results_is_refused_before_a_model_is_loaded(file: Path) -> None:
+    stderr = run("classify", file, "-m", "/no/model", *PROMPT, "--out", file, code=2).stderr
+    assert "is a file; the results are a folder" in " ".join(stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

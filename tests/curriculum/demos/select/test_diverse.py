@@ -108,7 +108,7 @@ def test_vote_k_of_fewer_rows_than_neighbours() -> None:
 def test_the_graph_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = unit(50, 8, 0)
     whole = np.sort(selectors.neighbour_graph(rows, 5), axis=1)
-    monkeypatch.setattr(by_similarity, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(selectors, "_BLOCK_ROWS", 7)
     assert (np.sort(selectors.neighbour_graph(rows, 5), axis=1) == whole).all()
 
 
