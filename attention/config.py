@@ -112,7 +112,7 @@ class SparseAttentionConfig:
             raise SparsortError(f"top_p is {self.top_p}; expected a share above 0 and at most 1.")
         if not 0 <= self.alignment_weight < math.inf:
             raise SparsortError(
-                f"alignment_weight is {self.alignment_weight}; expected a number of 0 or more. 1.0 is the default."
+                f"alignment_weight is {self.alignment_weight}; expected a finite number of 0 or more. 1.0 is the default."
             )
         if self.layers is not None:
             self._keep("layers", _layer_numbers(self.layers))

@@ -15,8 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sparsort.kernels.sparsity.metrics import METRICS
-from sparsort.recipes.classify.inputs import PromptFunction, estimator_rows, prompt_spec
-from sparsort.recipes.classify.settings import default_template
+from sparsort.recipes.classify.inputs import PromptFunction, default_template, estimator_rows, prompt_spec
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.scoring.scorers.candidates import CandidateScorer, check_grid
 

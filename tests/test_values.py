@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.values import as_text, has_text, is_missing, number_array, put, row_of, text_at, value_at
+from sparsort.values import as_text, has_text, is_missing, number_array, put, row_of, text_at, value_at, without
 
 MISSING: list[Any] = [
     None,
@@ -202,3 +202,22 @@ def test_a_number_beyond_the_digits_that_python_writes_is_refused() -> None:
     with pytest.raises(SparsortError, match="has a value in the field 'n' that has no text"):
         as_text(10**5000, field="n", where="row 0")
     assert as_text(10**400, field="n", where="row 0") == "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("text", {"meta": {"label": "a", "tags": ["x", "y"]}}),
+        ("[text]", {"meta": {"label": "a", "tags": ["x", "y"]}}),
+        ("meta.label", {"text": "t", "meta": {"tags": ["x", "y"]}}),
+        ("meta.tags[-1]", {"text": "t", "meta": {"label": "a", "tags": ["x", None]}}),
+        ("meta", {"text": "t"}),
+        ("meta.tags[5]", {"text": "t", "meta": {"label": "a", "tags": ["x", "y"]}}),
+        ("other.part", {"text": "t", "meta": {"label": "a", "tags": ["x", "y"]}}),
+    ],
+)
+def test_a_row_without_a_field(field: str, expected: dict[str, Any]) -> None:
+    row = {"text": "t", "meta": {"label": "a", "tags": ["x", "y"]}}
+    assert without(row, field) == expected
+    assert row == {"text": "t", "meta": {"label": "a", "tags": ["x", "y"]}}
+    assert without({"text": "t", "meta": {"label": "a"}}, "meta.label") == {"text": "t"}

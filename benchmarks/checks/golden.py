@@ -37,6 +37,8 @@ _VOLATILE = re.compile(
     r"(^|_)(seconds?|s|ms|time|times|date|created|started|finished|wall|cpu|memory|machine|host|pid|path|paths|folder|"
     r"file|files|version|versions|packages|threads|commit|command|elapsed|speed|per_second|rate|seal|digest|bytes)$"
 )
+# Options with their older names: a version that does not know the one is called with the other.
+_OLDER_NAMES = {"--max-queries": "--queries", "--criterion": "--by"}
 Record = dict[str, str]
 
 
@@ -117,23 +119,14 @@ def _needed(only: str) -> set[str]:
 def _run(case: Case, inputs: Path, work: Path) -> Record:
     places = {"inputs": str(inputs), "work": str(work), "out": str(work / case.name)}
     arguments = [re.sub(r"\{(inputs|work|out)\}", lambda match: places[match[1]], part) for part in case.arguments]
-    stdout, stderr = io.StringIO(), io.StringIO()
-    code: object = 0
-    # `runpy` runs the command as `python -m sparsort` would, but in this process, in which torch is imported
-    # already.
-    argv, sys.argv = sys.argv, ["sparsort", *arguments]
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_module("sparsort", run_name="__main__", alter_sys=False)
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = argv
+    code, text, errors = _call(arguments)
+    while (unknown := re.search(r"No such option: (--[a-z-]+)", errors)) and unknown[1] in _OLDER_NAMES:
+        arguments = [_OLDER_NAMES[unknown[1]] if part == unknown[1] else part for part in arguments]
+        code, text, errors = _call(arguments)
     record = {"exit": repr(code or 0)}
     if code:
-        record["stderr"] = stderr.getvalue()
+        record["stderr"] = errors
     hide = {str(work): "<work>", str(inputs): "<inputs>"}
-    text = stdout.getvalue()
     try:
         _flatten("stdout", json.loads(text), record, hide)
     except ValueError:
@@ -145,6 +138,21 @@ def _run(case: Case, inputs: Path, work: Path) -> Record:
             name = re.sub(r"-[0-9a-f]{8}-[0-9a-f]{16}\.", "-<run>.", str(path.relative_to(work)))
             _read_file(path, name, record, hide)
     return record
+
+
+def _call(arguments: list[str]) -> tuple[object, str, str]:
+    """The exit code, the output and the messages of `python -m sparsort`, in this process, in which torch is imported already."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code: object = 0
+    argv, sys.argv = sys.argv, ["sparsort", *arguments]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_module("sparsort", run_name="__main__", alter_sys=False)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return code, stdout.getvalue(), stderr.getvalue()
 
 
 def _read_file(path: Path, name: str, record: Record, hide: Mapping[str, str]) -> None:

@@ -2,18 +2,16 @@
 
 Contract: everything except the estimate is decided before a model is loaded, and every mistake in the call is reported by then.
 The prior "estimated" assumes that pool and queries differ only in their label shares
-(`curriculum.demos.criteria.label_shift`).
+(`curriculum.demos.criteria.label_bias`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +19,20 @@ from numpy.typing import NDArray
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.demos.criteria import CRITERIA, parts_of
-from sparsort.curriculum.demos.criteria.label_bias import evenly_by_label, fit_bias, shares_by_em
+from sparsort.curriculum.demos.criteria.label_bias import (
+    PriorName,
+    evenly_by_label,
+    fit_bias,
+    given_shares,
+    named_shares,
+    shares_by_em,
+)
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of
 from sparsort.storage.integrity import parse_json
 from sparsort.values import text_if_any
 
 Rows = Sequence[Mapping[str, Any]]
-PriorName = Literal["pool", "uniform", "mixed", "estimated"]
 Prior = PriorName | Mapping[str, float] | str | Path
 
 # The most labelled rows that the model reads, under one order, and the fewest rows with which the default prior is estimated.
@@ -138,13 +142,13 @@ def plan_prior(
         labelled = _labelled_rows(task, demos, queries, pool, seed) if reads_queries else []
         return _estimate_plan(labels, labelled, reads_queries=reads_queries)
     if isinstance(prior, Mapping):
-        return PriorPlan(source="given", labels=labels, shares=_shares(labels, prior, "prior"))
+        return PriorPlan(source="given", labels=labels, shares=given_shares(labels, prior, "prior"))
     if prior == "uniform":
         return _uniform(labels)
     if prior == "pool":
         return PriorPlan(source="pool", labels=labels, shares=_counted(labels, _pool_counts(task, pool), "the pool"))
     if prior == "mixed":
-        return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)))
+        return _mixed(task, labels, pool)
     return PriorPlan(source=Path(str(prior)).name, labels=labels, shares=_file_shares(prior, task.label, labels))
 
 
@@ -173,7 +177,7 @@ def _default_plan(
             "(--queries FILE) to have their shares estimated, or take the prior 'pool' (--prior pool) if they have the shares of "
             "the pool."
         )
-        return PriorPlan(source="mixed", labels=labels, shares=_mixed(labels, _pool_counts(task, pool)), notes=(note,))
+        return _mixed(task, labels, pool, note)
     if not pool:
         note = (
             "No labelled rows of the pool were given (pool=), which are needed to estimate the queries' label shares; prior= "
@@ -191,8 +195,14 @@ def _default_plan(
 
 
 def _uniform(labels: tuple[str, ...], *notes: str) -> PriorPlan:
-    shares = np.full(len(labels), 1.0 / len(labels))
+    shares = named_shares("uniform", np.zeros(len(labels)))
     return PriorPlan(source="uniform", labels=labels, shares=shares, notes=notes)
+
+
+def _mixed(task: Task, labels: tuple[str, ...], pool: Rows, *notes: str) -> PriorPlan:
+    counts = _pool_counts(task, pool)
+    shares = named_shares("mixed", [counts[value] for value in labels])
+    return PriorPlan(source="mixed", labels=labels, shares=shares, notes=notes)
 
 
 def _estimate_plan(labels: tuple[str, ...], labelled: list[dict[str, Any]], *, reads_queries: bool) -> PriorPlan:
@@ -258,13 +268,6 @@ def _pool_counts(task: Task, pool: Rows, *, required: bool = True) -> Counter[st
     return counts
 
 
-def _mixed(labels: tuple[str, ...], counts: Mapping[str, int]) -> NDArray[np.float64]:
-    """The mean of uniform shares and the pool's."""
-    counted = np.array([counts.get(value, 0) for value in labels], dtype=np.float64)
-    mixed: NDArray[np.float64] = (counted / counted.sum() + 1.0 / len(labels)) / 2
-    return mixed
-
-
 def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> NDArray[np.float64]:
     absent = [value for value in labels if not counts.get(value)]
     if absent:
@@ -272,7 +275,7 @@ def _counted(labels: tuple[str, ...], counts: Mapping[Any, int], where: str) -> 
             f"the prior is to be the share of each label in {where}, which has no row with {', '.join(absent)}. Give rows of "
             "every label, or take the prior 'uniform' (--prior uniform)."
         )
-    return _shares(labels, {value: counts[value] for value in labels}, where)
+    return named_shares("pool", [counts[value] for value in labels])
 
 
 def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.float64]:
@@ -293,7 +296,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
         content = _json(path)
         # An object of rows is read as rows below; only one of plain values can be an object of shares.
         if isinstance(content, dict) and not any(isinstance(value, (dict, list)) for value in content.values()):
-            return _shares(labels, content, path.name)
+            return given_shares(labels, content, path.name)
     from sparsort.scoring.data.rows import open_rows
 
     source = open_rows(path)
@@ -312,7 +315,7 @@ def _file_shares(prior: Any, label: str, labels: tuple[str, ...]) -> NDArray[np.
     table = {value: _number(row[weight], path.name) for value, row in zip(values, rows, strict=True)}
     if len(table) < len(rows):
         raise SparsortError(f"the prior {path.name} names a label twice. Give one share for each.")
-    return _shares(labels, table, path.name)
+    return given_shares(labels, table, path.name)
 
 
 def _json(path: Path) -> Any:
@@ -327,22 +330,3 @@ def _number(value: Any, where: str) -> float:
         return float(value)
     except (OverflowError, TypeError, ValueError) as error:
         raise SparsortError(f"the prior {where} has the share {value!r}, which is not a number.") from error
-
-
-def _shares(labels: tuple[str, ...], given: Mapping[Any, Any], where: str) -> NDArray[np.float64]:
-    """(L,) shares in the order of the labels, checked and normalised."""
-    share_of = {str(value): share for value, share in given.items()}
-    if sorted(share_of) != sorted(labels):
-        raise SparsortError(
-            f"{where} is given for {json.dumps(sorted(share_of))}; the labels are {json.dumps(sorted(labels))}. Give one "
-            "number each."
-        )
-    for value, share in share_of.items():
-        number = _number(share, where) if isinstance(share, (int, float, np.number)) else math.nan
-        if not 0 < number < math.inf:
-            raise SparsortError(
-                f"{where} has {share!r} for the label {value!r}; each label's share or count must be a number above 0."
-            )
-    shares = np.array([float(share_of[value]) for value in labels], dtype=np.float64)
-    normalised: NDArray[np.float64] = shares / shares.sum()
-    return normalised

@@ -32,34 +32,37 @@ from sparsort.curriculum.demos.criteria.label_calibration import (
     LabelCalibrationEntry,
     LabelCalibrationName,
     combine_orders,
+    measure_gains,
 )
 from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import order_entry
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.pool.pool import DemoPool
-from sparsort.curriculum.demos.select import SELECTORS, SelectorName
-from sparsort.recipes.classify.gains import gains_table, measure_gains
-from sparsort.recipes.classify.inputs import PromptFunction, estimator_rows, prompt_spec
-from sparsort.recipes.classify.labels import LabelReader
-from sparsort.recipes.classify.settings import (
-    USABLE_SELECTORS,
+from sparsort.curriculum.demos.select import SELECTORS, SHARED_PROMPT_SELECTORS, SelectorName
+from sparsort.recipes.classify.inputs import (
     ClassifierError,
     Prior,
+    PromptFunction,
     Row,
     class_names,
+    estimator_rows,
     label_field,
     make_task,
     prior_shares,
+    prompt_spec,
 )
+from sparsort.recipes.classify.labels import LabelReader
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.terminal.tables import Table, number, prose
 
 AUTO = "auto"
 # Fewer rows estimate a bias poorly; batches of fewer queries say little about their label shares.
 FEWEST_ROWS, FEWEST_QUERIES = 16, 32
-# The total variation between a prior and other label shares from which on a warning is due.
+# The largest total variation between a prior and other label shares that causes no warning.
 _MOST_SHIFT = 0.25
+_WIDTH = 100
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -92,8 +95,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes_: (L,) the classes, sorted.
         demonstrations_: the rows in the prompt, with their label, in the first order.
         prior_: (L,) the label shares that predictions assume.
-        gains_: what each ingredient gained on the calibration rows, cross-fitted, and its cost in tokens.
-        tokens_read_: tokens that the model read in `fit`.
+        gains_: for each ingredient a `Gain`: what it gained on the calibration rows, and the tokens that `fit` read for it.
+        tokens_read_: tokens that the model read in `fit`, also those that only serve to measure the gains.
         model_name_: the name of the model.
         n_features_in_, feature_names_in_: as in scikit-learn, for arrays and frames.
     """
@@ -172,14 +175,21 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         held_out = self._calibration_rows(rows, gold, shown, seed)
         self._warn_about_rows(len(held_out), len(others), counts)
         reader = self._reader()
-        self._evidence = self._read_evidence(reader, [rows[at] for at in held_out], gold[held_out], others)
-        self._calibration = self._usable_calibration()
-        # A transductive bias is estimated from the rows to predict.
+        self._calibration = self._usable_calibration(len(held_out), len(others))
+        self._evidence, tokens = self._read_evidence(reader, [rows[at] for at in held_out], gold[held_out], others)
         self._bias = None if self.transductive else self._calibration.estimate(self._evidence)
         self.prior_ = self._estimate_shares(self._evidence.unlabelled) if shares is None else shares
-        self.tokens_read_ = reader.tokens_read
+        self.tokens_read_ = int(sum(tokens_O.sum() for tokens_O in tokens.values()))
         self.model_name_ = reader.model_name
-        self.gains_ = measure_gains(self._calibration, self._evidence, self.prior_, reader.tokens_read)
+        # A transductive bias is estimated from the rows to predict, not in `fit`.
+        read_for_bias = {} if self.transductive else tokens
+        self.gains_ = measure_gains(
+            self._calibration,
+            self._evidence,
+            self.prior_,
+            tokens=read_for_bias,
+            prior_tokens=self._prior_tokens(tokens),
+        )
         return self
 
     def predict_log_proba(self, X: Any) -> Floats:
@@ -199,14 +209,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "classes_")
         rows = self._rows(X, reset=False)
         reader = self._reader()
-        log_p = reader.scores(self._orders, [self.task_.query_text(row) for row in rows], title="rows")
+        log_p, tokens_O = reader.scores(self._orders, [self.task_.query_text(row) for row in rows], title="rows")
         bias, shares = self._bias, self.prior_
         if bias is None:
             bias = self._calibration.estimate(replace(self._evidence, labelled=None, unlabelled=log_p))
             shares = self._estimate_shares(log_p) if self._prior_is_estimated else shares
         log_proba = combine_orders(bias.remove(log_p), np.log(shares))
         self._warn_about_shares(log_proba, shares)
-        return log_proba, reader.tokens_read
+        return log_proba, int(tokens_O.sum())
 
     def predict_proba(self, X: Any) -> Floats:
         """The probability of each class, (n, L)."""
@@ -222,7 +232,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def gains_table(self) -> str:
         """What each ingredient gained on rows outside the prompt, and its cost in tokens, as a table of text."""
         check_is_fitted(self, "classes_")
-        return gains_table(self.gains_)
+        if not self.gains_:
+            return "Nothing was measured: too few labelled rows are left outside the prompt."
+        table = Table(prose("ingredient"), number("balanced accuracy"), number("log loss"), number("tokens in fit"))
+        for gain in self.gains_:
+            accuracy = f"{100 * gain.balanced_accuracy:.1f} ± {196 * gain.standard_error:.1f} %"
+            table.add_row(gain.ingredient, accuracy, f"{gain.log_loss:.3f}", f"{gain.tokens:,}")
+        measuring = self.tokens_read_ - self.gains_[-1].tokens
+        note = f"Only to measure these gains, fit read another {measuring:,} tokens." if measuring else ""
+        return "\n".join([*table.lines(_WIDTH), *filter(None, [note])])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -236,10 +254,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _check_settings(self) -> None:
         entry = SELECTORS.check(self.select)
-        if entry.name not in USABLE_SELECTORS:
+        if entry.name not in SHARED_PROMPT_SELECTORS:
             raise ClassifierError(
                 f"select is {self.select!r}, which needs {', '.join(sorted(entry.needs))}. All rows share one prompt here; take "
-                f"{USABLE_SELECTORS.listed()}."
+                f"{SHARED_PROMPT_SELECTORS.listed()}."
             )
         if self.order != AUTO and not order_entry(self.order).needs <= {"lengths"}:
             needs = ", ".join(sorted(order_entry(self.order).needs - {"lengths"}))
@@ -311,32 +329,49 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _read_evidence(
         self, reader: LabelReader, labelled: list[Row], gold: NDArray[np.int64], others: list[Row]
-    ) -> BiasEvidence:
-        def read(texts: list[str], title: str) -> Floats | None:
-            return reader.scores(self._orders, texts, title=title) if texts else None
+    ) -> tuple[BiasEvidence, dict[str, NDArray[np.int64]]]:
+        """The label scores, and how many tokens were read for each part of them under each order."""
+        tokens: dict[str, NDArray[np.int64]] = {}
 
-        # They are also read if no row is left for the calibration, which then falls back to the contextual one.
-        needs_content_free = "content_free" in LABEL_CALIBRATIONS[self.calibration].needs or not (
-            labelled or others or self.transductive
+        def read(part: str, texts: list[str], title: str, orders: int | None = None) -> Floats | None:
+            if not texts:
+                return None
+            scores, tokens[part] = reader.scores(self._orders[:orders], texts, title=title)
+            return scores
+
+        needs = self._calibration.needs
+        # Batch calibration reads unlabelled rows under every order if there are no labelled ones. The prior needs one order.
+        is_for_bias = "rows" in needs and not labelled and not self.transductive
+        needs_unlabelled = is_for_bias or (self._prior_is_estimated and bool(labelled))
+        # In this order, so that the demonstrations, which are read once, count as read for the calibration.
+        inputs = self.task_.content_free_texts() if "content_free" in needs else []
+        content_free = read("content_free", inputs, "content-free inputs")
+        scores = read("rows", [self.task_.query_text(row) for row in labelled], "calibration rows")
+        queries = [self.task_.query_text(row) for row in others] if needs_unlabelled else []
+        unlabelled = read(
+            "rows" if is_for_bias else "prior", queries, "unlabelled rows", orders=None if is_for_bias else 1
         )
-        return BiasEvidence(
+        evidence = BiasEvidence(
             orders=len(self._orders),
             labels=len(self.classes_),
-            labelled=read([self.task_.query_text(row) for row in labelled], "calibration rows"),
+            labelled=scores,
             gold=gold if labelled else None,
-            unlabelled=read([self.task_.query_text(row) for row in others], "unlabelled rows"),
-            content_free=read(self.task_.content_free_texts(), "content-free inputs") if needs_content_free else None,
+            unlabelled=unlabelled,
+            content_free=content_free,
         )
+        return evidence, tokens
 
-    def _usable_calibration(self) -> LabelCalibrationEntry:
+    def _prior_tokens(self, tokens: Mapping[str, NDArray[np.int64]]) -> int:
+        """The tokens that only the prior needed: the unlabelled rows, and the labelled ones unless the calibration read them."""
+        if "prior" not in tokens:
+            return 0
+        is_shared = "rows" in self._calibration.needs and not self.transductive
+        return int(tokens["prior"].sum()) + (0 if is_shared else int(tokens["rows"][0]))
+
+    def _usable_calibration(self, n_labelled: int, n_unlabelled: int) -> LabelCalibrationEntry:
         """The calibration, or the contextual one if no row is left for it."""
         entry = LABEL_CALIBRATIONS[self.calibration]
-        is_labelled = self._evidence.labelled is not None
-        has = {
-            "content_free": self._evidence.content_free is not None,
-            "rows": is_labelled or self._evidence.unlabelled is not None or self.transductive,
-            "gold": is_labelled,
-        }
+        has = {"content_free": True, "rows": n_labelled or n_unlabelled or self.transductive, "gold": n_labelled}
         if all(has[need] for need in entry.needs):
             return entry
         (fallback, *_) = LABEL_CALIBRATIONS.needing("content_free")

@@ -10,7 +10,6 @@ Shapes: n test rows, L classes.
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections import Counter
@@ -24,12 +23,13 @@ from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.errors import SparsortError
+from sparsort.paths import column_of
 from sparsort.recipes.classify.spec import ClassifySpec
 from sparsort.scoring.data.rows import RowSource
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec
 from sparsort.storage.files import write_atomically, write_json
-from sparsort.values import text_if_any
+from sparsort.values import text_if_any, without
 
 if TYPE_CHECKING:
     from sparsort.recipes.classify.classifier import FewShotClassifier
@@ -81,10 +81,10 @@ class Classified:
         """
         if self.gold is None:
             return {}
-        from sklearn.metrics import balanced_accuracy_score
+        from scipy.stats import binomtest
+        from sklearn.metrics import balanced_accuracy_score, log_loss
 
-        right, n = self.predicted == self.gold, len(self.gold)
-        chosen = self.proba[np.arange(n), self.gold]
+        right, n, every = self.predicted == self.gold, len(self.gold), range(len(self.classes))
         with warnings.catch_warnings():
             # A class without a test row has no recall.
             warnings.simplefilter("ignore", UserWarning)
@@ -92,9 +92,10 @@ class Classified:
         return {
             "rows": n,
             "accuracy": float(right.mean()),
-            "accuracy_interval": wilson(int(right.sum()), n),
+            "accuracy_interval": tuple(map(float, binomtest(int(right.sum()), n).proportion_ci(method="wilson"))),
             "balanced_accuracy": balanced,
-            "log_loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+            "log_loss": float(log_loss(self.gold, self.proba, labels=every)),
+            # `sklearn.metrics.brier_score_loss` takes several classes from version 1.7 on.
             "brier": float(((self.proba - np.eye(len(self.classes))[self.gold]) ** 2).sum(axis=1).mean()),
             "majority": float(np.bincount(self.gold).max() / n),
         }
@@ -160,7 +161,6 @@ class Classified:
             SparsortError: the disk refuses.
         """
         target = Path(folder).expanduser()
-        target.mkdir(parents=True, exist_ok=True)
         with write_atomically(target / PREDICTIONS) as path:
             lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions())
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -168,15 +168,13 @@ class Classified:
 
     def predictions(self) -> list[dict[str, Any]]:
         """One row for each test row: id, predicted class, probabilities, and the right class where it is known."""
-        return [
-            {
-                "id": self.ids[at],
-                "predicted": self.classes[int(self.predicted[at])],
-                "probabilities": {name: float(p) for name, p in zip(self.classes, self.proba[at], strict=True)},
-            }
-            | ({} if self.gold is None else {"gold": self.classes[int(self.gold[at])]})
-            for at in range(len(self.ids))
+        rows: list[dict[str, Any]] = [
+            {"id": name, "predicted": self.classes[best], "probabilities": dict(zip(self.classes, proba, strict=True))}
+            for name, best, proba in zip(self.ids, self.predicted.tolist(), self.proba.tolist(), strict=True)
         ]
+        for row, gold in zip(rows, [] if self.gold is None else self.gold.tolist(), strict=self.gold is not None):
+            row["gold"] = self.classes[gold]
+        return rows
 
 
 def classify(
@@ -201,8 +199,6 @@ def classify(
     Raises:
         SparsortError: bad input; the message says what to do.
     """
-    from sparsort.recipes.classify.classifier import FewShotClassifier
-
     source = data.open(file)
     ids, rows, y = _labelled(source, settings.label)
     gold: list[str] | None
@@ -212,21 +208,7 @@ def classify(
         rows, y = [rows[at] for at in kept], [y[at] for at in kept]
     else:
         named, gold = _test_rows(data.open(test), settings.label)
-    classifier = FewShotClassifier(
-        ModelSpec.of(model),
-        k=settings.k,
-        select=settings.select,  # type: ignore[arg-type]
-        order=settings.order,
-        n_orders=settings.n_orders,
-        calibration=settings.calibration,  # type: ignore[arg-type]
-        prior=_prior(settings.prior),
-        prompt=prompt,
-        label_words=_words(settings.labels),
-        separator=settings.separator,
-        instruction=settings.instruction,
-        calibration_rows=settings.calibration_rows,
-        random_state=settings.seed,
-    )
+    classifier = _classifier(model, prompt, settings)
     queries = [row for _, row in named]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -254,17 +236,29 @@ def classify(
     )
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    share, square = successes / n, z * z / n
-    middle = (share + square / 2) / (1 + square)
-    half = z * math.sqrt(share * (1 - share) / n + square / (4 * n)) / (1 + square)
-    return middle - half, middle + half
+def _classifier(model: Any, prompt: Any, settings: ClassifySpec) -> FewShotClassifier:
+    from sparsort.recipes.classify.classifier import FewShotClassifier
+
+    return FewShotClassifier(
+        ModelSpec.of(model),
+        k=settings.k,
+        select=settings.select,  # type: ignore[arg-type]
+        order=settings.order,
+        n_orders=settings.n_orders,
+        calibration=settings.calibration,  # type: ignore[arg-type]
+        prior=_prior(settings.prior),
+        prompt=prompt,
+        label_words=_words(settings.labels),
+        separator=settings.separator,
+        instruction=settings.instruction,
+        calibration_rows=settings.calibration_rows,
+        random_state=settings.seed,
+    )
 
 
 def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, Any]], list[str]]:
     """The ids, the fields without the label, and the labels."""
-    source.require([label])
+    source.require([column_of(label)])
     ids, rows, y = [], [], []
     for row in source.rows():
         value = text_if_any(row.fields, label, where=f"{source.name}: {row.name}")
@@ -272,7 +266,7 @@ def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, 
             raise SparsortError(
                 f"{source.name}: {row.name} has no value in the label column {label!r}. Remove the row, or give it one."
             )
-        rows.append({key: field for key, field in row.fields.items() if key != label})
+        rows.append(without(row.fields, label))
         ids.append(row.id)
         y.append(value)
     return ids, rows, y
@@ -281,8 +275,8 @@ def _labelled(source: RowSource, label: str) -> tuple[list[str], list[dict[str, 
 def _test_rows(source: RowSource, label: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str] | None]:
     named, gold = [], []
     for row in source.rows():
-        named.append((row.id, {key: field for key, field in row.fields.items() if key != label}))
-        gold.append(text_if_any(row.fields, label, where=f"{source.name}: {row.name}") if label in row.fields else None)
+        named.append((row.id, without(row.fields, label)))
+        gold.append(text_if_any(row.fields, label, where=f"{source.name}: {row.name}"))
     known = [value for value in gold if value is not None]
     if known and len(known) < len(gold):
         raise SparsortError(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.ablation.recipe.texts import Texts
@@ -35,9 +36,6 @@ class LabelReader:
         task: the prompt, and the words of each label.
         model: the model.
 
-    Attributes:
-        tokens_read: tokens that the model has read so far, padding excluded.
-
     Raises:
         SparsortError: the model cannot be loaded, or the task needs a chat template that it lacks.
     """
@@ -46,15 +44,16 @@ class LabelReader:
         self.task = task
         self._reader = answer_reader(model, chat=task.chat)
         self._texts = Texts(task, self._reader.loaded.tokenizer)
-        self.tokens_read = 0
 
     @property
     def model_name(self) -> str:
         """The name of the model."""
         return self._reader.loaded.name
 
-    def scores(self, orders: Sequence[Sequence[Row]], queries: Sequence[str], *, title: str) -> Floats:
-        """Log-probabilities of every label for every query under every order, (O, Q, L).
+    def scores(
+        self, orders: Sequence[Sequence[Row]], queries: Sequence[str], *, title: str
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Log-probabilities of every label for every query under every order, (O, Q, L), and the tokens read, (O,).
 
         Args:
             orders: the demonstrations in each order, first to last.
@@ -64,15 +63,15 @@ class LabelReader:
         Raises:
             SparsortError: a prompt is longer than the model's context.
         """
-        scores = []
+        scores, tokens = [], []
         with progress(title, len(orders) * len(queries)) as advance:
             for demos in orders:
                 texts = [self._texts.query(demos, query) for query in queries]
                 answers = self._reader.answers(self._texts.prefix(demos), texts, self._texts.answers)
-                self.tokens_read += answers.tokens_read
+                tokens.append(answers.tokens_read)
                 scores.append(answers.log_p)
                 advance(len(queries))
-        return np.stack(scores)
+        return np.stack(scores), np.array(tokens, dtype=np.int64)
 
 
 def answer_reader(model: ModelSpec, *, chat: bool) -> AnswerReader:

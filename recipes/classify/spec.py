@@ -14,14 +14,14 @@ class ClassifySpec:
     """The settings of a classification besides model, prompt and data; see `FewShotClassifier`.
 
     Attributes:
-        label: the column of the class.
+        label: the field of the class: a column, or a path as in a template ("meta.label").
         labels: words of the classes in the prompt, such as "0=negative,1=positive".
         k, select, order, n_orders, calibration, prior, calibration_rows, separator, instruction: see `FewShotClassifier`; a
             prior may also be written "0=0.8,1=0.2".
         seed: seed for every random draw.
     """
 
-    label: str = option("label", "Column of the class.", panel=TEXT_PANEL)
+    label: str = option("label", "Field of the class: a column, or a path such as meta.label.", panel=TEXT_PANEL)
     labels: str | None = option(
         None,
         "Values and words of the classes, as in 0=negative,1=positive [default: as in the data].",
@@ -31,7 +31,7 @@ class ClassifySpec:
     instruction: str = option("", "First block of the prompt.", panel=TEXT_PANEL, read=unescape)
     k: int = option(8, "Number of demonstrations.", flag="--shots", short="-k")
     select: str = option(
-        "balanced", "Selection of the demonstrations: {names}.", names="recipes.classify.settings:USABLE_SELECTORS"
+        "balanced", "Selection of the demonstrations: {names}.", names="curriculum.demos.select:SHARED_PROMPT_SELECTORS"
     )
     order: str = option("auto", "auto, for random orders, or {names}.", names="curriculum.demos.order:ORDERS")
     n_orders: int = option(1, "Random orders whose predictions are averaged; the cost grows in proportion.")

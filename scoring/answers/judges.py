@@ -101,7 +101,7 @@ def judge_math(predicted: str, gold: str) -> Verdict:
         gold: the expression in LaTeX, without dollar signs.
 
     Raises:
-        SparsortError: math-verify is not installed, or it cannot read the gold answer.
+        SparsortError: math-verify is not installed, or it cannot read the gold answer, or not in time.
     """
     _math_verify()
     if threading.current_thread() is threading.main_thread():
@@ -156,7 +156,7 @@ def _unreadable(judge: str, gold: str, what: str) -> SparsortError:
 def _verify(predicted: str, gold: str) -> Verdict:
     """Compare with math-verify; must be called in the main thread."""
     library = _math_verify()
-    wanted = library.parse(f"\\boxed{{{gold}}}", parsing_timeout=_SECONDS) if gold.strip() else []
+    wanted = _parse_gold(library, gold) if gold.strip() else []
     if not wanted:
         raise _unreadable("math", gold, "a mathematical expression in LaTeX")
     # The answer of a model may be any text. One that cannot be read, or not in time, is a wrong answer.
@@ -164,6 +164,21 @@ def _verify(predicted: str, gold: str) -> Verdict:
     correct = bool(parsed) and bool(library.verify(wanted, parsed, timeout_seconds=_SECONDS))
     # The result lists an expression as an object and as its text. The object may be too large to print, so the text is kept.
     return Verdict(correct=correct, extracted=next((item for item in parsed if isinstance(item, str)), None))
+
+
+def _parse_gold(library: Any, gold: str) -> list[Any]:
+    """The expressions in a gold answer; [] if it cannot be read."""
+    parsed: list[Any] = []
+    try:
+        # Whatever else makes math-verify fail on a text, the text cannot be read.
+        with contextlib.suppress(Exception):
+            parsed = library.parse(f"\\boxed{{{gold}}}", parsing_timeout=_SECONDS, raise_on_error=True)
+    except library.errors.TimeoutException as error:
+        raise SparsortError(
+            f"the judge 'math' did not read the gold answer {gold[-80:]!r} within {_SECONDS} s. Judge while fewer other "
+            "processes run, or shorten the answer."
+        ) from error
+    return parsed
 
 
 class _JudgeProcess:

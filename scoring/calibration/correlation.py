@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from sparsort.errors import SparsortError
 
@@ -117,6 +116,9 @@ def spearman(
 
 
 def _partial(data_NC: NDArray[np.float64]) -> float:
+    # Imported here, because the report of an ablation imports this module for `holm` alone.
+    from scipy.stats import rankdata
+
     ranks = rankdata(data_NC, axis=0)
     ranks -= ranks.mean(axis=0)
     # Residuals of a fit that leaves nothing are not exactly zero, because of rounding.
@@ -286,12 +288,24 @@ def step_down(observed_C: Array, permuted_PC: Array) -> Array:
     return adjusted
 
 
-def holm(p_C: Array) -> Array:
-    """Adjust p-values by Holm's method (1979); NaN stays NaN and is not counted."""
-    known = np.flatnonzero(np.isfinite(p_C))
-    rising = known[np.argsort(p_C[known], kind="stable")]
-    adjusted = np.full(len(p_C), np.nan)
-    adjusted[rising] = np.minimum(1.0, np.maximum.accumulate(p_C[rising] * np.arange(len(rising), 0, -1)))
+def holm(p_M: ArrayLike) -> NDArray[np.float64]:
+    """Holm's (1979) step-down adjusted p-values, (M,), in the given order: max over j ≤ i of min(1, (m − j + 1) p_(j)).
+
+    If hypotheses with an adjusted p below α are rejected, the probability of any false rejection is below α, however the tests
+    depend on each other. A NaN stays NaN and does not count in m, because there was no test. If the claim is chosen from
+    hypotheses that include untestable ones, pass 1 for those, so that they count in m.
+
+    Raises:
+        SparsortError: the array is not one-dimensional, or a value is outside [0, 1].
+    """
+    p = np.asarray(p_M, dtype=np.float64)
+    if p.ndim != 1 or bool(((p < 0) | (p > 1)).any()):
+        raise SparsortError(f"holm was given {p.tolist()}; expected a list of p-values in [0, 1] (NaN for no test).")
+    tested = np.flatnonzero(~np.isnan(p))
+    rising = tested[np.argsort(p[tested], kind="stable")]
+    adjusted = np.full(p.shape, np.nan)
+    # The running maximum keeps the adjusted values in the order of the p-values.
+    adjusted[rising] = np.minimum(1.0, np.maximum.accumulate(p[rising] * np.arange(len(rising), 0, -1)))
     return adjusted
 
 

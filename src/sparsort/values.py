@@ -176,6 +176,18 @@ def put(row: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
     return {**row, column: _put(row.get(column), steps, value)}
 
 
+def without(row: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """A copy of a row without the value at a field.
+
+    A dictionary that is left empty is removed too. An item of a list becomes None, so that the others keep their places.
+    """
+    column, *steps = parse_field(field)
+    left = _without(row.get(column), steps)
+    return {
+        name: left if name == column else value for name, value in row.items() if name != column or left is not None
+    }
+
+
 def number_array(values: Any) -> NDArray[np.float64]:
     """The values as float64, with NaN for missing values; an array keeps its shape.
 
@@ -265,6 +277,23 @@ def _put(old: Any, steps: Sequence[str], value: Any) -> Any:
     items += [None] * (max(place + 1, -place) - len(items))
     items[place] = _put(items[place], rest, value)
     return items
+
+
+def _without(old: Any, steps: Sequence[str]) -> Any:
+    """The value without the part to which the steps lead; None if nothing is left."""
+    if not steps:
+        return None
+    step, *rest = steps
+    if isinstance(old, Mapping):
+        left = _without(old.get(step), rest)
+        return {
+            name: left if name == step else part for name, part in old.items() if name != step or left is not None
+        } or None
+    if is_list(old) and is_index(step) and -len(old) <= int(step) < len(old):
+        items = list(old)
+        items[int(step)] = _without(items[int(step)], rest)
+        return items
+    return old
 
 
 def _example(value: Any, field: str) -> str | None:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from sparsort.curriculum.ablation.report.figures.style import blank, colour, styled
-from sparsort.curriculum.ablation.statistics.differences import holm
 from sparsort.curriculum.ablation.statistics.resampling import student_t
+from sparsort.scoring.calibration.correlation import holm
 from sparsort.storage.files import write_atomically
 
 PAGES = Path(__file__).parents[3] / "docs" / "results"

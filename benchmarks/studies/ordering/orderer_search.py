@@ -46,6 +46,7 @@ from orderer_candidates import (
 from scipy.stats import rankdata
 
 from sparsort.curriculum.demos.criteria.ranking import choose
+from sparsort.scoring.calibration.correlation import holm
 from sparsort.storage.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -226,16 +227,6 @@ def judge(cases: Sequence[Case], scores_of: Callable[[Case], Floats]) -> dict[st
     }
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p-values by Holm's method (1979)."""
-    rising = np.argsort(p)
-    # Adjusted values must not fall as p rises.
-    adjusted = np.maximum.accumulate([(len(p) - place) * p[at] for place, at in enumerate(rising)])
-    result = np.empty(len(p))
-    result[rising] = np.minimum(adjusted, 1.0)
-    return [float(value) for value in result]
-
-
 # The study
 
 Table = dict[int, dict[str, Scores]]
@@ -341,7 +332,8 @@ class Search:
             }
             for kind in ("frozen", "ours"):
                 # Corrected over the orderers of one kind; baselines are not corrected.
-                for entry, p in zip(found[kind].values(), holm([e["p"] for e in found[kind].values()]), strict=True):
+                entries = found[kind].values()
+                for entry, p in zip(entries, holm([entry["p"] for entry in entries]).tolist(), strict=True):
                     entry["p_holm"] = p
             report[part] = {
                 "sets": [f"{case.task} {case.k} {case.seed}" for case in cases],

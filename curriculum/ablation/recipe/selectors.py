@@ -11,7 +11,7 @@ from typing import Literal
 
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.demos.select import DemoSelectorEntry
-from sparsort.curriculum.demos.select.by_similarity import select_nearest
+from sparsort.curriculum.demos.select.selectors import select_nearest
 from sparsort.errors import SparsortError
 from sparsort.registry import Registry
 

@@ -141,15 +141,22 @@ def split_rows(
     # Reasons are counted without the parentheses, which name the individual row.
     reasons = Counter(item.reason.partition(" (")[0] for item in dropped)
     if len(dev) < n_dev or not pool or not test_rows:
-        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
-        raise SparsortError(
-            f"the task {task.name!r} has {len(train)} training rows, of which {len(test_rows) if test is None else 0} were "
-            f"set aside for the test and {len(dropped)} excluded{why and f' ({why})'}; {len(dev)} of {n_dev} dev rows and "
-            f"{len(pool)} rows for the pool are left. {_more_rows(leaked, too_long, n_free=len(free))}"
-        )
+        left = f"{len(dev)} of {n_dev} dev rows and {len(pool)} rows for the pool are left"
+        set_aside = len(test_rows) if test is None else 0
+        raise _too_few_rows(task, len(train), set_aside, reasons, left, _more_rows(leaked, too_long, n_free=len(free)))
     for why, count in reasons.items():
         notes.append(f"{count} training row{' was' if count == 1 else 's were'} excluded: {why}.")
     return Splits(test=test_rows[:n_test], dev=dev, pool=pool, dropped=dropped, notes=notes)
+
+
+def _too_few_rows(
+    task: Task, n_train: int, set_aside: int, reasons: Counter[str], left: str, next_step: str
+) -> SparsortError:
+    why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
+    return SparsortError(
+        f"the task {task.name!r} has {n_train} training rows, of which {set_aside} were set aside for the test and "
+        f"{reasons.total()} excluded{why and f' ({why})'}; {left}. {next_step}"
+    )
 
 
 def _more_rows(leaked: list[Dropped], too_long: list[Fields], *, n_free: int) -> str:

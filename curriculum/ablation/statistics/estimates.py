@@ -3,6 +3,16 @@
 Contract: pure and seeded. The numbers may be anything: correct or not, a log-probability, or a difference of either. Errors
 name the position of an invalid number.
 
+The population is what is regarded as a random sample, and so what an interval generalises to:
+- "sets": other demonstration sets drawn like these, with the same Q items. This is what an ablation on a fixed test set can
+  show. That sets share their items does no harm, because sets are independent given the items.
+- "items": other items like these, with the same S sets. With one set, nothing else is possible.
+- "both": other sets and other items. Always the widest; needed for the claim "would hold on this task in general".
+
+With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With fewer than three clusters
+(sets for "sets", items for "items", either for "both"), or clusters that do not differ, there is no interval, no standard error
+and no p-value: they are NaN, and `reason` says why.
+
 Shapes: S demonstration sets, Q test items, C clusters (sets or items).
 """
 
@@ -25,6 +35,7 @@ Method = Literal["wild", "bootstrap_t", "t"]
 SET, ITEM = "demonstration set", "test item"
 # With fewer items that differ (discordant items, or errors), 95 % intervals over items covered 89 to 94 % in simulations.
 _FEW = 10
+_ONE_SET = "one demonstration set does not generalise to other sets; the interval is over items, for this set alone"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,23 +102,13 @@ def estimate(
 
     Args:
         values_SQ: (S, Q) finite numbers; column q is the same item in every set.
-        over: what is regarded as a random sample, so what the interval generalises to.
-            "sets": other demonstration sets drawn like these, with the same Q items. This is what an ablation on a fixed test
-            set can show. That sets share their items does no harm, because sets are independent given the items.
-            "items": other items like these, with the same S sets. With one set, nothing else is possible.
-            "both": other sets and other items. Always the widest; needed for the claim "would hold on this task in general".
+        over: the population, see the head of this module.
         method: for "sets" and "items", see `wild`, `bootstrap_t` and `student_t`. "both" always uses `two_way`. Compare
             "bootstrap_t" with "wild" if the differences of a few sets are far from the others (strong skewness).
-        level: nominal coverage.
-        null: the mean under the null hypothesis; NaN for no test.
-        draws: number of sign vectors or resamples, unless all of them are enumerated.
-        seed: seed for the draws.
+        level, null: the nominal coverage, and the mean under the null hypothesis (NaN for no test).
+        draws, seed: the number of sign vectors or resamples, unless all of them are enumerated, and the seed for them.
         scale: size of the numbers, by which a difference is distinguished from rounding; by default the largest absolute value.
             For differences that nearly cancel, pass the size of the numbers that were subtracted.
-
-    With one set, "sets" and "both" are impossible: the interval is over items, and `note` says so. With fewer than three
-    clusters (sets for "sets", items for "items", either for "both"), or clusters that do not differ, there is no interval, no
-    standard error and no p-value: they are NaN, and `reason` says why.
 
     Raises:
         SparsortError: a shape, number or choice is invalid, the level is outside (0, 1), or there are too few draws for it.
@@ -118,16 +119,13 @@ def estimate(
     notes = []
     if over != "items" and len(values) == 1:
         over = "items"
-        notes.append(
-            "one demonstration set does not generalise to other sets; the interval is over items, for this set alone"
-        )
+        notes.append(_ONE_SET)
     clusters_C = values.mean(axis=1) if over == "sets" else values.mean(axis=0)
     if reason := _missing(values, clusters_C, over, scale):
         interval = _Interval()
     elif over == "both":
         low, high, p_value, se, degrees = resampling.two_way(values, level=level, null=null)
-        name = f"two-way random effects, t with {degrees:.1f} degrees of freedom"
-        interval = _Interval(low, high, p_value, se, name)
+        interval = _Interval(low, high, p_value, se, f"two-way random effects, t with {degrees:.1f} degrees of freedom")
     else:
         interval = _over_clusters(clusters_C, over, method, level, null, draws, seed)
     notes += interval.notes

@@ -98,13 +98,16 @@ def gold_labels(gold_P: Any, probes: int, labels: int) -> NDArray[np.int64]:
 
 def log_softmax(scores: Floats) -> Floats:
     """The scores normalised over the last axis, in logarithms; at least one of each row must be finite."""
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    normalised: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    # Imported here, because the help of a command reads the table of criteria.
+    from scipy import special
+
+    normalised: Floats = special.log_softmax(scores, axis=-1)
     return normalised
 
 
 def log_mean(log_p: Floats, axis: int) -> Floats:
     """ln of the mean of exp(log_p) over an axis, computed without underflow; −inf if all entries are −inf."""
+    # `scipy.special.logsumexp` rounds differently, and the stored scores were computed with this sum.
     highest = log_p.max(axis=axis, keepdims=True)
     # −inf − −inf would be NaN.
     safe = np.where(np.isneginf(highest), 0.0, highest)

@@ -1,4 +1,4 @@
-"""The model's preference among labels: contextual calibration removes it, and label shift estimates the queries' own shares.
+"""The model's preference among labels, and the label shares of the queries: named, given, or estimated under label shift.
 
 Contract: pure functions of label scores.
 
@@ -15,8 +15,11 @@ Shapes: Q queries, C content-free inputs, N labelled rows, L labels; "…" are a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +29,7 @@ from sparsort.curriculum.demos.criteria.distributions import Floats, gold_labels
 from sparsort.errors import SparsortError, unknown_choice
 
 Average = Literal["normalised", "raw"]
+PriorName = Literal["uniform", "pool", "mixed", "estimated"]
 
 # Standard deviations of the Gaussian priors on each label's offset and on the logarithm of the scale, in nats. They matter if a
 # label has only a few labelled rows, and decide if it has none.
@@ -200,6 +204,55 @@ def shares_by_em(log_p_QL: Any, bias: Bias) -> Floats:
             return next_L
         shares_L = next_L
     return shares_L
+
+
+def named_shares(name: Literal["uniform", "pool", "mixed"], counts_L: Any) -> Floats:
+    """The label shares that a prior's name stands for, (L,): equal ones, those of the pool, or the mean of both.
+
+    Args:
+        name: "uniform", "pool" or "mixed".
+        counts_L: the number of rows of each label in the pool; for "uniform" only their length matters.
+    """
+    counts = np.asarray(counts_L, dtype=np.float64)
+    uniform = np.full(len(counts), 1.0 / len(counts))
+    if name == "uniform":
+        return uniform
+    pool: Floats = counts / counts.sum()
+    return pool if name == "pool" else (uniform + pool) / 2
+
+
+def given_shares(labels: Sequence[str], given: Mapping[Any, Any], where: str) -> Floats:
+    """Shares or counts by label as shares in the order of the labels, (L,), with the sum 1.
+
+    Args:
+        labels: the L labels as text.
+        given: label → share or count; labels are compared as text.
+        where: what the mapping is, for error messages.
+
+    Raises:
+        SparsortError: other labels, or a share that is not a finite number above 0.
+    """
+    share_of = {str(label): share for label, share in given.items()}
+    if sorted(share_of) != sorted(labels):
+        raise SparsortError(
+            f"{where} is given for {json.dumps(sorted(share_of))}; the labels are {json.dumps(sorted(labels))}. Give one "
+            "number each."
+        )
+    shares = np.array([_positive(share_of[label], label, where) for label in labels])
+    normalised: Floats = shares / shares.sum()
+    return normalised
+
+
+def _positive(share: Any, label: str, where: str) -> float:
+    try:
+        number = float(share) if isinstance(share, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise SparsortError(
+            f"{where} has {share!r} for the label {label!r}; each label's share or count must be a number above 0."
+        )
+    return number
 
 
 def evenly_by_label(gold: Sequence[int], *, seed: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Label calibration: remove a prompt's bias for some labels from the scores of a query, and put the label shares back in.
+"""Label calibration: remove a prompt's bias for some labels from the scores of a query, and measure what that gains.
 
 Contract: pure functions of label scores; no model. A prompt of demonstrations favours some labels whatever the query is. Each
 entry of `LABEL_CALIBRATIONS` estimates that bias as one number per label, in nats, from rows that are not the queries, so the
@@ -10,11 +10,12 @@ Shapes: O orders of the demonstrations, Q queries, N labelled rows, P unlabelled
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.criteria.distributions import Floats, gold_labels, label_scores, log_mean, log_softmax
 from sparsort.curriculum.demos.criteria.label_bias import content_free_prior, fit_bias
@@ -23,6 +24,8 @@ from sparsort.registry import Entry, Registry
 
 # Nats. e^-30 of the probability is as good as none.
 _LEAST_BIAS = -30.0
+# Folds of the labelled rows when gains are measured.
+_FOLDS = 4
 
 LabelCalibrationName = Literal["none", "contextual", "batch", "fitted"]
 DEFAULT_LABEL_CALIBRATION: LabelCalibrationName = "batch"
@@ -183,3 +186,88 @@ def combine_orders(log_p_OQL: Floats, log_prior_L: Floats | None = None) -> Floa
     """
     mean = log_p_OQL.mean(axis=0)
     return log_softmax(mean if log_prior_L is None else mean + log_prior_L)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """How well the labelled rows are predicted with one ingredient and those before it.
+
+    A row is predicted with a bias that was estimated without it (cross-fitting). Each label counts equally, whatever its share.
+
+    Attributes:
+        ingredient: what is added to the ingredients before.
+        balanced_accuracy: the mean over labels of the share of right predictions, in [0, 1].
+        log_loss: the mean over labels of the negative log-probability of the right one, in nats.
+        standard_error: of the balanced accuracy, over rows.
+        tokens: tokens that must be read before the first query for all ingredients so far; 0 if nothing is estimated. For each
+            query, every order is one more pass.
+    """
+
+    ingredient: str
+    balanced_accuracy: float
+    log_loss: float
+    standard_error: float
+    tokens: int
+
+
+def measure_gains(
+    calibration: LabelCalibrationEntry,
+    evidence: BiasEvidence,
+    shares_L: Floats,
+    *,
+    tokens: Mapping[str, NDArray[np.int64]],
+    prior_tokens: int,
+) -> list[Gain]:
+    """The gains on the labelled rows; empty if there are none, or fewer than two of some label.
+
+    Args:
+        calibration: the calibration in use.
+        evidence: all label scores that were read.
+        shares_L: the prior.
+        tokens: what the calibration reads ("rows" or "content_free") → (O,) tokens that were read for it under each order.
+        prior_tokens: tokens that were read for the prior alone.
+    """
+    labelled, gold = evidence.labelled, evidence.gold
+    if labelled is None or np.bincount(gold, minlength=evidence.labels).min() < 2:
+        return []
+    cost_O = sum((tokens[part] for part in tokens if part in calibration.needs), np.zeros(evidence.orders, np.int64))
+    cost = int(cost_O.sum())
+    calibrated = _cross_fitted(calibration, evidence)
+    gains = [_gain("one order, not calibrated", log_softmax(labelled), gold, 0)]
+    if calibration.needs:
+        gains.append(_gain(f"{calibration.name} calibration", calibrated, gold, int(cost_O[0])))
+    if evidence.orders > 1:
+        gains.append(_gain(f"mean over {evidence.orders} orders", combine_orders(calibrated)[None], gold, cost))
+    if np.ptp(shares_L) > 0 or prior_tokens:
+        weighed = combine_orders(calibrated, np.log(shares_L))[None]
+        gains.append(_gain("prior", weighed, gold, cost + prior_tokens))
+    return gains
+
+
+def _cross_fitted(calibration: LabelCalibrationEntry, evidence: BiasEvidence) -> Floats:
+    """(O, N, L) log-probabilities of the labelled rows, each without the bias that the other folds show."""
+    assert evidence.labelled is not None
+    fold = np.arange(len(evidence.gold)) % _FOLDS
+    log_p = np.empty_like(evidence.labelled)
+    # There are at least two rows of each of two labels, so no fold is empty.
+    for at in range(_FOLDS):
+        mine = fold == at
+        rest = replace(evidence, labelled=evidence.labelled[:, ~mine], gold=evidence.gold[~mine])
+        log_p[:, mine] = calibration.estimate(rest).remove(evidence.labelled[:, mine])
+    return log_p
+
+
+def _gain(ingredient: str, log_p_ONL: Floats, gold: NDArray[np.int64], tokens: int) -> Gain:
+    """The mean over orders of what each alone reaches."""
+    weight = 1.0 / np.bincount(gold)[gold]
+    weight /= weight.sum()
+    right = (log_p_ONL.argmax(axis=2) == gold).mean(axis=0)
+    loss = -log_p_ONL[:, np.arange(len(gold)), gold].mean(axis=0)
+    accuracy = float(right @ weight)
+    return Gain(
+        ingredient=ingredient,
+        balanced_accuracy=accuracy,
+        log_loss=float(loss @ weight),
+        standard_error=float(np.sqrt((weight**2 * (right - accuracy) ** 2).sum())),
+        tokens=tokens,
+    )

@@ -1,6 +1,6 @@
 """Demonstrations that are in a prompt twice: they are reported and kept, since a caller may repeat one to give it more weight.
 
-Contract: two demonstrations are duplicates if they have the same id or the same content. Only `select.named.select_ids` refuses
+Contract: two demonstrations are duplicates if they have the same id or the same content. Only the selector "ids" refuses
 an id that the caller lists twice, because one of the two is probably a typing error.
 """
 

@@ -20,17 +20,27 @@ from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.pool.difficulty import ScoresLike, resolve
 from sparsort.curriculum.demos.pool.pool import DemoPool, Query
 from sparsort.curriculum.demos.pool.rows import Row, TextOf
-from sparsort.curriculum.demos.select.by_difficulty import select_difficulty_matched, select_spread
-from sparsort.curriculum.demos.select.by_similarity import select_kdpp, select_mmr, select_nearest, select_vote_k
 from sparsort.curriculum.demos.select.candidates import Candidates, DemoSelectorEntry, SelectSettings
-from sparsort.curriculum.demos.select.named import select_balanced, select_first, select_ids, select_random
 from sparsort.curriculum.demos.select.selection import Excluded, SelectedDemos, select_rows
+from sparsort.curriculum.demos.select.selectors import (
+    select_balanced,
+    select_difficulty_matched,
+    select_first,
+    select_ids,
+    select_kdpp,
+    select_mmr,
+    select_nearest,
+    select_random,
+    select_spread,
+    select_vote_k,
+)
 from sparsort.errors import SparsortError
 from sparsort.registry import Registry
 
 __all__ = [
     "DEFAULT_SELECTOR",
     "SELECTORS",
+    "SHARED_PROMPT_SELECTORS",
     "Candidates",
     "DemoSelectorEntry",
     "Excluded",
@@ -165,6 +175,8 @@ READ_BY: Table = {
         for name in ("trade_off", "fetch", "n_levels", "neighbours")
     },
 }
+# Those that read nothing but the rows and their labels, so that all queries can share one prompt.
+SHARED_PROMPT_SELECTORS = Registry(SELECTORS.kind, (entry for entry in SELECTORS.values() if entry.needs <= {"label"}))
 
 
 def select_demos(

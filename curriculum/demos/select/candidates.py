@@ -1,6 +1,6 @@
 """The entry of a selector, and the rows from which it chooses.
 
-Contract: `select_rows` has checked that all inputs are known that a selector needs, so a selector does not check them again.
+Contract: `select_rows` has checked that all inputs of a selector are known, so a selector does not check them again.
 
 Shapes: N pool rows, M of them that may be chosen, D embedding width.
 """

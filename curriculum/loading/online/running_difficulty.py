@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from sparsort.curriculum.loading.online.observations import Observations as Observations
 from sparsort.errors import SparsortError
@@ -325,13 +326,8 @@ def standard_ranks(difficulty: ArrayLike) -> NDArray[np.float32]:
     scored = np.flatnonzero(~np.isnan(given))
     n = len(scored)
     if n > 1:
-        order = scored[np.argsort(given[scored], kind="stable")]
-        ascending = given[order]
-        starts = np.flatnonzero(np.concatenate(([True], ascending[1:] != ascending[:-1])))
-        sizes = np.diff(starts, append=n)
-        ranks = np.repeat(starts + (sizes - 1) / 2, sizes)
-        # Mean and deviation are those of 0 … n − 1 without ties, which depend on n alone.
-        result[order] = (ranks - (n - 1) / 2) / math.sqrt((n * n - 1) / 12)
+        # Mean and deviation are those of 1 … n without ties, which depend on n alone.
+        result[scored] = (rankdata(given[scored]) - (n + 1) / 2) / math.sqrt((n * n - 1) / 12)
     return result
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsort.errors import SparsortError
 from sparsort.recipes.classify.spec import ClassifySpec
 from sparsort.recipes.cli.options import FewShotPrompt, JsonOption, generated
 from sparsort.scoring.model.spec import ModelSpec
@@ -41,6 +42,8 @@ def classify(
     """Classify rows with a few demonstrations in a prompt: label probabilities of the model, calibrated."""
     from sparsort.recipes.classify.classify import classify as classify_rows
 
+    if out is not None and out.expanduser().is_file():
+        raise SparsortError(f"{out} is a file; the results are a folder. Choose another name with --out.")
     result = classify_rows(file, test, model=model, prompt=prompt, settings=options, data=data)
     if out is not None:
         result.save(out)

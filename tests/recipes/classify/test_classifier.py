@@ -144,18 +144,52 @@ def test_an_order_by_length_counts_what_the_prompt_shows(tiny: ModelSpec) -> Non
 
 
 def test_gains_name_each_ingredient_and_its_cost(tiny: ModelSpec) -> None:
-    model = FewShotClassifier(tiny, k=4, n_orders=2, prior="pool").fit(TEXTS, LABELS)
+    # With a loaded model each call has a reader of its own, which has read no demonstrations before.
+    model = FewShotClassifier(tiny.load(), k=4, n_orders=2, prior="pool").fit(TEXTS, LABELS)
     names = [gain.ingredient for gain in model.gains_]
     assert names == ["one order, not calibrated", "batch calibration", "mean over 2 orders", "prior"]
     assert all(0.0 <= gain.balanced_accuracy <= 1.0 for gain in model.gains_)
-    # Nothing is read in fit without a calibration, and half as much for one order as for two.
-    assert [gain.tokens for gain in model.gains_] == [
-        0,
-        model.tokens_read_ // 2,
-        model.tokens_read_,
-        model.tokens_read_,
-    ]
+    # The calibration rows are read once under each order.
+    shown = {row["text"] for row in model.demonstrations_}
+    texts = [f"text: {text}\nlabel:" for text in TEXTS if text not in shown]
+    one, other = model._reader().scores(model._orders, texts, title="test")[1].tolist()
+    assert [gain.tokens for gain in model.gains_] == [0, one, one + other, one + other]
+    assert model.tokens_read_ == one + other
     assert "balanced accuracy" in model.gains_table()
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"calibration": "none"}, ()),
+        ({"calibration": "batch"}, ("rows",)),
+        ({"calibration": "contextual"}, ("content-free",)),
+        ({"calibration": "batch", "transductive": True}, ()),
+        ({"calibration": "batch", "prior": "estimated"}, ("rows", "unlabelled")),
+        ({"calibration": "contextual", "prior": "estimated"}, ("content-free", "rows", "unlabelled")),
+    ],
+)
+def test_only_tokens_that_an_ingredient_needs_are_its_cost(
+    tiny: ModelSpec, settings: dict[str, Any], needed: tuple[str, ...]
+) -> None:
+    model = FewShotClassifier(tiny.load(), k=4, **settings)
+    model.fit(TEXTS, LABELS, unlabelled=TEXTS[:9] if settings.get("prior") else None)
+    shown = {row["text"] for row in model.demonstrations_}
+    texts = {
+        "content-free": ["N/A", "", "[MASK]"],
+        "rows": [text for text in TEXTS if text not in shown],
+        "unlabelled": TEXTS[:9],
+    }
+
+    def cost(parts: tuple[str, ...]) -> int:
+        reader = model._reader()
+        queries = [[f"text: {text}\nlabel:" for text in texts[part]] for part in texts if part in parts]
+        return sum(int(reader.scores(model._orders, part, title="test")[1].sum()) for part in queries)
+
+    assert model.gains_[-1].tokens == cost(needed)
+    # The calibration rows are read in any case, to measure the gains.
+    assert model.tokens_read_ == cost((*needed, "rows"))
+    assert ("another" in model.gains_table()) == ("rows" not in needed)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +240,11 @@ def test_without_rows_left_it_falls_back_to_contextual_calibration(tiny: ModelSp
         model = FewShotClassifier(tiny, k=4).fit(TEXTS[:4], ["a", "b", "a", "b"])
     assert model.predict(TEXTS[:2]).shape == (2,)
     assert model.gains_ == []
+    # Unlabelled rows are no help to a calibration that needs labels.
+    other = FewShotClassifier(tiny, k=4, calibration="fitted")
+    with pytest.warns(UserWarning, match="'contextual' is used"):
+        other.fit(TEXTS[:4], ["a", "b", "a", "b"], unlabelled=TEXTS[4:])
+    np.testing.assert_array_equal(other.predict(TEXTS[:9]), model.predict(TEXTS[:9]))
 
 
 def test_it_warns_where_predictions_and_prior_disagree(tiny: ModelSpec) -> None:
@@ -230,7 +269,7 @@ def test_it_warns_about_a_skewed_pool(tiny: ModelSpec) -> None:
         ({"order": "hard_to_easy"}, "which needs scores"),
         ({"calibration": "bach"}, "Did you mean 'batch'"),
         ({"prior": "unifrom"}, "expected one of uniform"),
-        ({"prior": {"colour": 1.0}}, "shares for"),
+        ({"prior": {"colour": 1.0}}, "prior is given for"),
         ({"prior": {"colour": 1.0, "touch": 0.0}}, "above 0"),
         ({"k": 0}, "k is 0"),
         ({"k": 41}, "40 samples"),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from command_line import run
 
-from sparsort.recipes.classify.classify import wilson
+from sparsort.recipes.classify.classify import classify
+from sparsort.recipes.classify.spec import ClassifySpec
 
 ROWS = [
     {"id": f"r{i}", "text": f"word {i} {'good' if i % 3 else 'bad'}", "label": "pos" if i % 3 else "neg"}
@@ -76,6 +77,11 @@ def test_rows_without_labels_are_predicted(file: Path, model: str, tmp_path: Pat
     assert "accuracy 1" not in result.stdout
 
 
+def test_a_file_as_the_folder_of_the_results_is_refused_before_a_model_is_loaded(file: Path) -> None:
+    stderr = run("classify", file, "-m", "/no/model", *PROMPT, "--out", file, code=2).stderr
+    assert "is a file; the results are a folder" in " ".join(stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -100,6 +106,20 @@ def test_labels_of_test_rows_that_no_training_row_has_are_refused(file: Path, mo
     assert "the label 'neutral', which no training row has: neg, pos" in " ".join(stderr.split())
 
 
-def test_the_interval_is_wilson_s() -> None:
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+@pytest.mark.parametrize(
+    ("label", "form"),
+    [
+        ("meta.label", lambda label: {"meta": {"label": label}}),
+        ("[label]", lambda label: {"label": label}),
+        ("[a.b]", lambda label: {"a.b": label}),
+    ],
+)
+def test_no_spelling_of_the_label_leaks_into_the_default_prompt(
+    label: str, form: Callable[[str], dict[str, Any]], model: str
+) -> None:
+    words = ("alpha", "beta")
+    rows = [{"text": f"word {i}", **form(words[i % 2])} for i in range(30)]
+    result = classify(rows, rows[20:], model=model, prompt=None, settings=ClassifySpec(label=label, k=4))
+    assert result.texts == [f"text: word {i}\nlabel:" for i in range(20, 30)]
+    assert result.gold is not None
+    assert result.gold.tolist() == [i % 2 for i in range(20, 30)]

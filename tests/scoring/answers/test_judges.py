@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -242,6 +243,19 @@ def test_a_process_that_ends_over_a_question_is_an_error(monkeypatch: pytest.Mon
     with pytest.raises(SparsortError, match="ended with code 3"):
         process.ask("5", "5")
     process.stop()
+
+
+def test_a_gold_answer_that_is_not_read_in_time_is_not_called_unreadable(
+    math: Callable[[str, str], Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = importlib.import_module("math_verify")
+
+    def never_ends(text: str, **_: Any) -> Any:
+        raise library.errors.TimeoutException(text)
+
+    monkeypatch.setattr(library, "parse", never_ends)
+    with pytest.raises(SparsortError, match="did not read the gold answer '5' within 5 s"):
+        math("5", "5")
 
 
 @pytest.mark.parametrize("where", ["main thread", "other thread"])

@@ -83,6 +83,24 @@ def draw_forest(
     bare(axes, rows=(bottom - 0.4, -1.3))
     present = [(name, arms[name], y) for name, y in y_of.items() if name in arms]
     _intervals(axes, present, wide, tips)
+    _differences(axes, present, tips)
+    axes.set_yticks([])
+    if names:
+        write_names(axes, y_of, size, tips, notes)
+    if numbers:
+        for name, y in y_of.items():
+            _write_numbers(axes, arms.get(name), y, size)
+    elif present and all(one["low"] is None for _, one, _ in present):
+        axes.text(0.98, 0.01, _NO_INTERVAL, transform=axes.transAxes, ha="right", va="bottom", fontsize=size - 1)
+    for kind, listed in rows:
+        # Every block except the first has a line above it.
+        if y_of[listed[0]]:
+            axes.axhline(y_of[listed[0]] - 1.35, color=colour("faint"), linewidth=0.6, zorder=0.6)
+        if names and len(rows) > 1:
+            margin_text(axes, y_of[listed[0]] - 0.85, KIND_NAME[kind], size - 1, side="left", shade="muted")
+
+
+def _differences(axes: Any, present: Sequence[tuple[str, Difference, float]], tips: Tips) -> None:
     shades = [colour(_COLOUR[one["verdict"]]) for _, one, _ in present]
     marks(
         axes,
@@ -98,20 +116,6 @@ def draw_forest(
         # A mark at the edge of the axes is drawn whole.
         clip=False,
     )
-    axes.set_yticks([])
-    if names:
-        write_names(axes, y_of, size, tips, notes)
-    if numbers:
-        for name, y in y_of.items():
-            _write_numbers(axes, arms.get(name), y, size)
-    elif present and all(one["low"] is None for _, one, _ in present):
-        axes.text(0.98, 0.01, _NO_INTERVAL, transform=axes.transAxes, ha="right", va="bottom", fontsize=size - 1)
-    for kind, listed in rows:
-        # Every block except the first has a line above it.
-        if y_of[listed[0]]:
-            axes.axhline(y_of[listed[0]] - 1.35, color=colour("faint"), linewidth=0.6, zorder=0.6)
-        if names and len(rows) > 1:
-            margin_text(axes, y_of[listed[0]] - 0.85, KIND_NAME[kind], size - 1, side="left", shade="muted")
 
 
 def _intervals(axes: Any, present: Sequence[tuple[str, Difference, float]], wide: float, tips: Tips) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsort.curriculum.ablation.report.figures.marks import bare, margin_text, marks, segments
@@ -71,6 +71,29 @@ def draw_paired(
     y_N = [y_of[name] for name, _ in present]
     ends = ([100 * arm["off"] for _, arm in present], [100 * arm["on"] for _, arm in present])
     segments(axes, *ends, y_N, shades, 1.4, tips=tips, arms=[_name_of(arm) for _, arm in present])
+    _accuracies(axes, present, shades, y_of, tips)
+    for name, arm in present:
+        if arm["kind"] == "random":
+            _whiskers(axes, y_of[name], (100 * arm["off"], cell["spread_off"]), (100 * arm["on"], cell["spread_on"]))
+            axes.axvline(100 * arm["off"], color=colour("faint"), linewidth=0.8, zorder=0.5)
+        if numbers:
+            shade = str(arm["change"]["verdict"]) if is_significant(arm["change"]) else "ink"
+            margin_text(
+                axes, y_of[name], points(arm["change"]["value"]), size, side="right", shade=shade, offset=3.9 * size
+            )
+    axes.set_yticks([])
+    if names:
+        write_names(axes, y_of, size, tips, others=(RANDOM,))
+
+
+def _accuracies(
+    axes: Any,
+    present: Sequence[tuple[str, CalibrationArm]],
+    shades: Sequence[str],
+    y_of: Mapping[str, float],
+    tips: Tips,
+) -> None:
+    """Draw the two marks of every row: empty without contextual calibration, filled with it."""
     # One artist has one shape of mark, so the kinds are drawn separately.
     for kinds, marker, size_of_mark in ((("random", "named", "oracle"), "o", 4.6), (("chosen",), "D", 4.0)):
         drawn = [(name, arm, shade) for (name, arm), shade in zip(present, shades, strict=True) if arm["kind"] in kinds]
@@ -90,18 +113,6 @@ def draw_paired(
                 face=[colour("paper") if side == "off" else shade for _, _, shade in drawn],
                 edge=[shade for _, _, shade in drawn],
             )
-    for name, arm in present:
-        if arm["kind"] == "random":
-            _whiskers(axes, y_of[name], (100 * arm["off"], cell["spread_off"]), (100 * arm["on"], cell["spread_on"]))
-            axes.axvline(100 * arm["off"], color=colour("faint"), linewidth=0.8, zorder=0.5)
-        if numbers:
-            shade = str(arm["change"]["verdict"]) if is_significant(arm["change"]) else "ink"
-            margin_text(
-                axes, y_of[name], points(arm["change"]["value"]), size, side="right", shade=shade, offset=3.9 * size
-            )
-    axes.set_yticks([])
-    if names:
-        write_names(axes, y_of, size, tips, others=(RANDOM,))
 
 
 def _name_of(arm: CalibrationArm) -> str:

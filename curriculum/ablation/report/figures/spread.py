@@ -74,18 +74,23 @@ def draw_spread(
         set_range = f"{percent(low_S[place] / 100)} to {percent(high_S[place] / 100)} %"
         tips.add(dots, f"set {place + 1}: random orders {set_range}, mean {percent(means[place] / 100)} %")
     _draw_arms(axes, cell, order, rows, tips)
-    if ends:
-        _name_outermost(axes, low, -_LANE - _ROOM, "worst orders", "right", "muted")
-        _name_outermost(axes, high, -_LANE - _ROOM, "best orders", "left", "muted")
+    _name_ends(axes, cell, (low, high) if ends else None)
+    if names is not None:
+        y_of = dict(zip([names[place] for place in order], rows, strict=True))
+        write_names(axes, {"mean": 0.0} | y_of, axes.xaxis.label.get_fontsize())
+
+
+def _name_ends(axes: Any, cell: CellNumbers, ends: tuple[float, float] | None) -> None:
+    """Name the ends of the mean range, if they are given, and the worst and the best arm."""
+    if ends is not None:
+        _name_outermost(axes, ends[0], -_LANE - _ROOM, "worst orders", "right", "muted")
+        _name_outermost(axes, ends[1], -_LANE - _ROOM, "best orders", "left", "muted")
     if arms := _without_oracles(cell):
         worst = min(arms, key=lambda arm: arm["accuracy"])
         best = max(arms, key=lambda arm: arm["accuracy"])
         for arm, side in ((worst, "right"), (best, "left")):
             name = plain(arm["name"], 28)
             _name_outermost(axes, 100 * arm["accuracy"], _LANE + _ROOM, name, side, KIND_COLOUR[arm["kind"]])
-    if names is not None:
-        y_of = dict(zip([names[place] for place in order], rows, strict=True))
-        write_names(axes, {"mean": 0.0} | y_of, axes.xaxis.label.get_fontsize())
 
 
 def limits_of(cells: Sequence[CellNumbers]) -> tuple[float, float]:

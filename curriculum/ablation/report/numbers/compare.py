@@ -26,7 +26,7 @@ from sparsort.curriculum.ablation.statistics import differences as statistics
 from sparsort.curriculum.ablation.statistics import sample_size
 from sparsort.curriculum.ablation.statistics.estimates import SET, Estimate, estimate_sets
 from sparsort.curriculum.ablation.statistics.resampling import flat, too_few
-from sparsort.curriculum.ablation.statistics.spread import spread
+from sparsort.scoring.calibration.correlation import holm
 
 ALPHA = 1.0 - LEVEL
 
@@ -106,7 +106,7 @@ def spread_parts(random_RSQ: NDArray[Any]) -> tuple[dict[str, float | None], dic
         names = ("sd_orders", "sd_noise", "sd_orders_true", "real_share", "sd_sets")
         few = "one random order per set" if orders < 2 else "one test item"
         return dict.fromkeys(names), {", ".join(names): f"{few} does not show a spread"}
-    estimate = spread(random_RSQ)
+    estimate = statistics.spread(random_RSQ)
     reasons = {
         "real_share": "all random orders of each set score the same" if math.isnan(estimate.real_share) else "",
         "sd_sets": f"one {SET}" if sets == 1 else "",
@@ -196,7 +196,7 @@ def _corrected(family: list[Difference]) -> list[Difference]:
     """Add Holm's p-values and the verdicts to a family, in place."""
     p = np.array([1.0 if one["p"] is None else one["p"] for one in family], dtype=np.float64)
     # An untested arm keeps None, although it counts in m.
-    for one, adjusted in zip(family, statistics.holm(p).tolist(), strict=True):
+    for one, adjusted in zip(family, holm(p).tolist(), strict=True):
         if one["p"] is not None:
             one["p_adjusted"] = adjusted
             one["verdict"] = "nothing" if adjusted >= ALPHA else "helps" if one["value"] > 0 else "hurts"

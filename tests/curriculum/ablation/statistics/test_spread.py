@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sparsort.curriculum.ablation.statistics.spread import spread
+from sparsort.curriculum.ablation.statistics.differences import spread
 from sparsort.errors import SparsortError
 
 ORDER, SET, ITEM, BOTH = 0.06, 0.05, 0.12, 0.08

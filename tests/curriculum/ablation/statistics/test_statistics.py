@@ -15,6 +15,7 @@ from sparsort.curriculum.ablation.statistics import differences as statistics
 from sparsort.curriculum.ablation.statistics import resampling
 from sparsort.curriculum.ablation.statistics.estimates import estimate
 from sparsort.errors import SparsortError
+from sparsort.scoring.calibration.correlation import holm
 
 Bools = NDArray[np.bool_]
 
@@ -334,11 +335,11 @@ def test_mcnemar_refuses_what_it_is_not_for() -> None:
 
 def test_holm_by_hand() -> None:
     # m = 3: 3·0.01, 2·0.03, and 0.04 lifted to the one before; a NaN is no hypothesis.
-    assert statistics.holm([0.04, math.nan, 0.01, 0.03]) == pytest.approx([0.06, math.nan, 0.03, 0.06], nan_ok=True)
-    assert statistics.holm([]).tolist() == []
-    assert np.isnan(statistics.holm([math.nan])).all()
+    assert holm([0.04, math.nan, 0.01, 0.03]) == pytest.approx([0.06, math.nan, 0.03, 0.06], nan_ok=True)
+    assert holm([]).tolist() == []
+    assert np.isnan(holm([math.nan])).all()
     with pytest.raises(SparsortError, match="0, 1"):
-        statistics.holm([0.5, 1.2])
+        holm([0.5, 1.2])
 
 
 @settings(max_examples=60)
@@ -350,4 +351,4 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p: list[float], alpha
         if value * (len(tested) - step) > alpha:
             break
         rejected.add(place)
-    assert set(np.flatnonzero(statistics.holm(p) <= alpha).tolist()) == rejected
+    assert set(np.flatnonzero(holm(p) <= alpha).tolist()) == rejected

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sparsort.curriculum.demos.pool.similarity import unit_rows
-from sparsort.curriculum.demos.select import by_similarity
+from sparsort.curriculum.demos.select import selectors
 from sparsort.errors import SparsortError
 
 
@@ -31,15 +31,15 @@ def test_mmr_against_the_formula(seed: int, trade_off: float) -> None:
             if at not in chosen
         }
         chosen.append(max(gains, key=lambda at: (round(gains[at], 12), -at)))
-    assert by_similarity.mmr(relevance, rows, 6, trade_off=trade_off).tolist() == chosen
+    assert selectors.mmr(relevance, rows, 6, trade_off=trade_off).tolist() == chosen
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000))
 def test_greedy_dpp_takes_the_largest_determinant_at_every_step(seed: int) -> None:
     rows, query = unit(10, 6, seed), unit(1, 6, seed + 1)[0]
-    kernel = by_similarity.dpp_kernel(rows @ query, rows)
-    chosen = by_similarity.dpp_map(kernel, 5).tolist()
+    kernel = selectors.dpp_kernel(rows @ query, rows)
+    chosen = selectors.dpp_map(kernel, 5).tolist()
     for step in range(5):
         before = chosen[:step]
         best = max(np.linalg.det(kernel[np.ix_([*before, at], [*before, at])]) for at in range(10) if at not in before)
@@ -49,7 +49,7 @@ def test_greedy_dpp_takes_the_largest_determinant_at_every_step(seed: int) -> No
 
 def test_dpp_kernel_is_ceil_s() -> None:
     rows, query = unit(5, 3, 0), unit(1, 3, 1)[0]
-    kernel = by_similarity.dpp_kernel(rows @ query, rows, scale=0.1)
+    kernel = selectors.dpp_kernel(rows @ query, rows, scale=0.1)
     score = [(1 + float(row @ query)) / 2 for row in rows]
     for i in range(5):
         for j in range(5):
@@ -60,22 +60,22 @@ def test_dpp_kernel_is_ceil_s() -> None:
 
 def test_dpp_refuses_more_than_the_candidates_span() -> None:
     rows = np.repeat(unit(2, 4, 0), 3, axis=0)
-    kernel = by_similarity.dpp_kernel(rows @ rows[0], rows)
-    assert sorted(place // 3 for place in by_similarity.dpp_map(kernel, 2).tolist()) == [0, 1]
+    kernel = selectors.dpp_kernel(rows @ rows[0], rows)
+    assert sorted(place // 3 for place in selectors.dpp_map(kernel, 2).tolist()) == [0, 1]
     with pytest.raises(SparsortError, match="hold only 2"):
-        by_similarity.dpp_map(kernel, 3)
+        selectors.dpp_map(kernel, 3)
 
 
 def test_vote_k_by_hand() -> None:
     # On a circle, each row votes for its two nearest: 0, 1 and 2 form a cluster, 3, 4 and 5 another, and 6 is alone.
     degrees = np.array([0.0, 10.0, 21.0, 120.0, 130.0, 141.0, 250.0])
     rows = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
-    graph = [sorted(line) for line in by_similarity.neighbour_graph(rows, 2).tolist()]
+    graph = [sorted(line) for line in selectors.neighbour_graph(rows, 2).tolist()]
     assert graph == [[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4], [0, 5]]
     # Votes at first: 0 has 3 (from 1, 2, 6), 5 has 3 (from 3, 4, 6), the rest 2 (6 none): 0 by position.
     # Then 1, 2 and 6 weigh 0.1 and 0 is out: 1: 0.1, 2: 0.1, 3: 2, 4: 2, 5: 2.1, so 5.
     # Then 3 and 4 weigh 0.1, 6 weighs 0.01, 5 is out: 1 and 2: 0.1, 3: 0.1, 4: 0.1, so 1 by position.
-    assert by_similarity.vote_k(by_similarity.neighbour_graph(rows, 2), 3).tolist() == [0, 5, 1]
+    assert selectors.vote_k(selectors.neighbour_graph(rows, 2), 3).tolist() == [0, 5, 1]
 
 
 @settings(max_examples=20)
@@ -96,20 +96,20 @@ def test_vote_k_against_the_formula(seed: int, k: int) -> None:
             if u not in chosen
         }
         chosen.append(max(votes, key=lambda u: (round(votes[u], 9), -u)))
-    ours = by_similarity.vote_k(by_similarity.neighbour_graph(rows, 4), k).tolist()
+    ours = selectors.vote_k(selectors.neighbour_graph(rows, 4), k).tolist()
     assert ours == chosen
 
 
 def test_vote_k_of_fewer_rows_than_neighbours() -> None:
-    assert sorted(by_similarity.vote_k(by_similarity.neighbour_graph(unit(3, 2, 0), 150), 3).tolist()) == [0, 1, 2]
-    assert by_similarity.vote_k(by_similarity.neighbour_graph(unit(1, 2, 0), 150), 1).tolist() == [0]
+    assert sorted(selectors.vote_k(selectors.neighbour_graph(unit(3, 2, 0), 150), 3).tolist()) == [0, 1, 2]
+    assert selectors.vote_k(selectors.neighbour_graph(unit(1, 2, 0), 150), 1).tolist() == [0]
 
 
 def test_the_graph_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = unit(50, 8, 0)
-    whole = np.sort(by_similarity.neighbour_graph(rows, 5), axis=1)
-    monkeypatch.setattr(by_similarity, "_BLOCK_ROWS", 7)
-    assert (np.sort(by_similarity.neighbour_graph(rows, 5), axis=1) == whole).all()
+    whole = np.sort(selectors.neighbour_graph(rows, 5), axis=1)
+    monkeypatch.setattr(selectors, "_BLOCK_ROWS", 7)
+    assert (np.sort(selectors.neighbour_graph(rows, 5), axis=1) == whole).all()
 
 
 def test_unit_rows_at_the_ends_of_the_float_range() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsort.curriculum.demos.select import by_difficulty as levels
+from sparsort.curriculum.demos.select import selectors as levels
 from sparsort.errors import SparsortError
 
 # Ten rows in five levels of two; the nearer to the query the higher the number in SIMILARITY.

@@ -14,7 +14,7 @@ import pytest
 from sparsort.curriculum.demos.pool import similarity
 from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.pool.similarity import WordIndex, sentence_embeddings
-from sparsort.curriculum.demos.select import SELECTORS, by_similarity, select_demos
+from sparsort.curriculum.demos.select import SELECTORS, select_demos, selectors
 from sparsort.errors import SparsortError
 
 TEXTS = [
@@ -343,7 +343,7 @@ def test_embeddings_and_scores_are_read_once_a_pool(monkeypatch: pytest.MonkeyPa
             return np.arange(float(len(rows)))
 
     counted(similarity, "unit_rows")
-    counted(by_similarity, "neighbour_graph")
+    counted(selectors, "neighbour_graph")
     pool, scores, other = DemoPool(POOL, prompt="{question}"), Table(), EMBEDDINGS[::-1].copy()
     for query in (QUERY, {"question": "What is the capital of Spain?"}, POOL[4]):
         for method in ("vote_k", "knn", "spread"):
