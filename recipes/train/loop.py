@@ -33,6 +33,7 @@ from sparsort.storage.files import write_atomically
 from sparsort.terminal.interrupts import asking, received
 from sparsort.terminal.printing import note
 from sparsort.terminal.progress import progress
+from sparsort.trackers import NO_TRACKER, TRACKERS, check_trackers, tracker_names
 
 if TYPE_CHECKING:
     from sparsort.attention.training.callback import SparseAttentionCallback
@@ -87,11 +88,13 @@ def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
     """Trainer's arguments that do not depend on the data. Creating them also joins the processes of a distributed run.
 
     Raises:
-        SparsortError: an unknown tracker.
+        SparsortError: a tracker is unknown or not installed.
     """
-    trackers = sorted(INTEGRATION_TO_CALLBACK)
-    if config.report_to not in ("none", *trackers):
-        raise unknown_choice("tracker for report_to", config.report_to, ("none", *trackers))
+    trackers = tracker_names(config.report_to)
+    for name in trackers:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_choice(TRACKERS.kind, name, (NO_TRACKER, *sorted(INTEGRATION_TO_CALLBACK)))
+    check_trackers([name for name in trackers if name in TRACKERS])
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and is_torch_bf16_gpu_available())
     return TrainingArguments(
         str(folder),
@@ -108,7 +111,7 @@ def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
         # One loss per step: a mean over several steps would depend on where the run was stopped.
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=config.report_to,
+        report_to=list(trackers),
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -206,7 +209,7 @@ def _make_trainer(
             online=OnlineDifficulty(metric=config.online_metric) if config.online else None,
         )
     except (ImportError, RuntimeError) as error:
-        if config.report_to == "none":
+        if not args.report_to:
             raise
         raise SparsortError(
             f"report_to={config.report_to!r} cannot be used: {error} Install it, or omit report_to."
