@@ -88,24 +88,22 @@ def _notebook_display() -> Callable[..., Any] | None:
 
 
 @contextlib.contextmanager
-def _in_notebook(
-    display: Callable[..., Any], title: str, total: int | None, *, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[int], None]]:
-    begin = drawn = clock()
+def _in_notebook(display: Callable[..., Any], title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    begin = drawn = time.monotonic()
     done = 0
     handle = display(_output(title, 0, total, 0.0), raw=True, display_id=True)
 
     def draw(count: int) -> None:
         nonlocal done, drawn
         done += count
-        if (now := clock()) - drawn >= _INTERVAL:
+        if (now := time.monotonic()) - drawn >= _INTERVAL:
             drawn = now
             handle.update(_output(title, done, total, now - begin), raw=True)
 
     try:
         yield draw
     finally:
-        handle.update(_output(title, done, total, clock() - begin), raw=True)
+        handle.update(_output(title, done, total, time.monotonic() - begin), raw=True)
 
 
 def _output(title: str, done: int, total: int | None, seconds: float) -> dict[str, str]:
