@@ -21,7 +21,7 @@ ROWS = [{"text": "word " * (n + 1)} for n in range(10)]
 
 
 class _Substitute:
-    """A module with `init`, whose runs have `log` and `finish`, as wandb and trackio have; everything is recorded."""
+    """A module with `init` and `finish`, whose runs have `log`, as wandb and trackio have; everything is recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, *, fails_at: int | None = None) -> None:
         self.started: list[dict[str, Any]] = []
@@ -29,20 +29,21 @@ class _Substitute:
         self.is_finished = False
         self.fails_at = fails_at
         module = types.ModuleType(name)
-        module.init = self._init  # type: ignore[attr-defined]
+        vars(module).update(init=self._init, finish=self._finish, run=None)
         monkeypatch.setitem(sys.modules, name, module)
+        self.module = module
 
     def _init(self, **options: Any) -> _Substitute:
         sys.stdout.write("a banner\n")
         self.started.append(options)
         return self
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, float], step: int = -1) -> None:
         if len(self.logged) == self.fails_at:
             raise ConnectionError("the server is gone\nand more")
         self.logged.append((step, values))
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         self.is_finished = True
 
 
@@ -107,6 +108,16 @@ def test_other_trackers_get_the_settings_and_the_progress_and_print_nothing_to_s
     ]
     assert substitute.is_finished
     assert capsys.readouterr() == ("", "a banner\n")
+
+
+def test_a_run_of_wandb_that_the_caller_started_is_used_and_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    substitute = _Substitute(monkeypatch, "wandb")
+    vars(substitute.module)["run"] = substitute
+    LengthScorer("characters").score(ROWS, "{text}", report_to="wandb")
+    # At the steps of the caller's run, which counts them by itself.
+    assert [(step, values["progress/rows"]) for step, values in substitute.logged] == [(-1, 10)]
+    assert substitute.started == []
+    assert not substitute.is_finished
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_work_goes_on(

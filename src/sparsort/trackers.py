@@ -89,17 +89,33 @@ class _Run:
 
     def __init__(self, package: str, run: str, config: Mapping[str, Any], **options: Any) -> None:
         project = os.environ.get(f"{package.upper()}_PROJECT", "sparsort")
-        module = importlib.import_module(package)
-        self._run = module.init(project=project, name=run, config=dict(config), **options)
+        self._module = importlib.import_module(package)
+        self._run = self._module.init(project=project, name=run, config=dict(config), **options)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        # Not the method of the run, after which trackio ends it once more, and prints, when the interpreter exits.
+        self._module.finish()
+
+
+class _CallersRun:
+    """A run that the caller has started. It gets the values at its own steps, and the caller ends it."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values))
+
+    def close(self) -> None:
+        pass
 
 
 def _open_wandb(run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    if (callers := importlib.import_module("wandb").run) is not None:
+        return _CallersRun(callers)
     folder.mkdir(parents=True, exist_ok=True)
     return _Run("wandb", run, config, dir=str(folder))
 
@@ -115,13 +131,13 @@ TRACKERS: Registry[TrackerEntry] = Registry(
         ),
         TrackerEntry(
             name="wandb",
-            help="Weights & Biases; WANDB_PROJECT and WANDB_MODE=offline apply",
+            help="Weights & Biases; in the current run, or a new one under WANDB_PROJECT",
             source="wandb",
             open=_open_wandb,
         ),
         TrackerEntry(
             name="trackio",
-            help="a local database with a dashboard; TRACKIO_PROJECT applies",
+            help="a local database with a dashboard; a new run under TRACKIO_PROJECT",
             source="trackio",
             open=lambda run, folder, config: _Run("trackio", run, config),
         ),
