@@ -33,7 +33,7 @@ from sparsort.storage.files import write_atomically
 from sparsort.terminal.interrupts import asking, received
 from sparsort.terminal.printing import note
 from sparsort.terminal.progress import progress
-from sparsort.trackers import NO_TRACKER, TRACKERS, check_trackers, tracker_names
+from sparsort.trackers import NO_TRACKER, TRACKERS, check_trackers, in_trainer, tracker_names
 
 if TYPE_CHECKING:
     from sparsort.attention.training.callback import SparseAttentionCallback
@@ -162,11 +162,14 @@ def run_trainer(
     if held_out is not None and config.eval_steps is not None:
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, config.eval_steps
     stop, log = Stop(), History(history)
-    trainer = _make_trainer(model, args, config, plan, tokenizer, rows, held_out, stop)
-    if sparse is not None:
-        sparse.join(trainer)
-    trainer.add_callback(log)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(in_trainer(args.report_to))
+        trainer = _make_trainer(model, args, config, plan, tokenizer, rows, held_out, stop)
+        if sparse is not None:
+            sparse.join(trainer)
+        trainer.add_callback(log)
+        if held_out is not None:
+            trainer.add_callback(LastEvaluation())
         if args.should_log:
             trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
         # Several processes would have to agree on a step, so they stop at once, and resume from the last checkpoint.
@@ -270,6 +273,14 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
+
+
+class LastEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Measures the held-out loss at the last step, while the runs of the trackers are still open."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]

@@ -196,6 +196,25 @@ def tracked(
 
 
 @contextlib.contextmanager
+def in_trainer(names: Sequence[str]) -> Iterator[None]:
+    """A block in which the Trainer of transformers reports to trackers: what they print goes to stderr, and their runs end.
+
+    Trainer leaves the run of wandb open. A run that the caller has started stays open.
+    """
+    if not names:
+        yield
+        return
+    wandb = importlib.import_module("wandb") if "wandb" in names else None
+    is_ours = wandb is not None and wandb.run is None
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            if wandb is not None and is_ours:
+                wandb.finish()
+
+
+@contextlib.contextmanager
 def _dropping(name: str, trackers: dict[str, Tracker]) -> Iterator[None]:
     """Drop a tracker that fails inside the block, with a warning, and send what it prints to stderr."""
     try:
