@@ -108,8 +108,7 @@ def ablate(
         compile: whether to compile the model first, which takes half a minute and is faster from some million tokens on (needs a
             C++ compiler).
         report_to: trackers that get the number of finished demonstration sets, the tokens read and, after every set, the
-            accuracy of random orders and the difference of each arm from it so far: "none", names of
-            `sparsort.trackers.TRACKERS` separated by commas, or a list of names.
+            accuracy of random orders and the difference of each arm from it so far (see `sparsort.trackers.tracked`).
         changes: fields of `Ablation` that differ from the recipe, such as `sets=4, shots=(4,)`.
 
     Returns:

@@ -120,7 +120,7 @@ def test_a_run_of_wandb_that_the_caller_started_is_used_and_not_ended(monkeypatc
     assert not substitute.is_finished
 
 
-def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_work_goes_on(
+def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_work_continues(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing, sound = _Substitute(monkeypatch, "wandb", fails_at=1), _Substitute(monkeypatch, "trackio")

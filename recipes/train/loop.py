@@ -162,14 +162,11 @@ def run_trainer(
     if held_out is not None and config.eval_steps is not None:
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, config.eval_steps
     stop, log = Stop(), History(history)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(in_trainer(args.report_to))
+    with in_trainer(args.report_to), contextlib.ExitStack() as stack:
         trainer = _make_trainer(model, args, config, plan, tokenizer, rows, held_out, stop)
         if sparse is not None:
             sparse.join(trainer)
         trainer.add_callback(log)
-        if held_out is not None:
-            trainer.add_callback(LastEvaluation())
         if args.should_log:
             trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
         # Several processes would have to agree on a step, so they stop at once, and resume from the last checkpoint.
@@ -208,7 +205,7 @@ def _make_trainer(
             eval_dataset=held_out,
             data_collator=TextCollator(pad_token_id=pad),
             processing_class=tokenizer,
-            callbacks=[stop],
+            callbacks=[stop] if held_out is None else [stop, LastEvaluation()],
             online=OnlineDifficulty(metric=config.online_metric) if config.online else None,
         )
     except (ImportError, RuntimeError) as error:

@@ -122,8 +122,7 @@ class Scorer(ABC):
             data: a path (see `open_rows`), a `datasets.Dataset`, or a list of dicts.
             prompt: format string over the columns, chat turns (see `Prompt.of`) or a `Prompt`; or a `PromptSpec`, which
                 replaces this argument and the six that follow.
-            messages: instead of a prompt, the column that holds whole conversations (see `prompts.conversations`): their
-                last assistant turn is the answer, and the model's chat template is applied.
+            messages: instead of a prompt, the column of whole conversations, whose last turn is the answer (`conversations`).
             answer: format string of the answer that follows the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
             chat: put the prompt into the model's chat template.
@@ -133,11 +132,9 @@ class Scorer(ABC):
             columns: names of the columns of a CSV or TSV file without a header.
             out: folder for durable shards; a run that was killed resumes there. None keeps everything in memory.
             shard_rows: rows per shard, the unit that is kept or redone. It changes no score beyond rounding.
-            like: earlier scores that the new ones must be comparable with. An outlier rule that was fitted for them is
-                reused, and a setting that differs from theirs is refused.
+            like: earlier scores to be comparable with: their outlier rule is reused, and other settings are refused.
             cache: values that the model computed before, to which new ones are added; None for none. Not with `out`.
-            report_to: trackers that get the number of finished rows, the rows per second, and the numbers of rows by status:
-                "none", names of `sparsort.trackers.TRACKERS` separated by commas, or a list of names.
+            report_to: trackers that get the finished rows, the rows per second, and the rows by status (see `tracked`).
 
         Returns:
             One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.

@@ -1,8 +1,8 @@
 """Experiment trackers to which long work reports its progress: `report_to` of `score`, `ablate` and `train`.
 
 Contract: a tracker that is unknown or not installed is an error before any work starts. A tracker that fails later, because its
-server or its disk does, is dropped with a warning, and the work goes on. What a tracker prints goes to stderr, so that stdout has
-results only. `train` passes the names on to transformers, which has its own code for each tracker.
+server or its disk does, is dropped with a warning, and the work continues. What a tracker prints goes to stderr, because stdout
+is for results. `train` passes the names on to transformers, which has its own code for each tracker.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Run:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        # Not the method of the run, after which trackio ends it once more, and prints, when the interpreter exits.
+        # Not the method of the run, after which trackio ends it again, and prints, when the interpreter exits.
         self._module.finish()
 
 
