@@ -109,7 +109,7 @@ class QueryTask(ConfigurableTask):  # type: ignore[misc]
         """Build the prompts of all documents, never from the cache of prompts if they have demonstrations of ours."""
         if cache_requests and self.config.num_fewshot and isinstance(self.sampler, SparsortSampler):
             _LOG.warning(
-                "%s: the prompts are built again despite --cache_requests, whose entries do not record the order of "
+                "%s: the prompts are built again despite cache_requests (--cache_requests), which does not record the order of "
                 "demonstrations.",
                 self.config.task,
             )

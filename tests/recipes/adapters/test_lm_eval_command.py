@@ -225,4 +225,4 @@ def test_the_cache_of_answers_is_used_and_keeps_orders_apart(runs: dict[str, Log
 def test_the_cache_of_built_prompts_is_not_used_because_it_does_not_know_the_order(runs: dict[str, Logged]) -> None:
     expected = [_prompt(_demos(query, 4, hardest_first=False), query) for query in (0, 1)]
     assert runs["built_other"].prompts["hardest"] == expected
-    assert "hardest: the prompts are built again despite --cache_requests" in runs["built_other"].log
+    assert "hardest: the prompts are built again despite cache_requests" in runs["built_other"].log

@@ -472,7 +472,7 @@ def test_arguments_override_the_recipe_and_the_settings_that_they_exclude() -> N
 def test_a_recipe_and_a_whole_configuration_of_training_exclude_each_other(
     data: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SparsortError, match="give what differs from the recipe by name"):
+    with pytest.raises(SparsortError, match="only the settings that differ from the recipe, by name"):
         train(**data, out=tmp_path, recipe=RECIPE, config=TrainConfig())
 
 
