@@ -88,7 +88,7 @@ def _mass_and_recall(
     # Unused slots (−1) scatter into one extra column, which is dropped.
     picked = torch.zeros(*share.shape[:-1], share.shape[-1] + 1, dtype=torch.bool, device=share.device)
     picked = picked.scatter(-1, torch.where(chosen >= 0, chosen, share.shape[-1]), True)[..., :-1]
-    # The own block counts as the top one: every selector takes it, whatever its attention.
+    # The query's own block counts as the top one: every selector takes it, whatever its attention.
     ranked = share.scatter(-1, own[..., None], torch.inf).sort(dim=-1, descending=True, stable=True).indices
     # The argsort of a permutation is its inverse: the rank of each block.
     top = ranked.argsort(dim=-1) < taken[..., None]

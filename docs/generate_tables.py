@@ -28,6 +28,7 @@ from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.registry import Entry, Registry
 from sparsort.scoring.scorers import SCORERS, ScorerEntry
 from sparsort.terminal.printing import show
+from sparsort.trackers import TRACKERS
 
 ROOT = Path(__file__).parent.parent
 _PLACE = re.compile(r"^<!-- table: ([^\n]+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
@@ -136,6 +137,7 @@ TABLES: dict[str, tuple[Registry[Any], Columns]] = {
         PACINGS,
         {"kind": _name, "f": lambda entry: entry.formula, "the share": _help, "source": _source},
     ),
+    "trackers": (TRACKERS, {"tracker": _name, "what it is": _help, "extra": lambda entry: f"`sparsort[{entry.name}]`"}),
     "attention selectors": (
         SELECTORS,
         {

@@ -11,10 +11,12 @@ import datetime
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
 
 from sparsort.curriculum.ablation.recipe import tables
 from sparsort.curriculum.ablation.recipe.ablation import Ablation, AblationOptions, demo_sets, skipped_criteria
@@ -31,12 +33,15 @@ from sparsort.options import values_of
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.storage.files import write_json
 from sparsort.terminal.progress import progress
+from sparsort.trackers import NO_TRACKER, Log, Meter, ReportTo, check_trackers, tracked, tracker_names
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.recipe.task_data import TaskData
+    from sparsort.curriculum.ablation.results.cells import Cell
     from sparsort.curriculum.ablation.results.collect import Collector
     from sparsort.curriculum.ablation.results.results import Results
     from sparsort.curriculum.ablation.run.cost import Cost
+    from sparsort.curriculum.ablation.run.run import AblationRunner
     from sparsort.scoring.loading.load import LoadedModel
 
 _LOG = logging.getLogger("sparsort")
@@ -88,6 +93,7 @@ def ablate(
     run: bool = True,
     report: bool = True,
     compile: bool = False,
+    report_to: ReportTo = NO_TRACKER,
     **changes: Unpack[AblationOptions],
 ) -> AblationReport:
     """Find out whether the order of demonstrations matters, which orderers help, and how certain that is.
@@ -101,6 +107,8 @@ def ablate(
         report: whether to write `report/` (needs the extra "plots").
         compile: whether to compile the model first, which takes half a minute and is faster from some million tokens on (needs a
             C++ compiler).
+        report_to: trackers that get the number of finished demonstration sets, the tokens read and, after every set, the
+            accuracy of random orders and the difference of each arm from it so far (see `sparsort.trackers.tracked`).
         changes: fields of `Ablation` that differ from the recipe, such as `sets=4, shots=(4,)`.
 
     Returns:
@@ -110,11 +118,12 @@ def ablate(
         SparsortError: wrong input, or a folder that belongs to another model; the message says what to do.
     """
     start = time.perf_counter()
+    check_trackers(report_to)
     loaded = _loaded(model)
     ablation = make_recipe(recipe, {**changes, **_naming(None if loaded is model else model)})
     ablation.check()
     folder = Path(out).expanduser()
-    outcomes = _run(ablation, folder, loaded, compile=compile) if run else _open(ablation, folder, loaded)
+    outcomes = _run(ablation, folder, loaded, compile, report_to) if run else _open(ablation, folder, loaded)
     results = outcomes.collector.results(outcomes.provenance)
     results.save(folder / "results")
     page = _write_report(results, folder / "report") if report else None
@@ -138,7 +147,9 @@ class _StoredOutcomes:
     tokens_read: int = 0
 
 
-def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compile: bool) -> _StoredOutcomes:
+def _run(
+    ablation: Ablation, folder: Path, loaded: LoadedModel | None, compile: bool, report_to: ReportTo
+) -> _StoredOutcomes:
     """Query the model for the outcomes that the store lacks."""
     from sparsort.curriculum.ablation.results.collect import Collector
     from sparsort.curriculum.ablation.run.model import Engine
@@ -152,8 +163,17 @@ def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
     run = AblationRunner(ablation, engine, store)
     notes = _notes(ablation, run.tasks)
     write_json(folder / "recipe.json", ablation.to_table())
-    with progress("demonstration sets", len(list(demo_sets(ablation)))) as advance:
-        left = run.run_all(advance)
+
+    def collector() -> Collector:
+        return Collector(ablation, store, run.tasks, engine.loaded.tokenizer)
+
+    with (
+        progress("demonstration sets", len(list(demo_sets(ablation)))) as advance,
+        tracked(report_to, "ablate", folder=folder / "runs", config=_without_folders(ablation.to_table())) as log,
+    ):
+        left = run.run_all(
+            _reporting(ablation, run, collector(), advance, log) if tracker_names(report_to) else advance
+        )
     if left:
         _LOG.warning("%d sets are being run by another process; waiting for them.", len(left))
     while left or not all(run.run_zero_shot(name) for name in run.tasks):
@@ -163,11 +183,39 @@ def _run(ablation: Ablation, folder: Path, loaded: LoadedModel | None, *, compil
         left = [demo_set for demo_set in left if not run.run_set(demo_set)]
     model = {"model": engine.loaded.name, "device": str(engine.loaded.device.value)}
     return _StoredOutcomes(
-        collector=Collector(ablation, store, run.tasks, engine.loaded.tokenizer),
+        collector=collector(),
         provenance=_provenance(ablation, store.identity) | model,
         notes=notes,
         tokens_read=run.tokens_read,
     )
+
+
+def _reporting(
+    ablation: Ablation, run: AblationRunner, collector: Collector, advance: Callable[[int], None], log: Log
+) -> Callable[[int], None]:
+    """A function for `AblationRunner.run_all` that draws the progress, and reports it with the estimates so far."""
+    sets = iter(demo_sets(ablation))
+    meter = Meter(log, "sets")
+
+    def after_set(count: int) -> None:
+        advance(count)
+        meter.advance(count)
+        demo_set = next(sets)
+        cells = collector.cells(demo_set.task, demo_set.selector, demo_set.k)
+        meter.report({"progress/tokens_read": run.tokens_read, **_running_estimates(cells)})
+
+    return after_set
+
+
+def _running_estimates(cells: Sequence[Cell]) -> dict[str, float]:
+    """The mean accuracy of the random orders, and each other arm's difference from it, over the complete sets of each cell."""
+    values: dict[str, float] = {}
+    for cell in cells:
+        place = f"{cell.task}/{cell.selector}/k{cell.k}{'/contextual' if cell.contextual else ''}"
+        random = float(np.mean([arm.accuracy for arm in cell.random]))
+        values[f"{place}/random_accuracy"] = random
+        values |= {f"{place}/difference/{arm.name}": float(arm.accuracy.mean()) - random for arm in cell.arms}
+    return values
 
 
 def _open(ablation: Ablation, folder: Path, loaded: LoadedModel | None) -> _StoredOutcomes:

@@ -20,6 +20,7 @@ from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.registry import Entry, Registry, load
 from sparsort.scoring.scorers import SCORERS, ScorerName
+from sparsort.trackers import TRACKERS, TrackerName
 
 ROOT = Path(__file__).parent.parent
 _SOURCES = ("attention", "curriculum", "kernels", "recipes", "scoring", "src/sparsort")
@@ -33,6 +34,7 @@ _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),
     "kernels/sparsity/metrics.py": (METRICS, MetricName),
     "scoring/scorers/__init__.py": (SCORERS, ScorerName),
+    "src/sparsort/trackers.py": (TRACKERS, TrackerName),
 }
 # Where a name of a table means something else: an order of training data, a kind of arm, the place of rows without a score, a
 # curve of a drawing, an input, a column of a calibration, a field of a file or a log, a chapter of a report.

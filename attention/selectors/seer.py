@@ -198,10 +198,10 @@ class _Distilled(torch.autograd.Function):
             scores = selector._scores(gates, span, first, last)
             blocks = torch.arange(scores.shape[-1], device=keys.device)
             log_student = scores.masked_fill(blocks > own[:, None], -torch.inf).log_softmax(-1)
-            # The truth is 0 for blocks that a query does not see, where the student's log is −∞: mask it, since 0 · ∞ is NaN.
+            # The truth is 0 for blocks that a query does not see, where the gate's log is −∞: mask it, since 0 · ∞ is NaN.
             total += (torch.xlogy(truth, truth) - truth * log_student.masked_fill(truth == 0, 0.0)).sum()
             if gradients:
-                # The own block's score comes from `gates.own` instead of `gates.keys`, so its gradient goes there.
+                # The score of the query's own block comes from `gates.own` instead of `gates.keys`, so its gradient goes there.
                 d_scores = (log_student.exp() - truth) * scale
                 d_own_scores = d_scores.gather(-1, own.expand(scores.shape[:-1])[..., None])
                 d_others = d_scores.masked_fill(blocks == own[:, None], 0.0)

@@ -6,10 +6,15 @@ Contract: `sampler(options)` is a `ContextSampler` class. A task's YAML takes it
 The harness passes the document of the query to a sampler only if the few-shot split is the test split. Without it, nothing can
 keep the query out of its own demonstrations, so the sampler refuses, unless `allow_leaks` is set. `QueryTask`, as the task's
 `class`, always passes it.
+
+Of the harness's two caches, `--use_cache` stores answers under the whole prompt, so orders do not mix. `--cache_requests` stores
+prompts under the name of the task and the number of shots. It would return the prompts of another order, so `QueryTask` does
+without it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,6 +30,8 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 __all__ = ["DemoOptions", "QueryTask", "SparsortSampler", "register", "sampler"]
 
 Document = Mapping[str, Any]
+# The command of the harness shows the records of its own loggers only.
+_LOG = logging.getLogger("lm_eval.sparsort")
 
 
 class SparsortSampler(ContextSampler):  # type: ignore[misc]
@@ -97,6 +104,17 @@ class QueryTask(ConfigurableTask):  # type: ignore[misc]
         if isinstance(getattr(self, "sampler", None), SparsortSampler):
             self.sampler.query = doc
         return super().fewshot_context(doc, num_fewshot, **options)
+
+    def build_all_requests(self, *, cache_requests: bool = False, **options: Any) -> None:
+        """Build the prompts of all documents, never from the cache of prompts if they have demonstrations of ours."""
+        if cache_requests and self.config.num_fewshot and isinstance(self.sampler, SparsortSampler):
+            _LOG.warning(
+                "%s: the prompts are built again despite cache_requests (--cache_requests), which does not record the order of "
+                "demonstrations.",
+                self.config.task,
+            )
+            cache_requests = False
+        super().build_all_requests(cache_requests=cache_requests, **options)
 
 
 def sampler(options: DemoOptions) -> type[SparsortSampler]:

@@ -12,10 +12,12 @@ object and nothing else. An option without an effect is refused before a command
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
@@ -28,6 +30,7 @@ from sparsort.registry import load
 from sparsort.storage.files import disk_error, is_full, write_failure
 from sparsort.terminal.interrupts import exit_code, received
 from sparsort.terminal.printing import OutputError, discard, note, printable, printable_messages, show, unwritable
+from sparsort.terminal.progress import hidden
 
 # typer includes a copy of click, and gives the base class of its usage errors no public name.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -56,7 +59,8 @@ class _Commands(_PrintableUsage, TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with printable_messages():
+            quiet = ctx.params.get("quiet")
+            with printable_messages(_level(ctx.params)), hidden() if quiet else contextlib.nullcontext():
                 return super().invoke(ctx)
         except SparsortError as error:
             _fail(str(error), error.exit_code)
@@ -138,8 +142,28 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Print more about the work; twice (-vv) for every piece.")
+    ] = 0,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Print no warnings and no progress bars, only results, notes and errors."),
+    ] = False,
 ) -> None:
-    """Accept the options that come before the name of a command."""
+    """Accept the options that come before the name of a command; `_Commands.invoke` reads them."""
+
+
+def _level(options: Mapping[str, Any]) -> int:
+    """The lowest level of the log records that a command prints.
+
+    Raises:
+        SparsortError: both options were given.
+    """
+    if options.get("quiet") and options.get("verbose"):
+        raise SparsortError("--quiet and --verbose exclude each other. Give one of them.")
+    if options.get("quiet"):
+        return logging.ERROR
+    return {0: logging.WARNING, 1: logging.INFO}.get(options.get("verbose") or 0, logging.DEBUG)
 
 
 def _add(name: str) -> None:

@@ -24,6 +24,7 @@ from sparsort.options import Option, escape, has_options, option, option_of, par
 from sparsort.registry import listed, load
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.terminal.printing import note, show
+from sparsort.trackers import NO_TRACKER, TRACKERS
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -32,6 +33,11 @@ RowsArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _CONTEXT = "context"
+
+
+def report_to_option() -> Any:
+    """The field for the trackers to which a command reports its progress."""
+    return option(NO_TRACKER, f"Trackers for the progress, separated by commas: {TRACKERS.listed()}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 from sparsort.errors import SparsortError
 from sparsort.recipes.score.config import ScorerConfig
 from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
+from sparsort.trackers import NO_TRACKER, ReportTo, check_trackers
 
 if TYPE_CHECKING:
     from sparsort.scoring.data.rows import RowSource
@@ -73,11 +74,13 @@ def score_file(
     data: DataSpec = DataSpec(),
     out: str | Path | None = None,
     shard_rows: int = 2048,
+    report_to: ReportTo = NO_TRACKER,
 ) -> ScoreReport:
     """Score every row of `file`; see `Scorer.score`."""
     from sparsort.scoring.store.shards import MANIFEST
 
     start = time.perf_counter()
+    check_trackers(report_to)
     scorer = scorer.calibrated()
     if (calibration := scorer.loaded_calibration) is not None:
         prompt = calibration.definition.complete(prompt)
@@ -97,7 +100,7 @@ def score_file(
     tokenizer = scorer.check_model(max_length=prompt.max_length, chat=text is not None and text.is_chat)
     loaded = scorer.load(tokenizer=tokenizer)
     scoring = time.perf_counter()
-    scores = loaded.score(source, prompt, out=out, shard_rows=shard_rows)
+    scores = loaded.score(source, prompt, out=out, shard_rows=shard_rows, report_to=report_to)
     end = time.perf_counter()
     return ScoreReport(
         scores=scores,

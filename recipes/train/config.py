@@ -19,6 +19,7 @@ from sparsort.recipes.train.model import PRESETS
 from sparsort.registry import listed
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import TEXT_PANEL
+from sparsort.trackers import NO_TRACKER, TRACKERS
 
 CURRICULUM_PANEL = "Curriculum"
 TRAINING_PANEL = "Training"
@@ -102,7 +103,7 @@ class TrainConfig:
         online: whether the difficulty is learned from the model in training, which then changes the plan.
         online_metric: sparsity metric of the hidden states.
         save_steps: steps between two checkpoints.
-        report_to: "none", or a tracker of transformers, such as "tensorboard".
+        report_to: "none", or trackers of transformers, such as "tensorboard", separated by commas.
         workers: processes that load data.
         seed: seed for the weights of a model from scratch, dropout, the held-out rows, and a plan that is made here.
         dtype: "float32"; "bfloat16" for computation in bfloat16 with weights in float32; "auto" for the latter on a GPU that
@@ -145,7 +146,9 @@ class TrainConfig:
         panel=CURRICULUM_PANEL,
     )
     save_steps: int = option(500, "Steps between checkpoints.", panel=WORK_PANEL)
-    report_to: str = option("none", "none, tensorboard, or another tracker of transformers.", panel=WORK_PANEL)
+    report_to: str = option(
+        NO_TRACKER, f"{TRACKERS.listed()}, or other trackers of transformers, separated by commas.", panel=WORK_PANEL
+    )
     workers: int = option(0, "Processes that load data.", panel=WORK_PANEL)
     seed: int = option(0, "Seed for the weights, dropout, held-out rows and plan.", panel=TRAINING_PANEL)
     dtype: Dtype = same_option(ModelSpec, "dtype", help=f"{listed(get_args(Dtype))}.")

@@ -33,6 +33,7 @@ from sparsort.storage.files import write_atomically
 from sparsort.terminal.interrupts import asking, received
 from sparsort.terminal.printing import note
 from sparsort.terminal.progress import progress
+from sparsort.trackers import NO_TRACKER, TRACKERS, check_trackers, in_trainer, tracker_names
 
 if TYPE_CHECKING:
     from sparsort.attention.training.callback import SparseAttentionCallback
@@ -87,11 +88,13 @@ def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
     """Trainer's arguments that do not depend on the data. Creating them also joins the processes of a distributed run.
 
     Raises:
-        SparsortError: an unknown tracker.
+        SparsortError: a tracker is unknown or not installed.
     """
-    trackers = sorted(INTEGRATION_TO_CALLBACK)
-    if config.report_to not in ("none", *trackers):
-        raise unknown_choice("tracker for report_to", config.report_to, ("none", *trackers))
+    trackers = tracker_names(config.report_to)
+    for name in trackers:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_choice(TRACKERS.kind, name, (NO_TRACKER, *sorted(INTEGRATION_TO_CALLBACK)))
+    check_trackers([name for name in trackers if name in TRACKERS])
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and is_torch_bf16_gpu_available())
     return TrainingArguments(
         str(folder),
@@ -108,7 +111,7 @@ def arguments(folder: Path, config: TrainConfig) -> TrainingArguments:
         # One loss per step: a mean over several steps would depend on where the run was stopped.
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=config.report_to,
+        report_to=list(trackers),
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -159,11 +162,11 @@ def run_trainer(
     if held_out is not None and config.eval_steps is not None:
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, config.eval_steps
     stop, log = Stop(), History(history)
-    trainer = _make_trainer(model, args, config, plan, tokenizer, rows, held_out, stop)
-    if sparse is not None:
-        sparse.join(trainer)
-    trainer.add_callback(log)
-    with contextlib.ExitStack() as stack:
+    with in_trainer(args.report_to), contextlib.ExitStack() as stack:
+        trainer = _make_trainer(model, args, config, plan, tokenizer, rows, held_out, stop)
+        if sparse is not None:
+            sparse.join(trainer)
+        trainer.add_callback(log)
         if args.should_log:
             trainer.add_callback(Bar(stack.enter_context(progress("training", steps))))
         # Several processes would have to agree on a step, so they stop at once, and resume from the last checkpoint.
@@ -202,11 +205,11 @@ def _make_trainer(
             eval_dataset=held_out,
             data_collator=TextCollator(pad_token_id=pad),
             processing_class=tokenizer,
-            callbacks=[stop],
+            callbacks=[stop] if held_out is None else [stop, LastEvaluation()],
             online=OnlineDifficulty(metric=config.online_metric) if config.online else None,
         )
     except (ImportError, RuntimeError) as error:
-        if config.report_to == "none":
+        if not args.report_to:
             raise
         raise SparsortError(
             f"report_to={config.report_to!r} cannot be used: {error} Install it, or omit report_to."
@@ -267,6 +270,14 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
+
+
+class LastEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Measures the held-out loss at the last step, while the runs of the trackers are still open."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]

@@ -90,7 +90,8 @@ def read_recipe(recipe: str | Path | Mapping[str, Any] | None) -> Recipe:
 def _build(content: Mapping[str, Any], where: str) -> Recipe:
     if not content:
         raise SparsortError(
-            f"{where} is empty, and has the effect of no recipe. Add a table ([{'], ['.join(_TABLES)}]), or omit the recipe."
+            f"{where} is empty, so it has the same effect as no recipe. Add a table ([{'], ['.join(_TABLES)}]), or omit "
+            "the recipe."
         )
     for name, table in content.items():
         if name not in _TABLES:

@@ -8,6 +8,7 @@ that determines a loss, and `result.json` is written after everything else.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """One run: its arguments, the checks of these against each other and the data, and the training itself."""
+    """One run: its arguments, their checks against each other and against the data, and the training itself."""
 
     config: TrainConfig
     out: Path
@@ -106,7 +107,9 @@ class TrainingRun:
 
     def result(self) -> dict[str, Any]:
         """Train from where the run stopped, and return its result as JSON values."""
-        from sparsort.recipes.train.loop import arguments
+        # transformers prints to stdout when it is imported, if WANDB_MODE is "offline".
+        with contextlib.redirect_stdout(sys.stderr):
+            from sparsort.recipes.train.loop import arguments
 
         args = arguments(self.checkpoints, self.config)
         tokenizer = self._check_model()
@@ -302,7 +305,7 @@ def _check_lengths(plan: CurriculumPlan, tokens: Tokens) -> None:
     if plan.n_rows != len(tokens.lengths):
         raise SparsortError(
             f"the plan has {plan.n_rows} rows and the data has {len(tokens.lengths)}: it was made for other rows. "
-            "Give the file that was planned, whole and in its order, or plan this one (sparsort plan)."
+            "Give the file that was planned, complete and in its original order, or plan this one (sparsort plan)."
         )
     if plan.lengths is None or not plan.settings.needs_lengths:
         return

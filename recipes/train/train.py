@@ -132,8 +132,8 @@ def train(
     settings = read_recipe(recipe).without({*replaced, *curriculum, *changes})
     if config is not None and settings.train:
         raise SparsortError(
-            f"the recipe sets {', '.join(settings.train)}, and config would set all of training. Instead, give what differs from "
-            "the recipe by name, such as learning_rate=1e-3."
+            f"the recipe sets {', '.join(settings.train)}, and config= would replace all settings of training. Pass "
+            "only the settings that differ from the recipe, by name, such as learning_rate=1e-3."
         )
     reader = TrainText(template=text, messages=messages)
     config = make_config(config, {**settings.train, **changes})

@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,8 +23,11 @@ from sparsort.scoring.prompts.types import Truncation, Turns
 from sparsort.scoring.scorers import run_shards as engine
 from sparsort.scoring.store.shards import MANIFEST, read_manifest
 from sparsort.terminal.progress import progress
+from sparsort.trackers import NO_TRACKER, Meter, ReportTo, check_trackers, tracked
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sparsort.scoring.store.row_cache import RowCache
     from sparsort.scoring.store.scores import Scores
 
@@ -110,6 +114,7 @@ class Scorer(ABC):
         shard_rows: int = 2048,
         like: Scores | None = None,
         cache: RowCache | None = None,
+        report_to: ReportTo = NO_TRACKER,
     ) -> Scores:
         """Score every row of `data`.
 
@@ -117,8 +122,7 @@ class Scorer(ABC):
             data: a path (see `open_rows`), a `datasets.Dataset`, or a list of dicts.
             prompt: format string over the columns, chat turns (see `Prompt.of`) or a `Prompt`; or a `PromptSpec`, which
                 replaces this argument and the six that follow.
-            messages: instead of a prompt, the column that holds whole conversations (see `prompts.conversations`): their
-                last assistant turn is the answer, and the model's chat template is applied.
+            messages: instead of a prompt, the column of whole conversations, whose last turn is the answer (`conversations`).
             answer: format string of the answer that follows the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
             chat: put the prompt into the model's chat template.
@@ -128,9 +132,9 @@ class Scorer(ABC):
             columns: names of the columns of a CSV or TSV file without a header.
             out: folder for durable shards; a run that was killed resumes there. None keeps everything in memory.
             shard_rows: rows per shard, the unit that is kept or redone. It changes no score beyond rounding.
-            like: earlier scores that the new ones must be comparable with. An outlier rule that was fitted for them is
-                reused, and a setting that differs from theirs is refused.
+            like: earlier scores to be comparable with: their outlier rule is reused, and other settings are refused.
             cache: values that the model computed before, to which new ones are added; None for none. Not with `out`.
+            report_to: trackers that get the finished rows, the rows per second, and the rows by status (see `tracked`).
 
         Returns:
             One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
@@ -142,6 +146,7 @@ class Scorer(ABC):
             raise SparsortError(
                 "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
             )
+        check_trackers(report_to)
         text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
         text |= {"truncation": truncation, "max_length": max_length}
         spec = PromptSpec.of(prompt, **text)
@@ -151,8 +156,7 @@ class Scorer(ABC):
         job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(folder))
         if like is not None:
             _refuse_other_settings(like.provenance, job.provenance)
-        with progress("scoring", source.count()) as advance:
-            return engine.run(source, job, out=folder, shard_rows=shard_rows, advance=advance, note=_LOG.warning)
+        return _run(source, job, folder, shard_rows, report_to)
 
     def _open(
         self, data: Any, spec: PromptSpec, data_spec: DataSpec, cache: RowCache | None
@@ -164,6 +168,33 @@ class Scorer(ABC):
             source.require(prompt.fields, prompt)
         return source, Request(
             prompt_or_none=prompt, truncation=spec.truncation, max_length=spec.max_length, cache=cache
+        )
+
+
+def _run(source: RowSource, job: engine.Job, out: Path | None, shard_rows: int, report_to: ReportTo) -> Scores:
+    """Run a job with a progress bar, and report its progress to the trackers."""
+    _LOG.info("scoring %d rows of %s", source.count(), source.name)
+    settings = {name: value for name, value in job.provenance.items() if name != "environment"}
+    # Next to the score folder, which accepts no other files.
+    folder = None if out is None else out.with_name(f"{out.name}.runs")
+    with (
+        progress("scoring", source.count()) as draw,
+        tracked(report_to, "score", folder=folder, config=settings) as log,
+    ):
+        meter = Meter(log, "rows")
+
+        def advance(count: int) -> None:
+            draw(count)
+            meter.advance(count)
+
+        def scored(table: pa.Table) -> None:
+            statuses = Counter(table["status"].to_pylist())
+            _LOG.debug("scored a shard of %d rows: %s", len(table), dict(statuses))
+            meter.count({f"status/{status}": count for status, count in statuses.items()})
+            meter.report()
+
+        return engine.run(
+            source, job, out=out, shard_rows=shard_rows, advance=advance, note=_LOG.warning, scored=scored
         )
 
 

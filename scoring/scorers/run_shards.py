@@ -64,6 +64,7 @@ def run(
     shard_rows: int = SHARD_ROWS,
     advance: Callable[[int], None] = lambda _count: None,
     note: Callable[[str], None] = lambda _sentence: None,
+    scored: Callable[[pa.Table], None] = lambda _table: None,
 ) -> Scores:
     """Score every row of `source`.
 
@@ -75,6 +76,7 @@ def run(
         advance: called with a number of rows whenever they are done, including rows that were already on disk.
         note: called with a sentence about an event that the user should know of but that is no error, such as a damaged
             shard.
+        scored: called with the table of every shard that was scored now.
 
     Returns:
         The scores; with `out`, columns are read from the folder when they are first used.
@@ -83,9 +85,12 @@ def run(
         SparsortError: see `ShardStore.open` and `ShardStore.is_done`.
     """
     if out is None:
-        tables = [_score(scorer, rows, advance) for _, rows in _shards(source, shard_rows)]
+        tables = []
+        for _, rows in _shards(source, shard_rows):
+            tables.append(_score(scorer, rows, advance))
+            scored(tables[-1])
         return Scores(pa.concat_tables(tables), _provenance(source, scorer))
-    run_part(source, scorer, out=out, part=(0, 1), shard_rows=shard_rows, advance=advance, note=note)
+    run_part(source, scorer, out=out, part=(0, 1), shard_rows=shard_rows, advance=advance, note=note, scored=scored)
     return Scores.load(out)
 
 
@@ -98,6 +103,7 @@ def run_part(
     shard_rows: int = SHARD_ROWS,
     advance: Callable[[int], None] = lambda _count: None,
     note: Callable[[str], None] = lambda _sentence: None,
+    scored: Callable[[pa.Table], None] = lambda _table: None,
 ) -> Coverage:
     """Score the shards k, k + n, k + 2n, … of `source` into `out`, for `part` = (k, n); other arguments as for `run`.
 
@@ -111,16 +117,18 @@ def run_part(
     store = ShardStore.open(out, provenance=_provenance(source, scorer), shard_rows=shard_rows, part=part)
     # Counting also reads and checks the whole source before anything is scored.
     store.refuse_beyond(source.count())
-    scored = kept = 0
+    new = kept = 0
     for index, rows in _shards(source, shard_rows, part):
         digest = rows_digest((row.id, row.digest) for row in rows)
         if store.is_done(index, digest, note):
             kept += 1
             advance(len(rows))
         else:
-            store.write(index, _score(scorer, rows, advance), digest)
-            scored += 1
-    return Coverage(scored=scored, kept=kept, complete=store.finish(source.count()))
+            table = _score(scorer, rows, advance)
+            store.write(index, table, digest)
+            scored(table)
+            new += 1
+    return Coverage(scored=new, kept=kept, complete=store.finish(source.count()))
 
 
 def _shards(source: RowSource, shard_rows: int, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, list[Row]]]:

@@ -1,10 +1,14 @@
 """sparsort: rank examples by how sparsely a language model represents them, and order data by that rank.
 
 The public names are imported on first use, so `import sparsort` and `sparsort --help` import neither torch nor transformers.
+
+A call prints nothing. What it has to say goes to the logger "sparsort": DEBUG for each piece of work, INFO for its beginning and
+end, WARNING for what may change a result or cost time. `logging.basicConfig(level="INFO")` shows it.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +89,10 @@ _HOME = {
 }
 
 __all__ = ["SparsortError", "__version__", *sorted(_HOME)]
+
+
+# Without a handler of the application, Python would write warnings to stderr.
+logging.getLogger("sparsort").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

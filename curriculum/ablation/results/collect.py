@@ -192,7 +192,7 @@ class Collector:
         for name in self._tasks:
             for selector in self._ablation.selectors:
                 for k in self._ablation.shots:
-                    cells += self._cells(name, selector, k)
+                    cells += self.cells(name, selector, k)
         if not cells:
             raise SparsortError(
                 "the store has no complete demonstration set of this recipe. Run 'sparsort ablate' with it until one is done."
@@ -206,7 +206,7 @@ class Collector:
         known = {"machine": ", ".join(machines)} if machines else {}
         return Results(cells=cells, provenance={**provenance, **known, **cost, "incomplete": self.incomplete})
 
-    def _cells(self, name: str, selector: str, k: int) -> list[Cell]:
+    def cells(self, name: str, selector: str, k: int) -> list[Cell]:
         """The cells of a task, selector and k, without and with contextual calibration."""
         sets = []
         for seed in self._ablation.seeds:

@@ -10,7 +10,7 @@ import typer
 
 from sparsort.curriculum.ablation.recipe.options import DesignOptions
 from sparsort.options import option, unescape
-from sparsort.recipes.cli.options import FewShotPrompt, Fields, JsonOption, generated
+from sparsort.recipes.cli.options import FewShotPrompt, Fields, JsonOption, generated, report_to_option
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec
 from sparsort.terminal.printing import note, show, show_json
@@ -75,6 +75,7 @@ class RunFlags:
     dry_run: bool = option(False, "Only estimate the cost.")
     no_run: bool = option(False, "Do not query the model; use the outcomes in the store, finished or not.")
     no_report: bool = option(False, "Do not write the HTML report.")
+    report_to: str = report_to_option()
 
 
 @generated
@@ -112,7 +113,12 @@ def ablate(
         _show_cost(*recipes.estimate_cost(ablation), as_json)
         return
     report = recipes.ablate(
-        ablation, out=flags.out, run=not flags.no_run, report=not flags.no_report, compile=flags.compile
+        ablation,
+        out=flags.out,
+        run=not flags.no_run,
+        report=not flags.no_report,
+        compile=flags.compile,
+        report_to=flags.report_to,
     )
     if as_json:
         show_json(report.summary())

@@ -14,7 +14,7 @@ import typer
 from sparsort.errors import SparsortError
 from sparsort.options import option
 from sparsort.paths import spell
-from sparsort.recipes.cli.options import JsonOption, RowsArgument, generated
+from sparsort.recipes.cli.options import JsonOption, RowsArgument, generated, report_to_option
 from sparsort.recipes.score.config import ScorerConfig
 from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
 from sparsort.terminal.printing import note, one_line, show, show_json
@@ -41,6 +41,7 @@ class ScoreOptions:
     )
     shard_rows: int = option(2048, "Rows of one shard, which is kept or scored again as a whole.")
     strict: bool = option(False, "Exit with 3 if a row has no score.")
+    report_to: str = report_to_option()
 
 
 @generated
@@ -55,7 +56,15 @@ def score(
     """Score every row of FILE: how hard it is for the model, by the sparsity of its last hidden state."""
     from sparsort.recipes.score.score import score_file
 
-    report = score_file(file, scorer=scorer, prompt=prompt, data=data, out=options.out, shard_rows=options.shard_rows)
+    report = score_file(
+        file,
+        scorer=scorer,
+        prompt=prompt,
+        data=data,
+        out=options.out,
+        shard_rows=options.shard_rows,
+        report_to=options.report_to,
+    )
     summary = report.summary()
     unscored = summary["rows"] - summary["status"].get("ok", 0)
     if as_json:

@@ -110,10 +110,14 @@ def discard(stream: TextIO | None) -> None:
 
 
 @contextlib.contextmanager
-def printable_messages() -> Iterator[None]:
-    """Inside the block, make log records and warnings of every library printable, and show a warning on one line without source.
+def printable_messages(level: int = logging.WARNING) -> Iterator[None]:
+    """Inside the block, write the records of sparsort's logger to stderr, and make the messages of every library printable.
 
-    This is for the command line: it changes logging and warnings for the whole process, and restores both afterwards.
+    A warning is shown on one line without source, and not at all if `level` is above that of warnings. This is for the command
+    line: it changes logging and warnings for the whole process, and restores both afterwards.
+
+    Args:
+        level: the lowest level of the records that are written.
     """
     # A record factory applies to the records of all loggers; a filter on a logger does not apply to those below it.
     factory, show_warning = logging.getLogRecordFactory(), warnings.showwarning
@@ -125,15 +129,29 @@ def printable_messages() -> Iterator[None]:
         return record
 
     def one_note(message: Warning | str, *_: Any, **__: Any) -> None:
-        note(f"warning: {message}")
+        if level <= logging.WARNING:
+            note(f"warning: {message}")
 
+    logger, handler = logging.getLogger("sparsort"), _Notes()
+    level_before = logger.level
     logging.setLogRecordFactory(make_record)
     warnings.showwarning = one_note
+    logger.addHandler(handler)
+    logger.setLevel(level)
     try:
         yield
     finally:
+        logger.setLevel(level_before)
+        logger.removeHandler(handler)
         logging.setLogRecordFactory(factory)
         warnings.showwarning = show_warning
+
+
+class _Notes(logging.Handler):
+    """Writes the message of each record to stderr, which may be another stream at every record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def _escape(match: re.Match[str]) -> str:

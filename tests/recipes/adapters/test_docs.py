@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -25,7 +25,11 @@ def _run(folder: Path, *command: str) -> str:
     done = subprocess.run(
         [sys.executable, "-P", *command],
         cwd=folder,
-        env={**os.environ, "DSPY_CACHEDIR": str(folder / "cache")},
+        env={
+            **os.environ,
+            "DSPY_CACHEDIR": str(folder / "cache"),
+            "HF_DATASETS_CACHE": str(folder / "cache"),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -42,24 +46,18 @@ def test_a_program_prints_what_the_page_says(section: str, package: str, tmp_pat
     assert _run(tmp_path, program["name"]) == printed["text"]
 
 
-def test_the_harness_builds_the_prompt_that_the_page_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harnesss_command_sends_the_prompt_that_the_page_describes(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
     *files, command = _blocks("lm-evaluation-harness")
     for block in files:
         (tmp_path / block["name"]).parent.mkdir(exist_ok=True)
         (tmp_path / block["name"]).write_text(block["text"], encoding="utf-8")
-    arguments = command["text"].split()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    state = random.getstate()  # the harness draws a name for a task that has one already
-    # Without the harness's own thousands of tasks, which the command line reads first.
-    manager = TaskManager(include_path=arguments[arguments.index("--include_path") + 1], include_defaults=False)
-    task = manager.load([arguments[arguments.index("--tasks") + 1]])["tasks"]["capitals"]
-    random.setstate(state)
-    [document] = task.eval_docs
-    assert task.fewshot_context(document, task.config.num_fewshot) == (
+    program, *arguments = command["text"].split()
+    assert program == "lm_eval"
+    _run(tmp_path, "-m", "lm_eval", *arguments)
+    [samples] = (tmp_path / "results").glob("*/samples_capitals_*.jsonl")
+    [line] = samples.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["arguments"]["gen_args_0"]["arg_0"] == (
         "Question: Which town does Bhutan have its government in?\nAnswer: Thimphu\n\n"
         "Question: What is the capital of France?\nAnswer: Paris\n\n"
         "Question: Which city rules Peru?\nAnswer:"

@@ -285,11 +285,13 @@ def _without_effect(node: ast.AST) -> list[ast.expr]:
 def _commands() -> dict[str, tuple[str, set[str]]]:
     """Each command: the function that it calls, and its options."""
     group = typer.main.get_command(app)
+    # Options that come before the name of the command.
+    shared = {"--help", *(flag for parameter in group.params for flag in parameter.opts)}
     found = {}
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         callback = command.callback.__wrapped__ if hasattr(command.callback, "__wrapped__") else command.callback
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-        found[name] = (f"{callback.__module__}.{callback.__name__}", flags | {"--help", "--version"})
+        found[name] = (f"{callback.__module__}.{callback.__name__}", flags | shared)
     return found
 
 

@@ -430,7 +430,7 @@ def test_a_start_that_the_budget_cannot_be_is_refused_before_training(data: dict
 
 def test_an_empty_file_is_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("# nothing\n")
-    with pytest.raises(SparsortError, match=r"empty\.toml is empty, and has the effect of no recipe"):
+    with pytest.raises(SparsortError, match=r"empty\.toml is empty, so it has the same effect as no recipe"):
         read_recipe(tmp_path / "empty.toml")
 
 
@@ -472,7 +472,7 @@ def test_arguments_override_the_recipe_and_the_settings_that_they_exclude() -> N
 def test_a_recipe_and_a_whole_configuration_of_training_exclude_each_other(
     data: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SparsortError, match="give what differs from the recipe by name"):
+    with pytest.raises(SparsortError, match="only the settings that differ from the recipe, by name"):
         train(**data, out=tmp_path, recipe=RECIPE, config=TrainConfig())
 
 

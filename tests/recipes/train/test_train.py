@@ -406,3 +406,25 @@ def test_two_processes_train_as_one(data: Path, whole: Path, tmp_path: Path, for
     assert json.loads((tmp_path / "again-0.out").read_text(encoding="utf-8"))["resumed"] == 30
     assert f"checkpoint-{STEPS} is damaged and is passed over: rng_state_1.pth" in log
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == history
+
+
+def test_losses_reach_the_tracker_and_a_missing_one_is_an_error_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = [{"text": "so it goes " * (1 + n % 3)} for n in range(8)]
+    curriculum: dict[str, Any] = {"schedule": "shuffle"}
+    result = train(
+        rows, "{text}", out=tmp_path / "run", curriculum=curriculum, max_steps=2, report_to="tensorboard, none"
+    )
+    # A second file has the settings.
+    runs = [EventAccumulator(str(file)).Reload() for file in (tmp_path / "run").rglob("events.out.tfevents.*")]
+    [losses] = [run.Scalars("train/loss") for run in runs if "train/loss" in run.Tags()["scalars"]]
+    assert [one.step for one in losses] == [1, 2]
+    assert losses[-1].value == pytest.approx(result.loss)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, message in {"wandb": "Install it with: pip install", "tensorbord": "Did you mean 'tensorboard'"}.items():
+        with pytest.raises(SparsortError, match=message):
+            train(rows, "{text}", out=tmp_path / name, curriculum=curriculum, max_steps=2, report_to=name)
+        assert not list((tmp_path / name).rglob("*.safetensors"))
