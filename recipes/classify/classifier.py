@@ -37,10 +37,10 @@ from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import order_entry
 from sparsort.curriculum.demos.permutations import random_permutations
-from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.pool.pool import DemoPool, input_fields
 from sparsort.curriculum.demos.select import SELECTORS, SelectorName
 from sparsort.recipes.classify.gains import gains_table, measure_gains
-from sparsort.recipes.classify.inputs import PromptFunction, estimator_rows, prompt_spec
+from sparsort.recipes.classify.inputs import estimator_rows
 from sparsort.recipes.classify.labels import LabelReader
 from sparsort.recipes.classify.settings import (
     USABLE_SELECTORS,
@@ -53,7 +53,9 @@ from sparsort.recipes.classify.settings import (
     prior_shares,
 )
 from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.functions import PROMPT_COLUMN
 from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.scoring.prompts.types import PromptWriter
 
 AUTO = "auto"
 # Fewer rows estimate a bias poorly; batches of fewer queries say little about their label shares.
@@ -91,6 +93,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         classes_: (L,) the classes, sorted.
         demonstrations_: the rows in the prompt, with their label, in the first order.
+        compared_fields_: the columns by which near-duplicates of rows are found.
         prior_: (L,) the label shares that predictions assume.
         gains_: what each ingredient gained on the calibration rows, cross-fitted, and its cost in tokens.
         tokens_read_: tokens that the model read in `fit`.
@@ -108,7 +111,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_orders: int = 1,
         calibration: LabelCalibrationName = DEFAULT_LABEL_CALIBRATION,
         prior: Prior | None = None,
-        prompt: str | PromptSpec | PromptFunction | None = None,
+        prompt: str | PromptWriter | PromptSpec | None = None,
         label_words: Mapping[Any, str] | None = None,
         separator: str = "\n\n",
         instruction: str = "",
@@ -150,10 +153,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for row, at in zip(rows, gold.tolist(), strict=True):
             row[label] = names[at]
         self.classes_ = classes
+        spec, function = PromptSpec.of(self.prompt).as_column()
         self.task_ = make_task(
-            rows, names, prompt_spec(self.prompt), label=label, words=self.label_words, separator=self.separator,
+            rows, names, spec, label=label, words=self.label_words, separator=self.separator,
             instruction=self.instruction,
         )  # fmt: skip
+        read = [] if function is None else input_fields(function, rows, label)
+        self.compared_fields_ = [name for name in read if name != PROMPT_COLUMN] or list(self.task_.fields)
         # A row that the prompt cannot show is reported before anything is read.
         for row in rows:
             self.task_.query_text(row)
@@ -219,6 +225,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         predicted: NDArray[Any] = self.classes_[best]
         return predicted
 
+    def query_texts(self, X: Any) -> list[str]:
+        """The text of each row, as the prompt contains it after the demonstrations."""
+        check_is_fitted(self, "classes_")
+        return [self.task_.query_text(row) for row in self._rows(X, reset=False)]
+
     def gains_table(self) -> str:
         """What each ingredient gained on rows outside the prompt, and its cost in tokens, as a table of text."""
         check_is_fitted(self, "classes_")
@@ -278,7 +289,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return classes, gold.astype(np.int64)
 
     def _rows(self, X: Any, *, reset: bool) -> list[Row]:
-        return estimator_rows(self, X, self.prompt if callable(self.prompt) else None, reset=reset)
+        rows = estimator_rows(self, X, reset=reset)
+        function = PromptSpec.of(self.prompt).as_column()[1]
+        return rows if function is None else function.add_column(rows)
 
     def _select(self, rows: list[Row], label: str, seed: int) -> list[int]:
         pool = DemoPool(rows, prompt=self.task_.prompt, label=label, ids=[str(at) for at in range(len(rows))])
@@ -303,7 +316,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # The model could copy the answer of a near-duplicate from its demonstration. Twice as many candidates as needed replace
         # those that are excluded.
         candidates = order[: 2 * self.calibration_rows]
-        alike = alike_rows(self.task_.fields, [rows[at] for at in candidates], [rows[at] for at in shown])
+        alike = alike_rows(self.compared_fields_, [rows[at] for at in candidates], [rows[at] for at in shown])
         return [at for place, at in enumerate(candidates) if place not in alike][: self.calibration_rows]
 
     def _reader(self) -> LabelReader:

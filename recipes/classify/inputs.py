@@ -1,4 +1,4 @@
-"""Rows and prompts as scikit-learn's users pass them: texts, dictionaries, frames, tables, or an array of numbers.
+"""Rows as scikit-learn's users pass them: texts, dictionaries, frames, tables, or an array of numbers.
 
 Contract: an array or a list of lists is validated by scikit-learn, with its errors, and its columns are named x0, x1, …, like
 those of a frame whose columns have no text as names; anything else is read by `open_rows`.
@@ -6,28 +6,24 @@ those of a frame whose columns have no text as names; anything else is read by `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
 from sklearn.utils.validation import validate_data
 
-from sparsort.scoring.data.inputs import TEXT_FIELD
 from sparsort.scoring.data.rows import open_rows
-from sparsort.scoring.prompts.spec import PromptSpec
 
-PromptFunction = Callable[[Mapping[str, Any]], str]
 Row = dict[str, Any]
 
 
-def estimator_rows(estimator: Any, X: Any, prompt: PromptFunction | None, *, reset: bool) -> list[Row]:
+def estimator_rows(estimator: Any, X: Any, *, reset: bool) -> list[Row]:
     """The rows of `X`, one dictionary each.
 
     Args:
         estimator: the estimator; for arrays and frames its `n_features_in_` and `feature_names_in_` are set or checked.
         X: anything that holds rows.
-        prompt: a function from a row to its text, which becomes the field "text" in addition to the row's own.
         reset: whether the estimator is being fitted.
 
     Raises:
@@ -36,19 +32,13 @@ def estimator_rows(estimator: Any, X: Any, prompt: PromptFunction | None, *, res
     """
     if _is_array(X):
         values = validate_data(estimator, X, reset=reset, dtype=None).tolist()
-        rows = [{f"x{at}": value for at, value in enumerate(row)} for row in values]
-    else:
-        if hasattr(X, "columns") and hasattr(X, "iloc"):
-            validate_data(estimator, X, reset=reset, skip_check_array=True)
-            if not all(isinstance(name, str) for name in X.columns):
-                X = X.set_axis([f"x{at}" for at in range(len(X.columns))], axis="columns")
-        rows = [dict(row.fields) for row in open_rows(X).rows()]
-    return rows if prompt is None else [{**row, TEXT_FIELD: prompt(row)} for row in rows]
-
-
-def prompt_spec(prompt: str | PromptSpec | PromptFunction | None) -> PromptSpec:
-    """The prompt as a spec; that of a function is the field which `estimator_rows` fills."""
-    return PromptSpec.of(f"{{{TEXT_FIELD}}}" if callable(prompt) else prompt)
+        return [{f"x{at}": value for at, value in enumerate(row)} for row in values]
+    # A lazy frame of polars computes its columns, with a warning, so they are asked for last.
+    if hasattr(X, "iloc") and hasattr(X, "columns"):
+        validate_data(estimator, X, reset=reset, skip_check_array=True)
+        if not all(isinstance(name, str) for name in X.columns):
+            X = X.set_axis([f"x{at}" for at in range(len(X.columns))], axis="columns")
+    return [dict(row.fields) for row in open_rows(X).rows()]
 
 
 def _is_array(X: Any) -> bool:

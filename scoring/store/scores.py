@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
-from sparsort.scoring.data.rows import digest_of, rows_digest
+from sparsort.scoring.data.rows import digest_of, rows_digest, rows_of
 from sparsort.scoring.store import score_files, score_views
 from sparsort.scoring.store.score_tables import BASE, scores_schema
 from sparsort.storage.files import disk_errors
@@ -213,23 +213,27 @@ class Scores:
         table = self.table.set_column(index, "difficulty", pa.array(values, pa.float64()))
         return Scores(table, {**self.provenance, "metric": metric})
 
-    def difficulty_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """The difficulty of each row, (len(rows),) float64; NaN for a row whose status is not "ok".
+    def difficulty_of(self, rows: Any) -> NDArray[np.float64]:
+        """The difficulty of each row, (n,) float64; NaN for a row whose status is not "ok".
 
         A row that has the id field of the scored source is looked up by its id. Any other row is looked up by its content, which
         is the fields that the scorer read.
+
+        Args:
+            rows: n rows, in any form that `open_rows` reads.
 
         Raises:
             SparsortError: some rows were not scored, or a row has other content than the scored row of the same id.
         """
         return self.difficulty[self.places_of(rows)]
 
-    def places_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
-        """The position in the table of each of `rows`, (len(rows),), looked up as in `difficulty_of`.
+    def places_of(self, rows: Any) -> NDArray[np.int64]:
+        """The position in the table of each of the n rows, (n,), looked up as in `difficulty_of`.
 
         Raises:
             SparsortError: as `difficulty_of`.
         """
+        rows = rows_of(rows)
         column, content = self.provenance.get("id_column"), self.provenance.get("content")
         places, absent = np.zeros(len(rows), dtype=np.int64), []
         for number, row in enumerate(rows):
