@@ -160,7 +160,7 @@ def calibrate(
     )
     folder = file.with_suffix(".rows") if file is not None else None
     scores = scorer.score(source, text, out=folder, shard_rows=shard_rows)
-    warn_unscored(scores)
+    warn_unscored(scores, "They take no part in the calibration.")
     calibration = compare(
         scores,
         known,

@@ -17,6 +17,8 @@ from sklearn.utils.validation import check_is_fitted
 from sparsort.kernels.sparsity.metrics import METRICS
 from sparsort.recipes.classify.inputs import estimator_rows
 from sparsort.recipes.classify.settings import default_template
+from sparsort.scoring.data.inputs import is_read_once
+from sparsort.scoring.data.rows import rows_of
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.scoring.prompts.types import PromptWriter, Turns
 from sparsort.scoring.scorers.base import warn_unscored
@@ -71,6 +73,16 @@ class SparsityFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.feature_names_out_ = [f"{site}/{name}" for site in self.sites for name in metrics]
         return self
 
+    def fit_transform(self, X: Any, y: Any = None) -> NDArray[np.float64]:
+        """`fit`, then `transform` of the same rows, which are read once.
+
+        Raises:
+            SparsortError: as `fit` and `transform`.
+        """
+        X = rows_of(X) if is_read_once(X) else X
+        features: NDArray[np.float64] = self.fit(X, y).transform(X)
+        return features
+
     def transform(self, X: Any) -> NDArray[np.float64]:
         """The features, (n, number of sites × number of metrics); NaN for a row that has no state, such as an empty text.
 
@@ -83,7 +95,7 @@ class SparsityFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             self.model, sites=self.sites, poolings=(self.pooling,), outliers=(_RULE,), own_loss=False
         )
         scores = scorer.score([{**row, "id": str(at)} for at, row in enumerate(rows)], prompt=self.prompt_)
-        warn_unscored(scores)
+        warn_unscored(scores, "Their features are NaN.")
         columns = [name.split("/") for name in self.feature_names_out_]
         return np.stack([scores.column(f"{site}/{self.pooling}/{_RULE}/{name}") for site, name in columns], axis=1)
 

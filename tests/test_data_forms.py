@@ -86,7 +86,7 @@ FUNCTIONS: dict[str, Callable[[Any, Scores, Any, Path], Any]] = {
         data, scorer=ScorerConfig(scorer="length", unit="characters"), prompt=PromptSpec(PROMPT)
     ).scores.ranked(),
     "calibrate": lambda data, *_: _calibrate(data),
-    "Scores.join": lambda data, scores, *_: list(scores.join(data)["label"]) and len(scores.join(ROWS)),
+    "Scores.join": lambda data, scores, *_: [str(label) for label in scores.join(data)["label"]],
     "Scores.difficulty_of": lambda data, scores, *_: scores.difficulty_of(data).tolist(),
     "DemoPool": lambda data, *_: DemoPool(data).rows,
     "select_demos": lambda data, *_: sparsort.select_demos(data, QUERY, 3, method="bm25", prompt=PROMPT).demos,

@@ -56,6 +56,11 @@ def is_table(source: Any) -> bool:
     return (type(source).__module__.partition(".")[0], type(source).__name__) in _TABLES
 
 
+def is_read_once(source: Any) -> bool:
+    """Whether reading `source` uses it up, so that a second reader would find no rows."""
+    return isinstance(source, Iterator) or type(source).__name__ == "RecordBatchReader"
+
+
 def _from_texts(texts: Sequence[Any]) -> list[dict[str, Any]]:
     for position, text in enumerate(texts):
         if not isinstance(text, str):

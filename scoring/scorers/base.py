@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 
 _LOG = logging.getLogger("sparsort")
+_NEXT_STEP = "The column 'reason' says why; scores.filter(lambda row: row['status'] != 'ok') returns these rows."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +192,20 @@ def _need_stable_prompt(spec: PromptSpec, out: str | Path | None, like: Scores |
         )
 
 
-def warn_unscored(scores: Scores) -> None:
+def warn_unscored(scores: Scores, step: str = _NEXT_STEP) -> None:
     """Warn about rows without a score, at the line that called the public function that calls this one.
 
     There is no warning if that line is part of sparsort, which then reports such rows in its own way.
+
+    Args:
+        scores: the scores.
+        step: the sentence after the counts.
     """
     caller = sys._getframe(2)
     if caller.f_globals.get("__name__", "").partition(".")[0] == "sparsort":
         return
     if unscored := score_views.unscored(scores):
-        warnings.warn(
-            f"{unscored} The column 'reason' says why; scores.filter(lambda row: row['status'] != 'ok') returns them.",
-            stacklevel=3,
-        )
+        warnings.warn(f"{unscored} {step}", stacklevel=3)
 
 
 def versions() -> dict[str, str]:

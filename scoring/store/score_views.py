@@ -123,8 +123,8 @@ def card(scores: Scores) -> str:
     return (
         "---\ntags:\n- sparsort\n---\n\n# Scores made with sparsort\n\n"
         f"```\n{summary(scores)}\n```\n\n"
-        "`difficulty` rises with what the scorer takes to be harder; it is NaN where `status` is not `ok`, and `reason` "
-        f"says why. The other columns are the measured metrics: {', '.join(scores.metrics)}.\n\n"
+        "`difficulty` is higher for rows that the scorer considers harder. It is NaN if `status` is not `ok`, and `reason` "
+        f"says why. The measured metrics are: {', '.join(scores.metrics)}.\n\n"
         f"## Provenance\n\n```json\n{provenance}\n```\n"
     )
 

@@ -95,26 +95,22 @@ class Scores:
     def __getitem__(self, key: int | str) -> dict[str, Any]: ...
 
     @overload
-    def __getitem__(self, key: slice | Sequence[int] | Sequence[bool] | NDArray[Any]) -> Scores: ...
+    def __getitem__(self, key: slice | Sequence[int] | Sequence[str] | Sequence[bool] | NDArray[Any]) -> Scores: ...
 
     def __getitem__(self, key: Any) -> dict[str, Any] | Scores:
         """A row by its position or its id, or some of the rows as `Scores`.
 
         Args:
-            key: a position, which may be negative; an id; a slice; a list or an array of positions; or one boolean per row.
+            key: a position, which may be negative; an id; a slice; a list or an array of positions or of ids; or one boolean per
+                row.
 
         Raises:
             IndexError: there is no row at this position.
-            SparsortError: there is no row with this id, or the number of booleans is not the number of rows.
+            SparsortError: there is no row with this id, the number of booleans is not the number of rows, or `key` is something
+                else.
         """
         if isinstance(key, str):
-            if key not in self._by_id:
-                raise (
-                    unknown_choice("id", key, self.ids[:_MAX_IDS])
-                    if len(self) <= _MAX_IDS
-                    else SparsortError(f"no row has the id {key!r}; there are {len(self):,} rows.")
-                )
-            key = self._by_id[key]
+            key = self._place_of(key)
         if isinstance(key, (int, np.integer)):
             position = range(len(self))[key]
             row: dict[str, Any] = self.table.slice(position, 1).to_pylist()[0]
@@ -122,6 +118,14 @@ class Scores:
         if isinstance(key, slice):
             return self._take(np.arange(len(self))[key])
         chosen = np.asarray(key)
+        if chosen.dtype.kind == "U" and chosen.ndim == 1:
+            return self._take(np.array([self._place_of(name) for name in chosen.tolist()], dtype=np.int64))
+        # An empty list has no type of its own.
+        if chosen.ndim != 1 or (chosen.dtype.kind not in "iub" and chosen.size):
+            raise SparsortError(
+                f"scores cannot be indexed by {key!r:.80}; expected a position, an id, a slice, a list of positions or ids, or "
+                "one boolean per row."
+            )
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
                 raise SparsortError(
@@ -129,6 +133,13 @@ class Scores:
                 )
             chosen = np.flatnonzero(chosen)
         return self._take(np.arange(len(self))[chosen.astype(np.int64)])
+
+    def _place_of(self, name: str) -> int:
+        if name in self._by_id:
+            return self._by_id[name]
+        if len(self) > _MAX_IDS:
+            raise SparsortError(f"no row has the id {name!r}; there are {len(self):,} rows.")
+        raise unknown_choice("id", name, self.ids)
 
     def filter(self, keep: Callable[[dict[str, Any]], bool]) -> Scores:
         """The rows for which `keep` returns true, such as `scores.filter(lambda row: row["difficulty"] > 0.5)`."""
@@ -315,6 +326,8 @@ class Scores:
         """Write a new score folder, like `sparsort score --out`; a `SparsortError` if the folder exists and is not empty."""
         from sparsort.scoring.store.shards import MANIFEST, ShardStore
 
+        if not len(self):
+            raise SparsortError(f"there are no rows to save in {folder}. Select at least one.")
         if (Path(folder) / MANIFEST).exists():
             raise SparsortError(f"{folder} already contains scores. Choose another folder, or delete it.")
         store = ShardStore.open(Path(folder), provenance=self.provenance, shard_rows=max(1, len(self)))

@@ -274,7 +274,7 @@ def test_a_calibration_of_a_function_asks_for_it(tmp_path: Path, make_tiny_model
     options: dict[str, Any] = {"sites": ["pre_norm"], "poolings": ["last"], "outliers": ["none"]}
     file = tmp_path / "calibration.json"
     sparsort.calibrate(
-        rows, written, level="level", model=str(make_tiny_model("llama")), n_boot=100, n_perm=19, out=file, **options
+        rows, written, level="level", model=str(make_tiny_model("llama")), n_boot=100, n_perm=39, out=file, **options
     )
     scorer = sparsort.CalibratedScorer(file)
     assert len(scorer.score(rows, written)) == 60
