@@ -172,15 +172,16 @@ def choose_order(
     _check_call(demos, queries, entry, reads_queries=reads_queries, orders=orders, seed=seed)
     if pool and not reads_prior(by):
         raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Omit it.")
-    given, compared = demos, None
+    given = demos
     text, function = text.as_column()
+    # The text of a function has words that all rows share, so rows are compared by the fields that it reads.
+    compared = [] if function is None else input_fields(function, [*demos, *queries, *pool], label)
     if function is not None:
-        compared = input_fields(function, [*demos, *queries, *pool], label)
         demos, queries = function.add_column(demos, "demonstration"), function.add_column(queries, "query")
         pool = function.add_column(pool, "pool row")
     labelled = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(labelled, queries, entry, text, label, labels, separator, instruction)
-    compared = compared or task.fields
+    compared = compared or list(task.fields)
     _check_rows(task, demos, queries, entry, compared=compared, reads_queries=reads_queries, allow_leaks=allow_leaks)
     plan = None
     if reads_prior(by):

@@ -118,8 +118,10 @@ class DemoText:
             raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
         if self.messages is not None:
             return query_row(value, self.messages)
-        is_template = isinstance(self.prompt, str)
-        names = fields_of(str(self.prompt)) if is_template else input_fields(self.prompt, rows)
+        is_template = not isinstance(self.prompt, PromptFunction)
+        names = (
+            input_fields(self.prompt, rows) if isinstance(self.prompt, PromptFunction) else fields_of(str(self.prompt))
+        )
         if len(names) != 1:
             example = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
             raise SparsortError(

@@ -64,6 +64,9 @@ class PromptFunction:
         """The function as a prompt; a `PromptFunction` is returned unchanged."""
         return function if isinstance(function, PromptFunction) else cls(function)
 
+    def __call__(self, row: dict[str, Any]) -> Any:
+        return self.function(row)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PromptFunction) and self.function is other.function
 
@@ -119,13 +122,7 @@ class PromptFunction:
         Raises:
             SparsortError: the function raised an error, or returned something else.
         """
-        try:
-            result = self.function(dict(fields))
-        except Exception as error:  # the caller's code, which can raise any error
-            raise SparsortError(
-                f"{where}: the prompt function {self.name} raised {type(error).__name__}: {error}. "
-                f"The row has the fields {', '.join(map(str, fields)) or 'none'}."
-            ) from error
+        result = self._call(dict(fields), where)
         if isinstance(result, str) or is_missing(result):
             return result if isinstance(result, str) else None
         if is_list(result):
@@ -134,6 +131,16 @@ class PromptFunction:
             f"{where}: the prompt function {self.name} returned {kind_of(result)}; expected text, or chat turns such as "
             '[{"role": "user", "content": "…"}].'
         )
+
+    def _call(self, row: dict[str, Any], where: str) -> Any:
+        try:
+            return self.function(row)
+        except Exception as error:  # the caller's code, which can raise any error
+            names = ", ".join(map(str, dict.keys(row)))
+            raise SparsortError(
+                f"{where}: the prompt function {self.name} raised {type(error).__name__}: {error}. "
+                f"The row has the fields {names or 'none'}."
+            ) from error
 
     def returns_turns(self, source: RowSource) -> bool:
         """Whether the function returns chat turns for the first row that has a prompt.
@@ -192,7 +199,7 @@ class PromptFunction:
             SparsortError: as `write`.
         """
         row = _RecordingRow(fields)
-        PromptFunction(lambda _: self.function(row)).write(fields, where=where)
+        self._call(row, where)
         return [name for name in fields if name in row.read]
 
     def question(self, fields: Mapping[str, Any], *, where: str) -> str:
@@ -247,7 +254,7 @@ class _RecordingRow(dict[str, Any]):
 
 def function_of(prompt: Any) -> PromptFunction | None:
     """The function that writes a prompt; None if `prompt` is something else, such as a format string."""
-    return PromptFunction.of(prompt) if callable(prompt) or isinstance(prompt, PromptFunction) else None
+    return PromptFunction.of(prompt) if callable(prompt) else None
 
 
 def is_description(template: str) -> bool:

@@ -150,14 +150,10 @@ class Scorer(ABC):
         Raises:
             SparsortError: bad input; the message says what to do.
         """
-        if cache is not None and out is not None:
-            raise SparsortError(
-                "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
-            )
         text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
         text |= {"truncation": truncation, "max_length": max_length}
         spec = PromptSpec.of(prompt, **text)
-        _need_stable_prompt(spec, out, like)
+        _check_call(spec, out, like, cache)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
         # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
@@ -183,8 +179,10 @@ class Scorer(ABC):
         )
 
 
-def _need_stable_prompt(spec: PromptSpec, out: str | Path | None, like: Scores | None) -> None:
-    """Refuse a function whose source cannot be hashed for scores that are compared with earlier ones."""
+def _check_call(spec: PromptSpec, out: str | Path | None, like: Scores | None, cache: RowCache | None) -> None:
+    """Refuse a cache next to a folder, and a prompt function without a hash if scores are compared with earlier ones."""
+    if cache is not None and out is not None:
+        raise SparsortError("out= and cache= were given. A score folder keeps the scores of every row: omit cache=.")
     prompt = None if out is None and like is None else spec.read()
     if prompt is not None and prompt.function is not None:
         prompt.function.need_hash(

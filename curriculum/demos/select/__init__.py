@@ -203,8 +203,7 @@ def select_demos(
         query_difficulty: the query's difficulty by the same score, for "difficulty_matched".
         embeddings: (N, D), in the pool's order.
         query_embedding: (D,).
-        prompt: the prompt template, or a function from a row to its prompt; rows are compared with the query by the fields that
-            it reads.
+        prompt: the prompt template, or a function that writes it; rows are compared with the query by the fields that it reads.
         text: alternatively, a function from a row to the text by which it is compared. Without either, see `DemoPool`.
         allow_leaks: allow rows that are the query itself or nearly so.
         trade_off: λ of "mmr"; 1 considers relevance only.
