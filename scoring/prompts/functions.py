@@ -45,7 +45,7 @@ _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes)
 
 
 class _NoHashError(Exception):
-    """A part of a function that has no stable hash; the text completes "it uses …" or is a clause of its own."""
+    """A part of a function has no stable hash; the text is the clause that says why."""
 
 
 class PromptFunction:
