@@ -371,6 +371,23 @@ def rows_of(source: Any) -> Sequence[Mapping[str, Any]]:
     return [fields for _, fields in _reader(rows).records()]
 
 
+def indexed(source: Any) -> Any:
+    """`source` as examples that can be read by position, which need not be rows.
+
+    A list or another object with a length and `[position]` is returned as it is, whatever its items are. A path, a dictionary of
+    columns, a frame, a table and a stream are read by `rows_of`.
+
+    Raises:
+        SparsortError: as `rows_of`.
+    """
+    # A dictionary from position to example has random access already.
+    are_columns = isinstance(source, Mapping) and all(isinstance(name, str) for name in source)
+    can_index = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if not can_index or are_columns or is_table(source) or isinstance(source, (str, os.PathLike)):
+        return rows_of(source)
+    return source
+
+
 def _headless_reader(source: Any, columns: Sequence[str]) -> Reader:
     names = [columns] if isinstance(columns, str) else list(columns)
     if not names or "" in names or len(set(names)) < len(names):

@@ -11,7 +11,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.inputs import is_table
-from sparsort.scoring.data.rows import rows_of
+from sparsort.scoring.data.rows import indexed
 
 _WORKERS = (needs("num_workers", "batches are loaded without workers", num_workers=2),)
 # The conditions under which an argument is read; see `sparsort.conditions`.
@@ -120,8 +120,8 @@ class CurriculumLoader:
         options |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
         options |= {"multiprocessing_context": multiprocessing_context}
         refuse_unread_arguments(CurriculumLoader, READ_BY, options)
-        if is_table(dataset) or isinstance(dataset, (str, Path)) or _are_columns(dataset):
-            dataset = rows_of(dataset)
+        if is_table(dataset) or isinstance(dataset, Path) or not is_stream(dataset):
+            dataset = indexed(dataset)
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None
@@ -340,11 +340,6 @@ class CurriculumLoader:
             verify_rows(plan, self.dataset, fingerprint=self._name)
             self._verified = base
         return plan
-
-
-def _are_columns(dataset: Any) -> bool:
-    # A dictionary from position to example has random access already.
-    return isinstance(dataset, Mapping) and all(isinstance(name, str) for name in dataset)
 
 
 class _Keys:
