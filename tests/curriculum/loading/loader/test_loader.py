@@ -498,9 +498,3 @@ class Endless(IterableDataset[int]):
 def test_a_stream_under_a_plan_that_orders_is_sent_to_materialize() -> None:
     with pytest.raises(SparsortError, match=r"Write it once to a folder, .*materialize"):
         CurriculumLoader(plan_curriculum(difficulties(12), batch_size=4), Endless(), verify=False)
-
-
-def test_a_loader_shows_its_plan_and_its_position() -> None:
-    plan = plan_curriculum(difficulties(8), batch_size=4)
-    loader = CurriculumLoader(plan, rows_of(8), collate_fn=plain, rank=1, world_size=2, verify=False)
-    assert repr(loader) == f"CurriculumLoader({plan!r}, epoch 0, batch 0 of 2, rank 1 of 2)"

@@ -413,3 +413,8 @@ def test_every_row_of_a_file_is_compared(plan: CurriculumPlan, nameless: Curricu
         verify_every_row(plan, tokenised(ROWS))
     with pytest.raises(SparsortError, match=INCOMPARABLE):
         verify_every_row(plan_curriculum(np.arange(N), batch_size=8), ROWS)
+
+
+def test_a_loader_shows_its_plan_and_its_position(plan: CurriculumPlan) -> None:
+    loader = CurriculumLoader(plan, ROWS, rank=1, world_size=2)
+    assert repr(loader) == f"CurriculumLoader({plan!r}, epoch 0, batch 0 of {plan.n_batches}, rank 1 of 2)"
