@@ -17,14 +17,13 @@ from sparsort.conditions import Table, When, refuse_unread_arguments
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.scoring.model.spec import ModelOptions, ModelSpec
 from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
-from sparsort.scoring.prompts.types import Truncation, Turns
+from sparsort.scoring.prompts.types import PromptWriter, Truncation, Turns
 from sparsort.values import has_text, is_missing, number_array
 
 if TYPE_CHECKING:
     from sparsort.scoring.calibration.calibration import Calibration
     from sparsort.scoring.data.rows import RowSource
     from sparsort.scoring.prompts.prompt import Prompt
-    from sparsort.scoring.store.scores import Scores
 
 # The conditions under which each argument is read; see `sparsort.conditions`.
 READ_BY: Table = {
@@ -51,7 +50,7 @@ _TRUTH = {"true": 1.0, "false": 0.0}
 
 def calibrate(
     data: Any,
-    prompt: str | Turns | Prompt | PromptSpec | None = None,
+    prompt: str | Turns | PromptWriter | Prompt | PromptSpec | None = None,
     *,
     messages: str | None = None,
     answer: str | None = None,
@@ -123,7 +122,9 @@ def calibrate(
     """
     from sparsort.scoring.calibration.compare import compare
     from sparsort.scoring.model.early_checks import check_model
+    from sparsort.scoring.scorers.base import warn_unscored
     from sparsort.scoring.scorers.candidates import CandidateScorer, check_grid
+    from sparsort.scoring.store.score_views import unscored
 
     check_grid(sites, poolings, outliers)
     spec = ModelSpec.of(model, **options)
@@ -139,6 +140,9 @@ def calibrate(
     arguments = {"own_loss": own_loss, "answer": text.answer, "messages": text.messages, "poolings": poolings}
     refuse_unread_arguments(calibrate, READ_BY, arguments)
     file = _check_out(out)
+    read = text.read()
+    if file is not None and read is not None and read.function is not None:
+        read.function.need_hash("a calibration that is written to a file (out=)")
     source, has_answer = _open(data, text, DataSpec(id_column=id_column, columns=columns))
     if not has_answer and poolings is not None and "answer" in poolings:
         raise SparsortError(
@@ -156,12 +160,13 @@ def calibrate(
     )
     folder = file.with_suffix(".rows") if file is not None else None
     scores = scorer.score(source, text, out=folder, shard_rows=shard_rows)
+    warn_unscored(scores, "They take no part in the calibration.")
     calibration = compare(
         scores,
         known,
         target=target,
         revision=spec.revision,
-        notes=[*scorer.notes, *_lost_rows(scores)],
+        notes=[*scorer.notes, *filter(None, [unscored(scores).removesuffix(".")])],
         n_boot=n_boot,
         n_perm=n_perm,
         level=confidence,
@@ -175,7 +180,7 @@ def calibrate(
 def _open(data: Any, text: PromptSpec, rows: DataSpec) -> tuple[RowSource, bool]:
     """The rows, checked against the prompt, and whether the prompt has an answer."""
     prompt = text.read()
-    source = rows.open(data, content=prompt.fields if prompt is not None else None)
+    source = rows.open(data, content=prompt.content if prompt is not None else None)
     if prompt is None:
         raise SparsortError(
             "which columns make the prompt? Pass prompt='…' (--prompt) with columns in braces, or messages='…' (--messages) for "
@@ -188,13 +193,6 @@ def _open(data: Any, text: PromptSpec, rows: DataSpec) -> tuple[RowSource, bool]
             "Pass a sample: a few thousand rows are enough."
         )
     return source, prompt.answer is not None
-
-
-def _lost_rows(scores: Scores) -> list[str]:
-    """A note about the rows without a score, if there are any."""
-    lost = {status: count for status, count in scores.counts("status").items() if status != "ok"}
-    reasons = ", ".join(f"{count} {status}" for status, count in lost.items())
-    return [f"{sum(lost.values())} of {len(scores)} rows have no score: {reasons}"] if lost else []
 
 
 def _check_out(out: str | Path | None) -> Path | None:

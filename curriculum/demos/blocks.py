@@ -9,7 +9,7 @@ Shapes: K demonstrations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsort.curriculum.demos.budget import Messages
@@ -17,7 +17,9 @@ from sparsort.curriculum.demos.pool.leaks import Leak
 from sparsort.curriculum.demos.pool.pool import input_fields, leaking_rows, only_field
 from sparsort.curriculum.demos.pool.rows import Row, name_of
 from sparsort.errors import SparsortError
+from sparsort.scoring.data.inputs import TEXT_FIELD
 from sparsort.scoring.prompts.conversations import Turn, conversation_fields, question_text, split_answer, turns_of
+from sparsort.scoring.prompts.functions import PROMPT_COLUMN, PROMPT_TEMPLATE, PromptFunction
 from sparsort.templates import render
 from sparsort.values import is_missing, kind_of, missing_name, put, row_of
 
@@ -33,6 +35,7 @@ class Blocks:
         query_turns: the query as chat turns.
         system: the text of the system turn, or of the first block of a plain prompt; None without one.
         leaks: the demonstrations that are the query itself or nearly so.
+        are_turns: whether the blocks exist as turns only, so that the prompt must be chat turns.
     """
 
     texts: list[str]
@@ -41,6 +44,7 @@ class Blocks:
     query_turns: Messages
     system: str | None
     leaks: list[Leak]
+    are_turns: bool = False
 
 
 def template_blocks(
@@ -80,6 +84,48 @@ def template_blocks(
         system=system,
         leaks=leaking_rows(demos, query, fields) if find_leaks else [],
     )
+
+
+def function_blocks(
+    demos: Sequence[Row],
+    query: Row | str,
+    function: PromptFunction,
+    answer: str,
+    system: str | None,
+    *,
+    find_leaks: bool,
+) -> Blocks:
+    """The blocks whose questions a function writes, as text or as chat turns, each followed by the template of the answer.
+
+    Raises:
+        SparsortError: as `template_blocks` and `conversation_blocks`; or the function fails, or returns turns with a system turn
+            although there is another one.
+    """
+    if not isinstance(query, Mapping):
+        # Bare text is the value of the only field that the function reads.
+        fields = input_fields(function, demos) or [TEXT_FIELD]
+        query = row_of({only_field(fields): query})
+    names = [name_of(demo, position) for position, demo in enumerate(demos)]
+    questions = [function.write(demo, where=name) for demo, name in zip(demos, names, strict=True)]
+    asked = function.write(query, where="the query")
+    fields = input_fields(function, [query, *demos]) if find_leaks else []
+    leaks = leaking_rows(demos, query, fields) if fields else []
+    if not any(isinstance(question, list) for question in (*questions, asked)):
+        rows = [{**demo, PROMPT_COLUMN: text} for demo, text in zip(demos, questions, strict=True)]
+        asking = {**query, PROMPT_COLUMN: asked}
+        blocks = template_blocks(rows, asking, PROMPT_TEMPLATE, answer, system, find_leaks=False)
+        return replace(blocks, leaks=leaks)
+    answers = [render(answer, demo, where=name).strip() for demo, name in zip(demos, names, strict=True)]
+    rows = [
+        {**demo, PROMPT_COLUMN: [*_as_turns(question), {"role": "assistant", "content": reply}]}
+        for demo, question, reply in zip(demos, questions, answers, strict=True)
+    ]
+    blocks = conversation_blocks(rows, query_row(_as_turns(asked), PROMPT_COLUMN), PROMPT_COLUMN, find_leaks=False)
+    if system is not None and blocks.system is not None:
+        raise SparsortError(
+            f"system= was given, and the turns of the prompt function {function.name} have a system turn. Pass one of the two."
+        )
+    return replace(blocks, system=blocks.system or system, leaks=leaks, are_turns=True)
 
 
 def conversation_blocks(demos: Sequence[Row], query: Row | str, messages: str, *, find_leaks: bool) -> Blocks:
@@ -166,6 +212,10 @@ def _without_answer(turns: list[Turn]) -> list[Turn]:
 
 def _without_system(turns: list[Turn]) -> Messages:
     return [turn for turn in turns if turn["role"] != "system"]
+
+
+def _as_turns(question: str | list[Turn] | None) -> list[Turn]:
+    return question if isinstance(question, list) else [{"role": "user", "content": question or ""}]
 
 
 def _kind_of(value: Any) -> str:

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from sparsort.conditions import Table, Values, When, refuse_unread_arguments
 from sparsort.curriculum.demos.pool.difficulty import DifficultyTable, ScoresLike, resolve
 from sparsort.curriculum.demos.pool.duplicates import duplicates
-from sparsort.curriculum.demos.pool.rows import Row, TextOf, id_of, listed, text_of
+from sparsort.curriculum.demos.pool.rows import TextOf, id_of, listed, text_of
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.registry import Entry, Registry
+from sparsort.scoring.data.rows import rows_of
 
 Order = Literal[
     "sparse_to_dense",
@@ -287,7 +288,7 @@ READ_BY: Table = {
 
 
 def order_demos(
-    demos: Sequence[Row],
+    demos: Any,
     scores: ScoresLike | None = None,
     order: str | None = None,
     *,
@@ -299,7 +300,7 @@ def order_demos(
     """Put demonstrations in an order. `ORDERS` lists the orders, what each ranks by, and its source.
 
     Args:
-        demos: K rows.
+        demos: K rows, in any form that `open_rows` reads.
         scores: a table of scores, a mapping from id to difficulty, or K numbers; higher is harder.
         order: a name in `ORDERS`, or "reverse:NAME" for its exact reverse. None puts the hardest first: it means
             `sparse_to_dense`, or `hard_to_easy` for scores of another kind than sparsity.
@@ -317,6 +318,7 @@ def order_demos(
             setting that the order does not read.
     """
     refuse_unread_arguments(order_demos, READ_BY, {"order": order, "missing": missing, "text": text})
+    demos = rows_of(demos)
     if order is None:
         order = default_order(scores.kind if isinstance(scores, DifficultyTable) else None)
     key = order_entry(order).ranks_by

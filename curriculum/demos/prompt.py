@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sparsort.conditions import Table, excludes, needs, refuse_unread_arguments
-from sparsort.curriculum.demos.blocks import Blocks, conversation_blocks, template_blocks
+from sparsort.curriculum.demos.blocks import Blocks, conversation_blocks, function_blocks, template_blocks
 from sparsort.curriculum.demos.budget import DEFAULT_MODEL, Messages, TokensWith, chat_text, counter, fit, load
 from sparsort.curriculum.demos.pool.duplicates import duplicates
 from sparsort.curriculum.demos.pool.leaks import Leak
 from sparsort.curriculum.demos.pool.rows import Row, id_of, listed, name_of
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.data.rows import rows_of
+from sparsort.scoring.prompts.functions import function_of
 from sparsort.scoring.prompts.prompt import Prompt
+from sparsort.scoring.prompts.types import PromptWriter
 
 Drop = Literal["farthest", "nearest", "longest", "error"]
 
@@ -71,7 +74,7 @@ class Assembled:
 class PromptForm:
     """The form of a prompt: arguments of `assemble`, under the same names."""
 
-    prompt: str | None = None
+    prompt: str | PromptWriter | None = None
     answer: str | None = None
     messages: str | None = None
     system: str | None = None
@@ -83,10 +86,10 @@ class PromptForm:
 
 
 def build_prompt(
-    demos: Sequence[Row],
+    demos: Any,
     query: Row | str,
     *,
-    prompt: str | None = None,
+    prompt: str | PromptWriter | None = None,
     answer: str | None = None,
     messages: str | None = None,
     system: str | None = None,
@@ -111,10 +114,10 @@ def build_prompt(
 
 
 def assemble(
-    demos: Sequence[Row],
+    demos: Any,
     query: Row | str,
     *,
-    prompt: str | None = None,
+    prompt: str | PromptWriter | None = None,
     answer: str | None = None,
     messages: str | None = None,
     system: str | None = None,
@@ -129,9 +132,10 @@ def assemble(
     """Build a few-shot prompt.
 
     Args:
-        demos: the K demonstrations, first to last; the last one is next to the query.
+        demos: the K demonstrations, first to last, in any form that `open_rows` reads; the last one is next to the query.
         query: the row to be answered, or its bare text if the prompt has one field.
-        prompt: format string of a row's question, such as "Question: {question}\\nAnswer:".
+        prompt: format string of a row's question, such as "Question: {question}\\nAnswer:"; or a function from a row to its
+            question as text or as chat turns, which imply `chat`.
         answer: format string of its answer, such as " {answer}"; it follows the prompt directly.
         messages: instead of both, the column of whole conversations, whose system turns must agree. Each is shown as chat turns,
             up to its last assistant turn. The query is bare text, which becomes a user's turn, or a row with the column.
@@ -164,7 +168,7 @@ def assemble(
         allow_zero_shot=allow_zero_shot,
     )
     refuse_unread_arguments(assemble, READ_BY, vars(form))
-    return _assemble(demos, query, form, tokenizer, allow_leaks=allow_leaks)
+    return _assemble(rows_of(demos), query, form, tokenizer, allow_leaks=allow_leaks)
 
 
 def _assemble(
@@ -173,8 +177,8 @@ def _assemble(
     max_tokens = form.max_tokens
     if max_tokens is not None and max_tokens < 1:
         raise SparsortError(f"max_tokens is {max_tokens}; a budget of at least 1 token is needed.")
-    chat = form.chat or form.messages is not None
     blocks = _blocks(demos, query, form, find_leaks=not allow_leaks)
+    chat = form.chat or form.messages is not None or blocks.are_turns
     if blocks.leaks:
         raise _leaking(demos, blocks.leaks)
     # Without a budget, tokens are counted only if the caller passes a tokenizer.
@@ -222,7 +226,10 @@ def _blocks(demos: Sequence[Row], query: Row | str, form: PromptForm, *, find_le
             "a prompt needs prompt= and answer=, format strings such as 'Question: {question}\\nAnswer:' and ' {answer}', or "
             "messages=, the column of whole conversations."
         )
-    return template_blocks(demos, query, form.prompt, form.answer, form.system, find_leaks=find_leaks)
+    if (function := function_of(form.prompt)) is not None:
+        return function_blocks(demos, query, function, form.answer, form.system, find_leaks=find_leaks)
+    prompt: Any = form.prompt
+    return template_blocks(demos, query, prompt, form.answer, form.system, find_leaks=find_leaks)
 
 
 def _leaking(demos: Sequence[Row], leaks: Sequence[Leak]) -> SparsortError:

@@ -8,7 +8,7 @@ index are computed once, and `Demonstrator` does the rest. No model of sparsort 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -28,6 +28,8 @@ from sparsort.curriculum.demos.select import DEFAULT_SELECTOR, DemoSelectorEntry
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.registry import Registry
+from sparsort.scoring.data.rows import rows_of
+from sparsort.scoring.prompts.types import PromptWriter
 from sparsort.scoring.store.scores import Scores
 
 _LOG = logging.getLogger("sparsort")
@@ -52,8 +54,8 @@ class DemoOptions:
         embed: a function from N texts to (N, D) embeddings, for the selectors by embedding and the orders by similarity.
             LangChain's `Embeddings.embed_documents` and a `dspy.Embedder` are such functions.
         label: the field with the label, for a selector that needs it; it is not compared with a query.
-        prompt: a template whose fields are the input of a row, by which rows and queries are compared and embedded; see
-            `select_demos`.
+        prompt: a template, or a function from a row to its prompt; the fields that it reads are the input of a row, by which rows
+            and queries are compared and embedded; see `select_demos`.
         text: a function from a demonstration to its text, for the orders by length; by default all text fields except the id, or
             with `prompt` its fields, the label and the answer.
         seed: seed for every random draw; None for the framework's own seed if it has one, otherwise 0.
@@ -72,7 +74,7 @@ class DemoOptions:
     query_difficulty: Callable[[Query], float] | None = None
     embed: Embed | None = None
     label: str | None = None
-    prompt: str | None = None
+    prompt: str | PromptWriter | None = None
     text: TextOf | None = None
     seed: int | None = None
     missing: Missing = "error"
@@ -145,7 +147,7 @@ class DemoChooser:
     """A pool of demonstrations with its scores and embeddings, for many queries.
 
     Args:
-        rows: N rows.
+        rows: N rows, in any form that `open_rows` reads.
         options: how to choose and order.
         held_out: rows that will be queries; pool rows that equal one of them, or nearly so, are never chosen, unless
             `options.allow_leaks`.
@@ -154,15 +156,15 @@ class DemoChooser:
         SparsortError: a row has no score.
     """
 
-    def __init__(self, rows: Iterable[Row], options: DemoOptions, *, held_out: Iterable[Row] = ()) -> None:
+    def __init__(self, rows: Any, options: DemoOptions, *, held_out: Any = ()) -> None:
         self.options = options
-        all_rows = [dict(row) for row in rows]
+        all_rows = [dict(row) for row in rows_of(rows)]
         self._count = len(all_rows)
         if notes := duplicates(all_rows):
             _LOG.warning("the pool of demonstrations: %s", listed([note.removesuffix(".") for note in notes], most=2))
         difficulty = _difficulty(all_rows, options)
         pool = DemoPool(all_rows, prompt=options.prompt, label=options.label)
-        queries = () if options.allow_leaks else held_out
+        queries = () if options.allow_leaks else rows_of(held_out)
         leaking = {leak.demo for query in queries for leak in pool.leaks(pool.input_of(query))}
         self._positions = np.array([at for at in range(len(all_rows)) if at not in leaking], dtype=np.int64)
         if leaking:

@@ -6,11 +6,12 @@ the query. An example that is the query itself, or nearly so, is not chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sparsort.extras import need
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
+from sparsort.scoring.data.rows import rows_of
 
 need("langchain_core", "langchain", "example selectors of LangChain")
 
@@ -23,13 +24,13 @@ class SparsortExampleSelector(BaseExampleSelector):  # type: ignore[misc]
     """Choose k of the examples for every input, and order them.
 
     Args:
-        examples: the pool.
+        examples: the pool, in any form that `open_rows` reads.
         k: the number of examples in a prompt.
         options: how they are chosen and ordered.
     """
 
-    def __init__(self, examples: Iterable[Mapping[str, Any]], k: int, options: DemoOptions) -> None:
-        self.examples: list[dict[str, Any]] = [dict(example) for example in examples]
+    def __init__(self, examples: Any, k: int, options: DemoOptions) -> None:
+        self.examples: list[dict[str, Any]] = [dict(example) for example in rows_of(examples)]
         self.k = k
         self.options = options
         self._chooser: DemoChooser | None = None

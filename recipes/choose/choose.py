@@ -26,20 +26,24 @@ from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, cr
 from sparsort.curriculum.demos.export import PinnedDemos, write_pinned
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.pool.duplicates import duplicates
+from sparsort.curriculum.demos.pool.pool import input_fields
 from sparsort.curriculum.demos.pool.rows import id_of
 from sparsort.curriculum.demos.prompt import NOT_IN_CHAT, PromptForm
 from sparsort.errors import SparsortError
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES
 from sparsort.recipes.choose.prior import Prior, PriorPlan, plan_prior, reads_prior, with_prior
 from sparsort.recipes.order.order import MOST_DEMOS
+from sparsort.scoring.data.rows import rows_of
 from sparsort.scoring.model.spec import ModelOptions, ModelSpec
 from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.scoring.prompts.types import PromptWriter
 from sparsort.terminal.progress import progress
 from sparsort.values import text_if_any
 
 if TYPE_CHECKING:
     from sparsort.curriculum.demos.criteria.ranking import OrderRanking
     from sparsort.scoring.loading.load import LoadedModel
+    from sparsort.scoring.prompts.functions import PromptFunction
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -137,17 +141,17 @@ class ChosenOrder:
 
 
 def choose_order(
-    demos: Rows,
-    queries: Rows = (),
+    demos: Any,
+    queries: Any = (),
     *,
-    prompt: str | PromptSpec,
+    prompt: str | PromptWriter | PromptSpec,
     answer: str | None = None,
     label: str = "label",
     labels: str | Mapping[str, str] | None = None,
     by: str = "pdo",
     orders: int = 24,
     prior: Prior | None = None,
-    pool: Rows = (),
+    pool: Any = (),
     separator: str = "\n\n",
     instruction: str = "",
     chat: bool = False,
@@ -160,10 +164,11 @@ def choose_order(
     """Choose the best of some orders of the same demonstrations, by a criterion that queries the model.
 
     Args:
-        demos: k rows, each with the prompt's fields and its label.
+        demos: k rows, each with the prompt's fields and its label; like `queries` and `pool` in any form that `open_rows` reads.
         queries: rows that the criterion reads under every order. Their labels are not read, except by "best_on_dev". Criteria
             that read probes sampled from the model ("globale", "locale") or content-free inputs need no queries.
-        prompt: format string of a row's question; or a `PromptSpec`, which has `answer`, `chat` and `system` too.
+        prompt: format string of a row's question, or a function from a row to its question; or a `PromptSpec`, which has
+            `answer`, `chat` and `system` too.
         answer: format string of the answer that follows; by default a space and the label.
         label: the field of the label.
         labels: "0=negative,1=positive", or a mapping from value to words. By default the values in the demonstrations and the
@@ -188,6 +193,7 @@ def choose_order(
     Raises:
         SparsortError: the input is wrong; the message says how to correct it.
     """
+    demos, queries, pool = rows_of(demos), rows_of(queries), rows_of(pool)
     spec, text = ModelSpec.of(model, **options), PromptSpec.of(prompt, answer=answer, system=system, chat=chat)
     arguments = {"by": by, "allow_leaks": allow_leaks, "prior": prior, "separator": separator, "chat": text.chat}
     refuse_unread_arguments(choose_order, READ_BY, arguments)
@@ -196,12 +202,22 @@ def choose_order(
     _check_call(demos, queries, entry, reads_queries=reads_queries, orders=orders, seed=seed)
     if pool and not reads_prior(by):
         raise SparsortError(f"pool= has no effect: it is read for a prior, and by={by!r} reads none. Omit it.")
+    given = demos
+    text, function = text.as_column()
+    # The text of a function has words that all rows share, so rows are compared by the fields that it reads.
+    compared = [] if function is None else input_fields(function, [*demos, *queries, *pool], label)
+    if function is not None:
+        demos, queries = function.add_column(demos, "demonstration"), function.add_column(queries, "query")
+        pool = function.add_column(pool, "pool row")
     labelled = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(labelled, queries, entry, text, label, labels, separator, instruction)
-    _check_rows(task, demos, queries, entry, reads_queries=reads_queries, allow_leaks=allow_leaks)
+    compared = compared or list(task.fields)
+    _check_rows(task, demos, queries, entry, compared=compared, reads_queries=reads_queries, allow_leaks=allow_leaks)
     plan = None
     if reads_prior(by):
-        plan = plan_prior(task, by, prior, demos, queries, pool, reads_queries=reads_queries, seed=seed)
+        plan = plan_prior(
+            task, by, prior, demos, queries, pool, compared=compared, reads_queries=reads_queries, seed=seed
+        )
         entry = criterion(with_prior(by))
     # 20! is far above any number of orders, and the factorial of a longer list would be a very long integer.
     count = min(orders, math.factorial(min(len(demos), 20)))
@@ -223,7 +239,7 @@ def choose_order(
         notes.append(_how_ties_were_broken(choice, count))
     order = orders_RK[choice.index].tolist()
     return ChosenOrder(
-        demos=[dict(demos[place]) for place in order],
+        demos=[dict(given[place]) for place in order],
         order=order,
         by=by,
         candidates=orders_RK[ranked].tolist(),
@@ -233,7 +249,7 @@ def choose_order(
         queries=len(texts),
         tokens_read=reader.tokens_read,
         notes=notes,
-        provenance=_provenance(loaded, task, by, entry, seed),
+        provenance=_provenance(loaded, task, by, entry, seed) | _function_record(function),
         task=task,
     )
 
@@ -277,6 +293,11 @@ def _provenance(loaded: LoadedModel, task: Task, by: str, entry: Criterion, seed
         "task": task.digest,
         "seed": seed,
     }
+
+
+def _function_record(function: PromptFunction | None) -> dict[str, Any]:
+    # The digest of the task covers templates only.
+    return {} if function is None else {"prompt": function.description}
 
 
 class _OrderReader:
@@ -437,7 +458,14 @@ def _check_call(demos: Rows, queries: Rows, entry: Criterion, *, reads_queries: 
 
 
 def _check_rows(
-    task: Task, demos: Rows, queries: Rows, entry: Criterion, *, reads_queries: bool, allow_leaks: bool
+    task: Task,
+    demos: Rows,
+    queries: Rows,
+    entry: Criterion,
+    *,
+    compared: Sequence[str],
+    reads_queries: bool,
+    allow_leaks: bool,
 ) -> None:
     """Refuse rows that do not fit, before any model is loaded."""
     for row in demos:
@@ -448,7 +476,7 @@ def _check_rows(
         task.query_text(row)
         if "gold" in entry.needs:
             task.gold_index(row)
-    leaks = {} if allow_leaks else alike_rows(task.fields, list(map(dict, demos)), list(map(dict, queries)))
+    leaks = {} if allow_leaks else alike_rows(compared, list(map(dict, demos)), list(map(dict, queries)))
     if leaks:
         demo, (query, similarity) = min(leaks.items())
         raise SparsortError(

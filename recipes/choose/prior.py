@@ -115,6 +115,7 @@ def plan_prior(
     queries: Rows,
     pool: Rows,
     *,
+    compared: Sequence[str],
     reads_queries: bool,
     seed: int,
 ) -> PriorPlan:
@@ -128,6 +129,7 @@ def plan_prior(
         by: a criterion that reads a prior.
         prior, demos, queries: see `choose_order`.
         pool: labelled rows; rows without a label of the task do not count.
+        compared: the fields by which rows are compared.
         reads_queries: whether the criterion reads `queries`, and not probes sampled from the model.
         seed: seed for the draw of labelled rows.
 
@@ -137,9 +139,11 @@ def plan_prior(
     labels = tuple(task.labels or ())
     prior = _default_with_pool(by, prior)
     if prior is None:
-        return _default_plan(task, labels, demos, queries, pool, reads_queries=reads_queries, seed=seed)
+        return _default_plan(
+            task, labels, demos, queries, pool, compared=compared, reads_queries=reads_queries, seed=seed
+        )
     if prior == "estimated":
-        labelled = _labelled_rows(task, demos, queries, pool, seed) if reads_queries else []
+        labelled = _labelled_rows(task, compared, demos, queries, pool, seed) if reads_queries else []
         return _estimate_plan(labels, labelled, reads_queries=reads_queries)
     if isinstance(prior, Mapping):
         return PriorPlan(source="given", labels=labels, shares=given_shares(labels, prior, "prior"))
@@ -165,7 +169,15 @@ def _default_with_pool(by: str, prior: Prior | None) -> Prior | None:
 
 
 def _default_plan(
-    task: Task, labels: tuple[str, ...], demos: Rows, queries: Rows, pool: Rows, *, reads_queries: bool, seed: int
+    task: Task,
+    labels: tuple[str, ...],
+    demos: Rows,
+    queries: Rows,
+    pool: Rows,
+    *,
+    compared: Sequence[str],
+    reads_queries: bool,
+    seed: int,
 ) -> PriorPlan:
     """The default prior, with a note that says why it is not "estimated" if it is not."""
     if not reads_queries:
@@ -184,7 +196,7 @@ def _default_plan(
             "names another prior."
         )
         return _uniform(labels, note)
-    labelled = _labelled_rows(task, demos, queries, pool, seed)
+    labelled = _labelled_rows(task, compared, demos, queries, pool, seed)
     if len(labelled) < FEWEST_ROWS:
         note = (
             f"{len(labelled)} labelled rows remain besides the demonstrations and the queries; by default, the queries' label "
@@ -236,7 +248,9 @@ def _question(task: Task, row: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int) -> list[dict[str, Any]]:
+def _labelled_rows(
+    task: Task, compared: Sequence[str], demos: Rows, queries: Rows, pool: Rows, seed: int
+) -> list[dict[str, Any]]:
     """Up to 64 labelled rows with label counts as even as possible; no row is like a demonstration or a query."""
     known = [dict(row) for row in pool if _value(task, row) is not None and _question(task, row) is not None]
     order = evenly_by_label([task.gold_index(row) for row in known], seed=seed).tolist()
@@ -244,7 +258,7 @@ def _labelled_rows(task: Task, demos: Rows, queries: Rows, pool: Rows, seed: int
     chosen: list[dict[str, Any]] = []
     for start in range(0, len(order), _BLOCK):
         block = [known[place] for place in order[start : start + _BLOCK]]
-        alike = alike_rows(task.fields, block, others)
+        alike = alike_rows(compared, block, others)
         chosen += [row for place, row in enumerate(block) if place not in alike]
         if len(chosen) >= LABELLED_ROWS:
             break

@@ -38,23 +38,23 @@ from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import order_entry
 from sparsort.curriculum.demos.permutations import random_permutations
-from sparsort.curriculum.demos.pool.pool import DemoPool
+from sparsort.curriculum.demos.pool.pool import DemoPool, input_fields
 from sparsort.curriculum.demos.select import SELECTORS, SHARED_PROMPT_SELECTORS, SelectorName
 from sparsort.recipes.classify.inputs import (
     ClassifierError,
     Prior,
-    PromptFunction,
     Row,
     class_names,
     estimator_rows,
     label_field,
     make_task,
     prior_shares,
-    prompt_spec,
 )
 from sparsort.recipes.classify.labels import LabelReader
 from sparsort.scoring.model.spec import ModelSpec
+from sparsort.scoring.prompts.functions import PROMPT_COLUMN
 from sparsort.scoring.prompts.spec import PromptSpec
+from sparsort.scoring.prompts.types import PromptWriter
 from sparsort.terminal.tables import Table, number, prose
 
 AUTO = "auto"
@@ -94,6 +94,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         classes_: (L,) the classes, sorted.
         demonstrations_: the rows in the prompt, with their label, in the first order.
+        compared_fields_: the columns by which near-duplicates of rows are found.
         prior_: (L,) the label shares that predictions assume.
         gains_: for each ingredient a `Gain`: what it gained on the calibration rows, and the tokens that `fit` read for it.
         tokens_read_: tokens that the model read in `fit`, also those that only serve to measure the gains.
@@ -111,7 +112,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_orders: int = 1,
         calibration: LabelCalibrationName = DEFAULT_LABEL_CALIBRATION,
         prior: Prior | None = None,
-        prompt: str | PromptSpec | PromptFunction | None = None,
+        prompt: str | PromptWriter | PromptSpec | None = None,
         label_words: Mapping[Any, str] | None = None,
         separator: str = "\n\n",
         instruction: str = "",
@@ -153,10 +154,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for row, at in zip(rows, gold.tolist(), strict=True):
             row[label] = names[at]
         self.classes_ = classes
+        spec, function = PromptSpec.of(self.prompt).as_column()
         self.task_ = make_task(
-            rows, names, prompt_spec(self.prompt), label=label, words=self.label_words, separator=self.separator,
+            rows, names, spec, label=label, words=self.label_words, separator=self.separator,
             instruction=self.instruction,
         )  # fmt: skip
+        read = [] if function is None else input_fields(function, rows, label)
+        self.compared_fields_ = [name for name in read if name != PROMPT_COLUMN] or list(self.task_.fields)
         # A row that the prompt cannot show is reported before anything is read.
         for row in rows:
             self.task_.query_text(row)
@@ -229,6 +233,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         predicted: NDArray[Any] = self.classes_[best]
         return predicted
 
+    def query_texts(self, X: Any) -> list[str]:
+        """The text of each row, as the prompt contains it after the demonstrations."""
+        check_is_fitted(self, "classes_")
+        return [self.task_.query_text(row) for row in self._rows(X, reset=False)]
+
     def gains_table(self) -> str:
         """What each ingredient gained on rows outside the prompt, and its cost in tokens, as a table of text."""
         check_is_fitted(self, "classes_")
@@ -296,7 +305,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return classes, gold.astype(np.int64)
 
     def _rows(self, X: Any, *, reset: bool) -> list[Row]:
-        return estimator_rows(self, X, self.prompt if callable(self.prompt) else None, reset=reset)
+        rows = estimator_rows(self, X, reset=reset)
+        function = PromptSpec.of(self.prompt).as_column()[1]
+        return rows if function is None else function.add_column(rows)
 
     def _select(self, rows: list[Row], label: str, seed: int) -> list[int]:
         pool = DemoPool(rows, prompt=self.task_.prompt, label=label, ids=[str(at) for at in range(len(rows))])
@@ -321,7 +332,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # The model could copy the answer of a near-duplicate from its demonstration. Twice as many candidates as needed replace
         # those that are excluded.
         candidates = order[: 2 * self.calibration_rows]
-        alike = alike_rows(self.task_.fields, [rows[at] for at in candidates], [rows[at] for at in shown])
+        alike = alike_rows(self.compared_fields_, [rows[at] for at in candidates], [rows[at] for at in shown])
         return [at for place, at in enumerate(candidates) if place not in alike][: self.calibration_rows]
 
     def _reader(self) -> LabelReader:

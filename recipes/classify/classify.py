@@ -192,7 +192,7 @@ def classify(
         file: labelled rows.
         test: the rows to classify, with or without labels; None to hold out a fifth of `file`, at most 256 rows.
         model: a name, or a `ModelSpec`.
-        prompt: a format string over the columns, or a `PromptSpec`.
+        prompt: a format string over the columns, a function from a row to its text, or a `PromptSpec`.
         settings: the settings of the classifier.
         data: how the rows are read.
 
@@ -220,7 +220,7 @@ def classify(
     classes = [str(value) for value in classifier.classes_]
     return Classified(
         ids=[name for name, _ in named],
-        texts=[classifier.task_.query_text(row) for row in queries],
+        texts=classifier.query_texts(queries),
         classes=classes,
         proba=np.exp(log_proba),
         gold=None if gold is None else _positions(gold, classes),
@@ -299,7 +299,7 @@ def _hold_out(y: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
 
 def _copied(classifier: FewShotClassifier, queries: Sequence[dict[str, Any]]) -> list[str]:
     """A note if the prompt shows rows that are to be classified, so that the model could copy their labels."""
-    alike = alike_rows(classifier.task_.fields, queries, classifier.demonstrations_)
+    alike = alike_rows(classifier.compared_fields_, queries, classifier.demonstrations_)
     if not alike:
         return []
     return [

@@ -7,7 +7,7 @@ in `y`; a task knows classes by their text. Shapes: n rows, L classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -20,12 +20,10 @@ from sparsort.curriculum.demos.criteria.distributions import Floats
 from sparsort.curriculum.demos.criteria.label_bias import PriorName, given_shares, named_shares
 from sparsort.errors import SparsortError
 from sparsort.paths import spell
-from sparsort.scoring.data.inputs import TEXT_FIELD
 from sparsort.scoring.data.rows import open_rows
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.values import as_text
 
-PromptFunction = Callable[[Mapping[str, Any]], str]
 Prior = PriorName | Mapping[Any, float]
 Row = dict[str, Any]
 
@@ -34,13 +32,12 @@ class ClassifierError(SparsortError, ValueError):
     """A mistake in the arguments of a classifier; scikit-learn expects a ValueError."""
 
 
-def estimator_rows(estimator: Any, X: Any, prompt: PromptFunction | None, *, reset: bool) -> list[Row]:
+def estimator_rows(estimator: Any, X: Any, *, reset: bool) -> list[Row]:
     """The rows of `X`, one dictionary each.
 
     Args:
         estimator: the estimator; for arrays and frames its `n_features_in_` and `feature_names_in_` are set or checked.
         X: anything that holds rows.
-        prompt: a function from a row to its text, which becomes the field "text" in addition to the row's own.
         reset: whether the estimator is being fitted.
 
     Raises:
@@ -49,19 +46,13 @@ def estimator_rows(estimator: Any, X: Any, prompt: PromptFunction | None, *, res
     """
     if _is_array(X):
         values = validate_data(estimator, X, reset=reset, dtype=None).tolist()
-        rows = [{f"x{at}": value for at, value in enumerate(row)} for row in values]
-    else:
-        if hasattr(X, "columns") and hasattr(X, "iloc"):
-            validate_data(estimator, X, reset=reset, skip_check_array=True)
-            if not all(isinstance(name, str) for name in X.columns):
-                X = X.set_axis([f"x{at}" for at in range(len(X.columns))], axis="columns")
-        rows = [dict(row.fields) for row in open_rows(X).rows()]
-    return rows if prompt is None else [{**row, TEXT_FIELD: prompt(row)} for row in rows]
-
-
-def prompt_spec(prompt: str | PromptSpec | PromptFunction | None) -> PromptSpec:
-    """The prompt as a spec. The template of a function is the field that `estimator_rows` fills."""
-    return PromptSpec.of(f"{{{TEXT_FIELD}}}" if callable(prompt) else prompt)
+        return [{f"x{at}": value for at, value in enumerate(row)} for row in values]
+    # A lazy frame of polars computes its columns, with a warning, so they are asked for last.
+    if hasattr(X, "iloc") and hasattr(X, "columns"):
+        validate_data(estimator, X, reset=reset, skip_check_array=True)
+        if not all(isinstance(name, str) for name in X.columns):
+            X = X.set_axis([f"x{at}" for at in range(len(X.columns))], axis="columns")
+    return [dict(row.fields) for row in open_rows(X).rows()]
 
 
 def class_names(classes: Sequence[Any]) -> list[str]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsort.curriculum.demos.blocks import compared_text, demo_turns, query_row
+from sparsort.curriculum.demos.pool.pool import input_fields
 from sparsort.errors import SparsortError
 from sparsort.scoring.prompts.conversations import turns_of
+from sparsort.scoring.prompts.functions import PromptFunction, function_of
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.storage.integrity import parse_json
 from sparsort.templates import fields_of, render
 from sparsort.values import row_of
+
+if TYPE_CHECKING:
+    from sparsort.scoring.data.rows import RowSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +27,22 @@ class DemoText:
     """The templates of question and answer, or the column of the conversations.
 
     Attributes:
-        prompt, answer: templates; None with `messages`.
+        prompt, answer: templates, or a function that writes the question; None with `messages`.
         messages: the column of whole conversations; None with templates.
         system: the system turn that precedes templates.
-        chat: whether texts are put into the model's chat template; for conversations it is always true.
+        chat: whether texts are put into the model's chat template; for conversations, and for a function that returns chat turns,
+            it is always true.
     """
 
-    prompt: str | None
+    prompt: str | PromptFunction | None
     answer: str | None
     messages: str | None
     system: str | None
     chat: bool
 
     @classmethod
-    def of(cls, columns: Sequence[str], spec: PromptSpec) -> DemoText:
-        """Read the caller's prompt; without templates or a column, use the columns "question" and "answer".
+    def of(cls, source: RowSource, spec: PromptSpec) -> DemoText:
+        """Read the caller's prompt for these rows; without templates or a column, use the columns "question" and "answer".
 
         Raises:
             SparsortError: conversations and templates were given together, or neither and the data has no such columns.
@@ -44,11 +50,14 @@ class DemoText:
         if spec.messages is not None:
             spec.read()
             return cls(prompt=None, answer=None, messages=spec.messages, system=None, chat=True)
-        prompt, answer = spec.template, spec.answer
-        if prompt is not None and not isinstance(prompt, str):
+        columns = source.columns()
+        prompt, answer, chat = function_of(spec.template) or spec.template, spec.answer, spec.chat
+        if isinstance(prompt, PromptFunction):
+            chat = chat or Prompt.of(prompt).for_rows(source).is_chat
+        elif prompt is not None and not isinstance(prompt, str):
             raise SparsortError(
                 f"the prompt is {prompt!r:.80}; demonstrations are put into a format string, such as "
-                "'Question: {question}\nAnswer:' (with chat=True (--chat), the user's turn)."
+                "'Question: {question}\nAnswer:' (with chat=True (--chat), the user's turn), or into what a function returns."
             )
         if prompt is None and "question" not in columns:
             raise SparsortError(
@@ -61,7 +70,7 @@ class DemoText:
                 f"{', '.join(columns)}."
             )
         prompt, answer = prompt or "Question: {question}\nAnswer:", answer or " {answer}"
-        return cls(prompt=prompt, answer=answer, messages=None, system=spec.system, chat=spec.chat)
+        return cls(prompt=prompt, answer=answer, messages=None, system=spec.system, chat=chat)
 
     @property
     def kind(self) -> str:
@@ -74,12 +83,15 @@ class DemoText:
         """The prompt by which the model reads a row, with or without its answer."""
         if self.messages is not None:
             return Prompt.of_messages(self.messages, answer=answer)
-        return Prompt.of(str(self.prompt), answer=self.answer if answer else None, system=self.system, chat=self.chat)
+        prompt = self.prompt if isinstance(self.prompt, PromptFunction) else str(self.prompt)
+        return Prompt.of(prompt, answer=self.answer if answer else None, system=self.system, chat=self.chat)
 
     def question(self, row: Mapping[str, Any], *, where: str) -> str:
         """The question of a row as text, without chat markers."""
         if self.messages is not None:
             return compared_text(row, self.messages, where=where)
+        if isinstance(self.prompt, PromptFunction):
+            return self.prompt.question(row, where=where)
         return render(str(self.prompt), row, where=where)
 
     def whole(self, row: Mapping[str, Any], *, where: str) -> str:
@@ -94,8 +106,12 @@ class DemoText:
             return {"text": lambda row: self.question(row, where="a row")}
         return {"prompt": self.prompt}
 
-    def parse_query(self, query: str | Mapping[str, Any]) -> dict[str, Any]:
+    def parse_query(self, query: str | Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The query as a row.
+
+        Args:
+            query: the query.
+            rows: the demonstrations, which show the fields that a prompt function reads.
 
         Raises:
             SparsortError: it is empty, broken JSON, or bare text for several columns.
@@ -109,12 +125,15 @@ class DemoText:
             raise SparsortError("the query is empty. Pass its text, or a JSON object with the prompt's columns.")
         if self.messages is not None:
             return query_row(value, self.messages)
-        names = fields_of(str(self.prompt))
+        is_template = not isinstance(self.prompt, PromptFunction)
+        names = (
+            input_fields(self.prompt, rows) if isinstance(self.prompt, PromptFunction) else fields_of(str(self.prompt))
+        )
         if len(names) != 1:
             example = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
             raise SparsortError(
                 f"the prompt has the columns {', '.join(names)}, so the query must be a row (--query with a JSON object), "
-                f"such as: {example}. Write literal braces twice: {{{{ and }}}}."
+                f"such as: {example}." + (" Write literal braces twice: {{ and }}." if is_template else "")
             )
         return row_of({names[0]: str(query)})
 

@@ -68,7 +68,7 @@ class OrderResult:
 
 
 def order_file(
-    file: str | Path,
+    file: Any,
     *,
     query: str | Mapping[str, Any],
     config: OrderConfig,
@@ -81,7 +81,7 @@ def order_file(
     """Read demonstrations from `file`, select and order them for `query`, and assemble the prompt.
 
     Args:
-        file: the demonstrations or the pool, in any format that `open_rows` reads.
+        file: the demonstrations or the pool, a path or other data that `open_rows` reads.
         query: a row, as a mapping or a JSON object, or the text of the prompt's only field. With `messages`, also a JSON array
             of turns, or the text of a user's turn.
         config: selection, order and assembly.
@@ -103,11 +103,11 @@ def order_file(
     demonstrator = _demonstrator(config, scorer, table)
     source = config.data.open(file)
     rows = list(source.rows())
-    text = DemoText.of(list(rows[0].fields), config.prompt)
+    text = DemoText.of(source, config.prompt)
     if (calibration := scorer.loaded_calibration) is not None:
         definition = calibration.definition
         definition.refuse_other_prompt(text.read(answer=definition.candidate.reads_answer))
-    query_fields = text.parse_query(query)
+    query_fields = text.parse_query(query, [row.fields for row in rows])
     if export is not None:
         _refuse_by_query(config, demonstrator)
         check_export(export, export_format, text.kind)

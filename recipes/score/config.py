@@ -152,7 +152,8 @@ class ScorerConfig:
         from sparsort.scoring.prompts.prompt import check_truncation
 
         text = prompt.read()
-        if self.loaded_calibration is not None and text is not None:
+        # Whether the prompt of a function is chat depends on the rows, which are not read yet.
+        if self.loaded_calibration is not None and text is not None and text.function is None:
             self.loaded_calibration.definition.refuse_other_prompt(text)
         self.check_names()
         check_truncation(prompt.truncation)

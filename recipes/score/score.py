@@ -67,7 +67,7 @@ class ScoreReport:
 
 
 def score_file(
-    file: str | Path,
+    file: Any,
     *,
     scorer: ScorerConfig,
     prompt: PromptSpec = PromptSpec(),
@@ -76,7 +76,8 @@ def score_file(
     shard_rows: int = 2048,
     report_to: ReportTo = NO_TRACKER,
 ) -> ScoreReport:
-    """Score every row of `file`; see `Scorer.score`."""
+    """Score every row of `file`, a path or other data; see `Scorer.score`."""
+    from sparsort.scoring.scorers.base import warn_unscored
     from sparsort.scoring.store.shards import MANIFEST
 
     start = time.perf_counter()
@@ -87,9 +88,14 @@ def score_file(
     scorer.check(prompt, shard_rows)
     # Mistakes in the data and the prompt are reported before a model is loaded.
     text = prompt.read()
-    content = [scorer.column] if scorer.column is not None else text.fields if text is not None else None
+    if text is not None and text.function is not None and out is not None:
+        text.function.need_hash("a run with a folder (out=)")
+    content = [scorer.column] if scorer.column is not None else text.content if text is not None else None
     source = data.open(file, content=content)
     if text is not None:
+        text = text.for_rows(source)
+        if calibration is not None:
+            calibration.definition.refuse_other_prompt(text)
         source.require(text.fields, text)
     elif scorer.reads_text:
         raise SparsortError(
@@ -101,6 +107,7 @@ def score_file(
     loaded = scorer.load(tokenizer=tokenizer)
     scoring = time.perf_counter()
     scores = loaded.score(source, prompt, out=out, shard_rows=shard_rows, report_to=report_to)
+    warn_unscored(scores)
     end = time.perf_counter()
     return ScoreReport(
         scores=scores,

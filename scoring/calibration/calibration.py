@@ -246,6 +246,9 @@ class CalibratedScorer(SparsityScorer):
                 "the score of this calibration is not known to carry difficulty. %s", self.calibration.sentence()
             )
 
+    def shown(self) -> dict[str, Any]:
+        return super().shown() | {"prompt": self.definition.turns[-1][1]}
+
     def read_prompt(self, spec: PromptSpec) -> Prompt | None:
         """Return the prompt that a caller described, or the calibrated one if the caller described none.
 

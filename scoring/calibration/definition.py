@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.prompts.functions import is_description
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.scoring.scorers.candidates import Candidate
@@ -60,12 +61,18 @@ class Definition:
         """Return the prompt that a caller described, or the calibrated one if it has no template and no other column.
 
         Raises:
-            SparsortError: a system turn was given for the calibrated prompt, which has its own turns.
+            SparsortError: a system turn was given for the calibrated prompt, which has its own turns; or the calibrated prompt is
+                a Python function.
         """
         if spec.template is not None or (spec.messages is not None and spec.messages != self.prompt.messages):
             return spec
         if self.prompt.messages is not None:
             return replace(spec, template=self.prompt, messages=None)
+        if is_description(self.turns[-1][1]):
+            raise SparsortError(
+                f"this calibration is for the prompt that the {self.turns[-1][1]} writes, and it cannot contain the "
+                "function. Pass this function as prompt= in Python."
+            )
         # "text" is the role of a prompt that is one format string, without chat turns.
         is_chat = self.turns[0][0] != "text"
         if is_chat and spec.system is not None:

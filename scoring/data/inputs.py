@@ -45,10 +45,20 @@ def readable(source: Any) -> Any:
         return source if type(source).__name__ in ("DatasetDict", "IterableDatasetDict") else _from_columns(source)
     if isinstance(source, (Iterator, _iterable_dataset())):
         source = list(cast("Iterable[Any]", source))
-        _LOG.info("read %d rows into memory, because they can be read only once", len(source))
+        _note(len(source))
     if isinstance(source, Sequence) and len(source) and isinstance(source[0], str):
         return _from_texts(source)
     return source
+
+
+def is_table(source: Any) -> bool:
+    """Whether `source` is a frame, or a table, batch or stream of Arrow, whose rows cannot be read by position."""
+    return (type(source).__module__.partition(".")[0], type(source).__name__) in _TABLES
+
+
+def is_read_once(source: Any) -> bool:
+    """Whether reading `source` uses it up, so that a second reader would find no rows."""
+    return isinstance(source, Iterator) or type(source).__name__ == "RecordBatchReader"
 
 
 def _from_texts(texts: Sequence[Any]) -> list[dict[str, Any]]:
@@ -116,12 +126,26 @@ def _iterable_dataset() -> type | tuple[()]:
     return () if datasets is None else datasets.IterableDataset
 
 
+def _note(count: int) -> None:
+    _LOG.info("read %d rows into memory, because they can be read only once", count)
+
+
+def _read_stream(reader: Any) -> Any:
+    table = reader.read_all()
+    _note(table.num_rows)
+    return table
+
+
 def _record_batch(batch: Any) -> Any:
     import pyarrow as pa
 
     return pa.Table.from_batches([batch])
 
 
+_TABLES = {
+    ("pandas", "DataFrame"), ("polars", "DataFrame"), ("polars", "LazyFrame"),
+    ("pyarrow", "Table"), ("pyarrow", "RecordBatch"), ("pyarrow", "RecordBatchReader"),
+}  # fmt: skip
 # (package, class) → how it becomes a table or a list.
 _CONVERTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("pandas", "DataFrame"): _from_pandas,
@@ -131,6 +155,6 @@ _CONVERTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("polars", "Series"): lambda series: series.to_list(),
     ("numpy", "ndarray"): lambda array: array.tolist() if array.ndim == 1 else array,
     ("pyarrow", "RecordBatch"): _record_batch,
-    ("pyarrow", "RecordBatchReader"): lambda reader: reader.read_all(),
+    ("pyarrow", "RecordBatchReader"): _read_stream,
     ("pyarrow", "ChunkedArray"): lambda array: array.to_pylist(),
 }

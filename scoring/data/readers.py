@@ -67,11 +67,16 @@ class SequenceReader:
         for position in positions:
             fields = self._rows[position]
             if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-                raise SparsortError(
-                    f"{self.name}: item {position} is {_kind(fields)}, not a dict with text keys. "
-                    'Pass rows such as {"question": "…", "answer": "…"}.'
-                )
+                raise not_a_row(self.name, position, fields)
             yield 0, fields
+
+
+def not_a_row(name: str, position: int, item: Any) -> SparsortError:
+    """The error for an item of the source `name` that is not a row."""
+    return SparsortError(
+        f"{name}: item {position} is {_kind(item)}, not a dict with text keys. "
+        'Pass rows such as {"question": "…", "answer": "…"}.'
+    )
 
 
 class TextReader(ABC):

@@ -20,16 +20,16 @@ from array import array
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
 from sparsort.errors import SparsortError, did_you_mean
 from sparsort.paths import spell
 from sparsort.scoring.data.columnar import arrow_reader, dataset_reader, folder_reader, parquet_reader, table_reader
-from sparsort.scoring.data.inputs import readable
+from sparsort.scoring.data.inputs import is_table, readable
 from sparsort.scoring.data.json_files import json_reader
-from sparsort.scoring.data.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader
+from sparsort.scoring.data.readers import Delimited, JsonLines, Reader, SequenceReader, TextReader, not_a_row
 from sparsort.values import as_text, has_text, is_missing, kind_of, missing_field, missing_name
 
 # The name of the sampling rule, which is stored with everything that was fitted on a sample. A record without it is from an
@@ -346,6 +346,46 @@ def open_rows(
     if columns is not None:
         return RowSource(_headless_reader(source, columns), id_column, content)
     return RowSource(_reader(source), id_column, content)
+
+
+def rows_of(source: Any) -> Sequence[Mapping[str, Any]]:
+    """`source`, in any form that `open_rows` reads, as rows that can be indexed.
+
+    A list of rows, a `datasets.Dataset` and any other object with a length and `[position]` is returned as it is, and may have no
+    rows; anything else is read into memory. Ids are not checked.
+
+    Raises:
+        SparsortError: as `open_rows`, or an item of a list is not a mapping.
+    """
+    if isinstance(source, RowSource):
+        return [row.fields for row in source.rows()]
+    rows = readable(source)
+    if isinstance(rows, (list, tuple)):
+        for position, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise not_a_row(f"list of {len(rows)} rows", position, row)
+        return rows
+    is_readable = isinstance(rows, (str, os.PathLike, Mapping)) or is_table(rows)
+    if not is_readable and hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return cast("Sequence[Mapping[str, Any]]", rows)
+    return [fields for _, fields in _reader(rows).records()]
+
+
+def indexed(source: Any) -> Any:
+    """`source` as examples that can be read by position, which need not be rows.
+
+    A list or another object with a length and `[position]` is returned as it is, whatever its items are. A path, a dictionary of
+    columns, a frame, a table and a stream are read by `rows_of`.
+
+    Raises:
+        SparsortError: as `rows_of`.
+    """
+    # A dictionary from position to example has random access already.
+    are_columns = isinstance(source, Mapping) and all(isinstance(name, str) for name in source)
+    can_index = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if not can_index or are_columns or is_table(source) or isinstance(source, (str, os.PathLike)):
+        return rows_of(source)
+    return source
 
 
 def _headless_reader(source: Any, columns: Sequence[str]) -> Reader:

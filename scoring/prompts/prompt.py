@@ -1,4 +1,4 @@
-"""From a row to token ids. A prompt is a format string, chat turns, or the conversation in a column.
+"""From a row to token ids. A prompt is a format string, chat turns, the conversation in a column, or written by a function.
 
 Contract: `Prompt.render` makes the text, and `Encoder.encode` the ids. Prompt and answer are tokenised together, so the ids are
 those that the model would see; a token that straddles the border belongs to the answer. This holds for the answer of a row, whose
@@ -14,21 +14,26 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import column_of, spell
 from sparsort.scoring.prompts.chat_templates import RefusedTurnsError, apply_chat_template, need_chat_template
 from sparsort.scoring.prompts.conversations import conversation_columns, split_answer, turns_of
-from sparsort.scoring.prompts.types import Truncation, Turns
+from sparsort.scoring.prompts.functions import PromptFunction, function_of
+from sparsort.scoring.prompts.types import PromptWriter, Truncation, Turns
 from sparsort.templates import check_values, columns_of, fields_of, render
 from sparsort.values import is_list, is_missing, kind_of, missing_name, value_at
+
+if TYPE_CHECKING:
+    from sparsort.scoring.data.rows import RowSource
 
 _ROLES = ("system", "user", "assistant")
 # The role of the only turn of a prompt whose conversations are in a column. The template of that turn is the column.
 _MESSAGES = "messages"
 # The answer of such a prompt, which is not a format string.
 LAST_ASSISTANT = "last assistant turn"
+_SYSTEM_WITHOUT_CHAT = "a system turn was given with a plain prompt. Pass chat=True (--chat) to use the chat template."
 _USE_MESSAGES = "A column of conversations is read with messages= (--messages)."
 
 
@@ -72,23 +77,31 @@ class Prompt:
 
     Attributes:
         turns: `(role, template)` pairs. A single pair with the role "text" is a plain format string. A single pair with the role
-            "messages" is the column of whole conversations.
+            "messages" is the column of whole conversations. With a function, the last template is its description.
         answer: format string of the answer after the prompt; None to score the prompt alone; `LAST_ASSISTANT` for a
             conversation.
+        function: the function that writes the last turn, or several turns in its place; None if templates make the prompt.
     """
 
     turns: tuple[tuple[str, str], ...]
     answer: str | None = None
+    function: PromptFunction | None = None
 
     @classmethod
     def of(
-        cls, prompt: str | Turns, *, answer: str | None = None, system: str | None = None, chat: bool = False
+        cls,
+        prompt: str | Turns | PromptWriter,
+        *,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
     ) -> Prompt:
         """Build a prompt from templates.
 
         Args:
-            prompt: a format string such as `"Question: {question}\\nAnswer:"`, or chat turns
-                `[{"role": "user", "content": "{question}"}, …]`, which imply `chat`.
+            prompt: a format string such as `"Question: {question}\\nAnswer:"`; chat turns
+                `[{"role": "user", "content": "{question}"}, …]`, which imply `chat`; or a function from a row to its text or chat
+                turns, for which `for_rows` finds out whether it implies `chat`.
             answer: format string of the answer. It is appended to the prompt without a separator, so begin it with a space if
                 one is needed.
             system: template of the system turn; only with chat.
@@ -98,28 +111,28 @@ class Prompt:
             SparsortError: no template has a field, a role is unknown, there is a system turn without chat, or a template is not
                 text.
         """
-        if isinstance(prompt, str):
-            turns = [("user" if chat else "text", prompt)]
+        function = function_of(prompt)
+        if function is not None or isinstance(prompt, str):
+            turns = [("user" if chat else "text", str(prompt) if function is None else function.description)]
         else:
-            turns = _turn_templates(prompt)
+            turns = _templates_of(prompt)
             for role, _ in turns:
                 if role not in _ROLES:
                     raise unknown_choice("role", role, _ROLES)
         if not is_missing(system):
-            if turns[0][0] == "text":
-                raise SparsortError(
-                    "a system turn was given with a plain prompt. Pass chat=True (--chat) to use the chat template."
-                )
+            # Whether the prompt of a function is plain is not known yet.
+            if turns[0][0] == "text" and function is None:
+                raise SparsortError(_SYSTEM_WITHOUT_CHAT)
             turns.insert(0, ("system", _template(system, "system")))
         if not is_missing(answer):
             _template(answer, "answer")
-        if not any(fields_of(template) for _, template in turns):
+        if function is None and not any(fields_of(template) for _, template in turns):
             last_template = turns[-1][1] if turns else ""
             raise SparsortError(
                 f"the prompt {last_template!r} uses no field of the data, so all rows would have the same score. "
                 "Put a column name in braces, for example 'Question: {question}\\nAnswer:'."
             )
-        return cls(turns=tuple(turns), answer=None if is_missing(answer) else answer)
+        return cls(turns=tuple(turns), answer=None if is_missing(answer) else answer, function=function)
 
     @classmethod
     def of_messages(cls, messages: str, *, answer: bool = True) -> Prompt:
@@ -138,7 +151,7 @@ class Prompt:
     @classmethod
     def given(
         cls,
-        prompt: str | Turns | Prompt | None,
+        prompt: str | Turns | PromptWriter | Prompt | None,
         *,
         messages: str | None = None,
         answer: str | None = None,
@@ -173,7 +186,7 @@ class Prompt:
     @property
     def is_chat(self) -> bool:
         """Whether the model's chat template is applied."""
-        return self.turns[0][0] != "text"
+        return self.turns[-1][0] != "text"
 
     @property
     def fields(self) -> list[str]:
@@ -183,8 +196,18 @@ class Prompt:
         return list(dict.fromkeys(column for template in self._templates for column in columns_of(template)))
 
     @property
+    def content(self) -> list[str] | None:
+        """The columns that determine the text of a row; None if any column may, because a function writes the text."""
+        return self.fields if self.function is None else None
+
+    @property
+    def _turn_templates(self) -> tuple[tuple[str, str], ...]:
+        """The (role, template) pairs, without the turn that a function writes."""
+        return self.turns if self.function is None else self.turns[:-1]
+
+    @property
     def _templates(self) -> list[str]:
-        return [template for _, template in self.turns] + ([self.answer] if self.answer else [])
+        return [template for _, template in self._turn_templates] + ([self.answer] if self.answer else [])
 
     @property
     def paths(self) -> set[str]:
@@ -197,8 +220,23 @@ class Prompt:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether checking one row of a table is enough. It is not for conversations, which differ from row to row."""
-        return self.messages is None
+        """Whether checking one row of a table is enough. Conversations and functions may fail for any row."""
+        return self.messages is None and self.function is None
+
+    def for_rows(self, source: RowSource) -> Prompt:
+        """The prompt for these rows. A function implies `chat` if it returns chat turns for the first row that has a prompt.
+
+        Raises:
+            SparsortError: the function failed, or it returns text although there is a system turn.
+        """
+        if self.function is None or self.is_chat:
+            return self
+        *others, (_, description) = self.turns
+        if self.function.returns_turns(source):
+            return replace(self, turns=(*others, ("user", description)))
+        if others:
+            raise SparsortError(_SYSTEM_WITHOUT_CHAT)
+        return self
 
     def check(self, fields: Mapping[str, Any], *, where: str) -> set[str]:
         """Check that the prompt can read a row, without rendering it.
@@ -211,6 +249,8 @@ class Prompt:
         """
         if self.messages is not None:
             return set() if turns_of(fields, self.messages, where=where) else {self.messages}
+        if self.function is not None:
+            self.function.turns(fields, self.turns[-1][0], where=where)
         missing = (check_values(template, fields, where=where, way_out=_USE_MESSAGES) for template in self._templates)
         return set().union(*missing)
 
@@ -219,7 +259,7 @@ class Prompt:
         return {"turns": [list(turn) for turn in self.turns], "answer": self.answer}
 
     def render(self, fields: Mapping[str, Any], *, where: str, tokenizer: Any = None) -> Rendered:
-        """Fill the templates with the fields of one row.
+        """The text of one row.
 
         Args:
             fields: the row.
@@ -227,22 +267,34 @@ class Prompt:
             tokenizer: needed only for chat turns.
 
         Raises:
-            SparsortError: a column does not exist, or the model has no chat template.
+            SparsortError: a column does not exist, a function failed, or the model has no chat template.
         """
         if self.messages is not None:
             return self._render_messages(fields, where, tokenizer)
-        values = [value_at(fields, name, where=where) for _, template in self.turns for name in fields_of(template)]
+        written = None if self.function is None else self.function.turns(fields, self.turns[-1][0], where=where)
+        values = [
+            value_at(fields, name, where=where) for _, template in self._turn_templates for name in fields_of(template)
+        ]
         answer_fields = fields_of(self.answer) if self.answer else []
         no_answer = any(is_missing(value_at(fields, field, where=where)) for field in answer_fields)
         # A missing value is a property of this row and not a mistake in the call, so the row is kept, without a score.
         if (
             no_answer
             or any(map(is_missing, values))
-            or all(isinstance(value, str) and not value.strip() for value in values)
+            or (self.function is None and all(isinstance(value, str) and not value.strip() for value in values))
         ):
             return _without_text("empty", "the fields of the prompt are empty or null")
-        filled = [(role, render(template, fields, where=where)) for role, template in self.turns]
-        text = apply_chat_template(tokenizer, filled) if self.is_chat else filled[0][1]
+        if written == []:
+            return _without_text("empty", "the prompt function returned no text")
+        filled = [(role, render(template, fields, where=where)) for role, template in self._turn_templates]
+        filled += written or []
+        try:
+            text = apply_chat_template(tokenizer, filled) if self.is_chat else filled[0][1]
+        except RefusedTurnsError as error:
+            if self.function is None:
+                raise
+            # A function may return other turns for each row, so this is a problem of the row and not of the call.
+            return _without_text("invalid", str(error))
         answer = render(self.answer, fields, where=where) if self.answer is not None else ""
         return _rendered(text, answer)
 
@@ -264,12 +316,12 @@ class Prompt:
         return _rendered(text, answer if self.answer is not None and answer is not None else "")
 
 
-def _turn_templates(prompt: Any) -> list[tuple[str, str]]:
+def _templates_of(prompt: Any) -> list[tuple[str, str]]:
     """The `(role, template)` pairs of chat turns."""
     if not is_list(prompt) or not all(isinstance(turn, Mapping) for turn in prompt):
         raise SparsortError(
-            f"the prompt is {prompt!r:.80}; expected a format string such as 'Question: {{question}}\\nAnswer:', or chat turns "
-            'such as [{"role": "user", "content": "{question}"}].'
+            f"the prompt is {prompt!r:.80}; expected a format string such as 'Question: {{question}}\\nAnswer:', chat turns "
+            'such as [{"role": "user", "content": "{question}"}], or a function from a row to one of them.'
         )
     return [(str(turn.get("role")), _template(turn.get("content"), "content")) for turn in prompt]
 

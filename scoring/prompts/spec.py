@@ -7,15 +7,16 @@ from the fields before anything heavy is imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from sparsort.errors import SparsortError
 from sparsort.options import names_in, option, unescape
-from sparsort.scoring.prompts.types import Truncation, Turns
+from sparsort.scoring.prompts.types import PromptWriter, Truncation, Turns
 
 if TYPE_CHECKING:
     from sparsort.scoring.data.rows import RowSource
+    from sparsort.scoring.prompts.functions import PromptFunction
     from sparsort.scoring.prompts.prompt import Prompt
 
 TEXT_PANEL = "Text"
@@ -37,8 +38,9 @@ class PromptSpec:
     """The text of a row that the model reads.
 
     Attributes:
-        template: a format string over the columns such as `"Question: {question}\\nAnswer:"`, chat turns
-            `[{"role": "user", "content": "{question}"}, …]`, or a `Prompt`.
+        template: a format string over the columns such as `"Question: {question}\\nAnswer:"`; chat turns
+            `[{"role": "user", "content": "{question}"}, …]`; a function from a row to its text or chat turns (see
+            `prompts.functions`); or a `Prompt`.
         answer: format string of the answer after the prompt; None to read the prompt alone.
         messages: instead of a template, the column of whole conversations (see `prompts.conversations`). The last assistant
             turn is the answer, and the model's chat template is applied.
@@ -49,7 +51,7 @@ class PromptSpec:
         max_length: limit in tokens; None for the context length of the model.
     """
 
-    template: str | Turns | Prompt | None = option(
+    template: str | Turns | PromptWriter | Prompt | None = option(
         None,
         r"Format string over the columns; \n and \t are read as newline and tab.",
         panel=TEXT_PANEL,
@@ -75,11 +77,13 @@ class PromptSpec:
     max_length: int | None = option(None, "Limit in tokens [default: the model's context].", panel=TEXT_PANEL)
 
     @classmethod
-    def of(cls, prompt: str | Turns | Prompt | PromptSpec | None, **options: Unpack[PromptOptions]) -> PromptSpec:
+    def of(
+        cls, prompt: str | Turns | PromptWriter | Prompt | PromptSpec | None, **options: Unpack[PromptOptions]
+    ) -> PromptSpec:
         """The prompt as a spec.
 
         Args:
-            prompt: a template, or a spec.
+            prompt: a template, a function, or a spec.
             options: the other fields. If `prompt` is a spec, all of them must have their default values.
 
         Raises:
@@ -97,7 +101,8 @@ class PromptSpec:
         """The template, for a prompt that consists of demonstrations and a query.
 
         Raises:
-            SparsortError: the template is not a format string, or there is a setting that such a prompt does not have.
+            SparsortError: the template is not a format string (see `as_column`), or there is a setting that such a prompt
+                does not have.
         """
         unsupported = {"messages": None, "truncation": "error", "max_length": None}
         given = [name for name, default in unsupported.items() if getattr(self, name) != default]
@@ -108,6 +113,17 @@ class PromptSpec:
                 "prompt with demonstrations is never cut. Pass only a format string."
             )
         return self.template
+
+    def as_column(self) -> tuple[PromptSpec, PromptFunction | None]:
+        """This spec for code that fills templates: the text of a prompt function is shown from a column that the function adds.
+
+        Returns:
+            The spec, and the function whose `add_column` adds the column to the rows; None if the template is not a function.
+        """
+        from sparsort.scoring.prompts.functions import PROMPT_TEMPLATE, function_of
+
+        function = function_of(self.template)
+        return (self if function is None else replace(self, template=PROMPT_TEMPLATE)), function
 
     def read(self) -> Prompt | None:
         """The prompt, see `Prompt.given`; None if neither a template nor a column was given."""

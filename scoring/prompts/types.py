@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 Truncation = Literal["error", "left", "right"]
 Turns = Sequence[Mapping[str, str]]
+# A function from a row to its text or chat turns; see `sparsort.scoring.prompts.functions`.
+PromptWriter = Callable[[dict[str, Any]], str | Turns | None]

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import platform
+import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,8 +21,9 @@ from sparsort.errors import SparsortError
 from sparsort.scoring.data.rows import SAMPLING, RowSource
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
-from sparsort.scoring.prompts.types import Truncation, Turns
+from sparsort.scoring.prompts.types import PromptWriter, Truncation, Turns
 from sparsort.scoring.scorers import run_shards as engine
+from sparsort.scoring.store import score_views
 from sparsort.scoring.store.shards import MANIFEST, read_manifest
 from sparsort.terminal.progress import progress
 from sparsort.trackers import NO_TRACKER, Meter, ReportTo, check_trackers, tracked
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 
 _LOG = logging.getLogger("sparsort")
+_NEXT_STEP = "The column 'reason' says why; scores.filter(lambda row: row['status'] != 'ok') returns these rows."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,13 @@ class Scorer(ABC):
 
     kind: ClassVar[str]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.shown().items())})"
+
+    def shown(self) -> dict[str, Any]:
+        """The settings that `repr` shows."""
+        return {}
+
     @abstractmethod
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> engine.Job:
         """Create the job that scores this source.
@@ -95,12 +106,12 @@ class Scorer(ABC):
 
     def content(self, prompt: Prompt | None) -> Sequence[str] | None:
         """Return the names of the fields that determine a row's score; None if all of them do."""
-        return prompt.fields if prompt is not None else None
+        return prompt.content if prompt is not None else None
 
     def score(
         self,
         data: Any,
-        prompt: str | Turns | Prompt | PromptSpec | None = None,
+        prompt: str | Turns | PromptWriter | Prompt | PromptSpec | None = None,
         *,
         messages: str | None = None,
         answer: str | None = None,
@@ -119,9 +130,9 @@ class Scorer(ABC):
         """Score every row of `data`.
 
         Args:
-            data: a path (see `open_rows`), a `datasets.Dataset`, or a list of dicts.
-            prompt: format string over the columns, chat turns (see `Prompt.of`) or a `Prompt`; or a `PromptSpec`, which
-                replaces this argument and the six that follow.
+            data: rows in any form that `open_rows` reads, such as a path, a list of dictionaries, a frame or a dataset.
+            prompt: format string over the columns; chat turns (see `Prompt.of`); a function from a row to its text or chat turns
+                (see `prompts.functions`); a `Prompt`; or a `PromptSpec`, which replaces this argument and the six that follow.
             messages: instead of a prompt, the column of whole conversations, whose last turn is the answer (`conversations`).
             answer: format string of the answer that follows the prompt; None to read the prompt alone.
             system: system turn, with `chat`.
@@ -137,26 +148,26 @@ class Scorer(ABC):
             report_to: trackers that get the finished rows, the rows per second, and the rows by status (see `tracked`).
 
         Returns:
-            One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
+            One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason, and a
+            `UserWarning` counts these rows by status.
 
         Raises:
             SparsortError: bad input; the message says what to do.
         """
-        if cache is not None and out is not None:
-            raise SparsortError(
-                "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
-            )
         check_trackers(report_to)
         text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
         text |= {"truncation": truncation, "max_length": max_length}
         spec = PromptSpec.of(prompt, **text)
+        _check_call(spec, out, like, cache)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
         # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
         job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(folder))
         if like is not None:
             _refuse_other_settings(like.provenance, job.provenance)
-        return _run(source, job, folder, shard_rows, report_to)
+        scores = _run(source, job, folder, shard_rows, report_to)
+        warn_unscored(scores)
+        return scores
 
     def _open(
         self, data: Any, spec: PromptSpec, data_spec: DataSpec, cache: RowCache | None
@@ -165,6 +176,7 @@ class Scorer(ABC):
         # Only these fields enter the digests of the rows, so a change of another column does not invalidate a shard.
         source = data_spec.open(data, content=self.content(prompt))
         if prompt is not None:
+            prompt = prompt.for_rows(source)
             source.require(prompt.fields, prompt)
         return source, Request(
             prompt_or_none=prompt, truncation=spec.truncation, max_length=spec.max_length, cache=cache
@@ -196,6 +208,33 @@ def _run(source: RowSource, job: engine.Job, out: Path | None, shard_rows: int, 
         return engine.run(
             source, job, out=out, shard_rows=shard_rows, advance=advance, note=_LOG.warning, scored=scored
         )
+
+
+def _check_call(spec: PromptSpec, out: str | Path | None, like: Scores | None, cache: RowCache | None) -> None:
+    """Refuse a cache next to a folder, and a prompt function without a hash if scores are compared with earlier ones."""
+    if cache is not None and out is not None:
+        raise SparsortError("out= and cache= were given. A score folder keeps the scores of every row: omit cache=.")
+    prompt = None if out is None and like is None else spec.read()
+    if prompt is not None and prompt.function is not None:
+        prompt.function.need_hash(
+            "a run with a folder (out=)" if out is not None else "a comparison with earlier scores (like=)"
+        )
+
+
+def warn_unscored(scores: Scores, step: str = _NEXT_STEP) -> None:
+    """Warn about rows without a score, at the line that called the public function that calls this one.
+
+    There is no warning if that line is part of sparsort, which then reports such rows in its own way.
+
+    Args:
+        scores: the scores.
+        step: the sentence after the counts.
+    """
+    caller = sys._getframe(2)
+    if caller.f_globals.get("__name__", "").partition(".")[0] == "sparsort":
+        return
+    if unscored := score_views.unscored(scores):
+        warnings.warn(f"{unscored} {step}", stacklevel=3)
 
 
 def versions() -> dict[str, str]:

@@ -106,6 +106,9 @@ class RowScorer(Scorer):
         """Return the scorer's own settings, which the provenance records."""
         return {}
 
+    def shown(self) -> dict[str, Any]:
+        return self.options()
+
     @abstractmethod
     def value(self, row: Row, text: str | None) -> tuple[str, float]:
         """Return (status, difficulty) of one row; `text` is the rendered prompt and answer, None if `reads_text` is false."""
@@ -141,6 +144,9 @@ class LengthScorer(RowScorer):
 
     def options(self) -> dict[str, Any]:
         return {"unit": self.unit, "tokenizer": self._hash}
+
+    def shown(self) -> dict[str, Any]:
+        return {"unit": self.unit} | ({"model": self.model} if self.counts_tokens else {})
 
     def prepare(self, source: RowSource, request: Request, previous: dict[str, Any] | None) -> Job:
         if self.counts_tokens:

@@ -107,6 +107,9 @@ class CandidateScorer(ModelScorer):
         self.notes: list[str] = []
         self.sites = {name: self.backbone.site(name) for name in self._names(sites)}
 
+    def shown(self) -> dict[str, Any]:
+        return super().shown() | {"sites": list(self.sites), "poolings": self.poolings, "outliers": self.outliers}
+
     def check_cache(self) -> None:
         raise SparsortError("cache= has no effect on candidates, which are kept in a score folder. Pass out= instead.")
 

@@ -61,6 +61,9 @@ class LossScorer(_HeadScorer):
         self.on = self.reads = on
         super().__init__(model, **options)
 
+    def shown(self) -> dict[str, Any]:
+        return super().shown() | {"on": self.on}
+
     @property
     def kind(self) -> str:  # type: ignore[override]
         """`answer_loss` or `prompt_loss`."""

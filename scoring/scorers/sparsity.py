@@ -80,6 +80,9 @@ class ModelScorer(Scorer):
             self.check_cache()
         return self._job(source, request, encoder, previous)
 
+    def shown(self) -> dict[str, Any]:
+        return {"model": self.loaded.name}
+
     def check_cache(self) -> None:
         """Refuse a model, or a scorer, whose values cannot be cached, before any row is read."""
         context_of(self.backbone)
@@ -255,6 +258,10 @@ class SparsityScorer(ModelScorer):
         check_model(spec, sites=[site], outliers=[outliers])
         super().__init__(spec)
         self.site = self.backbone.site(site)
+
+    def shown(self) -> dict[str, Any]:
+        settings = {"site": self.site.name, "pooling": self.pooling, "metric": self.metric, "outliers": self.outliers}
+        return super().shown() | settings
 
     def _job(self, source: RowSource, request: Request, encoder: Encoder, previous: dict[str, Any] | None) -> ModelJob:
         check_answer([self.pooling], request.prompt.answer)

@@ -23,25 +23,28 @@ if TYPE_CHECKING:
 
 _HEAD_ROWS = 5
 _BINS = 30
+_LINE = 100  # characters of a model or a prompt in a summary
 _SCORED = "ok"
 
 
 def summary(scores: Scores) -> str:
     """A few lines: rows, rows without a score by status, model and prompt, and the difficulty's range."""
-    counts = scores.counts("status")
-    left = {status: count for status, count in counts.items() if status != _SCORED}
     lines = [f"Scores: {len(scores):,} rows, {_kind(scores)}"]
-    if left:
-        listed = ", ".join(f"{count:,} {status}" for status, count in sorted(left.items()))
-        lines.append(f"  without a score: {sum(left.values()):,} ({listed})")
-    for name in ("model", "prompt"):
-        if text := _name_of(scores.provenance.get(name)):
-            lines.append(f"  {name}: {text}")
+    if left := unscored(scores):
+        lines.append(f"  {left.removesuffix('.')}")
+    lines += [f"  {name}: {_one_line(text)}" for name, text in _model_and_prompt(scores.provenance).items() if text]
     values = scores.difficulty[np.isfinite(scores.difficulty)]
     if len(values):
         low, middle, high = np.quantile(values, [0.0, 0.5, 1.0])
         lines.append(f"  difficulty: {low:.4g} to {high:.4g}, median {middle:.4g}")
     return "\n".join(lines)
+
+
+def unscored(scores: Scores) -> str:
+    """A sentence that counts the rows without a score by status; "" if there are none."""
+    left = {status: count for status, count in scores.counts("status").items() if status != _SCORED}
+    listed = ", ".join(f"{count:,} {status}" for status, count in sorted(left.items()))
+    return f"{sum(left.values()):,} of {len(scores):,} rows have no score: {listed}." if left else ""
 
 
 def as_html(scores: Scores) -> str:
@@ -120,8 +123,8 @@ def card(scores: Scores) -> str:
     return (
         "---\ntags:\n- sparsort\n---\n\n# Scores made with sparsort\n\n"
         f"```\n{summary(scores)}\n```\n\n"
-        "`difficulty` rises with what the scorer takes to be harder; it is NaN where `status` is not `ok`, and `reason` "
-        f"says why. The other columns are the measured metrics: {', '.join(scores.metrics)}.\n\n"
+        "`difficulty` is higher for rows that the scorer considers harder. It is NaN if `status` is not `ok`, and `reason` "
+        f"says why. The measured metrics are: {', '.join(scores.metrics)}.\n\n"
         f"## Provenance\n\n```json\n{provenance}\n```\n"
     )
 
@@ -162,14 +165,20 @@ def _kind(scores: Scores) -> str:
     return f"{scores.kind} ({metric})" if metric else scores.kind
 
 
-def _name_of(value: Any) -> str:
-    """A model or a prompt of the provenance, in one line."""
-    if isinstance(value, Mapping):
-        value = (
-            value.get("name") or value.get("template") or next((v for v in value.values() if isinstance(v, str)), "")
-        )
-    text = " ".join(str(value or "").split())
-    return text if len(text) <= 100 else f"{text[:99]}…"
+def _model_and_prompt(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The model and the prompt with its answer, in one line each; "" for what a scorer does not read."""
+    prompt = provenance.get("prompt") or {}
+    turns = [text if role == "text" else f"[{role}] {text}" for role, text in prompt.get("turns", [])]
+    answer = f"[answer] {prompt['answer']}" if prompt.get("answer") else ""
+    return {
+        "model": str(provenance.get("environment", {}).get("model") or ""),
+        "prompt": " ".join([*turns, answer]).strip(),
+    }
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LINE else f"{text[: _LINE - 1]}…"
 
 
 def _cell(value: Any) -> str:

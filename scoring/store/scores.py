@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
-from sparsort.scoring.data.rows import digest_of, rows_digest
+from sparsort.scoring.data.rows import digest_of, rows_digest, rows_of
 from sparsort.scoring.store import score_files, score_views
 from sparsort.scoring.store.score_tables import BASE, scores_schema
 from sparsort.storage.files import disk_errors
@@ -95,26 +95,22 @@ class Scores:
     def __getitem__(self, key: int | str) -> dict[str, Any]: ...
 
     @overload
-    def __getitem__(self, key: slice | Sequence[int] | Sequence[bool] | NDArray[Any]) -> Scores: ...
+    def __getitem__(self, key: slice | Sequence[int] | Sequence[bool] | list[str] | NDArray[Any]) -> Scores: ...
 
     def __getitem__(self, key: Any) -> dict[str, Any] | Scores:
         """A row by its position or its id, or some of the rows as `Scores`.
 
         Args:
-            key: a position, which may be negative; an id; a slice; a list or an array of positions; or one boolean per row.
+            key: a position, which may be negative; an id; a slice; a list or an array of positions or of ids; or one boolean per
+                row.
 
         Raises:
             IndexError: there is no row at this position.
-            SparsortError: there is no row with this id, or the number of booleans is not the number of rows.
+            SparsortError: there is no row with this id, the number of booleans is not the number of rows, or `key` is something
+                else.
         """
         if isinstance(key, str):
-            if key not in self._by_id:
-                raise (
-                    unknown_choice("id", key, self.ids[:_MAX_IDS])
-                    if len(self) <= _MAX_IDS
-                    else SparsortError(f"no row has the id {key!r}; there are {len(self):,} rows.")
-                )
-            key = self._by_id[key]
+            key = self._place_of(key)
         if isinstance(key, (int, np.integer)):
             position = range(len(self))[key]
             row: dict[str, Any] = self.table.slice(position, 1).to_pylist()[0]
@@ -122,6 +118,14 @@ class Scores:
         if isinstance(key, slice):
             return self._take(np.arange(len(self))[key])
         chosen = np.asarray(key)
+        if chosen.dtype.kind == "U" and chosen.ndim == 1:
+            return self._take(np.array([self._place_of(name) for name in chosen.tolist()], dtype=np.int64))
+        # An empty list has no type of its own.
+        if chosen.ndim != 1 or (chosen.dtype.kind not in "iub" and chosen.size):
+            raise SparsortError(
+                f"scores cannot be indexed by {key!r:.80}; expected a position, an id, a slice, a list of positions or ids, or "
+                "one boolean per row."
+            )
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
                 raise SparsortError(
@@ -129,6 +133,13 @@ class Scores:
                 )
             chosen = np.flatnonzero(chosen)
         return self._take(np.arange(len(self))[chosen.astype(np.int64)])
+
+    def _place_of(self, name: str) -> int:
+        if name in self._by_id:
+            return self._by_id[name]
+        if len(self) > _MAX_IDS:
+            raise SparsortError(f"no row has the id {name!r}; there are {len(self):,} rows.")
+        raise unknown_choice("id", name, self.ids)
 
     def filter(self, keep: Callable[[dict[str, Any]], bool]) -> Scores:
         """The rows for which `keep` returns true, such as `scores.filter(lambda row: row["difficulty"] > 0.5)`."""
@@ -213,23 +224,27 @@ class Scores:
         table = self.table.set_column(index, "difficulty", pa.array(values, pa.float64()))
         return Scores(table, {**self.provenance, "metric": metric})
 
-    def difficulty_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """The difficulty of each row, (len(rows),) float64; NaN for a row whose status is not "ok".
+    def difficulty_of(self, rows: Any) -> NDArray[np.float64]:
+        """The difficulty of each row, (n,) float64; NaN for a row whose status is not "ok".
 
         A row that has the id field of the scored source is looked up by its id. Any other row is looked up by its content, which
         is the fields that the scorer read.
+
+        Args:
+            rows: n rows, in any form that `open_rows` reads.
 
         Raises:
             SparsortError: some rows were not scored, or a row has other content than the scored row of the same id.
         """
         return self.difficulty[self.places_of(rows)]
 
-    def places_of(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
-        """The position in the table of each of `rows`, (len(rows),), looked up as in `difficulty_of`.
+    def places_of(self, rows: Any) -> NDArray[np.int64]:
+        """The position in the table of each of the n rows, (n,), looked up as in `difficulty_of`.
 
         Raises:
             SparsortError: as `difficulty_of`.
         """
+        rows = rows_of(rows)
         column, content = self.provenance.get("id_column"), self.provenance.get("content")
         places, absent = np.zeros(len(rows), dtype=np.int64), []
         for number, row in enumerate(rows):
@@ -311,6 +326,8 @@ class Scores:
         """Write a new score folder, like `sparsort score --out`; a `SparsortError` if the folder exists and is not empty."""
         from sparsort.scoring.store.shards import MANIFEST, ShardStore
 
+        if not len(self):
+            raise SparsortError(f"there are no rows to save in {folder}. Select at least one.")
         if (Path(folder) / MANIFEST).exists():
             raise SparsortError(f"{folder} already contains scores. Choose another folder, or delete it.")
         store = ShardStore.open(Path(folder), provenance=self.provenance, shard_rows=max(1, len(self)))

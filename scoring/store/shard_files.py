@@ -7,7 +7,7 @@ without a copy, and every shard of an earlier version, is read from its pages.
 
 A shard of version 0.1 has no seal. It is accepted if its pages have their checksums, its rows have the digest in its footer, and
 its footer agrees with itself, with the manifest and with the settings. No single-bit flip that passes these checks changes a
-value (`tests/scoring/test_unsealed.py`, `benchmarks/checks/bit_flips.py`).
+value (`tests/scoring/store/test_unsealed.py`, `benchmarks/checks/bit_flips.py`).
 """
 
 from __future__ import annotations

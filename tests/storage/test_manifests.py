@@ -92,7 +92,17 @@ def test_a_file_system_without_sync_is_put_up_with_and_a_broken_disk_is_not(
 
     monkeypatch.setattr(os, "fsync", fsync)
     if fails:
-        with pytest.raises(SparsortError, match="cannot list the files in"):
+        with pytest.raises(SparsortError, match="cannot write the manifest of"):
             manifests.write_manifest(tmp_path)
     else:
         manifests.write_manifest(tmp_path)
+
+
+def test_an_error_without_a_text_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state.pt").write_bytes(b"PK")
+
+    def fail(_: Path) -> None:
+        raise EOFError
+
+    monkeypatch.setattr("zipfile.ZipFile", fail)
+    assert manifests.unreadable_in(tmp_path) == "state.pt cannot be read (EOFError)"

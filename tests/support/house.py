@@ -262,13 +262,17 @@ def symbols_of_tests() -> list[Hit]:
         for name, line in _definitions(tree_of(path)):
             own = name.rpartition(".")[2]
             if "." in name:
-                used = own in attributes
+                used = own in attributes or own in _CALLED_BY_OTHERS
             else:
                 full = f"{module_of(path)}.{name}"
                 used = own in _uses(path).names or full in imported or own in strings or _is_named_on(users, full)
             if not used and own in in_tests and own not in documented:
                 hits.append(Hit(path, line, name))
     return hits
+
+
+# Methods that another program looks up by name: IPython shows an object in a notebook by `_repr_html_`.
+_CALLED_BY_OTHERS = frozenset({"_repr_html_"})
 
 
 @dataclass(frozen=True, slots=True)

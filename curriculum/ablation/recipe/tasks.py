@@ -103,6 +103,7 @@ class Task:
     content_free: tuple[str, ...] = ("N/A", "", "[MASK]")
 
     def __post_init__(self) -> None:
+        _refuse_function(self.prompt)
         tables.coerce(self, f"the task {self.name!r}")
         self._check_templates()
         self._check_labels()
@@ -323,6 +324,7 @@ def task_from_flags(
     Raises:
         SparsortError: as `Task`, or the label field is missing or has too many values for labels.
     """
+    _refuse_function(prompt)
     if isinstance(labels, str):
         labels = parse_labels(labels)
     if judge == "labels" and labels is None:
@@ -341,6 +343,14 @@ def task_from_flags(
         stop = () if options.get("chat") else (f"\n{opening}" if opening else options.get("separator", "\n\n"),)
         table |= {"max_new_tokens": _WORKED[judge], "stop": stop}
     return tables.build(Task, {**table, "labels": labels, **options}, kind="task", where="the flags")
+
+
+def _refuse_function(prompt: object) -> None:
+    if callable(prompt):
+        raise SparsortError(
+            "the prompt is a function, but a task is stored as data, so its prompt is a format string. Put the text of the "
+            "function into a column of the data, such as 'question', and pass prompt='{question}'."
+        )
 
 
 def parse_labels(text: str) -> dict[str, str]:

@@ -16,17 +16,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sparsort.curriculum.demos.pool.fingerprints import Fingerprints, fingerprints, tokens
 from sparsort.curriculum.demos.pool.leaks import Leak, leaks_of
-from sparsort.curriculum.demos.pool.rows import ANSWER_FIELDS, Row, TextOf, id_of, name_of, text_fields, text_of
+from sparsort.curriculum.demos.pool.rows import (
+    ANSWER_FIELDS,
+    ID_FIELD,
+    Row,
+    TextOf,
+    id_of,
+    name_of,
+    text_fields,
+    text_of,
+)
 from sparsort.curriculum.demos.pool.similarity import WordIndex
 from sparsort.errors import SparsortError
 from sparsort.paths import column_of, spell
+from sparsort.scoring.data.rows import rows_of
+from sparsort.scoring.prompts.functions import function_of
+from sparsort.scoring.prompts.types import PromptWriter
 from sparsort.templates import fields_of
-from sparsort.values import text_if_any
+from sparsort.values import has_text, is_missing, text_if_any
 
 Query = Mapping[str, Any] | str
 InputTexts = dict[str, str]
@@ -44,8 +56,9 @@ class DemoPool:
     Embeddings and scores that are passed again as the same object are read only once, so do not modify them in between.
 
     Args:
-        rows: the rows, as a list or a dataset.
-        prompt: the prompt template; its fields are the input by which a query is compared.
+        rows: the rows, in any form that `open_rows` reads.
+        prompt: the prompt template, or a function from a row to its prompt; the fields that it reads are the input by which a
+            query is compared.
         text: alternatively, a function from a row to the text by which it is compared.
         label: the field that contains the label, excluded from the comparison; a column, or a path as in a template.
         ids: each row's id as text; by default its field "id", or else its position.
@@ -56,21 +69,24 @@ class DemoPool:
 
     def __init__(
         self,
-        rows: Iterable[Row],
+        rows: Any,
         *,
-        prompt: str | None = None,
+        prompt: str | PromptWriter | None = None,
         text: TextOf | None = None,
         label: str | None = None,
         ids: Sequence[str] | None = None,
     ) -> None:
         if prompt is not None and text is not None:
             raise SparsortError("prompt= and text= both say how a query is compared. Pass one of them.")
-        self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
+        self.rows: list[dict[str, Any]] = [dict(row) for row in rows_of(rows)]
         self._has_ids = ids is not None
         self.ids = [id_of(row, position) for position, row in enumerate(self.rows)] if ids is None else list(ids)
         self.label = label
-        self._fields = None if prompt is None else input_fields(prompt)
+        self._fields = None if prompt is None else input_fields(prompt, self.rows, label)
         self._text = text
+        if not self._fields and (function := function_of(prompt)) is not None:
+            # No column that the function reads is text, as in a conversation: the whole prompt is compared.
+            self._fields, self._text = None, lambda row: function.question(row, where="a demonstration or the query")
         # Name → the source object, the options, and the result that they gave.
         self._results: dict[Hashable, tuple[object, tuple[Hashable, ...], Any]] = {}
 
@@ -194,13 +210,23 @@ class DemoPool:
         return self.cached(("fingerprints", field), None, lambda: fingerprints(self._texts(field)))
 
 
-def input_fields(prompt: str) -> list[str]:
-    """The fields of a prompt template, which are the input of a row.
+def input_fields(prompt: str | PromptWriter, rows: Sequence[Row] = (), label: str | None = None) -> list[str]:
+    """The fields of a prompt template, or those that a prompt function reads, which are the input of a row.
+
+    Args:
+        prompt: the template or the function.
+        rows: the rows, for a function, whose fields are those that it reads from the first row and that all rows have as text.
+        label: the field of the label, which a function does not share with a query.
 
     Raises:
-        SparsortError: the template names no field, so that all prompts would be the same.
+        SparsortError: the template names no field, so that all prompts would be the same; or the function fails.
     """
-    fields = fields_of(prompt)
+    if (function := function_of(prompt)) is not None:
+        hidden = {ID_FIELD, *ANSWER_FIELDS, *([column_of(label)] if label else [])}
+        read = function.fields_read(rows[0], where=name_of(rows[0], 0)) if rows else []
+        shared = [name for name in read if name not in hidden and all(_has_text(row.get(name)) for row in rows)]
+        return [spell([name]) for name in shared]
+    fields = fields_of(str(prompt))
     if not fields:
         raise SparsortError(
             f"the prompt {prompt!r} names no field of the data, so every row would read alike. "
@@ -236,6 +262,10 @@ def field_text(row: Row, field: str, where: str) -> str:
             f"it has: {', '.join(map(str, row)) or 'no fields'}."
         )
     return text
+
+
+def _has_text(value: Any) -> bool:
+    return not is_missing(value) and has_text(value)
 
 
 def leaking_rows(demos: Sequence[Row], query: Row, fields: Sequence[str]) -> list[Leak]:

@@ -12,14 +12,14 @@ Shapes: N pool rows, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from sparsort.conditions import Table, among, refuse_unread_arguments
 from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.pool.difficulty import ScoresLike, resolve
 from sparsort.curriculum.demos.pool.pool import DemoPool, Query
-from sparsort.curriculum.demos.pool.rows import Row, TextOf
+from sparsort.curriculum.demos.pool.rows import TextOf
 from sparsort.curriculum.demos.select.candidates import Candidates, DemoSelectorEntry, SelectSettings
 from sparsort.curriculum.demos.select.selection import Excluded, SelectedDemos, select_rows
 from sparsort.curriculum.demos.select.selectors import (
@@ -36,6 +36,7 @@ from sparsort.curriculum.demos.select.selectors import (
 )
 from sparsort.errors import SparsortError
 from sparsort.registry import Registry
+from sparsort.scoring.prompts.types import PromptWriter
 
 __all__ = [
     "DEFAULT_SELECTOR",
@@ -180,7 +181,7 @@ SHARED_PROMPT_SELECTORS = Registry(SELECTORS.kind, (entry for entry in SELECTORS
 
 
 def select_demos(
-    pool: DemoPool | Iterable[Row],
+    pool: Any,
     query: Query | None,
     k: int | None = None,
     *,
@@ -192,7 +193,7 @@ def select_demos(
     query_difficulty: float | None = None,
     embeddings: Any = None,
     query_embedding: Any = None,
-    prompt: str | None = None,
+    prompt: str | PromptWriter | None = None,
     text: TextOf | None = None,
     allow_leaks: bool = False,
     trade_off: float = 0.5,
@@ -203,7 +204,7 @@ def select_demos(
     """Choose k demonstrations from a pool. `SELECTORS` lists the selectors, what each needs, and its source.
 
     Args:
-        pool: the rows, or a `DemoPool`, which keeps results from one query to the next.
+        pool: the rows, in any form that `open_rows` reads, or a `DemoPool`, which keeps results from one query to the next.
         query: the row to be answered, or its bare text. None if the selector needs no query; leaks are then not checked.
         k: number of demonstrations; may be omitted for "ids".
         method: a name in `SELECTORS`.
@@ -214,7 +215,7 @@ def select_demos(
         query_difficulty: the query's difficulty by the same score, for "difficulty_matched".
         embeddings: (N, D), in the pool's order.
         query_embedding: (D,).
-        prompt: the prompt template; rows are compared with the query by its fields.
+        prompt: the prompt template, or a function that writes it; rows are compared with the query by the fields that it reads.
         text: alternatively, a function from a row to the text by which it is compared. Without either, see `DemoPool`.
         allow_leaks: allow rows that are the query itself or nearly so.
         trade_off: λ of "mmr"; 1 considers relevance only.
@@ -248,7 +249,7 @@ def _difficulty(pool: DemoPool, scores: ScoresLike | None, selector: DemoSelecto
     return pool.cached("difficulty", scores, lambda: RowNumbers.of(resolve(scores, pool.rows).values))
 
 
-def _as_pool(pool: DemoPool | Iterable[Row], prompt: str | None, text: TextOf | None, label: str | None) -> DemoPool:
+def _as_pool(pool: Any, prompt: str | PromptWriter | None, text: TextOf | None, label: str | None) -> DemoPool:
     if not isinstance(pool, DemoPool):
         return DemoPool(pool, prompt=prompt, text=text, label=label)
     if prompt is not None or text is not None:

@@ -31,10 +31,12 @@ from sparsort.curriculum.loading.loader.resuming import (
     position_of,
 )
 from sparsort.curriculum.loading.loader.streams import StreamFetcher, check_stream, is_stream
-from sparsort.curriculum.loading.loader.verification import another_size, check_name, refuse_frame, verify_rows
+from sparsort.curriculum.loading.loader.verification import another_size, check_name, verify_rows
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
+from sparsort.scoring.data.inputs import is_table
+from sparsort.scoring.data.rows import indexed
 
 _WORKERS = (needs("num_workers", "batches are loaded without workers", num_workers=2),)
 # The conditions under which an argument is read; see `sparsort.conditions`.
@@ -54,7 +56,8 @@ class CurriculumLoader:
     Args:
         plan: a plan from `plan_curriculum`, or the folder that it was saved in.
         dataset: the rows that the plan was made for: any object with `len` and `[row]` (`__getitems__` is used if it exists,
-            as in `datasets.Dataset`), or a stream in the order of the plan (see `streams`).
+            as in `datasets.Dataset`); a stream in the order of the plan (see `streams`); or a path, a frame, a dictionary of
+            columns or a table, which is read into memory.
         collate_fn: list of examples → batch; by default that of torch, or `PackedCollator` if the plan packs.
         rank, world_size: this process and the number of processes that share a global batch. None takes them from
             torch.distributed, or assumes a single process. Rank r of R takes places r, r + R, … of each global batch.
@@ -117,6 +120,8 @@ class CurriculumLoader:
         options |= {"persistent_workers": persistent_workers, "worker_init_fn": worker_init_fn}
         options |= {"multiprocessing_context": multiprocessing_context}
         refuse_unread_arguments(CurriculumLoader, READ_BY, options)
+        if is_table(dataset) or isinstance(dataset, Path) or not is_stream(dataset):
+            dataset = indexed(dataset)
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None
@@ -141,6 +146,12 @@ class CurriculumLoader:
         self._latest: tuple[CurriculumPlan, Key] | None = None
         self._keys = _Keys(self._part.micro_batches)
         self._persistent_loader: torch.utils.data.DataLoader[Any] | None = None
+
+    def __repr__(self) -> str:
+        rank = f", rank {self._part.rank} of {self._part.world_size}" if self._part.world_size > 1 else ""
+        return (
+            f"CurriculumLoader({self._plan!r}, epoch {self.epoch}, batch {self.batch} of {self._plan.n_batches}{rank})"
+        )
 
     @property
     def plan(self) -> CurriculumPlan:
@@ -312,7 +323,6 @@ class CurriculumLoader:
         return self._fingerprint
 
     def _checked(self, plan: CurriculumPlan) -> CurriculumPlan:
-        refuse_frame(self.dataset)
         if self._is_stream:
             check_stream(plan, self.dataset, self.num_workers)
         elif len(self.dataset) != plan.n_rows:

@@ -24,6 +24,7 @@ from sparsort.curriculum.loading.plan.ranking import by_id, group_names, row_typ
 from sparsort.curriculum.loading.plan.settings import CurriculumOptions, CurriculumSettings
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
+from sparsort.scoring.data.rows import indexed
 from sparsort.scoring.store.scores import Scores
 from sparsort.values import as_text, is_missing, number_array
 
@@ -54,7 +55,7 @@ _MOST_NAMED = 5
 def plan_curriculum(
     scores: ScoreSource | Mapping[str, ScoreSource],
     *,
-    data: Sequence[Mapping[str, Any]] | None = None,
+    data: Any = None,
     ids: Sequence[str] | None = None,
     id_column: str | None = None,
     groups: str | Sequence[Any] | None = None,
@@ -70,9 +71,10 @@ def plan_curriculum(
     Args:
         scores: `Scores`, a path that `Scores.load` reads, or one difficulty per row, (N,); or a mapping from names to several
             of these, which are combined.
-        data: the rows to train on, as a `datasets.Dataset` or a sequence of mappings. Scores are matched to them by id or
-            content. Without `data`, row i of the training data is row i of the scores. The plan notes the ids and contents of
-            the rows, so a loader or trainer can check that it gets the same rows (`verification`).
+        data: the rows to train on, in any form that `open_rows` reads, or other examples with a length and `[position]`.
+            Scores are matched to them by id or content. Without `data`, row i of the training data is row i of the scores. The
+            plan notes the ids and contents of the rows, so a loader or trainer can check that it gets the same rows
+            (`verification`).
         ids: one id per row, which breaks ties in difficulty. By default the ids of scores that have an id column.
         id_column: the field of the data, and of the dataset that is trained on, with the id of each row; by default that of
             the scores, else "id". With `data` and without `ids`, the ids are taken from it.
@@ -92,6 +94,7 @@ def plan_curriculum(
     if isinstance(groups, str) and data is None:
         raise SparsortError(f"groups={groups!r} names a field of the data: pass data too, or one group per row.")
     check_name(fingerprint)
+    data = None if data is None else indexed(data)
     checked = CurriculumSettings.from_json(settings)
     loaded = _load_scores(scores)
     given = {"scores": loaded, "data": data, "ids": ids, "combination": combination, "id_column": id_column}

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sparsort.errors import SparsortError
+from sparsort.errors import SparsortError, first_line
 from sparsort.storage import integrity
 from sparsort.storage.files import sync
 
@@ -47,7 +47,7 @@ def write_manifest(folder: Path, *, skip: Collection[str] = ()) -> None:
             sync(inner)
     except OSError as error:
         raise SparsortError(
-            f"cannot list the files in {folder}: {error.filename or ''} {error.strerror or error}."
+            f"cannot write the manifest of {error.filename or folder}: {error.strerror or error}."
         ) from error
     files = {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
     integrity.write_sealed(folder / FILE, {"format": FORMAT, "version": VERSION, "files": files})
@@ -94,7 +94,7 @@ def _unreadable(path: Path) -> str | None:
         try:
             integrity.parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            return str(error)
+            return first_line(error)
     elif path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -103,13 +103,13 @@ def _unreadable(path: Path) -> str | None:
             with safe_open(str(path), framework="numpy"):
                 pass
         except (SafetensorError, OSError, ValueError) as error:
-            return str(error)
+            return first_line(error)
     elif path.suffix in (".pt", ".pth", ".bin"):
         try:
             with zipfile.ZipFile(path) as records:
                 broken = records.testzip()
         except _UNREADABLE_ZIP as error:
-            return str(error)
+            return first_line(error)
         return broken and f"the record {broken} has changed"
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pandas
 import polars
 import pytest
 
-from sparsort import LengthScorer, Scores, SparsortError
+from sparsort import ColumnScorer, CompressionScorer, LengthScorer, LossScorer, Scores, SparsityScorer, SparsortError
+from sparsort.recipes.score.config import ScorerConfig
+from sparsort.recipes.score.score import score_file
+from sparsort.scoring.prompts.spec import PromptSpec
 
 ROWS = [{"id": f"r{i}", "text": "word " * (i * 7 % 5 + 1), "label": i % 2} for i in range(10)]
 
@@ -39,6 +43,7 @@ def test_rows_by_position_and_id(scores: Scores) -> None:
         (slice(2, 8, 3), ["r2", "r5"]),
         ([4, -1], ["r4", "r9"]),
         (np.array([True, False] * 5), ["r0", "r2", "r4", "r6", "r8"]),
+        (["r7", "r1"], ["r7", "r1"]),
         ([], []),
     ],
 )
@@ -50,6 +55,22 @@ def test_parts_are_scores(scores: Scores, key: Any, expected: list[str]) -> None
     assert part.kind == scores.kind
     with pytest.raises(SparsortError, match="one boolean for each of 10 rows"):
         scores[np.array([True])]
+
+
+@pytest.mark.parametrize("key", [1.5, [0.5], None, {"r1": 1}, [[1]]])
+def test_what_cannot_be_an_index(scores: Scores, key: Any) -> None:
+    with pytest.raises(SparsortError, match=r"scores cannot be indexed by .*; expected a position, an id"):
+        scores[key]
+
+
+def test_no_rows(scores: Scores, tmp_path: Path) -> None:
+    empty = scores.filter(lambda row: False)
+    assert list(empty) == []
+    assert repr(empty).startswith("Scores: 0 rows")
+    assert "<svg" not in empty._repr_html_()
+    assert empty.plot().patches[0].get_height() == 0
+    with pytest.raises(SparsortError, match="no rows to save"):
+        empty.save(tmp_path / "empty")
 
 
 def test_filter(scores: Scores, tmp_path: Path) -> None:
@@ -141,9 +162,7 @@ def test_saving_and_uploading(scores: Scores, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_people_see(scores: Scores) -> None:
-    text = repr(scores)
-    assert "10 rows" in text
-    assert "difficulty: 5 to 25" in text
+    assert repr(scores) == "Scores: 10 rows, length (length)\n  prompt: {text}\n  difficulty: 5 to 25, median 15"
     page = scores._repr_html_()
     assert page.count("<rect") == 30
     assert "r4" in page
@@ -151,9 +170,37 @@ def test_what_people_see(scores: Scores) -> None:
     assert math.isclose(sum(bar.get_height() for bar in axes.patches), 10)
 
 
-def test_failures_are_counted_by_status() -> None:
-    scores = LengthScorer(unit="characters").score([{"text": "a"}, {"text": ""}, {"text": ""}], prompt="{text}")
-    assert "without a score: 2 (2 empty)" in repr(scores)
+def test_a_summary_names_model_prompt_and_answer(make_tiny_model: Callable[..., Path]) -> None:
+    model = str(make_tiny_model("llama"))
+    turns = [{"role": "user", "content": "Is this kind?\n{text}"}]
+    summary = repr(SparsityScorer(model).score(ROWS, turns, answer=" {label}"))
+    assert f"\n  model: {model[:99]}" in summary
+    assert "\n  prompt: [user] Is this kind? {text} [answer] {label}\n" in summary
+
+
+def test_failures_are_counted_by_status_and_warned_about_once() -> None:
+    with pytest.warns(UserWarning, match="2 of 3 rows have no score: 2 empty") as caught:
+        scores = LengthScorer(unit="characters").score([{"text": "a"}, {"text": ""}, {"text": ""}], prompt="{text}")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "\n  2 of 3 rows have no score: 2 empty\n" in repr(scores)
+    with pytest.warns(UserWarning, match="2 of 3 rows have no score") as caught:
+        score_file(
+            [{"text": "a"}, {"text": ""}, {"text": ""}],
+            scorer=ScorerConfig(scorer="length", unit="characters"),
+            prompt=PromptSpec("{text}"),
+        )
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_scorers_show_their_settings(make_tiny_model: Callable[..., Path]) -> None:
+    model = str(make_tiny_model("llama"))
+    assert repr(SparsityScorer(model, site="layer:0")) == (
+        f"SparsityScorer(model={model!r}, site='layer:0', pooling='last', metric='gini', outliers='none')"
+    )
+    assert repr(LossScorer(model, on="prompt")) == f"LossScorer(model={model!r}, on='prompt')"
+    assert repr(LengthScorer(unit="characters")) == "LengthScorer(unit='characters')"
+    assert repr(ColumnScorer("steps")) == "ColumnScorer(column='steps', descending=False)"
+    assert repr(CompressionScorer()) == "CompressionScorer()"
 
 
 def test_html_shows_text_as_text() -> None:

@@ -79,14 +79,14 @@ def count(value: float | None) -> str:
     """A count with narrow spaces between thousands, and one decimal only if it is a fraction below 100."""
     if value is None:
         return "–"
-    text = f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+    text = f"{value:,.0f}" if round(value, 1) >= 100 or value == int(value) else f"{value:.1f}"
     return text.replace(",", "\u202f")
 
 
 def join_names(items: Iterable[object], most: int = 6) -> str:
-    """Items as one phrase, "a, b and c"; a long list is cut to `most` items and the number of the others."""
+    """Items as one phrase, "a, b and c" ("" for no items); a long list is cut to `most` items and the number of the others."""
     names = [str(item) for item in items]
     # "and 2 others" would be no shorter than the two names.
     if len(names) > most + 2:
         names = [*names[:most], f"{len(names) - most} others"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return "".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -305,3 +305,8 @@ def test_the_head_describes_the_run(report: Report) -> None:
     assert shown["Demonstration sets"] == "7 and 9 per cell"
     assert shown["Orderers"] == "2 rules, 2 chosen with the model, 1 oracles"
     assert (shown["Time of all processes"], shown["Versions"], shown["Model"]) == ("1 h 2 min", "torch 2", "simulated")
+
+
+def test_counts_and_names_as_text() -> None:
+    assert [rows.count(value) for value in (7, 7.25, 99.94, 99.96, 1234.5)] == ["7", "7.2", "99.9", "100", "1\u202f234"]
+    assert [rows.join_names("abc"[:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]

@@ -291,19 +291,15 @@ def test_the_number_of_rows_is_compared_even_unverified(plan: CurriculumPlan) ->
             CurriculumLoader(plan, ROWS[1:], **options)
 
 
-def test_a_data_frame_is_refused_by_name(plan: CurriculumPlan) -> None:
+def test_a_data_frame_is_read_as_rows(plan: CurriculumPlan) -> None:
     # Its [0] is a column, or nothing.
-    for frame in (pd.DataFrame(ROWS), pd.DataFrame([[n, n] for n in range(N)])):
-        for call in (
-            lambda frame=frame: CurriculumLoader(plan, frame),
-            lambda frame=frame: CurriculumLoader(plan, frame, verify=False),
-            lambda frame=frame: verify_rows(plan, frame),
-            lambda frame=frame: plan_curriculum(np.arange(float(N)), data=frame, batch_size=8),
-        ):
-            with pytest.raises(
-                SparsortError, match=r"rows of a DataFrame cannot be read by position.*from_pandas\(frame\)"
-            ):
-                call()
+    assert list(CurriculumLoader(plan, pd.DataFrame(ROWS)).dataset) == ROWS
+    with pytest.raises(SparsortError, match=OTHER_ROWS):
+        CurriculumLoader(plan, pd.DataFrame(ROWS[::-1]))
+    frame = pd.DataFrame([[n, n] for n in range(N)])
+    verify_rows(plan_curriculum(np.arange(float(N)), data=frame, batch_size=8), [{"0": n, "1": n} for n in range(N)])
+    with pytest.raises(SparsortError, match=r"rows of a DataFrame cannot be read by position.*from_pandas\(frame\)"):
+        verify_rows(plan, frame)
 
 
 def test_reading_rows_moves_no_generator(plan: CurriculumPlan) -> None:
@@ -417,3 +413,8 @@ def test_every_row_of_a_file_is_compared(plan: CurriculumPlan, nameless: Curricu
         verify_every_row(plan, tokenised(ROWS))
     with pytest.raises(SparsortError, match=INCOMPARABLE):
         verify_every_row(plan_curriculum(np.arange(N), batch_size=8), ROWS)
+
+
+def test_a_loader_shows_its_plan_and_its_position(plan: CurriculumPlan) -> None:
+    loader = CurriculumLoader(plan, ROWS, rank=1, world_size=2)
+    assert repr(loader) == f"CurriculumLoader({plan!r}, epoch 0, batch 0 of {plan.n_batches}, rank 1 of 2)"
