@@ -143,9 +143,16 @@ def test_completions_are_stored_as_they_are(tmp_path: Path, caplog: pytest.LogCa
 def test_two_processes_of_accelerate_launch_resume_exactly_and_one_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    environment = {**os.environ, **search_path(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        **search_path(),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "ACCELERATE_USE_CPU": "true",
+    }
     program = Path(str(sys.modules["grpo_runs"].__file__))
-    launch = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # `--cpu` would start a single process; `--multi_gpu` starts two, which then run on the CPU (`use_cpu`) over gloo.
+    launch = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run([*launch, str(program), str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
