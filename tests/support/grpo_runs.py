@@ -46,6 +46,10 @@ class Grpo(Recorded, CurriculumMixin, GRPOTrainer):  # type: ignore[misc]
     pass
 
 
+class PlainGrpo(Recorded, GRPOTrainer):  # type: ignore[misc]
+    """TRL's own trainer, without a curriculum."""
+
+
 class Rloo(Recorded, CurriculumMixin, RLOOTrainer):  # type: ignore[misc]
     pass
 
@@ -63,7 +67,10 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
-def make_trainer(folder: Path, plan: CurriculumPlan, cls: Any = Grpo, *, n: int = N, **options: Any) -> Any:
+def make_trainer(
+    folder: Path, plan: CurriculumPlan | None, cls: Any = Grpo, *, n: int = N, lora: Any = None, **options: Any
+) -> Any:
+    """A trainer over the first n prompts; `options` are those of its configuration, and `lora` is one of PEFT."""
     words = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -81,7 +88,7 @@ def make_trainer(folder: Path, plan: CurriculumPlan, cls: Any = Grpo, *, n: int 
         "disable_tqdm": True,
         "activation_checkpointing": False,
     }
-    config = GRPOConfig if cls is Grpo else RLOOConfig
+    config = RLOOConfig if cls is Rloo else GRPOConfig
     if cls is Rloo:
         # RLOO loads its reference model by name.
         model.save_pretrained(folder / "model")
@@ -92,7 +99,8 @@ def make_trainer(folder: Path, plan: CurriculumPlan, cls: Any = Grpo, *, n: int 
         args=config(str(folder), **{**defaults, **quiet, **options}),
         train_dataset=datasets.Dataset.from_list(_rows(n)),
         processing_class=tokenizer,
-        curriculum=plan,
+        peft_config=lora,
+        **({} if plan is None else {"curriculum": plan}),
     )
 
 

@@ -6,8 +6,8 @@ written inside a generation batch also contains the completions of each process,
 edge of a generation batch nothing has to be stored, because the next step generates.
 
 TRL counts micro-batches in `_step`, generates if that is a multiple of steps_per_generation × num_iterations, and keeps the
-completions in `_buffered_inputs`. It saves neither. After its own resume it counts from 0, so it generates in the middle of a
-generation batch, and its sampler begins with the order of epoch 0, whatever the epoch.
+completions in `_buffered_inputs`. It saves neither of them. If TRL resumes by itself, the count starts at 0, so completions are
+generated in the middle of a generation batch, and the sampler starts with the order of epoch 0 in whatever epoch that is.
 """
 
 from __future__ import annotations

@@ -72,6 +72,9 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             their order, or has nothing that could be compared with them (`verification`).
     """
 
+    # TRL's buffer of completions, a list of dictionaries once it has generated.
+    _buffered_inputs: Any
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         refuse_mixin_after_trainer(cls, CurriculumMixin)

@@ -346,3 +346,41 @@ def test_dpo_trains_in_the_plans_order(tmp_path: Path) -> None:
     assert [seen[:half] for seen, half in zip(trainer.seen, trainer.pairs, strict=True)] == [
         plan.batch(number).tolist() for number in range(3)
     ]
+
+
+# TRL looks at an attribute that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_sft_and_dpo_resume_exactly_from_every_checkpoint(tmp_path: Path, kind: str) -> None:
+    name = kind.upper()
+    trainer_class = _imported(f"trl.trainer.{kind}_trainer", f"{name}Trainer")
+    config = _imported(f"trl.trainer.{kind}_config", f"{name}Config")
+    pairs = {"prompt": [f"n{place}" for place in range(N)], "chosen": [" w w"] * N, "rejected": [" w"] * N}
+    data = datasets.Dataset.from_dict(pairs if kind == "dpo" else {"text": [f"n{place} w" for place in range(N)]})
+    plan = plan_curriculum(np.arange(N)[::-1], data=data, batch_size=4, stages=2)
+
+    class Losses(Recorded, CurriculumMixin, trainer_class):  # type: ignore[valid-type, misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            self.__dict__.setdefault("losses", []).append(float(loss).hex())
+            return loss
+
+    def run(folder: Path, checkpoint: int | None = None) -> Any:
+        options: dict[str, Any] = {"bf16": False, "activation_checkpointing": False, "save_steps": 1}
+        arguments = _arguments(config, folder, **options)
+        arguments.num_train_epochs, arguments.save_strategy = 2, "no" if checkpoint else "steps"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, reference = _model(), _model()
+        given: dict[str, Any] = {"ref_model": reference} if kind == "dpo" else {}
+        given |= {"args": arguments, "train_dataset": data, "processing_class": _tokenizer(), "curriculum": plan}
+        trainer = Losses(model, **given)
+        trainer.train(str(tmp_path / "whole" / f"checkpoint-{checkpoint}") if checkpoint else None)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    assert len(whole.losses) == 6
+    for step in range(1, 6):
+        again = run(tmp_path / "again", step)
+        assert again.losses == whole.losses[step:]
+        assert again.seen == whole.seen[step:]

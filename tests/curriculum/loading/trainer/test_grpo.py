@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from grpo_runs import Grpo, Rloo, make_plan, make_trainer
+from grpo_runs import Grpo, PlainGrpo, Rloo, make_plan, make_trainer
 from handshake import search_path
+from peft import LoraConfig
 
 from sparsort.curriculum.loading.loader.groups import prompts_of
 from sparsort.curriculum.loading.online.measure import OnlineDifficulty
@@ -98,6 +99,33 @@ def test_a_run_that_stops_inside_a_generation_batch_resumes_with_its_completions
     assert len(second.losses) == 2
     # At the edge of a generation batch there is nothing to store.
     assert not (tmp_path / "checkpoint-4" / "completions-0.safetensors").exists()
+
+
+@pytest.mark.parametrize(("step", "fault"), [(1, "inside a generation batch"), (4, "a later epoch")])
+def test_a_control_trls_own_resume_is_recorded_as_different(tmp_path: Path, step: int, fault: str) -> None:
+    """The records above would show a fault: without a curriculum, TRL 1.16 has two of them."""
+    options: dict[str, Any] = {"n": 8, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path / "whole", None, PlainGrpo, **options)
+    whole.train()
+    again = make_trainer(tmp_path / "again", None, PlainGrpo, save_strategy="no", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    found, expected = ([rows for _step, rows in each] for each in (again.generated, whole.generated))
+    if fault == "a later epoch":
+        assert found[0] == expected[0] != expected[2]
+    else:
+        assert found[0] == expected[0], "the prompts of the first generation batch are completed twice"
+        assert len(again.losses) == len(whole.losses) - 2
+
+
+def test_lora_with_a_reference_policy_resumes_inside_a_generation_batch(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "beta": 0.1, "num_train_epochs": 1, "lora": lora}
+    whole = make_trainer(tmp_path / "whole", make_plan(), **options)
+    whole.train()
+    again = make_trainer(tmp_path / "again", make_plan(), save_strategy="no", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again.losses == whole.losses[6:]
+    assert again.generated == whole.generated[2:]
 
 
 def test_another_layout_is_refused(tmp_path: Path) -> None:
