@@ -127,10 +127,13 @@ def _resume(loader: CurriculumLoader, state: Any, name: str, accumulation: int) 
         )
     loader.load_state_dict(position)
     per_epoch = -(-len(loader) // accumulation)
-    if (step := loader.epoch * per_epoch + -(-loader.yielded // accumulation)) != state.global_step:
+    steps, remainder = divmod(loader.yielded, accumulation)
+    step = loader.epoch * per_epoch + steps
+    if remainder or step != state.global_step:
+        where = f"inside step {step}" if remainder else f"step {step}"
         raise SparsortError(
             f"the checkpoint is of step {state.global_step}, but its curriculum is at epoch {loader.epoch}, batch "
-            f"{loader.batch} of {loader.plan.n_batches}, which is step {step}. The cause may be another accumulation or "
+            f"{loader.batch} of {loader.plan.n_batches}, which is {where}. The cause may be another accumulation or "
             "num_iterations in a trainer that generates, a callback that cut an epoch short (should_epoch_stop), or other code "
             "that moved the loader. Use the options of the first run, or start from an earlier checkpoint."
         )

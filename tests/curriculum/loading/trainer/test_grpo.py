@@ -136,6 +136,9 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
     # With other iterations, step 4 is at another place of the epoch.
     with pytest.raises(SparsortError, match=r"of step 4, but .* which is step 8.*num_iterations"):
         make_trainer(tmp_path, make_plan(), num_iterations=2).train(resume_from_checkpoint=True)
+    # One micro-batch is not a whole step of three.
+    with pytest.raises(SparsortError, match=r"of step 1, but .* which is inside step 0\..*another accumulation"):
+        make_trainer(tmp_path, make_plan(), gradient_accumulation_steps=3).train(str(tmp_path / "checkpoint-1"))
     with pytest.raises(SparsortError, match=r"enable_jit_checkpoint=True saves in the middle of a step"):
         make_trainer(tmp_path, make_plan(), enable_jit_checkpoint=True).train()
     with pytest.raises(SparsortError, match=r"this trainer runs others to generate\. Omit online="):
