@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/curriculum_accelerate.py
 
-(`accelerate launch` starts several processes on GPUs. With `--cpu` it starts a single one, whatever `--num_processes` says.)
+With GPUs, `accelerate launch` does the same. With `--cpu` and without MPI it starts one process, whatever `--num_processes` is.
 The loader is not passed to `accelerator.prepare`, which would divide its batches again.
 """
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsort import SparsityScorer
 from sparsort.errors import SparsortError
+from sparsort.recipes.train.model import make_tokenizer
 from sparsort.scoring.loading.load import load_model
 
 # PEFT looks at an attribute that transformers has renamed.
@@ -81,3 +82,11 @@ def test_an_adapter_without_a_base_is_refused(base: Path, tmp_path: Path, value:
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": value}))
     with pytest.raises(SparsortError, match=message):
         load_model(adapter)
+
+
+def test_the_train_command_refuses_an_adapter(base: Path, tmp_path: Path) -> None:
+    adapter = _adapter(base, tmp_path / "adapter")
+    with pytest.raises(
+        SparsortError, match=r"is an adapter of PEFT, and this command trains all weights.*merge_and_unload"
+    ):
+        make_tokenizer(str(adapter))
