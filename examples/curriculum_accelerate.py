@@ -1,7 +1,8 @@
 """A curriculum in an accelerate loop, on any number of processes, stopped and resumed with `save_state`.
 
-    accelerate launch --cpu --num_processes 2 examples/curriculum_accelerate.py
+    torchrun --nproc-per-node 2 examples/curriculum_accelerate.py
 
+With GPUs, `accelerate launch` does the same. With `--cpu` and without MPI it starts one process, whatever `--num_processes` is.
 The loader is not passed to `accelerator.prepare`, which would divide its batches again.
 """
 

@@ -17,6 +17,7 @@ The last two groups are absent during the warm-up, when nothing is chosen. Train
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -31,6 +32,9 @@ from sparsort.attention.state import SparseAttention
 from sparsort.attention.training.schedule import SparseSchedule
 from sparsort.errors import SparsortError
 
+_LOG = logging.getLogger("sparsort")
+# The part of a weight's name by which the weights of index branches are recognised.
+_BRANCH = ".index_branch."
 _MEANS = {"mass": "mass", "recall": "recall", "blocks": "mean_blocks", "dead": "dead"}
 
 
@@ -71,6 +75,11 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]
         self._observer, self._measured = None, {}
         # Compute the first budget once, so that a schedule that does not fit is refused before training starts.
         self.schedule.budget(0, sparse_attention_of(model).config.budget())
+        if state.is_world_process_zero and _is_frozen(model):
+            _LOG.warning(
+                "the weights of the index branch are frozen, apart from matrices of LoRA, so it hardly learns to select. With "
+                "PEFT, train the branch as a whole and save it with the adapter: modules_to_save=['index_branch']."
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Set the mode and the budget, and observe the layers if this step is logged."""
@@ -166,6 +175,12 @@ def sparse_attention_of(model: Any) -> SparseAttention:
     raise SparsortError(
         f"{type(model).__name__} has no sparse attention. Attach one first: sparsort.attach_index_branch(model)."
     )
+
+
+def _is_frozen(model: Any) -> bool:
+    """Whether the selectors have weights and not one of them is trained; the low-rank matrices of LoRA do not count."""
+    weights = [weight for name, weight in model.named_parameters() if _BRANCH in name and ".lora_" not in name]
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
 
 
 def _is_logged(args: Any, state: Any) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError, unknown_choice
+from sparsort.scoring.loading.demo_model import ADAPTER
 from sparsort.scoring.model.spec import ModelSpec
 
 # Arguments of transformers' LlamaConfig for models of about 0.15 and 11 million parameters.
@@ -35,6 +36,7 @@ def make_tokenizer(model: ModelSpec | str) -> Any:
 
         return ByT5Tokenizer(extra_ids=0)
     _refuse_misspelt(str(model.name))
+    _refuse_adapter(str(model.name))
     return model.load_tokenizer()
 
 
@@ -89,6 +91,14 @@ def _refuse_misspelt(name: str) -> None:
     # Without this check, a misspelt preset such as "smal" would be searched for on the hub.
     if name.lower() in PRESETS or (name.isalpha() and name != "demo" and not Path(name).exists() and _is_near(name)):
         raise unknown_choice("model", name, (*PRESETS, "demo", "a folder", "a hub id"))
+
+
+def _refuse_adapter(name: str) -> None:
+    if (Path(name).expanduser() / ADAPTER).is_file():
+        raise SparsortError(
+            f"the model {name!r} is an adapter of PEFT, and this command trains all weights of a model. Merge the adapter into "
+            "its base model (merge_and_unload) and train that, or train the adapter in Python with sparsort.CurriculumTrainer."
+        )
 
 
 def _is_near(name: str) -> bool:

@@ -59,6 +59,8 @@ _CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
+# The file by which transformers recognises an adapter of PEFT.
+ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -80,8 +82,8 @@ def resolve_model(name: str) -> ResolvedModel:
     """Find the folder, file or hub id that a model name refers to.
 
     Args:
-        name: "demo" (converted on first use), a folder, a `.gguf` file, or a hub id such as "org/model". For a folder with
-            the name "demo", pass "./demo".
+        name: "demo" (converted on first use), a folder of a model or of an adapter of PEFT, a `.gguf` file, or a hub id such as
+            "org/model". For a folder with the name "demo", pass "./demo".
 
     Raises:
         SparsortError: the path does not exist, the folder contains no model, or the name cannot be a hub id.
@@ -119,6 +121,8 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
         options["local_files_only"] = cached_only(resolved.folder_or_id, revision=revision)
     if resolved.gguf_file:
         need("gguf", "gguf", "reading a GGUF model")
+    if (base := _base_of_adapter(Path(resolved.folder_or_id))) is not None:
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
     try:
         if resolved.gguf_file:
             tokenizer = _gguf_tokenizer(Path(resolved.folder_or_id) / resolved.gguf_file, options)
@@ -137,6 +141,22 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
             f"the model {model!r} has no tokenizer: its vocabulary is empty. Save one in the folder of the weights."
         )
     return tokenizer
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """The name of the base model of an adapter of PEFT that was saved without a tokenizer; None for any other folder."""
+    if not (folder / ADAPTER).is_file() or any(folder.glob("tokenizer*")):
+        return None
+    try:
+        base = parse_json((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SparsortError(f"cannot read {folder / ADAPTER}: {first_line(error)}. Save the adapter again.") from error
+    if not isinstance(base, str) or not base:
+        raise SparsortError(
+            f"the adapter {folder} does not name its base model. Set base_model_name_or_path in its {ADAPTER}, or merge the "
+            "adapter into the model (merge_and_unload) and save that."
+        )
+    return base
 
 
 def _gguf_tokenizer(file: Path, options: dict[str, Any]) -> Any:
@@ -309,9 +329,9 @@ def _adopt(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def _gguf_in(folder: Path) -> str | None:
-    """The only GGUF file in a folder; None if the folder has a config.json."""
+    """The only GGUF file in a folder; None if the folder has a config.json, or an adapter of PEFT."""
     names = sorted(path.name for path in folder.iterdir())
-    if "config.json" in names:
+    if "config.json" in names or ADAPTER in names:
         return None
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if len(ggufs) == 1:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from sparsort.errors import SparsortError, first_line, unknown_choice
+from sparsort.extras import need
 from sparsort.kernels.backend import Decision, compute_dtype, default_device, use_device
 from sparsort.scoring.loading.demo_model import (
+    ADAPTER,
     EXPECTED_MODELS,
     ResolvedModel,
     hint_at,
@@ -64,7 +66,8 @@ def load_model(
     """Load `model` for inference.
 
     Args:
-        model: hub id, folder, `.gguf` file, "demo", or a transformers model (then `tokenizer` is required).
+        model: hub id, folder (of a model, or of an adapter of PEFT), `.gguf` file, "demo", or a transformers model (then
+            `tokenizer` is required).
         tokenizer: a transformers tokenizer; None for that of the model.
         dtype: "auto" (bf16 if the processor has it, otherwise fp32), or the name of a torch dtype.
         device: "auto", "cpu", "cuda", "cuda:1", …
@@ -98,6 +101,8 @@ def load_model(
 
 def _read_model(name: str, resolved: ResolvedModel, device: torch.device, options: dict[str, Any]) -> Any:
     """Read a named model, or raise a `SparsortError` if that fails or the checkpoint lacks weights."""
+    if (Path(resolved.folder_or_id) / ADAPTER).is_file():
+        need("peft", "peft", "reading an adapter")
     try:
         if resolved.gguf_file:
             loaded, info = _read_gguf(Path(resolved.folder_or_id) / resolved.gguf_file, options)
@@ -207,6 +212,9 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
     if not folder.is_dir():
         commit = getattr(model.config, "_commit_hash", None)
         return f"hub:{folder_or_id}@{commit}" if commit else _hash_parameters(model)
+    if (folder / ADAPTER).is_file():
+        # The weights of the base model, which the results depend on too, are elsewhere.
+        return _hash_parameters(model)
     files = [folder / gguf_file] if gguf_file else _weight_files(folder)
     digest = hashlib.sha256()
     for path in files:
@@ -221,10 +229,8 @@ def _hash_weights(folder_or_id: str, gguf_file: str | None, model: Any) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     """The weight files that transformers may read."""
     files = sorted(folder.glob("*.safetensors"))
-    is_adapter = (folder / "adapter_config.json").is_file()
     # transformers looks for these names first, and reads pickled weights only if it finds neither.
-    names = ("adapter_model.safetensors",) if is_adapter else _SAFETENSORS
-    if not any((folder / name).is_file() for name in names):
+    if not any((folder / name).is_file() for name in _SAFETENSORS):
         files += sorted(folder.glob("*.bin"))
     return files
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsort.curriculum.loading.plan.pacing import Pacing as Pacing
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan as CurriculumPlan
     from sparsort.curriculum.loading.plan.planning import plan_curriculum as plan_curriculum
+    from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin as CurriculumMixin
     from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer as CurriculumTrainer
     from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
     from sparsort.recipes.ablate import ablate as ablate
@@ -64,6 +65,7 @@ _HOME = {
     "SparsityScorer": "scoring.scorers.sparsity",
     "CurriculumLoader": "curriculum.loading.loader.loader",
     "CurriculumPlan": "curriculum.loading.plan.plan",
+    "CurriculumMixin": "curriculum.loading.trainer.trainer",
     "CurriculumTrainer": "curriculum.loading.trainer.trainer",
     "OnlineDifficulty": "curriculum.loading.online.measure",
     "Pacing": "curriculum.loading.plan.pacing",

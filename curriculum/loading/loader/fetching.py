@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 import torch.utils.data
+from numpy.typing import NDArray
 
 from sparsort.curriculum.loading.loader.packing import cut, pack
 from sparsort.curriculum.loading.plan.shuffling import key_of
@@ -55,6 +56,12 @@ class Part:
         begin = micro * size + min(micro, larger)
         return own[begin : begin + size + (micro < larger)]  # type: ignore[return-value]
 
+    def rows(self, plan: CurriculumPlan, number: int, epoch: int, micro: int) -> NDArray[np.int64]:
+        """The rows of one micro-batch, in order; those of a packed sequence follow each other."""
+        if plan.settings.packing == "none":
+            return self.of(plan.batch(number, epoch), micro)
+        return np.concatenate(self.of(plan.bins(number, epoch), micro))
+
 
 class Fetcher(torch.utils.data.Dataset[Any]):
     """A map-style dataset of micro-batches: `__getitems__([key])` returns the examples of one micro-batch."""
@@ -70,9 +77,7 @@ class Fetcher(torch.utils.data.Dataset[Any]):
         bins: list[Any] | None = None
         if self.packs:
             bins = self.part.of(self.plan.bins(number, epoch), micro)
-            rows = np.concatenate(bins).tolist()
-        else:
-            rows = self.part.of(self.plan.batch(number, epoch).tolist(), micro)
+        rows = self.part.rows(self.plan, number, epoch, micro).tolist()
         try:
             examples = self._examples(rows)
         except Exception as error:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sparsort.conditions import Table, needs, refuse_unread_arguments
 from sparsort.curriculum.loading.loader.fetching import Fetcher, Key, Part
+from sparsort.curriculum.loading.loader.groups import GroupedPart, Groups
 from sparsort.curriculum.loading.loader.packing import PackedCollator
 from sparsort.curriculum.loading.loader.resuming import (
     Fingerprint,
@@ -63,6 +64,8 @@ class CurriculumLoader:
             torch.distributed, or assumes a single process. Rank r of R takes places r, r + R, … of each global batch.
         micro_batches: number of micro-batches that this rank's part of a global batch is divided into (gradient
             accumulation).
+        groups: load generation batches for reinforcement learning instead, in which every prompt is repeated (`groups`). A
+            global batch is then a generation batch, and it is yielded `groups.repeats` times, each time as a whole.
         num_workers, prefetch_factor, pin_memory, persistent_workers, worker_init_fn, multiprocessing_context, timeout: as in
             torch's DataLoader. Persistent workers live through all epochs, unless `on_stage` is set.
         fingerprint: your own name for the data. If the plan has a name too, the names are compared instead of the rows, and
@@ -74,6 +77,7 @@ class CurriculumLoader:
         epoch: the epoch of the current position.
         batch: number of global batches of this epoch that were yielded completely. After the last one, the next `for` begins
             the next epoch.
+        turn: how often the current generation batch was yielded; 0 without `groups`.
         on_stage: a function that is called with the loader and the number of the stage before the first batch of every stage
             is loaded, except for the very first stage of training (the number is 0 at the beginning of a later epoch). If it
             returns a plan, that plan applies from this batch on. While it is set, nothing is prefetched beyond the edge of a
@@ -97,6 +101,7 @@ class CurriculumLoader:
         rank: int | None = 0,
         world_size: int | None = 1,
         micro_batches: int = 1,
+        groups: Groups | None = None,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
@@ -125,7 +130,8 @@ class CurriculumLoader:
         self.dataset = dataset
         self.num_workers = num_workers
         self.on_stage: Hook | None = None
-        self._part = _part(rank, world_size, micro_batches)
+        self._part = _part(rank, world_size, micro_batches, groups)
+        self._groups = groups
         self._is_stream = is_stream(dataset)
         check_name(fingerprint)
         self._fingerprint: Fingerprint | None = fingerprint
@@ -140,7 +146,7 @@ class CurriculumLoader:
         self._persistent = persistent_workers
         # The arguments of the DataLoaders, apart from those that `_load` sets for each of them.
         self._options = {**options, "collate_fn": collate_fn, "pin_memory": pin_memory}
-        self._epoch = self._batch = 0
+        self._epoch = self._batch = self._turn = 0
         # The number of the iterator that may move the position: the latest, until the position is set.
         self._run = 0
         self._latest: tuple[CurriculumPlan, Key] | None = None
@@ -167,6 +173,26 @@ class CurriculumLoader:
         return self._batch
 
     @property
+    def turn(self) -> int:
+        return self._turn
+
+    @property
+    def yielded(self) -> int:
+        """Number of micro-batches of this epoch before the position that `state_dict` describes."""
+        return self._batch * self._part.micro_batches + self._turn
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Number of examples in a micro-batch over all ranks, as in accelerate's data loaders; None if the plan counts tokens.
+
+        Batches of a plan can have fewer examples, but never more.
+        """
+        if self._groups is not None:
+            return self._groups.prompts * self._groups.num_generations
+        size = self._plan.settings.batch_size
+        return None if size is None else -(-size // self._part.micro_batches)
+
+    @property
     def latest(self) -> tuple[int, int] | None:
         """Epoch and number of the latest global batch, yielded completely or in part; None before the first."""
         return None if self._latest is None else self._latest[1][:2]
@@ -180,9 +206,7 @@ class CurriculumLoader:
         if self._latest is None:
             return np.empty(0, dtype=np.int64)
         plan, (epoch, number, micro) = self._latest
-        if plan.settings.packing == "none":
-            return self._part.of(plan.batch(number, epoch), micro)
-        return np.concatenate(self._part.of(plan.bins(number, epoch), micro))
+        return self._part.rows(plan, number, epoch, micro)
 
     @property
     def stage(self) -> int:
@@ -224,14 +248,16 @@ class CurriculumLoader:
         """
         self._plan = self._checked(plan)
         self._persistent_loader = None
-        self._move(self._epoch, self._batch)
+        self._move(self._epoch, self._batch, self._turn)
 
     def state_dict(self) -> dict[str, Any]:
         """The position as JSON values of less than 1 KiB, whatever the size of the data.
 
         It refers to the first global batch that was not yielded completely; between micro-batches, that is the current one.
+        With `groups` it also says how often the current generation batch was yielded.
         """
-        return make_state(self._plan, self._data(), epoch=self._epoch, batch=self._batch)
+        state = make_state(self._plan, self._data(), epoch=self._epoch, batch=self._batch)
+        return state if self._groups is None else {**state, "turn": self._turn}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a state. Earlier iterators raise an error when they are used again.
@@ -239,14 +265,15 @@ class CurriculumLoader:
         Raises:
             SparsortError: the state belongs to another version, plan or data, or to a batch that the plan does not have.
         """
-        epoch, batch = position_of(state_dict, self._plan, self._data())
-        self._move(epoch, batch)
+        repeats = None if self._groups is None else self._groups.repeats
+        self._move(*position_of(state_dict, self._plan, self._data(), repeats=repeats))
 
     def _walk(self, run: int) -> Iterator[Any]:
         """The rest of the epoch, from one DataLoader, or from one DataLoader per stage if a hook is set."""
         self._check_current(run)
         epoch = self._epoch
         while (start := self._batch) < self._plan.n_batches:
+            turn = self._turn
             stop = self._plan.n_batches
             if self.on_stage is not None:
                 self._call_hook(start)
@@ -254,8 +281,8 @@ class CurriculumLoader:
                 # The hook may have replaced the plan, so its edges are read only now.
                 stop = next(edge for edge in (*self._plan.stage_edges, stop) if edge > start)
             plan = self._plan
-            batches = self._load(epoch, start, stop)
-            for key in self._keys.all(epoch, start, stop):
+            batches = self._load(epoch, start, stop, turn)
+            for key in self._keys.all(epoch, start, stop, turn):
                 # No local variable refers to the batch here, so its memory is freed as soon as the caller drops it.
                 yield self._next_batch(plan, key, batches)
                 self._check_current(run)
@@ -267,12 +294,14 @@ class CurriculumLoader:
         batch = next(batches)
         self._latest = (plan, key)
         # A global batch counts as yielded only after its last micro-batch.
-        self._batch = key[1] + (key[2] == self._part.micro_batches - 1)
+        is_whole = key[2] == self._part.micro_batches - 1
+        self._batch = key[1] + is_whole
+        self._turn = 0 if is_whole or self._groups is None else key[2] + 1
         return batch
 
-    def _load(self, epoch: int, start: int, stop: int) -> Iterator[Any]:
+    def _load(self, epoch: int, start: int, stop: int, turn: int) -> Iterator[Any]:
         # A persistent DataLoader reads this span again for every epoch, so it must be set before iterating.
-        self._keys.span = (epoch, start, stop)
+        self._keys.span = (epoch, start, stop, turn)
         keep = self._persistent and self.on_stage is None and not self._is_stream
         if keep and self._persistent_loader is not None:
             return iter(self._persistent_loader)
@@ -302,8 +331,8 @@ class CurriculumLoader:
         at_end = self._batch >= self._plan.n_batches
         return self._plan, (self._epoch + at_end, 0 if at_end else self._batch, 0)
 
-    def _move(self, epoch: int, batch: int) -> None:
-        self._epoch, self._batch, self._latest = epoch, batch, None
+    def _move(self, epoch: int, batch: int, turn: int = 0) -> None:
+        self._epoch, self._batch, self._turn, self._latest = epoch, batch, turn, None
         self._run += 1
 
     def _check_current(self, run: int) -> None:
@@ -324,11 +353,18 @@ class CurriculumLoader:
 
     def _checked(self, plan: CurriculumPlan) -> CurriculumPlan:
         if self._is_stream:
+            if self._groups is not None:
+                raise SparsortError(
+                    "a stream is read in its own order, and groups= repeats its prompts. Write it once with streams.materialize, "
+                    "or pass a dataset with [row]."
+                )
             check_stream(plan, self.dataset, self.num_workers)
         elif len(self.dataset) != plan.n_rows:
             raise another_size(plan, len(self.dataset))
+        if self._groups is not None:
+            self._groups.check(plan, self._part.world_size)
         needed = self._part.world_size * self._part.micro_batches
-        if plan.smallest_batch < needed:
+        if self._groups is None and plan.smallest_batch < needed:
             raise SparsortError(
                 f"the smallest global batch of the plan has {plan.smallest_batch} examples or packed sequences, and "
                 f"{self._part.world_size} ranks × {self._part.micro_batches} micro-batches need at least {needed}, or some "
@@ -347,19 +383,25 @@ class _Keys:
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches
-        self.span = (0, 0, 0)
+        self.span = (0, 0, 0, 0)
 
-    def all(self, epoch: int, start: int, stop: int) -> Iterator[Key]:
-        return ((epoch, number, micro) for number in range(start, stop) for micro in range(self.micro_batches))
+    def all(self, epoch: int, start: int, stop: int, turn: int) -> Iterator[Key]:
+        """The keys of the batches from `start` to `stop`; the first batch begins with micro-batch `turn`."""
+        return (
+            (epoch, number, micro)
+            for number in range(start, stop)
+            for micro in range(turn if number == start else 0, self.micro_batches)
+        )
 
     def __iter__(self) -> Iterator[list[Key]]:
         return ([key] for key in self.all(*self.span))
 
     def __len__(self) -> int:
-        return (self.span[2] - self.span[1]) * self.micro_batches
+        _epoch, start, stop, turn = self.span
+        return (stop - start) * self.micro_batches - turn
 
 
-def _part(rank: int | None, world_size: int | None, micro_batches: int) -> Part:
+def _part(rank: int | None, world_size: int | None, micro_batches: int, groups: Groups | None) -> Part:
     if rank is None or world_size is None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         own_rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -371,4 +413,10 @@ def _part(rank: int | None, world_size: int | None, micro_batches: int) -> Part:
         )
     if micro_batches < 1:
         raise SparsortError(f"micro_batches={micro_batches}: a global batch has at least 1. Omit it for 1.")
-    return Part(rank=rank, world_size=world_size, micro_batches=micro_batches)
+    if groups is None:
+        return Part(rank=rank, world_size=world_size, micro_batches=micro_batches)
+    if micro_batches != 1:
+        raise SparsortError(
+            f"micro_batches={micro_batches} would divide a generation batch, and groups= yields it whole. Omit micro_batches."
+        )
+    return GroupedPart(rank=rank, world_size=world_size, micro_batches=groups.repeats, groups=groups)

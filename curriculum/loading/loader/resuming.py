@@ -67,8 +67,16 @@ def make_state(plan: CurriculumPlan, data: Fingerprint, *, epoch: int, batch: in
     }
 
 
-def position_of(state: Any, plan: CurriculumPlan, data: Fingerprint) -> tuple[int, int]:
-    """The epoch and the batch to resume with; after a complete epoch, the beginning of the next one.
+def position_of(
+    state: Any, plan: CurriculumPlan, data: Fingerprint, *, repeats: int | None = None
+) -> tuple[int, int, int]:
+    """The epoch, batch and turn to resume with; after a complete epoch, the beginning of the next one.
+
+    Args:
+        state: the value that `state_dict` returned.
+        plan: the plan of the loader.
+        data: the fingerprint of the data of the loader.
+        repeats: how often the loader yields every generation batch; None if it does not load groups.
 
     Raises:
         SparsortError: the state is not one of a loader, belongs to another version, plan or data, or to a batch that the plan
@@ -94,7 +102,14 @@ def position_of(state: Any, plan: CurriculumPlan, data: Fingerprint) -> tuple[in
             f"the state is at epoch {epoch!r}, batch {batch!r}, and the plan has {plan.n_batches} batches per epoch. The "
             f"state is damaged: resume from an earlier one, {_OR_RESTART}."
         )
-    return (epoch + 1, 0) if batch == plan.n_batches else (epoch, batch)
+    turn = state.get("turn", 0)
+    if not _counts(turn) or turn >= (1 if repeats is None else repeats):
+        raise SparsortError(
+            f"the state was written after a generation batch was yielded {turn!r} times, and this loader yields "
+            f"{'no generation batches' if repeats is None else f'each of them {repeats} times'}. Resume with the same groups=, "
+            f"{_OR_RESTART}."
+        )
+    return (epoch + 1, 0, 0) if batch == plan.n_batches else (epoch, batch, turn)
 
 
 def _another_plan(state: Mapping[str, Any], plan: CurriculumPlan) -> str:

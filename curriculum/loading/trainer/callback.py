@@ -42,7 +42,6 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self.position: dict[str, Any] | None = None
         self.processes = 1
         self._loader: CurriculumLoader | None = None
-        self._trained = (0, 0)
         self._stage, self._share = 0, math.nan
         self._sum, self._count = 0.0, 0
 
@@ -64,12 +63,15 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "Return the loader of super().get_train_dataloader()."
             )
         if state.global_step > 0:
-            _resume(loader, state, type(self).__name__)
+            _resume(loader, state, type(self).__name__, args.gradient_accumulation_steps)
         self._loader, self.processes = loader, args.world_size
         self.position = loader.state_dict()
         self._sum, self._count = 0.0, 0
-        if state.is_world_process_zero and (warning := _warning_if_cut_short(loader.plan, state.max_steps)):
+        per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
+        if state.is_world_process_zero and (warning := _warning_if_cut_short(loader.plan, state.max_steps, per_epoch)):
             _LOG.warning("%s", warning)
+        if state.is_world_process_zero and (advice := _advice_on_decay(loader.plan, args.lr_scheduler_type)):
+            _LOG.info("%s", advice)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the global batch of this step; Trainer has fetched all its micro-batches by now."""
@@ -77,9 +79,12 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if loader is None or loader.latest is None:
             return
         plan, (epoch, number) = loader.plan, loader.latest
-        self._trained = (epoch, number)
         self._stage, self._share = plan.stage(number), plan.share(number, epoch)
-        difficulty = np.asarray(plan.difficulty[plan.batch(number, epoch)], dtype=np.float64)
+        # A step can take several generation batches, or a part of one.
+        first = (loader.yielded - 1) // args.gradient_accumulation_steps * args.gradient_accumulation_steps
+        numbers = range(first * plan.n_batches // len(loader), number + 1)
+        rows = np.concatenate([plan.batch(each, epoch) for each in numbers])
+        difficulty = np.asarray(plan.difficulty[rows], dtype=np.float64)
         scored = difficulty[np.isfinite(difficulty)]
         # The sums restart whenever `measures` reports them.
         self._sum += float(scored.sum())
@@ -93,9 +98,7 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct `state.epoch`, since Trainer counts a resumed epoch from its beginning."""
         if self._loader is not None:
-            # The latest step trained on this global batch, so the epoch is complete after its last one.
-            epoch, number = self._trained
-            state.epoch = epoch + (number + 1) / self._loader.plan.n_batches
+            state.epoch = self._loader.epoch + self._loader.yielded / len(self._loader)
 
     def measures(self) -> dict[str, float]:
         """The stage and share of the latest step, and the mean difficulty since the previous call.
@@ -111,7 +114,7 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         return measured
 
 
-def _resume(loader: CurriculumLoader, state: Any, name: str) -> None:
+def _resume(loader: CurriculumLoader, state: Any, name: str, accumulation: int) -> None:
     stored = state.stateful_callbacks.get(name)
     # transformers stores a list if several callbacks share a class name.
     stored = stored[-1] if isinstance(stored, list) else stored
@@ -123,23 +126,28 @@ def _resume(loader: CurriculumLoader, state: Any, name: str) -> None:
             "weights: load the model with from_pretrained(checkpoint) and call train() without resume_from_checkpoint."
         )
     loader.load_state_dict(position)
-    n_batches = loader.plan.n_batches
-    if (step := loader.epoch * n_batches + loader.batch) != state.global_step:
+    per_epoch = -(-len(loader) // accumulation)
+    steps, remainder = divmod(loader.yielded, accumulation)
+    step = loader.epoch * per_epoch + steps
+    if remainder or step != state.global_step:
+        where = f"inside step {step}" if remainder else f"step {step}"
         raise SparsortError(
             f"the checkpoint is of step {state.global_step}, but its curriculum is at epoch {loader.epoch}, batch "
-            f"{loader.batch} of {n_batches}, which is step {step}. The cause may be a callback that cut an epoch short "
-            "(should_epoch_stop), or other code that moved the loader. Start from an earlier checkpoint."
+            f"{loader.batch} of {loader.plan.n_batches}, which is {where}. The cause may be another accumulation or "
+            "num_iterations in a trainer that generates, a callback that cut an epoch short (should_epoch_stop), or other code "
+            "that moved the loader. Use the options of the first run, or start from an earlier checkpoint."
         )
 
 
-def _warning_if_cut_short(plan: CurriculumPlan, steps: int) -> str | None:
+def _warning_if_cut_short(plan: CurriculumPlan, steps: int, per_epoch: int) -> str | None:
     """A warning if training does not end at the end of an epoch of the curriculum; None if it does."""
-    settings, n_batches = plan.settings, plan.n_batches
-    whole, remainder = divmod(steps, n_batches)
-    if settings.mode == "pool" and steps > n_batches:
+    settings = plan.settings
+    whole, remainder = divmod(steps, per_epoch)
+    if settings.mode == "pool" and steps > per_epoch:
+        paced = plan.n_batches * steps // per_epoch
         return (
-            f"the plan paces over {n_batches} steps and training takes {steps}: after {n_batches} the pacing starts again "
-            f"with the easiest. To go through it once, set max_steps={n_batches}, or plan with steps={steps}."
+            f"the plan paces over {per_epoch} steps and training takes {steps}: after {per_epoch} the pacing starts again "
+            f"with the easiest. To go through it once, set max_steps={per_epoch}, or plan with steps={paced}."
         )
     if not remainder or settings.schedule in ("shuffle", "as_given") or (whole and settings.later_epochs == "shuffle"):
         return None
@@ -147,6 +155,19 @@ def _warning_if_cut_short(plan: CurriculumPlan, steps: int) -> str | None:
     if whole:
         consequence = f"are trained on {whole} times, and the beginning {whole + 1} times"
     return (
-        f"training ends at step {steps}, inside an epoch of {n_batches}: the last {n_batches - remainder} batches of the "
-        f"curriculum {consequence}. Set max_steps to a multiple of {n_batches} to go through it whole."
+        f"training ends at step {steps}, inside an epoch of {per_epoch}: the last {per_epoch - remainder} steps of the "
+        f"curriculum {consequence}. Set max_steps to a multiple of {per_epoch} to go through it whole."
+    )
+
+
+def _advice_on_decay(plan: CurriculumPlan, scheduler: Any) -> str | None:
+    """What a learning rate that decays means for this curriculum; None if the rate or the order of the plan does not matter."""
+    settings, name = plan.settings, str(getattr(scheduler, "value", scheduler))
+    has_order = settings.schedule not in ("shuffle", "as_given") and settings.direction != "random"
+    if not has_order or name.startswith("constant"):
+        return None
+    return (
+        f"lr_scheduler_type={name!r} lowers the learning rate towards the end, where the curriculum shows its last examples. "
+        "In published experiments a curriculum then lost most of its gain, and kept it with a constant rate or with averaged "
+        "weights (arXiv 2511.18903). Consider lr_scheduler_type='constant_with_warmup'."
     )

@@ -34,8 +34,8 @@ _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 _DAMAGED, _NONE = -1, -2
 
 
-class NoCheckpointError(SparsortError):
-    """A folder has no checkpoint that training can resume from."""
+class NoCheckpointError(SparsortError, ValueError):
+    """A folder has no checkpoint that training can resume from. It is a ValueError too, which is what Trainer raises."""
 
 
 def seal_checkpoint(checkpoint: Path | str) -> None:

@@ -1,12 +1,12 @@
 """The check that a curriculum can be mixed into a trainer: the trainer must leave batches to transformers' Trainer.
 
 Contract: a trainer that chooses its own batches is refused on construction, before a model is loaded, and the error names its
-class. Either it would bypass the plan, or the plan would bypass it: TRL's GRPOTrainer repeats each prompt for a group of
-completions and generates for several steps at once. Without its own sampler its groups are split, advantages are normalised
-across different prompts, and a part of each batch gets no completions.
+class. Either it would bypass the plan, or the plan would bypass it: a trainer that repeats each prompt for a group of completions
+needs batches in its own layout, or groups are split and advantages are normalised across different prompts.
 
-Trainers that generate within a step, for the prompts of that step only, are accepted (TRL's OnlineDPOTrainer, GKDTrainer): they
-use the batches that they get.
+TRL's GRPOTrainer and RLOOTrainer are accepted, because their layout is known (`generation`). Trainers that generate within a
+step, for the prompts of that step only, are accepted too (TRL's OnlineDPOTrainer, GKDTrainer): they use the batches that they
+get.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from typing import Any
 
 from transformers import Trainer
 
+from sparsort.curriculum.loading.trainer.generation import GROUPED, generates_in_groups
 from sparsort.errors import SparsortError
 
 _SAMPLER, _LOADER, _INPUTS = "_get_train_sampler", "get_train_dataloader", "_prepare_inputs"
 _GENERATION = ("num_generations", "generation_batch_size", "steps_per_generation")
-_REORDERING = {
-    "packing": "pack with the plan instead: plan_curriculum(…, packing='next_fit', pack_length=…)",
-    "shuffle_dataset": "omit it: the plan orders the rows",
-}
 
 
 def refuse_mixin_after_trainer(trainer: type, mixin: type) -> None:
@@ -41,13 +38,14 @@ def refuse_mixin_after_trainer(trainer: type, mixin: type) -> None:
         )
 
 
-def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
+def refuse_own_batches(trainer: type, mixin: type, args: Any = None, *, plan_packs: bool = False) -> None:
     """Refuse a class of trainer that chooses, orders or generates its own training batches.
 
     Args:
         trainer: the class that is constructed, a subclass of `mixin`.
         mixin: the class that adds a curriculum to a trainer.
         args: the trainer's arguments, if they are known.
+        plan_packs: whether the plan packs rows.
 
     Raises:
         SparsortError: a class in the MRO defines its own sampler or train dataloader or generates batches, or the arguments
@@ -57,19 +55,33 @@ def refuse_own_batches(trainer: type, mixin: type, args: Any = None) -> None:
         is_trusted = cls in Trainer.__mro__ or cls.__module__.startswith("sparsort.")
         if not is_trusted and (reason := _own_batches(cls, mixin)):
             raise _refusal(cls, reason, args)
+    if generates_in_groups(trainer):
+        # `shuffle_dataset` is on by default there and has an effect on the sampler only, which the plan replaces.
+        return
     if generating := [name for name in _GENERATION if getattr(args, name, None) is not None]:
         raise _refusal(_nearest_class(trainer, mixin), f"{type(args).__name__} sets {generating[0]}", args)
-    for name, instead in _REORDERING.items():
-        if getattr(args, name, False) is True:
-            raise SparsortError(
-                f"{name}=True makes {_nearest_class(trainer, mixin).__name__} put the rows into an order of its own, which is "
-                f"not that of the plan; {instead}."
-            )
+    name = _nearest_class(trainer, mixin).__name__
+    # An SFTTrainer that does not prepare the dataset neither packs nor shuffles it, and `packing` chooses the collator only.
+    is_prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+    if getattr(args, "packing", False) is True and (is_prepared or plan_packs):
+        raise SparsortError(
+            f"packing=True makes {name} replace the rows of the plan by packed sequences. Either pack with the plan, which keeps "
+            "its order: plan_curriculum(…, packing='next_fit', pack_length=…) and packing=False. Or pack first "
+            "(trl.pack_dataset), plan the packed sequences without packing, and pass them with "
+            "dataset_kwargs={'skip_prepare_dataset': True}."
+        )
+    if getattr(args, "shuffle_dataset", False) is True and is_prepared:
+        raise SparsortError(
+            f"shuffle_dataset=True makes {name} put the rows into an order of its own, which is not that of the plan; omit it: "
+            "the plan orders the rows."
+        )
 
 
 def _own_batches(cls: type, mixin: type) -> str | None:
     """A description of how a class chooses its own batches; None if it does not."""
     own = vars(cls)
+    if f"{cls.__module__}.{cls.__qualname__}" in GROUPED:
+        return None
     if _SAMPLER in own:
         return f"it defines {_SAMPLER}"
     # A subclass of the mixin may override the loader and build on it.
@@ -99,5 +111,5 @@ def _refusal(cls: type, reason: str, args: Any) -> SparsortError:
     return SparsortError(
         f"{cls.__name__} chooses its own training batches ({reason}), which a curriculum would replace: use it without "
         f"CurriculumMixin, on rows that are already in order (train_dataset.select(plan.order){option}), or mix the curriculum "
-        "into a trainer that leaves batches to transformers' Trainer, such as TRL's SFTTrainer or DPOTrainer."
+        "into a trainer whose batches are known, such as TRL's SFTTrainer, DPOTrainer or GRPOTrainer."
     )

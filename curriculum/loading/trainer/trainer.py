@@ -1,10 +1,11 @@
 """A curriculum inside transformers' Trainer: the plan's batches, on any number of processes, resumed exactly.
 
 Contract: optimiser step s trains on global batch s of the plan, whatever the number of processes, data workers and accumulation
-steps. `resume_from_checkpoint` continues with the next batch, without delay. Trainer's own ordering options
-(`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, accelerate's `even_batches`) have no effect: the loader is
-already sharded and does not pass through `accelerator.prepare`, whose wrap-around would show the easiest examples again after the
-hardest.
+steps. In TRL's GRPO and RLOO, the plan's batches are the prompts of generation batches, which serve as many steps as the
+trainer's options say (`generation`). `resume_from_checkpoint` continues with the next batch, without delay. Trainer's own
+ordering options (`train_sampling_strategy`, `data_seed`, `dataloader_drop_last`, accelerate's `even_batches`) have no effect: the
+loader is already sharded and does not pass through `accelerator.prepare`, whose wrap-around would show the easiest examples again
+after the hardest.
 
 Checkpoints are completed by a manifest and checked against it before they are used (`checkpoints`).
 
@@ -32,10 +33,17 @@ from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.trainer import checkpoints
 from sparsort.curriculum.loading.trainer.callback import CurriculumCallback
 from sparsort.curriculum.loading.trainer.classes import refuse_mixin_after_trainer, refuse_own_batches
+from sparsort.curriculum.loading.trainer.generation import (
+    generates_in_groups,
+    groups_of,
+    load_completions,
+    save_completions,
+)
 from sparsort.errors import SparsortError
 from sparsort.storage.files import disk_errors
 
 if TYPE_CHECKING:
+    from sparsort.curriculum.loading.loader.groups import Groups
     from sparsort.curriculum.loading.online.measure import OnlineDifficulty
     from sparsort.curriculum.loading.online.online_curriculum import OnlineCurriculum
 
@@ -63,6 +71,9 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         SparsortError: the trainer chooses its own batches (`classes`), or `train_dataset` does not have the plan's rows in
             their order, or has nothing that could be compared with them (`verification`).
     """
+
+    # TRL's buffer of completions, a list of dictionaries once it has generated.
+    _buffered_inputs: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -99,7 +110,14 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         self._fingerprint, self._verify = fingerprint, verify
         # All checks come before the model is loaded, and before the other base class removes columns from the data.
         arguments = _arguments_by_name(super().__init__, args, kwargs)
-        refuse_own_batches(type(self), CurriculumMixin, arguments.get("args"))
+        self._groups: Groups | None = None
+        self._has_own_collator = arguments.get("data_collator") is not None
+        plan_packs = self.curriculum.settings.packing != "none"
+        refuse_own_batches(type(self), CurriculumMixin, arguments.get("args"), plan_packs=plan_packs)
+        if online is not None and generates_in_groups(type(self)):
+            raise SparsortError(
+                "online= measures the forward pass of a training step, and this trainer runs others to generate. Omit online=."
+            )
         given = arguments.get("train_dataset")
         if given is not None and verify:
             verify_rows(self.curriculum, given, fingerprint=fingerprint)
@@ -145,7 +163,10 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             # The dataset was set after construction.
             verify_rows(self.curriculum, self.train_dataset, fingerprint=self._fingerprint)
             self._verified = self.train_dataset
-        if self.curriculum.settings.batch_size is not None:
+        if generates_in_groups(type(self)):
+            # The layout does not depend on the dataset, and TRL's sampler fails on one without a length.
+            self._groups = groups_of(super()._get_train_sampler([None]))
+        elif self.curriculum.settings.batch_size is not None:
             check_global_batch(
                 self.curriculum.settings.batch_size,
                 args.per_device_train_batch_size,
@@ -159,7 +180,8 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             collate_fn=collate,
             rank=args.process_index,
             world_size=args.world_size,
-            micro_batches=args.gradient_accumulation_steps,
+            micro_batches=1 if self._groups else args.gradient_accumulation_steps,
+            groups=self._groups,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
@@ -178,6 +200,22 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             return [], None
         samples: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
         return samples
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer is to run the rest of a resumed epoch as if it were a whole one: it counts batches from 0, and takes a step
+        # that has fewer batches than the others for the last one only if the numbers agree.
+        loader, epoch = kwargs["train_dataloader"], kwargs["epoch"]
+        done = loader.yielded if loader.epoch == epoch else 0
+        kwargs["steps_in_epoch"] -= done
+        kwargs["num_update_steps_per_epoch"] -= done // self.args.gradient_accumulation_steps
+        if self._groups is not None:
+            self._step = epoch * len(loader) + done
+            if done % self._groups.repeats:
+                # The resumed epoch is the only one that begins inside a generation batch.
+                rank, world_size, device = self.args.process_index, self.args.world_size, self.args.device
+                folder = Path(kwargs["resume_from_checkpoint"])
+                self._buffered_inputs = load_completions(folder, rank=rank, world_size=world_size, device=device)
+        super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of the trainer that this is mixed into; with `online`, its forward pass also measures the micro-batch."""
@@ -213,6 +251,9 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             with disk_errors(folder):
                 if self._learning is not None:
                     self._learning.save(folder / _ONLINE)
+                if self._groups is not None and self._step % self._groups.repeats:
+                    rank, world_size = args.process_index, args.world_size
+                    save_completions(folder, self._buffered_inputs, rank=rank, world_size=world_size)
                 super()._save_checkpoint(model, trial)
             self._seal(folder)
         except SparsortError:
@@ -286,7 +327,9 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
 
     def _dataset_and_collator(self) -> tuple[Any, Callable[[list[Any]], Any]]:
         collate = self.data_collator
-        by_default = collate is default_data_collator or type(collate) is DataCollatorWithPadding
+        # Trainers of TRL construct a collator of their own if none was passed; it would drop the edges of the packed documents.
+        by_default = not self._has_own_collator or collate is default_data_collator
+        by_default = by_default or type(collate) is DataCollatorWithPadding
         if by_default and self.curriculum.settings.packing != "none":
             collate = PackedCollator(pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0)
         if isinstance(self.train_dataset, datasets.Dataset):
@@ -317,6 +360,11 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
             raise SparsortError(
                 f"train_sampling_strategy={self.args.train_sampling_strategy!r} would order the data, but the plan already does. "
                 "Omit it; to group similar lengths, plan with group_by_length=True."
+            )
+        if generates_in_groups(type(self)) and self.args.enable_jit_checkpoint:
+            raise SparsortError(
+                "enable_jit_checkpoint=True saves in the middle of a step, when a part of its completions was already used. Omit "
+                "it, and save often (save_steps)."
             )
         if self.args.dataloader_drop_last:
             raise SparsortError(

@@ -311,11 +311,11 @@ def test_a_checkpoint_taken_before_the_step_is_finished_repeats_that_step(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ({}, {"max_steps": 5}, "the last 6 batches of the curriculum are not trained on"),
+        ({}, {"max_steps": 5}, "the last 6 steps of the curriculum are not trained on"),
         (
             {},
             {"max_steps": 15},
-            "the last 7 batches of the curriculum are trained on 1 times, and the beginning 2 times",
+            "the last 7 steps of the curriculum are trained on 1 times, and the beginning 2 times",
         ),
         ({}, {"num_train_epochs": 1}, None),
         ({"later_epochs": "shuffle"}, {"max_steps": 15}, None),
