@@ -49,12 +49,13 @@ class DifficultySampler:
     Args:
         prior: `Scores` of the N prompts, or an array of N difficulties (higher is harder, NaN is unknown). Until `fit` is
             called, pass rates are assumed to fall evenly with the rank of the difficulty. An integer N means no prior.
-        block: B, number of distinct prompts that are drawn together.
+        block: B, number of distinct prompts that are drawn together; 1 by default, and set by `DifficultyMixin`.
         target: "variance" weighs a prompt by the expected variance of its reward, which is half the probability that two
             rollouts differ. A pair (low, high) weighs it by the probability that its pass rate is in that band.
         floor: share of the draws that is uniform over all prompts, in [0, 1].
         half_life: number of epochs after which an observed reward counts half; None for no forgetting.
-        lag: number of blocks that may be drawn before the rewards of a block are observed. accelerate draws one batch ahead.
+        lag: number of blocks that may be drawn before the rewards of a block are observed; 1 by default, because accelerate
+            draws one batch ahead. `DifficultyMixin` sets it.
         seed: seed of all draws.
 
     Raises:
@@ -65,31 +66,28 @@ class DifficultySampler:
         self,
         prior: Scores | ArrayLike | int,
         *,
-        block: int = 1,
+        block: int | None = None,
         target: Target = "variance",
         floor: float = 0.1,
         half_life: float | None = 1.0,
-        lag: int = 1,
+        lag: int | None = None,
         seed: int = 0,
     ) -> None:
         self._difficulty = _difficulty_of(prior)
         n_rows = len(self._difficulty)
-        _check("block", block, isinstance(block, int) and 1 <= block <= n_rows, f"1 to the {n_rows} prompts")
         _check("floor", floor, 0 <= floor <= 1, "a share in [0, 1]")
         _check("half_life", half_life, half_life is None or 0 < half_life < math.inf, "above 0, or None")
-        _check("lag", lag, isinstance(lag, int) and lag >= 0, "a whole number of at least 0")
         if target != "variance":
             low, high = target if isinstance(target, (tuple, list)) and len(target) == 2 else (1.0, 0.0)
             _check("target", target, 0 <= low < high <= 1, '"variance", or a band (low, high) in [0, 1]')
-        self.block, self.lag = block, lag
+        self._given = {"block": block, "lag": lag}
         self._settings: dict[str, Any] = {
-            "block": block,
             "target": target if isinstance(target, str) else list(target),
             "floor": float(floor),
             "half_life": half_life,
-            "lag": lag,
             "seed": seed,
         }
+        self.configure()
         self._mean, self._strength = _means_by_rank(self._difficulty), _STRENGTH
         # Evidence: sums of rewards and of missing rewards, and the block of the latest observation.
         self._passes, self._failures = np.zeros(n_rows), np.zeros(n_rows)
@@ -103,13 +101,51 @@ class DifficultySampler:
         self._held: dict[int, tuple[Rows, Floats]] = {}
         self._cumulative: Floats | None = None
 
+    def configure(self, *, block: int = 1, lag: int = 1, multiple: int = 1) -> None:
+        """Set what a training loop knows: called by `DifficultyMixin`, before the first draw.
+
+        Args:
+            block, lag: the values of arguments that were not given.
+            multiple: the number of blocks per epoch is a multiple of this, so that an epoch ends with an optimiser step.
+
+        Raises:
+            SparsortError: the values given on construction do not fit, or there are too few prompts.
+        """
+        n_rows, given_block, given_lag = len(self._difficulty), self._given["block"], self._given["lag"]
+        if given_block not in (None, block) and block != 1:
+            raise SparsortError(f"training draws {block} prompts together, but block={given_block}; omit block.")
+        if given_lag is not None and given_lag < lag and block != 1:
+            raise SparsortError(f"training draws {lag} blocks ahead, but lag={given_lag}; omit lag, or use lag={lag}.")
+        block = block if given_block is None else given_block
+        lag = lag if given_lag is None else given_lag
+        _check("block", block, isinstance(block, int) and 1 <= block <= n_rows, f"1 to the {n_rows} prompts")
+        _check("lag", lag, isinstance(lag, int) and lag >= 0, "a whole number of at least 0")
+        self.block, self.lag = block, lag
+        self._blocks_per_epoch = n_rows // block // multiple * multiple
+        if not self._blocks_per_epoch:
+            raise SparsortError(
+                f"an optimiser step needs {multiple} blocks of {block} prompts, and there are {n_rows} prompts. Use a "
+                "smaller batch."
+            )
+        self._settings |= {"block": block, "lag": lag, "blocks_per_epoch": self._blocks_per_epoch}
+
     def __len__(self) -> int:
         """The number of rows that an epoch draws."""
         return self._blocks_per_epoch * self.block
 
     @property
+    def n_rows(self) -> int:
+        """N, the number of prompts."""
+        return len(self._difficulty)
+
+    @property
     def epoch(self) -> int:
         return self._epoch
+
+    @property
+    def awaited(self) -> Rows | None:
+        """The rows of the oldest block whose rewards were not observed, (B,); None if there is none."""
+        return self._pending.get(self._observed)
 
     @property
     def strength(self) -> float:
@@ -313,10 +349,6 @@ class DifficultySampler:
         held_rows, held_rewards = np.asarray(state_dict["held_rows"]), np.asarray(state_dict["held_rewards"])
         self._held = {int(b): (held_rows[blocks == b], held_rewards[blocks == b]) for b in np.unique(blocks)}
         self._cumulative = None
-
-    @property
-    def _blocks_per_epoch(self) -> int:
-        return len(self._difficulty) // self.block
 
     def _walk(self) -> Iterator[Rows]:
         """The rest of the epoch. The consumer moves `_next` on."""
