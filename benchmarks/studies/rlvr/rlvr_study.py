@@ -4,8 +4,8 @@
     python benchmarks/studies/rlvr/rlvr_study.py --page               # only the page, from the stored results
 
 The task is in `rlvr_task.py`. Arms, hypotheses and the primary test were fixed in `docs/design/rl-difficulty-and-resuming.md`
-before the first run; the task was tuned (warm start, learning rate, number of steps) on the uniform arm and seed 100 only. Every run is
-stored when it ends, so an interrupted study continues.
+before the first run; the task was tuned (warm start, learning rate, number of steps) on the uniform arm and seed 100 only. Every
+run is stored when it ends, so an interrupted study continues.
 
 All arms have the same number of rollouts, which includes those of a pilot. A seed determines the data, the scores, the warm start
 and the test prompts, so arms are paired by seed.
@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,46 +205,49 @@ def page(results: dict[str, Any]) -> str:
     runs = results["runs"]
     warm = 100 * np.mean([runs[f"{seed}/uniform"]["warm"] for seed in SEEDS])
     minutes = sum(run["cpu_s"] for run in runs.values()) / 60
-    lines = [
+    tables = [differences(results, area), differences(results, final)]
+    blocks = [
         "# Which prompts should RL with verifiable rewards draw?",
-        "",
-        f"`python benchmarks/studies/rlvr/rlvr_study.py` ({minutes:.0f} minutes of CPU time on one core) writes this page. Hypotheses, arms",
-        "and the primary test were [written down](../design/rl-difficulty-and-resuming.md) before the first run.",
-        "",
-        f"A transformer of 0.1 million parameters answers a string of 1 to {LONGEST} digits with the reversed string. After a supervised warm start",
-        f"it passes {warm:.0f} % of the test prompts: short strings nearly always, long ones never. GRPO then trains it for",
-        f"{STEPS * BLOCK * GROUP:,} rollouts ({BLOCK} prompts × {GROUP} rollouts per step, {PROMPTS} prompts). The score of a prompt is its length plus noise",
-        "(correlation 0.8). All arms have the same number of rollouts, and pay for their pilots.",
-        "",
+        f"`python benchmarks/studies/rlvr/rlvr_study.py` ({minutes:.0f} minutes of CPU time on one core) writes this page. Hypotheses, "
+        "arms and the primary test were [written down](../design/rl-difficulty-and-resuming.md) before the first run.",
+        f"A transformer of 0.1 million parameters answers a string of 1 to {LONGEST} digits with the reversed string. After a "
+        f"supervised warm start it passes {warm:.0f} % of the test prompts: short strings nearly always, long ones never. GRPO then "
+        f"trains it for {STEPS * BLOCK * GROUP:,} rollouts ({BLOCK} prompts × {GROUP} rollouts per step, {PROMPTS} prompts). The "
+        "score of a prompt is its length plus noise (correlation 0.8). All arms have the same number of rollouts, and pay for their "
+        "pilots.",
+        _arm_table(results),
+        "The area under the curve is the mean test pass rate over ten evaluations at equal numbers of rollouts, in points. A group "
+        "has a gradient if its rollouts do not all have the same reward.",
+        _difference_table(tables),
+        f"Means over {len(SEEDS)} seeds, paired, with 95 % t intervals. The p-values of the secondary rows are corrected by Holm's "
+        "method within their column. Only the area of the primary row was the primary test.",
+        "\n".join(_conclusions(tables[0])),
+        "What this does not show: one toy task, one size, one informative score, one setting of the sampler. Five seeds find only "
+        "large differences. The filter is applied once, before training; filters that are repeated during training cost more "
+        "rollouts and drop less.",
+    ]
+    wrapped = (block if block[0] in "#|-" else textwrap.fill(block, 130, break_on_hyphens=False) for block in blocks)
+    return "\n\n".join(wrapped) + "\n"
+
+
+def _arm_table(results: dict[str, Any]) -> str:
+    lines = [
         "| arm | prompts | area under the curve | final pass rate | groups with a gradient |",
         "| --- | --- | --- | --- | --- |",
     ]
     for arm, meaning in ARMS.items():
-        informative = 100 * np.mean([runs[f"{seed}/{arm}"]["informative"] for seed in SEEDS])
-        lines.append(
-            f"| `{arm}` | {meaning} | {area(results, arm).mean():.1f} | {final(results, arm).mean():.1f} | {informative:.0f} % |"
-        )
-    lines += [
-        "",
-        "The area under the curve is the mean test pass rate over ten evaluations at equal numbers of rollouts, in points. A group has a",
-        "gradient if its rollouts do not all have the same reward.",
-        "",
-        "| difference, points | area under the curve | final pass rate |",
-        "| --- | --- | --- |",
-    ]
-    tables = [differences(results, area), differences(results, final)]
+        informative = 100 * np.mean([results["runs"][f"{seed}/{arm}"]["informative"] for seed in SEEDS])
+        numbers = f"{area(results, arm).mean():.1f} | {final(results, arm).mean():.1f} | {informative:.0f} %"
+        lines.append(f"| `{arm}` | {meaning} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _difference_table(tables: list[list[list[float]]]) -> str:
+    lines = ["| difference, points | area under the curve | final pass rate |", "| --- | --- | --- |"]
     for number, (first, second) in enumerate(PAIRS):
-        cells = [_difference(*table[number]) for table in tables]
-        role = "**primary:** " if number == 0 else ""
-        lines.append(f"| {role}`{first}` − `{second}` | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Means over {len(SEEDS)} seeds, paired, with 95 % t intervals. The p-values of the secondary rows are corrected by Holm's method",
-        "within their column. Only the area of the primary row was the primary test.",
-        "",
-        *_conclusions(tables[0]),
-    ]
-    return "\n".join(lines) + "\n"
+        cells = " | ".join(_difference(*table[number]) for table in tables)
+        lines.append(f"| {'' if number else '**primary:** '}`{first}` − `{second}` | {cells} |")
+    return "\n".join(lines)
 
 
 def _difference(mean: float, low: float, high: float, p: float) -> str:
@@ -258,12 +262,7 @@ def _conclusions(rows: list[list[float]]) -> list[str]:
             lines.append(f"- {name}, a null result: no difference between `{first}` and `{second}` was found.")
         else:
             lines.append(f"- {name}: `{first}` is {'better' if mean > 0 else 'worse'} than `{second}`.")
-    return [
-        *lines,
-        "",
-        "What this does not show: one toy task, one size, one informative score, one setting of the sampler. Five seeds find only large",
-        "differences. The filter is applied once, before training; filters that are repeated during training cost more rollouts and drop less.",
-    ]
+    return lines
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A task with verifiable rewards that a tiny transformer learns on one core: answer a string of digits with the reversed string.
 
-The length of the string, 1 to 12, grades the difficulty. A supervised warm start leaves short strings solved and long ones unsolved;
-`Policy.update` then trains with GRPO, one update per batch of rollouts.
+The length of the string, 1 to 12, grades the difficulty. A supervised warm start leaves short strings solved and long ones
+unsolved; `Policy.update` then trains with GRPO, one update per batch of rollouts.
 
 Shapes: B strings, T positions of a prompt or an answer (12), V tokens, D width.
 """
