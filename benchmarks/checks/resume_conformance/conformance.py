@@ -1,8 +1,8 @@
 """Does a loader or trainer resume exactly? The cases, the criteria, and the protocol of an adapter.
 
-An adapter is a class with a `run` method; see `Adapter`. For each case, the data are loaded once without an interruption, and once
-with a stop, after which everything is built again from the state that was saved. Both are lists of global batches: the ids that all
-ranks together see in one step, in order. A resume is exact if
+An adapter is a class with a `run` method; see `Adapter`. For each case, the data are loaded once without an interruption, and
+once with a stop, after which everything is built again from the state that was saved. Both are lists of global batches: the ids
+that all ranks together see in one step, in order. A resume is exact if
 
 - the order is restored: the batches after the resume are those of the uninterrupted run, as ordered lists;
 - nothing is repeated: in the epoch of the stop, no id is seen more often than without the interruption;
@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 Batch = list[int]
 
-ROWS, GLOBAL_BATCH, EPOCHS, SEED = 42, 4, 3, 17
+# Full batches only: a system that fills up the last batch with repeated rows is not at fault here.
+ROWS, GLOBAL_BATCH, EPOCHS, SEED = 44, 4, 3, 17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +94,14 @@ CASES = (
     Case(name="epoch boundary", place=1.0),
     Case(name="prefetched", place=LATER, before=Setup(workers=2), after=Setup(workers=2)),
     Case(name="other workers", place=LATER, before=Setup(workers=2), after=Setup(workers=1)),
+    Case(name="two ranks", place=LATER, before=Setup(ranks=2), after=Setup(ranks=2)),
     Case(name="other ranks", place=LATER, before=Setup(ranks=2), after=Setup(ranks=1)),
     Case(name="accumulation", place=LATER, before=Setup(accumulation=2), after=Setup(accumulation=2)),
     Case(name="packing", place=LATER, before=Setup(packing=True), after=Setup(packing=True)),
 )
 PLAIN = frozenset({"first epoch", "later epoch", "epoch boundary"})
 WORKERS = frozenset({"prefetched", "other workers"})
+RANKS = frozenset({"two ranks", "other ranks"})
 ALL = frozenset(case.name for case in CASES)
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from conformance import ALL, EPOCHS, GLOBAL_BATCH, PLAIN, ROWS, SEED, WORKERS, Batch, Setup
+from conformance import ALL, EPOCHS, GLOBAL_BATCH, PLAIN, RANKS, ROWS, SEED, WORKERS, Batch, Setup
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -29,6 +29,7 @@ class Rows(Dataset[dict[str, Any]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
+PER_EPOCH = -(-ROWS // GLOBAL_BATCH)
 LENGTHS = [1 + row * 3 % 5 for row in range(ROWS)]
 
 
@@ -104,7 +105,7 @@ class Accelerate:
 
     name = "accelerate, `skip_first_batches`"
     packages: ClassVar[tuple[str, ...]] = ("accelerate",)
-    supports = PLAIN | WORKERS | {"other ranks", "accumulation"}
+    supports = PLAIN | WORKERS | RANKS | {"accumulation"}
     seedable = True
     stateful = False
 
@@ -138,11 +139,12 @@ class Accelerate:
             ]
         done = 0
         if state is not None:
-            done = state
+            done = state["done"]
             accelerator.load_state(str(setup.folder))
+            for rank, loader in enumerate(loaders if state["loaders"] else []):
+                loader.load_state_dict(state["loaders"][rank % len(state["loaders"])])
         batches: list[Batch] = []
-        per_epoch = -(-ROWS // GLOBAL_BATCH)
-        first, skipped = divmod(done, per_epoch)
+        first, skipped = divmod(done, PER_EPOCH)
         for epoch in range(first, EPOCHS):
             in_epoch = loaders
             if epoch == first and skipped and not self.stateful:
@@ -153,7 +155,10 @@ class Accelerate:
                 batches.append(contiguous(parts))
                 if done + len(batches) == stop:
                     accelerator.save_state(str(setup.folder))
-                    return batches, stop
+                    # `save_state` saves prepared loaders, so those of simulated ranks are saved here.
+                    own = self.stateful and setup.ranks > 1
+                    states = [copy.deepcopy(loader.state_dict()) for loader in loaders] if own else []
+                    return batches, {"done": stop, "loaders": states}
         return batches, None
 
     def _steps(self, loader: Any, setup: Setup) -> Iterator[Batch]:
@@ -179,16 +184,22 @@ class AccelerateStateful(Accelerate):
 
     name = "accelerate, `use_stateful_dataloader`"
     packages: ClassVar[tuple[str, ...]] = ("accelerate", "torchdata")
-    supports = PLAIN | WORKERS | {"accumulation"}
     stateful = True
 
 
+class AccelerateStatefulPlainSampler(AccelerateStateful):
+    """The same with accelerate's default, torch's own RandomSampler."""
+
+    name = "accelerate, `use_stateful_dataloader`, default sampler"
+    seedable = False
+
+
 class TorchdataLoader:
-    """StatefulDataLoader: `shuffle=True` with a generator on one rank, and StatefulDistributedSampler on several."""
+    """StatefulDataLoader: `shuffle=True` on one rank, and StatefulDistributedSampler on several."""
 
     name = "torchdata `StatefulDataLoader`"
     packages: ClassVar[tuple[str, ...]] = ("torchdata",)
-    supports = PLAIN | WORKERS | {"other ranks"}
+    supports = PLAIN | WORKERS | RANKS
 
     def run(self, setup: Setup, *, stop: int | None = None, state: Any = None) -> tuple[list[Batch], Any]:
         from torchdata.stateful_dataloader import StatefulDataLoader
@@ -206,14 +217,18 @@ class TorchdataLoader:
             size = GLOBAL_BATCH // setup.ranks
             loaders = [StatefulDataLoader(data, size, sampler=sampler, **options) for sampler in samplers]
         else:
-            generator = torch.Generator().manual_seed(SEED)
-            loaders = [StatefulDataLoader(data, GLOBAL_BATCH, shuffle=True, generator=generator, **options)]
+            torch.manual_seed(SEED)
+            loaders = [StatefulDataLoader(data, GLOBAL_BATCH, shuffle=True, **options)]
         done = 0 if state is None else state["done"]
         if state is not None:
             for rank, loader in enumerate(loaders):
                 loader.load_state_dict(state["loaders"][rank % state["ranks"]])
         batches: list[Batch] = []
-        for epoch in range(done // -(-ROWS // GLOBAL_BATCH), EPOCHS):
+        # A state that was saved after the last batch may give an empty pass first, which is not counted as an epoch.
+        for _ in range(EPOCHS + 1):
+            epoch = (done + len(batches)) // PER_EPOCH
+            if epoch == EPOCHS:
+                break
             for sampler in samplers:
                 sampler.set_epoch(epoch)
             for parts in zip(*loaders, strict=True):
@@ -248,7 +263,9 @@ class Streaming:
             done = state["done"]
             loader.load_state_dict(state["loader"])
         batches: list[Batch] = []
-        for _ in range(done // -(-ROWS // GLOBAL_BATCH), EPOCHS):
+        for _ in range(EPOCHS + 1):
+            if done + len(batches) == EPOCHS * PER_EPOCH:
+                break
             for batch in loader:
                 batches.append(batch["row"].tolist())
                 if done + len(batches) == stop:

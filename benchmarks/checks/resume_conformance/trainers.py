@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
-from conformance import ALL, EPOCHS, GLOBAL_BATCH, PLAIN, ROWS, SEED, WORKERS, Batch, Setup
+from conformance import ALL, EPOCHS, GLOBAL_BATCH, PLAIN, RANKS, ROWS, SEED, WORKERS, Batch, Setup
 from loaders import Rows, plan_for, rows_in
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -136,7 +136,7 @@ class SparsortTrainer(_TrainerAdapter):
 
     name = "`CurriculumTrainer`"
     packages: ClassVar[tuple[str, ...]] = ("sparsort",)
-    supports = ALL - {"other ranks"}
+    supports = ALL - RANKS
 
     def trainer(self, setup: Setup) -> Any:
         from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer

@@ -208,23 +208,24 @@ def page(results: dict[str, Any]) -> str:
     tables = [differences(results, area), differences(results, final)]
     blocks = [
         "# Which prompts should RL with verifiable rewards draw?",
-        f"`python benchmarks/studies/rlvr/rlvr_study.py` ({minutes:.0f} minutes of CPU time on one core) writes this page. Hypotheses, "
-        "arms and the primary test were [written down](../design/rl-difficulty-and-resuming.md) before the first run.",
+        f"`python benchmarks/studies/rlvr/rlvr_study.py` ({minutes:.0f} minutes of CPU time on one core) writes this page. "
+        "Hypotheses, arms and the primary test were [written down](../design/rl-difficulty-and-resuming.md) before the first "
+        "run.",
         f"A transformer of 0.1 million parameters answers a string of 1 to {LONGEST} digits with the reversed string. After a "
-        f"supervised warm start it passes {warm:.0f} % of the test prompts: short strings nearly always, long ones never. GRPO then "
-        f"trains it for {STEPS * BLOCK * GROUP:,} rollouts ({BLOCK} prompts × {GROUP} rollouts per step, {PROMPTS} prompts). The "
-        "score of a prompt is its length plus noise (correlation 0.8). All arms have the same number of rollouts, and pay for their "
-        "pilots.",
+        f"supervised warm start it passes {warm:.0f} % of the test prompts: short strings nearly always, long ones never. "
+        f"GRPO then trains it for {STEPS * BLOCK * GROUP:,} rollouts ({BLOCK} prompts × {GROUP} rollouts per step, {PROMPTS} "
+        "prompts). The score of a prompt is its length plus noise (correlation 0.8). All arms have the same number of "
+        "rollouts, and pay for their pilots.",
         _arm_table(results),
-        "The area under the curve is the mean test pass rate over ten evaluations at equal numbers of rollouts, in points. A group "
-        "has a gradient if its rollouts do not all have the same reward.",
+        "The area under the curve is the mean test pass rate over ten evaluations at equal numbers of rollouts, in points. A "
+        "group has a gradient if its rollouts do not all have the same reward.",
         _difference_table(tables),
-        f"Means over {len(SEEDS)} seeds, paired, with 95 % t intervals. The p-values of the secondary rows are corrected by Holm's "
-        "method within their column. Only the area of the primary row was the primary test.",
+        f"Means over {len(SEEDS)} seeds, paired, with 95 % t intervals. The p-values of the secondary rows are corrected by "
+        "Holm's method within their column. Only the area of the primary row was the primary test.",
         "\n".join(_conclusions(tables[0])),
-        "What this does not show: one toy task, one size, one informative score, one setting of the sampler. Five seeds find only "
-        "large differences. The filter is applied once, before training; filters that are repeated during training cost more "
-        "rollouts and drop less.",
+        "What this does not show: one toy task, one size, one informative score, one setting of the sampler. Five seeds find "
+        "only large differences. The filter is applied once, before training; filters that are repeated during training "
+        "cost more rollouts and drop less.",
     ]
     wrapped = (block if block[0] in "#|-" else textwrap.fill(block, 130, break_on_hyphens=False) for block in blocks)
     return "\n\n".join(wrapped) + "\n"

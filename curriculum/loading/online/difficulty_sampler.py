@@ -192,6 +192,7 @@ class DifficultySampler:
         """The probability of each row to be drawn first in the next block, (N,)."""
         a, b = self.posterior()
         target, floor = self._settings["target"], self._settings["floor"]
+        weights: Floats
         if target == "variance":
             # Only + − × ÷, which IEEE 754 rounds exactly, so ranks with other processors get the same bits.
             weights = a * b / ((a + b) * (a + b + 1))
@@ -201,7 +202,8 @@ class DifficultySampler:
             weights = np.maximum(betainc(a, b, target[1]) - betainc(a, b, target[0]), 0)
         total = np.cumsum(weights)[-1]
         # If no prompt can be in the band, all are equally far from it.
-        return floor / len(a) + (1 - floor) * (weights / total if total > 0 else np.full(len(a), 1 / len(a)))
+        shares: Floats = weights / total if total > 0 else np.full(len(a), 1 / len(a))
+        return floor / len(a) + (1 - floor) * shares
 
     def __iter__(self) -> Iterator[int]:
         for rows in self._walk():

@@ -171,7 +171,7 @@ class _Groups:
 
     def __len__(self) -> int:
         trainer = self._trainer
-        return len(trainer.difficulty) * trainer.num_generations * trainer._repeats
+        return len(trainer.difficulty) * int(trainer.num_generations * trainer._repeats)
 
     def __iter__(self) -> Iterator[int]:
         trainer = self._trainer
