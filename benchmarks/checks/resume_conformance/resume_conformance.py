@@ -66,6 +66,10 @@ _UNSAVED = (
 _POSITION = (
     f"Reported in [accelerate #4195]({_ACCELERATE}/issues/4195): the position is restored and the permutation is not."
 )
+_NO_ORDER = (
+    f"Reported in [accelerate #4203]({_ACCELERATE}/pull/4203): the position is restored and the permutation is not."
+)
+_PER_RANK = "By design: the state of a sampler belongs to one of a fixed number of ranks. We know no public report."
 _PER_WORKER = (
     "By design: torchdata's state has one part per worker, as "
     "[bionemo-recipes #1212](https://github.com/NVIDIA-BioNeMo/bionemo-recipes/pull/1212) tells its users."
@@ -75,8 +79,10 @@ _REPEATED_EPOCH = (
 )
 REPORTS: dict[tuple[str, str], str] = {
     **{(_DEFAULT, case.name): _UNSAVED for case in CASES},
+    **{(_STATEFUL, case.name): _NO_ORDER for case in CASES},
     **{(_STATEFUL, case): _POSITION for case in ("two ranks", "other ranks")},
     **{(name, "other workers"): _PER_WORKER for name in (_STATEFUL, AccelerateStateful.name, TorchdataLoader.name)},
+    (TorchdataLoader.name, "other ranks"): _PER_RANK,
     **{(TrlGrpo.name, case.name): _REPEATED_EPOCH for case in CASES},
 }
 LEGEND = """| case | stop, and what changes at the resume |
