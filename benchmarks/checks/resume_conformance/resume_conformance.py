@@ -121,7 +121,8 @@ def write_page(stored: dict[str, Any]) -> None:
         "the stop, nothing is **repeated** and nothing is **lost**.",
         LEGEND,
         "\n".join(lines),
-        "“—” means that the system has no such case, or that it cannot run in one process. A letter refers to a note: the "
+        "“—” means that the system has no such case, or that it cannot run in one process "
+        "(`tests/curriculum/loading/test_processes.py` runs ours on several). A letter refers to a note: the "
         "criteria that are not met, or the error, and a public report where we know one.",
         "\n".join(notes),
         "Tested with:",

@@ -101,23 +101,23 @@ class DifficultySampler:
         self._held: dict[int, tuple[Rows, Floats]] = {}
         self._cumulative: Floats | None = None
 
-    def configure(self, *, block: int = 1, lag: int = 1, multiple: int = 1) -> None:
-        """Set what a training loop knows: called by `DifficultyMixin`, before the first draw.
+    def configure(self, *, block: int | None = None, lag: int | None = None, multiple: int = 1) -> None:
+        """Set what only the training loop knows; `DifficultyMixin` calls this before the first draw.
 
         Args:
-            block, lag: the values of arguments that were not given.
+            block, lag: what training needs, for arguments that were not given.
             multiple: the number of blocks per epoch is a multiple of this, so that an epoch ends with an optimiser step.
 
         Raises:
             SparsortError: the values given on construction do not fit, or there are too few prompts.
         """
         n_rows, given_block, given_lag = len(self._difficulty), self._given["block"], self._given["lag"]
-        if given_block not in (None, block) and block != 1:
+        if None not in (given_block, block) and given_block != block:
             raise SparsortError(f"training draws {block} prompts together, but block={given_block}; omit block.")
-        if given_lag is not None and given_lag < lag and block != 1:
+        if given_lag is not None and lag is not None and given_lag < lag:
             raise SparsortError(f"training draws {lag} blocks ahead, but lag={given_lag}; omit lag, or use lag={lag}.")
-        block = block if given_block is None else given_block
-        lag = lag if given_lag is None else given_lag
+        block = next(value for value in (given_block, block, 1) if value is not None)
+        lag = next(value for value in (given_lag, lag, 1) if value is not None)
         _check("block", block, isinstance(block, int) and 1 <= block <= n_rows, f"1 to the {n_rows} prompts")
         _check("lag", lag, isinstance(lag, int) and lag >= 0, "a whole number of at least 0")
         self.block, self.lag = block, lag
@@ -202,8 +202,9 @@ class DifficultySampler:
             weights = np.maximum(betainc(a, b, target[1]) - betainc(a, b, target[0]), 0)
         total = np.cumsum(weights)[-1]
         # If no prompt can be in the band, all are equally far from it.
-        shares: Floats = weights / total if total > 0 else np.full(len(a), 1 / len(a))
-        return floor / len(a) + (1 - floor) * shares
+        shares = weights / total if total > 0 else np.full(len(a), 1 / len(a))
+        mixed: Floats = floor / len(a) + (1 - floor) * shares
+        return mixed
 
     def __iter__(self) -> Iterator[int]:
         for rows in self._walk():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +169,47 @@ def test_a_resume_inside_a_generation_batch_keeps_its_prompts(tmp_path: Path) ->
     assert resumed.generated[0][1] == whole.generated[1][1]
     # The regenerated completions are not observed again, so the next block is the one that was drawn from the same rewards.
     assert resumed.generated[1][1] == whole.generated[2][1]
+
+
+_RANK = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_grpo_difficulty as tests
+trainer = tests._trainer(Path(sys.argv[2]), per_device_train_batch_size=2, max_steps=5, ddp_backend="gloo", save_strategy="no")
+trainer.train()
+a, b = trainer.difficulty.posterior()
+result = {"prompts": [prompts for _, prompts in trainer.generated], "posterior": [a.tolist(), b.tolist()]}
+Path(sys.argv[3]).write_text(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_groups_and_learn_the_same(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
+        command = [
+            sys.executable,
+            "-c",
+            _RANK,
+            str(Path(__file__).parent),
+            str(tmp_path / "out"),
+            str(tmp_path / f"{rank}.json"),
+        ]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait() for process in processes] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["posterior"] == second["posterior"]
+    assert sum(map(sum, first["posterior"])) > 2 * N
+    for own, other in zip(first["prompts"], second["prompts"], strict=True):
+        # Each process has one whole group of the generation batch.
+        assert own[0] == own[1] != other[0] == other[1]
 
 
 def test_mistakes_are_refused(tmp_path: Path) -> None:
