@@ -222,7 +222,7 @@ def page(results: dict[str, Any]) -> str:
         _difference_table(tables),
         f"Means over {len(SEEDS)} seeds, paired, with 95 % t intervals. The p-values of the secondary rows are corrected by "
         "Holm's method within their column. Only the area of the primary row was the primary test.",
-        "\n".join(_conclusions(tables[0])),
+        "\n".join(_conclusions(*tables)),
         "What this does not show: one toy task, one size, one informative score, one setting of the sampler. Five seeds find "
         "only large differences. The filter is applied once, before training; filters that are repeated during training "
         "cost more rollouts and drop less.",
@@ -255,7 +255,7 @@ def _difference(mean: float, low: float, high: float, p: float) -> str:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}], p = {p:.2g}".replace("-", "−").replace("e−", "e-")
 
 
-def _conclusions(rows: list[list[float]]) -> list[str]:
+def _conclusions(rows: list[list[float]], final_rows: list[list[float]]) -> list[str]:
     lines = []
     for number, ((first, second), (mean, _low, _high, p)) in enumerate(zip(PAIRS, rows, strict=True)):
         name = "Primary" if number == 0 else "Secondary"
@@ -263,6 +263,13 @@ def _conclusions(rows: list[list[float]]) -> list[str]:
             lines.append(f"- {name}, a null result: no difference between `{first}` and `{second}` was found.")
         else:
             lines.append(f"- {name}: `{first}` is {'better' if mean > 0 else 'worse'} than `{second}`.")
+    mean, low, high, _ = final_rows[0]
+    if low > 0 or high < 0:
+        first, second = PAIRS[0]
+        lines.append(
+            f"- At the end of training, `{first}` is {abs(mean):.1f} points {'above' if mean > 0 else 'below'} `{second}`, with "
+            "an interval that excludes zero."
+        )
     return lines
 
 
