@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from sparsort.curriculum.demos.prompt import build_prompt as build_prompt
     from sparsort.curriculum.demos.select import select_demos as select_demos
     from sparsort.curriculum.loading.loader.loader import CurriculumLoader as CurriculumLoader
+    from sparsort.curriculum.loading.online.difficulty_sampler import DifficultySampler as DifficultySampler
     from sparsort.curriculum.loading.online.measure import OnlineDifficulty as OnlineDifficulty
     from sparsort.curriculum.loading.plan.pacing import Pacing as Pacing
     from sparsort.curriculum.loading.plan.plan import CurriculumPlan as CurriculumPlan
     from sparsort.curriculum.loading.plan.planning import plan_curriculum as plan_curriculum
+    from sparsort.curriculum.loading.trainer.grpo_difficulty import DifficultyMixin as DifficultyMixin
     from sparsort.curriculum.loading.trainer.trainer import CurriculumMixin as CurriculumMixin
     from sparsort.curriculum.loading.trainer.trainer import CurriculumTrainer as CurriculumTrainer
     from sparsort.kernels.backend import sparsity_metrics as sparsity_metrics
@@ -67,6 +69,8 @@ _HOME = {
     "CurriculumPlan": "curriculum.loading.plan.plan",
     "CurriculumMixin": "curriculum.loading.trainer.trainer",
     "CurriculumTrainer": "curriculum.loading.trainer.trainer",
+    "DifficultyMixin": "curriculum.loading.trainer.grpo_difficulty",
+    "DifficultySampler": "curriculum.loading.online.difficulty_sampler",
     "OnlineDifficulty": "curriculum.loading.online.measure",
     "Pacing": "curriculum.loading.plan.pacing",
     "plan_curriculum": "curriculum.loading.plan.planning",

@@ -259,7 +259,7 @@ class RunningDifficulty:
         window, recent = self._settings["window"], tuple(self._recent.tolist())
         # A loop over steps in order, since each step decays the moments of the past.
         for number, step in enumerate(zip(*(moment.tolist() for moment in moments), strict=True)):
-            recent = after[number] = _move_on(recent, step, _halvings(step[0] / window))
+            recent = after[number] = _move_on(recent, step, halvings(step[0] / window))
         self._recent[:] = recent
 
         weight, mean, square, prior_mean, prior_square = after.T
@@ -285,7 +285,7 @@ class RunningDifficulty:
     def _faded(self, age: Integers) -> Floats:
         """The factor on a weight after `age` steps."""
         half_life = self._settings["half_life_steps"]
-        return np.ones(len(age)) if half_life is None else _halvings(age / half_life)
+        return np.ones(len(age)) if half_life is None else halvings(age / half_life)
 
 
 def _digests(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def standard_ranks(difficulty: ArrayLike) -> NDArray[np.float32]:
     return result
 
 
-def _halvings(x: Any) -> Any:
+def halvings(x: Any) -> Any:
     """2^−x for x ≥ 0, interpolated linearly between integers: powers of two are exact, while `exp` differs between machines."""
     if isinstance(x, float):
         # Beyond 1100 halvings a float64 is 0 anyway; the limit keeps the exponent in range.

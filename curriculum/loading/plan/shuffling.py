@@ -38,6 +38,12 @@ def uniform(key: int) -> float:
     return (key >> 11) / (1 << 53)
 
 
+def uniforms(n: int, key: int) -> NDArray[np.float64]:
+    """n numbers in [0, 1) from a key, (n,)."""
+    hashed = _mix(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
+    return np.asarray((hashed >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
+
+
 def permute(places: ArrayLike, n: int, key: int) -> Places:
     """Apply the permutation of [0, n) with this key to `places`; the result has the same shape, int64."""
     shape = np.shape(places)

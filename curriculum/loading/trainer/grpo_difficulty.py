@@ -1,0 +1,195 @@
+"""DifficultySampler inside TRL's GRPOTrainer: draws the prompts, observes the rewards, and is saved in checkpoints.
+
+Contract: each generation batch has the prompts of one block, every one of them `num_generations` times, in the layout of TRL's
+RepeatSampler, on any number of processes. Training that is resumed after a generation batch was used up continues with the same
+prompts and, if training itself repeats bitwise, the same completions. Inside a generation batch TRL does not save the
+completions, so the rest of that batch is generated again, for the same prompts, and its rewards are not observed a second time.
+
+TRL gathers rewards over all processes in the order of the sampler, so no column of ids is needed. While `train` runs,
+`ignore_data_skip` is on, because the sampler positions itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sparsort.curriculum.loading.online.difficulty_sampler import DifficultySampler
+from sparsort.errors import SparsortError
+from sparsort.storage.files import write_atomically
+
+_FILE = "difficulty_sampler.safetensors"
+
+
+class DifficultyMixin(Trainer):  # type: ignore[misc]
+    """Draws the prompts of GRPO by difficulty: `class Mine(DifficultyMixin, GRPOTrainer)`, then `Mine(…, difficulty=sampler)`.
+
+    Args:
+        difficulty: the sampler, over the rows of `train_dataset`. Its block is set to the prompts of a generation batch.
+        pass_reward: the position of the reward function whose rewards are observed. None observes the sum that GRPO uses, which
+            must be in [0, 1].
+        args, kwargs: arguments of GRPOTrainer.
+
+    Raises:
+        SparsortError: the trainer has no generation groups, or the sampler does not fit the dataset or the batches.
+    """
+
+    def __init__(
+        self, *args: Any, difficulty: DifficultySampler, pass_reward: int | None = None, **kwargs: Any
+    ) -> None:
+        if not hasattr(super(), "_calculate_rewards"):
+            raise SparsortError(
+                f"{type(self).__name__} generates no groups of completions: mix DifficultyMixin into TRL's GRPOTrainer, and put "
+                "it first (class Mine(DifficultyMixin, GRPOTrainer))."
+            )
+        super().__init__(*args, **kwargs)
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        if rows != difficulty.n_rows:
+            raise SparsortError(
+                f"train_dataset has {'an unknown number of' if rows is None else rows} rows and the sampler {difficulty.n_rows} "
+                "prompts. Score the rows of train_dataset, in their order; a stream cannot be drawn from."
+            )
+        if pass_reward is not None and not 0 <= pass_reward < len(self.reward_funcs):
+            raise SparsortError(
+                f"pass_reward={pass_reward}, but there are {len(self.reward_funcs)} reward functions, from 0."
+            )
+        config = self.args
+        self.difficulty, self._pass_reward = difficulty, pass_reward
+        # TRL reads each generation batch from the data loader this many times, and uses a part of it each time.
+        self._repeats = self.num_iterations * config.steps_per_generation
+        accumulation = config.gradient_accumulation_steps
+        # Trainer reads all micro-batches of a step at once, accelerate one more, and workers theirs.
+        ahead = accumulation + config.dataloader_num_workers * (config.dataloader_prefetch_factor or 2)
+        difficulty.configure(
+            block=config.generation_batch_size // self.num_generations,
+            lag=ahead // self._repeats,
+            multiple=accumulation // math.gcd(accumulation, self._repeats),
+        )
+        # The rows of the generation batch in use, and how often it is still to be read after a resume.
+        self._current = np.zeros(0, np.int64)
+        self._unfinished = 0
+        self._resumed_from: str | None = None
+        self.add_callback(_SamplerCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as GRPOTrainer does.
+
+        Raises:
+            SparsortError: the checkpoint was written without the sampler, or with other settings of it.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        skip, self.args.ignore_data_skip = self.args.ignore_data_skip, True
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.ignore_data_skip = skip
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's loader, with a generator of its own. Otherwise it would draw from the global one, also where a resume begins."""
+        loader = super().get_train_dataloader()
+        # accelerate iterates over a loader that its own contains.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return _Groups(self)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> Any:
+        rewards_BF = super()._calculate_rewards(inputs, prompts, *args)
+        if self.model.training:
+            self._observe(rewards_BF, inputs)
+        return rewards_BF
+
+    def _observe(self, rewards_BF: torch.Tensor, inputs: Any) -> None:
+        if self._unfinished:
+            # These completions replace those of a batch whose rewards the sampler has already.
+            self._unfinished = 0
+            return
+        block = self.difficulty.awaited
+        if block is None or len(rewards_BF) != len(block) * self.num_generations:
+            raise SparsortError(
+                f"TRL gathered {len(rewards_BF)} rewards for {0 if block is None else len(block)} prompts × "
+                f"{self.num_generations} generations: the data loader was replaced. Leave get_train_dataloader and "
+                "_get_train_sampler to DifficultyMixin."
+            )
+        rows = np.repeat(block, self.num_generations)
+        first = self.train_dataset[int(rows[self.args.process_index * len(inputs)])]["prompt"]
+        if isinstance(first, str) and isinstance(inputs[0]["prompt"], str) and first != inputs[0]["prompt"]:
+            raise SparsortError(
+                "the prompts that were generated for are not those that were drawn: train_dataset was replaced."
+            )
+        if self._pass_reward is not None:
+            rewards = rewards_BF[:, self._pass_reward]
+        else:
+            rewards = (rewards_BF * self.reward_weights.to(rewards_BF.device)).nansum(dim=1)
+            rewards[torch.isnan(rewards_BF).all(dim=1)] = torch.nan
+        self._current = block
+        self.difficulty.observe(rows, rewards.double().cpu().numpy())
+
+    def _save_sampler(self, folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        state = {**self.difficulty.state_dict(), "current": self._current}
+        arrays = {name: np.ascontiguousarray(value) for name, value in state.items() if isinstance(value, np.ndarray)}
+        about = {name: value for name, value in state.items() if name not in arrays}
+        with write_atomically(folder / _FILE) as temporary:
+            save_file(arrays, str(temporary), metadata={"sparsort": json.dumps({**about, "micro_steps": self._step})})
+
+    def _load_sampler(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(folder / _FILE), framework="numpy") as file:
+                about = json.loads((file.metadata() or {})["sparsort"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise SparsortError(
+                f"cannot read {folder / _FILE}: {error}. The checkpoint was written without a DifficultySampler, or is "
+                "incomplete. Resume from another one, or start from its weights."
+            ) from error
+        self.difficulty.load_state_dict({**about, **arrays})
+        # TRL counts from 0 after a resume, so that its batches and those of the sampler would be cut at different steps.
+        self._step, self._current = about["micro_steps"], arrays["current"]
+        self._unfinished = -self._step % self._repeats
+
+
+class _Groups:
+    """The rows of the blocks in TRL's layout: each row `num_generations` times, and the block once for each of its reads."""
+
+    def __init__(self, trainer: DifficultyMixin) -> None:
+        self._trainer = trainer
+
+    def __len__(self) -> int:
+        trainer = self._trainer
+        return len(trainer.difficulty) * int(trainer.num_generations * trainer._repeats)
+
+    def __iter__(self) -> Iterator[int]:
+        trainer = self._trainer
+        for _ in range(trainer._unfinished):
+            yield from np.repeat(trainer._current, trainer.num_generations).tolist()
+        for rows in trainer.difficulty.blocks():
+            for _ in range(trainer._repeats):
+                yield from np.repeat(rows, trainer.num_generations).tolist()
+
+
+class _SamplerCallback(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer: DifficultyMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and self._trainer._resumed_from:
+            self._trainer._load_sampler(Path(self._trainer._resumed_from))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self._trainer._save_sampler(Path(args.output_dir) / f"checkpoint-{state.global_step}")
