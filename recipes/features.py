@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.recipes.classify.inputs import default_template, estimator_rows
 from sparsort.scoring.data.inputs import is_read_once
 from sparsort.scoring.data.rows import rows_of
@@ -22,6 +22,7 @@ from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.scoring.prompts.types import PromptWriter, Turns
 from sparsort.scoring.scorers.base import warn_unscored
 from sparsort.scoring.scorers.candidates import CandidateScorer, check_grid
+from sparsort.scoring.scorers.pooling import Pooling
 
 # Other outlier rules are fitted on a sample of the rows, and the features of a row would depend on the others.
 _RULE = "none"
@@ -49,8 +50,8 @@ class SparsityFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         *,
         prompt: str | Turns | PromptWriter | PromptSpec | None = None,
         sites: Sequence[str] = ("pre_norm", "post_norm"),
-        pooling: str = "last",
-        metrics: Sequence[str] | None = None,
+        pooling: Pooling = "last",
+        metrics: Sequence[MetricName] | None = None,
     ) -> None:
         self.model = model
         self.prompt = prompt

@@ -12,6 +12,8 @@ import pytest
 from sparsort.attention.selectors import SELECTORS, SelectorKind
 from sparsort.curriculum.ablation.recipe.selectors import MODEL_SELECTORS, ModelSelectorName
 from sparsort.curriculum.demos.criteria import CRITERIA, CriterionName
+from sparsort.curriculum.demos.criteria.label_calibration import LABEL_CALIBRATIONS, LabelCalibrationName
+from sparsort.curriculum.demos.export import EXPORTS, ExportFormat
 from sparsort.curriculum.demos.order import ORDERS, Order
 from sparsort.curriculum.demos.select import SELECTORS as DEMO_SELECTORS
 from sparsort.curriculum.demos.select import SelectorName
@@ -29,6 +31,8 @@ _TABLES: dict[str, tuple[Registry[Any], Any]] = {
     "attention/selectors/__init__.py": (SELECTORS, SelectorKind),
     "curriculum/ablation/recipe/selectors.py": (MODEL_SELECTORS, ModelSelectorName),
     "curriculum/demos/criteria/__init__.py": (CRITERIA, CriterionName),
+    "curriculum/demos/criteria/label_calibration.py": (LABEL_CALIBRATIONS, LabelCalibrationName),
+    "curriculum/demos/export.py": (EXPORTS, ExportFormat),
     "curriculum/demos/order.py": (ORDERS, Order),
     "curriculum/demos/select/__init__.py": (DEMO_SELECTORS, SelectorName),
     "curriculum/loading/plan/pacing.py": (PACINGS, PacingKind),

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from sparsort.registry import Entry, Registry
 from sparsort.storage.files import write_atomically
 from sparsort.templates import Piece, fields_of, pieces, render
 from sparsort.values import put, text_at
+
+ExportFormat = Literal["lm-eval", "dspy", "langchain", "openai"]
 
 # The key of our own data in every file.
 _KEY = "sparsort"
@@ -150,7 +152,7 @@ def export_demonstrations(
     demos: Sequence[Row],
     path: str | Path,
     *,
-    format: str | None = None,
+    format: ExportFormat | None = None,
     prompt: str | None = None,
     answer: str | None = None,
     messages: str | None = None,
@@ -186,7 +188,7 @@ def export_demonstrations(
     write_pinned(pinned, path, format)
 
 
-def write_pinned(pinned: PinnedDemos, path: str | Path, format: str | None = None) -> None:
+def write_pinned(pinned: PinnedDemos, path: str | Path, format: ExportFormat | None = None) -> None:
     """Write pinned demonstrations; see `export_demonstrations`."""
     entry = check_export(path, format, pinned.kind)
     target = Path(path).expanduser()
@@ -197,7 +199,7 @@ def write_pinned(pinned: PinnedDemos, path: str | Path, format: str | None = Non
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def check_export(path: str | Path, format: str | None, kind: str) -> ExportEntry:
+def check_export(path: str | Path, format: ExportFormat | None, kind: str) -> ExportEntry:
     """The format of an export.
 
     Args:
@@ -276,10 +278,12 @@ def _lm_eval(pinned: PinnedDemos, stem: str) -> str:
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         }
     task["metadata"] = {"version": 1.0, _KEY: pinned.about()}
-    chat = " --apply_chat_template --fewshot_as_multiturn true" if form.chat else ""
+    run = "lm_eval run --include_path FOLDER --tasks"
+    if form.chat:
+        run = "lm_eval run --include_path FOLDER --apply_chat_template --fewshot_as_multiturn true --tasks"
     head = (
         "# Replace dataset_path, dataset_kwargs and test_split by your test data, or include this file in a task of your own.\n"
-        f"# lm_eval run --include_path FOLDER --tasks {task['task']}{chat} …\n"
+        f"# {run} {task['task']} …\n"
     )
     return head + str(yaml.safe_dump(task, sort_keys=False, allow_unicode=True, width=1000))
 

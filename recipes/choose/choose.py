@@ -23,7 +23,7 @@ from sparsort.curriculum.ablation.recipe.task_data import SetDemos
 from sparsort.curriculum.ablation.recipe.tasks import Task, task_from_flags
 from sparsort.curriculum.ablation.recipe.texts import Texts
 from sparsort.curriculum.demos.criteria import CRITERIA, Criterion, Evidence, criterion
-from sparsort.curriculum.demos.export import PinnedDemos, write_pinned
+from sparsort.curriculum.demos.export import ExportFormat, PinnedDemos, write_pinned
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.pool.duplicates import duplicates
 from sparsort.curriculum.demos.pool.pool import input_fields
@@ -113,7 +113,7 @@ class ChosenOrder:
         """The choice as JSON values."""
         return {name: value for name, value in vars(self).items() if name != "task"}
 
-    def export(self, path: str | Path, format: str | None = None) -> None:
+    def export(self, path: str | Path, format: ExportFormat | None = None) -> None:
         """Write the demonstrations in the chosen order for another program; see `export_demonstrations`.
 
         Raises:

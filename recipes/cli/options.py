@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import typer
 
@@ -25,6 +25,9 @@ from sparsort.registry import listed, load
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.terminal.printing import note, show
 from sparsort.trackers import NO_TRACKER, TRACKERS
+
+if TYPE_CHECKING:
+    from sparsort.curriculum.demos.export import ExportFormat
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -71,6 +74,11 @@ class ExportOptions:
         "The program: {names} [default: by the end of the name: .yaml, .dspy.json, .langchain.json, .openai.json].",
         names="curriculum.demos.export:EXPORTS",
     )
+
+    @property
+    def format(self) -> ExportFormat | None:
+        """The format, which `check_export` checks."""
+        return cast("ExportFormat | None", self.export_format)
 
     def to_json(self) -> dict[str, str | None]:
         """The file that was written."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from sparsort.conditions import changed, refuse_unread
 from sparsort.curriculum.demos.demonstrator import Demonstration, Demonstrator
-from sparsort.curriculum.demos.export import PinnedDemos, check_export, write_pinned
+from sparsort.curriculum.demos.export import ExportFormat, PinnedDemos, check_export, write_pinned
 from sparsort.curriculum.demos.known import Known, RowNumbers
 from sparsort.curriculum.demos.order import default_order, order_entry, order_indices
 from sparsort.curriculum.demos.pool.pool import DemoPool
@@ -76,7 +76,7 @@ def order_file(
     scores: str | Path | None = None,
     cache: RowCache | None = None,
     export: str | Path | None = None,
-    export_format: str | None = None,
+    export_format: ExportFormat | None = None,
 ) -> OrderResult:
     """Read demonstrations from `file`, select and order them for `query`, and assemble the prompt.
 

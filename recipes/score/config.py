@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparsort.conditions import Conditions, Table, always, among, refuse_unread_fields
 from sparsort.errors import SparsortError
-from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.options import option, parameters_of
 from sparsort.scoring.model.spec import ModelSpec
-from sparsort.scoring.scorers import SCORERS
+from sparsort.scoring.scorers import SCORERS, ScorerName
 
 if TYPE_CHECKING:
     from sparsort.scoring.calibration.calibration import Calibration
@@ -37,10 +37,12 @@ class ScorerConfig:
             (`READ_BY`).
     """
 
-    scorer: str = option("sparsity", f"{SCORERS.listed()}.", panel=SCORER_PANEL)
+    scorer: ScorerName = option("sparsity", f"{SCORERS.listed()}.", panel=SCORER_PANEL)
     site: str = option("pre_norm", "pre_norm, post_norm, mlp, mlp:N or layer:N.", panel=SCORER_PANEL)
     pooling: str = option("last", "last, mean_metric, mean_state or answer.", panel=SCORER_PANEL)
-    metric: str = option("gini", f"The metric that gives the difficulty: {METRICS.listed()}.", panel=SCORER_PANEL)
+    metric: MetricName = option(
+        "gini", f"The metric that gives the difficulty: {METRICS.listed()}.", panel=SCORER_PANEL
+    )
     outliers: str = option("none", "none, drop:n or rms.", panel=SCORER_PANEL)
     calibration: str | Path | None = option(
         None,

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from sparsort.conditions import Table, When, excludes, needs, refuse_unread_fields
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.kernels.sparsity.metrics import METRICS
+from sparsort.kernels.sparsity.metrics import METRICS, MetricName
 from sparsort.options import option, same_option
 from sparsort.recipes.train.model import PRESETS
 from sparsort.registry import listed
@@ -73,7 +73,7 @@ class TrainOptions(TypedDict, total=False):
     eval_share: float | None
     eval_steps: int | None
     online: bool
-    online_metric: str
+    online_metric: MetricName
     save_steps: int
     report_to: str
     workers: int
@@ -139,7 +139,7 @@ class TrainConfig:
     )
     eval_steps: int | None = option(None, "Steps between held-out losses [default: at the end].", panel=TRAINING_PANEL)
     online: bool = option(False, "Learn the difficulty during training.", panel=CURRICULUM_PANEL)
-    online_metric: str = option(
+    online_metric: MetricName = option(
         "hoyer",
         "Sparsity metric for --online: {names}.",
         names="kernels.sparsity.metrics:METRICS",

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sparsort.kernels.backend import sparsity_implementation
-from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, check_l0_threshold
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, MetricName, check_l0_threshold
 from sparsort.scoring.data.rows import SAMPLE_ROWS, Row, RowSource
 from sparsort.scoring.model.backbone import Backbone
 from sparsort.scoring.model.batching import Plan
@@ -35,6 +35,7 @@ from sparsort.scoring.scorers.collect import (
 )
 from sparsort.scoring.scorers.pooling import (
     OutlierFit,
+    Pooling,
     check_answer,
     check_outlier_rule,
     check_pooling,
@@ -241,8 +242,8 @@ class SparsityScorer(ModelScorer):
         model: Any = "demo",
         *,
         site: str = "pre_norm",
-        pooling: str = "last",
-        metric: str = "gini",
+        pooling: Pooling = "last",
+        metric: MetricName = "gini",
         outliers: str = "none",
         l0_threshold: float = 1.0,
         **options: Unpack[ModelOptions],

@@ -25,10 +25,10 @@ from sparsort.extras import need
 from sparsort.registry import Entry, Registry
 
 NO_TRACKER = "none"
-# A name, names separated by commas, or a list of names.
-ReportTo: TypeAlias = str | Sequence[str]
 Log: TypeAlias = Callable[[Mapping[str, float], int], None]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
+# A name, names separated by commas ("tensorboard,wandb"), or a list of names.
+ReportTo: TypeAlias = TrackerName | Literal["none"] | str | Sequence[str]
 
 _LOG = logging.getLogger("sparsort")
 # Seconds between two reports of a meter.

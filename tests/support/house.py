@@ -271,8 +271,8 @@ def symbols_of_tests() -> list[Hit]:
     return hits
 
 
-# Methods that another program looks up by name: IPython shows an object in a notebook by `_repr_html_`.
-_CALLED_BY_OTHERS = frozenset({"_repr_html_"})
+# What another program looks up by name: IPython shows an object by `_repr_html_`, and Trainer asks for `total_batch_size`.
+_CALLED_BY_OTHERS = frozenset({"_repr_html_", "total_batch_size"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from sparsort.curriculum.loading.online.gathering import gather as gather
 from sparsort.curriculum.loading.online.observations import Observations
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.kernels.backend import GiniMethod, sparsity_rows
-from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS
+from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, MetricName
 
 Tokens = Literal["last", "mean"]
 
@@ -64,7 +64,7 @@ class OnlineDifficulty:
         ...     observations = gather(online.drain())
     """
 
-    def __init__(self, *, metric: str = "hoyer", tokens: Tokens = "last", per_sequence: int = 16) -> None:
+    def __init__(self, *, metric: MetricName = "hoyer", tokens: Tokens = "last", per_sequence: int = 16) -> None:
         METRICS.check(metric)
         if tokens not in get_args(Tokens):
             raise unknown_choice("choice of tokens", tokens, get_args(Tokens))

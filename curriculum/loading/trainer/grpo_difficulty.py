@@ -102,7 +102,7 @@ class DifficultyMixin(Trainer):  # type: ignore[misc]
         return loader
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return _Groups(self)
+        return _RepeatedBlocks(self)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> Any:
         rewards_BF = super()._calculate_rewards(inputs, prompts, *args)
@@ -163,7 +163,7 @@ class DifficultyMixin(Trainer):  # type: ignore[misc]
         self._unfinished = -self._step % self._repeats
 
 
-class _Groups:
+class _RepeatedBlocks:
     """The rows of the blocks in TRL's layout: each row `num_generations` times, and the block once for each of its reads."""
 
     def __init__(self, trainer: DifficultyMixin) -> None:

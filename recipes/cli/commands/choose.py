@@ -97,7 +97,7 @@ def choose(
     # An unknown criterion or format is reported before any file is read.
     scores_labels = needs_labels(options.by)
     if export.export is not None:
-        check_export(export.export, export.export_format, "chat" if prompt.chat else "plain")
+        check_export(export.export, export.format, "chat" if prompt.chat else "plain")
     rows = read_rows(
         file,
         options.queries,
@@ -127,7 +127,7 @@ def choose(
     if options.out is not None:
         _write(chosen.demos, options.out)
     if export.export is not None:
-        chosen.export(export.export, export.export_format)
+        chosen.export(export.export, export.format)
     if as_json:
         show_json(chosen.summary() | {"out": str(options.out) if options.out else None} | export.to_json())
         return

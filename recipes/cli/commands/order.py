@@ -62,7 +62,7 @@ def order(
         scores=options.scores,
         cache=cache,
         export=export.export,
-        export_format=export.export_format,
+        export_format=export.format,
     )
     if options.out is not None:
         from sparsort.storage.files import write_atomically

@@ -38,7 +38,7 @@ _COMPUTED = re.compile(r"(?:^|[\s('\"])--$")
 _BEFORE = re.compile(r"(?:\bsparsort |^')([a-z]+)\b[^().:;]*$")
 _AFTER = re.compile(r"(?: [^\s()]+)? of sparsort ([a-z]+(?:(?:, | and )[a-z]+)*)")
 _PLACE = re.compile(r"[\w.]+:\w+")
-_OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv)\b[^().:;]*$")
+_OTHER_PROGRAM = re.compile(r"\b(?:pip|torchrun|iconv|lm_eval)\b[^().:;]*$")
 
 # What declares an option; `test_the_help_of_an_option_names_options_of_its_command` reads what it says.
 _DECLARES = ("option", "same_option", "shares", "whole_numbers")
@@ -47,6 +47,7 @@ _NO_CONVERSATIONS = "the command passes templates, never a column of conversatio
 _STOPPED = "sparsort.recipes.cli.app._stopped"
 # (definition, command): the reason why the command never gives this message.
 EXCEPT: dict[tuple[str, str], str] = {
+    ("sparsort.scoring.prompts.prompt._SYSTEM_WITHOUT_CHAT", "train"): "train reads no system turn",
     (
         "sparsort.scoring.scorers.base.Request.need_prompt",
         "ablate",
