@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import sparsort
 from sparsort.errors import SparsortError
@@ -20,7 +20,7 @@ from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
 from sparsort.scoring.prompts.types import Truncation, Turns
 from sparsort.scoring.scorers import run_shards as engine
-from sparsort.scoring.store.shards import MANIFEST, read_manifest
+from sparsort.scoring.store.manifest import MANIFEST, read_manifest
 from sparsort.terminal.progress import progress
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Scorer(ABC):
         """Return the names of the fields that determine a row's score; None if all of them do."""
         return prompt.fields if prompt is not None else None
 
+    @overload
     def score(
         self,
         data: Any,
@@ -108,9 +109,50 @@ class Scorer(ABC):
         columns: Sequence[str] | None = None,
         out: str | Path | None = None,
         shard_rows: int = 2048,
+        part: None = None,
         like: Scores | None = None,
         cache: RowCache | None = None,
-    ) -> Scores:
+    ) -> Scores: ...
+
+    @overload
+    def score(
+        self,
+        data: Any,
+        prompt: str | Turns | Prompt | PromptSpec | None = None,
+        *,
+        messages: str | None = None,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
+        truncation: Truncation = "error",
+        max_length: int | None = None,
+        id_column: str | None = None,
+        columns: Sequence[str] | None = None,
+        out: str | Path,
+        shard_rows: int = 2048,
+        part: tuple[int, int],
+        like: Scores | None = None,
+    ) -> engine.Coverage: ...
+
+    def score(
+        self,
+        data: Any,
+        prompt: str | Turns | Prompt | PromptSpec | None = None,
+        *,
+        messages: str | None = None,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
+        truncation: Truncation = "error",
+        max_length: int | None = None,
+        id_column: str | None = None,
+        columns: Sequence[str] | None = None,
+        out: str | Path | None = None,
+        shard_rows: int = 2048,
+        part: tuple[int, int] | None = None,
+        like: Scores | None = None,
+        cache: RowCache | None = None,
+    ) -> Scores | engine.Coverage:
         """Score every row of `data`.
 
         Args:
@@ -128,16 +170,23 @@ class Scorer(ABC):
             columns: names of the columns of a CSV or TSV file without a header.
             out: folder for durable shards; a run that was killed resumes there. None keeps everything in memory.
             shard_rows: rows per shard, the unit that is kept or redone. It changes no score beyond rounding.
+            part: (k, n) to score only every n-th shard, from shard k on, as process k of n that share `out`; None to score
+                all shards that no other process has claimed, and to return when all are done.
             like: earlier scores that the new ones must be comparable with. An outlier rule that was fitted for them is
                 reused, and a setting that differs from theirs is refused.
             cache: values that the model computed before, to which new ones are added; None for none. Not with `out`.
 
         Returns:
-            One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason.
+            One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason. With
+            `part`, the coverage of the folder, which has the scores once all parts are done (`Coverage.load`).
 
         Raises:
             SparsortError: bad input; the message says what to do.
         """
+        if part is not None:
+            engine.check_part(part)
+            if out is None:
+                raise SparsortError(f"part={part} needs a folder that the other parts share. Pass out='FOLDER' (--out).")
         if cache is not None and out is not None:
             raise SparsortError(
                 "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
@@ -147,12 +196,38 @@ class Scorer(ABC):
         spec = PromptSpec.of(prompt, **text)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
+        if folder is None:
+            job = self._prepare(source, request, None, like)
+            with progress("scoring", source.count()) as advance:
+                return engine.run(source, job, out=None, shard_rows=shard_rows, advance=advance)
+        with self._begin(source, request, folder, shard_rows, like) as shards:
+            numbers = shards.numbers(part or (0, 1))
+            with progress("scoring", shards.count_rows(numbers)) as advance:
+                coverage = shards.run(numbers, advance)
+        return coverage.load() if part is None else coverage
+
+    def begin(self, source: RowSource, prompt: PromptSpec, *, out: Path, shard_rows: int) -> engine.ShardRun:
+        """Begin or resume a run whose shards the caller chooses; see `ShardRun.begin` and, for the arguments, `score`."""
+        source, request = self._open(source, prompt, DataSpec(), None)
+        return self._begin(source, request, out, shard_rows, None)
+
+    def _begin(
+        self, source: RowSource, request: Request, out: Path, shard_rows: int, like: Scores | None
+    ) -> engine.ShardRun:
+        return engine.ShardRun.begin(
+            source,
+            lambda: self._prepare(source, request, out, like),
+            out=out,
+            shard_rows=shard_rows,
+            note=_LOG.warning,
+        )
+
+    def _prepare(self, source: RowSource, request: Request, out: Path | None, like: Scores | None) -> engine.Job:
         # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
-        job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(folder))
+        job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(out))
         if like is not None:
             _refuse_other_settings(like.provenance, job.provenance)
-        with progress("scoring", source.count()) as advance:
-            return engine.run(source, job, out=folder, shard_rows=shard_rows, advance=advance, note=_LOG.warning)
+        return job
 
     def _open(
         self, data: Any, spec: PromptSpec, data_spec: DataSpec, cache: RowCache | None

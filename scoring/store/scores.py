@@ -309,7 +309,8 @@ class Scores:
 
     def save(self, folder: str | Path) -> None:
         """Write a new score folder, like `sparsort score --out`; a `SparsortError` if the folder exists and is not empty."""
-        from sparsort.scoring.store.shards import MANIFEST, ShardStore
+        from sparsort.scoring.store.manifest import MANIFEST
+        from sparsort.scoring.store.shards import ShardStore
 
         if (Path(folder) / MANIFEST).exists():
             raise SparsortError(f"{folder} already contains scores. Choose another folder, or delete it.")
