@@ -127,6 +127,50 @@ def run_shards(job: ScoreJob, numbers: Iterable[int]) -> Coverage:
         shards.store.claims.close()
 
 
+def part_from_environment(environment: Mapping[str, str]) -> tuple[tuple[int, int], str]:
+    """The part of this process by the variables of Slurm and torchrun, and a text that names them with their values.
+
+    The tasks of an array job, and the processes inside a task (torchrun's, otherwise those that srun starts), are counted
+    together: process p of P in task t of T takes the part (t * P + p, T * P).
+
+    Args:
+        environment: the environment variables.
+
+    Raises:
+        SparsortError: there are no such variables, or one of them is not a number.
+    """
+    used: dict[str, int] = {}
+
+    def number(name: str, default: int | None = None) -> int:
+        text = environment.get(name)
+        if text is None and default is not None:
+            return default
+        try:
+            used[name] = int(text or "")
+        except ValueError:
+            raise SparsortError(
+                f"part (--part) is 'env', and the environment variable {name} is {text!r}; expected a whole number. Pass K/N."
+            ) from None
+        return used[name]
+
+    task, tasks, process, processes = 0, 1, 0, 1
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        step = number("SLURM_ARRAY_TASK_STEP", 1)
+        task = (number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN", 0)) // step
+        tasks = number("SLURM_ARRAY_TASK_COUNT")
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        process, processes = number("RANK"), number("WORLD_SIZE")
+    # Only srun sets the number of tasks of a step. Without srun, the script of a job has SLURM_PROCID=0 for all of its tasks.
+    elif "SLURM_STEP_NUM_TASKS" in environment:
+        process, processes = number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS")
+    if not used:
+        raise SparsortError(
+            "part (--part) is 'env', and neither Slurm's variables (SLURM_ARRAY_TASK_ID, or SLURM_PROCID under srun) nor torchrun's "
+            "(RANK and WORLD_SIZE) are set. Pass K/N, such as 0/4."
+        )
+    return (task * processes + process, tasks * processes), ", ".join(f"{name}={value}" for name, value in used.items())
+
+
 # The job of the last call in this process, with its run.
 _last: tuple[int, ScoreJob, ShardRun] | None = None
 

@@ -275,11 +275,11 @@ class Claims:
             # An interrupt between the creation of a claim and its block leaves a claim of this process that nobody releases.
             is_forgotten = owner == this_process() and path not in _held_here
             return state == "dead" or is_forgotten
-        before, first_seen = self._seen.get(path, (b"", 0.0))
-        if before != content:
+        seen = self._seen.get(path)
+        if seen is None or seen[0] != content:
             self._seen[path] = (content, self._clock())
             return False
-        return self._clock() - first_seen >= SILENT
+        return self._clock() - seen[1] >= SILENT
 
     def _path(self, name: str, generation: int) -> Path:
         return self.folder / f"{_PREFIX}{name}.{generation}"

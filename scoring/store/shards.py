@@ -188,8 +188,7 @@ class ShardStore:
 
     def indices(self) -> list[int]:
         """The indices of the shards that have a file, in ascending order."""
-        matches = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return shard_numbers(self.folder)
 
     def claimed(self, index: int) -> contextlib.AbstractContextManager[bool]:
         """Claim shard `index` while the block runs; yields whether this process has it (see `Claims.claimed`)."""
@@ -407,6 +406,13 @@ def discard_unbegun(folder: Path) -> None:
         shutil.rmtree(folder / WORKERS, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def shard_numbers(folder: Path) -> list[int]:
+    """The numbers of the shards that have a file in a score folder, in ascending order."""
+    with os.scandir(folder) as files:
+        matches = [_SHARD.fullmatch(file.name) for file in files]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def has_shards(folder: Path) -> bool:
