@@ -217,8 +217,8 @@ class Claims:
     def close(self) -> None:
         """End the thread, and remove the folder if nothing is left in it."""
         self._closed.set()
-        if self._thread is not None:
-            self._thread.join()
+        if (thread := self._thread) is not None:
+            thread.join()
             self._thread = None
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -289,13 +289,19 @@ class Claims:
         return f'{_as_text(self._owner or this_process())[:-1]}, "beats": "{self._beats:012d}"}}'.encode()
 
     def _start_thread(self) -> None:
-        if self._thread is None:
-            self._closed.clear()
-            self._thread = threading.Thread(target=self._run, name="sparsort claims", daemon=True)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None:
+                self._closed.clear()
+                self._thread = threading.Thread(target=self._run, name="sparsort claims", daemon=True)
+                self._thread.start()
 
     def _run(self) -> None:
         while not self._closed.wait(HEARTBEAT):
+            with self._lock:
+                # The thread of an object that nobody has closed ends by itself.
+                if not self._held:
+                    self._thread = None
+                    return
             self.beat()
 
 

@@ -198,5 +198,7 @@ def test_a_thread_gives_signs_while_a_claim_is_held(tmp_path: Path, monkeypatch:
         assert len(before) == len(after)
         assert before != after
         assert Owner.read(json.loads(after)) == this_process()
+    thread = claims._thread
     claims.close()
-    assert "sparsort claims" not in {thread.name for thread in threading.enumerate()}
+    assert thread is not None
+    assert not thread.is_alive()
