@@ -124,7 +124,7 @@ def run_shards(job: ScoreJob, numbers: Iterable[int]) -> Coverage:
     try:
         return shards.run(numbers)
     finally:
-        shards.store.claims.close()
+        shards.suspend()
 
 
 def part_from_environment(environment: Mapping[str, str]) -> tuple[tuple[int, int], str]:

@@ -230,22 +230,27 @@ def usable_cores() -> int:
 
 def _work(job: ScoreJob, threads: int, pipe: Connection) -> None:
     """Score the shards whose numbers arrive, until the pipe ends. This runs in a process of its own."""
-    from sparsort.terminal.interrupts import handle_signals
+    from sparsort.terminal.interrupts import SIGNALS, handle_signals
 
     # Ctrl-C reaches all processes of a terminal. The parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    handle_signals()
-    # These are read when the libraries are imported.
+    # This is read when the tokenizers are imported.
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
-    try:
-        _score_numbers(job, threads, pipe)
-    except (KeyboardInterrupt, BrokenPipeError, ConnectionResetError, EOFError):
-        # The parent has asked for the end, or has ended itself.
-        sys.exit(143)
-    except SparsortError as error:
-        _tell(pipe, "error", str(error))
-    except Exception:
-        _tell(pipe, "fault", traceback.format_exc())
+    # The parent has asked for the end by a signal, or has ended itself.
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError, ConnectionResetError, EOFError):
+        try:
+            # SIGTERM unwinds the stack, which releases the claim.
+            handle_signals()
+            _score_numbers(job, threads, pipe)
+        except SparsortError as error:
+            _tell(pipe, "error", str(error))
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            raise
+        except Exception:
+            _tell(pipe, "fault", traceback.format_exc())
+    # From here on a signal has nothing to unwind.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _score_numbers(job: ScoreJob, threads: int, pipe: Connection) -> None:

@@ -186,7 +186,9 @@ class Scorer(ABC):
         if part is not None:
             engine.check_part(part)
             if out is None:
-                raise SparsortError(f"part={part} needs a folder that the other parts share. Pass out='FOLDER' (--out).")
+                raise SparsortError(
+                    f"part={part} needs a folder that the other parts share. Pass out='FOLDER' (--out)."
+                )
         if cache is not None and out is not None:
             raise SparsortError(
                 "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."

@@ -200,6 +200,11 @@ class ShardRun:
         """Release what other processes can see of this one."""
         self.store.close()
 
+    def suspend(self) -> None:
+        """Close the file of the rows, and end the thread of the claims, until the next shard."""
+        self._reader = _ShardReader(self._source, self.store.shard_rows)
+        self.store.claims.close()
+
     def numbers(self, part: tuple[int, int] = (0, 1)) -> range:
         """The numbers of the shards of a part."""
         return range(part[0], self.total, part[1])

@@ -34,7 +34,13 @@ def status(
         show(f"Rows without a score: {', '.join(f'{count:,} {status}' for status, count in found.unscored.items())}.")
     if found.workers:
         table = Table(
-            text("process"), text("state"), number("shards"), number("rows"), text("since"), text("last shard"), title=""
+            text("process"),
+            text("state"),
+            number("shards"),
+            number("rows"),
+            text("since"),
+            text("last shard"),
+            title="",
         )
         for worker in found.workers:
             owner = worker.owner

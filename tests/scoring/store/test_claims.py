@@ -97,9 +97,7 @@ def test_a_clock_that_stands_still_or_goes_backwards_takes_nothing_over(tmp_path
 def test_of_several_observers_one_takes_over(tmp_path: Path) -> None:
     clock = Clock()
     abandon(Claims(tmp_path, owner=ELSEWHERE), "a")
-    observers = [
-        Claims(tmp_path, clock=clock, owner=dataclasses.replace(ELSEWHERE, pid=pid)) for pid in range(2, 5)
-    ]
+    observers = [Claims(tmp_path, clock=clock, owner=dataclasses.replace(ELSEWHERE, pid=pid)) for pid in range(2, 5)]
     for observer in observers:
         assert not abandon(observer, "a")
     clock.now += SILENT
