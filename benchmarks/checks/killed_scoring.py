@@ -8,11 +8,11 @@ Each fault strikes as often as `--kills` says, in one folder that is run until i
 - driver: SIGKILL to the command, which is started again.
 - preemption: SIGTERM to the command, or to all of its processes, in turn; it is started again.
 - two drivers: two commands on the folder at the same time, of which one is killed and started again.
-- full disk: no file may be larger than 16 KiB, and shards are; then the limit is lifted.
+- full disk: no file may be larger than half a KiB to 8 KiB, and shards are larger or smaller; then the limit is lifted.
 
-At every fault, the finished shards are noted with their inode and time of writing. At the end they must be the same files, and the
-folder must equal that of a run without faults, byte for byte. The times of the faults come from `--seed`, but the machine decides
-what they hit.
+At every fault, the finished shards are noted with their inode and time of writing. At the end they must be the same files, and
+the folder must equal that of a run without faults, byte for byte. The times of the faults come from `--seed`, but the machine
+decides what they hit.
 """
 
 from __future__ import annotations

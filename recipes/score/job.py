@@ -165,8 +165,8 @@ def part_from_environment(environment: Mapping[str, str]) -> tuple[tuple[int, in
         process, processes = number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS")
     if not used:
         raise SparsortError(
-            "part (--part) is 'env', and neither Slurm's variables (SLURM_ARRAY_TASK_ID, or SLURM_PROCID under srun) nor torchrun's "
-            "(RANK and WORLD_SIZE) are set. Pass K/N, such as 0/4."
+            "part (--part) is 'env', and neither Slurm's variables (SLURM_ARRAY_TASK_ID, or SLURM_PROCID under srun) nor "
+            "torchrun's (RANK and WORLD_SIZE) are set. Pass K/N, such as 0/4."
         )
     return (task * processes + process, tasks * processes), ", ".join(f"{name}={value}" for name, value in used.items())
 
@@ -189,7 +189,8 @@ def _begun(job: ScoreJob) -> ShardRun:
 def _checking(source: RowSource, text: Prompt | None, out: Path | None) -> Iterator[bool]:
     """Yield whether this process must check the rows; the snapshot of a source that another has checked is restored."""
     from sparsort.scoring.store.claims import Claims
-    from sparsort.scoring.store.shards import WORKERS, has_shards, load_snapshot, refuse_foreign, save_snapshot
+    from sparsort.scoring.store.manifest import WORKERS, has_shards, load_snapshot, save_snapshot
+    from sparsort.scoring.store.shards import refuse_foreign
 
     def restored() -> bool:
         snapshot = load_snapshot(out) if out is not None else None

@@ -17,8 +17,8 @@ from sparsort.recipes.score.job import ScoreJob
 from sparsort.recipes.score.workers import Workers, usable_cores
 from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
 from sparsort.scoring.scorers.run_shards import Coverage, check_part, count_shards
-from sparsort.scoring.store.manifest import MANIFEST
-from sparsort.scoring.store.shards import ShardStore, discard_unbegun, load_snapshot
+from sparsort.scoring.store.manifest import MANIFEST, load_snapshot
+from sparsort.scoring.store.shards import ShardStore, discard_unbegun
 from sparsort.terminal.progress import progress
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Local processes that score the shards of a job together.
 
-Contract: each process loads the model once, and its weights are mapped from their files, so the machine holds them once. The parent
-gives out one shard at a time, so slower workers get fewer. A worker that is killed is replaced, and its shard is scored again; a
-shard that is lost `_MOST_DEATHS` times ends the run. When the parent ends, for whatever reason, its workers end too: at once if
-it can tell them, otherwise after their current shard. Everything that was finished is kept.
+Contract: each process loads the model once, and its weights are mapped from their files, so the machine holds them once. The
+parent gives out one shard at a time, so slower workers get fewer. A worker that is killed is replaced, and its shard is scored
+again; a shard that is lost `_MOST_DEATHS` times ends the run. When the parent ends, for whatever reason, its workers end too:
+at once if it can tell them, otherwise after their current shard. Everything that was finished is kept.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _work(job: ScoreJob, threads: int, pipe: Connection) -> None:
             _tell(pipe, "error", str(error))
         except (BrokenPipeError, ConnectionResetError, EOFError):
             raise
-        except Exception:
+        except Exception:  # noqa: BLE001 (the parent raises it)
             _tell(pipe, "fault", traceback.format_exc())
     # From here on a signal has nothing to unwind.
     for number in SIGNALS:

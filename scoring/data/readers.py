@@ -1,9 +1,10 @@
 """Readers of one file, table or list: a stream of records that can start at any position.
 
-Contract: `records(start)` yields `(line, fields)` from record `start`, and can be called any number of times.
-`take(positions)` yields the records at ascending positions in one pass. `line` counts from 1, and is 0 if the source has no
-lines. Only the current record is in memory. Text files remember where every 1024th record begins, so that a late start can
-seek, and can pass these positions on to another process (`snapshot`). A mistake in the input (broken line, wrong encoding) is a `SparsortError` that names the file, the line and the byte.
+Contract: `records(start)` yields `(line, fields)` from record `start`, and can be called any number of times. `take(positions)`
+yields the records at ascending positions in one pass. `line` counts from 1, and is 0 if the source has no lines. Only the
+current record is in memory. Text files remember where every 1024th record begins, so that a late start can seek, and can pass
+these positions on to another process (`snapshot`). A mistake in the input (broken line, wrong encoding) is a `SparsortError`
+that names the file, the line and the byte.
 
 CSV and TSV: the first record names the columns, unless the caller does. A `.csv` file is separated by commas. If its first
 record has no comma, the file is read with semicolons or tabs, provided that all of its first records then have the same number

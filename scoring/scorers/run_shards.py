@@ -2,12 +2,13 @@
 
 Contract: the shard (`shard_rows` consecutive rows) is the unit of work. With a folder, memory holds one shard at a time, and
 every shard is on disk before the next one begins: a run that is killed at any moment and started again loses nothing, writes
-nothing twice and scores no finished shard again. A run that resumes compares the digests of the rows, which it reads again, unless
-the source is a file that has not changed since the run began.
+nothing twice and scores no finished shard again. A run that resumes compares the digests of the rows, which it reads again,
+unless the source is a file that has not changed since the run began.
 
 Any number of processes, on any number of machines that share a disk, may run over the same folder. The first one makes the
-manifest; each claims a shard before it scores it, and takes over the claims of dead processes (`store.claims`). A process returns
-when the shards that it was asked for are done, by whichever process. The one that finds all shards done completes the folder.
+manifest; each claims a shard before it scores it, and takes over the claims of dead processes (`store.claims`). A process
+returns when the shards that it was asked for are done, by whichever process. The one that finds all shards done completes the
+folder.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import pyarrow as pa
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.readers import STRIDE
 from sparsort.scoring.data.rows import Row, RowSource, rows_digest
-from sparsort.scoring.store.manifest import as_json
+from sparsort.scoring.store.manifest import as_json, load_snapshot, save_snapshot
 from sparsort.scoring.store.score_tables import scores_schema
 from sparsort.scoring.store.scores import Scores
-from sparsort.scoring.store.shards import ShardStore, beginning, load_snapshot, save_snapshot
+from sparsort.scoring.store.shards import ShardStore, beginning
 
 SHARD_ROWS = 2048
 Outcome = Literal["scored", "kept", "claimed"]

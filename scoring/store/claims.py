@@ -1,15 +1,15 @@
 """Claims on names in a score folder, such as those of its shards: of several processes, one works on each.
 
-Contract: `Claims.claimed(name)` yields True in one process at a time. A claim is a file that is created exclusively. It names its
-process (`Owner`), and a thread raises the counter in it every few seconds, so that a dead process can be noticed:
+Contract: `Claims.claimed(name)` yields True in one process at a time. A claim is a file that is created exclusively. It names
+its process (`Owner`), and a thread raises the counter in it every few seconds, so that a dead process can be noticed:
 
 - A process of this machine is dead if no process has its id and its start time.
-- A process of another machine is dead if this one has seen the same bytes in its claim for `SILENT` seconds of its own monotonic
-  clock. Clocks are never compared with each other, so they may differ, and jump.
+- A process of another machine is dead if this one has seen the same bytes in its claim for `SILENT` seconds of its own
+  monotonic clock. Clocks are never compared with each other, so they may differ, and jump.
 
-The successor of a dead process creates the file of the next generation exclusively and leaves the old one in place, so of several
-processes that notice the death, one takes over. Claims save work and do not protect the data: where they fail, for example because
-a machine was suspended, two processes do the same work, and whoever uses claims must tolerate that.
+The successor of a dead process creates the file of the next generation exclusively and leaves the old one in place, so of
+several processes that notice the death, one takes over. Claims save work and do not protect the data: where they fail, for
+example because a machine was suspended, two processes do the same work, and whoever uses claims must tolerate that.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _owner(pid: int) -> Owner:
     machine = ""
     with contextlib.suppress(OSError):
         # Containers on one machine may share a host name, but not the process ids.
-        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        machine = (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+        )
     return Owner(host=socket.gethostname(), machine=machine, pid=pid, start=_start_of(pid), since=time.time())
 
 

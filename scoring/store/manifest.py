@@ -1,8 +1,9 @@
-"""The manifest of a score folder: the settings of a run and, once the run is finished, the list of its shards.
+"""The files of a score folder besides the shards: the manifest, and what the processes of an unfinished run share.
 
-Contract: `create_manifest` writes it unless it exists, and of several processes that do so at the same time exactly one succeeds.
-`read_manifest` returns it whole, or raises an error. Two manifests belong to the same run if everything in their provenance except
-`NOT_COMPARED` is equal.
+Contract: the manifest has the settings of a run and, once the run is finished, the list of its shards. `create_manifest` writes
+it unless it exists, and of several processes that do so at the same time exactly one succeeds. `read_manifest` returns it
+whole, or raises an error. Two manifests belong to the same run if everything in their provenance except `NOT_COMPARED` is
+equal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsort.errors import SparsortError
-from sparsort.storage.integrity import check_seal, check_version, digest_of_values, parse_own_json
+from sparsort.storage.integrity import (
+    check_seal,
+    check_version,
+    digest_of_values,
+    parse_own_json,
+    read_sealed,
+    write_sealed,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsort-scores"
@@ -25,6 +34,11 @@ VERSION = 2
 UNSEALED = 1
 # Recorded, but not compared: the environment does not change a score, and the digests of the rows identify the source.
 NOT_COMPARED = ("environment", "source")
+
+# The folder inside a score folder that the processes of an unfinished run share: claims, logs, and the snapshot of the source.
+WORKERS = "workers"
+_SNAPSHOT = "rows.json"
+_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 
 _ABSENT = object()
 _MAX_SHOWN = 160
@@ -162,3 +176,35 @@ def _value_text(settings: Mapping[str, Any], key: str) -> str:
     text = json.dumps(settings[key], ensure_ascii=False) if key in settings else "absent"
     # A fitted outlier rule is a list of hundreds of numbers.
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 20]}… ({len(text):,} characters)"
+
+
+def shard_numbers(folder: Path) -> list[int]:
+    """The numbers of the shards that have a file in a score folder, in ascending order."""
+    with os.scandir(folder) as files:
+        matches = [_SHARD.fullmatch(file.name) for file in files]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether at least one shard is in the folder."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as files:
+        return any(_SHARD.fullmatch(file.name) for file in files)
+
+
+def save_snapshot(folder: Path, snapshot: Mapping[str, Any]) -> None:
+    """Store what is known of the source of a run; see `RowSource.snapshot`.
+
+    A snapshot vouches for the rows of the shards that are scored after it, so a folder with shards keeps the one that it has.
+    """
+    if not has_shards(folder):
+        write_sealed(folder / WORKERS / _SNAPSHOT, snapshot)
+
+
+def load_snapshot(folder: Path) -> dict[str, Any] | None:
+    """The snapshot of a run's source; None if there is none, or if it is damaged."""
+    try:
+        return read_sealed(folder / WORKERS / _SNAPSHOT, next_step="Delete it; it is made again.")
+    except (FileNotFoundError, NotADirectoryError, SparsortError):
+        return None

@@ -36,11 +36,13 @@ from sparsort.scoring.store.manifest import (
     MANIFEST,
     UNSEALED,
     VERSION,
+    WORKERS,
     as_json,
     create_manifest,
     read_manifest,
     refuse_other_settings,
     settings_digest,
+    shard_numbers,
 )
 from sparsort.scoring.store.shard_files import (
     SCORE_AGAIN,
@@ -51,15 +53,9 @@ from sparsort.scoring.store.shard_files import (
 )
 from sparsort.scoring.store.work_log import Done, WorkLog, read_logs
 from sparsort.storage.files import disk_error, write_atomically
-from sparsort.storage.integrity import check_file, damage, read_sealed, record_of, seal, write_sealed
+from sparsort.storage.integrity import check_file, damage, record_of, seal, write_sealed
 from sparsort.storage.parquet_seal import DamagedError, read_seal_and_record
 
-# The folder inside a score folder that the processes of an unfinished run share: claims, logs, and the snapshot of the source.
-WORKERS = "workers"
-_SNAPSHOT = "rows.json"
-_START_OVER = "Delete it; it is made again."
-
-_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 # The names of the temporary files of `write_atomically` and `create_manifest`.
 _TEMPORARY = re.compile(r"\.(manifest\.json|shard-(\d{5,})\.parquet)\.(\d+)(?:\.[0-9a-f]{32})?\.tmp")
 
@@ -82,7 +78,8 @@ class ShardStore:
         self._listed: dict[int, dict[str, Any]] = {shard["index"]: shard for shard in manifest.get("shards", [])}
         # The shards that this process has checked or written, as entries of the manifest.
         self._checked: dict[int, dict[str, Any]] = {}
-        self._whole: pa.Table | None = None
+        # Columns that have been read.
+        self._in_memory: pa.Table | None = None
         self._start_over = f"Choose another folder for the changed data, or delete {folder} to score all of it again."
         self._settings = settings_digest(self.provenance, self.shard_rows)
         self.claims = Claims(folder / WORKERS)
@@ -284,9 +281,14 @@ class ShardStore:
     def select(self, columns: list[str]) -> pa.Table:
         """The named columns of all shards, in the order of the rows."""
         # Opening many shards takes longer than reading them, so a small run is read once, as a whole.
-        if self._whole is None and 0 < self._rows <= _MAX_WHOLE_ROWS:
-            self._whole = pa.concat_tables(self.tables()).combine_chunks()
-        return self._whole.select(columns) if self._whole is not None else pa.concat_tables(self.tables(columns))
+        if self._in_memory is None and 0 < self._rows <= _MAX_WHOLE_ROWS:
+            self._in_memory = pa.concat_tables(self.tables()).combine_chunks()
+        if self._in_memory is None and self._rows <= min(_MAX_REPORT_ROWS, _SMALL_ROWS * len(self._listed)):
+            names = [name for name in _REPORT_COLUMNS if name in self.column_names]
+            self._in_memory = pa.concat_tables(self.tables(names))
+        if self._in_memory is not None and set(columns) <= set(self._in_memory.column_names):
+            return self._in_memory.select(columns)
+        return pa.concat_tables(self.tables(columns))
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yield the table of each shard, with one in memory at a time."""
@@ -383,23 +385,6 @@ def beginning(folder: Path) -> Iterator[bool]:
                 folder.rmdir()
 
 
-def save_snapshot(folder: Path, snapshot: Mapping[str, Any]) -> None:
-    """Store what is known of the source of a run; see `RowSource.snapshot`.
-
-    A snapshot vouches for the rows of the shards that are scored after it, so a folder with shards keeps the one that it has.
-    """
-    if not has_shards(folder):
-        write_sealed(folder / WORKERS / _SNAPSHOT, snapshot)
-
-
-def load_snapshot(folder: Path) -> dict[str, Any] | None:
-    """The snapshot of a run's source; None if there is none, or if it is damaged."""
-    try:
-        return read_sealed(folder / WORKERS / _SNAPSHOT, next_step=_START_OVER)
-    except (FileNotFoundError, NotADirectoryError, SparsortError):
-        return None
-
-
 def discard_unbegun(folder: Path) -> None:
     """Remove a folder in which no process has created the manifest."""
     if not (folder / MANIFEST).exists():
@@ -408,26 +393,11 @@ def discard_unbegun(folder: Path) -> None:
             folder.rmdir()
 
 
-def shard_numbers(folder: Path) -> list[int]:
-    """The numbers of the shards that have a file in a score folder, in ascending order."""
-    with os.scandir(folder) as files:
-        matches = [_SHARD.fullmatch(file.name) for file in files]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def has_shards(folder: Path) -> bool:
-    """Whether at least one shard is in the folder."""
-    if not folder.is_dir():
-        return False
-    with os.scandir(folder) as files:
-        return any(_SHARD.fullmatch(file.name) for file in files)
-
-
 def refuse_foreign(folder: Path) -> None:
     """Raise a `SparsortError` if the folder contains files but no manifest, or cannot be read."""
     # This includes shard files, because nothing shows with which settings they were made.
     try:
-        names = sorted(os.listdir(folder)) if folder.exists() else []
+        names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
     except OSError as error:
         raise disk_error(folder, error) from error
     foreign = [name for name in names if name != WORKERS and not _TEMPORARY.fullmatch(name)]
@@ -482,3 +452,6 @@ def _alive(process: int) -> bool:
 
 # Runs of up to this number of rows (about 15 MB) are read as a whole. 10,000 shards of a few rows each have fewer.
 _MAX_WHOLE_ROWS = 1 << 16
+# Of more rows, the columns that a report reads one after the other are read in one pass (up to 300 MB), if the shards are small.
+_MAX_REPORT_ROWS, _SMALL_ROWS = 1 << 22, 512
+_REPORT_COLUMNS = ("position", "id", "difficulty", "status", "n_tokens", "n_truncated")

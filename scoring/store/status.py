@@ -1,7 +1,7 @@
 """The state of a score folder: what is done, by which processes, and what is claimed.
 
-Contract: no shard is opened and nothing is written, so this takes at most two seconds for 100,000 shards. Of a finished folder only
-the manifest is left, and it does not say who made the shards.
+Contract: no shard is opened and nothing is written, so this takes at most two seconds for 100,000 shards. Of a finished folder
+only the manifest is left, and it does not say who made the shards.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsort.scoring.store.claims import Claim, Owner, State, read_claims
-from sparsort.scoring.store.manifest import read_manifest
-from sparsort.scoring.store.shards import WORKERS, load_snapshot, shard_numbers
+from sparsort.scoring.store.manifest import WORKERS, load_snapshot, read_manifest, shard_numbers
 from sparsort.scoring.store.work_log import read_logs
 
 

@@ -14,9 +14,9 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsort.scoring.store.claims import Owner, this_process
 from sparsort.storage.files import disk_error
@@ -24,9 +24,8 @@ from sparsort.storage.files import disk_error
 _PREFIX = "log-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """A finished shard.
+class Done(NamedTuple):
+    """A finished shard. A line of a log is a list of these values, because 100,000 of them are read at once.
 
     Attributes:
         index: its number.
@@ -67,7 +66,7 @@ class WorkLog:
             # A forked process writes a log of its own.
             if self._descriptor < 0 or self._pid != os.getpid():
                 self._open()
-            self._write(asdict(Done(**shard, at=time.time())))
+            self._write(Done(**shard, at=round(time.time(), 3)))
         except OSError as error:
             raise disk_error(self._folder, error) from error
 
@@ -85,7 +84,7 @@ class WorkLog:
         self._pid = owner.pid
         self._write(asdict(owner))
 
-    def _write(self, values: Mapping[str, Any]) -> None:
+    def _write(self, values: Any) -> None:
         text = json.dumps(values).encode()
         os.write(self._descriptor, b"%08x %b\n" % (zlib.crc32(text), text))
 
@@ -93,17 +92,14 @@ class WorkLog:
 def read_logs(folder: Path) -> Iterator[tuple[Owner, list[Done]]]:
     """Yield the processes that have logs in a folder, each with the shards that it finished, in that order."""
     for path in sorted(folder.glob(f"{_PREFIX}*.jsonl")):
-        lines = []
+        content = b""
         # Another process may have finished the run and removed the logs.
         with contextlib.suppress(OSError):
-            lines = list(_read(path.read_bytes()))
-        owner = Owner.read(lines[0]) if lines else None
-        if owner is not None:
-            with contextlib.suppress(TypeError):
-                yield owner, [Done(**line) for line in lines[1:]]
-
-
-def _read(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.splitlines():
-        if line[:8] == b"%08x" % zlib.crc32(line[9:]):
-            yield json.loads(line[9:])
+            content = path.read_bytes()
+        whole = [line[9:] for line in content.splitlines() if line[:8] == b"%08x" % zlib.crc32(line[9:])]
+        # Parsing all lines as one list takes half of the time of parsing each.
+        first, *lines = json.loads(b"[%b]" % b",".join(whole)) or [None]
+        owner = Owner.read(first)
+        # A log of another version may have other values.
+        if owner is not None and all(len(line) == len(Done._fields) for line in lines):
+            yield owner, [Done._make(line) for line in lines]

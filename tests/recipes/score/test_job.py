@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_every_division_gives_the_same_folder(file: Path, scorer: ScorerConfig, 
 
 def test_shards_of_a_pickled_job_in_any_order(file: Path, scorer: ScorerConfig, tmp_path: Path) -> None:
     score_file(file, scorer=scorer, prompt=PROMPT, out=tmp_path / "whole", shard_rows=SHARD_ROWS)
-    job = pickle.loads(pickle.dumps(make_job(file, scorer, tmp_path / "out")))
+    job = ForkingPickler.loads(ForkingPickler.dumps(make_job(file, scorer, tmp_path / "out")))
     assert run_shards(job, [5, 2]) == Coverage(
         folder=tmp_path / "out", total=8, done=2, scored=2, kept=0, complete=False
     )
@@ -162,7 +162,7 @@ def test_calls_that_cannot_be_shared_are_refused(file: Path, scorer: ScorerConfi
         with pytest.raises(SparsortError, match=r"need a folder that they share. Pass out='FOLDER' \(--out\)"):
             score_file(file, scorer=scorer, prompt=PROMPT, **options)
     live = ScorerConfig(model=ModelSpec(scorer.model.load()))
-    with pytest.raises(SparsortError, match="a model in memory cannot be sent to worker processes. Give its name"):
+    with pytest.raises(SparsortError, match=r"a model in memory cannot be sent to worker processes\. Give its name"):
         score_file(file, scorer=live, prompt=PROMPT, out=tmp_path / "out", workers=2)
     with pytest.raises(SparsortError, match="expected a number from 1 on, or 'auto'"):
         score_file(file, scorer=scorer, prompt=PROMPT, out=tmp_path / "out", workers=0)

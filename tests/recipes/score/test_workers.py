@@ -184,20 +184,20 @@ def test_two_commands_share_a_folder(file: Path, tmp_path: Path) -> None:
 def test_devices_are_taken_in_turn(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, str]] = []
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Recorded:
         def __init__(self, place: int, job: Any, threads: int) -> None:
             made.append((place, job.scorer.model.device))
             if place == 2:
-                raise Stop
+                raise StopError
 
         def __getattr__(self, name: str) -> Any:
-            raise Stop
+            raise StopError
 
     monkeypatch.setattr(module, "_Worker", Recorded)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run_devices(file, tmp_path / "out")
     assert made[:3] == [(0, "cuda:0"), (1, "cpu"), (2, "cuda:0")]
 

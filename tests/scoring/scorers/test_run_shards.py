@@ -75,11 +75,20 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path, monkeypatc
     scores = run(open_rows(ROWS), Lengths(), out=tmp_path / "out", shard_rows=100)
     read: list[Any] = []
     monkeypatch.setattr(shards, "_MAX_WHOLE_ROWS", 0)
+    monkeypatch.setattr(shards, "_SMALL_ROWS", 0)
     monkeypatch.setattr(shards, "read_shard", lambda path, columns: read.append(columns) or read_shard(path, columns))
     assert len(scores) == 390
     assert scores.metrics == ["length", "minus"]
     assert scores.difficulty[1] == 1.0
     assert read == [["difficulty"]] * 4
+    # Opening a small shard takes longer than reading it, so what a report needs is read in one pass.
+    monkeypatch.setattr(shards, "_SMALL_ROWS", 100)
+    read.clear()
+    assert scores.counts("status") == {"ok": 360, "empty": 30}
+    assert scores.ids == [row["id"] for row in ROWS]
+    assert read == [list(shards._REPORT_COLUMNS)] * 4
+    assert scores.column("minus")[1] == -1.0
+    assert read[4:] == [["minus"]] * 4
 
 
 def test_a_second_run_does_nothing_and_changes_nothing(tmp_path: Path) -> None:

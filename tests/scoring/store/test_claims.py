@@ -1,4 +1,4 @@
-"""`scoring.store.claims`: one process at a time, and the rule by which a dead one is replaced, with a clock that the test moves."""
+"""`scoring.store.claims`: one process at a time, and when a dead one is replaced, by a clock that the test moves."""
 
 from __future__ import annotations
 
