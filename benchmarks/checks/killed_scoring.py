@@ -4,7 +4,7 @@
 
 Each fault strikes as often as `--kills` says, in one folder that is run until it is complete:
 
-- worker: SIGKILL to one of the two workers; the command itself has to go on.
+- worker: SIGKILL to one of the two workers; the command itself has to finish the run.
 - driver: SIGKILL to the command, which is started again.
 - preemption: SIGTERM to the command, or to all of its processes, in turn; it is started again.
 - two drivers: two commands on the folder at the same time, of which one is killed and started again.

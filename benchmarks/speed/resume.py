@@ -96,7 +96,7 @@ def _fill(store: ShardStore, shards: int) -> None:
         if index >= _FILES:
             os.link(store.path(same), store.path(index))
         facts = {name: entries[same][name] for name in ("rows", "digest", "record")}
-        log.append(**facts, index=index, settings=store._settings, modified=modified[same], unscored={})
+        log.append(**facts, shard=index, settings=store._settings, modified=modified[same], unscored={})
     log.close()
 
 

@@ -168,9 +168,14 @@ class Workers:
             begin = worker.index * self._job.shard_rows
             what = f"shard {worker.index} (from row {begin} on)"
         if self._deaths[worker.index] >= _MOST_DEATHS:
+            advice = "If the memory was full, use fewer workers (--workers) or a smaller token_budget (--token-budget)."
+            if worker.index is None and code > 0:
+                advice = (
+                    "It has written the reason to stderr. In a script, make the call under if __name__ == '__main__'."
+                )
             raise SparsortError(
-                f"{what} has ended in {cause} {_MOST_DEATHS} times. If the memory was full, use fewer workers (--workers) or a "
-                f"smaller token_budget (--token-budget). Finished shards are kept in {self._job.out}; run the same command again."
+                f"{what} has ended in {cause} {_MOST_DEATHS} times. {advice} Finished shards are kept in {self._job.out}; run the "
+                "same command again."
             )
         self._note(f"a worker process was ended by {cause}; another one takes over {what}.")
         self._start(worker.place)
@@ -263,7 +268,7 @@ def _score_numbers(job: ScoreJob, threads: int, pipe: Connection) -> None:
     if pipe.recv() != _BEGIN:
         return
     source, _ = job.open()
-    report = _Report(pipe)
+    report = _Progress(pipe)
     with job.begin(scorer, source) as shards:
         pipe.send(("ready", 0))
         while True:
@@ -281,7 +286,7 @@ def _tell(pipe: Connection, kind: str, text: str) -> None:
         pipe.send((kind, text))
 
 
-class _Report:
+class _Progress:
     """Sends the progress of a worker to the parent, at most every `_REPORT` seconds."""
 
     def __init__(self, pipe: Connection) -> None:

@@ -183,16 +183,7 @@ class Scorer(ABC):
         Raises:
             SparsortError: bad input; the message says what to do.
         """
-        if part is not None:
-            engine.check_part(part)
-            if out is None:
-                raise SparsortError(
-                    f"part={part} needs a folder that the other parts share. Pass out='FOLDER' (--out)."
-                )
-        if cache is not None and out is not None:
-            raise SparsortError(
-                "out= and cache= were given. A score folder keeps the scores of every row: omit cache=."
-            )
+        _check_sharing(out, part, cache)
         text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
         text |= {"truncation": truncation, "max_length": max_length}
         spec = PromptSpec.of(prompt, **text)
@@ -242,6 +233,15 @@ class Scorer(ABC):
         return source, Request(
             prompt_or_none=prompt, truncation=spec.truncation, max_length=spec.max_length, cache=cache
         )
+
+
+def _check_sharing(out: str | Path | None, part: tuple[int, int] | None, cache: RowCache | None) -> None:
+    if part is not None:
+        engine.check_part(part)
+        if out is None:
+            raise SparsortError(f"part={part} needs a folder that the other parts share. Pass out='FOLDER' (--out).")
+    if cache is not None and out is not None:
+        raise SparsortError("out= and cache= were given. A score folder keeps the scores of every row: omit cache=.")
 
 
 def versions() -> dict[str, str]:

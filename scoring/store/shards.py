@@ -223,6 +223,7 @@ class ShardStore:
             record = record_of(temporary)
             modified = temporary.stat().st_mtime_ns
         self._checked[index] = self._listing(facts, record)
+        facts["shard"] = facts.pop("index")
         self._log.append(**facts, record=record, modified=modified, unscored=_unscored(table))
 
     def close(self) -> None:
@@ -340,7 +341,7 @@ class ShardStore:
         return self._listing({"index": index, "rows": done.rows, "digest": done.digest}, done.record)
 
     def _read_logs(self) -> None:
-        self._logged = {done.index: done for _, log in read_logs(self.folder / WORKERS) for done in log}
+        self._logged = {done.shard: done for _, log in read_logs(self.folder / WORKERS) for done in log}
 
     def _unsealed_facts(self, path: Path) -> dict[str, Any]:
         if self._sealed:

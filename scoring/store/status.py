@@ -17,7 +17,7 @@ from sparsort.scoring.store.work_log import read_logs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worker:
+class WorkerStatus:
     """A process that has finished shards of an unfinished run.
 
     Attributes:
@@ -56,7 +56,7 @@ class Status:
     total: int | None
     rows: int | None
     unscored: Mapping[str, int] = field(default_factory=dict)
-    workers: tuple[Worker, ...] = ()
+    workers: tuple[WorkerStatus, ...] = ()
     claims: tuple[Claim, ...] = ()
 
 
@@ -78,7 +78,7 @@ def read_status(folder: Path) -> Status:
         for shard in log:
             unscored.update(shard.unscored)
         n_rows, last = sum(shard.rows for shard in log), max((shard.at for shard in log), default=owner.since)
-        workers.append(Worker(owner=owner, state=owner.state(), shards=len(log), rows=n_rows, last=last))
+        workers.append(WorkerStatus(owner=owner, state=owner.state(), shards=len(log), rows=n_rows, last=last))
     return Status(
         folder=folder,
         complete=False,

@@ -28,7 +28,7 @@ class Done(NamedTuple):
     """A finished shard. A line of a log is a list of these values, because 100,000 of them are read at once.
 
     Attributes:
-        index: its number.
+        shard: its number.
         rows: its number of rows.
         digest: the `rows_digest` of its rows.
         settings: the digest of the settings of the run.
@@ -38,7 +38,7 @@ class Done(NamedTuple):
         at: the wall time at which it was finished, in seconds since 1970; for display only.
     """
 
-    index: int
+    shard: int
     rows: int
     digest: str
     settings: str
@@ -56,8 +56,8 @@ class WorkLog:
         self._descriptor = -1
         self._pid = os.getpid()
 
-    def append(self, **shard: Any) -> None:
-        """Add a shard, with the attributes of `Done` except `at`.
+    def append(self, **values: Any) -> None:
+        """Add a shard, by the attributes of `Done` except `at`.
 
         Raises:
             SparsortError: the disk cannot be written.
@@ -66,7 +66,7 @@ class WorkLog:
             # A forked process writes a log of its own.
             if self._descriptor < 0 or self._pid != os.getpid():
                 self._open()
-            self._write(Done(**shard, at=round(time.time(), 3)))
+            self._write(Done(**values, at=round(time.time(), 3)))
         except OSError as error:
             raise disk_error(self._folder, error) from error
 

@@ -18,7 +18,7 @@ ELSEWHERE = Owner(host="other", machine="other boot", pid=1, start="1", since=0.
 
 
 class Clock:
-    """A clock that stands still until the test moves it."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -84,7 +84,7 @@ def test_a_process_of_another_machine_is_dead_after_a_silence_by_the_own_clock(t
     assert names(tmp_path) == []
 
 
-def test_a_clock_that_stands_still_or_goes_backwards_takes_nothing_over(tmp_path: Path) -> None:
+def test_a_clock_that_stops_or_jumps_back_takes_nothing_over(tmp_path: Path) -> None:
     clock = Clock()
     gone, observer = Claims(tmp_path, owner=ELSEWHERE), Claims(tmp_path, clock=clock)
     abandon(gone, "a")
