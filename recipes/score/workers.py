@@ -174,8 +174,8 @@ class Workers:
                     "It has written the reason to stderr. In a script, make the call under if __name__ == '__main__'."
                 )
             raise SparsortError(
-                f"{what} has ended in {cause} {_MOST_DEATHS} times. {advice} Finished shards are kept in {self._job.out}; run the "
-                "same command again."
+                f"{what} has ended in {cause} {_MOST_DEATHS} times. {advice} Finished shards are kept in {self._job.out}; "
+                "run the same command again."
             )
         self._note(f"a worker process was ended by {cause}; another one takes over {what}.")
         self._start(worker.place)
