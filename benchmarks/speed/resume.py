@@ -51,7 +51,7 @@ def main() -> None:
     report = Report("resume", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         job = _simulate(Path(name), shards)
-        out = job.folder
+        out = job.need_folder()
         load = f"load average {os.getloadavg()[0]:.1f}"
         wall, cpu = _command("status", out, "--json")
         report.add(f"status of {shards:,} shards, wall", wall, "s", floor=_STATUS_FLOOR, better="lower", note=load)

@@ -60,9 +60,8 @@ class ScoreJob:
         out = self.out.expanduser() if self.out is not None else None
         return replace(self, scorer=scorer, prompt=prompt, out=out)
 
-    @property
-    def folder(self) -> Path:
-        """The score folder, for code that needs one."""
+    def need_folder(self) -> Path:
+        """The score folder; a `SparsortError` if there is none."""
         if self.out is None:
             raise SparsortError("several processes need a folder that they share. Pass out='FOLDER' (--out).")
         return self.out
@@ -102,7 +101,7 @@ class ScoreJob:
 
     def begin(self, scorer: Scorer, source: RowSource) -> ShardRun:
         """Begin or resume the run in the folder."""
-        return scorer.begin(source, self.prompt, out=self.folder, shard_rows=self.shard_rows)
+        return scorer.begin(source, self.prompt, out=self.need_folder(), shard_rows=self.shard_rows)
 
 
 def run_shards(job: ScoreJob, numbers: Iterable[int]) -> Coverage:

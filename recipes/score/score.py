@@ -16,7 +16,7 @@ from sparsort.recipes.score.config import ScorerConfig
 from sparsort.recipes.score.job import ScoreJob
 from sparsort.recipes.score.workers import Workers, usable_cores
 from sparsort.scoring.prompts.spec import DataSpec, PromptSpec
-from sparsort.scoring.scorers.run_shards import Coverage, check_part, count_shards
+from sparsort.scoring.scorers.run_shards import Coverage, check_part, count_rows, count_shards, cover
 from sparsort.scoring.store.manifest import MANIFEST, load_snapshot
 from sparsort.scoring.store.shards import ShardStore, discard_unbegun
 from sparsort.terminal.progress import progress
@@ -136,10 +136,9 @@ def score_file(
     job = job.checked()
     if part is not None:
         check_part(part)
-    if part is not None or workers != 1 or len(devices) > 1:
-        # Only a folder can be shared.
-        _ = job.folder
     n_workers, devices = _workers_and_devices(job, workers, devices)
+    if part is not None or n_workers > 1:
+        job.need_folder()
     resumed = job.out is not None and (job.out / MANIFEST).exists()
     try:
         if n_workers > 1:
@@ -179,7 +178,7 @@ def _score_here(job: ScoreJob, part: tuple[int, int] | None) -> _Result:
         return source, text, scorer.score(source, job.prompt, shard_rows=job.shard_rows), scoring
     with job.begin(scorer, source) as shards:
         numbers = shards.numbers(part or (0, 1))
-        with progress("scoring", shards.count_rows(numbers)) as advance:
+        with progress("scoring", count_rows(numbers, source.count(), job.shard_rows)) as advance:
             return source, text, shards.run(numbers, advance), scoring
 
 
@@ -187,26 +186,18 @@ def _score_in_workers(job: ScoreJob, count: int, devices: Sequence[str], part: t
     # The processes load their models while this one checks the rows.
     with Workers(job, count, devices=devices, note=_LOG.warning) as workers:
         source, text = job.open()
-        workers.begin()
-        scoring = time.perf_counter()
-        store = ShardStore.join(job.folder)
-        total = count_shards(source.count(), job.shard_rows)
+        rows, folder = source.count(), job.need_folder()
         k, n = part or (0, 1)
-        numbers = range(k, total, n)
+        numbers = range(k, count_shards(rows, job.shard_rows), n)
+        workers.begin(len(numbers))
+        scoring = time.perf_counter()
+        store = ShardStore.join(folder)
         # A shard in the logs need not be sent to a worker, unless the file may have changed since.
-        done = store.logged() if source.restore(load_snapshot(job.folder), text) else set()
-        with progress("scoring", source.count()) as advance:
-            advance(min(len(done) * job.shard_rows, source.count()))
+        done = store.logged().intersection(numbers) if source.restore(load_snapshot(folder), text) else set()
+        with progress("scoring", count_rows(numbers, rows, job.shard_rows)) as advance:
+            advance(count_rows(done, rows, job.shard_rows))
             outcomes = workers.run((number for number in numbers if number not in done), advance)
-    complete = store.finish(source.count())
-    coverage = Coverage(
-        folder=job.folder,
-        total=total,
-        done=total if complete else len(store.indices()),
-        scored=outcomes["scored"],
-        kept=outcomes["kept"] + len(done.intersection(numbers)),
-        complete=complete,
-    )
+    coverage = cover(store, rows, scored=outcomes["scored"], kept=outcomes["kept"] + len(done))
     return source, text, coverage, scoring
 
 

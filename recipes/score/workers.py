@@ -68,20 +68,24 @@ class Workers:
             for place in range(self._count):
                 self._start(place)
         except BaseException:
-            self._end()
+            self._end(self._workers)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._end(at_once=kind is not None)
+        self._end(self._workers, at_once=kind is not None)
 
-    def begin(self) -> None:
+    def begin(self, most: int) -> None:
         """Let the workers open the folder, and return when the first one has done so.
+
+        Args:
+            most: the number of workers that there is work for, which is known only now; the others are ended.
 
         Raises:
             SparsortError: a worker failed, or was killed too often.
         """
         self._can_begin = True
+        self._end(self._workers[max(most, 1) :])
         for worker in self._workers:
             worker.send(_BEGIN)
         while not any(worker.is_ready for worker in self._workers):
@@ -142,6 +146,8 @@ class Workers:
                 raise RuntimeError(f"a worker process failed:\n{value}")
             else:
                 worker.index, worker.rows = None, 0
+                # Only starts that fail in a row show that no worker can start.
+                del self._deaths[None]
                 ended.append((kind, value))
         # An interrupt may have been lost in a callback.
         advance(0)
@@ -181,19 +187,19 @@ class Workers:
         self._start(worker.place)
         return worker.index
 
-    def _end(self, *, at_once: bool = True) -> None:
-        """End the processes: after an error by SIGTERM, otherwise by letting them return."""
-        for worker in self._workers:
+    def _end(self, workers: Sequence[_Worker], *, at_once: bool = True) -> None:
+        """End some processes: at once by SIGTERM, otherwise by letting them return."""
+        for worker in workers:
             if at_once:
                 worker.process.terminate()
             worker.pipe.close()
         deadline = time.monotonic() + _GRACE
-        for worker in self._workers:
+        for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
             if worker.process.exitcode is None:
                 worker.process.kill()
                 worker.process.join()
-        self._workers.clear()
+        self._workers = [worker for worker in self._workers if worker not in workers]
 
 
 class _Worker:

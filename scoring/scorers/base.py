@@ -195,7 +195,7 @@ class Scorer(ABC):
                 return engine.run(source, job, out=None, shard_rows=shard_rows, advance=advance)
         with self._begin(source, request, folder, shard_rows, like) as shards:
             numbers = shards.numbers(part or (0, 1))
-            with progress("scoring", shards.count_rows(numbers)) as advance:
+            with progress("scoring", engine.count_rows(numbers, source.count(), shard_rows)) as advance:
                 coverage = shards.run(numbers, advance)
         return coverage.load() if part is None else coverage
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -144,6 +144,31 @@ def check_part(part: tuple[int, int]) -> None:
         )
 
 
+def cover(store: ShardStore, rows: int, *, scored: int, kept: int) -> Coverage:
+    """List the shards in the manifest if all are done, and return the coverage of the folder.
+
+    Args:
+        store: the score folder.
+        rows: the number of all rows.
+        scored, kept: see `Coverage`.
+    """
+    total, complete = count_shards(rows, store.shard_rows), store.finish(rows)
+    done = total if complete else len(store.indices())
+    return Coverage(folder=store.folder, total=total, done=done, scored=scored, kept=kept, complete=complete)
+
+
+def count_rows(numbers: Collection[int], rows: int, shard_rows: int) -> int:
+    """The number of rows in some shards.
+
+    Args:
+        numbers: different numbers of shards.
+        rows: the number of all rows.
+        shard_rows: the rows of each shard except the last.
+    """
+    last = count_shards(rows, shard_rows) - 1
+    return len(numbers) * shard_rows - ((last + 1) * shard_rows - rows if last in numbers else 0)
+
+
 def count_shards(rows: int, shard_rows: int) -> int:
     """The number of shards of some rows."""
     return -(-rows // shard_rows)
@@ -210,16 +235,10 @@ class ShardRun:
         """The numbers of the shards of a part."""
         return range(part[0], self.total, part[1])
 
-    def count_rows(self, numbers: Sequence[int]) -> int:
-        """The number of rows in these shards."""
-        is_last_short = self.total - 1 in numbers
-        missing = self.total * self.store.shard_rows - self._source.count()
-        return len(numbers) * self.store.shard_rows - missing * is_last_short
-
     def run(self, numbers: Iterable[int], advance: Callable[[int], None] = _ignore) -> Coverage:
         """Return when all of these shards are done, by this process or by another."""
         outcomes: dict[Outcome, int] = {"scored": 0, "kept": 0, "claimed": 0}
-        waiting = list(numbers)
+        waiting, is_waiting = list(numbers), False
         while waiting:
             claimed = []
             for index in waiting:
@@ -227,18 +246,13 @@ class ShardRun:
                 outcomes[outcome] += 1
                 if outcome == "claimed":
                     claimed.append(index)
-            waiting = claimed
-            if waiting:
+            if claimed:
+                if not is_waiting:
+                    self._note(f"waiting for {len(claimed)} shard(s) that other processes have claimed.")
+                is_waiting = True
                 self.store.claims.pause()
-        complete = self.store.finish(self._source.count())
-        return Coverage(
-            folder=self.store.folder,
-            total=self.total,
-            done=self.total if complete else len(self.store.indices()),
-            scored=outcomes["scored"],
-            kept=outcomes["kept"],
-            complete=complete,
-        )
+            waiting = claimed
+        return cover(self.store, self._source.count(), scored=outcomes["scored"], kept=outcomes["kept"])
 
     def score_shard(self, index: int, advance: Callable[[int], None] = _ignore) -> Outcome:
         """Score one shard, unless it is done or claimed by another process."""

@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.store.claims import Claims
+from sparsort.scoring.store.claims import Claims, read_claims, this_process
 from sparsort.scoring.store.manifest import (
     FORMAT,
     MANIFEST,
@@ -387,8 +387,9 @@ def beginning(folder: Path) -> Iterator[bool]:
 
 
 def discard_unbegun(folder: Path) -> None:
-    """Remove a folder in which no process has created the manifest."""
-    if not (folder / MANIFEST).exists():
+    """Remove a folder in which no process has created the manifest, or is about to."""
+    others = (claim for claim in read_claims(folder / WORKERS) if claim.state != "dead")
+    if not (folder / MANIFEST).exists() and all(claim.owner == this_process() for claim in others):
         shutil.rmtree(folder / WORKERS, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()

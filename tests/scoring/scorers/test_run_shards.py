@@ -19,8 +19,9 @@ from handshake import Child
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.readers import SequenceReader
 from sparsort.scoring.data.rows import Row, RowSource, open_rows
-from sparsort.scoring.scorers.run_shards import Coverage, run, run_part
+from sparsort.scoring.scorers.run_shards import Coverage, ShardRun, run, run_part
 from sparsort.scoring.store import shards
+from sparsort.scoring.store.claims import Claims, Owner
 from sparsort.scoring.store.score_tables import score_table
 from sparsort.scoring.store.scores import Scores
 from sparsort.scoring.store.shard_files import read_shard
@@ -353,3 +354,28 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
     assert len(used) > 100
     assert max(used) - used[0] < 300 * 2**20
     assert max(used) - max(used[: len(used) // 10]) < 40 * 2**20
+
+
+def test_a_shard_that_another_process_has_claimed_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ShardRun.begin(open_rows(ROWS), Lengths, out=tmp_path, shard_rows=SHARD)
+    scorer, notes, pauses = Lengths(), [], []
+    with ShardRun.begin(open_rows(ROWS), lambda: scorer, out=tmp_path, shard_rows=SHARD, note=notes.append) as shards:
+        elsewhere = Owner(host="other", machine="other boot", pid=1, start="1", since=0.0)
+        claims = Claims(tmp_path / "workers", owner=elsewhere)
+        claims._take("00003")
+
+        def pause() -> None:
+            pauses.append(len(scorer.calls))
+            if len(pauses) == 2:
+                claims._release("00003", 0)
+                assert other.score_shard(3) == "scored"
+
+        monkeypatch.setattr(shards.store.claims, "pause", pause)
+        coverage = shards.run(shards.numbers())
+    # All others are scored first, and this one is then found done.
+    assert pauses == [15, 15]
+    assert (coverage.scored, coverage.kept, coverage.complete) == (15, 1, True)
+    assert notes == ["waiting for 1 shard(s) that other processes have claimed."]
+    assert 75 not in scorer.calls
