@@ -2,8 +2,8 @@
 
 Contract: each process loads the model once, and its weights are mapped from their files, so the machine holds them once. The
 parent gives out one shard at a time, so slower workers get fewer. A worker that is killed is replaced, and its shard is scored
-again; a shard that is lost `_MOST_DEATHS` times ends the run. When the parent ends, for whatever reason, its workers end too:
-at once if it can tell them, otherwise after their current shard. Everything that was finished is kept.
+again; a shard that ends `_MOST_DEATHS` workers ends the run. When the parent ends, for whatever reason, its workers end too: at
+once if the parent can still stop them, otherwise after their current shard. Finished shards are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparsort.recipes.score.job import ScoreJob
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-# How often a shard, or the start of a worker, may end in a killed process.
+# The workers that one shard may end, and those that may end one after the other without finishing a shard.
 _MOST_DEATHS = 3
 # Seconds that a worker has to end after SIGTERM before it is killed, and between two looks at shards that others have claimed.
 _GRACE = 10.0
@@ -43,7 +43,6 @@ class Workers:
         job: a job with a folder, whose rows have been checked.
         count: number of processes.
         devices: the devices of the processes, in turn; empty for the device of the job.
-        advance: called with a number of rows whenever they are done; with a negative one if a killed worker had counted them.
         note: called with a sentence that the user should know of.
     """
 
@@ -93,6 +92,10 @@ class Workers:
 
     def run(self, numbers: Iterable[int], advance: Callable[[int], None] = lambda _count: None) -> Counter[str]:
         """Return when these shards are done.
+
+        Args:
+            numbers: the numbers of the shards.
+            advance: called with a number of rows whenever they are done; with a negative one if a killed worker had counted them.
 
         Returns:
             The number of shards that were scored, and that were kept.
@@ -169,21 +172,20 @@ class Workers:
         code = worker.process.exitcode or 0
         cause = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
         if worker.index is None:
-            what = "the start of a worker process"
+            event = f"{_MOST_DEATHS} worker processes in a row ended while they had no shard"
+            successor = "another one is started in its place"
         else:
-            begin = worker.index * self._job.shard_rows
-            what = f"shard {worker.index} (from row {begin} on)"
+            event = f"shard {worker.index} (from row {worker.index * self._job.shard_rows} on) ended {_MOST_DEATHS} worker processes"
+            successor = f"another one scores shard {worker.index}"
         if self._deaths[worker.index] >= _MOST_DEATHS:
             advice = "If the memory was full, use fewer workers (--workers) or a smaller token_budget (--token-budget)."
             if worker.index is None and code > 0:
-                advice = (
-                    "It has written the reason to stderr. In a script, make the call under if __name__ == '__main__'."
-                )
+                advice = "The reason is on stderr. In a script, make the call under if __name__ == '__main__'."
             raise SparsortError(
-                f"{what} has ended in {cause} {_MOST_DEATHS} times. {advice} Finished shards are kept in {self._job.out}; "
-                "run the same command again."
+                f"{event}, the last one by {cause}. {advice} Finished shards are kept in {self._job.out}; run the same command "
+                "again."
             )
-        self._note(f"a worker process was ended by {cause}; another one takes over {what}.")
+        self._note(f"a worker process was ended by {cause}; {successor}.")
         self._start(worker.place)
         return worker.index
 

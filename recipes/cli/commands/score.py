@@ -115,8 +115,8 @@ def score(
     """Score every row of FILE: how hard it is for the model, by the sparsity of its last hidden state."""
     from sparsort.recipes.score.score import score_file
 
-    common = {"scorer": scorer, "prompt": prompt, "data": data, "out": options.out, "shard_rows": options.shard_rows}
-    common |= {"workers": options.workers or 1, "devices": options.devices or ()}
+    common: dict[str, Any] = {"scorer": scorer, "prompt": prompt, "data": data, "out": options.out}
+    common |= {"shard_rows": options.shard_rows, "workers": options.workers or 1, "devices": options.devices or ()}
     if options.part is not None:
         _show_coverage(score_file(file, **common, part=_read_part(options.part)), as_json=as_json)
         return
