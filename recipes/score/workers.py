@@ -175,7 +175,8 @@ class Workers:
             event = f"{_MOST_DEATHS} worker processes in a row ended while they had no shard"
             successor = "another one is started in its place"
         else:
-            event = f"shard {worker.index} (from row {worker.index * self._job.shard_rows} on) ended {_MOST_DEATHS} worker processes"
+            begin = worker.index * self._job.shard_rows
+            event = f"shard {worker.index} (from row {begin} on) ended {_MOST_DEATHS} worker processes"
             successor = f"another one scores shard {worker.index}"
         if self._deaths[worker.index] >= _MOST_DEATHS:
             advice = "If the memory was full, use fewer workers (--workers) or a smaller token_budget (--token-budget)."

@@ -75,7 +75,7 @@ def test_the_shard_of_a_killed_worker_is_scored_by_another(
     assert len(killed) == 3
     notes = [record.message for record in caplog.records]
     assert len(notes) == 3
-    assert f"ended by signal 9 (SIGKILL); another one takes over shard {killed[0]}" in notes[0]
+    assert notes[0] == f"a worker process was ended by signal 9 (SIGKILL); another one scores shard {killed[0]}."
     assert report.scores.ids == [row["id"] for row in ROWS]
     score_file(file, scorer=PLAIN, out=tmp_path / "one", **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -91,7 +91,7 @@ def test_a_shard_that_kills_every_worker_ends_the_run_in_one_sentence(
     assert killed == [3, 3, 3]
     message = str(caught.value)
     assert message.startswith(
-        "shard 3 (from row 24 on) has ended in signal 9 (SIGKILL) 3 times. If the memory was full"
+        "shard 3 (from row 24 on) ended 3 worker processes, the last one by signal 9 (SIGKILL). If the memory was full"
     )
     assert f"Finished shards are kept in {tmp_path / 'out'}" in message
     assert score_file(file, scorer=PLAIN, out=tmp_path / "out", **OPTIONS).scores.ids == [row["id"] for row in ROWS]
