@@ -128,8 +128,8 @@ class RowSource:
     def snapshot(self) -> dict[str, Any]:
         """What a pass over the source has found, as JSON values for `restore` in another process."""
         reader = self._reader.snapshot() if isinstance(self._reader, TextReader) else None
-        ids = {"id_column": self.id_column, "is_given": self._explicit}
-        return {"rows": self.count(), "ids": ids, "reader": reader}
+        id_column = {"name": self.id_column, "is_given": self._explicit}
+        return {"rows": self.count(), "id_column": id_column, "reader": reader}
 
     @property
     def can_restore(self) -> bool:
@@ -146,16 +146,19 @@ class RowSource:
         Returns:
             Whether the source is a file that is the same as then. If not, nothing was taken over.
         """
-        if snapshot is None or not isinstance(self._reader, TextReader) or snapshot["reader"] is None:
+        if snapshot is None or not isinstance(self._reader, TextReader) or snapshot.get("reader") is None:
             return False
-        ids = snapshot["ids"]
+        # Another version may have written other values.
+        id_column = snapshot.get("id_column", {"is_given": None})
         # Without an id column in the call, the first record decides which one it is, as it did in the other process.
-        is_same = ids["is_given"] == self._explicit and (not self._explicit or ids["id_column"] == self._id_column)
+        is_same = id_column["is_given"] == self._explicit and (
+            not self._explicit or id_column["name"] == self._id_column
+        )
         if not is_same or not self._reader.restore(snapshot["reader"]):
             return False
         # Reading the first record makes a delimited file know its header.
         next(self._reader.records(), None)
-        self._id_column, self._count = ids["id_column"], snapshot["rows"]
+        self._id_column, self._count = id_column["name"], snapshot["rows"]
         self._required |= {reader, *getattr(reader, "fields", ())} - {None}
         return True
 
