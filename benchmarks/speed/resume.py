@@ -95,8 +95,10 @@ def _fill(store: ShardStore, shards: int) -> None:
         same = index % _FILES
         if index >= _FILES:
             os.link(store.path(same), store.path(index))
-        facts = {name: entries[same][name] for name in ("rows", "digest", "record")}
-        log.append(**facts, shard=index, settings=store._settings, modified=modified[same], unscored={})
+        facts = {name: entries[same][name] for name in ("rows", "digest")}
+        record = entries[same]["record"]
+        facts |= {"n_bytes": record["bytes"], "file_digest": record["digest"], "modified": modified[same]}
+        log.append(**facts, shard=index, settings=store._settings, unscored=None)
     log.close()
 
 

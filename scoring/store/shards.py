@@ -224,7 +224,8 @@ class ShardStore:
             modified = temporary.stat().st_mtime_ns
         self._checked[index] = self._listing(facts, record)
         facts["shard"] = facts.pop("index")
-        self._log.append(**facts, record=record, modified=modified, unscored=_unscored(table))
+        file = {"n_bytes": record["bytes"], "file_digest": record["digest"], "modified": modified}
+        self._log.append(**facts, **file, unscored=_unscored(table) or None)
 
     def close(self) -> None:
         """Close the log of this process, and stop showing the others that it runs."""
@@ -336,7 +337,7 @@ class ShardStore:
         if (done := self._logged.get(index)) is None or done.settings != self._settings:
             return None
         status = self.path(index).stat()
-        if (status.st_size, status.st_mtime_ns) != (done.record["bytes"], done.modified):
+        if (status.st_size, status.st_mtime_ns) != (done.n_bytes, done.modified):
             return None
         return self._listing({"index": index, "rows": done.rows, "digest": done.digest}, done.record)
 

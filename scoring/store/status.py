@@ -76,7 +76,8 @@ def read_status(folder: Path) -> Status:
     workers = []
     for owner, log in read_logs(folder / WORKERS):
         for shard in log:
-            unscored.update(shard.unscored)
+            if shard.unscored:
+                unscored.update(shard.unscored)
         n_rows, last = sum(shard.rows for shard in log), max((shard.at for shard in log), default=owner.since)
         workers.append(WorkerStatus(owner=owner, state=owner.state(), shards=len(log), rows=n_rows, last=last))
     return Status(

@@ -25,16 +25,17 @@ _PREFIX = "log-"
 
 
 class Done(NamedTuple):
-    """A finished shard. A line of a log is a list of these values, because 100,000 of them are read at once.
+    """A finished shard. A line of a log is a list of these values, with no other list in it, because 100,000 are read at once.
 
     Attributes:
         shard: its number.
         rows: its number of rows.
         digest: the `rows_digest` of its rows.
         settings: the digest of the settings of the run.
-        record: size and digest of its file, as in a manifest.
+        n_bytes: the size of its file.
+        file_digest: the digest of its file.
         modified: the modification time of its file, in nanoseconds.
-        unscored: the number of rows with each status other than "ok".
+        unscored: the number of rows with each status other than "ok"; None if there are none.
         at: the wall time at which it was finished, in seconds since 1970; for display only.
     """
 
@@ -42,10 +43,16 @@ class Done(NamedTuple):
     rows: int
     digest: str
     settings: str
-    record: Mapping[str, Any]
+    n_bytes: int
+    file_digest: str
     modified: int
-    unscored: Mapping[str, int]
+    unscored: Mapping[str, int] | None
     at: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Size and digest of its file, as in a manifest."""
+        return {"bytes": self.n_bytes, "digest": self.file_digest}
 
 
 class WorkLog:
