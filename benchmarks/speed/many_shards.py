@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Report, add_output_options
 
+from sparsort.scoring.store.manifest import MANIFEST
 from sparsort.scoring.store.shard_files import read_shard
-from sparsort.scoring.store.shards import MANIFEST
 from sparsort.storage.integrity import read_sealed, write_sealed
 
 SHARDS, ROWS = 10_000, 2

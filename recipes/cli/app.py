@@ -7,6 +7,7 @@ object and nothing else. An option without an effect is refused before a command
 - 1: stdout cannot be written.
 - 2: there is a mistake in the call or the input, or the disk is full; one message says which.
 - 3: the command is done, but rows have no score and `--strict` was given.
+- 4: the part of `sparsort score --part` is done, but other parts of the folder are not.
 - 130, 143 and 129: SIGINT, SIGTERM or SIGHUP stopped the command; finished work is kept if the command has a folder for it.
 """
 
@@ -174,6 +175,7 @@ def _add(name: str) -> None:
 
 # The help lists the commands in this order.
 _add("score")
+_add("status")
 _add("order")
 _add("choose")
 _add("classify")

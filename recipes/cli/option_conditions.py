@@ -107,6 +107,9 @@ SCORE: Table = {
     **_TEXT,
     "system": (*_TEXT["system"], NO_CONVERSATION, SYSTEM),
     "chat": (*_TEXT["chat"], NO_CONVERSATION),
+    "device": (*SCORER_READ_BY["device"], excludes("devices", "{devices} names the devices")),
+    "devices": SCORER_READ_BY["device"],
+    "strict": (excludes("part", "{part} reports the shards that are done, not their rows"),),
 }
 
 _EXPORT: Table = {

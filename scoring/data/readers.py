@@ -1,9 +1,10 @@
 """Readers of one file, table or list: a stream of records that can start at any position.
 
-Contract: `records(start)` yields `(line, fields)` from record `start`, and can be called any number of times.
-`take(positions)` yields the records at ascending positions in one pass. `line` counts from 1, and is 0 if the source has no
-lines. Only the current record is in memory. Text files remember where every 1024th record begins, so that a late start can
-seek. A mistake in the input (broken line, wrong encoding) is a `SparsortError` that names the file, the line and the byte.
+Contract: `records(start)` yields `(line, fields)` from record `start`, and can be called any number of times. `take(positions)`
+yields the records at ascending positions in one pass. `line` counts from 1, and is 0 if the source has no lines. Only the
+current record is in memory. Text files remember where every 1024th record begins, so that a late start can seek, and can pass
+these positions on to another process (`snapshot`). A mistake in the input (broken line, wrong encoding) is a `SparsortError`
+that names the file, the line and the byte.
 
 CSV and TSV: the first record names the columns, unless the caller does. A `.csv` file is separated by commas. If its first
 record has no comma, the file is read with semicolons or tabs, provided that all of its first records then have the same number
@@ -16,6 +17,7 @@ import contextlib
 import csv
 import itertools
 import json
+import os
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +108,25 @@ class TextReader(ABC):
                 target = next(wanted, None)
                 if target is None:
                     return
+
+    def snapshot(self) -> dict[str, Any]:
+        """What identifies the file and its layout, and the remembered positions, as JSON values."""
+        return {"file": self._identity(), "marks": [list(mark) for mark in self._marks]}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> bool:
+        """Take over the positions that another process remembered; False if the file has changed since."""
+        if snapshot["file"] != self._identity():
+            return False
+        self._marks = [(offset, line) for offset, line in snapshot["marks"]]
+        return True
+
+    def layout(self) -> list[Any]:
+        """The settings that decide how the file is split into records, as JSON values."""
+        return []
+
+    def _identity(self) -> list[Any]:
+        # Files that were unpacked from one archive may have the same size and time, so the path counts too.
+        return [os.path.realpath(self._path), *self._stamp, *self.layout()]
 
     @abstractmethod
     def split(self, lines: Lines) -> Iterator[tuple[int, Any]]:
@@ -261,6 +282,9 @@ class Delimited(TextReader):
                 f"Quote values that contain the delimiter {self._delimiter!r}."
             )
         return dict(zip(self._header, unit, strict=True))
+
+    def layout(self) -> list[Any]:
+        return [self._delimiter, self._columns]
 
     def _rows(self, lines: Lines, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         """Yield the records that are not blank, each with the line where it begins."""

@@ -125,6 +125,43 @@ class RowSource:
             self._count = self._check()
         return self._count
 
+    def snapshot(self) -> dict[str, Any]:
+        """What a pass over the source has found, as JSON values for `restore` in another process."""
+        reader = self._reader.snapshot() if isinstance(self._reader, TextReader) else None
+        id_column = {"name": self.id_column, "is_given": self._explicit}
+        return {"rows": self.count(), "id_column": id_column, "reader": reader}
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether another process can take over what this one has found, because the source is a text file."""
+        return isinstance(self._reader, TextReader)
+
+    def restore(self, snapshot: Mapping[str, Any] | None, reader: RowCheck | None = None) -> bool:
+        """Take over what another process has found, so that this one need not read the whole source.
+
+        Args:
+            snapshot: the result of `snapshot`; None for none.
+            reader: a consumer of the rows that the other process has passed to `require`.
+
+        Returns:
+            Whether the source is a file that is the same as then. If not, nothing was taken over.
+        """
+        if snapshot is None or not isinstance(self._reader, TextReader) or snapshot.get("reader") is None:
+            return False
+        # Another version may have written other values.
+        id_column = snapshot.get("id_column", {"is_given": None})
+        # Without an id column in the call, the first record decides which one it is, as it did in the other process.
+        is_same = id_column["is_given"] == self._explicit and (
+            not self._explicit or id_column["name"] == self._id_column
+        )
+        if not is_same or not self._reader.restore(snapshot["reader"]):
+            return False
+        # Reading the first record makes a delimited file know its header.
+        next(self._reader.records(), None)
+        self._id_column, self._count = id_column["name"], snapshot["rows"]
+        self._required |= {reader, *getattr(reader, "fields", ())} - {None}
+        return True
+
     def columns(self) -> list[str]:
         """The fields of the first row."""
         return [str(name) for name in next(self._reader.records())[1]] if self.count() else []

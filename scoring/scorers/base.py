@@ -10,11 +10,11 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import sparsort
 from sparsort.errors import SparsortError
@@ -24,7 +24,7 @@ from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
 from sparsort.scoring.prompts.types import PromptWriter, Truncation, Turns
 from sparsort.scoring.scorers import run_shards as engine
 from sparsort.scoring.store import score_views
-from sparsort.scoring.store.shards import MANIFEST, read_manifest
+from sparsort.scoring.store.manifest import MANIFEST, read_manifest
 from sparsort.terminal.progress import progress
 from sparsort.trackers import NO_TRACKER, Meter, ReportTo, check_trackers, tracked
 
@@ -108,6 +108,7 @@ class Scorer(ABC):
         """Return the names of the fields that determine a row's score; None if all of them do."""
         return prompt.content if prompt is not None else None
 
+    @overload
     def score(
         self,
         data: Any,
@@ -123,10 +124,53 @@ class Scorer(ABC):
         columns: Sequence[str] | None = None,
         out: str | Path | None = None,
         shard_rows: int = 2048,
+        part: None = None,
         like: Scores | None = None,
         cache: RowCache | None = None,
         report_to: ReportTo = NO_TRACKER,
-    ) -> Scores:
+    ) -> Scores: ...
+
+    @overload
+    def score(
+        self,
+        data: Any,
+        prompt: str | Turns | PromptWriter | Prompt | PromptSpec | None = None,
+        *,
+        messages: str | None = None,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
+        truncation: Truncation = "error",
+        max_length: int | None = None,
+        id_column: str | None = None,
+        columns: Sequence[str] | None = None,
+        out: str | Path,
+        shard_rows: int = 2048,
+        part: tuple[int, int],
+        like: Scores | None = None,
+        report_to: ReportTo = NO_TRACKER,
+    ) -> engine.Coverage: ...
+
+    def score(
+        self,
+        data: Any,
+        prompt: str | Turns | PromptWriter | Prompt | PromptSpec | None = None,
+        *,
+        messages: str | None = None,
+        answer: str | None = None,
+        system: str | None = None,
+        chat: bool = False,
+        truncation: Truncation = "error",
+        max_length: int | None = None,
+        id_column: str | None = None,
+        columns: Sequence[str] | None = None,
+        out: str | Path | None = None,
+        shard_rows: int = 2048,
+        part: tuple[int, int] | None = None,
+        like: Scores | None = None,
+        cache: RowCache | None = None,
+        report_to: ReportTo = NO_TRACKER,
+    ) -> Scores | engine.Coverage:
         """Score every row of `data`.
 
         Args:
@@ -143,13 +187,16 @@ class Scorer(ABC):
             columns: names of the columns of a CSV or TSV file without a header.
             out: folder for durable shards; a run that was killed resumes there. None keeps everything in memory.
             shard_rows: rows per shard, the unit that is kept or redone. It changes no score beyond rounding.
+            part: (k, n) to score only every n-th shard, from shard k on, as process k of n that share `out`; None to score
+                all shards that no other process has claimed, and to return when all are done.
             like: earlier scores to be comparable with: their outlier rule is reused, and other settings are refused.
             cache: values that the model computed before, to which new ones are added; None for none. Not with `out`.
             report_to: trackers that get the finished rows, the rows per second, and the rows by status (see `tracked`).
 
         Returns:
             One row per id, in the data's order. A row that cannot be scored has a NaN difficulty, a status and a reason, and a
-            `UserWarning` counts these rows by status.
+            `UserWarning` counts these rows by status. With `part`, the coverage of the folder, which has the scores once all
+            parts are done (`Coverage.load`).
 
         Raises:
             SparsortError: bad input; the message says what to do.
@@ -158,16 +205,48 @@ class Scorer(ABC):
         text: PromptOptions = {"messages": messages, "answer": answer, "system": system, "chat": chat}
         text |= {"truncation": truncation, "max_length": max_length}
         spec = PromptSpec.of(prompt, **text)
-        _check_call(spec, out, like, cache)
+        _check_call(spec, out, like, cache, part)
         source, request = self._open(data, spec, DataSpec(id_column=id_column, columns=columns), cache)
         folder = Path(out).expanduser() if out is not None else None
-        # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
-        job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(folder))
-        if like is not None:
-            _refuse_other_settings(like.provenance, job.provenance)
-        scores = _run(source, job, folder, shard_rows, report_to)
+        if folder is None:
+            job = self._prepare(source, request, None, like)
+            with watched(source.count(), job.provenance, None, report_to) as (advance, scored):
+                scores = engine.run(source, job, out=None, shard_rows=shard_rows, advance=advance, scored=scored)
+            warn_unscored(scores)
+            return scores
+        with self._begin(source, request, folder, shard_rows, like) as shards:
+            numbers = shards.numbers(part or (0, 1))
+            rows = engine.count_rows(numbers, source.count(), shard_rows)
+            with watched(rows, shards.store.provenance, folder, report_to) as (advance, scored):
+                coverage = shards.run(numbers, advance, scored)
+        if part is not None:
+            return coverage
+        scores = coverage.load()
         warn_unscored(scores)
         return scores
+
+    def begin(self, source: RowSource, prompt: PromptSpec, *, out: Path, shard_rows: int) -> engine.ShardRun:
+        """Begin or resume a run whose shards the caller chooses; see `ShardRun.begin` and, for the arguments, `score`."""
+        source, request = self._open(source, prompt, DataSpec(), None)
+        return self._begin(source, request, out, shard_rows, None)
+
+    def _begin(
+        self, source: RowSource, request: Request, out: Path, shard_rows: int, like: Scores | None
+    ) -> engine.ShardRun:
+        return engine.ShardRun.begin(
+            source,
+            lambda: self._prepare(source, request, out, like),
+            out=out,
+            shard_rows=shard_rows,
+            note=_LOG.warning,
+        )
+
+    def _prepare(self, source: RowSource, request: Request, out: Path | None, like: Scores | None) -> engine.Job:
+        # The scores in `like` take precedence over a run in the folder, whose store compares the provenance anyway.
+        job = self.prepare(source, request, like.provenance if like is not None else _previous_provenance(out))
+        if like is not None:
+            _refuse_other_settings(like.provenance, job.provenance)
+        return job
 
     def _open(
         self, data: Any, spec: PromptSpec, data_spec: DataSpec, cache: RowCache | None
@@ -183,14 +262,27 @@ class Scorer(ABC):
         )
 
 
-def _run(source: RowSource, job: engine.Job, out: Path | None, shard_rows: int, report_to: ReportTo) -> Scores:
-    """Run a job with a progress bar, and report its progress to the trackers."""
-    _LOG.info("scoring %d rows of %s", source.count(), source.name)
-    settings = {name: value for name, value in job.provenance.items() if name != "environment"}
+@contextlib.contextmanager
+def watched(
+    rows: int, provenance: Mapping[str, Any], out: Path | None, report_to: ReportTo
+) -> Iterator[tuple[Advance, Callable[[pa.Table], None]]]:
+    """Draw a progress bar, and report the progress to the trackers.
+
+    Args:
+        rows: the number of rows to score.
+        provenance: the settings of the run, which the trackers record.
+        out: the score folder.
+        report_to: the trackers.
+
+    Yields:
+        A function to call with a number of rows that are done, and one to call with the table of every shard scored now.
+    """
+    _LOG.info("scoring %d rows of %s", rows, provenance.get("source", "the source"))
+    settings = {name: value for name, value in provenance.items() if name != "environment"}
     # Next to the score folder, which accepts no other files.
     folder = None if out is None else out.with_name(f"{out.name}.runs")
     with (
-        progress("scoring", source.count()) as draw,
+        progress("scoring", rows) as draw,
         tracked(report_to, "score", folder=folder, config=settings) as log,
     ):
         meter = Meter(log, "rows")
@@ -205,13 +297,17 @@ def _run(source: RowSource, job: engine.Job, out: Path | None, shard_rows: int, 
             meter.count({f"status/{status}": count for status, count in statuses.items()})
             meter.report()
 
-        return engine.run(
-            source, job, out=out, shard_rows=shard_rows, advance=advance, note=_LOG.warning, scored=scored
-        )
+        yield advance, scored
 
 
-def _check_call(spec: PromptSpec, out: str | Path | None, like: Scores | None, cache: RowCache | None) -> None:
-    """Refuse a cache next to a folder, and a prompt function without a hash if scores are compared with earlier ones."""
+def _check_call(
+    spec: PromptSpec, out: str | Path | None, like: Scores | None, cache: RowCache | None, part: tuple[int, int] | None
+) -> None:
+    """Refuse a cache next to a folder, a part without one, and a prompt function without a hash if scores are compared."""
+    if part is not None:
+        engine.check_part(part)
+        if out is None:
+            raise SparsortError(f"part={part} needs a folder that the other parts share. Pass out='FOLDER' (--out).")
     if cache is not None and out is not None:
         raise SparsortError("out= and cache= were given. A score folder keeps the scores of every row: omit cache=.")
     prompt = None if out is None and like is None else spec.read()

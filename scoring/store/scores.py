@@ -324,7 +324,8 @@ class Scores:
 
     def save(self, folder: str | Path) -> None:
         """Write a new score folder, like `sparsort score --out`; a `SparsortError` if the folder exists and is not empty."""
-        from sparsort.scoring.store.shards import MANIFEST, ShardStore
+        from sparsort.scoring.store.manifest import MANIFEST
+        from sparsort.scoring.store.shards import ShardStore
 
         if not len(self):
             raise SparsortError(f"there are no rows to save in {folder}. Select at least one.")

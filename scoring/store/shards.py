@@ -5,10 +5,12 @@ and its seal has the current rows and settings; a damaged shard is scored again.
 (`provenance`, `shard_rows`). Exactly one of the processes that start at the same time creates it, before the first shard; the
 others join that run, or are refused if their settings differ. The files show which shards are done, so two processes that score
 disjoint shards never write the same file. When all shards are done, `finish` adds the list of shards to the manifest; all
-processes write the same list. If two processes score the same shard, the work is done twice, but the file is complete.
+processes write the same list. A process claims a shard before it scores it (`claimed`). If two processes score the same shard
+nevertheless, the work is done twice, but the file is complete.
 
 Digests: each shard contains its own digest (`parquet_seal`), which a resumed run checks without parsing Parquet. The manifest
-contains its own digest and, once the run is finished, the size and digest of every shard, which readers check. Version 1 of the
+contains its own digest and, once the run is finished, the size and digest of every shard, which readers check. Until then the
+processes of the run log these (`work_log`) in the folder `workers`, which `finish` removes. Version 1 of the
 format has no digests. Its shards are checked for consistency (`shard_files.check_unsealed_shard`) each time they are used, until
 `finish` writes a manifest of version 2. Reading never writes.
 """
@@ -16,11 +18,11 @@ format has no digests. Its shards are checked for consistency (`shard_files.chec
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
+import shutil
 import sys
-import uuid
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,20 @@ from typing import Any
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.store.claims import Claims, read_claims, this_process
+from sparsort.scoring.store.manifest import (
+    FORMAT,
+    MANIFEST,
+    UNSEALED,
+    VERSION,
+    WORKERS,
+    as_json,
+    create_manifest,
+    read_manifest,
+    refuse_other_settings,
+    settings_digest,
+    shard_numbers,
+)
 from sparsort.scoring.store.shard_files import (
     SCORE_AGAIN,
     check_unsealed_shard,
@@ -35,29 +51,12 @@ from sparsort.scoring.store.shard_files import (
     read_shard,
     write_shard,
 )
+from sparsort.scoring.store.work_log import Done, WorkLog, read_logs
 from sparsort.storage.files import disk_error, write_atomically
-from sparsort.storage.integrity import (
-    check_file,
-    check_seal,
-    check_version,
-    damage,
-    digest_of_values,
-    parse_own_json,
-    record_of,
-    seal,
-    write_sealed,
-)
+from sparsort.storage.integrity import check_file, damage, record_of, seal, write_sealed
 from sparsort.storage.parquet_seal import DamagedError, read_seal_and_record
 
-MANIFEST = "manifest.json"
-FORMAT = "sparsort-scores"
-VERSION = 2
-_UNSEALED = 1
-# Recorded, but not compared: the environment does not change a score, and the digests of the rows identify the source.
-NOT_COMPARED = ("environment", "source")
-
-_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
-# The names of the temporary files of `write_atomically` and `_create`.
+# The names of the temporary files of `write_atomically` and `create_manifest`.
 _TEMPORARY = re.compile(r"\.(manifest\.json|shard-(\d{5,})\.parquet)\.(\d+)(?:\.[0-9a-f]{32})?\.tmp")
 
 
@@ -75,25 +74,28 @@ class ShardStore:
         self.provenance: dict[str, Any] = manifest["provenance"]
         self.shard_rows: int = manifest["shard_rows"]
         self._rows = int(manifest.get("rows", 0))
-        self._sealed: bool = manifest["version"] != _UNSEALED
+        self._sealed: bool = manifest["version"] != UNSEALED
         self._listed: dict[int, dict[str, Any]] = {shard["index"]: shard for shard in manifest.get("shards", [])}
         # The shards that this process has checked or written, as entries of the manifest.
         self._checked: dict[int, dict[str, Any]] = {}
-        self._whole: pa.Table | None = None
+        # Columns that have been read.
+        self._in_memory: pa.Table | None = None
         self._start_over = f"Choose another folder for the changed data, or delete {folder} to score all of it again."
-        self._settings = _settings_digest(self.provenance, self.shard_rows)
+        self._settings = settings_digest(self.provenance, self.shard_rows)
+        self.claims = Claims(folder / WORKERS)
+        self._log = WorkLog(folder / WORKERS)
+        # The shards in the logs of all processes of the run, and the temporary files of killed ones, by shard.
+        self._logged: dict[int, Done] = {}
+        self._leftovers: dict[int, list[Path]] = {}
 
     @classmethod
-    def open(
-        cls, folder: Path, *, provenance: Mapping[str, Any], shard_rows: int, part: tuple[int, int] = (0, 1)
-    ) -> ShardStore:
+    def open(cls, folder: Path, *, provenance: Mapping[str, Any], shard_rows: int) -> ShardStore:
         """Create the folder, or resume the run in it.
 
         Args:
             folder: a folder that does not exist, is empty, or contains a run with the same settings.
             provenance: JSON values. All keys except `NOT_COMPARED` must equal those of the run in the folder.
             shard_rows: number of rows per shard, at least 1.
-            part: (k, n) if this process writes the shards k, k + n, …; only their leftover temporary files are removed.
 
         Raises:
             SparsortError: the settings differ, the folder is not a score folder, or it cannot be written.
@@ -105,18 +107,33 @@ class ShardStore:
         )
         try:
             if not (folder / MANIFEST).exists():
-                _refuse_foreign(folder)
+                refuse_foreign(folder)
             if not (folder / MANIFEST).exists():
-                _create(folder / MANIFEST, manifest)
+                create_manifest(folder / MANIFEST, manifest)
             else:
                 _probe(folder)
-            _clear(folder, part)
+            leftovers = _leftovers(folder)
         except OSError as error:
             raise disk_error(folder, error) from error
         # The manifest is always read back, because another process may have created it at the same time.
         existing = read_manifest(folder)
-        _refuse_other_settings(folder, existing, manifest)
-        return cls(folder, existing)
+        refuse_other_settings(folder, existing, manifest)
+        store = cls(folder, existing)
+        store._leftovers = leftovers
+        store._read_logs()
+        return store
+
+    @classmethod
+    def join(cls, folder: Path) -> ShardStore:
+        """Open a run that other processes have begun, in order to finish it; a `SparsortError` if there is none."""
+        store = cls(folder, read_manifest(folder))
+        store._read_logs()
+        return store
+
+    def logged(self) -> set[int]:
+        """The shards that are in a log of the run and unchanged since."""
+        present = set(self.indices()) & self._logged.keys()
+        return {index for index in present if self._unchanged_since_logged(index) is not None}
 
     @classmethod
     def complete(cls, folder: Path) -> ShardStore:
@@ -168,13 +185,19 @@ class ShardStore:
 
     def indices(self) -> list[int]:
         """The indices of the shards that have a file, in ascending order."""
-        matches = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return shard_numbers(self.folder)
 
-    def is_done(self, index: int, digest: str, note: Callable[[str], None]) -> bool:
+    def claimed(self, index: int) -> contextlib.AbstractContextManager[bool]:
+        """Claim shard `index` while the block runs; yields whether this process has it (see `Claims.claimed`)."""
+        return self.claims.claimed(f"{index:05d}")
+
+    def is_done(self, index: int, digest: str | None, note: Callable[[str], None]) -> bool:
         """Whether shard `index` exists, is undamaged, and has the rows of this `rows_digest`.
 
-        `note` is called with a sentence about any damage.
+        Args:
+            index: the shard.
+            digest: the digest of its rows; None if the source is known to be unchanged.
+            note: called with a sentence about any damage.
 
         Raises:
             SparsortError: the shard is undamaged but has other rows or settings, or the disk cannot read it.
@@ -182,7 +205,7 @@ class ShardStore:
         entry = self._entry(index, note)
         if entry is None:
             return False
-        if entry["digest"] != digest:
+        if digest is not None and entry["digest"] != digest:
             begin = index * self.shard_rows
             raise SparsortError(
                 f"the data has changed since {self.path(index).name} was scored: rows {begin} to "
@@ -193,10 +216,21 @@ class ShardStore:
     def write(self, index: int, table: pa.Table, digest: str) -> None:
         """Write shard `index`. Once this returns, neither a killed process nor a power failure loses the shard."""
         facts = {"index": index, "rows": table.num_rows, "digest": digest, "settings": self._settings}
+        for leftover in self._leftovers.pop(index, ()):
+            leftover.unlink(missing_ok=True)
         with write_atomically(self.path(index)) as temporary:
             write_shard(temporary, table, facts)
             record = record_of(temporary)
+            modified = temporary.stat().st_mtime_ns
         self._checked[index] = self._listing(facts, record)
+        facts["shard"] = facts.pop("index")
+        file = {"n_bytes": record["bytes"], "file_digest": record["digest"], "modified": modified}
+        self._log.append(**facts, **file, unscored=_unscored(table) or None)
+
+    def close(self) -> None:
+        """Close the log of this process, and stop showing the others that it runs."""
+        self._log.close()
+        self.claims.close()
 
     def refuse_beyond(self, total: int) -> None:
         """Raise a `SparsortError` if the folder has more shards than `total` rows fill."""
@@ -222,6 +256,7 @@ class ShardStore:
             return False
         # Another process may have finished the run in the meantime.
         manifest = read_manifest(self.folder)
+        self._read_logs()
         # A damaged shard counts as absent. If it belongs to another process, that process scores it again.
         entries = (self._checked.get(index) or self._entry(index, lambda _sentence: None) for index in present)
         shards = [entry for entry in entries if entry is not None]
@@ -229,6 +264,10 @@ class ShardStore:
             return False
         if manifest.get("shards") != shards:
             write_sealed(self.folder / MANIFEST, {**manifest, "version": VERSION, "rows": total, "shards": shards})
+        for leftover in (path for paths in _leftovers(self.folder).values() for path in paths):
+            leftover.unlink(missing_ok=True)
+        # A process that still has a log open, or waits for a claim, finds every shard done.
+        shutil.rmtree(self.folder / WORKERS, ignore_errors=True)
         return True
 
     @property
@@ -244,9 +283,14 @@ class ShardStore:
     def select(self, columns: list[str]) -> pa.Table:
         """The named columns of all shards, in the order of the rows."""
         # Opening many shards takes longer than reading them, so a small run is read once, as a whole.
-        if self._whole is None and 0 < self._rows <= _MAX_WHOLE_ROWS:
-            self._whole = pa.concat_tables(self.tables()).combine_chunks()
-        return self._whole.select(columns) if self._whole is not None else pa.concat_tables(self.tables(columns))
+        if self._in_memory is None and 0 < self._rows <= _MAX_WHOLE_ROWS:
+            self._in_memory = pa.concat_tables(self.tables()).combine_chunks()
+        if self._in_memory is None and self._rows <= min(_MAX_REPORT_ROWS, _SMALL_ROWS * len(self._listed)):
+            names = [name for name in _REPORT_COLUMNS if name in self.column_names]
+            self._in_memory = pa.concat_tables(self.tables(names))
+        if self._in_memory is not None and set(columns) <= set(self._in_memory.column_names):
+            return self._in_memory.select(columns)
+        return pa.concat_tables(self.tables(columns))
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yield the table of each shard, with one in memory at a time."""
@@ -268,6 +312,9 @@ class ShardStore:
             if self._sealed and listed is not None and damage(path, listed["record"]) is None:
                 self._checked[index] = listed
                 return listed
+            if (logged := self._unchanged_since_logged(index)) is not None:
+                self._checked[index] = logged
+                return logged
             facts, record = read_seal_and_record(path)
             facts = facts or self._unsealed_facts(path)
         except FileNotFoundError:
@@ -284,6 +331,18 @@ class ShardStore:
             return None
         self._checked[index] = self._listing({**facts, "index": index}, record)
         return self._checked[index]
+
+    def _unchanged_since_logged(self, index: int) -> dict[str, Any] | None:
+        """The entry of a shard by its log; None if there is none, or if the file has been written since."""
+        if (done := self._logged.get(index)) is None or done.settings != self._settings:
+            return None
+        status = self.path(index).stat()
+        if (status.st_size, status.st_mtime_ns) != (done.n_bytes, done.modified):
+            return None
+        return self._listing({"index": index, "rows": done.rows, "digest": done.digest}, done.record)
+
+    def _read_logs(self) -> None:
+        self._logged = {done.shard: done for _, log in read_logs(self.folder / WORKERS) for done in log}
 
     def _unsealed_facts(self, path: Path) -> dict[str, Any]:
         if self._sealed:
@@ -304,124 +363,51 @@ class ShardStore:
             )
 
 
-def as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance as it will be read from the manifest; a `SparsortError` if a value is not a JSON value."""
-    # JSON turns a tuple into a list, so the provenance is converted before it is compared.
-    try:
-        return dict(json.loads(json.dumps(dict(provenance), allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise SparsortError(
-            f"the scorer's provenance is not made of JSON values ({error}). This is a fault of the scorer."
-        ) from error
+@contextlib.contextmanager
+def beginning(folder: Path) -> Iterator[bool]:
+    """Let one process create the manifest of a new folder in the block, while others that call this wait for it.
 
-
-def _create(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest unless it exists. If several processes do so at the same time, exactly one of them creates it."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
-    try:
-        _write_new(temporary, text)
-        with contextlib.suppress(FileExistsError):
-            try:
-                # A rename would replace the manifest of another process. A link to an existing name fails. The folder is synced
-                # when the first shard is written.
-                os.link(temporary, path)
-            except FileExistsError:
-                raise
-            except OSError:
-                # The disk has no hard links. Opening the file exclusively also lets one process create it, but a process that is
-                # killed here leaves an incomplete file, which `read_manifest` refuses.
-                _write_new(path, text)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_new(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8") as handle:
-        try:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a score folder, finished or not.
+    Yields:
+        Whether this process has to create it.
 
     Raises:
-        SparsortError: there is none, it is damaged, it has another version, or it is not the manifest of a score folder.
+        SparsortError: the folder is not a score folder, or it cannot be written.
     """
-    path = folder / MANIFEST
-    again = f"Delete {folder} to score again, or choose another folder."
+    is_new = not folder.exists()
+    refuse_foreign(folder)
+    claims = Claims(folder / WORKERS)
     try:
-        manifest = parse_own_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SparsortError(
-            f"{folder} is not a score folder: it has no {MANIFEST}. Make one with 'sparsort score FILE --out {folder}'."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SparsortError(f"{path} cannot be read ({error}). {again}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise SparsortError(f"{path} was not written by sparsort score. Choose another folder.")
-    newer = "Update sparsort, or choose another folder."
-    check_version(manifest.get("version"), (_UNSEALED, VERSION), path, damaged=again, other=newer)
-    if manifest["version"] == VERSION:
-        check_seal(manifest, path, next_step=again)
-    if not _is_whole(manifest):
-        raise SparsortError(f"{path} lacks the settings of the run. {again}")
-    return manifest
+        with claims.first("manifest", (folder / MANIFEST).exists) as is_ours:
+            yield is_ours
+    finally:
+        claims.close()
+        # After an error, nothing is left of a folder that was made for the claim.
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
-def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has all keys, with values of the right types."""
-    # The digest is not enough: version 1 has none, and any program can write one for other values.
-    shards, numbers = manifest.get("shards", []), [manifest.get("shard_rows"), manifest.get("rows", 0)]
-    # Version 1 need not list the rows and digests of its shards, which are checked one by one.
-    kinds = {"index": int, "file": str} if manifest["version"] == _UNSEALED else _SHARD_KINDS
-    return (
-        isinstance(manifest.get("provenance"), dict)
-        and isinstance(manifest["provenance"].get("orientation", {}), dict)
-        and all(type(number) is int and 0 <= number <= sys.maxsize for number in numbers)
-        and isinstance(shards, list)
-        and all(isinstance(shard, dict) for shard in shards)
-        and all(type(shard.get(name)) is kind for shard in shards for name, kind in kinds.items())
-        # Only version 1 listed shards without their rows.
-        and (
-            "rows" not in kinds
-            or "shards" not in manifest
-            or sum(shard["rows"] for shard in shards) == manifest.get("rows")
-        )
-    )
+def discard_unbegun(folder: Path) -> None:
+    """Remove a folder in which no process has created the manifest, or is about to."""
+    others = (claim for claim in read_claims(folder / WORKERS) if claim.state != "dead")
+    if not (folder / MANIFEST).exists() and all(claim.owner == this_process() for claim in others):
+        shutil.rmtree(folder / WORKERS, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Raise a `SparsortError` if the folder contains files but no manifest."""
+def refuse_foreign(folder: Path) -> None:
+    """Raise a `SparsortError` if the folder contains files but no manifest, or cannot be read."""
     # This includes shard files, because nothing shows with which settings they were made.
-    if folder.exists():
-        names = sorted(child.name for child in folder.iterdir())
-        foreign = [name for name in names if not _TEMPORARY.fullmatch(name)]
-        if foreign and MANIFEST not in foreign:
-            first_names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-            raise SparsortError(
-                f"{folder} is not a score folder: it contains {first_names}, but no {MANIFEST}. Choose a new folder."
-            )
-
-
-def _refuse_other_settings(folder: Path, existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = ({"shard_rows": side["shard_rows"], **_compared(side["provenance"])} for side in (existing, new))
-    keys = dict.fromkeys([*before, *after])
-    changed = [
-        f"{key}: {_value_text(before, key)} → {_value_text(after, key)}"
-        for key in keys
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
-    if changed:
+    try:
+        names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    foreign = [name for name in names if name != WORKERS and not _TEMPORARY.fullmatch(name)]
+    if foreign and MANIFEST not in foreign:
+        first_names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise SparsortError(
-            f"{folder} contains scores made with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "Choose another folder (--out), use the settings of the existing scores, or delete the folder to score again."
+            f"{folder} is not a score folder: it contains {first_names}, but no {MANIFEST}. Choose a new folder."
         )
 
 
@@ -432,15 +418,26 @@ def _probe(folder: Path) -> None:
     probe.unlink()
 
 
-def _clear(folder: Path, part: tuple[int, int]) -> None:
-    """Remove the temporary files of killed runs, but none that another process may be writing."""
-    for file in folder.iterdir():
-        match = _TEMPORARY.fullmatch(file.name)
-        if match is None or _alive(int(match[3])):
-            continue
-        if part[1] == 1 or (match[2] is not None and int(match[2]) % part[1] == part[0]):
-            with contextlib.suppress(FileNotFoundError):
-                file.unlink()
+def _leftovers(folder: Path) -> dict[int, list[Path]]:
+    """The temporary files of killed processes, by the shard that they were writing; −1 for the manifest.
+
+    A process of another machine may have such a file open too. The file of a shard is therefore removed only by a process that
+    has claimed the shard, or when all shards are done.
+    """
+    found = defaultdict(list)
+    for file in os.scandir(folder):
+        match = _TEMPORARY.fullmatch(file.name) if file.name.startswith(".") else None
+        if match is not None and not _alive(int(match[3])):
+            found[int(match[2] or -1)].append(Path(file.path))
+    return dict(found)
+
+
+def _unscored(table: pa.Table) -> dict[str, int]:
+    """The number of rows with each status other than "ok"."""
+    if "status" not in table.column_names:
+        return {}
+    counts = Counter(table["status"].to_pylist())
+    return {status: count for status, count in sorted(counts.items()) if status != "ok"}
 
 
 def _alive(process: int) -> bool:
@@ -456,31 +453,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _settings_digest(provenance: Mapping[str, Any], shard_rows: int) -> str:
-    return digest_of_values({"shard_rows": shard_rows, **_compared(provenance)})
-
-
-def _compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(_flat({key: value for key, value in provenance.items() if key not in NOT_COMPARED}))
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested settings with names such as `outliers.n`, so that an error can name the exact difference."""
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            yield from _flat(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
-
-
-def _value_text(settings: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(settings[key], ensure_ascii=False) if key in settings else "absent"
-    # A fitted outlier rule is a list of hundreds of numbers.
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 20]}… ({len(text):,} characters)"
-
-
-_ABSENT = object()
-_MAX_SHOWN = 160
 # Runs of up to this number of rows (about 15 MB) are read as a whole. 10,000 shards of a few rows each have fewer.
 _MAX_WHOLE_ROWS = 1 << 16
-_SHARD_KINDS: Mapping[str, type] = {"index": int, "file": str, "rows": int, "digest": str, "record": dict}
+# Of more rows, the columns that a report reads one after the other are read in one pass (up to 300 MB), if the shards are small.
+_MAX_REPORT_ROWS, _SMALL_ROWS = 1 << 22, 512
+_REPORT_COLUMNS = ("position", "id", "difficulty", "status", "n_tokens", "n_truncated")

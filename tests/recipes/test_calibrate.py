@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparsort.recipes.calibrate import calibrate
 from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.order.order import order_file
 from sparsort.recipes.score.config import ScorerConfig
+from sparsort.recipes.score.job import ScoreJob
 from sparsort.recipes.score.score import score_file
 from sparsort.scoring.calibration.calibration import CalibratedScorer, Calibration
 from sparsort.scoring.model import backbone as backbone_module
@@ -141,6 +143,9 @@ def test_score_and_order_take_the_file(saved: Path, file: Path, rows: list[dict[
     config = ScorerConfig(calibration=saved, model=ModelSpec(dtype="float32", device="cpu"))
     report = score_file(file, scorer=config, out=tmp_path / "s")
     assert report.summary()["provenance"]["prompt"]["turns"] == [["text", PROMPT]]
+    # A worker process gets the job after the calibration was read.
+    job = ScoreJob(file=file, scorer=config).checked()
+    assert ForkingPickler.loads(ForkingPickler.dumps(job)) == job
     hardest = report.scores.ranked(descending=True)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]), encoding="utf-8")

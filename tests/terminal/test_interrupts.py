@@ -80,6 +80,7 @@ def test_the_write_under_way_is_finished_and_the_command_says_how_to_resume(
         "manifest.json",
         "shard-00000.parquet",
         "shard-00001.parquet",
+        "workers",
     ]
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert CliRunner().invoke(app, command).exit_code == 0
@@ -90,6 +91,7 @@ def test_the_write_under_way_is_finished_and_the_command_says_how_to_resume(
 # What each command needs to be invoked.
 COMMANDS = {
     "score": ["rows.jsonl"],
+    "status": ["scores"],
     "order": ["rows.jsonl", "-q", "x"],
     "choose": ["rows.jsonl"],
     "classify": ["rows.jsonl", "--out", "runs"],

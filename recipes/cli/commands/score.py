@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from sparsort.errors import SparsortError
-from sparsort.options import option
+from sparsort.options import option, parts
 from sparsort.paths import spell
 from sparsort.recipes.cli.options import JsonOption, RowsArgument, generated, report_to_option
 from sparsort.recipes.score.config import ScorerConfig
@@ -23,6 +25,7 @@ from sparsort.terminal.tables import Table, natural_key, number, text
 if TYPE_CHECKING:
     from sparsort.recipes.score.score import ScoreReport
     from sparsort.scoring.prompts.prompt import Prompt
+    from sparsort.scoring.scorers.run_shards import Coverage
 
 EXAMPLE = r"Example: `sparsort score questions.jsonl --prompt 'Question: {question}\nAnswer:' --out scores/`"
 # The number of rows shown at either end of the ranking, and the most characters of a text.
@@ -30,6 +33,43 @@ _ROWS_AT_END = 5
 _MOST_OF_TEXT = 400
 # A beginning that all texts share is shown as an ellipsis if it has at least this many characters.
 _SHORTEST_SHARED = 24
+
+
+PROCESSES_PANEL = "Several processes"
+_PART = re.compile(r"(\d{1,9})/(\d{1,9})")
+# The exit code if other parts are missing.
+_INCOMPLETE = 4
+
+
+def _read_workers(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise SparsortError(f"--workers is {text!r}; expected a number from 1 on, or auto.")
+    return int(text)
+
+
+def _read_devices(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = parts(text)
+    if not names:
+        raise SparsortError(f"--devices is {text!r}; expected names such as 0,1 or cuda:0,cuda:1.")
+    return tuple(f"cuda:{name}" if name.isdecimal() else name for name in names)
+
+
+def _read_part(text: str) -> tuple[int, int]:
+    """The part that a user gave; where it comes from the environment, a note says from which variables."""
+    if text == "env":
+        from sparsort.recipes.score.job import part_from_environment
+
+        (k, n), variables = part_from_environment(os.environ)
+        note(f"part {k}/{n}, from {variables}")
+        return k, n
+    match = _PART.fullmatch(text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise SparsortError(f"--part is {text!r}; expected K/N with K from 0 to N − 1, such as 0/4, or env.")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +81,26 @@ class ScoreOptions:
     )
     shard_rows: int = option(2048, "Rows of one shard, which is kept or scored again as a whole.")
     strict: bool = option(False, "Exit with 3 if a row has no score.")
+    part: str | None = option(
+        None,
+        "Score only part K of N (K from 0), such as 0/4; 'env': as Slurm or torchrun numbers this process. Exits with 4 while "
+        "others are missing.",
+        panel=PROCESSES_PANEL,
+    )
+    workers: int | Literal["auto"] | None = option(
+        None,
+        "Processes that share the work: a number, or 'auto' [default: 1].",
+        panel=PROCESSES_PANEL,
+        kind=str | None,
+        read=_read_workers,
+    )
+    devices: Sequence[str] | None = option(
+        None,
+        "Comma-separated devices of the workers, such as 0,1 (two GPUs) or cpu.",
+        panel=PROCESSES_PANEL,
+        kind=str | None,
+        read=_read_devices,
+    )
     report_to: str = report_to_option()
 
 
@@ -56,15 +116,13 @@ def score(
     """Score every row of FILE: how hard it is for the model, by the sparsity of its last hidden state."""
     from sparsort.recipes.score.score import score_file
 
-    report = score_file(
-        file,
-        scorer=scorer,
-        prompt=prompt,
-        data=data,
-        out=options.out,
-        shard_rows=options.shard_rows,
-        report_to=options.report_to,
-    )
+    common: dict[str, Any] = {"scorer": scorer, "prompt": prompt, "data": data, "out": options.out}
+    common |= {"shard_rows": options.shard_rows, "workers": options.workers or 1, "devices": options.devices or ()}
+    common["report_to"] = options.report_to
+    if options.part is not None:
+        _show_coverage(score_file(file, **common, part=_read_part(options.part)), as_json=as_json)
+        return
+    report = score_file(file, **common)
     summary = report.summary()
     unscored = summary["rows"] - summary["status"].get("ok", 0)
     if as_json:
@@ -78,6 +136,18 @@ def score(
         )
         if options.strict:
             raise typer.Exit(3)
+
+
+def _show_coverage(coverage: Coverage, *, as_json: bool) -> None:
+    """Print what is done of a folder, and exit with its own code if it is not complete."""
+    counts = {name: getattr(coverage, name) for name in ("done", "total", "scored", "kept", "complete")}
+    if as_json:
+        show_json({"out": str(coverage.folder), **counts})
+    else:
+        show(f"{coverage.scored} shards scored, {coverage.kept} were done before.")
+        show(f"{coverage.done} of {coverage.total} shards are done in {coverage.folder}.")
+    if not coverage.complete:
+        raise typer.Exit(_INCOMPLETE)
 
 
 def show_scores(report: ScoreReport) -> None:

@@ -19,6 +19,7 @@ from sparsort.recipes.cli.option_conditions import COMMANDS, check
 # What every command needs, whatever else is given. No file of these is there: options are checked before any is read.
 BASE = {
     "score": ["rows.jsonl"],
+    "status": ["scores"],
     "order": ["rows.jsonl", "-q", "What?"],
     "choose": ["rows.jsonl"],
     "classify": ["rows.jsonl"],
@@ -64,7 +65,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("--answer x", "--scorer column --column hard", "and this is --scorer column"),
         ("--system x", "", "a plain prompt has no system turn"),
         ("--system x", "--scorer random", "read it, and this is --scorer random"),
+        ("--devices 0,1", "--scorer length", "sparsity, answer_loss, prompt_loss, entropy read it"),
+        ("--device cpu", "--devices 0,1", "--devices 0,1 names the devices"),
+        ("--strict", "--part 0/2", "--part 0/2 reports the shards that are done"),
     ],
+    "status": [],
     "order": [
         *(
             (f"--{name}", "--order random", "no score is read here")

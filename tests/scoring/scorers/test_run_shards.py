@@ -19,8 +19,9 @@ from handshake import Child
 from sparsort.errors import SparsortError
 from sparsort.scoring.data.readers import SequenceReader
 from sparsort.scoring.data.rows import Row, RowSource, open_rows
-from sparsort.scoring.scorers.run_shards import Coverage, run, run_part
+from sparsort.scoring.scorers.run_shards import Coverage, ShardRun, run, run_part
 from sparsort.scoring.store import shards
+from sparsort.scoring.store.claims import Claims, Owner
 from sparsort.scoring.store.score_tables import score_table
 from sparsort.scoring.store.scores import Scores
 from sparsort.scoring.store.shard_files import read_shard
@@ -53,7 +54,7 @@ class Lengths:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def test_memory_and_folder_give_the_same_scores(tmp_path: Path) -> None:
@@ -75,11 +76,20 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path, monkeypatc
     scores = run(open_rows(ROWS), Lengths(), out=tmp_path / "out", shard_rows=100)
     read: list[Any] = []
     monkeypatch.setattr(shards, "_MAX_WHOLE_ROWS", 0)
+    monkeypatch.setattr(shards, "_SMALL_ROWS", 0)
     monkeypatch.setattr(shards, "read_shard", lambda path, columns: read.append(columns) or read_shard(path, columns))
     assert len(scores) == 390
     assert scores.metrics == ["length", "minus"]
     assert scores.difficulty[1] == 1.0
     assert read == [["difficulty"]] * 4
+    # Opening a small shard takes longer than reading it, so what a report needs is read in one pass.
+    monkeypatch.setattr(shards, "_SMALL_ROWS", 100)
+    read.clear()
+    assert scores.counts("status") == {"ok": 360, "empty": 30}
+    assert scores.ids == [row["id"] for row in ROWS]
+    assert read == [list(shards._REPORT_COLUMNS)] * 4
+    assert scores.column("minus")[1] == -1.0
+    assert read[4:] == [["minus"]] * 4
 
 
 def test_a_second_run_does_nothing_and_changes_nothing(tmp_path: Path) -> None:
@@ -159,17 +169,20 @@ def test_parts_together_make_the_whole(tmp_path: Path) -> None:
     covered = [
         run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=(k, 3), shard_rows=SHARD) for k in (2, 0, 1)
     ]
+    common = {"folder": tmp_path / "parts", "total": 16}
     assert covered == [
-        Coverage(scored=5, kept=0, complete=False),
-        Coverage(scored=6, kept=0, complete=False),
-        Coverage(scored=5, kept=0, complete=True),
+        Coverage(**common, done=5, scored=5, kept=0, complete=False),
+        Coverage(**common, done=11, scored=6, kept=0, complete=False),
+        Coverage(**common, done=16, scored=5, kept=0, complete=True),
     ]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert not (tmp_path / "parts" / "workers").exists()
+    assert covered[2].load().ids == [row["id"] for row in ROWS]
     again = run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=(1, 3), shard_rows=SHARD)
-    assert again == Coverage(scored=0, kept=5, complete=True)
+    assert again == Coverage(**common, done=16, scored=0, kept=5, complete=True)
     assert len(scorer.calls) == 16
     alone = run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=(20, 30), shard_rows=SHARD)
-    assert alone == Coverage(scored=0, kept=0, complete=True)
+    assert alone == Coverage(**common, done=16, scored=0, kept=0, complete=True)
     for part in ((3, 3), (-1, 2), (0, 0)):
         with pytest.raises(SparsortError, match="expected \\(k, n\\) with 0 <= k < n"):
             run_part(open_rows(ROWS), scorer, out=tmp_path / "parts", part=part, shard_rows=SHARD)
@@ -280,7 +293,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
     called = len(log.read_text().split())
     assert start(tmp_path, "out").communicate()[0].endswith("complete=True)\n")
     assert sorted(map(int, log.read_text().split()[called:])) == sorted(set(range(0, 3000, 25)) - done)
-    assert start(tmp_path, "whole").communicate()[0].startswith("Coverage(scored=120, kept=0")
+    assert "scored=120, kept=0" in start(tmp_path, "whole").communicate()[0]
     assert contents(out) == contents(tmp_path / "whole")
     assert Scores.load(out).ids == [str(i) for i in range(3000)]
 
@@ -289,7 +302,7 @@ def test_processes_that_score_parts_at_once_do_not_disturb_each_other(tmp_path: 
     write_rows(tmp_path, 25 * 40)
     processes = [start(tmp_path, "out", (k, 4)) for k in range(4)]
     sentences = [process.communicate()[0] for process in processes]
-    assert all(sentence.startswith("Coverage(scored=10, kept=0") for sentence in sentences)
+    assert all("scored=10, kept=0" in sentence for sentence in sentences)
     assert any("complete=True" in sentence for sentence in sentences)
     assert sorted(map(int, (tmp_path / "calls.log").read_text().split())) == list(range(0, 1000, 25))
     start(tmp_path, "whole").communicate()
@@ -341,3 +354,28 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
     assert len(used) > 100
     assert max(used) - used[0] < 300 * 2**20
     assert max(used) - max(used[: len(used) // 10]) < 40 * 2**20
+
+
+def test_a_shard_that_another_process_has_claimed_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ShardRun.begin(open_rows(ROWS), Lengths, out=tmp_path, shard_rows=SHARD)
+    scorer, notes, pauses = Lengths(), [], []
+    with ShardRun.begin(open_rows(ROWS), lambda: scorer, out=tmp_path, shard_rows=SHARD, note=notes.append) as shards:
+        elsewhere = Owner(host="other", machine="other boot", pid=1, start="1", since=0.0)
+        claims = Claims(tmp_path / "workers", owner=elsewhere)
+        claims._take("00003")
+
+        def pause() -> None:
+            pauses.append(len(scorer.calls))
+            if len(pauses) == 2:
+                claims._release("00003", 0)
+                assert other.score_shard(3) == "scored"
+
+        monkeypatch.setattr(shards.store.claims, "pause", pause)
+        coverage = shards.run(shards.numbers())
+    # All others are scored first, and this one is then found done.
+    assert pauses == [15, 15]
+    assert (coverage.scored, coverage.kept, coverage.complete) == (15, 1, True)
+    assert notes == ["waiting for 1 shard(s) that other processes have claimed."]
+    assert 75 not in scorer.calls

@@ -190,16 +190,23 @@ def test_leftovers_of_killed_runs_are_cleared_and_nothing_else(tmp_path: Path) -
     others = ["notes.txt", ".hidden.1.tmp", f"shard-00000.parquet.{DEAD}.tmp"]
     for name in [*ours, running, *others]:
         (tmp_path / name).write_text("x")
-    ShardStore.open(tmp_path, provenance=PROVENANCE, shard_rows=100, part=(1, 2))
-    assert set(names(tmp_path)) == {"manifest.json", ours[0], ours[2], running, *others}
-    begin(tmp_path)
-    assert set(names(tmp_path)) == {"manifest.json", running, *others}
+    # A process of another machine may be writing such a file, so one is removed with its shard, or with the whole run.
+    store = begin(tmp_path)
+    assert set(names(tmp_path)) == {"manifest.json", *ours, running, *others}
+    store.write(0, TABLE, "d0")
+    store.close()
+    kept = {"manifest.json", "shard-00000.parquet", running, *others}
+    assert set(names(tmp_path)) == {"workers", *ours[1:], *kept}
+    assert store.finish(100)
+    assert set(names(tmp_path)) == kept
 
 
 def test_a_first_run_that_was_killed_is_continued(tmp_path: Path) -> None:
     (tmp_path / f".manifest.json.{DEAD}.tmp").write_text("{")
-    begin(tmp_path)
-    assert names(tmp_path) == ["manifest.json"]
+    store = begin(tmp_path)
+    store.write(0, TABLE, "d0")
+    assert store.finish(100)
+    assert names(tmp_path) == ["manifest.json", "shard-00000.parquet"]
 
 
 def no_links(*_paths: Any) -> None:
@@ -210,14 +217,14 @@ def no_links(*_paths: Any) -> None:
 def test_a_second_process_is_refused(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_links:
         monkeypatch.setattr(os, "link", no_links)
-    real = shards._refuse_foreign
+    real = shards.refuse_foreign
 
     def first(folder: Path) -> None:
         """Another process makes the manifest after this one has seen that there is none."""
-        monkeypatch.setattr(shards, "_refuse_foreign", real)
+        monkeypatch.setattr(shards, "refuse_foreign", real)
         begin(folder, scorer="entropy")
 
-    monkeypatch.setattr(shards, "_refuse_foreign", first)
+    monkeypatch.setattr(shards, "refuse_foreign", first)
     real_exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda self: self.name != "manifest.json" and real_exists(self))
     with pytest.raises(SparsortError, match='scorer: "entropy" → "sparsity"'):
@@ -290,7 +297,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(pq, "write_table", full)
         with pytest.raises(SparsortError, match=r"cannot write .*shard-00001.parquet: the disk is full.*finished work"):
             store.write(1, TABLE, "d1")
-    assert names(tmp_path) == ["manifest.json", "shard-00000.parquet"]
+    assert names(tmp_path) == ["manifest.json", "shard-00000.parquet", "workers"]
     assert begin(tmp_path).is_done(0, "d0", silent)
 
 
