@@ -30,7 +30,8 @@ from sparsort.recipes.cli.commands.score import text_of
 from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.order.order import order_file
 from sparsort.recipes.score.config import ScorerConfig
-from sparsort.scoring.data.rows import digest_of, open_rows
+from sparsort.scoring.data.digests import digest_of
+from sparsort.scoring.data.rows import open_rows
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import PromptSpec
 

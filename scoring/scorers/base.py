@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.scoring.data.rows import SAMPLING, RowSource
+from sparsort.scoring.data.digests import SAMPLING
+from sparsort.scoring.data.rows import RowSource
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import DataSpec, PromptOptions, PromptSpec
 from sparsort.scoring.prompts.types import PromptWriter, Truncation, Turns

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from sparsort.kernels.sparsity.metrics import METRICS, ROW_REASONS
-from sparsort.scoring.data.rows import SAMPLE_ROWS, Row, RowSource
+from sparsort.scoring.data.digests import SAMPLE_ROWS
+from sparsort.scoring.data.rows import Row, RowSource
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.model.head import Head
 from sparsort.scoring.model.sites import Site

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.scoring.data.rows import SAMPLING
+from sparsort.scoring.data.digests import SAMPLING
 
 Pooling = Literal["last", "mean_metric", "mean_state", "answer"]
 

@@ -23,8 +23,9 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from sparsort.errors import SparsortError
+from sparsort.scoring.data.digests import rows_digest
 from sparsort.scoring.data.readers import STRIDE
-from sparsort.scoring.data.rows import Row, RowSource, rows_digest
+from sparsort.scoring.data.rows import Row, RowSource
 from sparsort.scoring.store.manifest import as_json, load_snapshot, save_snapshot
 from sparsort.scoring.store.score_tables import scores_schema
 from sparsort.scoring.store.scores import Scores

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from sparsort.kernels.backend import sparsity_implementation
 from sparsort.kernels.sparsity.metrics import METRIC_NAMES, METRICS, ROW_REASONS, MetricName, check_l0_threshold
-from sparsort.scoring.data.rows import SAMPLE_ROWS, Row, RowSource
+from sparsort.scoring.data.digests import SAMPLE_ROWS
+from sparsort.scoring.data.rows import Row, RowSource
 from sparsort.scoring.model.backbone import Backbone
 from sparsort.scoring.model.batching import Plan
 from sparsort.scoring.model.early_checks import check_max_length, check_model

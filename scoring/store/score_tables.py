@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
-from sparsort.scoring.data.rows import Row, rows_digest
+from sparsort.scoring.data.digests import rows_digest
+from sparsort.scoring.data.rows import Row
 
 # "missing" means that the row lacks the number that a column scorer reads. The other names describe the text or the state.
 STATUSES = ("ok", "empty", "invalid", "too_long", "zero", "not_finite", "missing")

@@ -167,7 +167,9 @@ def _kind(scores: Scores) -> str:
 
 def _model_and_prompt(provenance: Mapping[str, Any]) -> dict[str, str]:
     """The model and the prompt with its answer, in one line each; "" for what a scorer does not read."""
-    prompt = provenance.get("prompt") or {}
+    prompt = provenance.get("prompt")
+    if not isinstance(prompt, Mapping):
+        prompt = {}
     turns = [text if role == "text" else f"[{role}] {text}" for role, text in prompt.get("turns", [])]
     answer = f"[answer] {prompt['answer']}" if prompt.get("answer") else ""
     return {

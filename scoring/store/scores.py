@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from sparsort.errors import SparsortError, unknown_choice
 from sparsort.paths import spell
-from sparsort.scoring.data.rows import digest_of, rows_digest, rows_of
+from sparsort.scoring.data.digests import digest_of, rows_digest
+from sparsort.scoring.data.rows import rows_of
 from sparsort.scoring.store import score_files, score_views
 from sparsort.scoring.store.score_tables import BASE, scores_schema
 from sparsort.storage.files import disk_errors

@@ -27,7 +27,7 @@ from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.curriculum.demos.pool.similarity import cosine, unit_rows
 from sparsort.kernels.backend import device_name
 from sparsort.scoring.answers.reader import FEATURES, AnswerReader
-from sparsort.scoring.data.rows import SAMPLE_ROWS, digest_of, sample_by_digest
+from sparsort.scoring.data.digests import SAMPLE_ROWS, digest_of, sample_by_digest
 from sparsort.scoring.loading.load import LoadedModel
 from sparsort.scoring.model.backbone import Backbone
 from sparsort.scoring.model.early_checks import check_model

@@ -31,7 +31,7 @@ from sparsort.curriculum.ablation.recipe.task_data import Row, SetDemos
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.ablation.recipe.texts import digest
 from sparsort.errors import SparsortError
-from sparsort.scoring.data.rows import SAMPLING
+from sparsort.scoring.data.digests import SAMPLING
 
 if TYPE_CHECKING:
     from sparsort.curriculum.ablation.store.store import OutcomeStore

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sparsort.curriculum.loading.loader.resuming import random_state_restored
 from sparsort.curriculum.loading.plan.shuffling import key_of
 from sparsort.errors import SparsortError
-from sparsort.scoring.data.rows import digest_of
+from sparsort.scoring.data.digests import digest_of
 from sparsort.values import is_missing
 
 if TYPE_CHECKING:

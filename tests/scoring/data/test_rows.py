@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from sparsort.errors import SparsortError
 from sparsort.scoring.data import columnar, readers
 from sparsort.scoring.data import rows as sources
-from sparsort.scoring.data.rows import digest_of, open_rows
+from sparsort.scoring.data.digests import digest_of
+from sparsort.scoring.data.rows import open_rows
 
 ROWS = [{"id": f"q{i:02d}", "question": f"What is {i} + {i}? „ü“", "answer": str(2 * i)} for i in range(23)]
 
@@ -307,7 +308,7 @@ def test_a_digest_is_of_the_content_and_of_nothing_else() -> None:
 
 def test_a_digest_is_the_same_in_every_process() -> None:
     code = (
-        "import sys; from sparsort.scoring.data.rows import digest_of\n"
+        "import sys; from sparsort.scoring.data.digests import digest_of\n"
         "class Thing: pass\n"
         "print(digest_of({'s': {'a', 'b', 'c'}, 'o': Thing(), 'f': 0.1, 'd': {2: 'x', 'k': b'y'}}))\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import sparsort
 from sparsort.errors import SparsortError
-from sparsort.scoring.data.rows import SAMPLE_ROWS, digest_of, open_rows, sample_by_digest
+from sparsort.scoring.data.digests import SAMPLE_ROWS, digest_of, sample_by_digest
+from sparsort.scoring.data.rows import open_rows
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.scorers import run_shards as engine
 from sparsort.scoring.scorers import sparsity

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsort.errors import SparsortError
-from sparsort.scoring.data.rows import rows_digest
+from sparsort.scoring.data.digests import rows_digest
 from sparsort.scoring.store import shards
 from sparsort.scoring.store.shards import ShardStore
 

@@ -20,7 +20,7 @@ from sparsort.curriculum.loading.loader.verification import note_rows, verify_ev
 from sparsort.curriculum.loading.plan.plan import CurriculumPlan
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.errors import SparsortError
-from sparsort.scoring.data.rows import digest_of
+from sparsort.scoring.data.digests import digest_of
 from sparsort.scoring.store.scores import Scores
 from sparsort.storage.integrity import seal
 

@@ -8,7 +8,7 @@ import sparsort
 from sparsort import SparsortError
 from sparsort.curriculum.loading.plan.planning import plan_curriculum
 from sparsort.curriculum.loading.plan.settings import CurriculumSettings
-from sparsort.scoring.data.rows import digest_of
+from sparsort.scoring.data.digests import digest_of
 
 ROWS = [
     {"id": f"r{number:02d}", "text": "word " * (1 + number % 7), "lang": "de" if number % 5 == 0 else "en"}
