@@ -43,9 +43,11 @@ _TABLES: dict[str, tuple[Registry[Any], Any]] = {
 # Where a name of a table means something else: an order of training data, a kind of arm, the place of rows without a score, a
 # curve of a drawing, an input, a column of a calibration, a field of a file or a log, a chapter of a report.
 _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
+    "batch": ("curriculum/loading", "scoring/prompts/metered_templates.py"),
     "column": ("curriculum/loading/loader/verification.py", "scoring/scorers/baselines.py"),
     "compression": ("scoring/store/shard_files.py",),
     "constant": ("recipes/train/loop.py",),
+    "contextual": ("recipes/cli/option_conditions.py",),
     "length": (
         "curriculum/demos/order.py",
         "curriculum/loading/inspect/drawing.py",
@@ -54,6 +56,14 @@ _OTHER_MEANINGS: dict[str, tuple[str, ...]] = {
         "recipes/cli/commands/calibrate.py",
     ),
     "entropy": ("scoring/answers/reader.py",),
+    "none": (
+        "curriculum/ablation",
+        "curriculum/demos/export.py",
+        "curriculum/loading",
+        "kernels",
+        "recipes/order",
+        "scoring",
+    ),
     "oracle": ("curriculum/ablation",),
     "first": (
         "curriculum/demos/order.py",

@@ -64,7 +64,6 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("sparsort.scoring.prompts.prompt._USE_MESSAGES", "ablate"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt._USE_MESSAGES", "choose"): _NO_CONVERSATIONS,
     ("sparsort.scoring.prompts.prompt._USE_MESSAGES", "classify"): _NO_CONVERSATIONS,
-    ("sparsort.scoring.prompts.prompt.Prompt.of", "train"): "train passes no system turn",
     (
         "sparsort.recipes.score.config.ScorerConfig.__post_init__",
         "calibrate",

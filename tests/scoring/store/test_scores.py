@@ -111,7 +111,7 @@ def test_the_columns_are_those_of_the_schema() -> None:
     assert scores.metrics == ["gini"]
     assert scores.column("status").tolist() == ["ok", "zero"]
     assert scores.counts("status") == {"ok": 1, "zero": 1}
-    assert repr(scores).startswith("Scores: 2 rows, sparsity (gini)\n  without a score: 1 (1 zero)\n")
+    assert repr(scores).startswith("Scores: 2 rows, sparsity (gini)\n  1 of 2 rows have no score: 1 zero\n")
     with pytest.raises(SparsortError, match=r"unknown column 'statsu'. Did you mean 'status'"):
         scores.column("statsu")
 
