@@ -1,7 +1,7 @@
 """Sparsity metrics as features for scikit-learn: texts or rows in, a matrix of numbers out.
 
-Contract: a row's features depend on the model, the prompt and the row alone, so they are the same in
-any batch and need no fitting.
+Contract: a row's features depend on the model, the prompt and the row alone, so they need no fitting, and are the same in any
+batch up to the rounding of the model's arithmetic.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ not depend on the size of a row. The export appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -82,13 +83,14 @@ def export_plan(plan: CurriculumPlan, data: Any, path: str | Path, *, epoch: int
             f"{source.name} has {source.count():,} rows, and the plan was made for {plan.n_rows:,}. Pass the data of the plan."
         )
     order, stages = _sequence(plan, epoch)
-    names = _field_names(source.columns())
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         rows = _MappedRows(_copy(source, Path(scratch) / "rows.arrow"))
+        # The first row may lack a column that later rows have.
+        names = _field_names(rows.columns)
         chunks = _in_order(rows, order, stages, plan.difficulty, names)
         if target.suffix == _PARQUET:
-            with write_atomically(target) as temporary:
+            with _refusing(source.name), write_atomically(target) as temporary:
                 _write_parquet(temporary, chunks, len(order))
         elif target.suffix == _JSONL:
             with write_atomically(target) as temporary:
@@ -121,7 +123,8 @@ def _copy(source: RowSource, path: Path) -> Path:
         schema = _unified(schema, rows, source.name)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for rows in _batches(source, "rows"):
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            with _refusing(source.name):
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     return path
 
 
@@ -141,6 +144,7 @@ class _MappedRows:
         # `Dataset` looks rows up in a mapped table without joining its chunks, which Arrow's own `take` would. It computes a
         # fingerprint by a copy of all rows, unless one is given.
         self._rows = Dataset(table, fingerprint="rows").with_format("arrow")
+        self.columns: list[str] = table.schema.names
 
     def take(self, places: NDArray[np.int64]) -> pa.Table:
         """The rows at some positions, copied from the file."""
@@ -163,12 +167,19 @@ def _batches(source: RowSource, title: str) -> Iterator[list[Mapping[str, Any]]]
 
 def _unified(schema: pa.Schema, rows: list[Mapping[str, Any]], name: str) -> pa.Schema:
     names = dict.fromkeys(itertools.chain(schema.names, *rows))
-    try:
+    with _refusing(name):
         found = pa.schema([(key, pa.array([row.get(key) for row in rows]).type) for key in names])
         return pa.unify_schemas([schema, found], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Raise a `SparsortError` if Arrow has no type for the values, such as half of a surrogate pair, or cannot write it."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         raise SparsortError(
-            f"{name} cannot be written as a table: {error}. Give each column values of one type."
+            f"{name} cannot be written as a table: {error}. Give each column values of one type that the format can hold."
         ) from error
 
 
@@ -210,12 +221,12 @@ def _write_jsonl(path: Path, chunks: Iterator[pa.Table], total: int) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """The value with null for NaN, which JSON lacks: a row without a score has the difficulty NaN."""
+    """The value with null for numbers that JSON lacks: a row without a score has the difficulty NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_dataset(target: Path, chunks: Iterator[pa.Table], total: int, scratch: Path) -> None:

@@ -2,7 +2,7 @@
 
 Contract: the prediction for a row does not depend on the other rows of a call, unless `transductive` is set. `fit` draws the
 demonstrations, reads other training rows to estimate how the prompt favours labels, and measures there what each ingredient
-gains. No weights are trained. Predictions are the same in every process, to the rounding of the model's arithmetic.
+gains. No weights are trained. Predictions are the same in every process and batch, up to the rounding of the model's arithmetic.
 
 Shapes: n rows, O orders, L classes.
 """
@@ -36,7 +36,7 @@ from sparsort.curriculum.demos.criteria.label_calibration import (
 )
 from sparsort.curriculum.demos.demonstrator import Demonstrator
 from sparsort.curriculum.demos.known import Known, RowNumbers
-from sparsort.curriculum.demos.order import order_entry
+from sparsort.curriculum.demos.order import SHARED_PROMPT_ORDERS, order_entry
 from sparsort.curriculum.demos.permutations import random_permutations
 from sparsort.curriculum.demos.pool.pool import DemoPool, input_fields
 from sparsort.curriculum.demos.select import SELECTORS, SHARED_PROMPT_SELECTORS, SelectorName
@@ -56,6 +56,7 @@ from sparsort.scoring.prompts.functions import PROMPT_COLUMN
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.scoring.prompts.types import PromptWriter
 from sparsort.terminal.tables import Table, number, prose
+from sparsort.values import is_missing
 
 AUTO = "auto"
 # Fewer rows estimate a bias poorly; batches of fewer queries say little about their label shares.
@@ -271,7 +272,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.order != AUTO and not order_entry(self.order).needs <= {"lengths"}:
             needs = ", ".join(sorted(order_entry(self.order).needs - {"lengths"}))
             raise ClassifierError(
-                f"order is {self.order!r}, which needs {needs}, and a classifier has none. Take {AUTO!r}."
+                f"order is {self.order!r}, which needs {needs}, and a classifier has none. Take {AUTO}, "
+                f"{SHARED_PROMPT_ORDERS.listed()}."
             )
         for name, value, least in (
             ("k", self.k, 1),
@@ -296,7 +298,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _classes(self, y: Any, n_rows: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         if y is None:
             raise ClassifierError("FewShotClassifier requires y to be passed, but the target y is None.")
-        y = column_or_1d(np.asarray(y.to_list() if hasattr(y, "to_list") else y), warn=True)
+        y = y.to_list() if hasattr(y, "to_list") else y
+        # NumPy would write a missing class as the text "nan" next to classes that are texts.
+        missing = [at for at, value in enumerate(np.asarray(y, dtype=object).ravel()) if is_missing(value)]
+        if missing:
+            raise ClassifierError(f"row {missing[0]} of y has no class. Remove the row, or give it one.")
+        y = column_or_1d(np.asarray(y), warn=True)
         check_classification_targets(y)
         check_consistent_length(y, range(n_rows))
         classes, gold = np.unique(y, return_inverse=True)

@@ -289,6 +289,10 @@ def _hold_out(y: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
     """Positions of the rows that stay, and of those held out, with the classes in the same shares where that is possible."""
     from sklearn.model_selection import train_test_split
 
+    if len(y) < 2:
+        raise SparsortError(
+            f"there is {len(y)} labelled row, and without a test file some rows are held out. Pass more rows, or test= (--test)."
+        )
     size = min(max(round(_HELD_OUT * len(y)), 1), _MOST_HELD_OUT)
     cannot_stratify = min(Counter(y).values()) < 2 or size < len(set(y))
     kept, held_out = train_test_split(

@@ -1,7 +1,7 @@
 """What scikit-learn's users pass to a classifier: rows, prompt, classes and prior, checked before a model is loaded.
 
 Contract: an array or a list of lists is validated by scikit-learn, with its errors, and its columns are named x0, x1, …, like
-those of a frame whose columns have no text as names; anything else is read by `open_rows`. A class keeps the type that it has
+those of a frame whose columns have no text as names; anything else is read by `rows_of`. A class keeps the type that it has
 in `y`; a task knows classes by their text. Shapes: n rows, L classes.
 """
 
@@ -20,7 +20,7 @@ from sparsort.curriculum.demos.criteria.distributions import Floats
 from sparsort.curriculum.demos.criteria.label_bias import PriorName, given_shares, named_shares
 from sparsort.errors import SparsortError
 from sparsort.paths import spell
-from sparsort.scoring.data.rows import open_rows
+from sparsort.scoring.data.rows import rows_of
 from sparsort.scoring.prompts.spec import PromptSpec
 from sparsort.values import as_text
 
@@ -42,7 +42,7 @@ def estimator_rows(estimator: Any, X: Any, *, reset: bool) -> list[Row]:
 
     Raises:
         ValueError: an array that scikit-learn refuses.
-        SparsortError: as `open_rows`.
+        SparsortError: as `rows_of`.
     """
     if _is_array(X):
         values = validate_data(estimator, X, reset=reset, dtype=None).tolist()
@@ -52,7 +52,8 @@ def estimator_rows(estimator: Any, X: Any, *, reset: bool) -> list[Row]:
         validate_data(estimator, X, reset=reset, skip_check_array=True)
         if not all(isinstance(name, str) for name in X.columns):
             X = X.set_axis([f"x{at}" for at in range(len(X.columns))], axis="columns")
-    return [dict(row.fields) for row in open_rows(X).rows()]
+    # Ids play no part here, so that rows drawn with replacement may repeat them.
+    return [dict(row) for row in rows_of(X)]
 
 
 def class_names(classes: Sequence[Any]) -> list[str]:

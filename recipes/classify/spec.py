@@ -33,7 +33,9 @@ class ClassifySpec:
     select: str = option(
         "balanced", "Selection of the demonstrations: {names}.", names="curriculum.demos.select:SHARED_PROMPT_SELECTORS"
     )
-    order: str = option("auto", "auto, for random orders, or {names}.", names="curriculum.demos.order:ORDERS")
+    order: str = option(
+        "auto", "auto, for random orders, or {names}.", names="curriculum.demos.order:SHARED_PROMPT_ORDERS"
+    )
     n_orders: int = option(1, "Random orders whose predictions are averaged; the cost grows in proportion.")
     calibration: str = option(
         "batch",

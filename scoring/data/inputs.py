@@ -11,10 +11,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
 
 from sparsort.errors import SparsortError, first_line
+from sparsort.values import is_missing
 
 _LOG = logging.getLogger("sparsort")
 # The field of a row that is a bare text.
@@ -46,8 +47,9 @@ def readable(source: Any) -> Any:
     if isinstance(source, (Iterator, _iterable_dataset())):
         source = list(cast("Iterable[Any]", source))
         _note(len(source))
-    if isinstance(source, Sequence) and len(source) and isinstance(source[0], str):
-        return _from_texts(source)
+    if isinstance(source, (list, tuple)):
+        first = next((item for item in source if not is_missing(item)), None)
+        return _from_texts(source) if isinstance(first, str) else source
     return source
 
 
@@ -63,18 +65,25 @@ def is_read_once(source: Any) -> bool:
 
 def _from_texts(texts: Sequence[Any]) -> list[dict[str, Any]]:
     for position, text in enumerate(texts):
-        if not isinstance(text, str):
+        if not isinstance(text, str) and not is_missing(text):
             raise SparsortError(
                 f"row {position} is {type(text).__name__}, and other rows are texts. Pass texts only, or a "
                 "dictionary for each row."
             )
-    return [{TEXT_FIELD: text} for text in texts]
+    return [{TEXT_FIELD: None if is_missing(text) else text} for text in texts]
 
 
 def _from_columns(columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
     lists = {}
     for name, values in columns.items():
-        if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, Iterable)):
+        if isinstance(values, Mapping):
+            # `DataFrame.to_dict()` gives the values of a column by the labels of the rows.
+            if list(values) != list(next(iter(columns.values()))):
+                raise SparsortError(
+                    f"the column {name!r} has other row labels than the first column. Pass lists of values."
+                )
+            values = list(values.values())
+        if isinstance(values, (str, bytes, Set)) or not isinstance(values, (Sequence, Iterable)):
             raise SparsortError(
                 f"the column {name!r} is {type(values).__name__}; in a dictionary of columns each one is a list of values. Pass "
                 "[row] for a single row."
@@ -157,4 +166,12 @@ _CONVERTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("pyarrow", "RecordBatch"): _record_batch,
     ("pyarrow", "RecordBatchReader"): _read_stream,
     ("pyarrow", "ChunkedArray"): lambda array: array.to_pylist(),
+    **{
+        ("pyarrow", name): lambda array: array.to_pylist()
+        for name in ("StringArray", "LargeStringArray", "StringViewArray")
+    },
+    **{
+        ("pandas", name): lambda array: array.tolist()
+        for name in ("Index", "StringArray", "ArrowStringArray", "NumpyExtensionArray")
+    },
 }

@@ -38,7 +38,8 @@ class ModelSpec:
             `LoadedModel`, for which all other fields except `token_budget` are ignored.
         dtype: "auto" (bf16 if the hardware has it, otherwise fp32) or the name of a torch dtype.
         device: "auto", "cpu", "cuda", "cuda:1", …
-        token_budget: tokens of one batch, including padding; None for the default of the device. It changes speed, not results.
+        token_budget: tokens of one batch, including padding; None for the default of the device. It changes the speed,
+            and results only by rounding.
         revision: hub revision.
         trust_remote_code: run code that comes with the model.
         tokenizer: a transformers tokenizer; None for that of the model.
@@ -50,7 +51,9 @@ class ModelSpec:
     _: KW_ONLY
     dtype: Dtype = option("auto", f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.", panel=MODEL_PANEL)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …", panel=MODEL_PANEL)
-    token_budget: int | None = option(None, "Tokens of one batch. Changes speed only.", panel=MODEL_PANEL)
+    token_budget: int | None = option(
+        None, "Tokens of one batch. Changes the speed, and results only by rounding.", panel=MODEL_PANEL
+    )
     revision: str | None = option(None, "Hub revision.", panel=MODEL_PANEL)
     trust_remote_code: bool = option(False, "Run code that ships with the model.", panel=MODEL_PANEL)
     tokenizer: Any = None

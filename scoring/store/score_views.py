@@ -106,7 +106,7 @@ def join(scores: Scores, data: Any) -> Any:
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         raise SparsortError(
             f"{source.name} cannot be joined as a table: {error}. Give each column values of one type."
         ) from error

@@ -119,7 +119,9 @@ class Scores:
         if isinstance(key, slice):
             return self._take(np.arange(len(self))[key])
         chosen = np.asarray(key)
-        if chosen.dtype.kind == "U" and chosen.ndim == 1:
+        # A column of a frame is an array of objects.
+        is_text = chosen.dtype.kind == "U" or (chosen.size and all(isinstance(name, str) for name in chosen.ravel()))
+        if is_text and chosen.ndim == 1:
             return self._take(np.array([self._place_of(name) for name in chosen.tolist()], dtype=np.int64))
         # An empty list has no type of its own.
         if chosen.ndim != 1 or (chosen.dtype.kind not in "iub" and chosen.size):

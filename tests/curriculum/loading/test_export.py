@@ -81,3 +81,23 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(SparsortError, match="values of one type"):
         export_plan(plan, mixed, tmp_path / "rows.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_column_that_only_later_rows_have_keeps_its_values(tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "x"}, {"id": "b", "text": "zz", "stage": "dev", "difficulty": "hard"}]
+    plan = plan_curriculum([0.0, 1.0], batch_size=1)
+    export_plan(plan, rows, tmp_path / "o.jsonl")
+    second = json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    assert (second["stage"], second["difficulty"], second["curriculum_difficulty"]) == ("dev", "hard", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [("\ud800", "o.jsonl"), ({}, "o.parquet"), (2**70, "o.parquet")],
+    ids=["surrogate", "empty", "large"],
+)
+def test_values_that_a_format_cannot_hold_are_refused(tmp_path: Path, value: Any, name: str) -> None:
+    rows = [{"id": "a", "x": value}, {"id": "b", "x": value}]
+    with pytest.raises(SparsortError, match="cannot be written as a table"):
+        export_plan(plan_curriculum([0.0, 1.0], batch_size=1), rows, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from sparsort import FewShotClassifier, SparsortError
+from sparsort.recipes.classify.inputs import ClassifierError
 from sparsort.scoring.answers.reader import AnswerReader
 from sparsort.scoring.model.spec import ModelSpec
 from sparsort.scoring.prompts.spec import PromptSpec
@@ -295,3 +296,9 @@ def test_chat(make_tiny_model: Callable[..., Path]) -> None:
 
 def test_scikit_learns_own_checks(tiny: ModelSpec) -> None:
     assert failed_checks(FewShotClassifier(tiny, k=2, calibration_rows=8)) == {}
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_class_is_refused(missing: Any) -> None:
+    with pytest.raises(ClassifierError, match="row 1 of y has no class"):
+        FewShotClassifier(k=1).fit(["a", "b", "c"], ["x", missing, "y"])

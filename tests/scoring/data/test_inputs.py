@@ -88,3 +88,24 @@ def test_a_hub_that_refuses_is_reported_in_one_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(SparsortError, match="cannot load the dataset 'hub:owner/name': offline"):
         open_rows("hub:owner/name")
+
+
+def test_missing_texts_are_rows_without_a_text() -> None:
+    assert readable(["a", None, float("nan")]) == [{"text": "a"}, {"text": None}, {"text": None}]
+    assert readable([None, "a"]) == [{"text": None}, {"text": "a"}]
+
+
+def test_a_dictionary_of_columns_may_name_the_rows() -> None:
+    frame = {"text": {0: "x", 1: "y"}, "label": {0: "a", 1: "b"}}
+    assert readable(frame) == [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
+    with pytest.raises(SparsortError, match="other row labels"):
+        readable({"text": {0: "x"}, "label": {1: "a"}})
+    with pytest.raises(SparsortError, match="'text' is set"):
+        readable({"text": {"x", "y"}})
+
+
+@pytest.mark.parametrize("make", ["pandas.array", "pandas.Index", "pyarrow.array"])
+def test_arrays_of_texts(make: str) -> None:
+    module, _, name = make.partition(".")
+    values = getattr(pytest.importorskip(module), name)(["x", "y"])
+    assert readable(values) == [{"text": "x"}, {"text": "y"}]

@@ -208,3 +208,8 @@ def test_html_shows_text_as_text() -> None:
     page = LengthScorer(unit="characters").score(rows, prompt="{text}")._repr_html_()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_ids_in_a_column_of_a_frame_choose_rows() -> None:
+    scores = CompressionScorer().score([{"id": name, "text": name * 9} for name in "abc"], prompt="{text}")
+    assert scores[np.array(["c", "a"], dtype=object)].ids == ["c", "a"]
