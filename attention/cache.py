@@ -51,7 +51,7 @@ def keep_index_keys(cache: Cache, layer: int, index_keys: Tensor, *, selector: s
 
 
 def _check_index_keys(cache_layer: Any, layer: int, maker: str) -> None:
-    """Refuse a cache layer whose index keys do not cover all of its tokens, or that another selector (`maker`) computed."""
+    """Refuse a cache layer whose index keys do not cover all of its tokens, or come from a selector other than `maker`."""
     if not cache_layer.is_indexer_initialized:
         cache_layer.sparsort_maker = maker
     stored_maker = getattr(cache_layer, "sparsort_maker", "another model")
@@ -71,7 +71,7 @@ def _check_index_keys(cache_layer: Any, layer: int, maker: str) -> None:
     filled = int(cache_layer.get_seq_length())
     if indexed != filled:
         raise SparsortError(
-            f"layer {layer} of the cache holds {filled} tokens and index keys of {indexed}; expected one for each token. Some "
+            f"layer {layer} of the cache holds {filled} tokens but {indexed} index keys; expected one for each token. Some "
             "tokens were added while the index branch was detached. Start with a new cache."
         )
 

@@ -48,7 +48,7 @@ def _prior(folder: Path) -> Any:
         (lambda _: plan_curriculum([1, BIG, 3], batch_size=1), "cannot be read as numbers"),
         (lambda _: numbers([[BIG]], ("orders", "labels"), argument="shares"), "cannot be read as an array of numbers"),
         (_plan_lengths, "the field 'tokens' holds a number of tokens beyond 64 bits"),
-        (_prior, "the prior .*prior.json has the share 1000.* which is not a number"),
+        (_prior, "prior.json has 1000.* for the label .* must be a number above 0"),
     ],
 )
 def test_a_number_beyond_floats_is_refused(call: Callable[[Path], Any], message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A selector that the LM loss trains, on a base model that the caller freezes; after SAS (arXiv 2609.13141).
+"""A selector trained with the LM loss while the caller keeps the base model frozen; based on SAS (arXiv 2609.13141).
 
 Choosing the top blocks has no gradient. Therefore the score s of each chosen block is added to the logits of the block's keys
 as a straight-through bias s − sg(s), where sg stops the gradient. The bias is exactly 0 in the forward pass and passes the
@@ -9,7 +9,7 @@ frozen model with the LM loss alone. The estimator used here is our own, not the
 There are two limits. A block that is not selected gets no gradient, so the selector learns about such blocks only in a warm-up
 over every block (`full`). And the estimator ignores how the selection itself would change.
 
-The score is MSA's, from the same weights as in the index branch, but without the alignment loss.
+The score is MSA's and uses the same weights as the index branch, but there is no alignment loss.
 
 Legend: B batch, T query columns, S key columns, G groups, K slots, I index width.
 """
@@ -45,7 +45,10 @@ class LMTrainedBranch(IndexBranch):
 
     @staticmethod
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
-        """Count every index query with every index key; the cost of the gradient, one key per block, is negligible."""
+        """Count the score of every index query with every visible index key.
+
+        The cost of the gradient, one key per block, is negligible.
+        """
         return 2 * shape.groups * shape.index_dim * visible_pairs(tokens)
 
     def choose(self, inputs: LayerInputs, index_keys: Tensor | None) -> BlockChoice:
@@ -119,7 +122,7 @@ class _StraightThrough(torch.autograd.Function):
                 chunk = slice(first, first + step)
                 slots, weight = columns[row, :, chunk], grad[row, :, chunk]
                 used = slots >= 0
-                # Unused slots gather key 0, which may be NaN, and 0 · NaN is NaN: so mask the keys as well as the weights.
+                # Unused slots gather key 0, which may be NaN, and 0 · NaN is NaN, so mask the keys as well as the weights.
                 gathered = keys[row][slots.clamp(min=0)].masked_fill(~used[..., None], 0.0)
                 d_query[row, :, chunk] = torch.einsum("gtk,gtki->gti", weight, gathered).to(d_query.dtype)
                 # The queries of padding may be NaN as well. All of their slots are unused, so they are never added.

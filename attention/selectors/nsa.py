@@ -1,4 +1,4 @@
-"""Native Sparse Attention (arXiv 2502.11089): compressed keys and values are attended to, and their attention chooses blocks.
+"""Native Sparse Attention (arXiv 2502.11089): queries attend to compressed keys and values, and this attention chooses blocks.
 
     compressed key of block n  = φ_k(keys of n), compressed value = φ_v(values of n), for each group
     p_cmp of head h            = softmax(query_h · compressed keys · scale) over the blocks that are entirely in the past
@@ -16,7 +16,7 @@ This implementation differs from the paper as follows:
 - The paper does not specify φ ("a learnable MLP with intra-block position encoding"). Here φ is the block's mean plus the mean
   of MLP(token + embedding of its position in the block). The MLP's last layer starts at 0, so φ starts as the mean.
 - The three branches share the layer's keys and values; in the paper, each branch has its own.
-- Only the query's own block is always selected, not the first block or the block before the own one.
+- Only the query's own block is always selected, not the first block or the block before the query's own.
 - The window covers whole blocks, the last ⌈blocks/2⌉ ones. This is the paper's ratio (a window of 512 keys for 16 blocks of 64).
 - The gates start open for the selection and nearly closed for the other branches (sigmoid of 2 and −2), so a dense checkpoint
   starts close to its original function. For training from scratch, this is an arbitrary choice.
@@ -148,8 +148,8 @@ class CompressedBranch(Selector):
     def _attend_compressed(self, query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
         """Attend from query (H, n, D) to compressed keys and values (G, N, D): (H, n, D), 0 if no block is entirely past."""
         past = self._is_past(keys.shape[1], span, 0, span.queries, query.device)
-        # Append a key with value 0, visible only to queries that see no other key. No softmax row is then empty, which would
-        # give NaN.
+        # Append a key with value 0, visible only to queries that see no other key, because an empty softmax row would give
+        # NaN.
         seen = torch.cat([past, ~past.any(-1, keepdim=True)], dim=-1)
         heads = query.shape[0] // keys.shape[0]
         keys, values = (

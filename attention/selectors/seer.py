@@ -102,7 +102,7 @@ class PooledGate(Selector):
     def choosing_flops(shape: AttentionShape, tokens: int, sparse: SparseShape, training: bool) -> float:
         """Count the score of every gate query with every visible gate key.
 
-        The loss adds the dense scores, and the gate scores again with their two gradients.
+        The loss adds the dense scores, a second computation of the gate scores, and the two gradients of the gate scores.
         """
         index, pairs = 2 * shape.groups * shape.index_dim, visible_pairs(tokens)
         by_block = pairs / sparse.block_size

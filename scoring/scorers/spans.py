@@ -1,4 +1,4 @@
-"""A span of tokens in every row: selects its states from each piece of a walk, and computes means over it.
+"""One span of tokens per row: selects the states in the span from each piece of a walk, and computes means over the span.
 
 Contract: spans are given in tokens of the row, with an exclusive end. A shared head is read once and counts for every row that
 has it. Rows that share a head must agree on the tokens of the head that are in their spans.
@@ -44,7 +44,7 @@ class RowSpans:
         # Rows of one head write the same numbers to the same place, because they agree on the tokens within the head.
         self._head_first[self._heads_of[self._shares]] = np.minimum(first_N, plan.depth)[self._shares]
         self._head_end[self._heads_of[self._shares]] = np.minimum(end_N, plan.depth)[self._shares]
-        # Both by `StateChunk.is_head`: sums over the rows' own tokens, and over the tokens of the shared heads.
+        # Both are keyed by `StateChunk.is_head`: False for the rows' own tokens, True for the tokens of the shared heads.
         self._sums: dict[bool, Tensor] = {}
         self._reasons = {False: torch.zeros(len(first_N)).long(), True: torch.zeros(len(plan.heads)).long()}
 
@@ -81,7 +81,7 @@ class RowSpans:
         total, reasons = self._sums.get(False), self._reasons[False]
         if True in self._sums:
             heads = self._sums[True]
-            # Every span may end within its head, and then no row has a sum of its own.
+            # If all spans end within their heads, no row has a sum of its own.
             if total is None:
                 total = heads.new_zeros((len(reasons), heads.shape[1]))
             rows = torch.from_numpy(np.flatnonzero(self._shares))

@@ -6,7 +6,7 @@ score), and every metric that was measured. Parquet, JSONL, `datasets.Dataset` a
 
 The provenance is stored in the schema metadata of Parquet (under `sparsort`), in the manifest of a folder, in
 `NAME.provenance.json` next to JSONL (so that every line of `NAME.jsonl` is a row for other tools), and in `info.description` of a
-`Dataset` (which `map`, `select` and `save_to_disk` preserve). If it was lost, the scores that are read have an unknown origin.
+`Dataset` (which `map`, `select` and `save_to_disk` preserve). If it has been lost, the scores are read with an unknown origin.
 Every format is written with digests, which are checked when it is read (`score_files`, `shards`).
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _MAX_NAMED = 5  # rows that an error names before "and n more"
 
-# The most ids in a list from which the nearest one is suggested.
+# For an unknown id, the nearest one is suggested only if there are at most this many ids.
 _MAX_IDS = 1000
 
 
@@ -58,7 +58,7 @@ class Scores:
     """Scored rows, in the order of their source.
 
     Args:
-        table: a table with the columns of `scores_schema`, or a complete `shards.ShardStore`, of which columns are read on use.
+        table: a table with the columns of `scores_schema`, or a complete `shards.ShardStore`, whose columns are read when used.
         provenance: JSON values. Used here: `scorer` (the kind), `metric` (the source of `difficulty`), `orientation`
             ({metric: +1 if a higher value is harder, otherwise -1}), `id_column` (None if ids are positions).
     """
@@ -119,7 +119,7 @@ class Scores:
         if isinstance(key, slice):
             return self._take(np.arange(len(self))[key])
         chosen = np.asarray(key)
-        # A column of a frame is an array of objects.
+        # A text column of a data frame becomes an array of objects.
         is_text = chosen.dtype.kind == "U" or (chosen.size and all(isinstance(name, str) for name in chosen.ravel()))
         if is_text and chosen.ndim == 1:
             return self._take(np.array([self._place_of(name) for name in chosen.tolist()], dtype=np.int64))
@@ -161,11 +161,11 @@ class Scores:
         return self.table
 
     def to_pandas(self) -> Any:
-        """The scores as a frame of pandas."""
+        """The scores as a pandas data frame."""
         return self.table.to_pandas()
 
     def to_polars(self) -> Any:
-        """The scores as a frame of polars.
+        """The scores as a polars data frame.
 
         Raises:
             SparsortError: polars is not installed.
@@ -182,7 +182,7 @@ class Scores:
             self.to_dataset().save_to_disk(str(folder))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the scores as a dataset of the hub, with a card that has their provenance; see `score_views.push`."""
+        """Upload the scores to the Hub as a dataset, with a card that gives their provenance; see `score_views.push`."""
         with tempfile.TemporaryDirectory() as folder:
             return score_views.push(self, repo_id, private=private, token=token, folder=Path(folder))
 
@@ -237,7 +237,7 @@ class Scores:
             rows: n rows, in any form that `open_rows` reads.
 
         Raises:
-            SparsortError: some rows were not scored, or a row has other content than the scored row of the same id.
+            SparsortError: some rows were not scored, or a row differs in content from the scored row with the same id.
         """
         return self.difficulty[self.places_of(rows)]
 
@@ -367,13 +367,13 @@ class Scores:
         return {digest: index for index, digest in reversed(list(enumerate(self._digests)))}
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        # One column of a folder on disk is read alone, unless the whole table is in memory already.
+        # Only this column is read from disk, unless the whole table is already in memory.
         return (self.table if "table" in self.__dict__ else self._columns.select([name])).column(name)
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:
     """Convert a column of numbers to a new array."""
-    # Not by `to_numpy`, because it imports pandas.
+    # `to_numpy` imports pandas, so it is used only for columns with nulls or without chunks.
     if column.null_count or not column.num_chunks:
         return np.asarray(column.to_numpy())
     return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])

@@ -204,7 +204,7 @@ def test_a_cache_with_index_keys_of_another_make(static: bool, sparse: Make, den
     with torch.no_grad():
         model(ids[:, 5:7], past_key_values=cache)
     attach_index_branch(model, block_size=4, index_dim=8)
-    with pytest.raises(SparsortError, match="layer 0 of the cache holds 7 tokens and index keys of 5"):
+    with pytest.raises(SparsortError, match="layer 0 of the cache holds 7 tokens but 5 index keys"):
         model(ids[:, 7:], past_key_values=cache)
 
 

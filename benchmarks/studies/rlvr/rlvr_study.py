@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import RESULTS, machine
 from rlvr_task import LONGEST, Policy, Strings, make_strings, warm_start
 
-from sparsort.curriculum.ablation.statistics.differences import holm
 from sparsort.curriculum.ablation.statistics.resampling import student_t
 from sparsort.curriculum.loading.online.difficulty_sampler import DifficultySampler
+from sparsort.scoring.calibration.correlation import holm
 from sparsort.storage.files import write_atomically, write_json
 from sparsort.terminal.progress import progress
 

@@ -153,7 +153,7 @@ def _shorten(element: ET.Element) -> None:
     if element.get("transform", "").startswith(("rotate(-0 ", "rotate(0 ")):
         del element.attrib["transform"]
     for name in ("d", "x", "y", "transform"):
-        # Coordinates are most of a file, and a hundredth of a point is invisible.
+        # Coordinates make up most of a file, and a hundredth of a point is invisible.
         if value := element.get(name):
             rounded = _LONG.sub(lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), value)
             element.set(name, " ".join(rounded.split()))
@@ -162,11 +162,11 @@ def _shorten(element: ET.Element) -> None:
 
 
 def _add_tips(root: ET.Element, tips: Tips) -> None:
-    """Wrap every mark that has a tooltip into a group with a title."""
+    """Wrap every mark that has a tooltip in a group with a title."""
     for group in [element for element in root.iter(f"{{{_SVG}}}g") if element.get("id") in tips.marks]:
         texts = tips.marks[group.attrib.pop("id")]
         shapes = list(_shapes(group))
-        # Unless there is one shape for each tooltip, they cannot be assigned, and the group gets the first one.
+        # Unless there is one shape for each tooltip, the tooltips cannot be assigned, and the group gets the first.
         if len(texts) == 1 or len(texts) != len(shapes):
             _add_title(group, *texts[0])
             continue

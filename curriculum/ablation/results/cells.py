@@ -81,7 +81,7 @@ class Arm:
         low, high = (0, labels) if labels else (-1, 0)
         if self.predicted.size and not (low <= self.predicted.min() and self.predicted.max() < high):
             raise SparsortError(
-                f"{where}: predicted has {self.predicted.min()} to {self.predicted.max()}, expected "
+                f"{where}: predicted ranges from {self.predicted.min()} to {self.predicted.max()}, expected "
                 + (f"0 to {labels - 1}, a label's index." if labels else "-1 throughout, as answers are generated.")
             )
         for name in ("tokens", "choosing_tokens"):

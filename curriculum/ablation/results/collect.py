@@ -88,12 +88,12 @@ class _StoredSet:
         self.note: Mapping[str, Any] = stored_orders(store, group) or {}
         self.tokens: Mapping[str, Any] = store.get_note(group, "tokens") or {}
         probes = store.get_note(group, "probes") or {}
-        # One probe is sampled after each random order, so those of a recipe with another number of orders are different.
+        # One probe is sampled after each random order, so a recipe with another number of orders has different probes.
         self.probes: Mapping[str, Any] = probes if probes.get("orders") == len(self.random) else {}
         self._outcomes: Outcomes = store.read(group)
         self.under_random: list[_Predictions] = []
-        # The note of the lengths is written last. If it does not fit the note of the orders, the set was interrupted under
-        # another recipe.
+        # The note with the lengths is written last. If it does not match the note with the orders, the set was interrupted
+        # under another recipe.
         if not self.note or len(self.tokens.get("demos", ())) != len(self.note["ids"]):
             return
         set_demos = demos_of(self.note, data.pool_by_id, demo_set, data.test_texts)
@@ -112,7 +112,7 @@ class _StoredSet:
 
     @property
     def prefix_tokens(self) -> float:
-        """The mean length of the demonstrations of a query together, in tokens."""
+        """The mean total length of a query's demonstrations, in tokens."""
         lengths = np.asarray(self.tokens["demos"], dtype=np.float64)
         return float(lengths[self.set_demos.of_query].sum(axis=1).mean())
 
@@ -328,7 +328,8 @@ class Collector:
         shares_order = all(len(order) == 1 for order in orders)
         shares_prefix = shares_order and all(stored.set_demos.fixed for stored in sets)
         n_content_free = len(data.content_free_texts) if contextual else 0
-        # A content-free query is about as long as a test query. Both it and the prefix are read once per prefix.
+        # A content-free query is about as long as a test query. The prefix and its content-free queries are read only
+        # once for all queries that share the prefix.
         tokens = [
             (stored.prefix_tokens + n_content_free * stored.query_tokens) / (n_items if shares_prefix else 1)
             + stored.query_tokens

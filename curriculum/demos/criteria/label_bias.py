@@ -250,7 +250,7 @@ def _positive(share: Any, label: str, where: str) -> float:
         number = math.inf
     if not 0 < number < math.inf:
         raise SparsortError(
-            f"{where} has {share!r} for the label {label!r}; each label's share or count must be a number above 0."
+            f"{where} has {share!r:.40} for the label {label!r}; each label's share or count must be a number above 0."
         )
     return number
 

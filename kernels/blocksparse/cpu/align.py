@@ -1,9 +1,9 @@
 """The alignment loss between attention and index scores, with its gradients, on the CPU.
 
-Contract: see `align_forward`. For each (row, group, token), T is the set of visible keys of the selected blocks (MSA,
-arXiv 2606.13392). The teacher P is the mean over the group's heads of each head's softmax over T, and the student is the softmax
-of the index scores S over T. Then KL(P ‖ student) = Σ P (log P − log student), and ∂KL/∂S = student − P, because both sum to 1
-and P is detached.
+Contract: see `align_forward`. For each (row, group, token), both distributions are over the visible keys of the selected blocks
+(MSA, arXiv 2606.13392). The teacher P is the mean over the group's heads of each head's softmax, and the student is the softmax
+of the index scores s. Then KL(P ‖ student) = Σ P (log P − log student), and ∂KL/∂s = student − P, because both sum to 1 and P is
+detached.
 
 Legend: B batch, T query columns, S key columns, H query heads, G groups, R = H/G, D width, I index width, E entries.
 """

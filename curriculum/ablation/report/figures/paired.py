@@ -51,11 +51,11 @@ def draw_paired(
     """Draw into `axes`.
 
     Args:
-        axes: of matplotlib.
-        cell: one of the report's `calibration`.
+        axes: the matplotlib axes.
+        cell: an entry of the report's `calibration`.
         rows: from `rows_of`.
         tips: the tooltips of the figure.
-        limits: of the accuracy axis, from `limits_of`.
+        limits: the limits of the accuracy axis, from `limits_of`.
         names: whether to write the names of the arms on the left.
         numbers: whether to write the changes on the right.
     """
@@ -125,7 +125,7 @@ def _shade(arm: CalibrationArm) -> str:
 
 
 def _whiskers(axes: Any, y: float, *sides: tuple[float, float | None]) -> None:
-    """Draw one standard deviation over random orders around each mean: off above the row, on below it."""
+    """Draw one standard deviation over random orders around each mean: above the row for calibration off, below it for on."""
     for (middle, sd), shift in zip(sides, (-0.3, 0.3), strict=True):
         if sd is not None:
             segments(axes, [middle - 100 * sd], [middle + 100 * sd], [y + shift], colour("random"), 1.4, zorder=1)

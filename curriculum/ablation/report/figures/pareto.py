@@ -17,7 +17,7 @@ from sparsort.curriculum.ablation.report.figures.style import KIND_COLOUR, KIND_
 from sparsort.curriculum.ablation.report.numbers.rows import points
 from sparsort.curriculum.ablation.report.numbers.shape import CellNumbers, Difference, Pooled
 
-# The narrowest range of an axis of differences, on each side: a tenth of a point of accuracy.
+# Half the width of an axis of differences if all differences on it are almost zero: a tenth of a point of accuracy.
 _LEAST = 0.001
 # Candidate positions of a name relative to its mark, in order of preference: offset in points, and alignment.
 _SIDES = (
@@ -60,7 +60,7 @@ def points_of(panel: CellNumbers | Pooled) -> list[Point]:
 
 
 def frontier(arms: Sequence[Point]) -> list[Point]:
-    """The arms that are better than the mean random order and than every arm that costs no more, the cheapest first."""
+    """The arms that beat both the mean random order and every other arm that costs no more, the cheapest first."""
     front: list[Point] = []
     # Among arms of equal cost the best comes first, so the others do not exceed it.
     for point in sorted(arms, key=lambda arm: (arm.cost, -arm.difference["value"])):
@@ -75,10 +75,10 @@ def draw_pareto(
     """Draw into `axes`: cost on a horizontal logarithmic axis, and the difference in points on the vertical one.
 
     Args:
-        axes: of matplotlib.
+        axes: the matplotlib axes.
         arms: from `points_of`.
         tips: the tooltips of the figure.
-        limits: of the differences, from `limits_of`; None to fit these arms.
+        limits: the limits of the differences, from `limits_of`; None to fit these arms.
         every: whether to name arms off the line too, if there is room.
     """
     front = frontier(arms)
@@ -216,11 +216,11 @@ def _write_names(
 ) -> None:
     """Write the names of arms next to their marks, greedily, where they cover nothing.
 
-    A name is omitted if it would cover another name, a mark or a line in every position, or would be nearer to another mark; the
-    tables and tooltips have all names. Existing texts in `axes` are not covered either.
+    A name is omitted if, in every position, it would cover another name, a mark or a line, or would be nearer to another mark;
+    the tables and tooltips have all names. Existing texts in `axes` are not covered either.
 
     Args:
-        axes: of matplotlib, with its final limits.
+        axes: the matplotlib axes, with their final limits.
         named: each arm to name with the place of its mark, the most important first.
         marked: the places of all marks.
         lines: horizontal and vertical lines, from (x, y) to (x, y).

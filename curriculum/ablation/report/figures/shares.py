@@ -1,8 +1,8 @@
 """The shares of labels among the predictions under each order, compared with the gold labels.
 
-Left: the share of each label among the gold labels, under all random orders together, and under every arm. Right: the entropy of
-those shares (1 if all labels are equally frequent), for every random order of every set, and for every arm on every set. Below:
-the shares under each random order, from the most one-sided to the most even.
+Left: the share of each label among the gold labels, among the predictions of all random orders together, and among those of every
+arm. Right: the entropy of those shares (1 if all labels are equally frequent), for every random order of every set, and for every
+arm on every set. Below: the shares under each random order, from the most one-sided to the most even.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ def draw_spread(
     """Draw into `axes`.
 
     Args:
-        axes: of matplotlib.
+        axes: the matplotlib axes.
         cell: one of the report's `cells`.
         tips: the tooltips of the figure.
-        limits: of the accuracy axis, from `limits_of`.
+        limits: the limits of the accuracy axis, from `limits_of`.
         names: the names of the sets, to write on the left; None to write none.
-        ends: whether to name the ends of the mean range.
+        ends: whether to name the ends of the random orders' mean range.
         sets: the number of rows that the axes have room for; by default the number of sets.
     """
     by_set = np.array(cell["random"]["accuracy_by_set"]) * 100
@@ -81,7 +81,7 @@ def draw_spread(
 
 
 def _name_ends(axes: Any, cell: CellNumbers, ends: tuple[float, float] | None) -> None:
-    """Name the ends of the mean range, if they are given, and the worst and the best arm."""
+    """Name the ends of the random orders' mean range, if they are given, and the worst and the best arm."""
     if ends is not None:
         _name_outermost(axes, ends[0], -_LANE - _ROOM, "worst orders", "right", "muted")
         _name_outermost(axes, ends[1], -_LANE - _ROOM, "best orders", "left", "muted")

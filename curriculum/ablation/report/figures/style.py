@@ -17,8 +17,8 @@ from typing import Any
 from sparsort.extras import need
 
 # Name → light, dark. The colours of labels are Paul Tol's bright scheme. Blue and orange, and teal and purple, are
-# distinguishable with every common colour blindness, and the kinds of arms also differ in shape. No two light colours may be
-# equal, because `write.themed_svg` identifies a colour by its light value.
+# distinguishable with every common form of colour blindness, and the kinds of arms also differ in shape. No two light colours may
+# be equal, because `write.themed_svg` identifies a colour by its light value.
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1b1f24", "#e6e9ec"),
     "muted": ("#59636d", "#a4adb6"),

@@ -48,7 +48,7 @@ def pooled_family(arms: Sequence[Sequence[NDArray[np.float64]]]) -> list[Differe
     """Each arm's mean gain over tasks, corrected for the number of arms.
 
     Sets are weighted so that every task counts equally, whatever its number of sets. The interval generalises to other sets of
-    these tasks, so it requires three sets in total, and a task whose own sets differ.
+    these tasks, so it requires three sets in total, and at least one task with gains that differ between its sets.
 
     Args:
         arms: for each arm, the gains of each task, (sets of the task,).

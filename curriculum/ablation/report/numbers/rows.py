@@ -76,7 +76,7 @@ def probability(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A count with narrow spaces between thousands, and one decimal only if it is a fraction below 100."""
+    """A count with narrow spaces as thousands separators; it has one decimal only if it is below 100 and not whole."""
     if value is None:
         return "–"
     text = f"{value:,.0f}" if round(value, 1) >= 100 or value == int(value) else f"{value:.1f}"

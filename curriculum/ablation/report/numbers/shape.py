@@ -1,6 +1,6 @@
 """The shape of `report.json`: every number that the page, the Markdown and the figures show, and nothing else.
 
-Units: accuracies and shares are from 0 to 1, and so are differences (0.01 is one point); tokens are those of the model's
+Units: accuracies and shares are from 0 to 1, and differences from −1 to 1 (0.01 is one point); tokens are those of the model's
 tokenizer; entropies are divided by log L, so 1 means that the L labels are equally frequent. A number is None if it cannot be
 computed, which is the case with fewer than three sets, outcomes that do not differ, oracles, and generated answers. Every object
 that has such a number explains it in `reason`: clauses separated by semicolons, each of which begins with the fields that it
@@ -23,7 +23,7 @@ Verdict = Literal["helps", "hurts", "nothing"]
 
 
 class Difference(TypedDict):
-    """A paired difference from the mean random order of the same sets, or of calibration on from calibration off.
+    """A paired difference: an arm minus the mean random order of the same sets, or calibration on minus calibration off.
 
     Attributes:
         low, high: the interval at LEVEL.
@@ -135,7 +135,7 @@ class PooledArm(TypedDict):
 
     Attributes:
         clusters: number of demonstration sets over all tasks.
-        cost: tokens per answer as a multiple of those of a random order, as the mean over the arm's cells.
+        cost: tokens per answer as a multiple of those of a random order, averaged over the arm's cells.
     """
 
     name: str
@@ -220,7 +220,7 @@ class Report(TypedDict):
 
     Attributes:
         level: the level of the intervals.
-        power: the power of sample sizes and of the smallest visible difference.
+        power: the power for which sample sizes and the smallest visible difference are computed.
         demonstrations: the sets, prompts and orders of every cell (`summary.inspect`).
         texts: the texts of demonstrations and items, by task.
     """

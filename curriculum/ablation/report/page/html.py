@@ -1,8 +1,8 @@
 """The report as one HTML file, which needs no network, has a light and a dark theme, and is readable in print and on a phone.
 
-Contract: made from `report.json` alone, and the figures drawn from it. Text from data is escaped by the template engine,
-inserted as text by the script of the page, or written by an XML writer (figures). The page's content policy forbids every
-outside resource.
+Contract: the page is made only from `report.json` and the figures drawn from it. Text from data is escaped by the template
+engine, inserted as text by the script of the page, or written by an XML writer (figures). The page's content security policy
+forbids all external resources.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def render(report: Report, drawn: Iterable[tuple[Panel, str]]) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True,
-        # A misspelt name in the template is an error and not an empty text.
+        # A misspelt name in the template is an error, not an empty string.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -115,7 +115,7 @@ def _filters(report: Report, selectors: list[str]) -> list[dict[str, Any]]:
         if len(values) > 1
     ]
     if len({cell["calibrated"] for cell in report["cells"]}) > 1:
-        # At first the page shows the cells without calibration, as all panels at once would be twice as many.
+        # The page first shows only the cells without calibration, because showing both would double the panels.
         choices = [("", "off and on"), ("0", "off"), ("1", "on")]
         filters.append({"name": "Calibration", "key": "calibrated", "chosen": "0", "choices": choices})
     if arms:
@@ -164,7 +164,7 @@ def _columns(several_selectors: bool) -> list[ArmColumn]:
 
 
 def arm_rows(report: Report) -> list[dict[str, Any]]:
-    """A row for every arm of every cell, the mean random order first, with the values that the filters compare and its cells."""
+    """A row for every arm of every cell, the mean random order first; with the values for the filters and the table cells."""
     several = len(_selectors(report)) > 1
     rows = []
     for cell in report["cells"]:
