@@ -426,7 +426,8 @@ def _part(rank: int | None, world_size: int | None, micro_batches: int, groups: 
         rank, world_size = own_rank if rank is None else rank, ranks if world_size is None else world_size
     if groups is not None and not isinstance(groups, Groups):
         raise SparsortError(f"groups={groups!r}: expected Groups(prompts=…, num_generations=…).")
-    for name, value in {"rank": rank, "world_size": world_size, "micro_batches": micro_batches}.items():
+    whole: dict[str, Any] = {"rank": rank, "world_size": world_size, "micro_batches": micro_batches}
+    for name, value in whole.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise SparsortError(f"{name}={value!r}: expected a whole number.")
     if world_size < 1 or not 0 <= rank < world_size:

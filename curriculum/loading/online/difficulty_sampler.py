@@ -427,8 +427,8 @@ class DifficultySampler:
 
 def _difficulty_of(prior: Scores | ArrayLike | int) -> Floats:
     expected = "scores, one difficulty per prompt, or the number of prompts"
-    if isinstance(prior, numbers.Integral):
-        _check("prior", prior, _is_whole(prior) and int(prior) >= 1, expected)
+    if isinstance(prior, (int, np.integer)):
+        _check("prior", prior, not isinstance(prior, bool) and int(prior) >= 1, expected)
         return np.full(int(prior), np.nan)
     try:
         # Scores are recognised by what they have, because their module imports pyarrow.

@@ -235,7 +235,7 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SparsortError, match="Put the mixin first"):
 
-        class Behind(GRPOTrainer, DifficultyMixin):
+        class Reversed(GRPOTrainer, DifficultyMixin):
             pass
 
     with pytest.raises(SparsortError, match=r"difficulty= must be a sampler, .* not ndarray"):
