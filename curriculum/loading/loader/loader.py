@@ -11,6 +11,7 @@ again.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,7 @@ class CurriculumLoader:
                 # No local variable refers to the batch here, so its memory is freed as soon as the caller drops it.
                 yield self._next_batch(plan, key, batches)
                 self._check_current(run)
-            # Exhaust the iterator: at its end a stream checks that it is not too long, and workers stop.
+            # Exhaust the iterator, so that workers stop.
             next(batches, None)
         self._epoch, self._batch = epoch + 1, 0
 
@@ -365,11 +366,7 @@ class CurriculumLoader:
             self._groups.check(plan, self._part.world_size)
         needed = self._part.world_size * self._part.micro_batches
         if self._groups is None and plan.smallest_batch < needed:
-            raise SparsortError(
-                f"the smallest global batch of the plan has {plan.smallest_batch} examples or packed sequences, and "
-                f"{self._part.world_size} ranks × {self._part.micro_batches} micro-batches need at least {needed}, or some "
-                f"would be empty. Plan with larger batches, or use at most {max(1, plan.smallest_batch)} in all."
-            )
+            raise _too_small(plan, self._part)
         # A revised plan has the same rows as the plan that it revises, so they need no second comparison.
         base = str(plan.notes.get("revises", plan.fingerprint))
         if self._verify and base != self._verified:
@@ -401,11 +398,38 @@ class _Keys:
         return (stop - start) * self.micro_batches - turn
 
 
+def _too_small(plan: CurriculumPlan, part: Part) -> SparsortError:
+    smallest, size = plan.smallest_batch, plan.settings.batch_size
+    message = (
+        f"the smallest global batch of the plan has {smallest} examples or packed sequences, and {part.world_size} ranks × "
+        f"{part.micro_batches} micro-batches need at least {part.world_size * part.micro_batches}, or some would be empty. "
+    )
+    if size is None or size <= smallest:
+        return SparsortError(f"{message}Plan with larger batches, or use at most {max(1, smallest)} in all.")
+    # A batch_size that does not divide the rows makes smaller batches. In Trainer, batch_size must divide equally all the same.
+    fits = [count for count in range(part.world_size, smallest + 1, part.world_size) if size % count == 0]
+    in_trainer = (
+        f" (in Trainer, per_device_train_batch_size={size // fits[-1]} and "
+        f"gradient_accumulation_steps={fits[-1] // part.world_size})"
+        if fits
+        else ""
+    )
+    return SparsortError(
+        f"{message}Use at most {smallest} in all{in_trainer}, or a number of rows that batch_size={size} divides."
+    )
+
+
 def _part(rank: int | None, world_size: int | None, micro_batches: int, groups: Groups | None) -> Part:
     if rank is None or world_size is None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         own_rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
         rank, world_size = own_rank if rank is None else rank, ranks if world_size is None else world_size
+    if groups is not None and not isinstance(groups, Groups):
+        raise SparsortError(f"groups={groups!r}: expected Groups(prompts=…, num_generations=…).")
+    whole: dict[str, Any] = {"rank": rank, "world_size": world_size, "micro_batches": micro_batches}
+    for name, value in whole.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise SparsortError(f"{name}={value!r}: expected a whole number.")
     if world_size < 1 or not 0 <= rank < world_size:
         raise SparsortError(
             f"rank={rank} of world_size={world_size}: ranks are counted from 0 to world_size − 1. Omit both for one "

@@ -89,6 +89,8 @@ def position_of(
     damaged = f"Resume from an earlier one, {_OR_RESTART}."
     other = f"Resume with the sparsort that wrote it, {_OR_RESTART}."
     check_version(state.get("version"), (VERSION,), "the state", damaged=damaged, other=other)
+    if missing := [name for name in ("plan", "data", "epoch", "batch") if name not in state]:
+        raise SparsortError(f"the state has no {missing[0]!r}, so it is damaged. {damaged}")
     if state.get("plan") != plan.fingerprint:
         raise SparsortError(_another_plan(state, plan))
     if differs := difference(state.get("data"), data):

@@ -99,17 +99,18 @@ class StreamFetcher(torch.utils.data.IterableDataset[Any]):
                 )
             batch = self._read(examples, number, rows)
             place += len(rows)
+            # Checked before the last batch is yielded, because Trainer stops there. `self` serves as the default, since it cannot
+            # be an example.
+            if number == self.plan.n_batches - 1 and next(examples, self) is not self:
+                raise SparsortError(
+                    f"the stream continues after the {self.plan.n_rows} rows that the plan was made for. Plan again for all "
+                    "of its rows, or cut it (stream.take)."
+                )
             for micro in range(self.part.micro_batches):
                 # Every worker reads all rows and yields only its own micro-batches; DataLoader collects them in turn.
                 if count % workers == worker_id:
                     yield self._micro_batch(batch, number, micro, first=rows[0])
                 count += 1
-        # `self` serves as the default, since it cannot be an example.
-        if examples is not None and next(examples, self) is not self:
-            raise SparsortError(
-                f"the stream continues after the {self.plan.n_rows} rows that the plan was made for. Plan again for all "
-                "of its rows, or cut it (stream.take)."
-            )
 
     def _read(self, examples: Iterator[Any], number: int, rows: list[int]) -> list[Any]:
         batch: list[Any] = []

@@ -6,7 +6,7 @@ nothing is communicated.
 
 The unit is the block: distinct prompts that are drawn together, such as those of one generation batch. Block b is drawn from the
 rewards of the blocks up to b − 1 − `lag`. Which rewards are known at a draw therefore does not depend on how far a data loader
-draws ahead, as long as that is at most `lag` blocks.
+draws ahead, as long as that is at most `lag` blocks. Another `lag` gives other draws.
 
 A prompt's pass rate has a Beta distribution: the prior's pseudo-counts plus its observed rewards. The policy changes, so evidence
 halves with age, and a prompt that is not seen again returns to its prior.
@@ -17,6 +17,7 @@ Shapes: N prompts, B prompts per block.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,9 @@ Rows = NDArray[np.int64]
 Target = Literal["variance"] | tuple[float, float]
 
 _VERSION = 1
+# The entries of a state besides its version.
+_STATE = {"settings", "counters", "prior", "rows", "passes", "failures", "seen", "ahead"}
+_STATE |= {"held_blocks", "held_rows", "held_rewards"}
 # Without a pilot, the easiest prompt is assumed to pass 9 times in 10 and the hardest once, with the weight of two rollouts.
 _HIGHEST, _LOWEST, _STRENGTH = 0.9, 0.1, 2.0
 
@@ -60,6 +64,9 @@ class DifficultySampler:
 
     Raises:
         SparsortError: an argument is out of range.
+
+    Attributes:
+        ids, id_column: the ids of the scores in `prior`, and the column that they were read from; None without such a column.
     """
 
     def __init__(
@@ -75,16 +82,20 @@ class DifficultySampler:
     ) -> None:
         self._difficulty = _difficulty_of(prior)
         n_rows = len(self._difficulty)
-        _check("floor", floor, 0 <= floor <= 1, "a share in [0, 1]")
-        _check("half_life", half_life, half_life is None or 0 < half_life < math.inf, "above 0, or None")
-        if target != "variance":
-            low, high = target if isinstance(target, (tuple, list)) and len(target) == 2 else (1.0, 0.0)
-            _check("target", target, 0 <= low < high <= 1, '"variance", or a band (low, high) in [0, 1]')
+        # Without an id column, a scorer numbers the rows, and a number identifies no row.
+        self.id_column: str | None = getattr(prior, "provenance", {}).get("id_column")
+        self.ids: list[str] | None = list(prior.ids) if self.id_column is not None else None  # type: ignore[union-attr]
+        _check("floor", floor, _is_number(floor) and 0 <= floor <= 1, "a share in [0, 1]")
+        is_age = half_life is None or (_is_number(half_life) and 0 < half_life < math.inf)
+        _check("half_life", half_life, is_age, "a number above 0, or None")
+        is_band = isinstance(target, (tuple, list)) and len(target) == 2 and all(map(_is_number, target))
+        is_target = target == "variance" if isinstance(target, str) else is_band and 0 <= target[0] < target[1] <= 1
+        _check("target", target, is_target, '"variance", or a band (low, high) in [0, 1]')
         self._given = {"block": block, "lag": lag}
         self._settings: dict[str, Any] = {
-            "target": target if isinstance(target, str) else list(target),
+            "target": target if isinstance(target, str) else [float(edge) for edge in target],
             "floor": float(floor),
-            "half_life": half_life,
+            "half_life": None if half_life is None else float(half_life),
             "seed": seed,
         }
         self.configure()
@@ -116,11 +127,18 @@ class DifficultySampler:
             raise SparsortError(f"training draws {block} prompts together, but block={given_block}; omit block.")
         if given_lag is not None and lag is not None and given_lag < lag:
             raise SparsortError(f"training draws {lag} blocks ahead, but lag={given_lag}; omit lag, or use lag={lag}.")
+        if given_block is None and block is not None and block > n_rows:
+            raise SparsortError(
+                f"a generation batch has {block} distinct prompts, and there are only {n_rows}. Use a smaller generation batch "
+                "(in TRL, generation_batch_size, or a smaller per_device_train_batch_size), or more prompts."
+            )
         block = next(value for value in (given_block, block, 1) if value is not None)
         lag = next(value for value in (given_lag, lag, 1) if value is not None)
-        _check("block", block, isinstance(block, int) and 1 <= block <= n_rows, f"1 to the {n_rows} prompts")
-        _check("lag", lag, isinstance(lag, int) and lag >= 0, "a whole number of at least 0")
+        _check("block", block, _is_whole(block) and 1 <= block <= n_rows, f"1 to the {n_rows} prompts")
+        _check("lag", lag, _is_whole(lag) and lag >= 0, "a whole number of at least 0")
         self.block, self.lag = block, lag
+        # A state with a larger lag may raise `lag`, but training needs this one.
+        self._least_lag = lag
         self._blocks_per_epoch = n_rows // block // multiple * multiple
         if not self._blocks_per_epoch:
             raise SparsortError(
@@ -239,9 +257,9 @@ class DifficultySampler:
         known = ~np.isnan(rewards_n)
         rows_n, rewards_n = rows_n[known].astype(np.int64), rewards_n[known]
         if not ((rewards_n >= 0) & (rewards_n <= 1)).all():
-            wrong = rewards_n[(rewards_n < 0) | (rewards_n > 1)][0]
+            wrong = float(rewards_n[(rewards_n < 0) | (rewards_n > 1)][0])
             raise SparsortError(
-                f"a reward is {wrong:g}; a pass rate needs rewards in [0, 1], such as 1 for a verified answer. Scale the "
+                f"a reward is {wrong!r}; a pass rate needs rewards in [0, 1], such as 1 for a verified answer. Scale the "
                 "rewards, or observe the verifiable one only."
             )
         number = self._observed
@@ -271,7 +289,7 @@ class DifficultySampler:
         Raises:
             SparsortError: the epoch is not a whole number of at least 0.
         """
-        _check("epoch", epoch, isinstance(epoch, int) and epoch >= 0, "a whole number of at least 0")
+        _check("epoch", epoch, _is_whole(epoch) and epoch >= 0, "a whole number of at least 0")
         is_complete = self._next >= self._epoch_start + self._blocks_per_epoch
         if epoch == self._epoch and not is_complete:
             return
@@ -319,12 +337,23 @@ class DifficultySampler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from a state, including its prior, so `fit` need not be repeated.
 
+        If `lag` was not given, that of the state is used, since another one gives other draws.
+
         Raises:
-            SparsortError: the state belongs to another version, to other settings, or to another number of prompts.
+            SparsortError: the state belongs to another version, to other settings, or to another number of prompts, or training
+                now draws further ahead than its `lag`.
         """
-        if state_dict.get("version") != _VERSION:
-            raise SparsortError(f"this is not a state of DifficultySampler version {_VERSION}; start without it.")
+        is_known = isinstance(state_dict, Mapping) and state_dict.get("version") == _VERSION
+        if not is_known or not state_dict.keys() >= _STATE:
+            raise SparsortError(f"this is not a whole state of DifficultySampler version {_VERSION}; start without it.")
         saved, now = state_dict["settings"], self._settings
+        if self._given["lag"] is None and _is_whole(lag := saved.get("lag")):
+            if lag < self._least_lag:
+                raise SparsortError(
+                    f"the state was written with lag={lag}, and training now draws {self._least_lag} blocks ahead. Use no "
+                    "more data loader workers and no larger prefetch factor than before, or start without it."
+                )
+            now = {**now, "lag": lag}
         if differing := [f"{name} {saved.get(name)!r} → {now[name]!r}" for name in now if saved.get(name) != now[name]]:
             raise SparsortError(
                 f"the state was written with other settings ({', '.join(differing)}), which draw other prompts. Use those of the "
@@ -336,6 +365,7 @@ class DifficultySampler:
                 f"the state has {len(prior)} prompts and this sampler {len(self._mean)}. Resume with the same prompts, or start "
                 "without it."
             )
+        self._settings, self.lag = now, now["lag"]
         counters, rows = state_dict["counters"], np.asarray(state_dict["rows"], dtype=np.int64)
         self._mean, self._strength = prior.copy(), float(counters["strength"])
         for name in ("passes", "failures", "seen"):
@@ -396,13 +426,19 @@ class DifficultySampler:
 
 
 def _difficulty_of(prior: Scores | ArrayLike | int) -> Floats:
-    if isinstance(prior, int):
-        _check("prior", prior, prior >= 1, "scores, difficulties, or the number of prompts")
-        return np.full(prior, np.nan)
-    # Scores are recognised by what they have, because their module imports pyarrow.
-    values: Floats = np.asarray(getattr(prior, "difficulty", prior), dtype=np.float64)
+    expected = "scores, one difficulty per prompt, or the number of prompts"
+    if isinstance(prior, (int, np.integer)):
+        _check("prior", prior, not isinstance(prior, bool) and int(prior) >= 1, expected)
+        return np.full(int(prior), np.nan)
+    try:
+        # Scores are recognised by what they have, because their module imports pyarrow.
+        values: Floats = np.asarray(getattr(prior, "difficulty", prior), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SparsortError(
+            f"prior is a {type(prior).__name__} without numbers ({error}); expected {expected}."
+        ) from error
     if values.ndim != 1 or not len(values):
-        raise SparsortError(f"prior has the shape {values.shape}; expected one difficulty per prompt, or scores.")
+        raise SparsortError(f"prior has the shape {values.shape}; expected {expected}.")
     return values
 
 
@@ -453,3 +489,11 @@ def _draw_distinct(cumulative: Floats, count: int, *key: int) -> Rows:
 def _check(name: str, given: Any, holds: bool, expected: str) -> None:
     if not holds:
         raise SparsortError(f"{name} is {given!r}; expected {expected}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

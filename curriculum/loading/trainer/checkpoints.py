@@ -53,7 +53,7 @@ def open_for_writing(checkpoint: Path) -> None:
 
 
 def choose(
-    requested: str | Path | bool | None, args: Any, *, may_be_missing: bool = False
+    requested: str | Path | bool | None, args: Any, *, may_be_missing: bool = False, needed: Collection[str] = ()
 ) -> tuple[Path | None, list[Path]]:
     """Choose the checkpoint that all processes resume from; the first process checks it for all.
 
@@ -61,6 +61,7 @@ def choose(
         requested: True for the newest intact checkpoint in `args.output_dir`, or a checkpoint; None or False for none.
         args: transformers' TrainingArguments.
         may_be_missing: whether the caller accepts that the checkpoint does not exist.
+        needed: names of the files without which True skips a checkpoint, as if it were damaged.
 
     Returns:
         The checkpoint, or None if none was requested; and, in the first process, the newer checkpoints that are damaged.
@@ -78,7 +79,7 @@ def choose(
     if args.process_index == 0:
         try:
             if requested is True:
-                checkpoint, skipped = newest_intact(folder)
+                checkpoint, skipped = newest_intact(folder, needed)
                 code = _step(checkpoint)
             elif checkpoint.is_dir() or not may_be_missing:
                 check_checkpoint(checkpoint)
@@ -118,15 +119,18 @@ def check_checkpoint(checkpoint: Path) -> None:
         )
 
 
-def newest_intact(folder: Path) -> tuple[Path, list[Path]]:
-    """The newest intact checkpoint of a folder, and the newer ones that are damaged, which are reported as warnings.
+def newest_intact(folder: Path, needed: Collection[str] = ()) -> tuple[Path, list[Path]]:
+    """The newest intact checkpoint of a folder with all the `needed` files, and the newer ones that are damaged.
+
+    Warnings report the damaged ones.
 
     Raises:
         NoCheckpointError: the folder has no intact checkpoint.
     """
     problems: dict[Path, str] = {}
     for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
-        problem = damage_of(checkpoint)
+        missing = (f"{name} is missing" for name in needed if not (checkpoint / name).is_file())
+        problem = damage_of(checkpoint) or next(missing, None)
         if problem is None:
             for damaged, why in problems.items():
                 _LOG.warning(

@@ -33,7 +33,7 @@ def refuse_mixin_after_trainer(trainer: type, mixin: type) -> None:
     before = trainer.__mro__[1 : trainer.__mro__.index(mixin)]
     if first := next((cls for cls in before if issubclass(cls, Trainer) and not issubclass(cls, mixin)), None):
         raise SparsortError(
-            f"class {trainer.__name__} has {first.__name__} before {mixin.__name__} among its bases, so the curriculum would "
+            f"class {trainer.__name__} has {first.__name__} before {mixin.__name__} among its bases, so the mixin would "
             f"have no effect. Put the mixin first: class {trainer.__name__}({mixin.__name__}, {first.__name__})."
         )
 

@@ -266,6 +266,8 @@ class CurriculumMixin(Trainer):  # type: ignore[misc]
         if args.should_save:
             best = self.state.best_model_checkpoint
             keep = [folder, *([Path(best)] if best else [])]
+            # A damaged checkpoint that was just written again is intact.
+            self._damaged = [path for path in self._damaged if path != folder]
             checkpoints.rotate(runs, limit, keep=keep, first=self._damaged)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

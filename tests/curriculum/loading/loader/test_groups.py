@@ -158,3 +158,7 @@ def test_plans_and_options_that_do_not_fit_are_refused(
 def test_groups_need_whole_numbers(wrong: Any) -> None:
     with pytest.raises(SparsortError, match=f"num_generations={wrong!r}: groups need a whole number of at least 1"):
         Groups(prompts=4, num_generations=wrong)
+    with pytest.raises(SparsortError, match=r"groups=3: expected Groups\(prompts"):
+        CurriculumLoader(_plan(8, 4), list(range(8)), groups=3, verify=False)  # type: ignore[arg-type]
+    with pytest.raises(SparsortError, match=r"micro_batches=1.5: expected a whole number"):
+        CurriculumLoader(_plan(8, 4), list(range(8)), micro_batches=1.5, verify=False)  # type: ignore[arg-type]

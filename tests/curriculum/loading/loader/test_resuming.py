@@ -281,6 +281,10 @@ def _state(**changed: Any) -> dict[str, Any]:
         (_state(version="1"), "damaged: its format version is .1., not a whole number"),
         (_state(data={"rows": 46, "columns": {}}), "had 46 rows and this has 47"),
         (_state(data="mine"), "saved as fingerprint='mine'"),
+        (
+            {"format": "sparsort-loader", "version": 1},
+            "the state has no 'plan', so it is damaged. Resume from an earlier",
+        ),
         (_state(batch=7), "batch 7, and the plan has 6"),
         (_state(batch=-1), "damaged"),
         (_state(batch=1.0), "damaged"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,12 @@ def test_a_stream_of_another_length_than_the_plans_is_an_error(workers: int) -> 
     loader.load_state_dict({**loader.state_dict(), "batch": 4})
     with pytest.raises(SparsortError, match="ended"):
         next(iter(loader))
+
+
+def test_a_stream_that_is_too_long_is_an_error_for_a_trainer_that_stops_at_the_last_batch() -> None:
+    loader = load(as_given(), Lines(32))
+    with pytest.raises(SparsortError, match="continues after the 31 rows"):
+        list(islice(loader, len(loader)))
 
 
 def test_a_stream_under_a_plan_that_puts_it_in_another_order_is_refused() -> None:

@@ -105,7 +105,9 @@ def test_without_a_pilot_pass_rates_fall_with_the_rank() -> None:
 def test_scores_are_a_prior() -> None:
     rows = [{"id": str(n), "text": "a word " * (n + 1)} for n in range(5)]
     scores = LengthScorer().score(rows, prompt="{text}")
-    assert DifficultySampler(scores).pass_rates() == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    sampler = DifficultySampler(scores)
+    assert sampler.pass_rates() == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    assert (sampler.ids, sampler.id_column) == (list("01234"), "id")
 
 
 def test_rows_are_drawn_in_proportion_to_their_weights() -> None:
@@ -301,6 +303,9 @@ def test_set_epoch_skips_nothing_where_a_trainer_calls_it() -> None:
         ({"half_life": 0}, "half_life is 0"),
         ({"target": (0.8, 0.2)}, "target is"),
         ({"target": "band"}, "target is 'band'"),
+        ({"target": ("a", "b")}, "target is"),
+        ({"floor": "a"}, "floor is 'a'"),
+        ({"half_life": "1"}, "half_life is '1'"),
         ({"lag": -1}, "lag is -1"),
     ],
 )
@@ -319,6 +324,8 @@ def test_observations_that_cannot_belong_to_a_block_are_refused() -> None:
         sampler.observe([stranger], [1])
     with pytest.raises(SparsortError, match="a reward is 2"):
         sampler.observe(rows, [0, 1, 2, 0])
+    with pytest.raises(SparsortError, match=r"a reward is 1\.0000001;"):
+        sampler.observe(rows, [0, 1, 1.0000001, 0])
     with pytest.raises(SparsortError, match="4 rows and 1 rewards"):
         sampler.observe(rows, [0])
     with pytest.raises(SparsortError, match="fit must come before"):
@@ -331,8 +338,33 @@ def test_states_of_another_sampler_are_refused() -> None:
         _sampler(floor=0.2).load_state_dict(state)
     with pytest.raises(SparsortError, match="40 prompts and this sampler 41"):
         DifficultySampler(41, block=4, seed=3).load_state_dict(state)
-    with pytest.raises(SparsortError, match="not a state"):
-        _sampler().load_state_dict({})
+    for wrong in ({}, None, {"version": 1}):
+        with pytest.raises(SparsortError, match="not a whole state"):
+            _sampler().load_state_dict(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [["a"], {"a": 1}, True, 0, None])
+def test_a_prior_without_numbers_is_refused(wrong: Any) -> None:
+    with pytest.raises(SparsortError, match="expected scores, one difficulty per prompt, or the number of prompts"):
+        DifficultySampler(wrong)
+
+
+def test_a_resume_keeps_the_lag_of_the_state_if_training_draws_no_further_ahead() -> None:
+    def configured(lag: int) -> DifficultySampler:
+        sampler = _sampler()
+        sampler.configure(lag=lag)
+        return sampler
+
+    whole, _ = _train(configured(3), 35, ahead=3)
+    _, state = _train(configured(3), 7, ahead=3)
+    fewer = configured(1)
+    fewer.load_state_dict(state)
+    assert fewer.lag == 3
+    assert _train(fewer, 28, ahead=1, start=7)[0] == whole[7:]
+    with pytest.raises(SparsortError, match=r"written with lag=3, and training now draws 4 blocks ahead.*workers"):
+        configured(4).load_state_dict(state)
+    with pytest.raises(SparsortError, match="lag 3 → 5"):
+        _sampler(lag=5).load_state_dict(state)
 
 
 def test_a_block_is_filled_up_if_too_few_prompts_are_in_the_band() -> None:

@@ -79,6 +79,21 @@ def test_another_batch_size_after_a_resume_is_refused_with_the_arguments_that_co
     assert _trainer(CurriculumTrainer, tmp_path, **smaller).train(resume_from_checkpoint=True).global_step == 4
 
 
+def test_one_example_per_device_needs_a_number_of_rows_that_the_batch_divides(tmp_path: Path) -> None:
+    batch = {"batch_size": 5}
+    # 24 rows in batches of 5 are batches of 5, 5, 5, 5 and 4; in batches of 16, two of 12.
+    with pytest.raises(
+        SparsortError, match=r"at most 4 in all .*per_device_train_batch_size=5 .*rows that batch_size=5 divides"
+    ):
+        _trainer(
+            CurriculumTrainer, tmp_path, plan=batch, per_device_train_batch_size=1, gradient_accumulation_steps=5
+        ).train()
+    advised = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "num_train_epochs": 1}
+    with pytest.raises(SparsortError, match="per_device_train_batch_size=2 and gradient_accumulation_steps=8"):
+        _trainer(CurriculumTrainer, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=16).train()
+    assert _trainer(CurriculumTrainer, tmp_path, **advised).train().global_step == 2
+
+
 @pytest.mark.parametrize(
     ("scheduler", "plan", "advises"),
     [

@@ -280,6 +280,14 @@ def test_damaged_checkpoints_are_deleted_before_intact_ones(run: Path, whole: tu
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
+def test_a_damaged_checkpoint_that_is_written_again_is_not_deleted_as_damaged(run: Path) -> None:
+    (run / "checkpoint-3" / "optimizer.pt").unlink()
+    trainer = _trainer(run, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert [damage_of(path) for path in run.glob("checkpoint-*")] == [None, None]
+
+
 def test_the_best_checkpoint_stays_and_is_checked_before_it_is_loaded(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
     trainer = _trainer(tmp_path, evaluate=True, metric_for_best_model="loss", greater_is_better=True, **options)

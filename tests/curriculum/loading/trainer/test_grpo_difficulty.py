@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
+from sparsort import LengthScorer
 from sparsort.curriculum.loading.online.difficulty_sampler import DifficultySampler
 from sparsort.curriculum.loading.trainer.grpo_difficulty import DifficultyMixin
 from sparsort.errors import SparsortError
@@ -79,7 +82,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]")
 
 
-def _trainer(folder: Path, sampler: DifficultySampler | None = None, **options: Any) -> DifficultyGRPO:
+def _trainer(
+    folder: Path, sampler: Any = None, rows: list[dict[str, Any]] | None = None, reward: Any = _reward, **options: Any
+) -> DifficultyGRPO:
+    own = {name: options.pop(name) for name in ("pass_reward", "verify") if name in options}
     given = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -98,11 +104,12 @@ def _trainer(folder: Path, sampler: DifficultySampler | None = None, **options: 
     }
     return DifficultyGRPO(
         _model(),
-        reward_funcs=_reward,
+        reward_funcs=reward,
         args=GRPOConfig(**given),
-        train_dataset=datasets.Dataset.from_list([{"prompt": f"n{place}"} for place in range(N)]),
+        train_dataset=datasets.Dataset.from_list(rows or [{"prompt": f"n{place}"} for place in range(N)]),
         processing_class=_tokenizer(),
-        difficulty=sampler or DifficultySampler(np.arange(N), seed=1),
+        difficulty=DifficultySampler(np.arange(N), seed=1) if sampler is None else sampler,
+        **own,
     )
 
 
@@ -151,7 +158,7 @@ def test_a_resume_after_any_generation_batch_is_exact(layout: dict[str, Any], tm
     accumulation = layout.get("gradient_accumulation_steps", 1)
     for stop in (2, 6) if layout else (1, 3, 5, 6):
         resumed = _trainer(tmp_path / f"resumed-{stop}", **layout)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+        resumed.train(resume_from_checkpoint=tmp_path / "whole" / f"checkpoint-{stop}")
         assert stop * accumulation % whole._repeats == 0
         assert resumed.generated == [each for each in whole.generated if each[0] >= stop * accumulation]
         assert _losses(resumed) == expected
@@ -226,11 +233,103 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SparsortError, match="Plain generates no groups"):
         Plain(_model(), difficulty=DifficultySampler(N))
 
+    with pytest.raises(SparsortError, match="Put the mixin first"):
 
-def test_a_checkpoint_without_the_sampler_is_refused(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, max_steps=1)
+        class Reversed(GRPOTrainer, DifficultyMixin):
+            pass
+
+    with pytest.raises(SparsortError, match=r"difficulty= must be a sampler, .* not ndarray"):
+        _trainer(tmp_path, np.arange(N))
+    for wrong in ("rew", 1, -1):
+        with pytest.raises(SparsortError, match=f"pass_reward={wrong!r} is not the position"):
+            _trainer(tmp_path, pass_reward=wrong)
+    with pytest.raises(SparsortError, match="generation batch has 16 distinct prompts, and there are only 12"):
+        _trainer(tmp_path, per_device_train_batch_size=32)
+
+
+def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
+    rows = [{"id": f"row {place}", "prompt": f"n{place}"} for place in range(N)]
+    sampler = DifficultySampler(LengthScorer().score(rows, prompt="{prompt}"))
+    _trainer(tmp_path, sampler, rows)
+    swapped = [*rows[:4], rows[5], rows[4], *rows[6:]]
+    with pytest.raises(SparsortError, match=r"row 4 of train_dataset has the id 'row 5', and .* have 'row 4' there"):
+        _trainer(tmp_path, sampler, swapped)
+    _trainer(tmp_path, sampler, swapped, verify=False)
+
+
+def test_a_resume_with_other_data_or_another_cut_is_refused(tmp_path: Path) -> None:
+    _trainer(tmp_path, max_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    others = [{"prompt": f"n{N - 1 - place}"} for place in range(N)]
+    with pytest.raises(SparsortError, match=r"not the data that .*checkpoint-1 was written for: .* values in prompt"):
+        _trainer(tmp_path, rows=others).train(resume_from_checkpoint=checkpoint)
+    _trainer(tmp_path, rows=others, verify=False, save_strategy="no").train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(SparsortError, match="each generation batch was read 1 times, and now it is read 2 times"):
+        _trainer(tmp_path, num_iterations=2).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_sum_of_rewards_with_a_rounding_error_is_a_pass(tmp_path: Path) -> None:
+    sampler = DifficultySampler(N, half_life=None)
+    _trainer(
+        tmp_path,
+        sampler,
+        reward=lambda completions, **_: [1.0000001] * len(completions),
+        max_steps=2,
+        save_strategy="no",
+    ).train()
+    next(sampler.blocks())
+    assert sampler.posterior()[0].sum() > N
+    too_large = _trainer(tmp_path, reward=lambda completions, **_: [1.001] * len(completions), save_strategy="no")
+    with pytest.raises(SparsortError, match=r"a reward is 1\.001"):
+        too_large.train()
+
+
+def test_the_same_trainer_resumes_without_the_completions_of_another_generation_batch(tmp_path: Path) -> None:
+    layout = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    trainer = _trainer(tmp_path, **layout)
     trainer.train()
-    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
-    (tmp_path / "checkpoint-1" / "difficulty_sampler.safetensors").unlink()
+    expected = trainer.generated[1:]
+    trainer.generated = []
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    # Without new completions, step 4 would train on those of the batch of steps 5 and 6.
+    assert [step for step, _ in trainer.generated] == [6, 8]
+    assert [prompts for _, prompts in trainer.generated] == [prompts for _, prompts in expected]
+
+
+def test_a_checkpoint_has_the_sampler_before_older_ones_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    _trainer(tmp_path, max_steps=1).train()
+    # The moment at which Trainer would delete the older checkpoint.
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", kill)
+    with pytest.raises(Killed):
+        _trainer(tmp_path, max_steps=2, save_total_limit=1).train(resume_from_checkpoint=True)
+    monkeypatch.undo()
+    resumed = _trainer(tmp_path, max_steps=3, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert [step for step, _ in resumed.generated] == [2]
+
+
+def test_a_checkpoint_without_the_sampler_is_refused_or_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _trainer(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "difficulty_sampler.safetensors").unlink()
     with pytest.raises(SparsortError, match="written without a DifficultySampler"):
-        _trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+        _trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    # A kill while the weights are written leaves the sampler alone.
+    (tmp_path / "checkpoint-3").mkdir()
+    shutil.copy(tmp_path / "checkpoint-1" / "difficulty_sampler.safetensors", tmp_path / "checkpoint-3")
+    resumed = _trainer(tmp_path, max_steps=2, save_strategy="no")
+    with caplog.at_level(logging.WARNING, "sparsort"):
+        resumed.train(resume_from_checkpoint=True)
+    assert [step for step, _ in resumed.generated] == [1]
+    warnings_given = " ".join(record.getMessage() for record in caplog.records)
+    assert "trainer_state.json is missing" in warnings_given
+    assert "difficulty_sampler.safetensors is missing" in warnings_given
