@@ -85,8 +85,8 @@ class DemoPool:
         self.ids = [id_of(row, position) for position, row in enumerate(self.rows)] if ids is None else list(ids)
         self.label = label
         self._function = function = function_of(prompt)
-        # No field of a function: the whole prompts are compared.
-        self._fields = None if prompt is None else input_fields(prompt, self.rows, label) or None
+        # None for a function means that whole prompts are compared.
+        self._fields: list[str] | None = None if prompt is None else input_fields(prompt, self.rows, label) or None
         self._text = text
         if function is not None:
             self._text = lambda row: function.question(row, where="a demonstration or the query")
@@ -119,13 +119,14 @@ class DemoPool:
         if fields is None:
             # The first row represents the pool, so that a query can be checked without reading all rows.
             names = text_fields(query, self._answer_columns)
-            fields = [spell([name]) for name in names if not self.rows or name in self.rows[0]]
-        if not fields:
-            columns = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
-            raise SparsortError(
-                f"the query ({', '.join(map(str, query)) or 'no fields'}) and the pool ({columns}) share no text field to "
-                "compare by. Pass the prompt template as prompt=, or a function from a row to its text as text=."
-            )
+            shared = [spell([name]) for name in names if not self.rows or name in self.rows[0]]
+            if not shared:
+                columns = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
+                raise SparsortError(
+                    f"the query ({', '.join(map(str, query)) or 'no fields'}) and the pool ({columns}) share no text field to "
+                    "compare by. Pass the prompt template as prompt=, or a function from a row to its text as text=."
+                )
+            fields = shared
         return {field: field_text(query, field, "the query") for field in fields}
 
     def leaks(self, inputs: InputTexts) -> list[Leak]:
