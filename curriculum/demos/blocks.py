@@ -108,8 +108,7 @@ def function_blocks(
     names = [name_of(demo, position) for position, demo in enumerate(demos)]
     questions = [function.write(demo, where=name) for demo, name in zip(demos, names, strict=True)]
     asked = function.write(query, where="the query")
-    fields = input_fields(function, [query, *demos]) if find_leaks else []
-    leaks = leaking_rows(demos, query, fields) if fields else []
+    leaks = _leaks_by_function(demos, query, function, questions, asked) if find_leaks else []
     if not any(isinstance(question, list) for question in (*questions, asked)):
         rows = [{**demo, PROMPT_COLUMN: text} for demo, text in zip(demos, questions, strict=True)]
         asking = {**query, PROMPT_COLUMN: asked}
@@ -126,6 +125,20 @@ def function_blocks(
             f"system= was given, and the turns of the prompt function {function.name} have a system turn. Pass one of the two."
         )
     return replace(blocks, system=blocks.system or system, leaks=leaks, are_turns=True)
+
+
+def _leaks_by_function(
+    demos: Sequence[Row],
+    query: Row,
+    function: PromptFunction,
+    questions: Sequence[str | list[Turn] | None],
+    asked: str | list[Turn] | None,
+) -> list[Leak]:
+    """The demonstrations that leak, by the columns that the function reads, or else by the questions that it writes."""
+    if fields := input_fields(function, [query, *demos]):
+        return leaking_rows(demos, query, fields)
+    first, *texts = ({TEXT_FIELD: question_text(_as_turns(question))} for question in (asked, *questions))
+    return leaking_rows(texts, first, [TEXT_FIELD])
 
 
 def conversation_blocks(demos: Sequence[Row], query: Row | str, messages: str, *, find_leaks: bool) -> Blocks:

@@ -27,6 +27,7 @@ from sparsort.curriculum.demos.prompt import PromptForm
 from sparsort.errors import SparsortError
 from sparsort.paths import is_index, parse_field
 from sparsort.registry import Entry, Registry
+from sparsort.scoring.prompts.functions import PROMPT_TEMPLATE
 from sparsort.storage.files import write_atomically
 from sparsort.templates import Piece, fields_of, pieces, render
 from sparsort.values import put, text_at
@@ -190,7 +191,7 @@ def export_demonstrations(
 
 def write_pinned(pinned: PinnedDemos, path: str | Path, format: ExportFormat | None = None) -> None:
     """Write pinned demonstrations; see `export_demonstrations`."""
-    entry = check_export(path, format, pinned.kind)
+    entry = check_export(path, format, pinned.kind, pinned.form.prompt)
     target = Path(path).expanduser()
     text = entry.function(pinned, target.name.removesuffix(entry.suffix).removesuffix(target.suffix))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,17 +200,23 @@ def write_pinned(pinned: PinnedDemos, path: str | Path, format: ExportFormat | N
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def check_export(path: str | Path, format: ExportFormat | None, kind: str) -> ExportEntry:
+def check_export(path: str | Path, format: ExportFormat | None, kind: str, prompt: Any = None) -> ExportEntry:
     """The format of an export.
 
     Args:
         path: the file.
         format: a name in `EXPORTS`, or None for the one that the name of the file ends in.
         kind: as `PinnedDemos.kind`.
+        prompt: the prompt, as in `PromptForm`; None for whole conversations, or if it is not known yet.
 
     Raises:
-        SparsortError: an unknown format, or one that cannot express this kind of prompt.
+        SparsortError: the prompt is a function, the format is unknown, or it cannot express this kind of prompt.
     """
+    if callable(prompt) or prompt == PROMPT_TEMPLATE:
+        raise SparsortError(
+            "an export needs a template, and the prompt is a function, which another program cannot call. Pass a format string "
+            "such as '{question}' as prompt=; the text that the function writes can be a column of the data."
+        )
     if format is not None:
         entry = EXPORTS.check(format)
     else:

@@ -211,7 +211,7 @@ def choose_order(
         pool = function.add_column(pool, "pool row")
     labelled = [*demos, *(row for row in pool if text_if_any(row, label, where="a row of the pool") is not None)]
     task = _task(labelled, queries, entry, text, label, labels, separator, instruction)
-    compared = compared or list(task.fields)
+    compared = compared or input_fields(task.prompt)
     _check_rows(task, demos, queries, entry, compared=compared, reads_queries=reads_queries, allow_leaks=allow_leaks)
     plan = None
     if reads_prior(by):

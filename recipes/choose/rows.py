@@ -16,10 +16,11 @@ import numpy as np
 
 from sparsort.curriculum.ablation.recipe.splits import alike_rows
 from sparsort.curriculum.ablation.recipe.tasks import MOST_LABELS, check_row, parse_labels
+from sparsort.curriculum.demos.pool.pool import input_fields
 from sparsort.errors import SparsortError
 from sparsort.recipes.choose.choose import without_labels
 from sparsort.scoring.prompts.spec import DataSpec
-from sparsort.templates import fields_of, render
+from sparsort.templates import render
 from sparsort.values import text_if_any
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def read_rows(
         others = [] if k is None else drawn[k:]
         source.check(lambda fields, where: render(prompt or "", fields, where=where), others)
         rest = [rows[place] for place in others]
-        alike = alike_rows(fields_of(prompt or ""), rest, demos)
+        alike = alike_rows(input_fields(prompt or ""), rest, demos)
         sample = [row for place, row in enumerate(rest) if place not in alike][:max_queries]
     else:
         of_queries = _open(queries, prompt, replace(data, id_column=None))

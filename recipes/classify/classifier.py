@@ -95,7 +95,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         classes_: (L,) the classes, sorted.
         demonstrations_: the rows in the prompt, with their label, in the first order.
-        compared_fields_: the columns by which near-duplicates of rows are found.
+        compared_fields_: the fields by which near-duplicates of rows are found.
         prior_: (L,) the label shares that predictions assume.
         gains_: for each ingredient a `Gain`: what it gained on the calibration rows, and the tokens that `fit` read for it.
         tokens_read_: tokens that the model read in `fit`, also those that only serve to measure the gains.
@@ -161,7 +161,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             instruction=self.instruction,
         )  # fmt: skip
         read = [] if function is None else input_fields(function, rows, label)
-        self.compared_fields_ = [name for name in read if name != PROMPT_COLUMN] or list(self.task_.fields)
+        self.compared_fields_ = [name for name in read if name != PROMPT_COLUMN] or input_fields(self.task_.prompt)
         # A row that the prompt cannot show is reported before anything is read.
         for row in rows:
             self.task_.query_text(row)

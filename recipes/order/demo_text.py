@@ -129,6 +129,10 @@ class DemoText:
         names = (
             input_fields(self.prompt, rows) if isinstance(self.prompt, PromptFunction) else fields_of(str(self.prompt))
         )
+        if not names:
+            raise SparsortError(
+                "the prompt function does not read the same column of text from every row, so the query must be a row."
+            )
         if len(names) != 1:
             example = json.dumps(row_of(dict.fromkeys(names, "…")), ensure_ascii=False)
             raise SparsortError(

@@ -110,7 +110,7 @@ def order_file(
     query_fields = text.parse_query(query, [row.fields for row in rows])
     if export is not None:
         _refuse_by_query(config, demonstrator)
-        check_export(export, export_format, text.kind)
+        check_export(export, export_format, text.kind, text.prompt)
     check_truncation(config.prompt.truncation)
     scorer.check_model(max_length=config.prompt.max_length)
     model = _Model(rows, text, config, scorer, table, cache)

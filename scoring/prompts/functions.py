@@ -1,14 +1,16 @@
 """Prompts that a Python function writes: row → text or chat turns.
 
-Contract: the function is called with a copy of the row, and its errors become `SparsortError`s that name the row. Its identity is
-a hash of its source and of everything that it reads besides the row: default arguments, variables of the enclosing function, and
-global variables. These may be None, numbers, texts, bytes, lists, tuples, dictionaries and sets of such values, compiled regular
-expressions, modules, functions and `functools.partial`. A function that they name is hashed in the same way, and a module by its
-file. What is part of Python or of an installed package is hashed by its name alone, so another version of it goes unnoticed.
+Contract: the function is called with a copy of the row, with copies of its lists and dictionaries, and its errors become
+`SparsortError`s that name the row. Its identity is a hash of its source and of what it reads besides the row: default arguments,
+variables of the enclosing function, global variables, and its own attributes. These may be None, numbers, texts, bytes, lists,
+tuples, dictionaries and sets of such values, compiled regular expressions, modules, functions and `functools.partial`. A function
+that they name is hashed in the same way, a module by its file, and a package by the files of all its modules that are loaded.
+What is part of Python or of an installed package is hashed by its name alone, so another version of it goes unnoticed.
 
-Anything else has no stable hash: objects, frames, classes of the caller, bound methods, and functions whose source cannot be
-read, such as built-in ones. A prompt function with such a part may score rows in memory. A run with a folder refuses it, because
-nothing could tell whether the prompt has changed when the run resumes.
+Anything else has no stable hash: objects, frames, classes of the caller, bound methods, functions whose source cannot be read,
+such as built-in ones, and functions that import a module of the caller when they are called. A prompt function with such a part
+may score rows in memory. A run with a folder refuses it, because nothing could tell whether the prompt has changed when the run
+resumes. A change in a file that the function opens, or in a module that it imports by `importlib`, goes unnoticed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import ast
 import dis
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import re
@@ -122,7 +125,7 @@ class PromptFunction:
         Raises:
             SparsortError: the function raised an error, or returned something else.
         """
-        result = self._call(dict(fields), where)
+        result = self._call(_copied(fields), where)
         if isinstance(result, str) or is_missing(result):
             return result if isinstance(result, str) else None
         if is_list(result):
@@ -192,15 +195,15 @@ class PromptFunction:
             texts.append(text)
         return [{**row, PROMPT_COLUMN: text} for row, text in zip(rows, texts, strict=True)]
 
-    def fields_read(self, fields: Mapping[str, Any], *, where: str) -> list[str]:
-        """The columns that the function reads from this row; all of them if it iterates over the row.
+    def columns_read(self, fields: Mapping[str, Any], *, where: str) -> set[str] | None:
+        """The columns that the function reads from this row, whether the row has them or not; None if it iterates over the row.
 
         Raises:
             SparsortError: as `write`.
         """
-        row = _RecordingRow(fields)
+        row = _RecordingRow(_copied(fields))
         self._call(row, where)
-        return [name for name in fields if name in row.read]
+        return None if row.is_iterated else row.read
 
     def question(self, fields: Mapping[str, Any], *, where: str) -> str:
         """The text by which a row is compared with others: the prompt, without system turns.
@@ -215,12 +218,28 @@ class PromptFunction:
         return text
 
 
+def _copied(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a row, with copies of its lists and dictionaries at any depth."""
+    return {name: _copied_value(value) for name, value in fields.items()}
+
+
+def _copied_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied_value(inner) for key, inner in value.items()}
+    # A tuple may contain a list. One with named items is left as it is.
+    if isinstance(value, list) or type(value) is tuple:
+        items = map(_copied_value, value)
+        return list(items) if isinstance(value, list) else tuple(items)
+    return value
+
+
 class _RecordingRow(dict[str, Any]):
-    """A row that records which of its columns are read."""
+    """A row that records which of its columns are read, and whether all of them are."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         super().__init__(fields)
         self.read: set[str] = set()
+        self.is_iterated = False
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
@@ -236,19 +255,19 @@ class _RecordingRow(dict[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         # Unpacking and copying a dictionary whose iteration is its own goes through `keys` and `__getitem__`.
-        self.read.update(super().keys())
+        self.is_iterated = True
         return super().__iter__()
 
     def keys(self) -> Any:
-        self.read.update(super().keys())
+        self.is_iterated = True
         return super().keys()
 
     def items(self) -> Any:
-        self.read.update(super().keys())
+        self.is_iterated = True
         return super().items()
 
     def values(self) -> Any:
-        self.read.update(super().keys())
+        self.is_iterated = True
         return super().values()
 
 
@@ -288,7 +307,7 @@ def _identity(value: Any, name: str, seen: dict[int, str]) -> Any:
     if isinstance(value, functools.partial):
         return ["partial", *(_identity(part, name, seen) for part in (value.func, value.args, value.keywords))]
     if isinstance(value, ModuleType):
-        return ["module", value.__name__, "" if _is_installed(value.__name__) else _file_hash(value)]
+        return ["module", value.__name__, "" if _is_installed(value.__name__) else _module_hashes(value)]
     if not inspect.isroutine(value) and not inspect.isclass(value):
         raise _NoHashError(f"it uses {name!r}, of the type {kind}, whose value has no stable hash")
     module = getattr(value, "__module__", None)
@@ -299,8 +318,11 @@ def _identity(value: Any, name: str, seen: dict[int, str]) -> Any:
     if id(value) in seen:
         return ["again", seen[id(value)]]
     seen[id(value)] = value.__qualname__
+    _refuse_own_imports(value, name)
     reads = [["defaults", _identity([value.__defaults__, value.__kwdefaults__], name, seen)]]
     reads += [[inner, _identity(read, inner, seen)] for inner, read in sorted(_reads(value), key=lambda item: item[0])]
+    if value.__dict__:
+        reads.append(["its attributes", _identity(value.__dict__, name, seen)])
     return ["function", _source(value), reads]
 
 
@@ -320,6 +342,27 @@ def _reads(function: FunctionType) -> Iterator[tuple[str, Any]]:
 def _global_names(code: CodeType) -> set[str]:
     names = {step.argval for step in dis.get_instructions(code) if step.opname in _GLOBAL_READS}
     return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _refuse_own_imports(function: FunctionType, name: str) -> None:
+    """Refuse a function that imports a module of the caller when it is called: before that, the module cannot be hashed."""
+    for module in _imports(function.__code__):
+        if module.startswith(".") or not _is_installed(module):
+            raise _NoHashError(f"{name!r} imports {module!r} when it is called, and not at the top of its file")
+
+
+def _imports(code: CodeType) -> Iterator[str]:
+    """The modules that a function and the functions inside it import, a relative name with its dots."""
+    before: list[Any] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            # The two instructions before it load the number of dots and the imported names.
+            yield "." * before[-2] + step.argval
+        if step.opname != "EXTENDED_ARG":
+            before.append(step.argval)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _imports(inner)
 
 
 def _source(function: FunctionType) -> str:
@@ -368,6 +411,20 @@ def _spans(node: _FunctionNode, code: CodeType) -> bool:
     return all(start <= place < end for place in places)
 
 
+def _module_hashes(module: ModuleType) -> list[list[str]]:
+    """The hash of a module's file; for a package, those of all its modules that are loaded, by name."""
+    modules = {module.__name__: module}
+    if hasattr(module, "__path__"):
+        inside = f"{module.__name__}."
+        modules |= {name: each for name, each in sys.modules.items() if name.startswith(inside) and each is not None}
+    # A folder without an __init__.py is a package that has no file.
+    return [[name, _file_hash(modules[name])] for name in sorted(modules) if not _is_folder(modules[name])]
+
+
+def _is_folder(module: ModuleType) -> bool:
+    return hasattr(module, "__path__") and getattr(module, "__file__", None) is None
+
+
 def _file_hash(module: ModuleType) -> str:
     try:
         return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
@@ -382,5 +439,7 @@ def _is_installed(module: str) -> bool:
     if top in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(top), "__file__", None)
+    if file is None and top not in sys.modules and (spec := importlib.util.find_spec(top)) is not None:
+        file = spec.origin
     folders = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
     return file is not None and any(Path(file).resolve().is_relative_to(folder) for folder in folders)

@@ -22,7 +22,7 @@ from sparsort.curriculum.ablation.recipe.selectors import SELECTORS, check_selec
 from sparsort.curriculum.ablation.recipe.tasks import Task
 from sparsort.curriculum.demos.pool.fingerprints import tokens
 from sparsort.curriculum.demos.pool.leaks import find_leaks
-from sparsort.curriculum.demos.pool.pool import DemoPool, field_text
+from sparsort.curriculum.demos.pool.pool import DemoPool, field_text, input_fields
 from sparsort.curriculum.demos.pool.rows import ID_FIELD
 from sparsort.curriculum.demos.select import select_demos
 from sparsort.errors import SparsortError
@@ -256,7 +256,7 @@ def _without_leaks(
     task: Task, rows: Sequence[Fields], queries: Sequence[Fields], kind: str
 ) -> tuple[list[Fields], list[Dropped]]:
     """The rows that are no query or near-duplicate of one, and the others; `kind` names the queries in the reason."""
-    leaks = alike_rows(task.fields, rows, queries)
+    leaks = alike_rows(input_fields(task.prompt), rows, queries)
     distinct = [row for place, row in enumerate(rows) if place not in leaks]
     dropped = [
         Dropped(

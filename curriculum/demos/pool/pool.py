@@ -2,7 +2,9 @@
 
 Contract: rows are copied at the start and do not change. A query is compared by its input: the fields of the prompt template if
 there is one; or else a function of the row; or else the text fields that the query and the pool share, without `id`, `label` and
-`answer`. The answer takes no part, so a query whose row contains its answer gains nothing from it.
+`answer`. With a prompt function, the input is the columns that it reads. If it reads no column of text, or different columns from
+different rows, the prompts that it writes are compared. The answer takes no part, so a query whose row contains its answer gains
+nothing from it.
 
 Leaks: if there is a template, all of its fields must leak. Without a template, nothing says which field is the question, so one
 field is enough: a row is excluded if one of its text fields is the bare query, or if it shares a text field with the query that
@@ -37,8 +39,8 @@ from sparsort.paths import column_of, spell
 from sparsort.scoring.data.rows import rows_of
 from sparsort.scoring.prompts.functions import function_of
 from sparsort.scoring.prompts.types import PromptWriter
-from sparsort.templates import fields_of
-from sparsort.values import has_text, is_missing, text_if_any
+from sparsort.templates import pieces, render
+from sparsort.values import has_text, is_missing, text_if_any, value_at
 
 Query = Mapping[str, Any] | str
 InputTexts = dict[str, str]
@@ -82,11 +84,12 @@ class DemoPool:
         self._has_ids = ids is not None
         self.ids = [id_of(row, position) for position, row in enumerate(self.rows)] if ids is None else list(ids)
         self.label = label
-        self._fields = None if prompt is None else input_fields(prompt, self.rows, label)
+        self._function = function = function_of(prompt)
+        # None for a function means that whole prompts are compared.
+        self._fields: list[str] | None = None if prompt is None else input_fields(prompt, self.rows, label) or None
         self._text = text
-        if not self._fields and (function := function_of(prompt)) is not None:
-            # No column that the function reads is text, as in a conversation: the whole prompt is compared.
-            self._fields, self._text = None, lambda row: function.question(row, where="a demonstration or the query")
+        if function is not None:
+            self._text = lambda row: function.question(row, where="a demonstration or the query")
         # Name → the source object, the options, and the result that they gave.
         self._results: dict[Hashable, tuple[object, tuple[Hashable, ...], Any]] = {}
 
@@ -105,19 +108,25 @@ class DemoPool:
         """
         if isinstance(query, str):
             return {_WHOLE if self._fields is None else only_field(self._fields): query}
-        if self._text is not None:
-            return {_WHOLE: self._text(query)}
         fields = self._fields
+        if self._function is not None and fields is not None:
+            # An error of the function names the query, since its call comes first.
+            self._function.write(query, where="the query")
+            shared = input_fields(self._function, [query, *self.rows[:1]], self.label)
+            fields = [field for field in fields if field in shared] or None
+        if fields is None and self._text is not None:
+            return {_WHOLE: self._text(query)}
         if fields is None:
             # The first row represents the pool, so that a query can be checked without reading all rows.
             names = text_fields(query, self._answer_columns)
-            fields = [spell([name]) for name in names if not self.rows or name in self.rows[0]]
-        if not fields:
-            columns = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
-            raise SparsortError(
-                f"the query ({', '.join(map(str, query)) or 'no fields'}) and the pool ({columns}) share no text field to "
-                "compare by. Pass the prompt template as prompt=, or a function from a row to its text as text=."
-            )
+            shared = [spell([name]) for name in names if not self.rows or name in self.rows[0]]
+            if not shared:
+                columns = ", ".join(map(str, self.rows[0])) if self.rows else "no rows"
+                raise SparsortError(
+                    f"the query ({', '.join(map(str, query)) or 'no fields'}) and the pool ({columns}) share no text field to "
+                    "compare by. Pass the prompt template as prompt=, or a function from a row to its text as text=."
+                )
+            fields = shared
         return {field: field_text(query, field, "the query") for field in fields}
 
     def leaks(self, inputs: InputTexts) -> list[Leak]:
@@ -131,18 +140,20 @@ class DemoPool:
         return [by_row[row] for row in sorted(by_row)]
 
     def shown_text(self, position: int) -> str:
-        """The text of a row that a prompt shows: the fields of the template, the label and the answer; without a template, all
-        text fields except the id.
+        """The text of a row that a prompt shows: the input by which it is compared, the label and the answer; without a prompt,
+        all text fields except the id.
 
         Raises:
             SparsortError: no field has a text.
         """
         row = self.rows[position]
-        if self._fields is None:
+        if self._fields is None and self._function is None:
             return text_of(row, position)
         answers = [spell([name]) for name in row if name in ANSWER_FIELDS]
-        fields = dict.fromkeys([*self._fields, *([] if self.label is None else [self.label]), *answers])
-        texts = (text_if_any(row, field, where=self.name(position)) for field in fields)
+        fields = dict.fromkeys([*(self._fields or []), *([] if self.label is None else [self.label]), *answers])
+        texts = [_text_if_any(row, field, self.name(position)) for field in fields]
+        if self._fields is None and self._text is not None:
+            texts.insert(0, self._text(row))
         return "\n".join(text for text in texts if text is not None)
 
     def cached(self, name: Hashable, source: object, make: Callable[[], T], *options: Hashable) -> T:
@@ -215,18 +226,27 @@ def input_fields(prompt: str | PromptWriter, rows: Sequence[Row] = (), label: st
 
     Args:
         prompt: the template or the function.
-        rows: the rows, for a function, whose fields are those that it reads from the first row and that all rows have as text.
+        rows: the rows, for a function.
         label: the field of the label, which a function does not share with a query.
+
+    Returns:
+        For a template, its fields, each with its conversion, as in "tags!r". For a function, the columns that it reads and that
+        all rows have as text; none if it reads different columns from different rows, so that only the prompts that it writes
+        can be compared.
 
     Raises:
         SparsortError: the template names no field, so that all prompts would be the same; or the function fails.
     """
     if (function := function_of(prompt)) is not None:
         hidden = {ID_FIELD, *ANSWER_FIELDS, *([column_of(label)] if label else [])}
-        read = function.fields_read(rows[0], where=name_of(rows[0], 0)) if rows else []
-        shared = [name for name in read if name not in hidden and all(_has_text(row.get(name)) for row in rows)]
-        return [spell([name]) for name in shared]
-    fields = fields_of(str(prompt))
+        reads = {_read(function.columns_read(row, where=name_of(row, at)), hidden) for at, row in enumerate(rows)}
+        if len(reads) != 1:
+            return []
+        (read,) = reads
+        names = [name for name in rows[0] if name not in hidden and (read is None or name in read)]
+        return [spell([name]) for name in names if all(_has_text(row.get(name)) for row in rows)]
+    shown = [piece for piece in pieces(str(prompt)) if piece.field is not None]
+    fields = list(dict.fromkeys(f"{each.field}{f'!{each.conversion}' if each.conversion else ''}" for each in shown))
     if not fields:
         raise SparsortError(
             f"the prompt {prompt!r} names no field of the data, so every row would read alike. "
@@ -241,27 +261,47 @@ def only_field(fields: Sequence[str]) -> str:
     Raises:
         SparsortError: the prompt has several fields.
     """
-    if len(fields) > 1:
+    names = list(dict.fromkeys(_piece(field)[0] for field in fields))
+    if len(names) > 1:
         raise SparsortError(
-            f"the query is bare text, but the prompt has the fields {', '.join(fields)}. "
+            f"the query is bare text, but the prompt has the fields {', '.join(names)}. "
             "Pass the query as a mapping from field to value. Double braces that are meant literally: {{ and }}."
         )
-    return fields[0]
+    return names[0]
 
 
 def field_text(row: Row, field: str, where: str) -> str:
-    """The text of one field of a row.
+    """The text of one field of a row; with a conversion after the field, as in "tags!r", the text that a template shows.
 
     Raises:
         SparsortError: the row lacks the field, or its value has no text of its own.
     """
-    text = text_if_any(row, field, where=where)
+    text = _text_if_any(row, field, where)
     if text is None:
         raise SparsortError(
-            f"{where} has no value in the field {field!r}, by which it is compared; "
+            f"{where} has no value in the field {_piece(field)[0]!r}, by which it is compared; "
             f"it has: {', '.join(map(str, row)) or 'no fields'}."
         )
     return text
+
+
+def _text_if_any(row: Row, field: str, where: str) -> str | None:
+    name, conversion = _piece(field)
+    if conversion is None:
+        return text_if_any(row, name, where=where)
+    if column_of(name) not in row or is_missing(value_at(row, name, where=where)):
+        return None
+    return render(f"{{{field}}}", row, where=where)
+
+
+def _piece(field: str) -> tuple[str, str | None]:
+    """A field of `input_fields`, as the name of the field and its conversion."""
+    (piece,) = pieces(f"{{{field}}}")
+    return str(piece.field), piece.conversion
+
+
+def _read(columns: set[str] | None, hidden: set[str]) -> frozenset[str] | None:
+    return None if columns is None else frozenset(columns - hidden)
 
 
 def _has_text(value: Any) -> bool:

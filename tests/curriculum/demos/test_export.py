@@ -221,6 +221,14 @@ def test_every_format_has_a_name_of_its_own() -> None:
         ("demos.yaml", {**PLAIN, "prompt": "{nothing}"}, "no field 'nothing'"),
         ("demos.yaml", {**PLAIN, "label": "label", "labels": {"0": "bad"}}, "the labels are '0'"),
         ("demos.yaml", {"prompt": "{text}"}, "needs prompt= and answer="),
+        *(
+            (
+                f"demos{ending}",
+                {**PLAIN, "prompt": lambda row: row["text"]},
+                "needs a template, and the prompt is a function",
+            )
+            for ending in (".yaml", ".dspy.json", ".langchain.json", ".openai.json")
+        ),
     ],
 )
 def test_mistakes(name: str, form: dict[str, Any], message: str, tmp_path: Path) -> None:

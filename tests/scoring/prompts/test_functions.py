@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import re
@@ -17,12 +18,13 @@ import pytest
 import sparsort
 from sparsort import CompressionScorer, LengthScorer, SparsityScorer, SparsortError
 from sparsort.curriculum.ablation.recipe.tasks import Task
+from sparsort.curriculum.demos.pool.pool import DemoPool
 from sparsort.recipes.adapters.demonstrations import DemoChooser, DemoOptions
 from sparsort.recipes.order.config import OrderConfig
 from sparsort.recipes.order.order import order_file
 from sparsort.recipes.score.config import ScorerConfig
 from sparsort.recipes.score.score import score_file
-from sparsort.scoring.prompts.functions import PromptFunction, is_description
+from sparsort.scoring.prompts.functions import PROMPT_COLUMN, PromptFunction, is_description
 from sparsort.scoring.prompts.prompt import Prompt
 from sparsort.scoring.prompts.spec import PromptSpec
 
@@ -98,6 +100,12 @@ def test_a_function_cannot_change_a_row() -> None:
     assert CompressionScorer().score(ROWS, popping).difficulty_of(ROWS).tolist() == [
         row["difficulty"] for row in CompressionScorer().score(ROWS, "{text}")
     ]
+    nested = {"tags": ["a", "b"], "meta": {"names": ("x", [["y", "z"]])}}
+    before = copy.deepcopy(nested)
+    prompt = PromptFunction(lambda row: row["tags"].pop() + row["meta"]["names"][1][0].pop())
+    assert [prompt.write(nested, where="row 0") for _ in range(2)] == ["bz", "bz"]
+    assert prompt.columns_read(nested, where="row 0") == {"tags", "meta"}
+    assert nested == before
 
 
 def test_a_resumed_run_refuses_a_changed_function(tmp_path: Path) -> None:
@@ -171,6 +179,53 @@ def test_the_hash_covers_all_that_the_function_reads(tmp_path: Path, old: str, n
     assert (before != after) == changes
 
 
+def test_the_hash_covers_the_attributes_of_the_function() -> None:
+    def prompt(row: dict[str, Any]) -> str:
+        return str(prompt.template.format(**row))  # type: ignore[attr-defined]
+
+    hashes = []
+    for prompt.template in ("Judge: {text}", "Grade: {text}", "Judge: {text}"):  # type: ignore[attr-defined]
+        hashes.append(PromptFunction(prompt).description)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_the_hash_covers_the_loaded_modules_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "words_of_prompts"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "import words_of_prompts.sub\ndef prompt(row):\n    return words_of_prompts.sub.WORD + row['text']\n"
+    hashes = []
+    for word in ("Judge", "Grade", "Judge"):
+        (folder / "sub.py").write_text(f"WORD = '{word}'")
+        hashes.append(PromptFunction(_module(tmp_path / "prompts.py", source).prompt).description)
+    for name in ("words_of_prompts", "words_of_prompts.sub"):
+        monkeypatch.delitem(sys.modules, name)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("from my_words import WORD", "my_words"),
+        ("from .json import WORD", ".json"),
+        ("from . import WORD", "."),
+        ("WORD = (lambda: __import__('json').dumps(1))()", ""),
+        ("import json, numpy.linalg; WORD = json.dumps(1)", ""),
+    ],
+)
+def test_a_module_that_is_imported_in_the_function_must_be_installed(tmp_path: Path, line: str, refused: str) -> None:
+    source = (
+        f"def prompt(row):\n    def inner():\n        {line}\n        return WORD\n    return inner() + row['text']\n"
+    )
+    prompt = PromptFunction(_module(tmp_path / "prompts.py", source).prompt)
+    if not refused:
+        prompt.need_hash("a run")
+        return
+    with pytest.raises(SparsortError, match=f"'prompt' imports '{re.escape(refused)}' when it is called"):
+        prompt.need_hash("a run")
+
+
 def test_the_hash_is_the_same_in_another_process(tmp_path: Path) -> None:
     source = (
         f"{_SOURCE}\nSEEN = {{'a', 'b', 'c'}}\ndef second(row):\n    return str(sorted(SEEN)) + clean(row['text'])\n"
@@ -213,13 +268,13 @@ def test_which_functions_have_a_hash(function: Any, reason: str) -> None:
 
 
 def test_the_columns_that_a_function_reads() -> None:
-    def read(function: Any) -> list[str]:
-        return PromptFunction(function).fields_read(ROWS[0], where="row 0")
+    def read(function: Any) -> set[str] | None:
+        return PromptFunction(function).columns_read(ROWS[0], where="row 0")
 
-    assert read(written) == ["text"]
-    assert read(lambda row: row.get("label", "") + row.pop("id")) == ["id", "label"]
-    assert read(lambda row: "{text}".format(**row)) == ["id", "text", "label"]
-    assert read(lambda row: str(dict(row))) == read(lambda row: str(list(row.items()))) == ["id", "text", "label"]
+    assert read(written) == {"text"}
+    assert read(lambda row: row.get("none", "") + row.pop("id")) == {"id", "none"}
+    assert read(lambda row: "{text}".format(**row)) is None
+    assert read(lambda row: str(dict(row))) is read(lambda row: str(list(row.items()))) is None
 
 
 @pytest.mark.parametrize("prompt", [written, bulky])
@@ -231,6 +286,85 @@ def test_demonstrations_are_compared_by_what_the_function_reads(prompt: Any) -> 
     assert 1 not in chooser.choose({"text": "a dull film"}, 3)
     with pytest.raises(SparsortError, match="the query is among its own demonstrations"):
         sparsort.build_prompt(ROWS, {"text": TEXTS[1]}, prompt=prompt, answer=" {label}")
+
+
+TALKS = [
+    {"talk": [{"role": "user", "content": text}], "label": label}
+    for text, label in (("What is the capital of France?", "Paris"), ("Who wrote the play about Faust?", "Goethe"))
+]
+
+
+@pytest.mark.parametrize("prompt", [lambda row: row["talk"][0]["content"], lambda row: row["talk"]])
+def test_a_query_among_its_demonstrations_is_found_without_a_column_of_text(prompt: Any) -> None:
+    for at in range(2):
+        with pytest.raises(SparsortError, match=rf"its answer is given away: demonstration {at} \(the same text\)"):
+            sparsort.assemble(TALKS, {"talk": TALKS[at]["talk"]}, prompt=prompt, answer=" {label}")
+        selected = sparsort.select_demos(TALKS, {"talk": TALKS[at]["talk"]}, 1, method="first", prompt=prompt)
+        assert selected.demos == [TALKS[1 - at]]
+
+
+LANGUAGES = [
+    {"lang": "de", "a": "Der Film war lang und auch laut", "b": "nothing", "label": "no"},
+    {"lang": "en", "a": "nichts", "b": "The plot is thin, the acting is not", "label": "yes"},
+]
+
+
+def by_language(row: dict[str, Any]) -> str:
+    return str(row["a"] if row["lang"] == "de" else row["b"])
+
+
+@pytest.mark.parametrize("demos", [LANGUAGES, LANGUAGES[::-1], LANGUAGES[1:]])
+def test_whether_a_query_is_found_does_not_depend_on_the_first_row(demos: list[dict[str, Any]]) -> None:
+    query = {"lang": "en", "a": "something else", "b": LANGUAGES[1]["b"]}
+    with pytest.raises(SparsortError, match="the query is among its own demonstrations"):
+        sparsort.assemble(demos, query, prompt=by_language, answer=" {label}")
+    with pytest.raises(SparsortError, match="is the query itself"):
+        sparsort.select_demos(demos, query, len(demos), method="first", prompt=by_language)
+    if len(demos) > 1:
+        with pytest.raises(SparsortError, match=r"query '0' is, or nearly is, demonstration"):
+            sparsort.choose_order(demos, [query], prompt=by_language, labels="no=bad,yes=good")
+    pool = DemoPool(demos, prompt=by_language)
+    # A query of the other language is compared by the text that the function writes for it.
+    other = {"lang": "de", "a": LANGUAGES[1]["b"], "b": "something"}
+    assert [pool.rows[leak.demo]["lang"] for leak in pool.leaks(pool.input_of(other))] == ["en"]
+    assert pool.leaks(pool.input_of({"lang": "en", "a": LANGUAGES[1]["a"], "b": "A new film"})) == []
+    shown = [pool.shown_text(at) for at in range(len(demos))]
+    assert all(by_language(row) in text and row["label"] in text for row, text in zip(demos, shown, strict=True))
+
+
+@pytest.mark.parametrize("rows", [LANGUAGES * 2, LANGUAGES[::-1] * 2])
+def test_a_classifier_compares_prompts_if_rows_read_different_columns(rows: list[dict[str, Any]]) -> None:
+    labels = [row["label"] for row in rows]
+    rows = [{name: row[name] for name in ("lang", "a", "b")} for row in rows]
+    model = sparsort.FewShotClassifier(k=2, prompt=by_language, calibration="none").fit(rows, labels)
+    assert model.compared_fields_ == [PROMPT_COLUMN]
+
+
+def test_a_function_that_iterates_over_rows_is_compared_by_their_common_columns() -> None:
+    prompt = (BULK + "{text}").format
+    rows = [{**row, "source": "paper"} for row in ROWS]
+    text = sparsort.build_prompt(rows, {"text": "a new film"}, prompt=lambda row: prompt(**row), answer=" {label}")
+    assert text.endswith("a new film")
+    with pytest.raises(SparsortError, match="the query is among its own demonstrations"):
+        sparsort.build_prompt(rows, {"text": TEXTS[0]}, prompt=lambda row: prompt(**row), answer=" {label}")
+
+
+def test_a_list_that_a_template_shows_is_compared_as_it_is_shown() -> None:
+    rows = [{"tags": ["red", word], "q": f"what {word}?", "label": "yes"} for word in ("stone", "house", "river")]
+    prompt: Any = "{tags!r} {q}"
+    text = sparsort.build_prompt(rows, {"tags": ["blue"], "q": "who?"}, prompt=prompt, answer=" {label}")
+    assert text.endswith("['blue'] who?")
+    query = {"tags": ["red", "house"], "q": "what house?"}
+    with pytest.raises(SparsortError, match="its answer is given away: demonstration 1 "):
+        sparsort.build_prompt(rows, query, prompt=prompt, answer=" {label}")
+    assert sparsort.select_demos(rows, query, 2, method="first", prompt=prompt).demos == [rows[0], rows[2]]
+    assert len(sparsort.select_demos(rows, {**query, "tags": []}, 3, method="bm25", prompt=prompt).demos) == 3
+    with pytest.raises(SparsortError, match=r"a list in the field 'tags'.*Name the part that you want"):
+        sparsort.select_demos(rows, query, 2, method="first", prompt="{tags} {q}")
+    shown = [{name: row[name] for name in ("tags", "q")} for row in rows]
+    with pytest.warns(UserWarning, match="estimated from 1 rows outside the prompt"):
+        model = sparsort.FewShotClassifier(k=2, prompt=prompt).fit(shown, ["a", "b", "b"])
+    assert model.compared_fields_ == ["tags!r", "q"]
 
 
 def test_a_prompt_with_demonstrations_has_the_text_of_the_function() -> None:
