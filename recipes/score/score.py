@@ -190,7 +190,7 @@ def _score_here(job: ScoreJob, part: tuple[int, int] | None, report_to: ReportTo
     with job.begin(scorer, source) as shards:
         numbers = shards.numbers(part or (0, 1))
         rows = count_rows(numbers, source.count(), job.shard_rows)
-        with watched(rows, shards.store.provenance, job.out, report_to) as (advance, scored):
+        with watched(source.name, rows, shards.store.provenance, job.out, report_to) as (advance, scored):
             return source, text, shards.run(numbers, advance, scored), scoring
 
 
@@ -211,7 +211,7 @@ def _score_in_workers(
         # A shard in the logs need not be sent to a worker, unless the file may have changed since.
         done = store.logged().intersection(numbers) if source.restore(load_snapshot(folder), text) else set()
         todo = count_rows(numbers, rows, job.shard_rows)
-        with watched(todo, store.provenance, folder, report_to) as (advance, _):
+        with watched(source.name, todo, store.provenance, folder, report_to) as (advance, _):
             advance(count_rows(done, rows, job.shard_rows))
             outcomes = workers.run((number for number in numbers if number not in done), advance)
     coverage = cover(store, rows, scored=outcomes["scored"], kept=outcomes["kept"] + len(done))

@@ -211,14 +211,14 @@ class Scorer(ABC):
         folder = Path(out).expanduser() if out is not None else None
         if folder is None:
             job = self._prepare(source, request, None, like)
-            with watched(source.count(), job.provenance, None, report_to) as (advance, scored):
+            with watched(source.name, source.count(), job.provenance, None, report_to) as (advance, scored):
                 scores = engine.run(source, job, out=None, shard_rows=shard_rows, advance=advance, scored=scored)
             warn_unscored(scores)
             return scores
         with self._begin(source, request, folder, shard_rows, like) as shards:
             numbers = shards.numbers(part or (0, 1))
             rows = engine.count_rows(numbers, source.count(), shard_rows)
-            with watched(rows, shards.store.provenance, folder, report_to) as (advance, scored):
+            with watched(source.name, rows, shards.store.provenance, folder, report_to) as (advance, scored):
                 coverage = shards.run(numbers, advance, scored)
         if part is not None:
             return coverage
@@ -265,11 +265,12 @@ class Scorer(ABC):
 
 @contextlib.contextmanager
 def watched(
-    rows: int, provenance: Mapping[str, Any], out: Path | None, report_to: ReportTo
+    name: str, rows: int, provenance: Mapping[str, Any], out: Path | None, report_to: ReportTo
 ) -> Iterator[tuple[Advance, Callable[[pa.Table], None]]]:
     """Draw a progress bar, and report the progress to the trackers.
 
     Args:
+        name: the name of the source.
         rows: the number of rows to score.
         provenance: the settings of the run, which the trackers record.
         out: the score folder.
@@ -278,7 +279,7 @@ def watched(
     Yields:
         A function to call with a number of rows that are done, and one to call with the table of every shard scored now.
     """
-    _LOG.info("scoring %d rows of %s", rows, provenance.get("source", "the source"))
+    _LOG.info("scoring %d rows of %s", rows, name)
     settings = {name: value for name, value in provenance.items() if name != "environment"}
     # Next to the score folder, which accepts no other files.
     folder = None if out is None else out.with_name(f"{out.name}.runs")

@@ -196,7 +196,8 @@ def test_a_thread_gives_signs_while_a_claim_is_held(tmp_path: Path, monkeypatch:
         assert len(before) == len(after)
         assert before != after
         assert Owner.read(json.loads(after)) == this_process()
-    thread = claims._thread
+        # The thread ends by itself when no claim is held.
+        thread = claims._thread
     claims.close()
     assert thread is not None
     assert not thread.is_alive()

@@ -97,12 +97,18 @@ def test_columns_of_many_shards_are_read_once(tmp_path: Path, monkeypatch: pytes
     assert scores.column("n_tokens").tolist() == list(range(10))
     assert scores.table.equals(_table(0, 10).combine_chunks())
     assert opened == [f"shard-{index:05d}.parquet" for index in range(5)]
-    # Beyond the rows that are kept in memory, only the named columns are read.
+    # Beyond the rows that are kept in memory, the columns of a report are read together if the shards are small.
     monkeypatch.setattr(shards, "_MAX_WHOLE_ROWS", 9)
     scores = Scores.load(tmp_path)
     assert scores.ids == [f"q{row}" for row in range(10)]
     assert scores.column("n_tokens").tolist() == list(range(10))
-    assert len(opened) == 15
+    assert len(opened) == 10
+    # Of large shards, only the named columns are read.
+    monkeypatch.setattr(shards, "_SMALL_ROWS", 1)
+    scores = Scores.load(tmp_path)
+    assert scores.ids == [f"q{row}" for row in range(10)]
+    assert scores.column("n_tokens").tolist() == list(range(10))
+    assert len(opened) == 20
 
 
 def test_a_score_without_a_model_imports_neither_torch_nor_scipy(tmp_path: Path) -> None:
