@@ -228,7 +228,7 @@ ORDERS = Registry(
     ),
 )
 
-# Those that need no difficulty and no query, so that all queries can share one prompt.
+# The orders that need neither a difficulty nor the query. All queries can therefore share one prompt.
 SHARED_PROMPT_ORDERS = Registry(ORDERS.kind, (entry for entry in ORDERS.values() if entry.needs <= {"lengths"}))
 # The default is the first of these orders that accepts the kind of the scores.
 _HARDEST_FIRST: tuple[Order, ...] = ("sparse_to_dense", "hard_to_easy")

@@ -99,9 +99,12 @@ class ScoreJob:
                 )
         return source, text
 
-    def load(self) -> Scorer:
-        """Load the model and build the scorer."""
-        text = self.prompt.read()
+    def load(self, text: Prompt | None) -> Scorer:
+        """Load the model and build the scorer.
+
+        Args:
+            text: the prompt for the rows, as `open` returns it: whether a function writes chat turns is known from the rows only.
+        """
         is_chat = text is not None and text.is_chat
         tokenizer = self.scorer.check_model(max_length=self.prompt.max_length, chat=is_chat)
         return self.scorer.load(tokenizer=tokenizer)
@@ -186,8 +189,8 @@ def _begun(job: ScoreJob) -> ShardRun:
     # A forked process may not use the log of its parent.
     if _last is None or _last[:2] != (os.getpid(), job):
         checked = job.checked()
-        source, _ = checked.open()
-        _last = (os.getpid(), job, checked.begin(checked.load(), source))
+        source, text = checked.open()
+        _last = (os.getpid(), job, checked.begin(checked.load(text), source))
     return _last[2]
 
 

@@ -182,7 +182,7 @@ def _score_here(job: ScoreJob, part: tuple[int, int] | None, report_to: ReportTo
     from sparsort.scoring.scorers.base import watched
 
     source, text = job.open()
-    scorer = job.load()
+    scorer = job.load(text)
     scoring = time.perf_counter()
     if job.out is None:
         scores = scorer.score(source, job.prompt, shard_rows=job.shard_rows, report_to=report_to)
@@ -224,12 +224,12 @@ def _workers_and_devices(
     """The number of processes, and the devices that they take in turn."""
     if workers != "auto" and (type(workers) is not int or workers < 1):
         raise SparsortError(f"workers (--workers) is {workers!r}; expected a number from 1 on, or 'auto'.")
-    if not job.scorer.model.is_named and (workers != 1 or len(devices) > 1):
+    has_workers, text = workers != 1 or len(devices) > 1, job.prompt.read()
+    if has_workers and not job.scorer.model.is_named:
         raise SparsortError(
             "a model in memory cannot be sent to worker processes. Give its name or folder in ModelSpec, or use workers=1."
         )
-    text = job.prompt.read()
-    if workers != 1 and (not isinstance(job.file, (str, Path)) or (text is not None and text.function is not None)):
+    if has_workers and (not isinstance(job.file, (str, Path)) or (text is not None and text.function is not None)):
         raise SparsortError(
             "rows in memory, or a function as the prompt, cannot be sent to worker processes. Pass the path of a file and a "
             "format string, or use workers=1."

@@ -269,7 +269,8 @@ def _work(job: ScoreJob, threads: int, pipe: Connection) -> None:
 
 def _score_numbers(job: ScoreJob, threads: int, pipe: Connection) -> None:
     logging.getLogger("sparsort").addHandler(_PipeHandler(pipe))
-    scorer = job.load()
+    # The rows are opened later, which changes no prompt here: a function, which depends on them, is refused with workers.
+    scorer = job.load(job.prompt.read())
     if "torch" in sys.modules:
         import torch
 

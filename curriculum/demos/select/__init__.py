@@ -176,7 +176,7 @@ READ_BY: Table = {
         for name in ("trade_off", "fetch", "n_levels", "neighbours")
     },
 }
-# Those that read nothing but the rows and their labels, so that all queries can share one prompt.
+# The selectors that read only the rows and their labels. All queries can therefore share one prompt.
 SHARED_PROMPT_SELECTORS = Registry(SELECTORS.kind, (entry for entry in SELECTORS.values() if entry.needs <= {"label"}))
 
 

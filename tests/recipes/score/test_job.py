@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_the_model_is_loaded_once_for_all_calls(
 ) -> None:
     loads = []
     real = ScoreJob.load
-    monkeypatch.setattr(ScoreJob, "load", lambda self: loads.append(self.out) or real(self))
+    monkeypatch.setattr(ScoreJob, "load", lambda self, text: loads.append(self.out) or real(self, text))
     monkeypatch.setattr(module, "_last", None)
     one, other = make_job(file, scorer, tmp_path / "one"), make_job(file, scorer, tmp_path / "other")
     for number in range(3):
@@ -221,3 +222,27 @@ def test_an_incomplete_folder_has_its_exit_code_and_its_status(
     for wrong in ("3/3", "1", "a/b", "-1/2"):
         assert "expected K/N with K from 0" in run(*score, "--part", wrong, code=2).stderr
     assert "is not a score folder" in run("status", tmp_path, code=2).stderr
+
+
+def test_a_function_that_writes_turns_needs_a_chat_template_before_weights_are_read(
+    file: Path, make_tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(make_tiny_model("llama"), tmp_path / "model"))
+    (folder / "chat_template.jinja").unlink()
+    scorer = ScorerConfig(model=ModelSpec(str(folder), device="cpu"))
+    monkeypatch.setattr(ScorerConfig, "load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
+    prompt = PromptSpec.of(lambda row: [{"role": "user", "content": row["question"]}])
+    with pytest.raises(SparsortError, match="has no chat template"):
+        score_file(file, scorer=scorer, prompt=prompt)
+
+
+@pytest.mark.parametrize("how", [{"workers": 2}, {"devices": ["cpu", "cpu"]}], ids=["workers", "devices"])
+def test_what_cannot_be_sent_to_workers_is_refused(file: Path, tmp_path: Path, how: dict[str, Any]) -> None:
+    scorer = ScorerConfig(scorer="length", unit="characters")
+    for rows, prompt in ((ROWS, PROMPT), (file, PromptSpec.of(_question))):
+        with pytest.raises(SparsortError, match="cannot be sent to worker processes"):
+            score_file(rows, scorer=scorer, prompt=prompt, out=tmp_path / "out", **how)
+
+
+def _question(row: dict[str, Any]) -> str:
+    return str(row["question"])
